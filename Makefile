@@ -1,0 +1,56 @@
+# Two commands do everything from a bare Python 3.11 or newer: make demo, make test.
+# Each sets up .venv itself, once, and does nothing twice.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test test-all lint types layers unit format lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 demo")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet uv
+
+$(READY): requirements.lock pyproject.toml | $(BIN)/uv
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps -e .
+	@touch $(READY)
+
+setup: $(READY)  ## make .venv with everything in it
+
+demo: $(READY)  ## render faces, prepare, train, evaluate and score: ten minutes on two cores
+	$(BIN)/python jobs/demo.py
+
+test: $(READY) lint types layers  ## lint, types, layers and every test but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY) lint types layers  ## every test
+	$(BIN)/python -m pytest
+
+unit: $(READY)  ## the tests that need no Ray, under a minute
+	$(BIN)/python -m pytest tests/unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+layers: $(READY)
+	$(BIN)/lint-imports
+
+format: $(READY)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(BIN)/uv  ## pin and hash the newest set that fits pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --upgrade --group dev \
+		--custom-compile-command "make lock" pyproject.toml -o requirements.lock
+
+clean:  ## remove what the targets made
+	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

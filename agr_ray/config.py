@@ -1,0 +1,611 @@
+"""Every knob: frozen pydantic models, filled from a TOML recipe, the environment and the command line.
+
+One recipe serves every job: a job reads the sections that it names and only checks the spelling and
+range of the others. Later sources win: defaults < recipe (`--config FILE`) < environment
+(`AGR_RAY_TRAIN__LR=3e-4`) < command line (`--train.lr 3e-4`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from agr_ray.schema import SPLITS
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Split = Literal["train", "val", "test", "all"]
+
+
+class ConfigError(Exception):
+    """A configuration that can't be run: one line that names the key, the value and what is allowed."""
+
+
+class Section(BaseModel):
+    """A table of the recipe: frozen, unknown keys refused, each field documented beneath it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class StorageConfig(Section):
+    """Where `s3://` is. Keys come from the usual AWS variables, profiles or instance roles."""
+
+    endpoint_url: str | None = None
+    """Address of an S3-compatible server; none: AWS_ENDPOINT_URL if set, else AWS itself."""
+    region: str | None = None
+    """Region of the buckets; none: the usual AWS variables."""
+    timeout_s: PositiveFloat = 30.0
+    """Seconds to connect, and between two packets, before a request is tried again."""
+    max_attempts: PositiveInt = 6
+    """Times that a throttled, timed-out or failed request is tried in all, with back-off between."""
+
+
+class ClusterConfig(Section):
+    """Which Ray cluster does the work."""
+
+    address: str = ""
+    """`local` starts one in this process; `auto` or HOST:PORT joins one; empty: RAY_ADDRESS if set, else `local`."""
+    num_cpus: PositiveInt | None = None
+    """Logical CPUs of a `local` cluster; none: the machine's own, but at least 8: they cap scheduling, not threads."""
+    object_store_mib: PositiveInt = 1024
+    """Shared memory of a `local` cluster's object store, MiB."""
+    include_dashboard: bool = True
+    """Whether a `local` cluster starts Ray's dashboard."""
+
+
+class SourceConfig(Section):
+    """The labelled photographs."""
+
+    kind: Literal["utkface", "folder"] = "folder"
+    """`utkface`: labels are in the file names; `folder`: labels are in a CSV or Parquet table beside the images."""
+    uri: str = ""
+    """Folder or bucket prefix of the images, read with its subfolders."""
+    name: str = ""
+    """What the source is called in tables and reports; empty: its kind."""
+    labels: str = ""
+    """`folder` only: URI of the table of labels, .csv or .parquet; empty: labels.parquet or .csv in the folder."""
+    key_column: str = "key"
+    """`folder` only: column of the image's path below the folder, beside age (years), gender, race, subject, split."""
+    gender_codes: dict[str, str] = {}
+    """`folder` only: what codes beside male and female mean, such as {"M": "male", "F": "female"}."""
+    race_codes: dict[str, str] = {}
+    """`folder` only: what codes beside white, black, asian, indian and others mean: {"East Asian": "asian"}."""
+
+
+class SplitConfig(Section):
+    """How images are dealt into train, validation and test: by content hash or subject, stratified."""
+
+    val: Fraction = 0.1
+    """Share of the images that validation gets."""
+    test: Fraction = 0.15
+    """Share of the images that the held-back test part gets; training gets what val and test leave."""
+    seed: int = 0
+    """Which of the possible splits is drawn."""
+    sample: PositiveInt | None = None
+    """Draw a stratified sample of so many images first and leave the rest out (the paper: 20000); none: use all."""
+
+    @model_validator(mode="after")
+    def _leaves_training_data(self) -> Self:
+        if self.val + self.test > 1.0:
+            raise ValueError(f"val {self.val} + test {self.test} is over 1")
+        return self
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """The share of every split."""
+        return {"train": max(0.0, round(1.0 - self.val - self.test, 9)), "val": self.val, "test": self.test}
+
+
+class VisionConfig(Section):
+    """How bytes become aligned faces. Training and scoring must agree in it."""
+
+    detector: Literal["mtcnn", "haar", "none"] = "mtcnn"
+    """`mtcnn` finds faces and five landmarks; `haar` boxes only, with no weights; `none` takes whole chips."""
+    min_face_px: PositiveInt = 40
+    """Shorter side of the smallest face looked for, pixels of the image that the detector sees."""
+    min_score: Fraction = 0.9
+    """`mtcnn` only: probability below which a face is not counted."""
+    max_side_px: PositiveInt = 1280
+    """Photographs are shrunk to this longer side before detection, pixels; boxes stay in original pixels."""
+    max_pixels: PositiveInt = 200_000_000
+    """Images of more pixels are not decoded: status too_large."""
+    max_mib: PositiveInt = 64
+    """Files of more MiB are not read: status too_large."""
+
+
+class PrepareConfig(Section):
+    """Decode, detect and align once, and keep the crops."""
+
+    out: str = ""
+    """Folder or prefix of the prepared set: manifest.parquet, splits.tsv, crops/, prepare.json."""
+    crop_side_px: Annotated[int, Field(ge=16, le=1024)] = 224
+    """Side of the alignment template, pixels; the crop is stored with a margin of 10 % more on each side."""
+    jpeg_quality: Annotated[int, Field(ge=50, le=100)] = 95
+    """Quality of the stored crops."""
+    num_workers: PositiveInt | None = None
+    """Processes that decode, detect and align; none: one for each CPU of the cluster."""
+    batch_size: PositiveInt = 32
+    """Images that a worker takes at a time."""
+    rows_per_file: PositiveInt = 1024
+    """Crop rows in one Parquet file: what a killed run may have to do again, for each worker."""
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {"trunk": "resnet50", "age_head": "linear", "input_side_px": 224},
+    "lightweight": {"trunk": "mobilenet_v3_small", "age_head": "linear", "input_side_px": 112, "bn_momentum": 0.1},
+}
+"""Values that `model.preset` puts in place of `ModelConfig`'s defaults; explicit keys win over both."""
+
+
+class ModelConfig(Section):
+    """The network: trunk and heads."""
+
+    preset: Literal["paper", "lightweight"] = "paper"
+    """`paper`: ResNet50 and linear heads; `lightweight`: MobileNetV3-small. Other keys of this table win over it."""
+    trunk: Literal["resnet18", "resnet34", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large"] = "resnet50"
+    """torchvision network whose last layer is replaced by the heads."""
+    weights: str = "none"
+    """First weights of the trunk: `none` (random), `imagenet` (torchvision's download), or a path or URI."""
+    tasks: tuple[Literal["age", "gender", "race"], ...] = ("age", "gender", "race")
+    """Which heads the network has."""
+    age_head: Literal["linear", "distribution"] = "linear"
+    """`linear`: one number (paper eq. 7); `distribution`: a bin for each year, 0 to 116, read out by expectation."""
+    input_side_px: Annotated[int, Field(ge=32, le=512)] = 224
+    """Side of the square that the network sees, pixels."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the features dropped before the heads in training."""
+    bn_momentum: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Momentum of every batch norm; none: the trunk's own (0.01 in MobileNetV3: too slow for short runs)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset", "paper")
+        return {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **values}
+
+    @model_validator(mode="after")
+    def _has_distinct_tasks(self) -> Self:
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"tasks must name each of age, gender, race at most once and one at least: {self.tasks}")
+        return self
+
+
+class LossConfig(Section):
+    """L = age_weight L_age + gender_weight L_gender + race_weight L_race (paper eqs 11 and 21)."""
+
+    age_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the age loss."""
+    gender_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the gender loss."""
+    race_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the race loss."""
+    age_sigma_years: PositiveFloat = 2.0
+    """`distribution` head only: width of the Gaussian target, years (DLDL-v2)."""
+    age_expectation_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """`distribution` head only: weight of the L1 loss of the expectation beside the divergence, per year."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of a gender or race label spread over all classes."""
+
+
+class AugmentConfig(Section):
+    """Random changes of training crops, drawn anew for every image and epoch. Applied on the device."""
+
+    flip_probability: Fraction = 0.5
+    """Chance of a horizontal flip."""
+    rotation_degrees: Annotated[float, Field(ge=0.0, le=180.0)] = 10.0
+    """Rotation drawn evenly from plus and minus this."""
+    scale: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Zoom drawn evenly from 1 - scale to 1 + scale; 0: none."""
+    shift: Annotated[float, Field(ge=0.0, le=0.5)] = 0.05
+    """Shift in x and in y drawn evenly from plus and minus this share of the side: random cropping in the margin."""
+    brightness: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Brightness factor drawn from 1 - this to 1 + this; 0: none."""
+    contrast: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Contrast factor drawn from 1 - this to 1 + this; 0: none."""
+    saturation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Saturation factor drawn from 1 - this to 1 + this; 0: none."""
+    erasing_probability: Fraction = 0.0
+    """Chance that a random rectangle of 2 to 20 % of the image is filled with its mean; 0: none."""
+
+
+class TrainConfig(Section):
+    """The training run."""
+
+    data: str = ""
+    """Folder or prefix of a prepared set (what `jobs/prepare.py` wrote)."""
+    out: str = "runs"
+    """Folder or prefix of all runs; this one goes into OUT/NAME. Shared storage where there are several nodes."""
+    name: str = ""
+    """Name of the run; empty: `train-` and the digest of the configuration. The same name resumes the run."""
+    num_workers: PositiveInt = 1
+    """Data-parallel processes, each with its own model replica and batch."""
+    use_gpu: bool = False
+    """One GPU for each worker; else the CPU, with gloo."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Logical CPUs that Ray reserves for a worker."""
+    threads_per_worker: PositiveInt | None = None
+    """Threads that a worker computes with; none: the machine's CPUs shared out among its workers."""
+    batch_size: PositiveInt = 32
+    """Images in one optimiser step over all workers together; a multiple of num_workers."""
+    epochs: PositiveInt = 50
+    """Passes over the training part, at most."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Adam is the paper's (eq. 19)."""
+    lr: PositiveFloat = 1e-4
+    """Learning rate; the highest one of the schedule."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight decay: L2 for adam and sgd, decoupled for adamw."""
+    schedule: Literal["step", "one_cycle", "cosine", "constant"] = "step"
+    """`step` is the paper's (eq. 20); `one_cycle` warms up and anneals over all epochs; `cosine` anneals."""
+    step_size_epochs: PositiveInt = 20
+    """`step` only: epochs between two cuts of the learning rate."""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """`step` only: factor of each cut."""
+    warmup: Fraction = 0.3
+    """`one_cycle` and `cosine`: share of all steps in which the learning rate rises."""
+    clip_norm: Annotated[float, Field(ge=0.0)] = 0.0
+    """Largest gradient norm, longer ones are scaled down; 0: no limit."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay for each step of the moving average of weights that is validated and kept; 0: the weights themselves."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the forward and backward passes' arithmetic (autocast); weights stay float32."""
+    use_fallback: bool = True
+    """Whether chips in which no face was found are trained on. They are always evaluated."""
+    early_stopping_epochs: Annotated[int, Field(ge=0)] = 10
+    """Stop after so many epochs without a better objective on validation; 0: never."""
+    seed: int = 0
+    """Seed of first weights, shuffling and augmentation."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Times that a failed worker group is started again from the last checkpoint; -1: without end."""
+    cache_mib: Annotated[int, Field(ge=0)] = 4096
+    """Memory of each worker in which its share of the crops stays decoded after the first epoch, MiB, if it fits."""
+    shuffle_rows: PositiveInt = 2048
+    """Rows in each worker's shuffle buffer while crops are streamed; from memory, the whole share is shuffled."""
+
+
+class EvaluateConfig(Section):
+    """A checkpoint measured on a prepared set."""
+
+    checkpoint: str = ""
+    """Folder or prefix of the checkpoint."""
+    data: str = ""
+    """Folder or prefix of a prepared set: the one trained on or any other."""
+    split: Split = "test"
+    """Which part is measured; `all` for a set that training never saw."""
+    out: str = ""
+    """Folder or prefix of predictions.parquet and metrics.json; empty: the checkpoint with -eval-SPLIT-DIGEST."""
+    allow_overlap: bool = False
+    """Measure even where images of this part were trained on; the metrics then say so."""
+    num_workers: PositiveInt = 1
+    """Processes that predict."""
+    use_gpu: bool = False
+    """One GPU for each predicting process."""
+    batch_size: PositiveInt = 128
+    """Images predicted at a time."""
+
+
+class PredictConfig(Section):
+    """How a network's outputs become predictions, in evaluation and in scoring alike."""
+
+    flip_average: bool = False
+    """Predict the crop and its mirror image and average: a little more accurate, twice the time."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the network's arithmetic (autocast)."""
+
+
+class ScoreConfig(Section):
+    """Photographs -> one row an image."""
+
+    checkpoint: str = ""
+    """Folder or prefix of the checkpoint."""
+    input: str = ""
+    """Folder or bucket prefix of the photographs, read with its subfolders."""
+    out: str = ""
+    """Folder or prefix of the results: images/run=ID/*.parquet."""
+    num_workers: PositiveInt | None = None
+    """Processes that decode, detect, align and predict; none: one for each CPU of the cluster."""
+    batch_size: PositiveInt = 8
+    """Photographs that a worker takes at a time."""
+    rows_per_file: PositiveInt = 1024
+    """Image rows in one Parquet file: what a killed run may have to do again, for each worker."""
+    limit: PositiveInt | None = None
+    """Score only the first so many keys; none: all."""
+
+
+class RenderConfig(Section):
+    """Synthetic faces, drawn with known labels."""
+
+    out: str = ""
+    """Folder or prefix of chips/ with labels.parquet, and photographs/ with faces.parquet."""
+    num_chips: Annotated[int, Field(ge=0)] = 2000
+    """Single faces of 200 x 200 pixels."""
+    num_photographs: Annotated[int, Field(ge=0)] = 40
+    """Photographs with one to six faces."""
+    seed: int = 0
+    """Which faces are drawn: the same seed and index always give the same face."""
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "storage": StorageConfig,
+    "cluster": ClusterConfig,
+    "render": RenderConfig,
+    "source": SourceConfig,
+    "split": SplitConfig,
+    "vision": VisionConfig,
+    "prepare": PrepareConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "augment": AugmentConfig,
+    "train": TrainConfig,
+    "predict": PredictConfig,
+    "evaluate": EvaluateConfig,
+    "score": ScoreConfig,
+}
+"""Every table that a recipe may hold."""
+
+
+class Job(BaseSettings):
+    """The sections that one job reads. Build one with `load`, or directly in code and tests."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        env_prefix="AGR_RAY_",
+        env_nested_delimiter="__",
+    )
+    required: ClassVar[tuple[str, ...]] = ()
+    """Dotted keys that have no default that could work."""
+
+    storage: StorageConfig = StorageConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  # the library's signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read nothing but what the caller passes: `parse` adds the environment itself, below the command line."""
+        return (init_settings,)
+
+
+class RenderJob(Job):
+    """Render synthetic faces with known labels: chips to train on, and whole photographs to score."""
+
+    required = ("render.out",)
+    render: RenderConfig = RenderConfig()
+
+
+class PrepareJob(Job):
+    """Labelled photographs -> aligned face crops in Parquet, one row for every input, with its split."""
+
+    required = ("source.uri", "prepare.out")
+    source: SourceConfig = SourceConfig()
+    split: SplitConfig = SplitConfig()
+    vision: VisionConfig = VisionConfig()
+    prepare: PrepareConfig = PrepareConfig()
+
+
+class TrainJob(Job):
+    """Train a multi-task network on a prepared set. Run the same command again to resume a run that died."""
+
+    required = ("train.data",)
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    new_run: CliImplicitFlag[bool] = False
+    """Start anew where a run of this name has finished: the number of the run is added to the name."""
+
+    @model_validator(mode="after")
+    def _batch_is_divisible(self) -> Self:
+        if self.train.batch_size % self.train.num_workers:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is not a multiple of train.num_workers "
+                f"{self.train.num_workers}"
+            )
+        return self
+
+
+class EvaluateJob(Job):
+    """Measure a checkpoint on a split of any prepared set, beside majority and median baselines."""
+
+    required = ("evaluate.checkpoint", "evaluate.data")
+    predict: PredictConfig = PredictConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class ScoreJob(Job):
+    """Score every face of every photograph below a folder or bucket prefix: one Parquet row an image."""
+
+    required = ("score.checkpoint", "score.input", "score.out")
+    vision: VisionConfig = VisionConfig()
+    predict: PredictConfig = PredictConfig()
+    score: ScoreConfig = ScoreConfig()
+
+
+J = TypeVar("J", bound=Job)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flag = unknown.split()[0].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"{flag}: there is no such option{_did_you_mean(flag, known)}"
+        print(f"error: {message} (--help lists every option)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def load(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> J:
+    """Build a job's configuration, or print one line on stderr and exit with status 2.
+
+    Args:
+        job: the class to build.
+        argv: the command line, without the program's name.
+        environ: the environment; only variables that begin with `AGR_RAY_` are read.
+    """
+    try:
+        return parse(job, argv, environ)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> J:
+    """Do what `load` does, but raise `ConfigError` instead of exiting (bad options and `--help` still exit)."""
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [--SECTION.KEY VALUE ...]",
+        description=job.__doc__,
+        epilog="Lists and tables are written as JSON: --model.tasks '[\"age\"]'. Environment variables: "
+        "AGR_RAY_SECTION__KEY. Paths are local, file:// or s3://.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="recipe: a TOML file of [section] tables, read first")
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        job,
+        root_parser=parser,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_use_class_docs_for_groups=True,
+        cli_implicit_flags=False,
+    )
+    arguments = parser.parse_args([_underscored(argument) for argument in argv])
+    try:
+        from_command_line = source(parsed_args=arguments)()
+        _check_variables(environ, job)
+        from_environment = EnvSettingsSource(
+            job, env_prefix="AGR_RAY_", env_nested_delimiter="__", env_parse_none_str=""
+        )
+        from_environment.env_vars = {key.lower(): value for key, value in environ.items()}
+        layers = [_read_recipe(arguments.config, job), from_environment(), from_command_line]
+        values: dict[str, Any] = {}
+        for layer in layers:
+            values = _merged(values, layer)
+        built = job(**values)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, job)) from None
+    except SettingsError as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+    for key in job.required:
+        section, _, field = key.partition(".")
+        if not getattr(getattr(built, section), field):
+            raise ConfigError(f"{key} is needed: {_help_of(job, section, field)} Give --{key} or set it in the recipe.")
+    return built
+
+
+def digest(*sections: BaseModel, length: int = 12) -> str:
+    """Return the first hex digits of the SHA-256 of the sections' canonical JSON."""
+    text = json.dumps([section.model_dump(mode="json") for section in sections], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _underscored(argument: str) -> str:
+    """Let `--new-run` and `--train.batch-size` be written with either dash."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    negation = "no-" if name.startswith("no-") else ""  # argparse's own
+    return f"--{negation}{name.removeprefix('no-').replace('-', '_')}{equals}{value}"
+
+
+def _check_variables(environ: Mapping[str, str], job: type[Job]) -> None:
+    """Refuse a variable of ours that names no section: nobody would read it."""
+    known = [*SECTIONS, *job.model_fields, "new_run"]
+    for name in environ:
+        section = name.lower().removeprefix("agr_ray_").partition("__")[0]
+        if name.lower().startswith("agr_ray_") and section not in known:
+            raise ConfigError(f"{name}: there is no section {section}{_did_you_mean(section, known)}")
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _read_recipe(path: str | None, job: type[Job]) -> dict[str, Any]:
+    """Return the recipe's values for this job; check the sections that belong to other jobs."""
+    if path is None:
+        return {}
+    try:
+        with open(path, "rb") as file:
+            recipe = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
+    for name, values in recipe.items():
+        if name not in SECTIONS:
+            hint = _did_you_mean(name, list(SECTIONS))
+            raise ConfigError(f"{path}: there is no section [{name}]{hint}; allowed: {', '.join(SECTIONS)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {name} must be a table: [{name}]")
+        if name not in job.model_fields:
+            try:
+                SECTIONS[name](**values)
+            except ValidationError as error:
+                raise ConfigError(f"{path}: {_describe(error, SECTIONS[name], prefix=name)}") from None
+    return {name: values for name, values in recipe.items() if name in job.model_fields}
+
+
+def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """Say the first of pydantic's complaints in one line: key, value, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    path = [part for part in ([prefix] if prefix else []) + [str(part) for part in first["loc"]] if part]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        owner = SECTIONS[path[0]] if len(path) > 1 and path[0] in SECTIONS else model
+        known = list(owner.model_fields)
+        return f"{key}: there is no such key{_did_you_mean(path[-1], known)}; allowed: {', '.join(known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    message = message[:1].lower() + message[1:]
+    return f"{key}: {first['input']!r} is not allowed: {message}"
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _help_of(job: type[Job], section: str, field: str) -> str:
+    model = job.model_fields[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return model.model_fields[field].description or ""
+
+
+assert set(SPLITS) | {"all"} == {"train", "val", "test", "all"}

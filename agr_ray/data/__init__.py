@@ -1,0 +1,1 @@
+"""Labelled sources of photographs: listing, labels, manifest and splits."""

@@ -1,0 +1,225 @@
+"""From the rows of a labelled source to its manifest: one row an image, whatever is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import pyarrow as pa
+
+from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, MANIFEST, Status
+from agr_ray.storage import ObjectInfo, Storage, StorageError
+
+IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Files of a source with one of these endings, in either case, are its images and become rows; others do not."""
+
+CONFLICT_PREFIX: Final = "conflict:"
+"""Begins the group_id of a subject of whom one image occurs twice under different labels."""
+
+_BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedLabel:
+    """The label of one image, or why there is none that can be used.
+
+    A label that is None is missing, which is allowed. With an `error` everything else is None.
+    """
+
+    age: float | None = None
+    """Years."""
+    gender: str | None = None
+    """One of `schema.GENDERS`."""
+    race: str | None = None
+    """One of `schema.RACES`."""
+    subject: str | None = None
+    """Who is shown, as the source names them."""
+    split: str | None = None
+    """One of `schema.SPLITS`, where the source brings its own."""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One image of a labelled source: where it is and what its label says."""
+
+    uri: str
+    key: str
+    label: ParsedLabel
+    etag: str | None = None
+    size_bytes: int | None = None
+    missing: bool = False
+    """The source labels an image that is not there."""
+
+    @classmethod
+    def listed(cls, info: ObjectInfo, label: ParsedLabel) -> SourceRow:
+        """Return the row of an image that was listed."""
+        return cls(info.uri, info.key, label, info.etag, info.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What reading one image gave: its hash, or why there is none."""
+
+    digest: str | None = None
+    status: Status = Status.OK
+    error: str | None = None
+
+
+def image_id(uri: str) -> str:
+    """Return the image's name in every table: 32 hex digits of the URI's BLAKE2b hash."""
+    return hashlib.blake2b(uri.encode(), digest_size=16).hexdigest()
+
+
+def content_hash(data: bytes) -> str:
+    """Return the SHA-256 of the bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_age(years: float) -> str | None:
+    """Return what is wrong with an age, or None."""
+    if math.isfinite(years) and AGE_MIN_YEARS <= years <= AGE_MAX_YEARS:
+        return None
+    return f"age {years:g} is outside {AGE_MIN_YEARS:g} to {AGE_MAX_YEARS:g} years"
+
+
+def build_manifest(
+    rows: Iterable[SourceRow],
+    *,
+    source: str,
+    storage: Storage,
+    num_threads: int = 8,
+    max_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> pa.Table:
+    """Read and hash every image whose label can be used, and return the manifest, sorted by key.
+
+    `group_id` is `subject:<name>` where the subject is known, else `sha256:<hash of the content>`. Images of equal
+    content share one group, even under the names of two subjects. No split is assigned here.
+
+    Images with a bad label are not read. One that can't be read, or has more than `max_bytes`, gets its status and
+    no group. `progress` is called with the rows done and their total, now and then.
+
+    Returns:
+        A table of `schema.MANIFEST`, the same for the same source on every machine but for URIs and etags.
+
+    Raises:
+        ValueError: one key occurs twice.
+        StorageUnavailable: no image could be read: the storage is at fault.
+    """
+    ordered = sorted(rows, key=lambda row: row.key)
+    for before, after in itertools.pairwise(ordered):
+        if before.key == after.key:
+            raise ValueError(f"source {source!r} has the key {after.key!r} twice")
+
+    def read(row: SourceRow) -> _Content:
+        if row.label.error is not None:
+            return _Content(status=Status.BAD_LABEL, error=row.label.error)
+        if row.missing:
+            return _Content(status=Status.MISSING, error=f"{row.key} is labelled and not there")
+        try:
+            return _Content(content_hash(storage.read(row.uri, etag=row.etag, max_bytes=max_bytes)))
+        except StorageError as error:
+            return _Content(status=error.status, error=str(error))
+
+    contents: list[_Content] = []
+    with ThreadPoolExecutor(num_threads) as pool:
+        # In batches, because map takes all of its input at once: millions of rows would be as many futures.
+        for start in range(0, len(ordered), _BATCH_ROWS):
+            for content in pool.map(read, ordered[start : start + _BATCH_ROWS]):
+                contents.append(content)
+                if progress is not None and (len(contents) % 64 == 0 or len(contents) == len(ordered)):
+                    progress(len(contents), len(ordered))
+
+    groups = group_ids([row.label for row in ordered], [content.digest for content in contents])
+    records = [
+        {
+            "image_id": image_id(row.uri),
+            "uri": row.uri,
+            "key": row.key,
+            "etag": row.etag,
+            "size_bytes": row.size_bytes,
+            "source": source,
+            "group_id": group,
+            "split": row.label.split,
+            "age": row.label.age,
+            "gender": row.label.gender,
+            "race": row.label.race,
+            "status": str(content.status),
+            "error": content.error,
+        }
+        for row, content, group in zip(ordered, contents, groups, strict=True)
+    ]
+    return pa.Table.from_pylist(records, schema=MANIFEST)
+
+
+def group_ids(labels: Sequence[ParsedLabel], digests: Sequence[str | None]) -> list[str | None]:
+    """Return the group of each image: a set of images that must not be torn apart by a split.
+
+    Images belong together that show one subject or have equal content, and so do those that a chain of such links
+    connects. The group is named by the first of its subjects in sorted order, else by its content. An image
+    without digest, which was not read, has no group.
+    """
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    of_content: dict[str, list[ParsedLabel]] = defaultdict(list)
+    for label, digest in zip(labels, digests, strict=True):
+        if digest is not None:
+            of_content[digest].append(label)
+            content = root(f"sha256:{digest}")
+            if label.subject is not None:
+                # "subject:" sorts after "sha256:", and the smallest subject is to name the group.
+                ends = sorted((content, root(f"subject:{label.subject}")), key=lambda each: (each[:3] != "sub", each))
+                parent[ends[1]] = ends[0]
+
+    # Within a group named by content every difference is a conflict, as splits.py sees for itself. Within a
+    # subject ages differ by right, and only equal content tells.
+    conflicting = {
+        root(f"sha256:{digest}") for digest, twins in of_content.items() if labels_conflict([_triple(t) for t in twins])
+    }
+    names: list[str | None] = []
+    for digest in digests:
+        name = None if digest is None else root(f"sha256:{digest}")
+        if name in conflicting and name.startswith("subject:"):
+            name = CONFLICT_PREFIX + name
+        names.append(name)
+    return names
+
+
+def labels_conflict(labels: Sequence[Sequence[object]]) -> bool:
+    """Say whether any label takes two values among the given ones; a missing label agrees with every value."""
+    return any(len({value for value in column if value is not None}) > 1 for column in zip(*labels, strict=True))
+
+
+def match_word(
+    name: str, value: str | None, words: Sequence[str], codes: Mapping[str, str] | None = None
+) -> tuple[str | None, str | None]:
+    """Match a label as a source writes it against the words of the schema, regardless of case.
+
+    `codes` maps further spellings to words, such as `{"0": "male"}`. An empty or absent value is a missing label.
+
+    Returns:
+        The word and None, or None and what is wrong.
+    """
+    if value is None or not value.strip():
+        return None, None
+    found = value.strip().lower()
+    meanings = {word: word for word in words} | {code.lower(): word for code, word in (codes or {}).items()}
+    if found in meanings:
+        return meanings[found], None
+    return None, f"{name} {value!r} is not understood: expected one of {', '.join(meanings)}"
+
+
+def _triple(label: ParsedLabel) -> tuple[float | None, str | None, str | None]:
+    return (label.age, label.gender, label.race)

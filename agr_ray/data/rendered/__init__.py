@@ -1,0 +1,37 @@
+"""Rendered synthetic faces: labelled chips and photographs for demos, tests and benchmarks.
+
+Deterministic by seed, any number, drawn with numpy and OpenCV. The labels of a face show only in the
+face and the hair, each by several continuous cues.
+"""
+
+from agr_ray.data.rendered.scene import (
+    MIN_FACE_WIDTH_PX,
+    Pose,
+    RenderedChip,
+    RenderedFace,
+    RenderedPhotograph,
+    chip_labels_table,
+    head_mask,
+    iter_chips,
+    photograph_labels_table,
+    render_chip,
+    render_photograph,
+)
+from agr_ray.data.rendered.traits import AGE_FIRST_YEARS, AGE_LAST_YEARS, Labels
+
+__all__ = [
+    "AGE_FIRST_YEARS",
+    "AGE_LAST_YEARS",
+    "MIN_FACE_WIDTH_PX",
+    "Labels",
+    "Pose",
+    "RenderedChip",
+    "RenderedFace",
+    "RenderedPhotograph",
+    "chip_labels_table",
+    "head_mask",
+    "iter_chips",
+    "photograph_labels_table",
+    "render_chip",
+    "render_photograph",
+]

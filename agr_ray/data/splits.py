@@ -1,0 +1,241 @@
+"""Splits of a manifest into train, val and test: by group, stratified, and the same everywhere.
+
+What decides is the groups' ids, their labels and the seed: neither paths nor the order of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import pyarrow as pa
+
+from agr_ray.data.manifest import CONFLICT_PREFIX, labels_conflict
+from agr_ray.schema import MANIFEST, SPLITS, Status
+
+TRAIN: Final = "train"
+DECADE_YEARS: Final = 10
+
+Stratum = tuple[int, str, str]
+"""Age decade, gender and race; -1 or "" where the label is missing."""
+
+
+class SplitLeakError(ValueError):
+    """A group lies in two splits."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The images that must stay together."""
+
+    group_id: str
+    num_images: int
+    stratum: Stratum
+    conflicting: bool
+    given: str | None
+    """The split that the source assigned."""
+
+
+def assign_splits(manifest: pa.Table, fractions: Mapping[str, float], seed: int, sample: int | None = None) -> pa.Table:
+    """Return the manifest with its column `split` filled in.
+
+    Groups are dealt out stratum by stratum (age decade x gender x race), in an order hashed from the seed, each to
+    the split that is furthest behind its fraction. What a stratum leaves over or short is carried into the next,
+    so that the totals come out right however small the strata are.
+
+    - Groups whose equal images carry different labels go to train; where train has no fraction, to no split.
+    - A split that the source gave is kept and counts towards its fraction; the rest of its group joins it. Only a
+      conflicting group that was given to val or test is left out.
+    - With `sample`, a stratified sample of that many images is drawn first, and the rest has no split. If there
+      are fewer images, all are taken.
+    - Rows that are not ok have no split.
+
+    Args:
+        fractions: Of the images, by name of split; a split that is not named gets nothing. Their sum is 1.
+
+    Raises:
+        ValueError: fractions or sample are impossible.
+        SplitLeakError: the source gave one group two splits.
+    """
+    _check_fractions(fractions)
+    if sample is not None and sample < 1:
+        raise ValueError(f"sample is {sample}: at least 1 image is needed")
+    groups = _groups(manifest)
+    if sample is not None:
+        groups = _draw(groups, sample, seed)
+    split_of = _deal(groups, fractions, seed)
+    splits = [
+        split_of.get(group) if status == Status.OK and group is not None else None
+        for group, status in zip(
+            manifest.column("group_id").to_pylist(), manifest.column("status").to_pylist(), strict=True
+        )
+    ]
+    index = manifest.schema.get_field_index("split")
+    return manifest.set_column(index, MANIFEST.field("split"), pa.array(splits, pa.string()))
+
+
+def check_no_leak(manifest: pa.Table) -> None:
+    """Raise if any group lies in two splits.
+
+    Raises:
+        SplitLeakError: names the first such group.
+    """
+    seen: dict[str, str] = {}
+    for group, split in zip(manifest.column("group_id").to_pylist(), manifest.column("split").to_pylist(), strict=True):
+        if group is not None and split is not None and seen.setdefault(group, split) != split:
+            raise SplitLeakError(f"group {group!r} lies in both {seen[group]} and {split}")
+
+
+def split_manifest_text(manifest: pa.Table) -> str:
+    """Return the record of who is in which split: sorted lines of group, key and split, parted by tabs.
+
+    Rows in no split are left out. Backslash, tab and line breaks in a key are written as in C.
+    """
+    columns = [manifest.column(name).to_pylist() for name in ("group_id", "key", "split")]
+    lines = [
+        f"{_escape(group)}\t{_escape(key)}\t{split}\n"
+        for group, key, split in zip(*columns, strict=True)
+        if split is not None
+    ]
+    return "".join(sorted(lines))
+
+
+def split_digest(text: str) -> str:
+    """Return the SHA-256 of a split manifest, in hex: the name by which checkpoints and reports know it."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _groups(manifest: pa.Table) -> list[_Group]:
+    """Return the groups of the rows that are ok, in the order of their ids."""
+    members: dict[str, list[tuple[float | None, str | None, str | None]]] = defaultdict(list)
+    given: dict[str, str] = {}
+    names = ("group_id", "age", "gender", "race", "split", "status")
+    for group, age, gender, race, split, status in zip(
+        *(manifest.column(name).to_pylist() for name in names), strict=True
+    ):
+        if status != Status.OK or group is None:
+            continue
+        members[group].append((age, gender, race))
+        if split is not None and given.setdefault(group, split) != split:
+            raise SplitLeakError(f"the source gives group {group!r} two splits: {given[group]} and {split}")
+    return [
+        _Group(group, len(labels), _stratum(labels), _conflicts(group, labels), given.get(group))
+        for group, labels in sorted(members.items())
+    ]
+
+
+def _stratum(labels: list[tuple[float | None, str | None, str | None]]) -> Stratum:
+    """Return the stratum of a group: of its smallest label, so that the order of rows has no say."""
+    strata = [
+        (-1 if age is None else int(age // DECADE_YEARS), gender or "", race or "") for age, gender, race in labels
+    ]
+    return min(strata, key=lambda stratum: (stratum[0] < 0, stratum[1] == "", stratum[2] == "", stratum))
+
+
+def _conflicts(group: str, labels: list[tuple[float | None, str | None, str | None]]) -> bool:
+    if group.startswith(CONFLICT_PREFIX):
+        return True
+    # One person's photographs differ in age by right.
+    return labels_conflict([label[1:] if group.startswith("subject:") else label for label in labels])
+
+
+def _order(*parts: object) -> bytes:
+    """Return a hash to sort by: a shuffle that depends on nothing but its arguments."""
+    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
+
+
+def _shuffled(groups: list[_Group], seed: int, purpose: str) -> list[_Group]:
+    """Return the groups stratum by stratum, strata and the groups within them in an order hashed from the seed."""
+    return sorted(
+        groups,
+        key=lambda group: (
+            _order(seed, purpose, "stratum", *group.stratum),
+            group.stratum,
+            _order(seed, purpose, "group", group.group_id),
+        ),
+    )
+
+
+class _Dealer:
+    """Keeps several shares of a growing total as close to their fractions as whole groups allow."""
+
+    def __init__(self, fractions: Mapping[str, float]) -> None:
+        self._fractions = fractions
+        self._dealt = dict.fromkeys(fractions, 0)
+
+    def give(self, share: str | None, num_images: int) -> None:
+        """Count a group whose share was settled by something else."""
+        if share in self._dealt:
+            self._dealt[share] += num_images
+
+    def deal(self, num_images: int) -> str:
+        """Return the share that is furthest behind once the group counts, and give the group to it."""
+        total = sum(self._dealt.values()) + num_images
+        # They sum to num_images, so the largest is above 0 and never that of a share without a fraction.
+        behind = {share: fraction * total - self._dealt[share] for share, fraction in self._fractions.items()}
+        share = max(behind, key=lambda each: behind[each])  # of equals the first, in the order of `fractions`
+        self._dealt[share] += num_images
+        return share
+
+
+def _deal(groups: list[_Group], fractions: Mapping[str, float], seed: int) -> dict[str, str | None]:
+    """Return the split of each group."""
+    dealer = _Dealer({split: fractions.get(split, 0.0) for split in SPLITS})
+    refuge = TRAIN if fractions.get(TRAIN, 0.0) > 0 else None
+    by_stratum: dict[Stratum, list[_Group]] = defaultdict(list)
+    for group in _shuffled(groups, seed, "split"):
+        by_stratum[group.stratum].append(group)
+    splits: dict[str, str | None] = {}
+    for members in by_stratum.values():
+        # What is settled comes first, so that the rest of its stratum makes up for it.
+        for group in members:
+            if group.conflicting:
+                splits[group.group_id] = refuge if group.given in (None, TRAIN) else None
+            elif group.given is not None:
+                splits[group.group_id] = group.given
+            else:
+                continue
+            dealer.give(splits[group.group_id], group.num_images)
+        for group in members:
+            if group.group_id not in splits:
+                splits[group.group_id] = dealer.deal(group.num_images)
+    return splits
+
+
+def _draw(groups: list[_Group], sample: int, seed: int) -> list[_Group]:
+    """Return a stratified sample of groups that holds `sample` images, or as near to it as whole groups come."""
+    total = sum(group.num_images for group in groups)
+    if sample >= total:
+        return groups
+    dealer = _Dealer({"in": sample / total, "out": 1 - sample / total})
+    shuffled = _shuffled(groups, seed, "sample")
+    taken = {group.group_id: dealer.deal(group.num_images) == "in" for group in shuffled}
+    surplus = sum(group.num_images for group in shuffled if taken[group.group_id]) - sample
+    for group in sorted(shuffled, key=lambda each: _order(seed, "adjust", each.group_id)):
+        # Dealing ends within a group of the goal: groups that fit into what is over or short settle it.
+        if surplus > 0 and taken[group.group_id] and group.num_images <= surplus:
+            taken[group.group_id] = False
+            surplus -= group.num_images
+        elif surplus < 0 and not taken[group.group_id] and group.num_images <= -surplus:
+            taken[group.group_id] = True
+            surplus += group.num_images
+    return [group for group in groups if taken[group.group_id]]
+
+
+def _check_fractions(fractions: Mapping[str, float]) -> None:
+    unknown = sorted(set(fractions) - set(SPLITS))
+    if unknown:
+        raise ValueError(f"fractions name {', '.join(unknown)}: expected {', '.join(SPLITS)}")
+    shown = ", ".join(f"{split} {fraction:g}" for split, fraction in fractions.items())
+    if not all(0 <= fraction <= 1 for fraction in fractions.values()):
+        raise ValueError(f"fractions are {shown}: each must lie between 0 and 1")
+    if not math.isclose(sum(fractions.values()), 1.0, abs_tol=1e-6):
+        raise ValueError(f"fractions are {shown}: their sum is {sum(fractions.values()):g} and must be 1")
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

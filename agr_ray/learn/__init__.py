@@ -1,0 +1,1 @@
+"""Losses, metrics, augmentation, prediction and the training loop. Knows nothing of Ray."""

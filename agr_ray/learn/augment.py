@@ -1,0 +1,148 @@
+"""Stored crops -> the network's input: plain for evaluation, with random changes for training.
+
+All geometry is one affine map and one `grid_sample`, all colour one 3 x 3 matrix and offset an image.
+Shrinking is always anti-aliased: where the template in the stored crop is larger than the input, the
+crop is shrunk with a filter first, and `grid_sample` works at about 1:1. Images come as uint8 NCHW; a
+permuted NHWC array is fine, and keeps the result in channels_last.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from torch import Tensor
+
+from agr_ray.config import AugmentConfig
+from agr_ray.models.network import Transform
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_ERASED_SHARE = (0.02, 0.20)
+_ERASED_ASPECT = (0.3, 3.3)
+
+
+def prepare_eval(images_u8: Tensor, transform: Transform) -> Tensor:
+    """Cut out the template, resize and normalise.
+
+    Args:
+        images_u8: (n, 3, stored, stored) uint8, RGB.
+        transform: the network's.
+
+    Returns:
+        (n, 3, input_side_px, input_side_px) float32.
+    """
+    return _normalise(_centre(images_u8, transform), transform)
+
+
+def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+    """Do what `prepare_eval` does with changes drawn for every image.
+
+    Where a change reaches beyond the stored crop, the border is reflected.
+
+    Args:
+        images_u8: (n, 3, stored, stored) uint8, RGB.
+        transform: the network's.
+        config: which changes, and how strong.
+        generator: of any device; the same state gives the same images.
+
+    Returns:
+        (n, 3, input_side_px, input_side_px) float32.
+    """
+    flip = _uniform(images_u8, 0.0, 1.0, generator) < config.flip_probability
+    if config.rotation_degrees or config.scale or config.shift:
+        images = _resample(images_u8, flip, transform, config, generator)
+    else:
+        centre = _centre(images_u8, transform)
+        images = torch.where(flip[:, None, None, None], centre.flip(-1), centre)
+    if config.brightness or config.contrast or config.saturation:
+        images = _jitter(images, config, generator)
+    images = _normalise(images, transform)
+    if config.erasing_probability:
+        images = _erase(images, config.erasing_probability, generator)
+    return images
+
+
+def _uniform(like: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """Draw one float32 an image, on the images' device, the same on every device."""
+    draws = torch.rand(like.shape[0], generator=generator, device=generator.device)
+    return (low + (high - low) * draws).to(like.device)
+
+
+def _centre(images_u8: Tensor, transform: Transform) -> Tensor:
+    """Cut out the template; resize only if its side is not the input's."""
+    stored, side = images_u8.shape[-1], transform.crop_side_px
+    assert images_u8.shape[-2] == stored >= side, (images_u8.shape, side)
+    first = (stored - side) // 2
+    square = images_u8[:, :, first : first + side, first : first + side]
+    return square if side == transform.input_side_px else _resize(square, transform.input_side_px)
+
+
+def _resize(images: Tensor, side: int) -> Tensor:
+    return F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+
+
+def _resample(
+    images_u8: Tensor, flip: Tensor, transform: Transform, config: AugmentConfig, generator: torch.Generator
+) -> Tensor:
+    """Flip, rotate, zoom, shift, cut out the template and resize, all in one interpolation."""
+    angle = torch.deg2rad(_uniform(images_u8, -config.rotation_degrees, config.rotation_degrees, generator))
+    zoom = _uniform(images_u8, 1.0 - config.scale, 1.0 + config.scale, generator)
+    shift_x = _uniform(images_u8, -config.shift, config.shift, generator)
+    shift_y = _uniform(images_u8, -config.shift, config.shift, generator)
+    stored, side = images_u8.shape[-1], transform.crop_side_px
+    assert images_u8.shape[-2] == stored >= side, (images_u8.shape, side)
+    share = side / stored
+    if side > transform.input_side_px:
+        images = _resize(images_u8, round(stored * transform.input_side_px / side))
+    else:
+        # Colour planes apart: grid_sample and what follows take half the time of channels_last.
+        images = images_u8.to(torch.float32, memory_format=torch.contiguous_format)
+    # From output to input, both in -1..1: flip, then rotate and zoom about the centre, then shift.
+    cosine, sine = share / zoom * angle.cos(), share / zoom * angle.sin()
+    mirror = 1.0 - 2.0 * flip.float()
+    rows = (cosine * mirror, -sine, 2.0 * share * shift_x, sine * mirror, cosine, 2.0 * share * shift_y)
+    theta = torch.stack(rows, dim=1).view(-1, 2, 3)
+    size = [len(images), 3, transform.input_side_px, transform.input_side_px]
+    grid = F.affine_grid(theta, size, align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _jitter(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+    """Scale brightness, then saturation about each pixel's grey, then contrast about the image's mean grey.
+
+    The three together are linear, so they are applied as one matrix and clamped once.
+    """
+    brightness = _uniform(images, 1.0 - config.brightness, 1.0 + config.brightness, generator)
+    contrast = _uniform(images, 1.0 - config.contrast, 1.0 + config.contrast, generator)
+    saturation = _uniform(images, 1.0 - config.saturation, 1.0 + config.saturation, generator)
+    images = images.float()
+    luma = torch.tensor(_LUMA, device=images.device)
+    mean_grey = images.mean(dim=(2, 3)) @ luma
+    own = brightness * contrast * saturation
+    grey = brightness * contrast * (1.0 - saturation)
+    matrix = own[:, None, None] * torch.eye(3, device=images.device) + grey[:, None, None] * luma.expand(3, 3)
+    offset = brightness * (1.0 - contrast) * mean_grey
+    changed = torch.baddbmm(offset[:, None, None].expand(-1, 3, 1), matrix, images.flatten(2))
+    return changed.clamp_(0.0, 255.0).view(images.shape)
+
+
+def _normalise(images: Tensor, transform: Transform) -> Tensor:
+    """Map 0..255 to (value / 255 - mean) / std in one pass."""
+    mean = torch.tensor(transform.mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(transform.std, device=images.device).view(1, 3, 1, 1)
+    return torch.addcmul(-mean / std, images.float(), 1.0 / (255.0 * std))
+
+
+def _erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Fill a rectangle with the image's mean colour."""
+    chosen = _uniform(images, 0.0, 1.0, generator) < probability
+    share = _uniform(images, *_ERASED_SHARE, generator)
+    low, high = (torch.tensor(aspect).log().item() for aspect in _ERASED_ASPECT)
+    aspect = _uniform(images, low, high, generator).exp()
+    inside = chosen[:, None, None]
+    for dim, length in ((1, (share * aspect).sqrt()), (2, (share / aspect).sqrt())):
+        first = _uniform(images, 0.0, 1.0, generator) * (1.0 - length.clamp(max=1.0))
+        num = images.shape[dim + 1]
+        centres = (torch.arange(num, device=images.device) + 0.5) / num
+        within = (centres >= first[:, None]) & (centres < (first + length)[:, None])
+        inside = inside & within.unsqueeze(3 - dim)
+    return torch.where(inside[:, None], images.mean(dim=(2, 3), keepdim=True), images)

@@ -1,0 +1,504 @@
+"""The training loop, written against a small context: it doesn't know where batches come from or who else trains.
+
+    for each epoch: train_batches -> augment -> network -> loss -> step; val_batches -> metrics; report
+
+`LocalContext` runs it in this process on arrays. Ranks may be given different numbers of batches: before
+every step they add up their rows and labels, so all know whether anyone has data, and by what to divide
+the masked means; a rank without data takes part with weight zero. All else that ranks exchange is one
+reduction after training and one after validation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from agr_ray.config import TrainJob
+from agr_ray.learn.augment import augment
+from agr_ray.learn.losses import Targets, label_counts, loss_weights, multi_task_loss
+from agr_ray.learn.metrics import Baseline, Labels, MetricSums, objective
+from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, set_learning_rate
+from agr_ray.learn.predict import Predictions, average, infer, to_nchw
+from agr_ray.models.network import TASKS, MultiTaskNet, Transform
+from agr_ray.schema import HISTORY
+
+Batch: TypeAlias = Mapping[str, Any]
+"""crop (n, stored, stored, 3) uint8, age (n,) float32, gender and race (n,) int64; arrays or CPU tensors."""
+
+Row: TypeAlias = dict[str, Any]
+"""One row of `schema.HISTORY`."""
+
+_PROGRESS_S: Final = 1.0
+_CHECK_EVERY: Final = 25
+_CUDA: Final = "cuda"
+
+
+class NonFiniteLossError(Exception):
+    """The loss is no number: names the epoch, the step and each task's loss. The run stops; nothing is saved."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an epoch is."""
+
+    epoch: int
+    num_epochs: int
+    num_samples: int
+    """Of all ranks, in this epoch."""
+    num_samples_total: int
+    loss: float
+    """Of this rank, mean since the epoch began."""
+    samples_per_s: float
+    """Of all ranks, since the epoch began."""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What the context learns after each epoch. Every rank has the same; one of them should save."""
+
+    row: Row
+    is_best: bool
+    """Whether no epoch before had a better objective (always, without validation)."""
+    finished: str
+    """Why this epoch is the last: `epochs`, `early_stopping`; empty: it isn't."""
+    metrics: Mapping[str, Any]
+    """On validation: `MetricSums.to_json`, with `baseline` of the same shape."""
+    model: MultiTaskNet
+    """Whose weights were validated and should be kept: the moving average where there is one."""
+    train_state: Callable[[], dict[str, Any]]
+    """Build what `train(resume=...)` takes: plain values and tensors that the next step changes, so save at once."""
+
+
+class Context(Protocol):
+    """Where the loop runs."""
+
+    @property
+    def rank(self) -> int:
+        """Which of the workers this is, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """How many workers there are."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this worker computes."""
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over this rank's share of one epoch (from 1), shuffled anew for each."""
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Iterate over this rank's share of validation; over all ranks each row comes once."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Add up over ranks. The tensor is a small one on the CPU, and so is the result."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Make backward average the gradients over ranks (DDP with broadcast_buffers=False, or nothing).
+
+        Batch norm's statistics are averaged by the loop, once an epoch.
+        """
+
+    def report(self, report: EpochReport) -> None:
+        """Keep a checkpoint, log the row."""
+
+    def progress(self, progress: Progress) -> None:
+        """Show it; called about once a second."""
+
+
+@dataclass
+class LocalContext:
+    """One rank in this process, on arrays in memory."""
+
+    train: Batch
+    val: Batch
+    batch_size: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+    on_report: Callable[[EpochReport], None] | None = None
+    on_progress: Callable[[Progress], None] | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over the training arrays in an order drawn by seed and epoch."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train["age"]))
+        return self._batches(self.train, order)
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Iterate over the validation arrays in their order."""
+        return self._batches(self.val, np.arange(len(self.val["age"])))
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Return it: there are no others."""
+        return tensor
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return it: there are no others."""
+        return model
+
+    def report(self, report: EpochReport) -> None:
+        """Hand it on."""
+        if self.on_report is not None:
+            self.on_report(report)
+
+    def progress(self, progress: Progress) -> None:
+        """Hand it on."""
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
+    def _batches(self, arrays: Batch, order: NDArray[np.int64]) -> Iterator[Batch]:
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            yield {name: values[chosen] for name, values in arrays.items()}
+
+
+def train(
+    context: Context,
+    model: MultiTaskNet,
+    transform: Transform,
+    job: TrainJob,
+    baseline: Baseline,
+    num_train_rows: int,
+    resume: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """Train until the epochs are done or validation stops getting better.
+
+    The same state, data and seed give the same weights, whether the run was interrupted or not: learning
+    rate and random numbers depend on (seed, epoch, rank) alone, and are drawn anew in each epoch.
+
+    Args:
+        context: where batches come from and reports go to.
+        model: with its first weights, or those of the checkpoint to resume from; ends with the last epoch's
+            raw weights, on the context's device.
+        transform: the model's.
+        job: sections model, loss, augment, train and predict are read.
+        baseline: guesses fitted on the training labels; the objective is relative to them (`metrics.objective`).
+        num_train_rows: of all ranks, in one epoch; foresees the number of steps, and a little off does no harm.
+        resume: `EpochReport.train_state()` of the same checkpoint; none: begin.
+
+    Returns:
+        The rows of all epochs, those before the interruption too.
+
+    Raises:
+        NonFiniteLossError: on all ranks.
+    """
+    return _Run(context, model, transform, job, baseline, num_train_rows, resume).run()
+
+
+@dataclass
+class _Epoch:
+    """What the training part of one epoch adds up."""
+
+    num_rows: int = 0
+    num_local_rows: int = 0
+    num_steps: int = 0
+    wait_s: float = 0.0
+    train_s: float = 0.0
+    loss: float = math.nan
+
+
+class _Run:
+    """State of one call of `train`."""
+
+    def __init__(
+        self,
+        context: Context,
+        model: MultiTaskNet,
+        transform: Transform,
+        job: TrainJob,
+        baseline: Baseline,
+        num_train_rows: int,
+        resume: Mapping[str, Any] | None,
+    ) -> None:
+        self.context = context
+        self.transform = transform
+        self.job = job
+        self.baseline = baseline
+        self.num_train_rows = num_train_rows
+        self.steps_per_epoch = max(1, math.ceil(num_train_rows / job.train.batch_size))
+        self.model = model.to(context.device).to(memory_format=torch.channels_last)
+        state = dict(resume or {})
+        self.epoch = int(state.get("epoch", 0))
+        self.step = int(state.get("step", 0))
+        self.best_objective = float(state.get("best_objective", math.inf))
+        self.stale_epochs = int(state.get("stale_epochs", 0))
+        self.finished = str(state.get("finished", ""))
+        self.history: list[Row] = [dict(row) for row in state.get("history", [])]
+        decay = job.train.ema_decay
+        # The checkpoint's weights are the average's; the raw ones are in the state.
+        self.ema = Ema(self.model, decay, int(state.get("ema_updates", 0))) if decay else None
+        if state.get("raw_weights") is not None:
+            self.model.load_state_dict(state["raw_weights"])
+        self.optimizer = build_optimizer(self.model, job.train)
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.wrapped = context.wrap(self.model)
+
+    def run(self) -> list[Row]:
+        while not self.finished and self.epoch < self.job.train.epochs:
+            start = time.perf_counter()
+            self.epoch += 1
+            epoch = self._train_epoch()
+            self._average_batch_norm(epoch)
+            kept = self.model if self.ema is None else self.ema.model
+            values, val_loss, num_val_rows = self._validate(kept)
+            score = objective(values, values["baseline"], self.model.tasks)
+            is_best = self._judge(score)
+            row: Row = {
+                "epoch": self.epoch,
+                "step": self.step,
+                "lr": self._lr(epoch.num_steps),
+                "train_loss": epoch.loss,
+                "val_loss": val_loss,
+                "val_age_mae_years": values["age"]["mae_years"],
+                "val_age_within_5": values["age"]["within_5"],
+                "val_gender_accuracy": values["gender"]["accuracy"],
+                "val_race_accuracy": values["race"]["accuracy"],
+                "val_objective": score,
+                "num_train_rows": epoch.num_rows,
+                "num_val_rows": num_val_rows,
+                "epoch_s": time.perf_counter() - start,
+                "samples_per_s": epoch.num_rows / epoch.train_s,
+                "data_wait_share": epoch.wait_s / epoch.train_s,
+            }
+            assert list(row) == HISTORY.names
+            self.history.append(row)
+            self.context.report(EpochReport(row, is_best, self.finished, values, kept, self._state))
+        return self.history
+
+    def _train_epoch(self) -> _Epoch:
+        """Take all steps of one epoch."""
+        context, device = self.context, self.context.device
+        seed = _seed(self.job.train.seed, self.epoch, context.rank)
+        torch.manual_seed(seed)  # dropout
+        generator = torch.Generator().manual_seed(seed)
+        self.wrapped.train()
+        epoch = _Epoch()
+        sums, counts = torch.zeros(3, device=device), torch.zeros(3, device=device)
+        monitor = _Monitor(self.epoch, check_every=_CHECK_EVERY if device.type == _CUDA else 1)
+        batches = self.context.train_batches(self.epoch)
+        start = shown = time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            batch = _next(batches)
+            epoch.wait_s += time.perf_counter() - asked
+            targets = _targets(batch)
+            if batch is None:
+                monitor.flush()
+            totals = context.all_reduce_sum(_agreement(targets, bool(monitor.problem)))
+            if totals[-1] > 0:
+                raise NonFiniteLossError(
+                    monitor.problem or f"epoch {self.epoch}: the loss of another rank is not finite"
+                )
+            if totals[0] == 0:
+                break
+            task_sums, task_counts = self._step(batch, targets, totals[1:4], epoch, generator, monitor)
+            sums += task_sums
+            counts += task_counts
+            epoch.num_rows += int(totals[0])
+            epoch.num_local_rows += len(targets.age)
+            now = time.perf_counter()
+            if now - shown >= _PROGRESS_S:
+                shown = now
+                loss = self._weighted(torch.cat([sums, counts]).tolist())
+                speed = epoch.num_rows / (now - start)
+                progress = Progress(self.epoch, self.job.train.epochs, epoch.num_rows, self.num_train_rows, loss, speed)
+                context.progress(progress)
+        epoch.train_s = max(time.perf_counter() - start, 1e-9)
+        waited = torch.tensor([epoch.wait_s], dtype=torch.float64)
+        totals = context.all_reduce_sum(torch.cat([sums.double().cpu(), counts.double().cpu(), waited]))
+        epoch.loss = self._weighted(totals[:6].tolist())
+        epoch.wait_s = float(totals[6]) / context.world_size
+        return epoch
+
+    def _step(
+        self,
+        batch: Batch | None,
+        targets: Targets,
+        counts_total: Tensor,
+        epoch: _Epoch,
+        generator: torch.Generator,
+        monitor: _Monitor,
+    ) -> tuple[Tensor, Tensor]:
+        """Take one optimiser step, with an image of no label and no weight where this rank has none."""
+        device, config = self.context.device, self.job.train
+        if batch is None or len(targets.age) < 2:
+            # Batch norm can't be trained on no image, nor on one: let its statistics stand for this step.
+            self.wrapped.eval()
+        if batch is None:
+            side = self.transform.input_side_px
+            images = torch.zeros(1, 3, side, side, device=device)
+            targets = Targets(torch.full((1,), math.nan), torch.full((1,), -1), torch.full((1,), -1))
+        else:
+            images = augment(to_nchw(batch["crop"], device), self.transform, self.job.augment, generator)
+        targets = Targets(*(values.to(device, non_blocking=True) for values in targets))
+        set_learning_rate(self.optimizer, self._lr(epoch.num_steps))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
+            outputs = self.wrapped(images.contiguous(memory_format=torch.channels_last))
+        loss, tasks = multi_task_loss(outputs, targets, self.job.loss, counts_total, self.context.world_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.step += 1
+        epoch.num_steps += 1
+        monitor.watch(self.step, loss.detach(), tasks.sums, tasks.counts)
+        if not monitor.problem:
+            self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.wrapped.train()
+        return tasks.sums, tasks.counts
+
+    def _validate(self, model: MultiTaskNet) -> tuple[dict[str, Any], float | None, int]:
+        """Return the metrics with the baseline's, the loss (none: no labels), and the rows of all ranks."""
+        model.eval()
+        device = self.context.device
+        sums, guesses = MetricSums(), MetricSums()
+        losses = torch.zeros(6, dtype=torch.float64)
+        for batch in self.context.val_batches():
+            labels = _labels(batch)
+            num_rows = len(labels.age)
+            if num_rows == 0:
+                continue
+            targets = Targets(*(torch.as_tensor(values).to(device) for values in labels))
+            views = infer(model, to_nchw(batch["crop"], device), self.transform, self.job.predict)
+            _, tasks = multi_task_loss(views[0], targets, self.job.loss, label_counts(targets))
+            losses += torch.cat([tasks.sums, tasks.counts]).double().cpu()
+            predictions = average(views)
+            sums.update(labels, predictions)
+            headed = zip(self.baseline.predict(num_rows), predictions, strict=True)
+            guesses.update(labels, Predictions(*(g if p is not None else None for g, p in headed)))
+        vector = torch.cat([losses, torch.from_numpy(sums.vector), torch.from_numpy(guesses.vector)])
+        total = self.context.all_reduce_sum(vector).numpy()
+        _, sums.vector[:], guesses.vector[:] = np.split(total, (6, 6 + sums.vector.size))
+        loss = self._weighted(total[:6].tolist()) if total[3:6].any() else None
+        if loss is not None and not math.isfinite(loss):
+            named = _describe(total[:3].tolist(), total[3:6].tolist())
+            raise NonFiniteLossError(f"epoch {self.epoch}, after step {self.step}, on validation: loss {loss}: {named}")
+        return {**sums.to_json(), "baseline": guesses.to_json()}, loss, int(sums.rows[0])
+
+    def _judge(self, score: float | None) -> bool:
+        """Count epochs without progress, decide whether to go on, and say whether this one is the best."""
+        config = self.job.train
+        is_best = score is None or score < self.best_objective
+        if score is not None:
+            self.stale_epochs = 0 if is_best else self.stale_epochs + 1
+            self.best_objective = min(score, self.best_objective)
+        if config.early_stopping_epochs and self.stale_epochs >= config.early_stopping_epochs:
+            self.finished = "early_stopping"
+        elif self.epoch >= config.epochs:
+            self.finished = "epochs"
+        return is_best
+
+    def _average_batch_norm(self, epoch: _Epoch) -> None:
+        """Average the running statistics over ranks, by the rows that each saw, and pass them to the average."""
+        with torch.no_grad():
+            if self.context.world_size > 1:
+                statistics = [b for b in self.model.buffers() if b.is_floating_point()]
+                flat = torch.cat([b.detach().cpu().double().flatten() for b in statistics])
+                weight = epoch.num_local_rows / max(epoch.num_rows, 1)
+                flat = self.context.all_reduce_sum(flat * weight)
+                for buffer, part in zip(statistics, torch.split(flat, [b.numel() for b in statistics]), strict=True):
+                    buffer.copy_(part.view(buffer.shape))
+            if self.ema is not None:
+                self.ema.copy_buffers(self.model)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "raw_weights": None if self.ema is None else self.model.state_dict(),
+            "ema_updates": 0 if self.ema is None else self.ema.num_updates,
+            "best_objective": self.best_objective,
+            "stale_epochs": self.stale_epochs,
+            "finished": self.finished,
+            "history": self.history,
+            "seed": torch.tensor(self.job.train.seed),
+        }
+
+    def _lr(self, steps_done: int) -> float:
+        share = min(steps_done / self.steps_per_epoch, 1.0)
+        return learning_rate(self.epoch - 1 + share, self.job.train)
+
+    def _weighted(self, sums_and_counts: Sequence[float]) -> float:
+        """Return the loss: the weighted sum of the tasks' means, from three sums and three counts."""
+        weights = loss_weights(self.job.loss)
+        return sum(
+            weight * total / count
+            for weight, total, count in zip(weights, sums_and_counts[:3], sums_and_counts[3:], strict=True)
+            if count
+        )
+
+
+class _Monitor:
+    """Looks for losses that are not finite, without making the device wait at every step."""
+
+    def __init__(self, epoch: int, check_every: int) -> None:
+        self.epoch = epoch
+        self.check_every = check_every
+        self.pending: list[tuple[int, Tensor]] = []
+        self.problem = ""
+
+    def watch(self, step: int, loss: Tensor, sums: Tensor, counts: Tensor) -> None:
+        """Take note of one step."""
+        self.pending.append((step, torch.cat([loss[None], sums, counts])))
+        if len(self.pending) >= self.check_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Look at all steps noted; `problem` names the first bad one."""
+        if self.pending and not self.problem:
+            values = torch.stack([noted for _, noted in self.pending]).cpu()
+            bad = (~torch.isfinite(values).all(dim=1)).nonzero()
+            if len(bad):
+                first = int(bad[0])
+                loss, *tasks = values[first].tolist()
+                named = _describe(tasks[:3], tasks[3:])
+                self.problem = f"epoch {self.epoch}, step {self.pending[first][0]}: loss {loss}: {named}"
+        self.pending.clear()
+
+
+def _describe(sums: Sequence[float], counts: Sequence[float]) -> str:
+    means = (f"{total / count:.6g}" if count else "no labels" for total, count in zip(sums, counts, strict=True))
+    return ", ".join(f"{task} {mean}" for task, mean in zip(TASKS, means, strict=True))
+
+
+def _next(batches: Iterator[Batch]) -> Batch | None:
+    """Return the next batch that has rows."""
+    for batch in batches:
+        if len(batch["age"]):
+            return batch
+    return None
+
+
+def _labels(batch: Batch) -> Labels:
+    return Labels(
+        np.asarray(batch["age"], np.float32), np.asarray(batch["gender"], np.int64), np.asarray(batch["race"], np.int64)
+    )
+
+
+def _targets(batch: Batch | None) -> Targets:
+    """Return the labels on the CPU; of no batch, none."""
+    if batch is None:
+        return Targets(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    return Targets(*(torch.tensor(values) for values in _labels(batch)))
+
+
+def _agreement(targets: Targets, has_problem: bool) -> Tensor:
+    """Return what ranks tell each other before a step: rows, labels of each task, whether a loss was not finite."""
+    return torch.cat([torch.tensor([len(targets.age)]), label_counts(targets), torch.tensor([has_problem])]).float()
+
+
+def _seed(seed: int, epoch: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

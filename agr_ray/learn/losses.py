@@ -1,0 +1,114 @@
+"""L = w_age L_age + w_gender L_gender + w_race L_race over labelled rows only (paper eqs 11 to 14, 21).
+
+Each task's loss is its sum over the rows of all ranks that have its label, divided by their number.
+DDP averages gradients over ranks, which see different numbers of labels, so a rank's loss is its own
+sum over the number on all ranks, times the number of ranks: the average is then the exact gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from torch import Tensor
+
+from agr_ray.config import LossConfig
+from agr_ray.models.network import AGE_BINS_YEARS, Outputs
+
+
+class Targets(NamedTuple):
+    """Labels of n images."""
+
+    age: Tensor
+    """(n,) float32, years; NaN: missing."""
+    gender: Tensor
+    """(n,) int64, index in `GENDERS`; -1: missing."""
+    race: Tensor
+    """(n,) int64, index in `RACES`; -1: missing."""
+
+
+class TaskSums(NamedTuple):
+    """Unweighted losses of this rank's rows, one entry for each of `TASKS`."""
+
+    sums: Tensor
+    """(3,) float32, detached."""
+    counts: Tensor
+    """(3,) float32, rows that have the label and a head."""
+
+
+def label_counts(targets: Targets) -> Tensor:
+    """Return how many rows have a label, (3,) float32 on the targets' device, one entry for each of `TASKS`."""
+    masks = (torch.isfinite(targets.age), targets.gender >= 0, targets.race >= 0)
+    return torch.stack([mask.sum() for mask in masks]).float()
+
+
+def loss_weights(config: LossConfig) -> tuple[float, float, float]:
+    """Return the weights in the order of `TASKS`."""
+    return config.age_weight, config.gender_weight, config.race_weight
+
+
+def multi_task_loss(
+    outputs: Outputs, targets: Targets, config: LossConfig, counts_total: Tensor, world_size: int = 1
+) -> tuple[Tensor, TaskSums]:
+    """Return the loss to differentiate, and the sums and counts to report.
+
+    A task whose labels all are missing adds exactly zero, but stays in the graph, so that DDP finds a
+    gradient for every parameter. Nothing non-finite in an unlabelled row reaches the loss or a gradient.
+
+    Args:
+        outputs: of this rank's rows, float32.
+        targets: of this rank's rows.
+        config: the weights, and the age head's loss.
+        counts_total: (3,) `label_counts` summed over all ranks.
+        world_size: the number of ranks that gradients will be averaged over.
+
+    Returns:
+        A scalar, and this rank's `TaskSums`.
+    """
+    zero = torch.zeros((), device=targets.age.device)
+    masks = (torch.isfinite(targets.age), targets.gender >= 0, targets.race >= 0)
+    sums = [
+        zero if outputs.age_years is None else _age_loss(outputs, targets.age, masks[0], config),
+        zero if outputs.gender_logit is None else _gender_loss(outputs.gender_logit, targets.gender, masks[1], config),
+        zero if outputs.race_logits is None else _race_loss(outputs.race_logits, targets.race, masks[2], config),
+    ]
+    heads = (outputs.age_years, outputs.gender_logit, outputs.race_logits)
+    counts = torch.stack([zero if head is None else mask.sum() for head, mask in zip(heads, masks, strict=True)])
+    stacked = torch.stack(sums)
+    weights = torch.tensor(loss_weights(config), device=stacked.device)
+    totals = counts_total.to(stacked.device, stacked.dtype).clamp(min=1.0)
+    loss = world_size * (weights * stacked / totals).sum()
+    return loss, TaskSums(stacked.detach(), counts.float())
+
+
+def _age_loss(outputs: Outputs, age_years: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """Sum the absolute error in years (eq. 12), or DLDL-v2's divergence and L1 of the expectation.
+
+    Source: Gao et al., "Age Estimation Using Expectation of Label Distribution Learning", IJCAI 2018.
+    """
+    assert outputs.age_years is not None
+    # Masked before the arithmetic: 0 * NaN is NaN, in the loss and in the gradient alike.
+    truth = torch.where(mask, age_years, 0.0)
+    absolute = (torch.where(mask, outputs.age_years, 0.0) - truth).abs()
+    if outputs.age_logits is None:
+        return absolute.sum()
+    logits = torch.where(mask[:, None], outputs.age_logits, 0.0)
+    bins = torch.tensor(AGE_BINS_YEARS, dtype=logits.dtype, device=logits.device)
+    target_log = torch.log_softmax(-0.5 * ((bins - truth[:, None]) / config.age_sigma_years).square(), dim=1)
+    divergence = (target_log.exp() * (target_log - torch.log_softmax(logits, dim=1))).sum(dim=1)
+    return torch.where(mask, divergence + config.age_expectation_weight * absolute, 0.0).sum()
+
+
+def _gender_loss(logit: Tensor, gender: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """Sum the binary cross-entropy (eq. 13, with the minus sign that it lacks)."""
+    truth = gender.clamp(min=0).float() * (1.0 - config.label_smoothing) + 0.5 * config.label_smoothing
+    losses = F.binary_cross_entropy_with_logits(torch.where(mask, logit, 0.0), truth, reduction="none")
+    return torch.where(mask, losses, 0.0).sum()
+
+
+def _race_loss(logits: Tensor, race: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """Sum the cross-entropy (eq. 14, with the minus sign that it lacks)."""
+    finite = torch.where(mask[:, None], logits, 0.0)
+    losses = F.cross_entropy(finite, race.clamp(min=0), reduction="none", label_smoothing=config.label_smoothing)
+    return torch.where(mask, losses, 0.0).sum()

@@ -1,0 +1,104 @@
+"""Optimisers, learning rates and the moving average of weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+from agr_ray.config import TrainConfig
+from agr_ray.models.network import MultiTaskNet
+
+_WARMUP_START = 1.0 / 25.0
+_ONE_CYCLE_END = 1.0 / 25.0e4
+_SGD_MOMENTUM = 0.9
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Build the optimiser (the paper's: Adam, betas 0.9 and 0.999, eq. 19).
+
+    AdamW decays weights only, never biases and norms; Adam and SGD add L2 to all, as the paper's would.
+    """
+    parameters = list(model.parameters())
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, weight_decay=config.weight_decay, momentum=_SGD_MOMENTUM, nesterov=True
+        )
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def learning_rate(epochs_done: float, config: TrainConfig) -> float:
+    """Return the learning rate of the step that begins after so many epochs, a fraction within one.
+
+    A function of progress alone, so a resumed run needs no state of it, and an epoch that happens to
+    have a step more than foreseen shifts nothing.
+
+    `step`: times gamma each `step_size_epochs` (eq. 20). `one_cycle`: from 1/25 of `lr` up in the share
+    `warmup` of the run, then down to nearly 0, both along a cosine (Smith and Topin, arXiv 1708.07120).
+    `cosine`: straight up from 1/25 in the share `warmup`, then down to 0.
+    """
+    progress = min(max(epochs_done / config.epochs, 0.0), 1.0)
+    if config.schedule == "constant":
+        factor = 1.0
+    elif config.schedule == "step":
+        # Rounded, because a sum of fractions of epochs may end a hair before the whole number.
+        factor = config.gamma ** int(round(epochs_done, 6) // config.step_size_epochs)
+    elif config.schedule == "one_cycle":
+        if progress < config.warmup:
+            factor = _cosine(_WARMUP_START, 1.0, progress / config.warmup)
+        else:
+            factor = _cosine(1.0, _ONE_CYCLE_END, _share(progress - config.warmup, 1.0 - config.warmup))
+    elif progress < config.warmup:
+        factor = _WARMUP_START + (1.0 - _WARMUP_START) * progress / config.warmup
+    else:
+        factor = _cosine(1.0, 0.0, _share(progress - config.warmup, 1.0 - config.warmup))
+    return config.lr * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set it for all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class Ema:
+    """An exponential moving average of a network's weights; batch norm's statistics are copied.
+
+    The decay of update t is min(decay, (1 + t) / (10 + t)), so that the first steps' weights fade soon.
+    """
+
+    def __init__(self, model: MultiTaskNet, decay: float, num_updates: int = 0) -> None:
+        """Begin from the model's weights; `num_updates` continues an average that they are."""
+        self.decay = decay
+        self.num_updates = num_updates
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: MultiTaskNet) -> None:
+        """Take in the weights after an optimiser step."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        averages = [p.detach() for p in self.model.parameters()]
+        torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], 1.0 - decay)
+
+    @torch.no_grad()
+    def copy_buffers(self, model: MultiTaskNet) -> None:
+        """Take over batch norm's statistics; needed only before the average is used."""
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * share))
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0.0 else 1.0

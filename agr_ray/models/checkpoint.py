@@ -1,0 +1,217 @@
+"""A checkpoint is one directory, whole or not there.
+
+    CHECKPOINT/
+      weights.safetensors   what predicts: the averaged weights where the run keeps an average
+      train_state.pt        what resumes: optimiser, raw weights, epoch, best, early stopping, history, train_groups
+      meta.json             what rebuilds the network and says where it comes from; written last
+
+Scoring needs weights and meta only; train_state.pt may be left out of a copy that is only to predict.
+Directories are local: whoever keeps them elsewhere moves them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import agr_ray
+from agr_ray.config import ModelConfig
+from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, Transform, mismatch
+from agr_ray.schema import GENDERS, RACES, SCHEMA_VERSION
+
+FORMAT_VERSION: Final = 1
+"""Raised whenever a reader of the old layout would misread the new one."""
+
+WEIGHTS: Final = "weights.safetensors"
+TRAIN_STATE: Final = "train_state.pt"
+META: Final = "meta.json"
+
+LABELS: Final[Mapping[str, list[Any]]] = {
+    "genders": list(GENDERS),
+    "races": list(RACES),
+    "age_bins_years": [AGE_BINS_YEARS[0], AGE_BINS_YEARS[-1]],
+}
+"""What the outputs' indices mean; first and last bin of ages."""
+
+
+class CheckpointError(Exception):
+    """A directory that is no checkpoint of this format: names the file, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network ready to predict (evaluation mode), and all that is known of it."""
+
+    model: MultiTaskNet
+    transform: Transform
+    meta: Mapping[str, Any]
+    """Contents of meta.json."""
+
+
+def save_checkpoint(
+    directory: Path,
+    model: MultiTaskNet,
+    transform: Transform,
+    *,
+    train_state: Mapping[str, Any] | None = None,
+    train_groups: Tensor | None = None,
+    data: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    git_commit: str = "",
+    created: str = "",
+) -> None:
+    """Write a checkpoint into a new or empty directory.
+
+    Args:
+        directory: made if need be.
+        model: whose weights predict.
+        transform: what the model's input went through.
+        train_state: `EpochReport.train_state()`, plain values and tensors; none: not written.
+        train_groups: `group_codes` of the training images, kept in train_state.pt.
+        data: of the training data: split_manifest_sha256, counts, source, detector, template.
+        metrics: on validation.
+        config: of the training run.
+        git_commit: of the code; empty: not known.
+        created: UTC time, ISO 8601.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, directory / WEIGHTS)
+    if train_state is not None or train_groups is not None:
+        groups = {} if train_groups is None else {"train_groups": train_groups}
+        torch.save({**(train_state or {}), **groups}, directory / TRAIN_STATE)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "schema_version": SCHEMA_VERSION,
+        "model": model.config.model_dump(mode="json"),
+        "transform": transform.to_json(),
+        "labels": LABELS,
+        "data": dict(data or {}),
+        "metrics": dict(metrics or {}),
+        "config": dict(config or {}),
+        "git_commit": git_commit,
+        "created": created,
+        "versions": {"agr_ray": agr_ray.__version__, "torch": str(torch.__version__)},
+    }
+    unfinished = directory / f"{META}.part"
+    unfinished.write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, directory / META)
+
+
+def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Rebuild the network from a local directory; it is in evaluation mode.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or of another format, label order or shape.
+    """
+    meta = read_meta(directory)
+    path = directory / META
+    try:
+        model = MultiTaskNet(ModelConfig(**meta["model"]))
+        transform = Transform.from_json(meta["transform"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, ("model", *first["loc"])))
+        raise CheckpointError(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: transform: {error}") from None
+    weights = _read_weights(directory / WEIGHTS)
+    problem = mismatch(model.state_dict(), weights)
+    if problem:
+        raise CheckpointError(f"{directory / WEIGHTS}: {problem}")
+    model.load_state_dict(weights)
+    return Checkpoint(model.to(device).eval(), transform, meta)
+
+
+def load_train_state(directory: Path) -> dict[str, Any]:
+    """Read what resumes a run, with `train_groups` where it was saved; tensors on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds anything but plain values and tensors.
+    """
+    path = directory / TRAIN_STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: expected the state of a training run, found no such file") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected the state of a training run, found {_first_line(error)}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: expected the state of a training run, found {type(state).__name__}")
+    return cast(dict[str, Any], state)
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """Read meta.json and check that this code can use the checkpoint.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    path = directory / META
+    try:
+        meta = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: expected a checkpoint, found no such file") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected JSON, found {_first_line(error)}") from None
+    version = meta.get("format_version") if isinstance(meta, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}")
+    for key in ("model", "transform", "labels"):
+        if not isinstance(meta.get(key), dict):
+            raise CheckpointError(f"{path}: expected a table {key}, found {meta.get(key)!r}")
+    if meta["labels"] != LABELS:
+        raise CheckpointError(f"{path}: expected labels {json.dumps(LABELS)}, found {json.dumps(meta['labels'])}")
+    return cast(dict[str, Any], meta)
+
+
+def model_digest(directory: Path) -> str:
+    """Return the SHA-256, in hex, of everything that decides predictions: weights, network, transform, labels."""
+    meta = read_meta(directory)
+    network = {key: value for key, value in meta["model"].items() if key not in ("preset", "weights")}
+    decisive = {"model": network, "transform": meta["transform"], "labels": meta["labels"]}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    try:
+        with open(directory / WEIGHTS, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory / WEIGHTS}: expected weights, found no such file") from None
+    return digest.hexdigest()
+
+
+def group_codes(group_ids: Iterable[str]) -> Tensor:
+    """Return the first 8 bytes of the SHA-256 of each distinct group, sorted, int64.
+
+    Two sets of images share a group if and only if their codes intersect (but for a chance of about
+    n * m / 2^64), so a checkpoint can prove that it never saw an image without holding any name.
+    """
+    digests = (hashlib.sha256(group.encode()).digest()[:8] for group in set(group_ids))
+    return torch.tensor(sorted(int.from_bytes(digest, "big", signed=True) for digest in digests), dtype=torch.int64)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: expected weights, found no such file") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: expected safetensors, found {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

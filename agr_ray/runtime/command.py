@@ -1,0 +1,40 @@
+"""What every job's script does around its one call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from ray.exceptions import RayTaskError
+
+from agr_ray.config import ConfigError, Job, load
+from agr_ray.storage import StorageError, StorageUnavailable
+
+J = TypeVar("J", bound=Job)
+
+
+class JobError(Exception):
+    """The work itself can't go on, and nothing in the set-up is to blame: one line, status 1."""
+
+
+def run(job_class: type[J], work: Callable[[J], object]) -> None:
+    """Read the command line, do the work, and end with one line where it fails: status 2 if the set-up is to blame."""
+    job = load(job_class, sys.argv[1:])
+    try:
+        work(job)
+    except RayTaskError as error:
+        # First, because it is an instance of its cause's class as well, with the traceback for a message.
+        if not isinstance(error.cause, StorageUnavailable):
+            raise
+        # Ray Data adds a paragraph of its own to the one line.
+        _fail(StorageUnavailable(str(error.cause).partition("\n")[0]))
+    except (ConfigError, StorageUnavailable, StorageError) as error:
+        _fail(error)
+    except JobError as error:
+        _fail(error, status=1)
+
+
+def _fail(error: Exception, status: int = 2) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(status)

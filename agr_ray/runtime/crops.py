@@ -1,0 +1,113 @@
+"""Prepared crops as a Ray dataset of arrays: what training and evaluation read.
+
+Imports neither torch nor what needs it, because every process of Ray Data that decodes crops imports this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from numpy.typing import NDArray
+from ray.data import DataIterator, Dataset, TaskPoolStrategy
+from ray.train import DataConfig
+
+from agr_ray.runtime.cluster import worker_count
+from agr_ray.runtime.parts import quiet_ray_data
+from agr_ray.runtime.prepared import PreparedSet
+from agr_ray.schema import AGE_MISSING, CLASS_MISSING, CROP_STATUSES, GENDERS, RACES, Status
+from agr_ray.storage import Storage
+from agr_ray.vision.align import DEFAULT_MARGIN, crop_side_px
+from agr_ray.vision.decode import decode_crop
+
+TRAINING_COLUMNS: Final = ("crop", "age", "gender", "race")
+DECODED_ROWS: Final = 256
+"""Rows of a block of decoded crops: some 50 MiB at 224 pixels."""
+
+
+def part_dataset(storage: Storage, prepared: PreparedSet) -> Dataset:
+    """Return one row a Parquet part of the crops: its URI, in the column `part`.
+
+    Whoever maps over it reads the part. One operator that reads and decodes needs a third of the processes of Ray
+    Data's Parquet reader followed by a map, and on a small machine starting processes is what takes the time.
+    """
+    # Here and not in the driver: Ray Train calls this in a process of its own.
+    quiet_ray_data()
+    parts = [{"part": info.uri} for info in storage.list(prepared.crops(storage), (".parquet",))]
+    return ray.data.from_items(parts, override_num_blocks=len(parts))
+
+
+def training_dataset(storage: Storage, prepared: PreparedSet, split: str, *, use_fallback: bool) -> Dataset:
+    """Return the crops of one split, decoded as they stream: crop (S, S, 3) uint8 and the fields of `label_arrays`."""
+    statuses = usable_statuses(use_fallback=use_fallback)
+    return part_dataset(storage, prepared).map_batches(
+        partial(_decode_parts, storage=storage, split=split, statuses=statuses, side_px=prepared.crop_side_px),
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=TaskPoolStrategy(size=worker_count(None)),
+    )
+
+
+class SplitShares(DataConfig):
+    """Training in equal shares, which lose a row at most to each worker; validation in shares that lose none."""
+
+    def configure(
+        self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, DataIterator]]:
+        """Return each worker's iterators by the dataset's name; Ray asks for one dataset at a time."""
+        others = {name: dataset for name, dataset in datasets.items() if name != "val"}
+        shards = super().configure(others, world_size, *args, **kwargs)
+        if "val" in datasets:
+            val = datasets["val"].streaming_split(world_size, equal=False)
+            for shard, iterator in zip(shards, val, strict=True):
+                shard["val"] = iterator
+        return shards
+
+
+def usable_statuses(*, use_fallback: bool) -> list[str]:
+    """Return the statuses of rows with a crop, with or without chips in which no face was found."""
+    return [str(status) for status in CROP_STATUSES if use_fallback or status != Status.FALLBACK]
+
+
+def select_crops(table: pa.Table, split: str, statuses: list[str]) -> pa.Table:
+    """Return the rows of a split ("all": of every one) that carry a crop."""
+    keep = pc.is_in(table["status"], value_set=pa.array(statuses))
+    if split != "all":
+        keep = pc.and_(keep, pc.equal(table["split"], split))
+    return table.filter(keep)
+
+
+def decoded_crops(table: pa.Table, side_px: int) -> NDArray[np.uint8]:
+    """Return the crops as uint8 (n, S, S, 3), S being the template's side and its margins."""
+    side = crop_side_px(side_px, DEFAULT_MARGIN)
+    crops = np.empty((table.num_rows, side, side, 3), np.uint8)
+    for index, jpeg in enumerate(table["crop"]):
+        crops[index] = decode_crop(jpeg.as_buffer())
+    return crops
+
+
+def label_arrays(table: pa.Table) -> dict[str, NDArray[Any]]:
+    """Return the fields of `learn.metrics.Labels`: (n,) age float32, gender and race int64, missing marked."""
+
+    def codes(column: str, words: tuple[str, ...]) -> NDArray[Any]:
+        indices = pc.index_in(table[column], value_set=pa.array(words))
+        return np.asarray(pc.fill_null(indices, CLASS_MISSING)).astype(np.int64)
+
+    ages = np.asarray(pc.fill_null(table["age"], AGE_MISSING)).astype(np.float32)
+    return {"age": ages, "gender": codes("gender", GENDERS), "race": codes("race", RACES)}
+
+
+def _decode_parts(
+    parts: pa.Table, storage: Storage, split: str, statuses: list[str], side_px: int
+) -> Iterator[dict[str, NDArray[Any]]]:
+    for uri in parts["part"].to_pylist():
+        rows = storage.read_table(uri, columns=[*TRAINING_COLUMNS, "split", "status"])
+        rows = select_crops(rows, split, statuses)
+        for start in range(0, rows.num_rows, DECODED_ROWS):
+            some = rows.slice(start, DECODED_ROWS)
+            yield {"crop": decoded_crops(some, side_px), **label_arrays(some)}

@@ -1,0 +1,95 @@
+"""The one way from a URI to the faces of a photograph, for labelled sets and for scoring alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agr_ray.config import VisionConfig
+from agr_ray.schema import Status
+from agr_ray.storage import Storage, StorageError
+from agr_ray.vision.decode import DecodedImage, ImageError, decode_image
+from agr_ray.vision.detect import Faces, make_detector
+from agr_ray.vision.pose import head_pose
+
+MIB = 2**20
+NUM_DOWNLOADS = 8
+"""Objects that one worker reads at a time: storage is slow to answer and costs no CPU."""
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A decoded image and its faces, in the pixels of `image.rgb`; multiply by `image.scale` for the original's."""
+
+    image: DecodedImage
+    faces: Faces
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Why an image gave no photograph."""
+
+    status: Status
+    error: str
+
+
+def landmark_columns(landmarks: NDArray[np.float32]) -> dict[str, Any]:
+    """Return landmarks (5, 2) and the head pose seen in them as columns; none where the detector gives none (NaN)."""
+    if not np.isfinite(landmarks).all():
+        return {}
+    yaw, pitch, roll = head_pose(landmarks)
+    return {"landmarks": landmarks.ravel().tolist(), "yaw": yaw, "pitch": pitch, "roll": roll}
+
+
+class ImageReader:
+    """Download, decode and detect, a batch at a time. Build one in each worker process, which it claims whole.
+
+    Each worker has one CPU, so OpenCV and torch are told to use one thread here.
+    """
+
+    def __init__(self, storage: Storage, vision: VisionConfig) -> None:
+        cv2.setNumThreads(1)
+        torch.set_num_threads(1)
+        self._storage = storage
+        self._vision = vision
+        self._downloads = ThreadPoolExecutor(NUM_DOWNLOADS)
+        # Haar's scores are no probabilities.
+        min_score = vision.min_score if vision.detector == "mtcnn" else 0.0
+        self._detector = make_detector(vision.detector, min_face_px=vision.min_face_px, min_score=min_score)
+
+    @property
+    def detector_name(self) -> str:
+        """Return the name that goes into every row."""
+        return self._detector.name
+
+    def read(self, uris: Sequence[str], etags: Sequence[str | None]) -> list[Photograph | Reject]:
+        """Return, in order, each image with its faces, or why there is none. Only storage that is down raises."""
+        bodies = list(self._downloads.map(self._download, uris, etags))
+        decoded = [body if isinstance(body, Reject) else self._decode(body) for body in bodies]
+        images = [image for image in decoded if isinstance(image, DecodedImage)]
+        faces = iter(self._detector.detect([image.rgb for image in images]))
+        return [Photograph(image, next(faces)) if isinstance(image, DecodedImage) else image for image in decoded]
+
+    def _download(self, uri: str, etag: str | None) -> bytes | Reject:
+        try:
+            return self._storage.read(uri, etag=etag, max_bytes=self._vision.max_mib * MIB)
+        except StorageError as error:
+            return Reject(error.status, str(error))
+
+    def _decode(self, body: bytes) -> DecodedImage | Reject:
+        try:
+            return decode_image(
+                body,
+                max_bytes=self._vision.max_mib * MIB,
+                max_pixels=self._vision.max_pixels,
+                max_side_px=self._vision.max_side_px,
+            )
+        except ImageError as error:
+            return Reject(error.status, str(error))

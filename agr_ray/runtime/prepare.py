@@ -1,0 +1,265 @@
+"""Labelled photographs -> a prepared set: manifest, splits and aligned crops.
+
+Nothing is remembered but the set itself: a run that was killed sees which rows the parts hold, and makes the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from agr_ray.config import ConfigError, PrepareConfig, PrepareJob, SourceConfig, VisionConfig
+from agr_ray.data import folder, utkface
+from agr_ray.data.manifest import SourceRow, build_manifest
+from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
+from agr_ray.runtime.cluster import check_fits, cluster, worker_count
+from agr_ray.runtime.images import MIB, ImageReader, Photograph, Reject, landmark_columns
+from agr_ray.runtime.parts import finished_ids, without, write_parts
+from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet, find_prepared
+from agr_ray.runtime.progress import progress
+from agr_ray.schema import CROPS, MANIFEST, SPLITS, TEMPLATE, Status
+from agr_ray.storage import Storage
+from agr_ray.vision.align import DEFAULT_MARGIN, align, align_chip
+from agr_ray.vision.decode import encode_jpeg
+from agr_ray.vision.quality import sharpness
+
+
+def prepare(job: PrepareJob) -> PreparedSet:
+    """Make the prepared set that the job describes, or finish it; of one that is whole, do nothing again.
+
+    Images that the source has gained since are added; those that were there keep their split.
+
+    Raises:
+        ConfigError: the folder holds a set of other settings, the labels can't be used, or the plan can't fit.
+        StorageUnavailable: source or output can't be reached.
+    """
+    console = Console()
+    storage = Storage.from_config(job.storage)
+    out = storage.absolute(job.prepare.out).rstrip("/")
+    settings = _settings(job)
+    earlier = _earlier_set(storage, out, settings)
+
+    table = _manifest(job, storage, earlier, console)
+    split_text = split_manifest_text(table)
+    prepared = PreparedSet(
+        format_version=FORMAT_VERSION,
+        finished=False,
+        settings=settings,
+        split_manifest_sha256=split_digest(split_text),
+        splits={name: table.filter(pc.equal(table["split"], name)).num_rows for name in SPLITS},
+        counts={},
+        uri=out,
+    )
+    crops = prepared.crops(storage)
+    # In the order of the ids, which are hashes: the parts are well mixed, whatever the order of the keys means.
+    todo = without(table, finished_ids(storage, crops)).sort_by("image_id")
+    console.print(f"{table.num_rows:,} images: {table.num_rows - todo.num_rows:,} done before, {todo.num_rows:,} to do")
+    started = time.perf_counter()
+    if todo.num_rows:
+        prepared.write(storage)
+        storage.write_table(table, prepared.manifest(storage))
+        storage.write(storage.join(out, "splits.tsv"), split_text.encode())
+        with cluster(job.cluster):
+            num_workers = worker_count(job.prepare.num_workers)
+            check_fits("prepare.num_workers", num_workers, 1.0)
+            started = time.perf_counter()
+            write_parts(
+                todo,
+                partial(CropMaker, storage, job.vision, job.prepare),
+                storage=storage,
+                folder=crops,
+                num_workers=num_workers,
+                batch_size=job.prepare.batch_size,
+                max_rows_per_part=job.prepare.rows_per_file,
+                label="cropping",
+                console=console,
+            )
+    elapsed_s = time.perf_counter() - started
+
+    rows = storage.read_table(crops, columns=["image_id", "status", "error"])
+    if rows.num_rows != table.num_rows or pc.count_distinct(rows["image_id"]).as_py() != table.num_rows:
+        raise RuntimeError(f"{crops} holds {rows.num_rows} rows for {table.num_rows} images")
+    counts = dict(sorted(Counter(rows["status"].to_pylist()).items()))
+    prepared = prepared.model_copy(update={"finished": True, "counts": counts})
+    prepared.write(storage)
+    _print_summary(console, prepared, rows)
+    if todo.num_rows:
+        console.print(f"{todo.num_rows:,} images in {elapsed_s:.0f} s: {todo.num_rows / elapsed_s:.1f} images/s")
+    return prepared
+
+
+class CropMaker:
+    """Manifest rows -> crop rows. Reads every column of MANIFEST and adds those of CROPS. One worker's own."""
+
+    def __init__(self, storage: Storage, vision: VisionConfig, config: PrepareConfig) -> None:
+        self._reader = ImageReader(storage, vision)
+        self._config = config
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Return a table of schema.CROPS with a row for each of `batch`, in order."""
+        rows = batch.select(MANIFEST.names).to_pylist()
+        readable = [row for row in rows if row["status"] == Status.OK]
+        seen = iter(self._reader.read([row["uri"] for row in readable], [row["etag"] for row in readable]))
+        made = [row | self._crop(next(seen)) if row["status"] == Status.OK else row for row in rows]
+        return pa.Table.from_pylist(made, schema=CROPS)
+
+    def _crop(self, seen: Photograph | Reject) -> dict[str, Any]:
+        """Return what an image adds to its row. The face nearest the centre is the labelled one."""
+        if isinstance(seen, Reject):
+            return {"status": str(seen.status), "error": seen.error}
+        rgb, faces = seen.image.rgb, seen.faces
+        found: dict[str, Any] = {"status": str(Status.FALLBACK)}
+        if len(faces):
+            index = faces.nearest_centre(rgb.shape[1], rgb.shape[0])
+            crop = align(rgb, faces.boxes_xyxy[index], faces.landmarks[index], self._config.crop_side_px)
+            original = faces.scaled(seen.image.scale)
+            found = {
+                "status": str(Status.OK),
+                "detector_score": float(original.scores[index]),
+                "box": original.boxes_xyxy[index].tolist(),
+                **landmark_columns(original.landmarks[index]),
+            }
+        else:
+            crop = align_chip(rgb, self._config.crop_side_px)
+        return found | {
+            "crop": encode_jpeg(crop, self._config.jpeg_quality),
+            "template": TEMPLATE,
+            "detector": self._reader.detector_name,
+            "num_faces": len(faces),
+            "sharpness": sharpness(crop),
+        }
+
+
+def _manifest(job: PrepareJob, storage: Storage, earlier: PreparedSet | None, console: Console) -> pa.Table:
+    """Return the source's manifest with its splits.
+
+    Raises:
+        ConfigError: there is no image, the labels can't be used, or an image prepared earlier has changed.
+    """
+    try:
+        with progress(console, "listing and hashing", None) as update:
+            table = build_manifest(
+                _source_rows(job.source, storage),
+                source=job.source.name or job.source.kind,
+                storage=storage,
+                max_bytes=job.vision.max_mib * MIB,
+                progress=lambda done, total: update(done, f"of {total:,}"),
+            )
+        if not table.num_rows:
+            raise ConfigError(f"source.uri {job.source.uri}: there is no image below it")
+        # A run killed at its very start has left prepare.json and no manifest.
+        has_manifest = earlier is not None and storage.exists(earlier.manifest(storage))
+        before = storage.read_table(earlier.manifest(storage)) if earlier and has_manifest else None
+        if before is not None:
+            table = _with_column(table, "split", _lookup(before, "split"))
+        table = assign_splits(table, job.split.fractions, job.split.seed, job.split.sample)
+        check_no_leak(table)
+    except (folder.LabelTableError, SplitLeakError) as error:
+        raise ConfigError(str(error)) from error
+    if before is not None:
+        _check_unchanged(before, table, earlier)
+    return table
+
+
+def _source_rows(source: SourceConfig, storage: Storage) -> Iterator[SourceRow]:
+    uri = storage.absolute(source.uri)
+    if source.kind == "utkface":
+        return utkface.source_rows(storage, uri)
+    candidates = (
+        [source.labels] if source.labels else [storage.join(uri, f"labels.{end}") for end in ("parquet", "csv")]
+    )
+    labels = next((each for each in candidates if storage.exists(each)), None)
+    if labels is None:
+        raise ConfigError(f"source.labels: no table of labels at {' or '.join(candidates)}")
+    return folder.source_rows(
+        storage,
+        uri,
+        storage.absolute(labels),
+        key_column=source.key_column,
+        gender_codes=source.gender_codes,
+        race_codes=source.race_codes,
+    )
+
+
+def _settings(job: PrepareJob) -> dict[str, Any]:
+    """Return what must stay the same while a prepared set grows."""
+    return {
+        "source": job.source.model_dump(mode="json", exclude={"uri", "labels"}),
+        "split": job.split.model_dump(mode="json"),
+        "vision": job.vision.model_dump(mode="json"),
+        "crop_side_px": job.prepare.crop_side_px,
+        "crop_margin": DEFAULT_MARGIN,
+        "jpeg_quality": job.prepare.jpeg_quality,
+        "template": TEMPLATE,
+    }
+
+
+def _earlier_set(storage: Storage, out: str, settings: dict[str, Any]) -> PreparedSet | None:
+    """Return the set that is at `out` already, None if there is nothing.
+
+    Raises:
+        ConfigError: what is there was made with other settings, or is no prepared set.
+    """
+    earlier = find_prepared(storage, out, "prepare.out")
+    if earlier is None:
+        if storage.exists(out) and any(True for _ in storage.list(out)):
+            raise ConfigError(f"prepare.out {out}: exists and is no prepared set; choose another folder")
+        return None
+    old, new = _flat(earlier.settings), _flat(settings)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"prepare.out {out}: was prepared with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
+                "choose another folder"
+            )
+    return earlier
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def _lookup(table: pa.Table, column: str) -> dict[str, Any]:
+    return dict(zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True))
+
+
+def _with_column(table: pa.Table, column: str, by_key: dict[str, Any]) -> pa.Table:
+    """Fill the column's nulls from `by_key`."""
+    values = pa.array([by_key.get(key) for key in table["key"].to_pylist()], MANIFEST.field(column).type)
+    index = table.schema.get_field_index(column)
+    return table.set_column(index, MANIFEST.field(column), pc.coalesce(table[column], values))
+
+
+def _check_unchanged(before: pa.Table, table: pa.Table, earlier: PreparedSet | None) -> None:
+    """Raise where an image that was prepared would now have another content, label or split."""
+    for column in ("uri", "group_id", "split", "age", "gender", "race"):
+        now = _lookup(table, column)
+        for key, value in _lookup(before, column).items():
+            if now.get(key) != value:
+                where = earlier.uri if earlier else ""
+                raise ConfigError(
+                    f"prepare.out {where}: {key} was prepared with {column} {value}, and has {now.get(key)} now; "
+                    "prepare the changed source into another folder"
+                )
+
+
+def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> None:
+    summary = Table("status", "images", "first reasons", title=prepared.uri)
+    for status, count in prepared.counts.items():
+        errors = Counter(rows.filter(pc.equal(rows["status"], status))["error"].drop_null().to_pylist())
+        summary.add_row(status, f"{count:,}", escape("\n".join(f"{n} x {error}" for error, n in errors.most_common(3))))
+    console.print(summary)
+    shares = ", ".join(f"{name} {count:,}" for name, count in prepared.splits.items())
+    console.print(f"splits: {shares}; split manifest SHA-256 {prepared.split_manifest_sha256}")

@@ -1,0 +1,98 @@
+"""What a prepared set is: the folder that `prepare` makes, and that training and evaluation read.
+
+manifest.parquet    schema.MANIFEST: every input with its labels, group and split
+splits.tsv          group_id, key and split of every image, sorted: its SHA-256 names the split
+crops/*.parquet     schema.CROPS: one row for every manifest row, whatever happened to it
+prepare.json        the record below; `finished` is true once every row is there
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict
+
+from agr_ray.config import ConfigError
+from agr_ray.storage import MissingObject, Storage
+
+FORMAT_VERSION: Final = 1
+
+
+class PreparedSet(BaseModel):
+    """The content of `prepare.json`, and where it was found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: int
+    finished: bool
+    settings: dict[str, Any]
+    """What must stay the same while the set grows: source, split, vision, crop."""
+    split_manifest_sha256: str
+    splits: dict[str, int]
+    """Images by split, rejects left out."""
+    counts: dict[str, int]
+    """Rows by status; empty until finished."""
+    uri: str = ""
+
+    @property
+    def crop_side_px(self) -> int:
+        """Return the side of the alignment template in the crops, without its margins."""
+        return int(self.settings["crop_side_px"])
+
+    @property
+    def source(self) -> str:
+        """Return what the source is called."""
+        return str(self.settings["source"]["name"] or self.settings["source"]["kind"])
+
+    @property
+    def detector(self) -> str:
+        """Return the detector that found the faces."""
+        return str(self.settings["vision"]["detector"])
+
+    def write(self, storage: Storage) -> None:
+        """Write `prepare.json`."""
+        text = json.dumps(self.model_dump(exclude={"uri"}), indent=2) + "\n"
+        storage.write(storage.join(self.uri, "prepare.json"), text.encode())
+
+    def crops(self, storage: Storage) -> str:
+        """Return the folder of the crops' Parquet parts."""
+        return storage.join(self.uri, "crops")
+
+    def manifest(self, storage: Storage) -> str:
+        """Return the manifest's URI."""
+        return storage.join(self.uri, "manifest.parquet")
+
+
+def find_prepared(storage: Storage, uri: str, key: str) -> PreparedSet | None:
+    """Return the prepared set at `uri`, finished or not, which the configuration's `key` names; None if there is none.
+
+    Raises:
+        ConfigError: `prepare.json` is damaged, or of another format version.
+    """
+    try:
+        record = json.loads(storage.read(storage.join(uri, "prepare.json")))
+        if record["format_version"] != FORMAT_VERSION:
+            raise ConfigError(
+                f"{key} {uri}: format_version {record['format_version']}; this version reads {FORMAT_VERSION}"
+            )
+        return PreparedSet(**record | {"uri": uri})
+    except MissingObject:
+        return None
+    except (ValueError, TypeError, KeyError):  # not JSON, no table, or not this one
+        raise ConfigError(f"{key} {uri}: its prepare.json is not what jobs/prepare.py writes") from None
+
+
+def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
+    """Return the finished set at `uri`, which the configuration's `key` names.
+
+    Raises:
+        ConfigError: if there is none, or one that can't be used.
+    """
+    uri = storage.absolute(uri).rstrip("/")
+    found = find_prepared(storage, uri, key)
+    if found is None:
+        raise ConfigError(f"{key} {uri}: no prepared set, it holds no prepare.json; jobs/prepare.py makes one")
+    if not found.finished:
+        raise ConfigError(f"{key} {uri}: preparing has not finished; run jobs/prepare.py again to go on")
+    return found

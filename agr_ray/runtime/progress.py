@@ -1,0 +1,59 @@
+"""Progress of long work: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LOG_EVERY_S = 10.0
+
+Update = Callable[[int, str], None]
+"""Tells how much is done in all, and a short remark."""
+
+
+@contextmanager
+def progress(console: Console, label: str, total: int | None) -> Iterator[Update]:
+    """Show how far the work is until the block ends; `total` None: not known beforehand."""
+    if not console.is_terminal:
+        yield _log_lines(console, label, total)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(label, total=total, remark="")
+        yield lambda done, remark: bars.update(task, completed=done, remark=remark)
+
+
+def _log_lines(console: Console, label: str, total: int | None) -> Update:
+    started = last = time.monotonic()
+
+    def update(done: int, remark: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LOG_EVERY_S:
+            return
+        last = now
+        of_total = f" of {total:,}" if total else ""
+        line = f"{label}: {done:,}{of_total}, {done / (now - started):.1f}/s {remark}".rstrip()
+        console.print(line, highlight=False, markup=False)
+
+    return update

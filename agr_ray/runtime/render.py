@@ -1,0 +1,100 @@
+"""Draw synthetic faces with known labels into a folder: chips to train on, photographs to score.
+
+OUT/chips/*.jpg, labels.parquet         one face each; `jobs/prepare.py --source.uri OUT/chips` reads it
+OUT/photographs/*.jpg, faces.parquet    one to six faces each, with their true boxes
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import TaskPoolStrategy
+from rich.console import Console
+
+from agr_ray.config import ConfigError, RenderJob
+from agr_ray.data.rendered import chip_labels_table, photograph_labels_table, render_chip, render_photograph
+from agr_ray.runtime.cluster import cluster, worker_count
+from agr_ray.runtime.parts import quiet_ray_data
+from agr_ray.runtime.progress import progress
+from agr_ray.storage import Storage
+from agr_ray.vision.decode import encode_jpeg
+
+MAX_FACES: Final = 6
+SIZES_PX: Final = ((960, 640), (1280, 960), (800, 1000), (1600, 1200))
+BATCH: Final = 20
+
+
+def render(job: RenderJob) -> str:
+    """Draw what is not there yet and return the folder.
+
+    Raises:
+        ConfigError: the folder holds faces of another seed or number.
+        StorageUnavailable: it can't be written.
+    """
+    console = Console()
+    config, storage = job.render, Storage.from_config(job.storage)
+    out = storage.absolute(config.out).rstrip("/")
+    marker, said = storage.join(out, "render.json"), config.model_dump_json(exclude={"out"}).encode()
+    if storage.exists(marker):
+        if storage.read(marker) != said:
+            raise ConfigError(f"render.out {out}: holds faces drawn with other settings; choose another folder")
+        console.print(f"{out} is there already")
+        return out
+    with cluster(job.cluster):
+        for folder, num, draw, table_name in (
+            ("chips", config.num_chips, partial(_draw_chips, seed=config.seed), "labels.parquet"),
+            ("photographs", config.num_photographs, partial(_draw_photographs, seed=config.seed), "faces.parquet"),
+        ):
+            if not num:
+                continue
+            target = storage.join(out, folder)
+            quiet_ray_data()
+            tables = (
+                ray.data.range(num, override_num_blocks=-(-num // BATCH))
+                .map_batches(
+                    partial(draw, storage=storage, folder=target),
+                    batch_format="pyarrow",
+                    batch_size=None,
+                    compute=TaskPoolStrategy(size=worker_count(None)),
+                )
+                .iter_batches(batch_size=None, batch_format="pyarrow")
+            )
+            drawn = []
+            with progress(console, f"drawing {folder}", num) as update:
+                for table in tables:
+                    assert isinstance(table, pa.Table)
+                    drawn.append(table)
+                    update(len(set(pa.concat_tables(drawn)["key"].to_pylist())), "")
+            storage.write_table(pa.concat_tables(drawn).sort_by("key"), storage.join(target, table_name))
+    storage.write(marker, said)
+    console.print(f"{config.num_chips:,} chips and {config.num_photographs:,} photographs in {out}", highlight=False)
+    return out
+
+
+def _draw_chips(batch: pa.Table, seed: int, storage: Storage, folder: str) -> pa.Table:
+    cv2.setNumThreads(1)
+    indices = batch["id"].to_pylist()
+    chips = [render_chip(seed, index) for index in indices]
+    keys = [f"chip-{index:06d}.jpg" for index in indices]
+    for key, chip in zip(keys, chips, strict=True):
+        storage.write(storage.join(folder, key), encode_jpeg(chip.image_rgb))
+    return chip_labels_table(keys, chips)
+
+
+def _draw_photographs(batch: pa.Table, seed: int, storage: Storage, folder: str) -> pa.Table:
+    cv2.setNumThreads(1)
+    indices = batch["id"].to_pylist()
+    photographs = []
+    for index in indices:
+        rng = np.random.default_rng([seed, index])
+        width_px, height_px = SIZES_PX[rng.integers(len(SIZES_PX))]
+        photographs.append(render_photograph(seed, index, width_px, height_px, int(rng.integers(1, MAX_FACES + 1))))
+    keys = [f"photograph-{index:06d}.jpg" for index in indices]
+    for key, photograph in zip(keys, photographs, strict=True):
+        storage.write(storage.join(folder, key), encode_jpeg(photograph.image_rgb))
+    return photograph_labels_table(keys, photographs)

@@ -1,0 +1,526 @@
+"""Train on a cluster: the loop of `learn.loop` in Ray Train's workers, fed by Ray Data.
+
+A run is a folder, OUT/NAME:
+
+    run.json            configuration, data and state; `finished` says why it ended
+    initial/            the checkpoint with the first weights
+    checkpoints/        Ray Train's own: after every epoch, of which the best and the last are kept
+    best/  last/        the same two as plain checkpoints, once the run has finished
+    history.parquet     schema.HISTORY, rewritten after every epoch
+    tensorboard/        its event files
+
+The same command again resumes at the last epoch that was checkpointed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.train
+import ray.train.torch
+import torch
+from numpy.typing import NDArray
+from ray.data import DataIterator, Dataset
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+)
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from agr_ray.config import ConfigError, ModelConfig, TrainJob, digest
+from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Progress, Row
+from agr_ray.learn.loop import train as train_loop
+from agr_ray.learn.metrics import Baseline, Labels
+from agr_ray.models.checkpoint import group_codes, load_checkpoint, load_train_state, save_checkpoint
+from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
+from agr_ray.runtime.cluster import check_fits, cluster
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.crops import SplitShares, label_arrays, select_crops, training_dataset, usable_statuses
+from agr_ray.runtime.prepared import PreparedSet, open_prepared
+from agr_ray.schema import HISTORY
+from agr_ray.storage import MissingObject, Storage
+from agr_ray.vision.align import DEFAULT_MARGIN, crop_side_px
+
+PROGRESS_EVERY_S: Final = 10.0
+FAILURE: Final = "failure.txt"
+MIN_VAL_BATCH: Final = 64
+OBJECTIVE: Final = "val_objective"
+CONTROLLER_FAILURES: Final = 3
+"""Ray's default is to ask for ever for what a cluster does not have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every worker is told."""
+
+    job: TrainJob
+    storage: Storage
+    uri: str
+    transform: Transform
+    baseline: Baseline
+    num_train_rows: int
+    num_val_rows: int
+    train_groups: Tensor
+    data: Mapping[str, Any]
+    """What the checkpoint says of its data."""
+    git_commit: str
+    settings_digest: str
+
+
+def train(job: TrainJob) -> str:
+    """Train, or go on training, and return the URI of the best checkpoint.
+
+    Raises:
+        ConfigError: there is no such prepared set, the run has finished already, or the plan can't fit.
+        JobError: the loss is no number any more.
+    """
+    console = Console()
+    storage = Storage.from_config(job.storage)
+    prepared = open_prepared(storage, job.train.data, "train.data")
+    uri = _run_uri(storage, job, prepared)
+    run = _plan(job, storage, prepared, uri)
+    console.print(f"run {uri}", highlight=False, soft_wrap=True)
+    storage.delete(storage.join(uri, FAILURE))
+    with cluster(job.cluster):
+        check_fits(
+            "train.num_workers",
+            job.train.num_workers,
+            job.train.cpus_per_worker,
+            1.0 if job.train.use_gpu else 0.0,
+            spare_cpus=2.0,  # training and validation are read by a task each
+        )
+        result = _fit(run, prepared)
+    failure = storage.join(uri, FAILURE)
+    if storage.exists(failure):
+        raise JobError(f"{uri}: {storage.read(failure).decode()}; a lower train.lr or train.clip_norm may help")
+    best = _publish(run, result)
+    _print_history(console, storage, uri)
+    return best
+
+
+def _run_uri(storage: Storage, job: TrainJob, prepared: PreparedSet) -> str:
+    """Return the folder of the run that this configuration names.
+
+    Raises:
+        ConfigError: it has finished, and no new one is asked for.
+    """
+    settings = _settings_digest(job, prepared)
+    name = job.train.name or f"train-{settings}"
+    out = storage.absolute(job.train.out)
+    number = 1
+    while True:
+        uri = storage.join(out, name if number == 1 else f"{name}-{number}")
+        try:
+            record = json.loads(storage.read(storage.join(uri, "run.json")))
+        except MissingObject:
+            return uri
+        if not record["finished"]:
+            if record["settings_digest"] != settings:
+                raise ConfigError(
+                    f"train.name {name}: the unfinished run {uri} has other settings or data (digest "
+                    f"{record['settings_digest']}, not {settings}); choose another name, or the same settings"
+                )
+            return uri
+        if not job.new_run:
+            raise ConfigError(f"the run {uri} has finished ({record['finished']}); --new-run starts another beside it")
+        number += 1
+
+
+def _settings_digest(job: TrainJob, prepared: PreparedSet) -> str:
+    """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
+    data = json.dumps([prepared.split_manifest_sha256, prepared.settings], sort_keys=True)
+    settings = job.train.model_copy(update={"out": "", "name": "", "data": data, "max_failures": 0})
+    return digest(job.model, job.loss, job.augment, settings, job.predict)
+
+
+def _plan(job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str) -> Run:
+    """Look at the labels, write run.json and the first weights."""
+    columns = ["group_id", "split", "status", "age", "gender", "race"]
+    rows = storage.read_table(prepared.crops(storage), columns=columns)
+    rows = select_crops(rows, "train", usable_statuses(use_fallback=job.train.use_fallback))
+    if not rows.num_rows:
+        raise ConfigError(f"train.data {prepared.uri}: no crop in its train split; its splits are {prepared.splits}")
+    for task in job.model.tasks:
+        if rows[task].null_count == rows.num_rows:
+            raise ConfigError(f"model.tasks has {task}, and no training row of {prepared.uri} has that label")
+    transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN)
+    baseline = Baseline.fit(Labels(**label_arrays(rows)))
+    run = Run(
+        job=job,
+        storage=storage,
+        uri=uri,
+        transform=transform,
+        baseline=baseline,
+        num_train_rows=rows.num_rows,
+        num_val_rows=prepared.splits["val"],
+        train_groups=group_codes(rows["group_id"].to_pylist()),
+        data={
+            "uri": prepared.uri,
+            "source": prepared.source,
+            "detector": prepared.detector,
+            "template": transform.template,
+            "split_manifest_sha256": prepared.split_manifest_sha256,
+            "splits": prepared.splits,
+            "num_train_rows": rows.num_rows,
+            "baseline": baseline.to_json(),
+        },
+        git_commit=_git_commit(),
+        settings_digest=_settings_digest(job, prepared),
+    )
+    _write_record(run, finished="")
+    if not storage.exists(storage.join(uri, "initial", "meta.json")):
+        with TemporaryDirectory() as temporary:
+            directory = Path(temporary)
+            save_checkpoint(directory, _initial_model(run, rows), transform, data=run.data)
+            storage.upload_tree(temporary, storage.join(uri, "initial"))
+    return run
+
+
+def _initial_model(run: Run, rows: pa.Table) -> MultiTaskNet:
+    """Draw the first weights, or read those that the configuration names.
+
+    Raises:
+        ConfigError: they can't be had, or don't fit.
+    """
+    torch.manual_seed(run.job.train.seed)
+    model = MultiTaskNet(run.job.model)
+    if rows["age"].null_count < rows.num_rows:
+        model.initialise_age(pc.mean(rows["age"]).as_py(), max(pc.stddev(rows["age"]).as_py(), 1.0))
+    try:
+        state = _first_weights(run.job.model, run.storage)
+        if state is not None:
+            load_trunk(model, state, run.job.model.weights)
+    except WeightsError as error:
+        raise ConfigError(f"model.weights: {error}") from None
+    return model
+
+
+def _first_weights(config: ModelConfig, storage: Storage) -> dict[str, Tensor] | None:
+    if config.weights in ("none", "imagenet"):
+        return first_weights(config)
+    with TemporaryDirectory() as temporary:
+        try:
+            body = storage.read(config.weights)
+        except MissingObject as error:
+            raise WeightsError(f"{error}; allowed: none, imagenet, or the path or URI of a state dict") from None
+        path = Path(temporary, f"weights{Path(config.weights).suffix}")
+        path.write_bytes(body)
+        return first_weights(config.model_copy(update={"weights": str(path)}))
+
+
+def _fit(run: Run, prepared: PreparedSet) -> Result:
+    """Run the workers to the end of the run."""
+    job, storage = run.job, run.storage
+
+    def dataset(split: str) -> Callable[[], Dataset]:
+        use_fallback = job.train.use_fallback or split != "train"
+        return lambda: training_dataset(storage, prepared, split, use_fallback=use_fallback)
+
+    filesystem, path = storage.arrow_filesystem(run.uri)
+    resources = {"CPU": job.train.cpus_per_worker} | ({"GPU": 1} if job.train.use_gpu else {})
+    trainer = ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config={"run": run},
+        scaling_config=ScalingConfig(
+            num_workers=job.train.num_workers, use_gpu=job.train.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute=OBJECTIVE, checkpoint_score_order="min"
+            ),
+            failure_config=FailureConfig(
+                max_failures=job.train.max_failures,
+                controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # typed as Train V1's
+            ),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+        datasets={"train": dataset("train"), "val": dataset("val")},
+        dataset_config=SplitShares(),
+    )
+    return trainer.fit()
+
+
+def _work(config: dict[str, Run]) -> None:
+    """Be one worker."""
+    run = config["run"]
+    logging.disable(logging.INFO)  # Ray Train logs every report as a page
+    context = RayContext(run)
+    torch.set_num_threads(context.num_threads)
+    checkpoint = ray.train.get_checkpoint()
+    with TemporaryDirectory() as temporary:
+        if checkpoint is None:
+            directory = Path(temporary, "initial")
+            run.storage.download_tree(run.storage.join(run.uri, "initial"), str(directory))
+            resume = None
+        else:
+            directory = Path(checkpoint.to_directory(str(Path(temporary, "last"))))
+            resume = load_train_state(directory)
+        model = load_checkpoint(directory).model
+    if resume is not None and context.rank == 0:
+        _say(f"resuming after epoch {resume['epoch']}")
+    try:
+        train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
+    except NonFiniteLossError as error:
+        # Starting again would only meet it again, so this is no failure to Ray.
+        if context.rank == 0:
+            run.storage.write(run.storage.join(run.uri, FAILURE), str(error).encode())
+
+
+class RayContext:
+    """`learn.loop.Context` in one of Ray Train's workers."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        train = run.job.train
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self.num_threads = train.threads_per_worker or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        # Small tensors are added up on the CPU, whatever the gradients travel by.
+        is_gloo = self.world_size == 1 or torch.distributed.get_backend() == "gloo"
+        self._cpu_group: Any = None if is_gloo else torch.distributed.new_group(backend="gloo")
+        batch_size = train.batch_size // self.world_size
+        # All workers stream or none: those that share a dataset must iterate over it together. So what decides is
+        # the same for all. Validation's shares may be as unequal as they like.
+        crop_bytes = 3 * crop_side_px(run.transform.crop_side_px, run.transform.margin) ** 2
+        max_rows = train.cache_mib * 2**20 // (2 * crop_bytes)  # joining the batches takes their memory twice
+        self._train = ShardBatches(
+            ray.train.get_dataset_shard("train"),
+            batch_size,
+            keep=run.num_train_rows / self.world_size <= max_rows,
+            shuffle_rows=train.shuffle_rows,
+            seed=(train.seed, self.rank),
+        )
+        self._val = ShardBatches(
+            ray.train.get_dataset_shard("val"), max(batch_size, MIN_VAL_BATCH), keep=run.num_val_rows <= max_rows
+        )
+        self._logs = _Logs(run) if self.rank == 0 else None
+        self._shown = time.monotonic()
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over this worker's share, in an order drawn by seed, epoch and rank."""
+        return self._train.epoch(epoch)
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Iterate over this worker's share of validation."""
+        return self._val.epoch(0)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Add up over workers."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor, group=self._cpu_group)
+        return tensor
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Average gradients over workers."""
+        if self.world_size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+
+    def report(self, report: EpochReport) -> None:
+        """Keep a checkpoint and the history; all workers wait for each other here."""
+        row = dict(report.row)
+        if row[OBJECTIVE] is None:
+            row[OBJECTIVE] = -float(row["epoch"])  # nothing to validate on: the last epoch counts as the best
+        if self._logs is None:
+            ray.train.report(row)
+            return
+        run = self._run
+        with TemporaryDirectory() as temporary:
+            save_checkpoint(
+                Path(temporary),
+                report.model,
+                run.transform,
+                train_state=report.train_state(),
+                train_groups=run.train_groups,
+                data=run.data,
+                metrics={"epoch": row["epoch"], "val": report.metrics},
+                config=run.job.model_dump(mode="json", exclude={"storage", "cluster", "new_run"}),
+                git_commit=run.git_commit,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            )
+            ray.train.report(row, checkpoint=Checkpoint.from_directory(temporary))
+            self._logs.write(report.row, report.train_state()["history"])
+        _say(_epoch_line(report, run.job.train.epochs))
+
+    def progress(self, progress: Progress) -> None:
+        """Print a line now and then."""
+        now = time.monotonic()
+        if self.rank == 0 and now - self._shown >= PROGRESS_EVERY_S:
+            self._shown = now
+            _say(
+                f"epoch {progress.epoch}/{progress.num_epochs}: {progress.num_samples:,} of "
+                f"{progress.num_samples_total:,}, loss {progress.loss:.3f}, {progress.samples_per_s:.0f} samples/s"
+            )
+
+
+class ShardBatches:
+    """The batches of one worker's share: streamed once, then from memory where that is allowed.
+
+    Args:
+        shard: yields the rows of `crops.training_dataset`.
+        batch_size: rows in a batch; the last one of an epoch may have fewer.
+        keep: whether the share is kept, decoded; the same in all workers.
+        shuffle_rows: rows in the shuffle buffer while streaming; 0: rows come in their order, always.
+        seed: of the shuffling, together with the epoch.
+    """
+
+    def __init__(
+        self, shard: DataIterator, batch_size: int, *, keep: bool, shuffle_rows: int = 0, seed: tuple[int, ...] = ()
+    ) -> None:
+        self._shard = shard
+        self._batch_size = batch_size
+        self._keep = keep
+        self._shuffle_rows = shuffle_rows
+        self._seed = seed
+        self._rows: dict[str, NDArray[Any]] | None = None
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over the share once."""
+        rng = np.random.default_rng([*self._seed, epoch])
+        return self._stream(rng) if self._rows is None else self._from_memory(self._rows, rng)
+
+    def _from_memory(self, rows: dict[str, NDArray[Any]], rng: np.random.Generator) -> Iterator[Batch]:
+        num_rows = len(rows["age"]) if rows else 0
+        order = rng.permutation(num_rows) if self._shuffle_rows else np.arange(num_rows)
+        for first in range(0, num_rows, self._batch_size):
+            chosen = order[first : first + self._batch_size]
+            yield {name: values[chosen] for name, values in rows.items()}
+
+    def _stream(self, rng: np.random.Generator) -> Iterator[Batch]:
+        kept: list[dict[str, NDArray[Any]]] = []
+        for batch in self._shard.iter_batches(
+            batch_size=self._batch_size,
+            local_shuffle_buffer_size=self._shuffle_rows or None,
+            local_shuffle_seed=int(rng.integers(2**31)) if self._shuffle_rows else None,
+        ):
+            # A copy: what comes from the object store can't be written to, and kept it would hold its blocks there.
+            copied = {name: np.array(values) for name, values in batch.items()}
+            if self._keep:
+                kept.append(copied)
+            yield copied
+        if self._keep:
+            names = kept[0] if kept else {}  # a share may be empty
+            self._rows = {name: np.concatenate([batch[name] for batch in kept]) for name in names}
+
+
+class _Logs:
+    """TensorBoard's event files and history.parquet, written by one worker after every epoch."""
+
+    def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run = run
+        self._events = run.storage.join(run.uri, "tensorboard")
+        self._local = TemporaryDirectory()
+        self._writer = SummaryWriter(self._local.name)
+
+    def write(self, row: Row, history: list[Row]) -> None:
+        _write_history(self._run, history)
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                self._writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        self._writer.flush()
+        # Through storage, because the run may lie on S3; the files are small.
+        for path in Path(self._local.name).iterdir():
+            self._run.storage.write(self._run.storage.join(self._events, path.name), path.read_bytes())
+
+
+def _publish(run: Run, result: Result) -> str:
+    """Copy the best and the last checkpoint out of Ray's folder, mark the run as finished, return the best's URI."""
+    last = result.checkpoint
+    best = result.get_best_checkpoint(OBJECTIVE, "min")
+    assert last is not None
+    assert best is not None
+    for name, checkpoint in (("best", best), ("last", last)):
+        with checkpoint.as_directory() as directory:
+            run.storage.upload_tree(directory, run.storage.join(run.uri, name), overwrite=True)
+            state = load_train_state(Path(directory))
+    # Again, for a run that was killed between its last checkpoint and its last line of history.
+    _write_history(run, state["history"])
+    _write_record(run, state["finished"])
+    return run.storage.join(run.uri, "best")
+
+
+def _write_history(run: Run, history: list[Row]) -> None:
+    table = pa.Table.from_pylist(history, schema=HISTORY)
+    run.storage.write_table(table, run.storage.join(run.uri, "history.parquet"))
+
+
+def _write_record(run: Run, finished: str) -> None:
+    record = {
+        "finished": finished,
+        "settings_digest": run.settings_digest,
+        "config": run.job.model_dump(mode="json", exclude={"new_run"}),
+        "data": run.data,
+        "git_commit": run.git_commit,
+    }
+    run.storage.write(run.storage.join(run.uri, "run.json"), (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _git_commit() -> str:
+    """Return the commit of the code, with a + where it was changed since; empty outside a checkout."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _say(line: str) -> None:
+    """Write a line that Ray passes on to the driver's terminal; in Ray Train's workers `print` writes twice."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _epoch_line(report: EpochReport, num_epochs: int) -> str:
+    row = report.row
+    parts = [f"epoch {row['epoch']}/{num_epochs} done in {row['epoch_s']:.0f} s", f"loss {row['train_loss']:.3f}"]
+    for name, label, scale, unit in (
+        ("val_age_mae_years", "val age MAE", 1, " years"),
+        ("val_gender_accuracy", "gender", 100, " %"),
+        ("val_race_accuracy", "race", 100, " %"),
+        (OBJECTIVE, "objective", 1, ""),
+    ):
+        if row[name] is not None:
+            parts.append(f"{label} {row[name] * scale:.{3 if not unit else 2}f}{unit}")
+    parts.append(f"{row['samples_per_s']:.0f} samples/s, {row['data_wait_share']:.0%} waiting for data")
+    return ", ".join(parts) + (" *" if report.is_best else "")
+
+
+def _print_history(console: Console, storage: Storage, uri: str) -> None:
+    history = storage.read_table(storage.join(uri, "history.parquet")).to_pylist()
+    best = min(history, key=lambda row: row[OBJECTIVE] if row[OBJECTIVE] is not None else -row["epoch"])
+    table = Table("", "epoch", "age MAE, years", "gender", "race", "objective", title="validation")
+    for label, row in (("best", best), ("last", history[-1])):
+        shown = [row["val_age_mae_years"], row["val_gender_accuracy"], row["val_race_accuracy"], row[OBJECTIVE]]
+        table.add_row(label, str(row["epoch"]), *("" if value is None else f"{value:.3f}" for value in shown))
+    console.print(table)
+    total_s = sum(row["epoch_s"] for row in history)
+    console.print(f"{len(history)} epochs in {total_s / 60:.1f} minutes; checkpoint: {uri}/best", soft_wrap=True)

@@ -1,0 +1,213 @@
+"""Labels, table schemas and their version: the only place that names a label, a column or a dtype.
+
+Tables hold labels as words ("female", "asian"), so that a reader of the Parquet needs no code book;
+tensors hold their index in `GENDERS` and `RACES`. A missing label is null in a table and NaN or -1 in
+a tensor (`AGE_MISSING`, `CLASS_MISSING`).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+import pyarrow as pa
+
+SCHEMA_VERSION: Final = 1
+"""Raised whenever a column changes its meaning or its type; new nullable columns do not raise it."""
+
+GENDERS: Final = ("female", "male")
+"""Index = tensor code, so that the sigmoid of the gender logit is the probability of "male"."""
+
+RACES: Final = ("white", "black", "asian", "indian", "others")
+"""Index = tensor code, in the order of the paper (eq. 9, table 4) and of UTKFace."""
+
+AGE_MIN_YEARS: Final = 0.0
+AGE_MAX_YEARS: Final = 116.0
+"""Labels outside this closed range are rejected: UTKFace's own range."""
+
+AGE_MISSING: Final = float("nan")
+CLASS_MISSING: Final = -1
+
+AGE_GROUP_LAST_YEARS: Final = (10, 20, 30, 40, 50, 60, 70, 80)
+"""Last year of each age group of the paper's table 5; the group above the last is open."""
+
+AGE_GROUPS: Final = ("0-10", "11-20", "21-30", "31-40", "41-50", "51-60", "61-70", "71-80", "81+")
+
+SPLITS: Final = ("train", "val", "test")
+
+
+class Status(StrEnum):
+    """What became of one input image. Every input ends as exactly one row with exactly one status."""
+
+    OK = "ok"
+    """At least one face was found and processed."""
+    FALLBACK = "fallback"
+    """Labelled chips only: no face was found, and the whole chip serves as the crop."""
+    NO_FACE = "no_face"
+    """The image is readable and no face was found in it."""
+    UNREADABLE = "unreadable"
+    """The bytes claim to be an image and cannot be decoded: corrupt or truncated."""
+    TOO_LARGE = "too_large"
+    """Over the limit of bytes or of pixels; seen from the header, before anything is decoded."""
+    NOT_AN_IMAGE = "not_an_image"
+    """Empty, or not of any image format that is read."""
+    MISSING = "missing"
+    """The key was listed and is gone."""
+    CHANGED = "changed"
+    """The object is not the one that was listed: its etag differs."""
+    FAILED = "failed"
+    """Storage kept failing, or the image kept killing its worker."""
+    BAD_LABEL = "bad_label"
+    """Labelled sources only: the label does not parse or is out of range. The image is not read."""
+
+
+CROP_STATUSES: Final = (Status.OK, Status.FALLBACK)
+"""The statuses of crop rows that carry a crop, and so can be trained and evaluated on."""
+
+IMAGE_STATUSES: Final = (
+    Status.OK,
+    Status.NO_FACE,
+    Status.UNREADABLE,
+    Status.TOO_LARGE,
+    Status.NOT_AN_IMAGE,
+    Status.MISSING,
+    Status.CHANGED,
+    Status.FAILED,
+)
+"""The statuses of scoring's image rows: input rows = ok + no_face + the rest, the rejects."""
+
+LANDMARK_NAMES: Final = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
+"""Sides as the viewer sees them."""
+
+BOX: Final = pa.list_(pa.float32(), 4)
+"""x0, y0, x1, y1 in pixels of the original image, upright (after EXIF orientation)."""
+
+LANDMARKS: Final = pa.list_(pa.float32(), 2 * len(LANDMARK_NAMES))
+"""x, y of each of `LANDMARK_NAMES` in turn, in pixels of the original image, upright."""
+
+LABEL_FIELDS: Final = (
+    pa.field("age", pa.float32()),  # years
+    pa.field("gender", pa.string()),  # one of GENDERS
+    pa.field("race", pa.string()),  # one of RACES
+)
+
+MANIFEST: Final = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),  # hash of the URI
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),  # path below the source's root: the same on every machine
+        pa.field("etag", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("group_id", pa.string()),  # subject where known, else content hash; one group, one split
+        pa.field("split", pa.string()),  # one of SPLITS; null: in none (rejected, or left out by sampling)
+        *LABEL_FIELDS,
+        pa.field("status", pa.string(), nullable=False),  # ok, or why the row is rejected before it is read
+        pa.field("error", pa.string()),
+    ]
+)
+"""One row an image of a labelled source."""
+
+SCORE_MANIFEST: Final = pa.schema([MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")])
+"""One row an image to score."""
+
+QUALITY_FIELDS: Final = (
+    pa.field("yaw", pa.float32()),  # degrees; positive turns towards the viewer's right
+    pa.field("pitch", pa.float32()),  # degrees; positive looks up
+    pa.field("roll", pa.float32()),  # degrees; positive is clockwise as the viewer sees it
+    pa.field("sharpness", pa.float32()),  # variance of the Laplacian of the aligned face
+)
+
+CROPS: Final = pa.schema(
+    [
+        *MANIFEST,
+        pa.field("crop", pa.binary()),  # JPEG, square, aligned, with margin; null unless in CROP_STATUSES
+        pa.field("template", pa.string()),  # name and version of the alignment template
+        pa.field("detector", pa.string()),
+        pa.field("detector_score", pa.float32()),
+        pa.field("num_faces", pa.int32()),  # faces found, of which the one nearest the centre is the labelled one
+        pa.field("box", BOX),
+        pa.field("landmarks", LANDMARKS),
+        *QUALITY_FIELDS,
+    ]
+)
+"""One row a manifest row, whatever happened to it."""
+
+PREDICTION_FIELDS: Final = (
+    pa.field("age_pred", pa.float32()),
+    pa.field("p_male", pa.float32()),
+    pa.field("gender_pred", pa.string()),
+    pa.field("race_pred", pa.string()),
+    pa.field("race_probs", pa.list_(pa.float32(), len(RACES))),  # in the order of RACES
+)
+
+PREDICTIONS: Final = pa.schema(
+    [
+        *(MANIFEST.field(name) for name in ("image_id", "uri", "key", "source", "group_id", "split")),
+        *LABEL_FIELDS,
+        pa.field("status", pa.string(), nullable=False),  # one of CROP_STATUSES
+        pa.field("num_faces", pa.int32()),
+        *QUALITY_FIELDS,
+        *PREDICTION_FIELDS,
+    ]
+)
+"""One row a labelled crop: truth beside prediction. A task without a head predicts null."""
+
+FACE: Final = pa.struct(
+    [
+        pa.field("box", BOX),
+        pa.field("detector_score", pa.float32()),
+        pa.field("landmarks", LANDMARKS),
+        *QUALITY_FIELDS,
+        pa.field("age", pa.float32()),
+        pa.field("age_low", pa.float32()),
+        pa.field("age_high", pa.float32()),
+        pa.field("p_male", pa.float32()),
+        pa.field("gender", pa.string()),
+        pa.field("race", pa.string()),
+        pa.field("race_probs", pa.list_(pa.float32(), len(RACES))),
+        pa.field("flags", pa.list_(pa.string())),
+    ]
+)
+
+IMAGES: Final = pa.schema(
+    [
+        *SCORE_MANIFEST,
+        pa.field("status", pa.string(), nullable=False),  # one of IMAGE_STATUSES
+        pa.field("error", pa.string()),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
+        pa.field("faces", pa.list_(FACE)),  # left to right; empty unless status is ok
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("model_digest", pa.string(), nullable=False),
+        pa.field("config_digest", pa.string(), nullable=False),
+        pa.field("detector", pa.string(), nullable=False),
+        pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("schema_version", pa.int32(), nullable=False),
+    ]
+)
+"""One row an input image of a scoring run, whatever happened to it."""
+
+HISTORY: Final = pa.schema(
+    [
+        pa.field("epoch", pa.int32(), nullable=False),  # from 1
+        pa.field("step", pa.int64(), nullable=False),  # optimiser steps since the first epoch
+        pa.field("lr", pa.float64(), nullable=False),  # at the end of the epoch
+        pa.field("train_loss", pa.float64(), nullable=False),
+        pa.field("val_loss", pa.float64()),
+        pa.field("val_age_mae_years", pa.float64()),
+        pa.field("val_age_within_5", pa.float64()),
+        pa.field("val_gender_accuracy", pa.float64()),
+        pa.field("val_race_accuracy", pa.float64()),
+        pa.field("val_objective", pa.float64()),  # what early stopping and `best` go by; lower is better
+        pa.field("num_train_rows", pa.int64(), nullable=False),
+        pa.field("num_val_rows", pa.int64()),
+        pa.field("epoch_s", pa.float64(), nullable=False),
+        pa.field("samples_per_s", pa.float64(), nullable=False),
+        pa.field("data_wait_share", pa.float64(), nullable=False),  # of the training part of the epoch
+    ]
+)
+"""One row an epoch."""
+
+TEMPLATE: Final = "five_point_v1"
+"""Name and version of the alignment template of `agr_ray.vision.align`."""

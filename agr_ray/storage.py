@@ -1,0 +1,784 @@
+"""URIs to bytes, listings, tables and trees, on local disks and S3: the only parser of URIs.
+
+A URI is a `str` in one of three forms:
+
+- a bare local path, taken literally: `%`, `#` and blanks mean themselves;
+- `file:///path`, percent-decoded as its standard says;
+- `s3://bucket/key`, the key taken literally: nothing in it is decoded, and `//` is kept.
+
+Trouble comes in two kinds. A `StorageError` concerns one object and carries the `Status` its row ends with.
+`StorageUnavailable` concerns the set-up (keys, bucket, endpoint, folder) and should end the run: it is not a
+`StorageError`, so that code which turns bad objects into rows can't swallow it.
+
+Three clients share the work, each at what it does best: boto3 lists keys with ETags, reads objects and makes
+conditional puts; pyarrow reads and writes Parquet; s3fs moves trees of files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar, cast
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from agr_ray.config import ConfigError, StorageConfig
+from agr_ray.schema import Status
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+T = TypeVar("T")
+
+ALLOWED_FORMS: Final = "a local path, file:///path or s3://bucket/key"
+DEFAULT_MARKER: Final = "meta.json"
+"""The file of a tree that is written last, and whose presence says that the tree is whole."""
+
+_TEMPORARY = ".tmp-"
+"""How the names of unfinished local files and folders begin; they are never listed."""
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/")
+_UNAVAILABLE_CODES: Final = frozenset(
+    {
+        "AllAccessDisabled",
+        "AuthorizationHeaderMalformed",
+        "ExpiredToken",
+        "IllegalLocationConstraintException",
+        "InvalidAccessKeyId",
+        "InvalidBucketName",
+        "InvalidToken",
+        "NoSuchBucket",
+        "PermanentRedirect",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+    }
+)
+"""Answers of S3 that the next object would get too. A bare AccessDenied is not among them: on a read it may
+concern the one object."""
+
+
+class StorageError(Exception):
+    """One object could not be had. `status` is what its row says."""
+
+    status: ClassVar[Status] = Status.FAILED
+
+
+class MissingObject(StorageError):
+    """The object does not exist."""
+
+    status = Status.MISSING
+
+
+class ChangedObject(StorageError):
+    """The object is not the one that was listed."""
+
+    status = Status.CHANGED
+
+
+class ObjectTooLarge(StorageError):
+    """The object has more bytes than the caller allows; its body was not read."""
+
+    status = Status.TOO_LARGE
+
+
+class StorageFailed(StorageError):
+    """Storage kept failing on this object after all retries, or denies access to it."""
+
+    status = Status.FAILED
+
+
+class BadUri(ConfigError, ValueError):
+    """A URI of no form that is known."""
+
+
+class StorageUnavailable(Exception):
+    """Storage can't be used as configured. The message is one line that names the bucket, endpoint or folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One listed object."""
+
+    uri: str
+    key: str
+    """Path below the listed root, `/` between its parts."""
+    etag: str
+    """S3's ETag without its quotes; `size-mtime_ns` for a local file."""
+    size_bytes: int
+
+
+class _Clients:
+    """Clients of one `Storage`, made on first use, once per process; pickles as empty."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, str], Any] = {}
+
+    def __reduce__(self) -> tuple[type[_Clients], tuple[()]]:
+        return (_Clients, ())
+
+    def get(self, name: str, make: Callable[[], T]) -> T:
+        # No lock, because a fork could inherit it held: of two made at once, one is dropped.
+        key = (os.getpid(), name)
+        if key not in self._made:
+            self._made.setdefault(key, make())
+        return cast("T", self._made[key])
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Access to local and S3 storage. Cheap to make and to pickle; connects on first use.
+
+    Keys come from AWS's usual chain (variables, profile, instance role); they are never held here.
+    """
+
+    endpoint_url: str | None = None
+    """Of an S3-compatible server, such as `http://host:8333`. None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the
+    profile's, else AWS itself."""
+    region: str | None = None
+    """None: AWS_REGION, AWS_DEFAULT_REGION or the profile's, else us-east-1."""
+    request_timeout_s: float = 30.0
+    """For a connection, and for each wait on a socket."""
+    max_attempts: int = 5
+    """For each request, the first included."""
+    list_page_keys: int = 1000
+    """Keys that a listing asks for at a time. S3 gives no more than 1000."""
+    _clients: _Clients = field(default_factory=_Clients, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts is {self.max_attempts}: at least 1 is needed")
+        if not 1 <= self.list_page_keys <= 1000:
+            raise ValueError(f"list_page_keys is {self.list_page_keys}: expected 1 to 1000")
+        if self.request_timeout_s <= 0:
+            raise ValueError(f"request_timeout_s is {self.request_timeout_s:g}: it must be above 0")
+
+    @classmethod
+    def from_config(cls, config: StorageConfig) -> Storage:
+        """Return the storage that a configuration describes."""
+        return cls(config.endpoint_url, config.region, config.timeout_s, config.max_attempts)
+
+    # URIs
+
+    def absolute(self, uri: str) -> str:
+        """Return the URI in its one canonical form: a bare absolute local path, or `s3://bucket/key`.
+
+        A relative path is taken from the present working directory, so call this before Ray moves it.
+
+        Raises:
+            BadUri: the scheme is not known, or the URI is empty or malformed.
+        """
+        return uri if _is_s3(uri) else _local_path(uri)
+
+    def join(self, uri: str, *parts: str) -> str:
+        """Return the URI of `parts` below `uri`. Parts are literal: an S3 key's `//` survives."""
+        joined = uri if _is_s3(uri) else _local_path(uri, absolute=False)
+        for part in parts:
+            joined = joined + part if joined.endswith("/") else f"{joined}/{part}"
+        return joined
+
+    # Objects
+
+    def list(self, uri: str, suffixes: Sequence[str] | None = None) -> Iterator[ObjectInfo]:
+        """Yield the objects below the folder or prefix `uri`, in the order of their keys' UTF-8 bytes.
+
+        `suffixes` are compared regardless of case. Directories, and the empty objects whose key ends in `/` that
+        stand for them, are skipped. Links are followed, except to a folder that holds them. A local file whose
+        name is not UTF-8 gets a percent-encoded `file://` URI and key, so that it fits into a table.
+
+        Raises:
+            StorageUnavailable: no such local folder or bucket, or it can't be listed.
+        """
+        wanted = None if suffixes is None else tuple(suffix.lower() for suffix in suffixes)
+        listed = self._list_s3(uri) if _is_s3(uri) else _list_local(_local_path(uri))
+        for info in listed:
+            if wanted is None or info.key.lower().endswith(wanted):
+                yield info
+
+    def read(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> bytes:
+        """Return the object's bytes; with `etag`, only if it is still the object that was listed with it.
+
+        Raises:
+            MissingObject, ChangedObject, ObjectTooLarge, StorageFailed: this object can't be had.
+            StorageUnavailable: no object could: wrong keys, no such bucket, endpoint out of reach.
+        """
+        if not _is_s3(uri):
+            return _read_local(_local_path(uri), etag, max_bytes)
+        for attempt in range(1, self.max_attempts + 1):
+            try:
+                return self._read_s3(uri, etag, max_bytes)
+            except _BrokenBody as error:
+                # botocore retries requests but not bodies that break off.
+                if attempt == self.max_attempts:
+                    raise StorageFailed(f"{uri}: reading broke off {attempt} times, last: {error}") from error
+                time.sleep(min(0.1 * 2**attempt, 5.0))
+        raise AssertionError("the last attempt returns or raises")
+
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> None:
+        """Write the object whole or not at all, making local folders as needed.
+
+        With `if_absent`, of several writers at once exactly one succeeds (on S3 by If-None-Match).
+
+        Raises:
+            FileExistsError: `if_absent`, and the object exists.
+            StorageFailed: this object could not be written.
+            StorageUnavailable: none could.
+        """
+        if not _is_s3(uri):
+            _write_local(_local_path(uri), lambda path: Path(path).write_bytes(data), if_absent=if_absent)
+            return
+        bucket, key = _bucket_and_key(uri)
+        client = self._s3()
+        with self._s3_errors(uri, writing=True):
+            if if_absent:
+                client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            else:
+                client.put_object(Bucket=bucket, Key=key, Body=data)
+
+    def exists(self, uri: str) -> bool:
+        """Say whether there is an object or a folder at `uri`; on S3 a folder is a prefix with something below it."""
+        if not _is_s3(uri):
+            return os.path.exists(_local_path(uri))
+        bucket, key = _bucket_and_key(uri, key_needed=False)
+        client = self._s3()
+        if key:
+            # A listing rather than HEAD, whose bare 404 and 403 do not say what is wrong.
+            with self._s3_errors(uri, listing=True):
+                page = client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+            if any(entry.get("Key") == key for entry in page.get("Contents", [])):
+                return True
+        with self._s3_errors(uri, listing=True):
+            page = client.list_objects_v2(Bucket=bucket, Prefix=_as_prefix(key), MaxKeys=1)
+        return not key or bool(page.get("Contents"))
+
+    def delete(self, uri: str) -> None:
+        """Delete one object or local file; it need not exist."""
+        if not _is_s3(uri):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(_local_path(uri))
+            return
+        bucket, key = _bucket_and_key(uri)
+        client = self._s3()
+        with self._s3_errors(uri, writing=True):
+            client.delete_object(Bucket=bucket, Key=key)
+
+    # Trees
+
+    def upload_tree(self, local_dir: str, uri: str, *, marker: str = DEFAULT_MARKER, overwrite: bool = False) -> None:
+        """Publish a local folder at `uri` whole or not at all.
+
+        Locally the folder is copied beside its place and moved there. On S3, where nothing can be moved, `marker`
+        is written last, and while an old tree is replaced there is none: a reader who finds the marker finds the
+        whole tree.
+
+        Raises:
+            FileExistsError: `uri` holds something and `overwrite` is not set. On S3, what an upload that died left
+                behind, which has no marker, is overwritten without being asked.
+            ValueError: the folder holds no `marker`.
+        """
+        source = Path(local_dir)
+        names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
+        if marker not in names:
+            raise ValueError(f"{local_dir} holds no {marker}, which marks a tree as whole")
+        if not _is_s3(uri):
+            _publish_local_tree(source, _local_path(uri), overwrite=overwrite)
+            return
+        if not overwrite and self.exists(self.join(uri, marker)):
+            raise FileExistsError(f"{uri} exists and is not overwritten")
+        self.delete(self.join(uri, marker))
+        fs, _ = self.fsspec_filesystem(uri)
+        for key in {info.key for info in self.list(uri)} - set(names):
+            self.delete(self.join(uri, key))  # of the tree that is replaced
+        names.remove(marker)
+        for name in [*names, marker]:
+            target = self.join(uri, name)
+            with self._foreign_errors(target):
+                fs.put_file(str(source / name), _s3_path(target))
+
+    def download_tree(self, uri: str, local_dir: str, *, marker: str = DEFAULT_MARKER) -> None:
+        """Copy the tree at `uri` to the local folder `local_dir`, which appears whole or not at all.
+
+        Raises:
+            MissingObject: there is no `marker` at `uri`: no tree, or one whose upload did not end.
+            FileExistsError: `local_dir` exists.
+        """
+        if not self.exists(self.join(uri, marker)):
+            raise MissingObject(f"{uri} holds no {marker}: nothing is there, or its upload did not end")
+        target = _local_path(local_dir)
+        if not _is_s3(uri):
+            _publish_local_tree(Path(_local_path(uri)), target, overwrite=False)
+            return
+        if os.path.lexists(target):
+            raise FileExistsError(f"{local_dir} exists and is not overwritten")
+        fs, _ = self.fsspec_filesystem(uri)
+        with _temporary_beside(target) as temporary:
+            for info in self.list(uri):
+                if info.key.startswith("/") or ".." in info.key.split("/"):
+                    raise StorageFailed(f"{info.uri} would be written outside {local_dir}")
+                path = Path(temporary, info.key)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with self._foreign_errors(info.uri):
+                    fs.get_file(_s3_path(info.uri), str(path))
+            os.rename(temporary, target)
+
+    def delete_tree(self, uri: str) -> None:
+        """Delete everything below the folder or prefix `uri`, which need not exist."""
+        if not _is_s3(uri):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(_local_path(uri))
+            return
+        _bucket_and_key(uri)  # a whole bucket is never deleted
+        for each in [info.uri for info in self._list_s3(uri, directories=True)]:
+            self.delete(each)
+
+    # Tables
+
+    def read_table(self, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read a Parquet file, or all Parquet files of a folder as one table.
+
+        Raises:
+            MissingObject: nothing is there.
+            StorageFailed: it is not Parquet, or reading failed.
+        """
+        fs, path = self.arrow_filesystem(uri)
+        with self._foreign_errors(uri):
+            try:
+                # No partitioning: `run=7/` in a path must not become a column.
+                return pq.read_table(path, columns=columns and [*columns], filesystem=fs, partitioning=None)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise StorageFailed(f"{uri} can't be read as Parquet: {error}") from error
+
+    def write_table(self, table: pa.Table, uri: str) -> None:
+        """Write a table as one Parquet file, whole or not at all, replacing what is there."""
+        if not _is_s3(uri):
+            _write_local(_local_path(uri), lambda path: pq.write_table(table, path, compression="zstd"))
+            return
+        fs, path = self.arrow_filesystem(uri)
+        with self._foreign_errors(uri):
+            pq.write_table(table, path, filesystem=fs, compression="zstd")
+
+    # The clients
+
+    def arrow_filesystem(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+        """Return pyarrow's filesystem for `uri`, for Parquet and for Ray, and the path of `uri` in it."""
+        if not _is_s3(uri):
+            return pyarrow.fs.LocalFileSystem(), _local_path(uri)
+        return self._clients.get("arrow", self._make_arrow), _s3_path(uri)
+
+    def fsspec_filesystem(self, uri: str) -> tuple[Any, str]:
+        """Return an fsspec filesystem for `uri` (s3fs, or fsspec's local one), and the path of `uri` in it."""
+        if not _is_s3(uri):
+            from fsspec.implementations.local import LocalFileSystem
+
+            return LocalFileSystem(auto_mkdir=True), _local_path(uri)
+        return self._clients.get("s3fs", self._make_s3fs), _s3_path(uri)
+
+    def _s3(self) -> S3Client:
+        return self._clients.get("boto3", self._make_boto3)
+
+    def _make_boto3(self) -> S3Client:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            session = boto3.Session(region_name=self._configured_region())
+            return session.client(
+                "s3",
+                endpoint_url=self.endpoint_url,
+                region_name=session.region_name or "us-east-1",
+                config=Config(
+                    connect_timeout=self.request_timeout_s,
+                    read_timeout=self.request_timeout_s,
+                    retries={"total_max_attempts": self.max_attempts, "mode": "standard"},
+                    max_pool_connections=64,
+                ),
+            )
+        except (BotoCoreError, ValueError) as error:
+            raise StorageUnavailable(f"S3 can't be used as configured: {error}") from error
+
+    def _configured_region(self) -> str | None:
+        # boto3 itself knows AWS_DEFAULT_REGION and the profile, but not AWS_REGION.
+        return self.region or os.environ.get("AWS_REGION") or None
+
+    def _endpoint_and_region(self) -> tuple[str | None, str]:
+        """Return what boto3 made of configuration, variables and profile, for the other clients to follow.
+
+        The endpoint is None for AWS itself, which they find better by themselves.
+        """
+        meta = self._s3().meta
+        host = urllib.parse.urlsplit(meta.endpoint_url).hostname or ""
+        on_aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        return (None if on_aws else meta.endpoint_url), meta.region_name
+
+    def _make_arrow(self) -> pyarrow.fs.S3FileSystem:
+        endpoint, region = self._endpoint_and_region()
+        address = urllib.parse.urlsplit(endpoint) if endpoint else None
+        return pyarrow.fs.S3FileSystem(
+            region=region,
+            scheme=address.scheme if address else "https",
+            endpoint_override=address.netloc + address.path.rstrip("/") if address else None,
+            request_timeout=self.request_timeout_s,
+            connect_timeout=self.request_timeout_s,
+            retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=self.max_attempts),
+        )
+
+    def _make_s3fs(self) -> Any:
+        import s3fs
+
+        endpoint, region = self._endpoint_and_region()
+        return s3fs.S3FileSystem(
+            client_kwargs={"region_name": region} | ({"endpoint_url": endpoint} if endpoint else {}),
+            config_kwargs={
+                "connect_timeout": self.request_timeout_s,
+                "read_timeout": self.request_timeout_s,
+                "retries": {"total_max_attempts": self.max_attempts, "mode": "standard"},
+            },
+            # Others write to the same prefixes: a remembered listing would be wrong.
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+
+    # S3
+
+    def _list_s3(self, uri: str, *, directories: bool = False) -> Iterator[ObjectInfo]:
+        bucket, key = _bucket_and_key(uri, key_needed=False)
+        root = f"s3://{bucket}/"
+        prefix = _as_prefix(key)
+        paginator = self._s3().get_paginator("list_objects_v2")
+        pages = iter(
+            paginator.paginate(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": self.list_page_keys})
+        )
+        while True:
+            with self._s3_errors(uri, listing=True):
+                page = next(pages, None)
+            if page is None:
+                return
+            for entry in page.get("Contents", []):
+                found = entry["Key"]
+                if directories or not found.endswith("/"):
+                    # SeaweedFS stores `d//e` as `d/e` and yet lists it under the prefix `d//`.
+                    relative = found[len(prefix) :] if found.startswith(prefix) else found
+                    yield ObjectInfo(root + found, relative, entry["ETag"].strip('"'), entry["Size"])
+
+    def _read_s3(self, uri: str, etag: str | None, max_bytes: int | None) -> bytes:
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+        from botocore.exceptions import ReadTimeoutError as BodyTimeout
+        from urllib3.exceptions import HTTPError
+
+        bucket, key = _bucket_and_key(uri)
+        client = self._s3()
+        with self._s3_errors(uri):
+            if etag is None:
+                response = client.get_object(Bucket=bucket, Key=key)
+            else:
+                response = client.get_object(Bucket=bucket, Key=key, IfMatch=f'"{etag}"')
+        with contextlib.closing(response["Body"]) as body:
+            found = response["ETag"].strip('"')
+            if etag is not None and found != etag:  # a server that ignores If-Match
+                raise ChangedObject(f"{uri} has ETag {found}, and was listed with {etag}")
+            size = response["ContentLength"]
+            if max_bytes is not None and size > max_bytes:
+                raise ObjectTooLarge(f"{uri} has {size} bytes, and {max_bytes} are allowed")
+            try:
+                return body.read()
+            except (HTTPClientError, IncompleteReadError, BodyTimeout, HTTPError, OSError) as error:
+                raise _BrokenBody(str(error)) from error
+
+    @contextlib.contextmanager
+    def _s3_errors(self, uri: str, *, listing: bool = False, writing: bool = False) -> Iterator[None]:
+        """Turn botocore's errors into this module's."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            self._raise_for_answer(uri, error, listing=listing, writing=writing)
+        except BotoCoreError as error:
+            self._raise_without_answer(uri, error)
+
+    def _raise_for_answer(self, uri: str, error: Any, *, listing: bool, writing: bool) -> NoReturn:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        http = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        bucket, _ = _bucket_and_key(uri, key_needed=False)
+        where = f"at {self._s3().meta.endpoint_url}"
+        if code == "NoSuchBucket" or (listing and http == 404):
+            raise StorageUnavailable(f"bucket {bucket!r} does not exist {where}") from error
+        if code in _UNAVAILABLE_CODES or (listing and 400 <= (http or 0) < 500 and http != 429):
+            said = error.response.get("Error", {}).get("Message", "no reason given")
+            raise StorageUnavailable(
+                f"bucket {bucket!r} {where} refuses these keys or settings: {code}: {said}"
+            ) from error
+        if code in ("NoSuchKey", "NoSuchVersion") or (http == 404 and not writing):
+            raise MissingObject(f"{uri} does not exist") from error
+        if code in ("PreconditionFailed", "ConditionalRequestConflict") or http == 412:
+            if writing:
+                raise FileExistsError(f"{uri} exists and is not overwritten") from error
+            raise ChangedObject(f"{uri} is not the object that was listed: its ETag differs") from error
+        if writing and http == 403:
+            raise StorageUnavailable(f"bucket {bucket!r} {where} can't be written with these keys: {code}") from error
+        raise StorageFailed(f"{uri}: {code or http}: {error}") from error
+
+    def _raise_without_answer(self, uri: str, error: Exception) -> NoReturn:
+        from botocore.exceptions import (
+            ConnectTimeoutError,
+            EndpointConnectionError,
+            InvalidRegionError,
+            NoCredentialsError,
+            ParamValidationError,
+            PartialCredentialsError,
+            ProxyConnectionError,
+            SSLError,
+            TokenRetrievalError,
+            UnauthorizedSSOTokenError,
+        )
+
+        bucket, _ = _bucket_and_key(uri, key_needed=False)
+        endpoint = self._s3().meta.endpoint_url
+        if isinstance(error, (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError, SSLError)):
+            raise StorageUnavailable(f"bucket {bucket!r}: S3 endpoint {endpoint} can't be reached: {error}") from error
+        if isinstance(
+            error, (NoCredentialsError, PartialCredentialsError, TokenRetrievalError, UnauthorizedSSOTokenError)
+        ):
+            raise StorageUnavailable(
+                f"bucket {bucket!r} at {endpoint}: no usable keys ({error}); set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or an instance role"
+            ) from error
+        if isinstance(error, (ParamValidationError, InvalidRegionError)):
+            raise StorageUnavailable(f"bucket {bucket!r} at {endpoint}: {' '.join(str(error).split())}") from error
+        raise StorageFailed(f"{uri}: {error}") from error
+
+    @contextlib.contextmanager
+    def _foreign_errors(self, uri: str) -> Iterator[None]:
+        """Turn the errors of pyarrow and s3fs into this module's, asking boto3 whether the set-up is to blame."""
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            yield
+        except FileNotFoundError as error:
+            self._check_available(uri)
+            raise MissingObject(f"{uri} does not exist") from error
+        except (OSError, BotoCoreError) as error:
+            self._check_available(uri)
+            raise StorageFailed(f"{uri}: {error}") from error
+
+    def _check_available(self, uri: str) -> None:
+        """Raise StorageUnavailable if the bucket of `uri` can't even be listed."""
+        if _is_s3(uri):
+            bucket, _ = _bucket_and_key(uri, key_needed=False)
+            with self._s3_errors(uri, listing=True):
+                self._s3().list_objects_v2(Bucket=bucket, MaxKeys=1)
+
+
+class _BrokenBody(Exception):
+    """A body broke off while it was read."""
+
+
+# Parsing
+
+
+def _scheme(uri: str) -> str:
+    """Return "s3", "file", or "" for a bare path.
+
+    Raises:
+        BadUri: empty, or of another scheme.
+    """
+    if not uri:
+        raise BadUri(f"the URI is empty: expected {ALLOWED_FORMS}")
+    if "\0" in uri:
+        raise BadUri(f"{uri!r} holds a null character")
+    match = _SCHEME.match(uri)
+    if match is None:
+        return ""
+    scheme = match.group(1).lower()
+    if scheme == "s3" and not uri[match.end() :].startswith("/"):
+        raise BadUri(f"{uri!r} has lost a slash (has a Path mangled it?): expected {ALLOWED_FORMS}")
+    if scheme not in ("s3", "file"):
+        raise BadUri(f"{uri!r} has the scheme {scheme!r}: expected {ALLOWED_FORMS}")
+    return scheme
+
+
+def _is_s3(uri: str) -> bool:
+    return _scheme(uri) == "s3"
+
+
+def _local_path(uri: str, *, absolute: bool = True) -> str:
+    """Return the local path of a bare path or `file://` URI, without a `/` at its end."""
+    scheme = _scheme(uri)
+    if scheme == "s3":
+        raise BadUri(f"{uri!r} is not local")
+    path = uri
+    if scheme == "file":
+        host, slash, rest = uri[len("file:") :].removeprefix("//").partition("/")
+        if not slash or host not in ("", "localhost"):
+            raise BadUri(f"{uri!r} is not a file on this machine: expected file:///path")
+        path = os.fsdecode(urllib.parse.unquote_to_bytes("/" + rest))
+    return os.path.abspath(path) if absolute else path
+
+
+def _bucket_and_key(uri: str, *, key_needed: bool = True) -> tuple[str, str]:
+    bucket, _, key = uri[len("s3://") :].partition("/")
+    if not bucket:
+        raise BadUri(f"{uri!r} names no bucket: expected s3://bucket/key")
+    if key_needed and not key:
+        raise BadUri(f"{uri!r} names no key: expected s3://bucket/key")
+    return bucket, key
+
+
+def _s3_path(uri: str) -> str:
+    """Return `bucket/key`, as pyarrow and s3fs name objects."""
+    bucket, key = _bucket_and_key(uri, key_needed=False)
+    return f"{bucket}/{key}".rstrip("/")
+
+
+def _as_prefix(key: str) -> str:
+    """Return the prefix of what lies below `key`: with its slash, so that `a` does not list `ab`."""
+    return key if not key or key.endswith("/") else key + "/"
+
+
+# Local files
+
+
+def _local_etag(info: os.stat_result) -> str:
+    return f"{info.st_size}-{info.st_mtime_ns}"
+
+
+def _list_local(root: str) -> Iterator[ObjectInfo]:
+    try:
+        info = os.stat(root)
+    except OSError as error:
+        raise StorageUnavailable(f"folder {root} can't be listed: {error.strerror}") from error
+    if not stat.S_ISDIR(info.st_mode):
+        raise StorageUnavailable(f"{root} is not a folder")
+    return _walk(root, "", ((info.st_dev, info.st_ino),))
+
+
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
+    try:
+        with os.scandir(folder) as entries:
+            # A folder sorts as its name and a slash: so the walk follows the order of whole keys, as S3's does.
+            ordered = sorted(
+                (entry.name + "/" * entry.is_dir(), entry.path)
+                for entry in entries
+                if not entry.name.startswith(_TEMPORARY)
+            )
+    except FileNotFoundError:
+        return  # deleted while the walk was under way
+    except OSError as error:
+        raise StorageUnavailable(f"folder {folder} can't be listed: {error.strerror}") from error
+    for name, path in ordered:
+        try:
+            info = os.stat(path)
+        except OSError:
+            continue  # a link to nowhere, or deleted since: there is no file
+        if name.endswith("/"):
+            identity = (info.st_dev, info.st_ino)
+            if identity not in above:
+                yield from _walk(path, prefix + name, (*above, identity))
+        elif stat.S_ISREG(info.st_mode):
+            yield _local_info(path, prefix + name, info)
+
+
+def _local_info(path: str, key: str, info: os.stat_result) -> ObjectInfo:
+    uri = path
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        uri = "file://" + urllib.parse.quote_from_bytes(os.fsencode(path))
+        key = urllib.parse.quote_from_bytes(os.fsencode(key))
+    return ObjectInfo(uri, key, _local_etag(info), info.st_size)
+
+
+def _read_local(path: str, etag: str | None, max_bytes: int | None) -> bytes:
+    try:
+        # Before opening: opening a pipe would wait for its other end for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise StorageFailed(f"{path} is not a file")
+        with open(path, "rb") as file:
+            info = os.fstat(file.fileno())
+            if etag is not None and _local_etag(info) != etag:
+                raise ChangedObject(f"{path} has size and time {_local_etag(info)}, and was listed with {etag}")
+            if max_bytes is not None and info.st_size > max_bytes:
+                raise ObjectTooLarge(f"{path} has {info.st_size} bytes, and {max_bytes} are allowed")
+            data = file.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingObject(f"{path} does not exist") from error
+    except OSError as error:
+        raise StorageFailed(f"{path}: {error.strerror}") from error
+    if len(data) != info.st_size:
+        raise ChangedObject(f"{path} changed while it was read: {info.st_size} bytes became {len(data)}")
+    return data
+
+
+def _write_local(path: str, write: Callable[[str], object], *, if_absent: bool = False) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place in one step."""
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        write(temporary)
+        _sync(temporary)
+        if not if_absent:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
+        _sync(folder)
+    except OSError as error:
+        if if_absent and isinstance(error, FileExistsError) and os.path.lexists(path):
+            raise FileExistsError(f"{path} exists and is not overwritten") from error
+        raise StorageUnavailable(f"{path} can't be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _sync(path: str) -> None:
+    """Make the file or folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: str) -> Iterator[str]:
+    """Yield a new folder beside `path`; what has not been moved away at the end is deleted."""
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
+    os.makedirs(temporary)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish_local_tree(source: Path, target: str, *, overwrite: bool) -> None:
+    """Copy a folder beside its place, then move it there."""
+    if os.path.lexists(target) and not overwrite:
+        raise FileExistsError(f"{target} exists and is not overwritten")
+    with _temporary_beside(target) as temporary:
+        fresh, old = os.path.join(temporary, "fresh"), os.path.join(temporary, "old")
+        shutil.copytree(source, fresh)
+        for folder, _, names in os.walk(fresh):
+            for name in names:
+                _sync(os.path.join(folder, name))
+            _sync(folder)
+        if os.path.lexists(target):
+            os.rename(target, old)
+        try:
+            os.rename(fresh, target)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, target)
+            raise
+        _sync(os.path.dirname(target))

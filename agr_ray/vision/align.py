@@ -1,0 +1,127 @@
+"""Aligned square crops: five landmarks onto one template, by a least-squares similarity."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from agr_ray import schema
+
+TEMPLATE_NAME: Final = schema.TEMPLATE
+
+TEMPLATE_POINTS: Final = ((0.30, 0.29), (0.70, 0.29), (0.49, 0.53), (0.32, 0.69), (0.67, 0.69))
+"""x, y of each of `schema.LANDMARK_NAMES` as fractions of the crop's side, without margin: UTKFace's own geometry."""
+
+HAAR_SQUARE: Final = (0.50, 0.587, 0.99)
+"""Where the template's square lies about a box of OpenCV's frontal cascade: x and y of its centre and its side."""
+
+DEFAULT_MARGIN: Final = 0.10
+
+_MAX_WARP_PX: Final = 16_384  # OpenCV warps no more than 32,767 pixels a side
+
+
+def crop_side_px(side_px: int, margin: float = DEFAULT_MARGIN) -> int:
+    """Return the side of a crop whose template square has `side_px` and a margin of that fraction on each side."""
+    return round(side_px * (1 + 2 * margin))
+
+
+def align(
+    rgb: NDArray[np.uint8],
+    box_xyxy: NDArray[np.floating],
+    landmarks: NDArray[np.floating],
+    side_px: int,
+    margin: float = DEFAULT_MARGIN,
+) -> NDArray[np.uint8]:
+    """Cut one detected face: by its landmarks, or by its box where the detector gave none (NaN)."""
+    if np.isfinite(landmarks).all():
+        return align_face(rgb, landmarks, side_px, margin)
+    return align_box(rgb, box_xyxy, side_px, margin)
+
+
+def align_face(
+    rgb: NDArray[np.uint8], landmarks: NDArray[np.floating], side_px: int, margin: float = DEFAULT_MARGIN
+) -> NDArray[np.uint8]:
+    """Turn, scale and shift a face so that its landmarks lie on the template.
+
+    `rgb` is uint8, height x width x 3; `landmarks` is (5, 2) in its pixels, in the order of
+    `schema.LANDMARK_NAMES`. The result is uint8, S x S x 3 with S = `crop_side_px(side_px, margin)`. Beyond the
+    image its border is reflected; a face that shrinks is averaged, not sampled.
+
+    Raises:
+        ValueError: if the landmarks are not finite, or all in one place.
+    """
+    side = crop_side_px(side_px, margin)
+    template = (np.asarray(TEMPLATE_POINTS) - 0.5) * side_px + side / 2
+    return _warp(rgb, similarity(np.asarray(landmarks, dtype=np.float64), template), side)
+
+
+def align_box(
+    rgb: NDArray[np.uint8], box_xyxy: NDArray[np.floating], side_px: int, margin: float = DEFAULT_MARGIN
+) -> NDArray[np.uint8]:
+    """Cut a face that has a box of OpenCV's frontal cascade and no landmarks; see `HAAR_SQUARE`.
+
+    `box_xyxy` is (4,) in pixels of `rgb`; the result is as that of `align_face`.
+    """
+    x0, y0, x1, y1 = (float(value) for value in box_xyxy)
+    centre_x, centre_y, ratio = HAAR_SQUARE
+    square_px = ratio * max(x1 - x0, y1 - y0)
+    return _cut_square(rgb, x0 + centre_x * (x1 - x0), y0 + centre_y * (y1 - y0), square_px, side_px, margin)
+
+
+def align_chip(rgb: NDArray[np.uint8], side_px: int, margin: float = DEFAULT_MARGIN) -> NDArray[np.uint8]:
+    """Take a whole chip, in which no face was found, as the template's square; its border is reflected for the margin.
+
+    Of a chip that is not square, the square of its shorter side about its centre is taken.
+    """
+    height, width = rgb.shape[:2]
+    return _cut_square(rgb, width / 2, height / 2, min(width, height), side_px, margin)
+
+
+def similarity(points: NDArray[np.floating], target: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the 2 x 3 similarity (no mirroring) that maps `points` onto `target`, both (n, 2), with least squares.
+
+    Source: Umeyama, "Least-squares estimation of transformation parameters between two point patterns", 1991.
+    In two dimensions the rotation and scale are one complex number, and the singular values need not be found.
+
+    Raises:
+        ValueError: if the points are not finite, or all in one place.
+    """
+    source_mean, target_mean = points.mean(axis=0), target.mean(axis=0)
+    source, goal = points - source_mean, target - target_mean
+    spread = float((source**2).sum())
+    if not np.isfinite(spread) or spread <= 0:
+        raise ValueError(f"no similarity maps the points {points.tolist()} onto a template")
+    cosine = float((source * goal).sum()) / spread
+    sine = float((source[:, 0] * goal[:, 1] - source[:, 1] * goal[:, 0]).sum()) / spread
+    linear = np.array([[cosine, -sine], [sine, cosine]])
+    return np.column_stack([linear, target_mean - linear @ source_mean])
+
+
+def _cut_square(
+    rgb: NDArray[np.uint8], centre_x: float, centre_y: float, square_px: float, side_px: int, margin: float
+) -> NDArray[np.uint8]:
+    side = crop_side_px(side_px, margin)
+    scale = side_px / square_px
+    affine = np.array([[scale, 0.0, side / 2 - scale * centre_x], [0.0, scale, side / 2 - scale * centre_y]])
+    return _warp(rgb, affine, side)
+
+
+def _warp(rgb: NDArray[np.uint8], affine: NDArray[np.float64], side: int) -> NDArray[np.uint8]:
+    """Warp `rgb` by `affine` (image to crop) into a square of `side` pixels.
+
+    A face that shrinks is warped at its own scale, to a whole multiple of `side`, and then averaged down: bilinear
+    sampling alone skips pixels below half the scale, and aliases.
+    """
+    scale = math.hypot(affine[0, 0], affine[1, 0])
+    multiple = max(1, min(math.ceil(1 / scale - 1e-6), _MAX_WARP_PX // side))
+    matrix = affine * multiple
+    matrix[:, 2] += 0.5 * matrix[:, :2].sum(axis=1) - 0.5  # OpenCV counts from the centre of the first pixel
+    big_side = side * multiple
+    warped = cv2.warpAffine(rgb, matrix, (big_side, big_side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    if multiple > 1:
+        warped = cv2.resize(warped, (side, side), interpolation=cv2.INTER_AREA)
+    return np.asarray(warped, dtype=np.uint8)

@@ -1,0 +1,119 @@
+"""Folders of rendered faces, prepared sets and checkpoints, made without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from agr_ray.config import ModelConfig
+from agr_ray.data.rendered import RenderedChip, render_chip
+from agr_ray.data.splits import split_digest, split_manifest_text
+from agr_ray.models.checkpoint import group_codes, save_checkpoint
+from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet
+from agr_ray.schema import CROPS, TEMPLATE
+from agr_ray.storage import Storage
+from agr_ray.vision.align import align_chip
+from agr_ray.vision.decode import encode_jpeg
+
+SIDE_PX = 32
+
+
+def write_chips(folder: Path, indices: range) -> dict[str, RenderedChip]:
+    """Write rendered chips and return them by key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chips = {f"chip-{index:03d}.jpg": render_chip(0, index) for index in indices}
+    for key, chip in chips.items():
+        (folder / key).write_bytes(encode_jpeg(chip.image_rgb))
+    return chips
+
+
+def write_labels(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write labels.csv; what a row leaves out is blank."""
+    columns = ["key", "age", "gender", "race", "subject"]
+    lines = [",".join(str(row.get(column, "")) for column in columns) for row in rows]
+    (folder / "labels.csv").write_text("\n".join([",".join(columns), *lines]) + "\n", encoding="utf-8")
+
+
+def chip_label(key: str, chip: RenderedChip, **others: Any) -> dict[str, Any]:
+    """Return a chip's row of labels.csv."""
+    return {"key": key, "age": chip.age_years, "gender": chip.gender, "race": chip.race, **others}
+
+
+def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0) -> Path:
+    """Write a prepared set of rendered crops in two parts.
+
+    Every third row lacks one label, each in turn; every fifth is a fallback. Two rows of no split are rejects.
+    """
+    rows: list[dict[str, Any]] = []
+    for split, num_rows in splits.items():
+        for _ in range(num_rows):
+            index = first_index + len(rows)
+            chip = render_chip(0, index)
+            row: dict[str, Any] = {
+                "age": chip.age_years,
+                "gender": chip.gender,
+                "race": chip.race,
+                "split": split,
+                "status": "fallback" if index % 5 == 0 else "ok",
+                "crop": encode_jpeg(align_chip(chip.image_rgb, SIDE_PX)),
+                "template": TEMPLATE,
+                "detector": "none",
+                "num_faces": 0 if index % 5 == 0 else 1,
+            }
+            if index % 3 == 0:
+                row[("age", "gender", "race")[index // 3 % 3]] = None
+            rows.append(row)
+    rows += [{"status": "unreadable", "error": "cut short"}, {"status": "bad_label", "error": "age 130"}]
+    for number, row in enumerate(rows):
+        key = f"chip-{first_index + number:03d}.jpg"
+        row |= {"image_id": f"{folder.name}-{key}", "uri": f"/{folder.name}/{key}", "key": key, "source": "rendered"}
+        row["group_id"] = f"sha256:{key}" if row.get("split") else None
+    table = pa.Table.from_pylist(rows, schema=CROPS)
+    (folder / "crops").mkdir(parents=True)
+    half = table.num_rows // 2
+    for number, part in enumerate((table.slice(0, half), table.slice(half))):
+        pq.write_table(part, folder / "crops" / f"part-{number}.parquet")
+    PreparedSet(
+        format_version=FORMAT_VERSION,
+        finished=True,
+        settings={
+            "source": {"kind": "folder", "name": "rendered"},
+            "vision": {"detector": "none"},
+            "crop_side_px": SIDE_PX,
+            "template": TEMPLATE,
+        },
+        split_manifest_sha256=split_digest(split_manifest_text(table)),
+        splits={"train": 0, "val": 0, "test": 0} | splits,
+        counts={"ok": sum(row["status"] == "ok" for row in rows)},
+        uri=str(folder),
+    ).write(Storage())
+    return folder
+
+
+def checkpoint(folder: Path, *, train_groups: list[str] | None = None, data: dict[str, Any] | None = None) -> Path:
+    """Write a checkpoint of random weights that claims to have been trained on `train_groups`."""
+    torch.manual_seed(0)
+    model = MultiTaskNet(ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX))
+    model.initialise_age(40.0)
+    save_checkpoint(
+        folder,
+        model,
+        Transform(SIDE_PX, SIDE_PX),
+        train_groups=None if train_groups is None else group_codes(train_groups),
+        data=data,
+    )
+    return folder
+
+
+def iou(one: Any, other: Any) -> float:
+    """Return the overlap of two boxes, xyxy."""
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    sides = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
+    shared = float(np.prod(np.maximum(sides, 0.0)))
+    return shared / float(np.prod(one[2:] - one[:2]) + np.prod(other[2:] - other[:2]) - shared)

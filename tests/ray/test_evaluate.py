@@ -1,0 +1,151 @@
+"""Evaluating: one prediction for every labelled crop, and metrics that add up from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sets import checkpoint, prepared_set
+
+from agr_ray.config import ConfigError, EvaluateConfig, EvaluateJob
+from agr_ray.runtime.evaluate import evaluate
+from agr_ray.schema import GENDERS, PREDICTIONS, RACES
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+SPLITS = {"train": 20, "val": 6, "test": 31}
+BASELINE = {"fitted_on": "train", "age_years": 40.0, "gender": "female", "race": "asian"}
+
+
+def evaluate_job(model: Path, data: Path, **changes: Any) -> EvaluateJob:
+    config = {"checkpoint": str(model), "data": str(data), "num_workers": 2, "batch_size": 8} | changes
+    return EvaluateJob(evaluate=EvaluateConfig(**config))
+
+
+def crops(data: Path) -> pa.Table:
+    return pq.read_table(data / "crops")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared_set(tmp_path_factory.mktemp("evaluate") / "data", SPLITS)
+
+
+@pytest.fixture(scope="module")
+def model(data: Path) -> Path:
+    """Return a checkpoint that was trained on the training split of `data`."""
+    groups = [row["group_id"] for row in crops(data).to_pylist() if row["split"] == "train"]
+    return checkpoint(data.parent / "model", train_groups=groups, data={"baseline": BASELINE})
+
+
+@pytest.fixture(scope="module")
+def metrics(model: Path, data: Path) -> dict[str, Any]:
+    return evaluate(evaluate_job(model, data, out=str(data.parent / "evaluated")))
+
+
+@pytest.fixture(scope="module")
+def predictions(metrics: dict[str, Any], data: Path) -> pa.Table:
+    assert metrics
+    return pq.read_table(data.parent / "evaluated" / "predictions.parquet")
+
+
+def test_every_crop_of_the_split_has_one_prediction(predictions: pa.Table, data: Path) -> None:
+    wanted = {row["key"]: row for row in crops(data).to_pylist() if row["split"] == "test"}
+    rows = {row["key"]: row for row in predictions.to_pylist()}
+
+    assert predictions.schema.equals(PREDICTIONS)
+    assert (predictions.num_rows, len(rows)) == (31, 31)
+    for key, row in rows.items():
+        assert {name: row[name] for name in ("age", "gender", "race", "status", "group_id")} == {
+            name: wanted[key][name] for name in ("age", "gender", "race", "status", "group_id")
+        }
+        assert sum(row["race_probs"]) == pytest.approx(1.0, abs=1e-5)
+        assert row["race_pred"] == RACES[int(np.argmax(row["race_probs"]))]
+        assert row["gender_pred"] == GENDERS[int(row["p_male"] > 0.5)]
+        assert 0 <= row["age_pred"] <= 116
+
+
+def test_metrics_add_up_from_the_predictions(metrics: dict[str, Any], predictions: pa.Table) -> None:
+    rows = predictions.to_pylist()
+    errors = np.array([row["age_pred"] - row["age"] for row in rows if row["age"] is not None])
+    right = {
+        task: [row[task] == row[f"{task}_pred"] for row in rows if row[task] is not None] for task in ("gender", "race")
+    }
+    recalls = [
+        np.mean([row["race_pred"] == race for row in rows if row["race"] == race])
+        for race in RACES
+        if any(row["race"] == race for row in rows)
+    ]
+
+    assert (metrics["n"], metrics["n_fallback"]) == (31, sum(row["status"] == "fallback" for row in rows))
+    assert 0 < metrics["n_fallback"] < 31
+    assert metrics["age"]["n"] == len(errors) < 31
+    assert metrics["age"]["mae_years"] == pytest.approx(np.abs(errors).mean(), rel=1e-5)
+    assert metrics["age"]["bias_years"] == pytest.approx(errors.mean(), rel=1e-5)
+    assert metrics["age"]["within_5"] == pytest.approx((np.abs(errors) <= 5).mean())
+    assert metrics["age"]["cs"][10] == pytest.approx((np.abs(errors) <= 10).mean())
+    for task, words in (("gender", GENDERS), ("race", RACES)):
+        assert metrics[task]["n"] == len(right[task]) < 31
+        assert metrics[task]["accuracy"] == pytest.approx(np.mean(right[task]))
+        assert metrics[task]["confusion"] == [
+            [sum(row[task] == truth and row[f"{task}_pred"] == said for row in rows) for said in words]
+            for truth in words
+        ]
+    assert metrics["race"]["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+
+
+def test_the_baseline_is_that_of_the_training_labels(metrics: dict[str, Any], predictions: pa.Table) -> None:
+    rows = predictions.to_pylist()
+    baseline = metrics["baseline"]
+
+    assert baseline["guess"] == BASELINE
+    assert baseline["age"]["mae_years"] == pytest.approx(
+        np.mean([abs(40.0 - row["age"]) for row in rows if row["age"] is not None]), rel=1e-5
+    )
+    assert baseline["gender"]["accuracy"] == pytest.approx(
+        np.mean([row["gender"] == "female" for row in rows if row["gender"] is not None])
+    )
+    assert baseline["race"]["accuracy"] == pytest.approx(
+        np.mean([row["race"] == "asian" for row in rows if row["race"] is not None])
+    )
+
+
+def test_the_file_holds_what_was_returned(metrics: dict[str, Any], model: Path, data: Path) -> None:
+    written = json.loads((data.parent / "evaluated" / "metrics.json").read_text())
+
+    assert written == json.loads(json.dumps(metrics))
+    said = written["evaluation"]
+    assert (said["checkpoint"], said["data"], said["split"]) == (str(model), str(data), "test")
+    assert said["num_seen_in_training"] == 0
+
+
+@pytest.mark.parametrize(("split", "num_rows"), [("train", 20), ("all", 57)])
+def test_a_split_that_training_saw_is_refused(model: Path, data: Path, split: str, num_rows: int) -> None:
+    with pytest.raises(ConfigError, match=f"trained on 20 of its {num_rows} images; --evaluate.allow_overlap"):
+        evaluate(evaluate_job(model, data, split=split))
+
+
+def test_overlap_that_is_allowed_is_reported_beside_the_checkpoint(model: Path, data: Path) -> None:
+    metrics = evaluate(evaluate_job(model, data, split="train", allow_overlap=True, num_workers=1))
+
+    assert (metrics["n"], metrics["evaluation"]["num_seen_in_training"]) == (20, 20)
+    (written,) = model.parent.glob("model-eval-train-*/metrics.json")
+    assert json.loads(written.read_text())["evaluation"]["num_seen_in_training"] == 20
+    assert (written.parent / "predictions.parquet").exists()
+
+
+def test_another_prepared_source_is_measured_as_a_whole(data: Path) -> None:
+    # Trained on nothing that it says: then overlap isn't known, and the baseline is these labels' own.
+    silent = checkpoint(data.parent / "silent")
+    other = prepared_set(data.parent / "other", {"val": 3, "test": 4}, first_index=500)
+
+    metrics = evaluate(evaluate_job(silent, other, split="all", num_workers=1))
+
+    assert metrics["n"] == 7
+    assert metrics["evaluation"]["num_seen_in_training"] is None
+    assert metrics["baseline"]["guess"]["fitted_on"] == "evaluated"

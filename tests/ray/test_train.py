@@ -1,0 +1,175 @@
+"""Training on Ray Train: two workers, labels with gaps, a run that ends and one whose worker dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray.util.state import list_actors
+from sets import SIDE_PX, prepared_set
+
+from agr_ray.config import AugmentConfig, ConfigError, ModelConfig, TrainConfig, TrainJob
+from agr_ray.models.checkpoint import group_codes, load_checkpoint, load_train_state
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.train import train
+from agr_ray.schema import HISTORY
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+# Neither is a multiple of the workers, nor of a batch.
+SPLITS = {"train": 37, "val": 13, "test": 5}
+EPOCHS = 3
+
+
+def train_job(data: Path, *, new_run: bool = False, **changes: Any) -> TrainJob:
+    settings = {
+        "data": str(data),
+        "out": str(data.parent / "runs"),
+        "name": "tiny",
+        "num_workers": 2,
+        "threads_per_worker": 1,
+        "batch_size": 8,
+        "epochs": EPOCHS,
+        "lr": 1e-3,
+    }
+    return TrainJob(
+        model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX, bn_momentum=0.1),
+        augment=AugmentConfig(brightness=0.1),
+        train=TrainConfig(**settings | changes),
+        new_run=new_run,
+    )
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    table = pq.read_table(run / "history.parquet")
+    assert table.schema.equals(HISTORY)
+    return table.to_pylist()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared_set(tmp_path_factory.mktemp("train") / "data", SPLITS)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    best = Path(train(train_job(data)))
+    assert best.name == "best"
+    return best.parent
+
+
+def test_the_history_has_every_epoch_once(run: Path) -> None:
+    rows = history(run)
+
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert np.all(np.diff([row["step"] for row in rows]) > 0)
+    assert all(np.isfinite(row["train_loss"]) and np.isfinite(row["val_loss"]) for row in rows)
+
+
+def test_validation_counts_every_row_once(run: Path) -> None:
+    assert [row["num_val_rows"] for row in history(run)] == [13, 13, 13]
+
+
+def test_training_loses_a_row_a_worker_at_most(run: Path) -> None:
+    assert all(37 - 2 < row["num_train_rows"] <= 37 for row in history(run))
+
+
+def test_the_best_and_the_last_checkpoint_can_be_used(run: Path) -> None:
+    rows = history(run)
+    best = min(rows, key=lambda row: row["val_objective"])
+
+    for name, row in (("best", best), ("last", rows[-1])):
+        loaded = load_checkpoint(run / name)
+        assert loaded.meta["metrics"]["epoch"] == row["epoch"]
+        assert loaded.meta["metrics"]["val"]["n"] == 13
+        assert loaded.meta["metrics"]["val"]["age"]["mae_years"] == pytest.approx(row["val_age_mae_years"])
+        assert (loaded.transform.input_side_px, loaded.transform.crop_side_px) == (SIDE_PX, SIDE_PX)
+        assert load_train_state(run / name)["epoch"] == row["epoch"]
+
+
+def test_a_checkpoint_knows_what_it_was_trained_on(run: Path, data: Path) -> None:
+    groups = [row["group_id"] for row in pq.read_table(data / "crops").to_pylist() if row["split"] == "train"]
+    said = load_checkpoint(run / "best").meta["data"]
+
+    assert load_train_state(run / "best")["train_groups"].tolist() == group_codes(groups).tolist()
+    assert said["split_manifest_sha256"] == json.loads((data / "prepare.json").read_text())["split_manifest_sha256"]
+    assert said["num_train_rows"] == 37
+
+
+def test_the_run_says_how_it_ended_and_keeps_logs(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+
+    assert record["finished"] == "epochs"
+    assert record["config"]["train"]["batch_size"] == 8
+    assert any((run / "tensorboard").iterdir())
+
+
+@pytest.mark.usefixtures("run")
+def test_a_finished_run_is_refused(data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"runs/tiny has finished \(epochs\); --new-run starts another"):
+        train(train_job(data))
+
+
+def test_a_new_run_survives_a_killed_worker(run: Path, data: Path) -> None:
+    before = (run / "run.json").read_bytes()
+    second = run.with_name("tiny-2")
+    killer = _Killer(second)
+    killer.start()
+
+    best = train(train_job(data, new_run=True, epochs=EPOCHS + 2))
+
+    killer.join()
+    assert 1 <= killer.killed_after < EPOCHS + 2
+    assert best == str(second / "best")
+    assert [row["epoch"] for row in history(second)] == list(range(1, EPOCHS + 3))
+    assert [row["num_val_rows"] for row in history(second)] == [13] * (EPOCHS + 2)
+    assert json.loads((second / "run.json").read_text())["finished"] == "epochs"
+    assert (run / "run.json").read_bytes() == before
+
+
+class _Killer(threading.Thread):
+    """Kills one worker once the run has an epoch behind it."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(daemon=True)
+        self._history = run / "history.parquet"
+        # Said outright, because there may be other clusters on the machine.
+        self._address = ray.get_runtime_context().gcs_address
+        self.killed_after = 0
+
+    def run(self) -> None:
+        pid = None
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if pid is None:
+                alive = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
+                pid = next((actor.pid for actor in list_actors(self._address, filters=alive)), None)
+            elif self._history.exists():
+                os.kill(pid, signal.SIGKILL)
+                self.killed_after = pq.read_metadata(self._history).num_rows
+                return
+            time.sleep(0.05)
+
+
+def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(data: Path) -> None:
+    record = {"finished": "", "settings_digest": "of other settings"}
+    folder = data.parent / "runs" / "taken"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(record))
+
+    with pytest.raises(ConfigError, match=r"train\.name taken: the unfinished run .* has other settings or data"):
+        train(train_job(data, name="taken"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(data: Path) -> None:
+    with pytest.raises(JobError, match=r"epoch 1, step \d+: loss (nan|inf)"):
+        train(train_job(data, name="exploding", num_workers=1, lr=1e30, optimizer="sgd"))

@@ -1,0 +1,315 @@
+"""The whole way as commands on s3:// URIs, on a real S3 server and a real cluster, also by `ray job submit`."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import runpy
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from commands import ROOT, Cluster, job_command, job_environment, run_cluster, run_command, succeed
+from seaweedfs import S3Server, free_ports
+
+from agr_ray.data.rendered import render_chip, render_photograph
+from agr_ray.vision.decode import encode_jpeg
+
+sys.path.append(str(ROOT / "tests" / "unit"))
+import bad_images
+
+pytestmark = pytest.mark.timeout(900)
+
+BUCKET = "jobs"
+NUM_CHIPS = 60
+EPOCHS = 2
+BAD_CHIPS = {
+    "empty.jpg": (bad_images.empty, "not_an_image"),
+    "text.jpg": (bad_images.text, "not_an_image"),
+    "corrupt.jpg": (bad_images.corrupt_jpeg, "unreadable"),
+    "half.jpg": (bad_images.truncated_jpeg, "unreadable"),
+    "too old.jpg": (bad_images.jpeg, "bad_label"),
+}
+MISSING_CHIP = "labelled, not there.jpg"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket, and how to look into it."""
+
+    server: S3Server
+    name: str
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.name}"
+
+    def put(self, key: str, body: bytes) -> None:
+        self.server.client().put_object(Bucket=self.name, Key=key, Body=body)
+
+    def get(self, key: str) -> bytes:
+        return bytes(self.server.client().get_object(Bucket=self.name, Key=key)["Body"].read())
+
+    def keys(self, prefix: str) -> list[str]:
+        pages = self.server.client().get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+    def table(self, prefix: str) -> pa.Table:
+        """Return the Parquet files below `prefix` as one table."""
+        keys = [key for key in self.keys(prefix) if key.endswith(".parquet")]
+        return pa.concat_tables([pq.read_table(io.BytesIO(self.get(key))) for key in keys])
+
+    def json(self, key: str) -> Any:
+        return json.loads(self.get(key))
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: S3Server) -> Bucket:
+    """Make an empty bucket."""
+    s3_server.client().create_bucket(Bucket=BUCKET)
+    return Bucket(s3_server, BUCKET)
+
+
+@pytest.fixture(scope="module")
+def filled(bucket: Bucket) -> Bucket:
+    """Put labelled chips and photographs, good and bad, into the bucket."""
+    labels = ["key,age,gender,race"]
+    for index in range(NUM_CHIPS):
+        chip = render_chip(0, index, side_px=120)
+        bucket.put(f"faces/{index:03d}.jpg", encode_jpeg(chip.image_rgb))
+        labels.append(f"{index:03d}.jpg,{chip.age_years},{chip.gender},{chip.race}")
+    for name, (body, _) in BAD_CHIPS.items():
+        bucket.put(f"faces/{name}", body())
+        labels.append(f"{name},{200 if name == 'too old.jpg' else 30},male,asian")
+    labels.append(f'"{MISSING_CHIP}",30,male,asian')
+    bucket.put("faces/labels.csv", "\n".join(labels).encode())
+    for index in range(3):
+        photograph = render_photograph(0, index, 480, 360, 1 + index)
+        bucket.put(f"photographs/2026/{index}.jpg", encode_jpeg(photograph.image_rgb))
+    bucket.put("photographs/text.jpg", bad_images.text())
+    bucket.put("photographs/notes.txt", b"no photograph")
+    return bucket
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_server: S3Server) -> Iterator[Cluster]:
+    """Run a cluster that has the keys of the S3 server and is not told where that server is."""
+    elsewhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_ports(1)[0]}"}
+    with run_cluster(s3_server.environment() | elsewhere) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def here(cluster: Cluster, s3_server: S3Server) -> tuple[str, ...]:
+    """Return the options with which every job joins the cluster and finds the S3 server."""
+    return ("--cluster.address", cluster.address, "--storage.endpoint_url", s3_server.endpoint_url)
+
+
+PREPARE = ("--source.name", "rendered", "--split.val", 0.15, "--split.test", 0.25, "--prepare.crop_side_px", 32)
+
+
+@pytest.fixture(scope="module")
+def prepared(filled: Bucket, cluster: Cluster, here: tuple[str, ...]) -> str:
+    """Prepare the chips and return the key of the set."""
+    where = ("--source.uri", f"{filled.uri}/faces", "--prepare.out", f"{filled.uri}/prepared")
+    succeed(job_command("prepare", *here, *PREPARE, *where, "--prepare.num_workers", 2), cluster.environment)
+    return "prepared"
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ...]) -> str:
+    """Train on the set and return the key of the run."""
+    succeed(
+        job_command(
+            "train",
+            *(*here, "--train.data", f"{bucket.uri}/{prepared}", "--train.out", f"{bucket.uri}/runs"),
+            *("--train.name", "tiny", "--train.epochs", EPOCHS, "--train.batch_size", 16),
+            *("--train.num_workers", 2, "--train.threads_per_worker", 1),
+            *("--model.preset", "lightweight", "--model.input_side_px", 32),
+        ),
+        cluster.environment,
+    )
+    return "runs/tiny"
+
+
+def test_prepare_accounts_for_every_object(prepared: str, bucket: Bucket) -> None:
+    rows = bucket.table(f"{prepared}/crops/")
+    status = dict(zip(rows["key"].to_pylist(), rows["status"].to_pylist(), strict=True))
+
+    expected = {name: status for name, (_, status) in BAD_CHIPS.items()} | {MISSING_CHIP: "missing"}
+    assert {name: status.pop(name) for name in expected} == expected
+    assert sorted(status) == [f"{index:03d}.jpg" for index in range(NUM_CHIPS)]
+    assert set(status.values()) <= {"ok", "fallback"}
+    record = bucket.json(f"{prepared}/prepare.json")
+    assert record["finished"]
+    assert record["counts"] == Counter(rows["status"].to_pylist())
+
+
+def test_a_prepared_set_is_not_prepared_again(
+    prepared: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ...]
+) -> None:
+    before = bucket.keys(f"{prepared}/crops/")
+    where = ("--source.uri", f"{bucket.uri}/faces", "--prepare.out", f"{bucket.uri}/{prepared}")
+
+    printed = succeed(job_command("prepare", *here, *PREPARE, *where), cluster.environment)
+
+    assert f"{NUM_CHIPS + len(BAD_CHIPS) + 1} done before, 0 to do" in printed
+    assert bucket.keys(f"{prepared}/crops/") == before
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_training_leaves_whole_checkpoints(trained: str, bucket: Bucket, name: str) -> None:
+    names = {key.removeprefix(f"{trained}/{name}/") for key in bucket.keys(f"{trained}/{name}/")}
+
+    assert {"weights.safetensors", "train_state.pt", "meta.json"} <= names
+    assert bucket.json(f"{trained}/{name}/meta.json")["metrics"]["epoch"] in range(1, EPOCHS + 1)
+
+
+def test_training_leaves_its_history_and_says_that_it_finished(trained: str, bucket: Bucket) -> None:
+    assert bucket.table(f"{trained}/history.parquet")["epoch"].to_pylist() == list(range(1, EPOCHS + 1))
+    assert bucket.json(f"{trained}/run.json")["finished"]
+    assert bucket.keys(f"{trained}/tensorboard/")
+
+
+def test_evaluate_measures_every_row_of_the_split(
+    trained: str, prepared: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ...]
+) -> None:
+    where = ("--evaluate.checkpoint", f"{bucket.uri}/{trained}/best", "--evaluate.data", f"{bucket.uri}/{prepared}")
+
+    succeed(job_command("evaluate", *here, *where, "--evaluate.out", f"{bucket.uri}/measured"), cluster.environment)
+
+    crops = bucket.table(f"{prepared}/crops/").to_pylist()
+    expected = {row["key"] for row in crops if row["split"] == "test" and row["crop"] is not None}
+    assert sorted(bucket.table("measured/predictions.parquet")["key"].to_pylist()) == sorted(expected)
+    metrics = bucket.json("measured/metrics.json")
+    assert metrics["n"] == len(expected)
+    assert {"age", "gender", "race", "baseline", "groups"} <= set(metrics)
+
+
+def test_score_gives_a_row_for_every_photograph(
+    trained: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ...]
+) -> None:
+    where = ("--score.input", f"{bucket.uri}/photographs", "--score.out", f"{bucket.uri}/scored")
+    checkpoint = ("--score.checkpoint", f"{bucket.uri}/{trained}/best", "--score.num_workers", 2)
+
+    succeed(job_command("score", *here, *checkpoint, *where), cluster.environment)
+
+    (success,) = [key for key in bucket.keys("scored/images/") if key.endswith("/_SUCCESS.json")]
+    rows = bucket.table(success.removesuffix("_SUCCESS.json")).to_pylist()
+    status = {row["uri"].removeprefix(f"{bucket.uri}/photographs/"): row["status"] for row in rows}
+    assert status == {"2026/0.jpg": "ok", "2026/1.jpg": "ok", "2026/2.jpg": "ok", "text.jpg": "not_an_image"}
+    assert (len(rows), bucket.json(success)["counts"]) == (4, {"not_an_image": 1, "ok": 3})
+    assert all(face["age"] is not None and face["race"] for row in rows for face in row["faces"])
+    assert not bucket.keys("scored-work/")
+
+
+def test_a_submitted_job_runs_the_code_it_was_submitted_with(
+    filled: Bucket, cluster: Cluster, s3_server: S3Server
+) -> None:
+    prepare = job_command(
+        "prepare",
+        *("--storage.endpoint_url", s3_server.endpoint_url, *PREPARE, "--vision.detector", "none"),
+        *("--source.uri", f"{filled.uri}/faces", "--prepare.out", f"{filled.uri}/submitted"),
+    )
+    script = f"python -c 'import agr_ray; print(agr_ray.__file__)' && {' '.join(prepare)}"
+    submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--"]
+
+    printed = succeed([*submit, "sh", "-c", script], cluster.environment)
+
+    assert "succeeded" in printed
+    assert "/working_dir_files/" in printed  # where Ray unpacks what was submitted
+    assert filled.json("submitted/prepare.json")["finished"]
+    assert len(filled.table("submitted/crops/")) == NUM_CHIPS + len(BAD_CHIPS) + 1
+
+
+def test_workers_without_a_way_to_the_bucket_end_the_job_with_one_line(
+    filled: Bucket, cluster: Cluster, s3_server: S3Server
+) -> None:
+    where = ("--source.uri", f"{filled.uri}/faces", "--prepare.out", f"{filled.uri}/unreachable")
+    command = job_command(
+        "prepare", "--cluster.address", cluster.address, *where, *PREPARE, "--storage.max_attempts", 1
+    )
+
+    # Only the driver is told where the server is.
+    done = run_command(command, cluster.environment | {"AWS_ENDPOINT_URL": s3_server.endpoint_url})
+
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert cluster.environment["AWS_ENDPOINT_URL"] in last
+
+
+FAULTS = ["wrong keys", "no bucket", "no endpoint"]
+JOBS = {
+    "prepare": ("--source.uri", "--prepare.out"),
+    "train": ("--train.data",),
+    "evaluate": ("--evaluate.checkpoint", "--evaluate.data"),
+    "score": ("--score.checkpoint", "--score.input", "--score.out"),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A set-up that can't work: environment and bucket, and what the job must name."""
+
+    environment: dict[str, str]
+    bucket: str
+    named: tuple[str, ...]
+
+
+def make_fault(kind: str, server: S3Server) -> Fault:
+    environment = server.environment()
+    if kind == "wrong keys":
+        environment["AWS_SECRET_ACCESS_KEY"] = "wrong"
+        return Fault(environment, BUCKET, (f"'{BUCKET}'", server.endpoint_url))
+    if kind == "no bucket":
+        return Fault(environment, "nobody-made-it", ("'nobody-made-it'", server.endpoint_url))
+    environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{free_ports(1)[0]}"
+    return Fault(environment, BUCKET, (f"'{BUCKET}'", environment["AWS_ENDPOINT_URL"]))
+
+
+def faulty_command(job: str, fault: Fault) -> list[str]:
+    options = itertools.chain.from_iterable((key, f"s3://{fault.bucket}/{uuid.uuid4().hex}") for key in JOBS[job])
+    return job_command(job, *options, "--storage.max_attempts", 1)
+
+
+def test_a_set_up_that_cannot_work_ends_the_command_with_status_2(bucket: Bucket, tmp_path: Path) -> None:
+    fault = make_fault("wrong keys", bucket.server)
+
+    done = run_command(faulty_command("score", fault), job_environment(tmp_path, fault.environment))
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_names_what_cannot_work(
+    job: str,
+    kind: str,
+    s3_environment: S3Server,
+    bucket: Bucket,  # there must be one that the wrong keys could open
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fault = make_fault(kind, s3_environment)
+    for name, value in fault.environment.items():
+        monkeypatch.setenv(name, value)
+    _, script, *arguments = faulty_command(job, fault)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    written = capsys.readouterr().err
+    assert (ended.value.code, written[:7], written.count("\n")) == (2, "error: ", 1)
+    assert all(name in written for name in fault.named), written

@@ -1,0 +1,169 @@
+"""Jobs killed with SIGKILL in the middle: the same command again finishes the work and does none of it twice."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from commands import Cluster, job_command, kill_command, run_cluster, succeed
+
+from agr_ray.data.rendered import render_photograph
+from agr_ray.schema import GENDERS, RACES
+from agr_ray.vision.decode import encode_jpeg
+
+pytestmark = pytest.mark.timeout(900)
+
+NUM_PHOTOGRAPHS = 96
+EPOCHS = 10
+EPOCHS_BEFORE_KILL = 3
+PARTS_BEFORE_KILL = 3
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A job that was killed and run again."""
+
+    out: Path
+    before: dict[str, tuple[int, bytes]]
+    """Modification time and content of each part that the killed run left, by name."""
+    printed: str
+    """By the second run."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with run_cluster() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of labelled photographs of one face that cost a moment each, no two of the same content."""
+    folder = tmp_path_factory.mktemp("photographs")
+    body = encode_jpeg(render_photograph(0, 0, 960, 640, 1).image_rgb)
+    draw = random.Random(0)
+    lines = ["key,age,gender,race"]
+    for number in range(NUM_PHOTOGRAPHS):
+        (folder / f"{number:03d}.jpg").write_bytes(body + number.to_bytes(2))  # what follows the end is not decoded
+        lines.append(f"{number:03d}.jpg,{draw.randint(5, 90)},{draw.choice(GENDERS)},{draw.choice(RACES)}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(photographs: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    folder = tmp_path_factory.mktemp("prepare")
+    crops = folder / "set" / "crops"
+    command = job_command(
+        "prepare",
+        *("--source.uri", photographs, "--prepare.out", folder / "set", "--prepare.crop_side_px", 32),
+        *("--cluster.address", cluster.address),
+        *("--prepare.num_workers", 2, "--prepare.rows_per_file", 4, "--prepare.batch_size", 4),
+        *("--split.val", 0.2, "--split.test", 0.2),
+    )
+    kill_command(command, cluster.environment, folder / "log", when=lambda: len(parts(crops)) >= PARTS_BEFORE_KILL)
+    return Killed(folder / "set", parts(crops), succeed(command, cluster.environment))
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Killed, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    folder = tmp_path_factory.mktemp("train")
+    history = folder / "run" / "history.parquet"
+    command = job_command(
+        "train",
+        *("--train.data", prepared.out, "--train.out", folder, "--train.name", "run"),
+        *("--cluster.address", cluster.address, "--model.preset", "lightweight", "--model.input_side_px", 32),
+        *("--train.num_workers", 2, "--train.batch_size", 16, "--train.threads_per_worker", 1),
+        *("--train.epochs", EPOCHS, "--train.early_stopping_epochs", 0),
+    )
+
+    def has_come_so_far() -> bool:
+        return history.exists() and pq.read_metadata(history).num_rows >= EPOCHS_BEFORE_KILL
+
+    kill_command(command, cluster.environment, folder / "log", when=has_come_so_far)
+    assert pq.read_metadata(history).num_rows < EPOCHS
+    return Killed(folder / "run", {}, succeed(command, cluster.environment))
+
+
+@pytest.fixture(scope="module")
+def scored(photographs: Path, trained: Killed, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    folder = tmp_path_factory.mktemp("score")
+    command = job_command(
+        "score",
+        *("--score.checkpoint", trained.out / "best", "--score.input", photographs, "--score.out", folder / "out"),
+        *("--cluster.address", cluster.address),
+        *("--score.num_workers", 2, "--score.rows_per_file", 4, "--score.batch_size", 4),
+    )
+    work = folder / "out-work"
+    kill_command(command, cluster.environment, folder / "log", when=lambda: len(parts(work)) >= PARTS_BEFORE_KILL)
+    return Killed(folder / "out", parts(work), succeed(command, cluster.environment))
+
+
+def parts(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return modification time and content of each finished part below a folder."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("**/part-*.parquet")}
+
+
+def num_rows(killed: Killed) -> int:
+    return sum(pq.read_table(pa.BufferReader(body)).num_rows for _, body in killed.before.values())
+
+
+def test_a_killed_prepare_does_only_what_is_left(prepared: Killed) -> None:
+    done = num_rows(prepared)
+
+    assert 0 < done < NUM_PHOTOGRAPHS
+    assert f"{done} done before, {NUM_PHOTOGRAPHS - done} to do" in prepared.printed
+    after = parts(prepared.out / "crops")
+    assert {name: after.get(name) for name in prepared.before} == prepared.before
+
+
+def test_a_killed_prepare_ends_with_each_image_once(prepared: Killed) -> None:
+    rows = pq.read_table(prepared.out / "crops")
+
+    assert sorted(rows["key"].to_pylist()) == [f"{number:03d}.jpg" for number in range(NUM_PHOTOGRAPHS)]
+    record = json.loads((prepared.out / "prepare.json").read_text())
+    assert (record["finished"], record["counts"]) == (True, {"ok": NUM_PHOTOGRAPHS})
+
+
+def test_a_killed_training_resumes_after_its_last_epochs(trained: Killed) -> None:
+    (line,) = {line for line in trained.printed.splitlines() if "resuming after epoch" in line}
+
+    # An epoch whose checkpoint Ray had not noted yet when it was killed is trained again.
+    assert int(line.rpartition(" ")[2]) >= EPOCHS_BEFORE_KILL - 1
+
+
+def test_a_killed_training_ends_with_each_epoch_once(trained: Killed) -> None:
+    history = pq.read_table(trained.out / "history.parquet")
+    steps = history["step"].to_pylist()
+
+    assert history["epoch"].to_pylist() == list(range(1, EPOCHS + 1))
+    assert steps == [steps[0] * epoch for epoch in range(1, EPOCHS + 1)]
+    assert json.loads((trained.out / "run.json").read_text())["finished"]
+    assert json.loads((trained.out / "last" / "meta.json").read_text())["metrics"]["epoch"] == EPOCHS
+
+
+def test_a_killed_scoring_does_only_what_is_left(scored: Killed) -> None:
+    done = num_rows(scored)
+
+    assert 0 < done < NUM_PHOTOGRAPHS
+    assert f"{NUM_PHOTOGRAPHS} photographs, {NUM_PHOTOGRAPHS - done} to do" in scored.printed
+    after = parts(scored.out / "images")
+    assert {name: after.get(name, (0, b""))[1] for name in scored.before} == {
+        name: body for name, (_, body) in scored.before.items()
+    }
+
+
+def test_a_killed_scoring_ends_with_each_photograph_once(scored: Killed) -> None:
+    (run,) = (scored.out / "images").iterdir()
+    rows = pq.read_table([str(path) for path in run.glob("*.parquet")])
+
+    names = sorted(Path(uri).name for uri in rows["uri"].to_pylist())
+    assert names == [f"{number:03d}.jpg" for number in range(NUM_PHOTOGRAPHS)]
+    assert json.loads((run / "_SUCCESS.json").read_text())["counts"] == {"ok": NUM_PHOTOGRAPHS}
+    assert not parts(Path(f"{scored.out}-work"))

@@ -1,0 +1,164 @@
+"""Images, good and bad, made in memory: what a photograph store throws at a decoder."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+ORIENTATION_TAG = 0x0112
+
+
+def gradient_rgb(width: int = 120, height: int = 80) -> np.ndarray:
+    """Return a smooth uint8 RGB picture whose every corner has another colour."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    return np.stack([40 + 180 * x, 40 + 180 * y, 220 - 180 * x * y], axis=2).round().astype(np.uint8)
+
+
+def encoded(image: Image.Image, format_name: str, **options: object) -> bytes:
+    """Return the bytes of `image` in one of Pillow's formats."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=format_name, **options)
+    return buffer.getvalue()
+
+
+def jpeg(width: int = 120, height: int = 80) -> bytes:
+    """Return a sound JPEG of `gradient_rgb`."""
+    return encoded(Image.fromarray(gradient_rgb(width, height)), "JPEG", quality=95)
+
+
+@cache
+def large_jpeg() -> bytes:
+    """Return a JPEG of 2,400 x 1,800 pixels."""
+    return jpeg(2_400, 1_800)
+
+
+def empty() -> bytes:
+    """Return a file of 0 bytes."""
+    return b""
+
+
+def text() -> bytes:
+    """Return what somebody saved as .jpg and is text."""
+    return b"Dear Sir or Madam, please find attached the photograph.\n"
+
+
+def corrupt_jpeg() -> bytes:
+    """Return bytes that begin as a JPEG and go on as noise."""
+    return jpeg()[:4] + np.random.default_rng(0).integers(0, 255, 4_000, dtype=np.uint8).tobytes()
+
+
+def corrupt_png() -> bytes:
+    """Return a PNG with a flipped byte in the middle of its pixels."""
+    data = bytearray(encoded(Image.fromarray(gradient_rgb()), "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    return bytes(data)
+
+
+def truncated_jpeg() -> bytes:
+    """Return the first half of a JPEG."""
+    data = jpeg(600, 400)
+    return data[: len(data) // 2]
+
+
+def truncated(format_name: str) -> bytes:
+    """Return the first half of a noisy picture in one of Pillow's formats."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), format_name)
+    return data[: len(data) // 2]
+
+
+def png_bomb(side_px: int = 30_000) -> bytes:
+    """Return a valid black PNG of `side_px` squared: 900 million pixels in about 110 KB (1 bit a pixel)."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    row = bytes(1 + (side_px + 7) // 8)
+    compressor = zlib.compressobj(9)
+    pixels = b"".join(compressor.compress(row) for _ in range(side_px)) + compressor.flush()
+    header = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def animated_gif() -> bytes:
+    """Return a GIF of three frames: red, green, blue."""
+    frames = [Image.new("RGB", (60, 40), colour) for colour in ("red", "lime", "blue")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50)
+
+
+def cmyk_jpeg() -> bytes:
+    """Return `gradient_rgb` as a CMYK JPEG, inverted as Adobe's programs write them (and as Pillow does)."""
+    return encoded(Image.fromarray(gradient_rgb()).convert("CMYK"), "JPEG", quality=95)
+
+
+def png_16_bit_grey() -> bytes:
+    """Return a 16-bit grey PNG that rises from 0 to 65,535 from left to right."""
+    ramp = np.tile(np.linspace(0, 65_535, 256).round().astype(np.uint16), (16, 1))
+    return encoded(Image.fromarray(ramp), "PNG")
+
+
+def png_16_bit_rgb() -> bytes:
+    """Return `gradient_rgb` as a PNG of 16 bits a channel, which Pillow can't write."""
+    rgb = gradient_rgb()
+    height, width = rgb.shape[:2]
+    wide = (rgb.astype(np.uint16) * 257).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in wide)
+    body = b"\x89PNG\r\n\x1a\n"
+    for kind, content in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):
+        body += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return body
+
+
+def palette_png() -> bytes:
+    """Return a palette PNG, its left half red and its right half transparent."""
+    image = Image.new("P", (60, 40), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.paste(1, (30, 0, 60, 40))
+    return encoded(image, "PNG", transparency=1)
+
+
+def rgba_png() -> bytes:
+    """Return an RGBA PNG, its left half opaque red and its right half transparent black."""
+    image = Image.new("RGBA", (60, 40), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (30, 0, 60, 40))
+    return encoded(image, "PNG")
+
+
+def grey_alpha_png() -> bytes:
+    """Return a grey PNG with alpha, its left half opaque mid-grey and its right half transparent black."""
+    image = Image.new("LA", (60, 40), (128, 255))
+    image.paste((0, 0), (30, 0, 60, 40))
+    return encoded(image, "PNG")
+
+
+def grey_jpeg() -> bytes:
+    """Return a JPEG with one channel."""
+    return encoded(Image.fromarray(gradient_rgb()).convert("L"), "JPEG", quality=95)
+
+
+def oriented_jpeg(orientation: int) -> bytes:
+    """Return a JPEG that shows `gradient_rgb` once its EXIF orientation (1 to 8) is obeyed."""
+    turn_back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    image = Image.fromarray(gradient_rgb())
+    if orientation in turn_back:
+        image = image.transpose(turn_back[orientation])
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    return encoded(image, "JPEG", quality=95, exif=exif)

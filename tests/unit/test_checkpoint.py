@@ -1,0 +1,152 @@
+"""The checkpoint directory: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from agr_ray.config import ModelConfig
+from agr_ray.models.checkpoint import (
+    META,
+    TRAIN_STATE,
+    WEIGHTS,
+    CheckpointError,
+    group_codes,
+    load_checkpoint,
+    load_train_state,
+    model_digest,
+    save_checkpoint,
+)
+from agr_ray.models.network import MultiTaskNet, Transform
+
+CONFIG = ModelConfig(preset="lightweight", input_side_px=32, age_head="distribution", bn_momentum=None)
+TRANSFORM = Transform(input_side_px=32, crop_side_px=40)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_checkpoint(
+        tmp_path / "checkpoint",
+        MultiTaskNet(CONFIG),
+        TRANSFORM,
+        train_state={"epoch": 3, "history": [{"lr": 0.1}], "seed": torch.tensor(7)},
+        train_groups=group_codes(["a", "b"]),
+        data={"split_manifest_sha256": "ab"},
+        git_commit="c0ffee",
+        created="2026-01-02T03:04:05+00:00",
+    )
+    return tmp_path / "checkpoint"
+
+
+def edit_meta(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    meta = json.loads((directory / META).read_text())
+    change(meta)
+    (directory / META).write_text(json.dumps(meta))
+
+
+def test_loaded_network_predicts_the_same(saved: Path) -> None:
+    torch.manual_seed(0)
+    model = MultiTaskNet(CONFIG).eval()
+    checkpoint = load_checkpoint(saved)
+    images = torch.randn(2, 3, 32, 32)
+    assert checkpoint.transform == TRANSFORM
+    assert checkpoint.model.config == CONFIG
+    assert not checkpoint.model.training
+    torch.testing.assert_close(checkpoint.model(images), model(images), rtol=0, atol=0)
+
+
+def test_meta_says_where_it_comes_from(saved: Path) -> None:
+    meta = load_checkpoint(saved).meta
+    assert meta["git_commit"] == "c0ffee"
+    assert meta["data"] == {"split_manifest_sha256": "ab"}
+    assert meta["labels"]["genders"] == ["female", "male"]
+    assert set(meta["versions"]) == {"agr_ray", "torch"}
+
+
+def test_train_state_comes_back_with_the_groups(saved: Path) -> None:
+    state = load_train_state(saved)
+    assert state["epoch"] == 3
+    assert state["history"] == [{"lr": 0.1}]
+    assert state["seed"] == 7
+    assert torch.equal(state["train_groups"], group_codes(["b", "a", "b"]))
+
+
+def test_group_codes_are_64_bits_of_the_hash() -> None:
+    # printf a | sha256sum: ca978112ca1bbdca...
+    assert group_codes(["a"]).tolist() == [0xCA978112CA1BBDCA - 2**64]
+    assert group_codes([]).dtype == torch.int64
+
+
+def test_digest_follows_weights_and_transform_only(saved: Path, tmp_path: Path) -> None:
+    model = load_checkpoint(saved).model
+    digest = model_digest(saved)
+    model.config = CONFIG.model_copy(update={"weights": "imagenet"})
+    save_checkpoint(tmp_path / "same", model, TRANSFORM, git_commit="another")
+    save_checkpoint(tmp_path / "transform", model, Transform(input_side_px=32, crop_side_px=44))
+    with torch.no_grad():
+        model.race_head.bias[0] += 1.0  # type: ignore[union-attr]  # this model has one
+    save_checkpoint(tmp_path / "weights", model, TRANSFORM)
+    assert model_digest(tmp_path / "same") == digest
+    assert len({digest, model_digest(tmp_path / "transform"), model_digest(tmp_path / "weights")}) == 3
+
+
+@pytest.mark.parametrize("name", [META, WEIGHTS])
+def test_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: expected .* no such file"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("name", [META, WEIGHTS])
+def test_damaged_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).write_bytes(b"\x00\xff")
+    with pytest.raises(CheckpointError, match=f"{name}: expected"):
+        load_checkpoint(saved)
+
+
+def test_missing_or_damaged_train_state_is_named(saved: Path) -> None:
+    (saved / TRAIN_STATE).write_bytes(b"\x00\xff")
+    with pytest.raises(CheckpointError, match=TRAIN_STATE):
+        load_train_state(saved)
+    (saved / TRAIN_STATE).unlink()
+    with pytest.raises(CheckpointError, match=f"{TRAIN_STATE}: expected .* no such file"):
+        load_train_state(saved)
+
+
+def test_another_format_is_refused(saved: Path) -> None:
+    edit_meta(saved, lambda meta: meta.update(format_version=2))
+    with pytest.raises(CheckpointError, match="expected format_version 1, found 2"):
+        load_checkpoint(saved)
+
+
+def test_another_order_of_labels_is_refused(saved: Path) -> None:
+    edit_meta(saved, lambda meta: meta["labels"].update(genders=["male", "female"]))
+    with pytest.raises(CheckpointError, match=r'expected labels .*"female", "male".*found .*"male", "female"'):
+        load_checkpoint(saved)
+
+
+def test_unknown_model_key_is_refused(saved: Path) -> None:
+    edit_meta(saved, lambda meta: meta["model"].update(attention="se"))
+    with pytest.raises(CheckpointError, match=r"meta\.json: model\.attention"):
+        load_checkpoint(saved)
+
+
+def test_broken_transform_is_refused(saved: Path) -> None:
+    edit_meta(saved, lambda meta: meta["transform"].pop("mean"))
+    with pytest.raises(CheckpointError, match=r"meta\.json: transform: expected the keys"):
+        load_checkpoint(saved)
+
+
+def test_tensor_of_another_shape_is_named(saved: Path) -> None:
+    weights = load_file(saved / WEIGHTS)
+    weights["race_head.bias"] = torch.zeros(7)
+    save_file(weights, saved / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: race_head\.bias: expected .*\[5\], found \[7\]"):
+        load_checkpoint(saved)

@@ -1,0 +1,417 @@
+"""Configuration: what wins over what, and one clear line for whatever can't be run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from agr_ray.config import (
+    PRESETS,
+    SECTIONS,
+    ConfigError,
+    EvaluateJob,
+    Job,
+    ModelConfig,
+    PrepareJob,
+    RenderJob,
+    ScoreJob,
+    SplitConfig,
+    TrainConfig,
+    TrainJob,
+    digest,
+    load,
+    parse,
+)
+
+JOBS: tuple[type[Job], ...] = (RenderJob, PrepareJob, TrainJob, EvaluateJob, ScoreJob)
+RECIPES = sorted(Path(__file__).parents[2].glob("jobs/recipes/*.toml"))
+DATA = ("--train.data", "somewhere")
+
+
+def train_job(*argv: str, environ: dict[str, str] | None = None) -> TrainJob:
+    return parse(TrainJob, [*DATA, *argv], environ or {})
+
+
+def needed(job: type[Job]) -> list[str]:
+    return [word for key in job.required for word in (f"--{key}", "somewhere")]
+
+
+def complaint(capsys: pytest.CaptureFixture[str], job: type[Job], *argv: str, **environ: str) -> str:
+    """Return the one line on stderr with which `load` exits."""
+    with pytest.raises(SystemExit) as exit_:
+        load(job, argv, environ)
+    said = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.endswith("\n")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[train]\nlr = 0.1\nepochs = 3\n\n[loss]\nage_weight = 2.0\n")
+    return path
+
+
+# What wins over what
+
+
+def test_defaults_are_the_papers() -> None:
+    job = train_job()
+
+    assert (job.model.trunk, job.model.input_side_px, job.model.age_head) == ("resnet50", 224, "linear")
+    assert (job.loss.age_weight, job.loss.gender_weight, job.loss.race_weight) == (1.0, 0.5, 0.5)
+    assert (job.train.optimizer, job.train.lr, job.train.batch_size, job.train.epochs) == ("adam", 1e-4, 32, 50)
+    assert (job.train.schedule, job.train.step_size_epochs, job.train.gamma) == ("step", 20, 0.5)
+
+
+def test_a_recipe_wins_over_defaults(recipe: Path) -> None:
+    job = train_job("--config", str(recipe))
+
+    assert (job.train.lr, job.train.epochs, job.loss.age_weight) == (0.1, 3, 2.0)
+    assert job.train.batch_size == TrainConfig().batch_size
+
+
+def test_the_environment_wins_over_the_recipe(recipe: Path) -> None:
+    job = train_job("--config", str(recipe), environ={"AGR_RAY_TRAIN__LR": "0.2"})
+
+    assert (job.train.lr, job.train.epochs) == (0.2, 3)
+
+
+def test_the_command_line_wins_over_the_environment(recipe: Path) -> None:
+    environ = {"AGR_RAY_TRAIN__LR": "0.2", "AGR_RAY_TRAIN__EPOCHS": "4"}
+
+    job = train_job("--config", str(recipe), "--train.lr", "0.3", environ=environ)
+
+    assert (job.train.lr, job.train.epochs, job.loss.age_weight) == (0.3, 4, 2.0)
+
+
+def test_the_order_on_the_command_line_does_not_matter(recipe: Path) -> None:
+    assert train_job("--train.lr", "0.3", "--config", str(recipe)).train.lr == 0.3
+
+
+def test_what_the_command_line_sets_to_a_default_wins_too(recipe: Path) -> None:
+    assert train_job("--config", str(recipe), "--train.epochs", "50").train.epochs == 50
+
+
+def test_foreign_variables_are_left_alone() -> None:
+    assert train_job(environ={"TRAIN__LR": "9", "LR": "9", "AGR_TRAIN__LR": "9"}).train.lr == 1e-4
+
+
+def test_lists_and_tables_come_from_the_command_line() -> None:
+    assert train_job("--model.tasks", '["age", "race"]').model.tasks == ("age", "race")
+    codes = parse(PrepareJob, [*needed(PrepareJob), "--source.gender_codes", '{"M": "male"}'], {}).source.gender_codes
+    assert codes == {"M": "male"}
+
+
+def test_lists_come_from_the_environment() -> None:
+    assert train_job(environ={"AGR_RAY_MODEL__TASKS": '["age"]'}).model.tasks == ("age",)
+
+
+def test_a_number_can_be_taken_back_to_none(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\nthreads_per_worker = 3\n")
+
+    assert train_job("--config", str(recipe), "--train.threads_per_worker", "None").train.threads_per_worker is None
+
+
+@pytest.mark.parametrize("spelling", ["--train.batch-size", "--train.batch_size"])
+def test_either_dash_spells_an_option(spelling: str) -> None:
+    assert train_job(spelling, "8").train.batch_size == 8
+    assert train_job(f"{spelling}=8").train.batch_size == 8
+
+
+def test_dashes_in_values_are_kept() -> None:
+    assert train_job("--train.out", "s3://my-bucket/a-b").train.out == "s3://my-bucket/a-b"
+    assert train_job("--train.out=--odd-name").train.out == "--odd-name"
+
+
+@pytest.mark.parametrize(("argv", "expected"), [((), False), (("--new-run",), True), (("--new_run",), True)])
+def test_new_run_is_a_flag(argv: tuple[str, ...], expected: bool) -> None:
+    assert train_job(*argv).new_run is expected
+
+
+def test_new_run_comes_from_the_environment_too_and_can_be_taken_back() -> None:
+    environ = {"AGR_RAY_NEW_RUN": "true"}
+
+    assert train_job(environ=environ).new_run is True
+    assert train_job("--no-new-run", environ=environ).new_run is False
+
+
+# Presets
+
+
+def test_a_preset_fills_in_what_is_not_said() -> None:
+    model = train_job("--model.preset", "lightweight").model
+
+    assert (model.trunk, model.input_side_px, model.bn_momentum) == ("mobilenet_v3_small", 112, 0.1)
+
+
+@pytest.mark.parametrize("how", ["recipe", "environment", "command line"])
+def test_an_explicit_key_wins_over_the_preset(how: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[model]\ninput_side_px = 64\n" if how == "recipe" else "")
+    environ = {"AGR_RAY_MODEL__INPUT_SIDE_PX": "64"} if how == "environment" else {}
+    argv = ["--model.input_side_px", "64"] if how == "command line" else []
+
+    model = train_job("--config", str(recipe), "--model.preset", "lightweight", *argv, environ=environ).model
+
+    assert (model.input_side_px, model.trunk) == (64, "mobilenet_v3_small")
+
+
+def test_the_command_line_can_replace_a_recipes_preset(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[model]\npreset = "lightweight"\ndropout = 0.2\n')
+
+    model = train_job("--config", str(recipe), "--model.preset", "paper").model
+
+    assert (model.trunk, model.input_side_px, model.dropout) == ("resnet50", 224, 0.2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
+    model = ModelConfig(preset=preset, dropout=0.1)  # type: ignore[arg-type]
+
+    assert ModelConfig(**model.model_dump(mode="json")) == model
+
+
+# One line for what can't be run
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--train.lrr", "1"], "--train.lrr: there is no such option; did you mean --train.lr?"),
+        (["--trian.lr", "1"], "--trian.lr: there is no such option; did you mean --train.lr?"),
+        (["--train.batchsize=1"], "--train.batchsize: there is no such option; did you mean --train.batch_size?"),
+        (["stray"], "stray"),
+        (["--train.lr"], "--train.lr: expected one argument"),
+        (["--train.l", "1"], "--train.l"),  # no abbreviations: a new knob must not change what one means
+        (["--train.lr", "fast"], "train.lr: 'fast' is not allowed: input should be a valid number"),
+        (["--train.lr", "0"], "train.lr: '0' is not allowed: input should be greater than 0"),
+        (["--train.lr", "nan"], "train.lr: 'nan' is not allowed"),
+        (["--train.lr", "inf"], "train.lr: 'inf' is not allowed"),
+        (["--train.epochs", "2.5"], "train.epochs: '2.5' is not allowed"),
+        (["--train.optimizer", "lion"], "'adam', 'adamw' or 'sgd'"),
+        (["--augment.flip_probability", "1.5"], "augment.flip_probability: '1.5' is not allowed"),
+        (["--model.preset", "huge"], "'paper' or 'lightweight'"),
+        (["--model.tasks", '["height"]'], "model.tasks"),
+        (["--model.tasks", '["age", "age"]'], "at most once"),
+        (["--model.tasks", "[]"], "one at least"),
+        (["--model.tasks", "[broken"], "model.tasks"),
+        (["--train.batch_size", "33", "--train.num_workers", "2"], "train.batch_size 33 is not a multiple of"),
+    ],
+    ids=str,
+)
+def test_a_bad_command_line_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+) -> None:
+    assert said in complaint(capsys, TrainJob, *DATA, *argv)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"AGR_RAY_TRAIN__LRR": "1"}, "train.lrr: there is no such key; did you mean lr?; allowed: data, out"),
+        ({"AGR_RAY_TRIAN__LR": "1"}, "TRIAN"),
+        ({"AGR_RAY_TRAIN__LR": "fast"}, "train.lr: 'fast' is not allowed"),
+        ({"AGR_RAY_MODEL__TASKS": "[broken"}, "model"),
+    ],
+    ids=str,
+)
+def test_a_bad_environment_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], environ: dict[str, str], said: str
+) -> None:
+    assert said.lower() in complaint(capsys, TrainJob, *DATA, **environ).lower()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[trian]\nlr = 1\n", "there is no section [trian]; did you mean train?; allowed: storage, cluster"),
+        ("[train]\nbatchsize = 1\n", "train.batchsize: there is no such key; did you mean batch_size?"),
+        ("[train]\nlr = -1\n", "train.lr: -1 is not allowed: input should be greater than 0"),
+        ("train = 3\n", "train must be a table: [train]"),
+        ("[train.lr]\nx = 1\n", "train.lr"),
+        ("[[train]]\nlr = 1\n", "train must be a table"),
+        ("[model]\npreset = ['paper']\n", "model.preset: ['paper'] is not allowed"),
+        ("[score]\nouts = 'a'\n", "score.outs: there is no such key; did you mean out?"),
+        ("[score]\nbatch_size = 0\n", "score.batch_size: 0 is not allowed"),
+        ("[split]\nval = 0.6\ntest = 0.5\n", "split: val 0.6 + test 0.5 is over 1"),
+        ("lr = \n", "not valid TOML"),
+        ("[train]\nlr = 1\nlr = 2\n", "not valid TOML"),
+    ],
+    ids=str,
+)
+def test_a_bad_recipe_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, said: str
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+
+    assert said in complaint(capsys, TrainJob, *DATA, "--config", str(recipe))
+
+
+def test_a_recipe_that_is_not_text_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_bytes(b"\xff\xfe\x00")
+
+    assert "not valid TOML" in complaint(capsys, TrainJob, *DATA, "--config", str(recipe))
+
+
+def test_a_missing_recipe_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere.toml"
+
+    assert f"--config {missing}: No such file" in complaint(capsys, TrainJob, *DATA, "--config", str(missing))
+
+
+def test_a_folder_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert f"--config {tmp_path}" in complaint(capsys, TrainJob, *DATA, "--config", str(tmp_path))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_each_required_key_is_asked_for_by_name(capsys: pytest.CaptureFixture[str], job: type[Job]) -> None:
+    for key in job.required:
+        others = [word for other in job.required if other != key for word in (f"--{other}", "somewhere")]
+        said = complaint(capsys, job, *others)
+        assert f"{key} is needed" in said
+        assert f"--{key}" in said
+    parse(job, needed(job), {})
+
+
+def test_parse_raises_what_load_prints() -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr: '0' is not allowed"):
+        train_job("--train.lr", "0")
+
+
+# What is documented
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_knob_is_documented(name: str) -> None:
+    section = SECTIONS[name]
+
+    assert section.__doc__
+    undocumented = [key for key, field in section.model_fields.items() if not field.description]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_section_of_a_job_can_stand_in_a_recipe(job: type[Job]) -> None:
+    for name, field in job.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            assert SECTIONS[name] is field.annotation
+        else:
+            assert field.description
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_lists_every_knob_with_its_documentation(capsys: pytest.CaptureFixture[str], job: type[Job]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        load(job, ["--help"], {})
+
+    # Without blanks, because help is wrapped to the terminal's width, words with hyphens too.
+    shown = "".join(capsys.readouterr().out.split())
+    assert exit_.value.code == 0
+    assert "--config" in shown
+    for name in SECTIONS.keys() & job.model_fields.keys():
+        for key, field in SECTIONS[name].model_fields.items():
+            assert f"--{name}.{key}" in shown
+            assert "".join((field.description or "").split()) in shown
+
+
+def test_help_shows_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(TrainJob, ["--help"], {})
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Learning rate; the highest one of the schedule. (default: 0.0001)" in shown
+    assert "Side of the square that the network sees, pixels. (default: 224)" in shown
+
+
+# Recipes
+
+
+def test_there_are_recipes() -> None:
+    assert {path.stem for path in RECIPES} >= {"demo", "paper", "utkface_lite"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("job", JOBS)
+def test_every_recipe_serves_every_job(job: type[Job], path: Path) -> None:
+    built = parse(job, ["--config", str(path), *needed(job)], {})
+
+    for name, values in tomllib.loads(path.read_text()).items():
+        if name in job.model_fields:
+            assert {key: getattr(getattr(built, name), key) for key in values} == values
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_begins_with_what_it_is_and_its_command(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+
+    assert len(head[0]) > 10
+    assert any("jobs/" in line or "make " in line for line in head)
+
+
+# Digests
+
+
+def test_the_digest_is_the_same_in_every_process() -> None:
+    code = "from agr_ray.config import TrainConfig, digest; print(digest(TrainConfig(lr=0.5)))"
+
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert digest(TrainConfig(lr=0.5)) == other
+
+
+def test_the_digest_does_not_see_the_order_of_keys() -> None:
+    one, other = ({"M": "male", "F": "female"}, {"F": "female", "M": "male"})
+
+    jobs = [
+        parse(PrepareJob, needed(PrepareJob), {}).source.model_copy(update={"gender_codes": c}) for c in (one, other)
+    ]
+
+    assert digest(jobs[0]) == digest(jobs[1])
+
+
+def test_the_digest_sees_every_change_and_the_order_of_sections() -> None:
+    changed = [
+        TrainConfig(),
+        TrainConfig(lr=2e-4),
+        TrainConfig(seed=1),
+        TrainConfig(name="x"),
+        TrainConfig(use_gpu=True),
+    ]
+
+    digests = {digest(config) for config in changed}
+    digests |= {digest(TrainConfig(), SplitConfig()), digest(SplitConfig(), TrainConfig())}
+
+    assert len(digests) == len(changed) + 2
+    assert {len(each) for each in digests} == {12}
+
+
+# Sections
+
+
+def test_a_configuration_is_never_edited() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        train_job().train.lr = 1.0  # type: ignore[misc]
+
+
+def test_a_section_built_in_code_refuses_unknown_keys() -> None:
+    with pytest.raises(ValidationError, match="lrr"):
+        TrainConfig(lrr=1)  # type: ignore[call-arg]
+
+
+def test_training_gets_what_validation_and_test_leave() -> None:
+    assert SplitConfig(val=0.25, test=0.5).fractions == {"train": 0.25, "val": 0.25, "test": 0.5}
+    assert SplitConfig(val=0.0, test=1.0).fractions["train"] == 0.0

@@ -1,0 +1,144 @@
+"""Detection: rendered faces are found, borders move nothing, and facenet-pytorch agrees."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from facenet_pytorch import MTCNN
+
+from agr_ray.data.rendered import render_chip
+from agr_ray.vision.detect import Detector, Faces, make_detector
+
+NUM_CHIPS = 12
+SIDE_PX = 200
+BORDER_PX = 50
+
+
+@pytest.fixture(scope="module")
+def chips() -> list[np.ndarray]:
+    return [np.asarray(render_chip(0, index).image_rgb) for index in range(NUM_CHIPS)]
+
+
+@cache
+def mtcnn() -> Detector:
+    return make_detector("mtcnn", min_face_px=40)
+
+
+def with_border(chip: np.ndarray) -> np.ndarray:
+    return np.pad(chip, ((BORDER_PX, BORDER_PX), (BORDER_PX, BORDER_PX), (0, 0)))
+
+
+def central(faces: Faces, side_px: int) -> int:
+    return faces.nearest_centre(side_px, side_px)
+
+
+def overlap(box: np.ndarray, other: np.ndarray) -> float:
+    """Return the intersection over union of two boxes."""
+    inner = np.clip(np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2]), 0, None).prod()
+    return float(inner / ((box[2:] - box[:2]).prod() + (other[2:] - other[:2]).prod() - inner))
+
+
+def test_rendered_faces_are_found(chips: list[np.ndarray]) -> None:
+    assert sum(len(faces) > 0 for faces in mtcnn().detect(chips)) >= 0.9 * len(chips)
+
+
+def test_landmarks_do_not_move_when_a_border_is_added(chips: list[np.ndarray]) -> None:
+    moves = []
+    bordered_chips = [with_border(chip) for chip in chips]
+    for plain, bordered in zip(mtcnn().detect(chips), mtcnn().detect(bordered_chips), strict=True):
+        if len(plain) and len(bordered):
+            there = bordered.landmarks[central(bordered, SIDE_PX + 2 * BORDER_PX)] - BORDER_PX
+            moves.append(np.linalg.norm(plain.landmarks[central(plain, SIDE_PX)] - there, axis=1).mean())
+    assert len(moves) >= 0.9 * len(chips)
+    assert np.median(moves) < 1.5
+    assert max(moves) < 3.5
+
+
+def test_a_face_cut_by_the_border_is_seen_as_if_there_were_black(chips: list[np.ndarray]) -> None:
+    # Cut at the temples, so that the face's box reaches beyond the chip.
+    tight = [np.ascontiguousarray(chip[20:-20, 35:-35]) for chip in chips]
+    moves = []
+    for plain, bordered in zip(mtcnn().detect(tight), mtcnn().detect([with_border(c) for c in tight]), strict=True):
+        if len(plain) and len(bordered):
+            moves.append(np.linalg.norm(plain.landmarks[0] - (bordered.landmarks[0] - BORDER_PX), axis=1).mean())
+    assert len(moves) >= 0.7 * len(chips)
+    assert np.median(moves) < 2
+
+
+def test_facenet_pytorch_agrees_where_it_has_a_border(chips: list[np.ndarray]) -> None:
+    reference = MTCNN(keep_all=True, min_face_size=40, post_process=False)
+    overlaps, distances = [], []
+    for chip, faces in zip(chips, mtcnn().detect(chips), strict=True):
+        boxes, _, landmarks = reference.detect(with_border(chip), landmarks=True)
+        if boxes is None or len(faces) == 0:
+            continue
+        boxes, landmarks = boxes.astype(float) - BORDER_PX, landmarks.astype(float) - BORDER_PX
+        ours = central(faces, SIDE_PX)
+        theirs = int(np.argmax([overlap(faces.boxes_xyxy[ours], box) for box in boxes]))
+        overlaps.append(overlap(faces.boxes_xyxy[ours], boxes[theirs]))
+        distances.append(np.linalg.norm(faces.landmarks[ours] - landmarks[theirs], axis=1).mean())
+    assert len(overlaps) >= 0.9 * len(chips)
+    assert min(overlaps) >= 0.8
+    assert np.median(distances) < 3
+
+
+def test_a_batch_gives_what_each_image_gives_alone(chips: list[np.ndarray]) -> None:
+    mixed = [chips[0], with_border(chips[1]), chips[2]]
+    alone = [mtcnn().detect([chip])[0] for chip in mixed]
+    for together, single in zip(mtcnn().detect(mixed), alone, strict=True):
+        assert together.boxes_xyxy == pytest.approx(single.boxes_xyxy, abs=0.5)
+        assert together.landmarks == pytest.approx(single.landmarks, abs=0.5)
+
+
+def test_scaling_leads_to_original_pixels(chips: list[np.ndarray]) -> None:
+    faces = mtcnn().detect(chips[:1])[0]
+    scaled = faces.scaled(2.5)
+    assert scaled.boxes_xyxy == pytest.approx(faces.boxes_xyxy * 2.5)
+    assert scaled.landmarks == pytest.approx(faces.landmarks * 2.5)
+    assert (scaled.scores == faces.scores).all()
+
+
+def test_a_high_least_score_leaves_no_face(chips: list[np.ndarray]) -> None:
+    assert sum(map(len, make_detector("mtcnn", min_score=1.1).detect(chips[:3]))) == 0
+
+
+@pytest.mark.parametrize("name", ["mtcnn", "haar", "none"])
+@pytest.mark.parametrize("shape", [(64, 96, 3), (1, 1, 3), (5, 300, 3)])
+def test_where_there_is_no_face_none_is_found(name: str, shape: tuple[int, int, int]) -> None:
+    (faces,) = make_detector(name).detect([np.full(shape, 128, np.uint8)])
+    assert len(faces) == 0
+    assert faces.boxes_xyxy.shape == (0, 4)
+    assert faces.landmarks.shape == (0, 5, 2)
+
+
+@pytest.mark.parametrize("name", ["mtcnn", "haar", "none"])
+def test_no_images_give_no_answers(name: str) -> None:
+    detector = make_detector(name)
+    assert detector.name == name
+    assert detector.detect([]) == []
+
+
+def test_haar_finds_boxes_without_landmarks(chips: list[np.ndarray]) -> None:
+    found = [faces for faces in make_detector("haar").detect(chips) if len(faces)]
+    assert len(found) >= 0.5 * len(chips)
+    assert all(np.isnan(faces.landmarks).all() for faces in found)
+
+
+def test_an_unknown_detector_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'dlib'; there are: mtcnn, haar, none"):
+        make_detector("dlib")
+
+
+def test_faces_are_sorted_by_score() -> None:
+    faces = Faces.sorted_by_score(np.array([[0, 0, 10, 10], [80, 80, 120, 120]]), np.array([0.1, 0.9]))
+    assert faces.scores.tolist() == pytest.approx([0.9, 0.1])
+    assert faces.boxes_xyxy[0].tolist() == [80, 80, 120, 120]
+    assert faces.nearest_centre(20, 20) == 1
+    assert faces.nearest_centre(200, 200) == 0
+
+
+def test_nothing_is_left_to_autograd(chips: list[np.ndarray]) -> None:
+    assert torch.is_grad_enabled()
+    mtcnn().detect(chips[:1])
+    assert torch.is_grad_enabled()

@@ -1,0 +1,455 @@
+"""A set-up that can't work ends with status 2 and one line on stderr, before Ray is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from agr_ray.config import EvaluateJob, Job, ModelConfig, PrepareJob, RenderJob, ScoreJob, TrainJob
+from agr_ray.models.checkpoint import save_checkpoint
+from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.runtime.command import run
+from agr_ray.runtime.evaluate import evaluate
+from agr_ray.runtime.parts import finished_ids
+from agr_ray.runtime.prepare import prepare
+from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet
+from agr_ray.runtime.render import render
+from agr_ray.runtime.score import score
+from agr_ray.runtime.train import train
+from agr_ray.schema import CROPS, TEMPLATE
+from agr_ray.storage import Storage
+from agr_ray.vision.align import crop_side_px
+from agr_ray.vision.decode import encode_jpeg
+
+ROOT = Path(__file__).parents[2]
+JOBS: dict[str, tuple[type[Job], Callable[[Any], object]]] = {
+    "render": (RenderJob, render),
+    "prepare": (PrepareJob, prepare),
+    "train": (TrainJob, train),
+    "evaluate": (EvaluateJob, evaluate),
+    "score": (ScoreJob, score),
+}
+SIDE_PX = 32
+
+Complaint = Callable[..., str]
+
+
+@pytest.fixture
+def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Complaint:
+    """Return a function that runs a job as its script does, and returns what it said on stderr."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("AGR_RAY_", "AWS_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent/config")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent/credentials")
+    # A job that came so far would otherwise go on and work.
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+
+    def complain(job: str, *argv: object) -> str:
+        monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as exit_:
+            run(*JOBS[job])
+        said = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        return said
+
+    return complain
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Path:
+    """Return a folder with two labelled images."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for name, grey in (("a.jpg", 90), ("b.jpg", 160)):
+        (folder / name).write_bytes(encode_jpeg(np.full((64, 64, 3), grey, np.uint8)))
+    (folder / "labels.csv").write_text("key,age,gender,race\na.jpg,20,male,white\nb.jpg,30,female,asian\n")
+    return folder
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """Return a prepared set of two crops, in which no label has a race."""
+    return prepared_set(tmp_path / "prepared")
+
+
+def prepared_set(folder: Path, *, side_px: int = SIDE_PX, template: str = TEMPLATE, finished: bool = True) -> Path:
+    side = crop_side_px(side_px)
+    rows = [
+        {
+            "image_id": key,
+            "uri": f"/faces/{key}",
+            "key": key,
+            "source": "folder",
+            "group_id": f"sha256:{key}",
+            "split": split,
+            "age": age,
+            "gender": gender,
+            "status": "ok",
+            "crop": encode_jpeg(np.full((side, side, 3), 128, np.uint8)),
+        }
+        for key, split, age, gender in (("a.jpg", "train", 20.0, "male"), ("b.jpg", "test", 30.0, "female"))
+    ]
+    (folder / "crops").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), folder / "crops" / "part-0.parquet")
+    settings = {
+        "source": {"kind": "folder", "name": ""},
+        "vision": {"detector": "none"},
+        "crop_side_px": side_px,
+        "template": template,
+    }
+    PreparedSet(
+        format_version=FORMAT_VERSION,
+        finished=finished,
+        settings=settings,
+        split_manifest_sha256="0" * 64,
+        splits={"train": 1, "val": 0, "test": 1},
+        counts={"ok": 2},
+        uri=str(folder),
+    ).write(Storage())
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return saved_checkpoint(tmp_path / "checkpoint")
+
+
+def saved_checkpoint(folder: Path, *, template: str = TEMPLATE) -> Path:
+    torch.manual_seed(0)
+    model = MultiTaskNet(ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX))
+    save_checkpoint(folder, model, Transform(SIDE_PX, SIDE_PX, template=template))
+    return folder
+
+
+# As a user runs them
+
+
+def test_a_script_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
+    ray_folder = tmp_path / "ray"
+    ray_folder.mkdir()
+    environ = os.environ | {"RAY_TMPDIR": str(ray_folder)}
+    argv = ["--score.checkpoint", "gone", "--score.input", ".", "--score.out", "out"]
+
+    ended = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "score.py", *argv],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1
+    assert "score.checkpoint gone" in ended.stderr
+    assert list(ray_folder.iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+# Options and recipes
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_names_an_unknown_option(complaint: Complaint, job: str) -> None:
+    assert "--cluster.nmu_cpus: there is no such option; did you mean --cluster.num_cpus?" in complaint(
+        job, "--cluster.nmu_cpus", "3"
+    )
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_names_a_missing_recipe(complaint: Complaint, job: str) -> None:
+    assert "--config nowhere.toml: No such file" in complaint(job, "--config", "nowhere.toml")
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/faces", "s3:/bucket/faces", "s3:///faces", "file://host/faces"])
+def test_a_uri_of_no_known_form_is_named(complaint: Complaint, uri: str) -> None:
+    assert uri in complaint("prepare", "--source.uri", uri, "--prepare.out", "out")
+
+
+def test_an_endpoint_out_of_reach_is_named(complaint: Complaint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    endpoint = "http://127.0.0.1:9"
+
+    said = complaint(
+        "prepare",
+        *("--source.kind", "utkface", "--source.uri", "s3://photographs/faces", "--prepare.out", "out"),
+        *("--storage.endpoint_url", endpoint, "--storage.max_attempts", "1"),
+    )
+
+    assert "photographs" in said
+    assert endpoint in said
+
+
+def test_absent_keys_are_named(complaint: Complaint) -> None:
+    said = complaint(
+        "prepare",
+        *("--source.kind", "utkface", "--source.uri", "s3://photographs/faces", "--prepare.out", "out"),
+        *("--storage.endpoint_url", "http://127.0.0.1:9", "--storage.max_attempts", "1"),
+    )
+
+    assert "AWS_ACCESS_KEY_ID" in said
+
+
+# prepare
+
+
+def test_preparing_a_missing_folder(complaint: Complaint, tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+
+    said = complaint("prepare", "--source.kind", "utkface", "--source.uri", missing, "--prepare.out", "out")
+
+    assert f"folder {missing} can't be listed" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_preparing_a_folder_without_labels(complaint: Complaint, faces: Path) -> None:
+    (faces / "labels.csv").unlink()
+
+    said = complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
+
+    assert f"source.labels: no table of labels at {faces}/labels.parquet or {faces}/labels.csv" in said
+
+
+def test_preparing_with_a_missing_table_of_labels(complaint: Complaint, faces: Path) -> None:
+    argv = ("--source.uri", faces, "--source.labels", faces / "gone.csv", "--prepare.out", "out")
+
+    assert f"source.labels: no table of labels at {faces}/gone.csv" in complaint("prepare", *argv)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [("name,age\na.jpg,3\n", "expected 'key'"), ("", "can't be read as CSV"), ("key,age\n/etc/a.jpg,3\n", "row 1")],
+)
+def test_preparing_with_a_table_that_can_not_be_used(complaint: Complaint, faces: Path, labels: str, said: str) -> None:
+    (faces / "labels.csv").write_text(labels)
+
+    assert said in complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
+
+
+def test_preparing_with_a_table_that_is_no_parquet(complaint: Complaint, faces: Path) -> None:
+    (faces / "labels.parquet").write_bytes(b"no parquet")
+
+    assert f"{faces}/labels.parquet" in complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
+
+
+def test_preparing_codes_that_mean_nothing(complaint: Complaint, faces: Path) -> None:
+    argv = ("--source.uri", faces, "--prepare.out", "out", "--source.gender_codes", '{"0": "man"}')
+
+    assert "'man': expected one of female, male" in complaint("prepare", *argv)
+
+
+def test_preparing_a_folder_without_images(complaint: Complaint, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+
+    said = complaint("prepare", "--source.kind", "utkface", "--source.uri", "empty", "--prepare.out", "out")
+
+    assert "source.uri empty: there is no image below it" in said
+
+
+def test_preparing_into_a_folder_of_something_else(complaint: Complaint, faces: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+
+    said = complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
+
+    assert f"prepare.out {tmp_path}/out: exists and is no prepared set" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_preparing_into_a_file(complaint: Complaint, faces: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+
+    assert f"{tmp_path}/out" in complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_preparing_over_a_damaged_record(complaint: Complaint, faces: Path, prepared: Path) -> None:
+    (prepared / "prepare.json").write_text('{"format_version": 1')
+
+    assert f"prepare.out {prepared}: " in complaint("prepare", "--source.uri", faces, "--prepare.out", prepared)
+
+
+# train
+
+
+def test_training_on_nothing(complaint: Complaint, tmp_path: Path) -> None:
+    said = complaint("train", "--train.data", "nowhere")
+
+    assert f"train.data {tmp_path}/nowhere: no prepared set" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_on_a_set_that_is_not_finished(complaint: Complaint, tmp_path: Path) -> None:
+    unfinished = prepared_set(tmp_path / "half", finished=False)
+
+    assert f"train.data {unfinished}: preparing has not finished" in complaint("train", "--train.data", unfinished)
+
+
+@pytest.mark.parametrize("record", ["no json", "{}", "[]", '{"format_version": 99, "finished": true}'])
+def test_training_on_a_set_of_another_format(complaint: Complaint, prepared: Path, record: str) -> None:
+    (prepared / "prepare.json").write_text(record)
+
+    assert f"train.data {prepared}: " in complaint("train", "--train.data", prepared)
+
+
+def test_training_a_task_that_no_row_has(complaint: Complaint, prepared: Path) -> None:
+    said = complaint("train", "--train.data", prepared)
+
+    assert "model.tasks has race, and no training row" in said
+
+
+TASKS = ("--model.tasks", '["age", "gender"]', "--model.trunk", "mobilenet_v3_small")
+
+
+@pytest.mark.parametrize("weights", ["gone.safetensors", "gone.pt", "gone"])
+def test_training_from_weights_that_are_missing(
+    complaint: Complaint, prepared: Path, tmp_path: Path, weights: str
+) -> None:
+    said = complaint("train", "--train.data", prepared, *TASKS, "--model.weights", tmp_path / weights)
+
+    assert "model.weights" in said
+    assert weights in said
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "weights.txt"])
+def test_training_from_a_file_that_holds_no_weights(
+    complaint: Complaint, prepared: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_bytes(b"no weights at all")
+
+    said = complaint("train", "--train.data", prepared, *TASKS, "--model.weights", tmp_path / name)
+
+    assert "model.weights" in said
+
+
+def test_training_from_another_networks_weights(complaint: Complaint, prepared: Path, tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
+
+    said = complaint("train", "--train.data", prepared, *TASKS, "--model.weights", tmp_path / "other.pt")
+
+    assert "model.weights" in said
+    assert "other.pt" in said
+
+
+# evaluate
+
+
+def test_evaluating_no_checkpoint(complaint: Complaint, prepared: Path, tmp_path: Path) -> None:
+    said = complaint("evaluate", "--evaluate.checkpoint", tmp_path / "gone", "--evaluate.data", prepared)
+
+    assert f"evaluate.checkpoint {tmp_path}/gone: there is no checkpoint" in said
+
+
+def test_evaluating_on_nothing(complaint: Complaint, checkpoint: Path, tmp_path: Path) -> None:
+    said = complaint("evaluate", "--evaluate.checkpoint", checkpoint, "--evaluate.data", tmp_path / "gone")
+
+    assert f"evaluate.data {tmp_path}/gone: no prepared set" in said
+
+
+def test_evaluating_an_empty_split(complaint: Complaint, checkpoint: Path, prepared: Path) -> None:
+    argv = ("--evaluate.checkpoint", checkpoint, "--evaluate.data", prepared, "--evaluate.split", "val")
+
+    assert "evaluate.split val: no crop in it" in complaint("evaluate", *argv)
+
+
+def test_evaluating_crops_of_another_side(complaint: Complaint, checkpoint: Path, tmp_path: Path) -> None:
+    other = prepared_set(tmp_path / "other", side_px=48)
+
+    said = complaint("evaluate", "--evaluate.checkpoint", checkpoint, "--evaluate.data", other)
+
+    assert f"its crops have crop_side_px 48; the checkpoint {checkpoint} was trained on {SIDE_PX}" in said
+
+
+def test_evaluating_crops_of_another_template(complaint: Complaint, checkpoint: Path, tmp_path: Path) -> None:
+    other = prepared_set(tmp_path / "other", template="five_point_v0")
+
+    said = complaint("evaluate", "--evaluate.checkpoint", checkpoint, "--evaluate.data", other)
+
+    assert "its crops have template five_point_v0" in said
+
+
+# score
+
+
+@pytest.mark.parametrize("job", ["evaluate", "score"])
+@pytest.mark.parametrize("damage", ["meta", "labels", "no weights", "cut weights", "template"])
+def test_a_damaged_checkpoint_is_named(
+    complaint: Complaint, checkpoint: Path, prepared: Path, faces: Path, job: str, damage: str
+) -> None:
+    weights = checkpoint / "weights.safetensors"
+    if damage == "meta":
+        (checkpoint / "meta.json").write_text("{")
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:10_000])
+    else:
+        meta = json.loads((checkpoint / "meta.json").read_text())
+        if damage == "labels":
+            meta["labels"]["genders"] = ["male", "female"]
+        else:
+            meta["transform"]["template"] = "five_point_v0"
+        (checkpoint / "meta.json").write_text(json.dumps(meta))
+    others = {
+        "evaluate": ("--evaluate.data", prepared),
+        "score": ("--score.input", faces, "--score.out", "out"),
+    }
+
+    said = complaint(job, f"--{job}.checkpoint", checkpoint, *others[job])
+
+    assert f"{job}.checkpoint {checkpoint}: " in said
+
+
+def test_scoring_a_missing_folder(complaint: Complaint, checkpoint: Path, tmp_path: Path) -> None:
+    said = complaint("score", "--score.checkpoint", checkpoint, "--score.input", "nowhere", "--score.out", "out")
+
+    assert f"folder {tmp_path}/nowhere can't be listed" in said
+
+
+def test_scoring_a_folder_without_photographs(complaint: Complaint, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no photograph")
+
+    said = complaint("score", "--score.checkpoint", checkpoint, "--score.input", "empty", "--score.out", "out")
+
+    assert "score.input empty: no photograph below it" in said
+
+
+# render
+
+
+def test_rendering_over_other_faces(complaint: Complaint, tmp_path: Path) -> None:
+    (tmp_path / "render.json").write_text('{"num_chips":1,"num_photographs":0,"seed":7}')
+
+    assert f"render.out {tmp_path}: holds faces drawn with other settings" in complaint(
+        "render", "--render.out", tmp_path
+    )
+
+
+# What a killed job leaves
+
+
+def test_a_job_killed_within_its_first_part_has_done_nothing(tmp_path: Path) -> None:
+    (tmp_path / "crops").mkdir()
+    (tmp_path / "crops" / ".tmp-0123").write_bytes(b"half a part")
+
+    assert len(finished_ids(Storage(), str(tmp_path / "crops"))) == 0

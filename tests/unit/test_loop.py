@@ -1,0 +1,413 @@
+"""The training loop without a cluster: learning, resuming, stopping, and ranks with uneven shares."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
+from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, train
+from agr_ray.learn.metrics import Baseline, Labels
+from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate
+from agr_ray.learn.predict import predict
+from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
+from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.schema import HISTORY
+
+SIDE = 32
+TRANSFORM = Transform(input_side_px=SIDE, crop_side_px=SIDE)
+STILL = AugmentConfig(flip_probability=0, rotation_degrees=0, shift=0)
+
+
+def faces(num: int, seed: int = 0) -> dict[str, Any]:
+    """Return crops whose colours say everything: red the gender, green the race, blue the age."""
+    rng = np.random.default_rng(seed)
+    gender, race, age = rng.integers(0, 2, num), rng.integers(0, 5, num), rng.integers(0, 100, num)
+    crop = rng.integers(0, 30, (num, 38, 38, 3))
+    crop += np.stack([gender * 200, race * 50, age * 2], axis=1)[:, None, None, :]
+    return {"crop": crop.astype(np.uint8), "age": age.astype(np.float32), "gender": gender, "race": race}
+
+
+def job(
+    train: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    augment: AugmentConfig = STILL,
+    loss: LossConfig | None = None,
+) -> TrainJob:
+    model = {"preset": "lightweight", "input_side_px": SIDE, **(model or {})}
+    train = {"batch_size": 8, "lr": 2e-3, "schedule": "constant", "early_stopping_epochs": 0, **train}
+    return TrainJob(model=ModelConfig(**model), train=TrainConfig(**train), augment=augment, loss=loss or LossConfig())
+
+
+def network(config: TrainJob) -> MultiTaskNet:
+    torch.manual_seed(0)
+    model = MultiTaskNet(config.model)
+    model.initialise_age(50.0)
+    return model
+
+
+def run(
+    config: TrainJob,
+    data: dict[str, Any],
+    val: dict[str, Any] | None = None,
+    model: MultiTaskNet | None = None,
+    **options: Any,
+) -> tuple[list[Row], list[EpochReport], MultiTaskNet]:
+    reports: list[EpochReport] = []
+    resume = options.pop("resume", None)
+    on_report = options.pop("on_report", reports.append)
+    context = LocalContext(data, data if val is None else val, config.train.batch_size, on_report=on_report, **options)
+    model = network(config) if model is None else model
+    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    rows = train(context, model, TRANSFORM, config, baseline, len(data["age"]), resume)
+    return rows, reports, model
+
+
+def weights(model: nn.Module) -> Tensor:
+    """Return all weights and statistics, but not the batches that a rank has seen, which nothing reads."""
+    state = model.state_dict()
+    return torch.cat([state[name].double().flatten() for name in state if not name.endswith("num_batches_tracked")])
+
+
+@pytest.mark.parametrize("age_head", ["linear", "distribution"])
+def test_a_few_faces_are_learnt_by_heart(age_head: str) -> None:
+    model = {"trunk": "resnet18", "preset": "paper", "age_head": age_head, "bn_momentum": 0.3}
+    train_values = {"epochs": 30, "batch_size": 16, "lr": 2e-3, "schedule": "one_cycle"}
+    loss = LossConfig(age_weight=0.1, gender_weight=1.0, race_weight=1.0)
+    rows, _, _ = run(job(train_values, model, loss=loss), faces(16))
+    assert rows[-1]["val_gender_accuracy"] == rows[-1]["val_race_accuracy"] == 1.0
+    assert rows[-1]["val_age_mae_years"] < 15
+    assert rows[-1]["val_objective"] < 0.25 < rows[0]["val_objective"]
+
+
+def test_history_has_the_columns_of_the_schema_and_counts_every_row() -> None:
+    rows, _, _ = run(job({"epochs": 2}), faces(19), faces(11, seed=1))
+    assert [list(row) for row in rows] == [HISTORY.names] * 2
+    assert [row["step"] for row in rows] == [3, 6]
+    assert rows[0]["num_train_rows"] == 19
+    assert rows[0]["num_val_rows"] == 11
+
+
+def test_validation_reports_what_predict_says() -> None:
+    data = faces(10)
+    _, reports, model = run(job({"epochs": 1}), data)
+    predictions = predict(model.eval(), data["crop"], TRANSFORM, PredictConfig())
+    assert predictions.age is not None
+    assert predictions.race_probs is not None
+    error = np.abs(predictions.age - data["age"]).mean()
+    assert reports[0].metrics["age"]["mae_years"] == pytest.approx(float(error), rel=1e-4)
+    np.testing.assert_allclose(predictions.race_probs.sum(axis=1), 1.0, rtol=1e-5)
+
+
+def test_flip_average_is_the_mean_of_both_views() -> None:
+    model, crops = network(job({})).eval(), faces(3)["crop"]
+    crops[:, :, :19] //= 2
+    averaged = predict(model, crops, TRANSFORM, PredictConfig(flip_average=True))
+    plain, mirrored = (predict(model, c, TRANSFORM, PredictConfig()) for c in (crops, crops[:, :, ::-1].copy()))
+    for mean, first, second in zip(averaged, plain, mirrored, strict=True):
+        assert mean is not None
+        assert first is not None
+        assert second is not None
+        np.testing.assert_allclose(mean, (first + second) / 2, rtol=1e-5)
+
+
+def test_predicting_nothing_gives_nothing() -> None:
+    predictions = predict(network(job({})).eval(), faces(0)["crop"], TRANSFORM, PredictConfig())
+    assert predictions.race_probs is not None
+    assert predictions.race_probs.shape == (0, 5)
+
+
+@pytest.mark.parametrize("train_values", [{"optimizer": "adam"}, {"optimizer": "adamw", "ema_decay": 0.9}])
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, train_values: dict[str, Any]
+) -> None:
+    # Everything that draws at random or keeps state is on; the interruption is after epoch 2 of 4.
+    config = job(
+        {"epochs": 4, "schedule": "one_cycle", "clip_norm": 1.0, **train_values},
+        {"dropout": 0.3},
+        AugmentConfig(brightness=0.2),
+    )
+    data = faces(20)
+
+    def save(report: EpochReport) -> None:
+        if report.row["epoch"] == 2:
+            save_checkpoint(tmp_path, report.model, TRANSFORM, train_state=report.train_state())
+
+    rows, _, whole = run(config, data, on_report=save)
+    resumed_rows, reports, resumed = run(
+        config, data, model=load_checkpoint(tmp_path).model, resume=load_train_state(tmp_path)
+    )
+    assert [report.row["epoch"] for report in reports] == [3, 4]
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    timings = {"epoch_s", "samples_per_s", "data_wait_share"}
+    for row, other in zip(rows, resumed_rows, strict=True):
+        assert {k: v for k, v in row.items() if k not in timings} == {
+            k: v for k, v in other.items() if k not in timings
+        }
+
+
+def test_finished_run_resumes_to_nothing() -> None:
+    config = job({"epochs": 1})
+    rows, reports, model = run(config, faces(8))
+    again, later, _ = run(config, faces(8), model=model, resume=reports[0].train_state())
+    assert again == rows
+    assert not later
+
+
+def test_each_epoch_is_augmented_anew() -> None:
+    seen: list[float] = []
+
+    class Spy(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> Any:
+            seen.append(images.sum().item())
+            return self.model(images)
+
+    class Context(LocalContext):
+        def wrap(self, model: nn.Module) -> nn.Module:
+            return Spy(model)
+
+    # One face, four times: its order in the batch says nothing.
+    data = {name: np.repeat(values, 4, axis=0) for name, values in faces(1).items()}
+    config = job({"epochs": 2}, augment=AugmentConfig())
+    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    for _ in range(2):
+        train(Context(data, data, 4), network(config), TRANSFORM, config, baseline, 4)
+    assert len(set(seen)) == 2  # epochs differ, runs do not
+    assert seen[:2] == seen[2:]
+
+
+def test_early_stopping_counts_epochs_without_a_better_objective() -> None:
+    # At a learning rate of nearly nothing and fixed statistics, nothing can get better twice.
+    config = job({"epochs": 30, "lr": 1e-12, "early_stopping_epochs": 2}, {"bn_momentum": 1e-9})
+    rows, reports, _ = run(config, faces(8))
+    stopped = len(rows)
+    assert stopped < 30
+    assert reports[-1].finished == "early_stopping"
+    assert not any(report.finished for report in reports[:-1])
+    assert [report.is_best for report in reports[-2:]] == [False, False]
+    best = min(row["val_objective"] for row in rows)
+    assert [r.row["val_objective"] for r in reports if r.is_best][-1] == best
+
+
+def test_without_validation_every_epoch_is_the_best() -> None:
+    _, reports, _ = run(job({"epochs": 2, "early_stopping_epochs": 1}), faces(8), faces(0))
+    assert [report.is_best for report in reports] == [True, True]
+    assert reports[1].row["val_objective"] is None
+    assert reports[1].row["val_loss"] is None
+    assert reports[1].finished == "epochs"
+
+
+@pytest.mark.parametrize("task", ["age", "gender", "race"])
+def test_single_task_model_learns_its_task(task: str) -> None:
+    rows, reports, _ = run(job({"epochs": 1}, {"tasks": (task,)}), faces(8))
+    others = {"age", "gender", "race"} - {task}
+    assert all(reports[0].metrics[other]["n"] == 0 for other in others)
+    assert rows[0]["val_objective"] > 0
+    assert (rows[0]["val_age_mae_years"] is None) == (task != "age")
+
+
+def test_task_without_any_label_moves_nothing_of_its_head() -> None:
+    data = faces(16)
+    data["race"] = np.full(16, -1)
+    config = job({"epochs": 1, "optimizer": "sgd"})
+    before = network(config).state_dict()
+    rows, _, model = run(config, data)
+    after = model.state_dict()
+    assert math.isfinite(rows[0]["train_loss"])
+    assert rows[0]["val_race_accuracy"] is None
+    assert torch.equal(after["race_head.weight"], before["race_head.weight"])
+    assert not torch.equal(after["gender_head.weight"], before["gender_head.weight"])
+
+
+def test_batch_of_one_row_is_trained_on() -> None:
+    # ResNet shrinks 32 pixels to one, and batch norm can't be trained on one value.
+    rows, _, _ = run(job({"epochs": 1}, {"preset": "paper", "trunk": "resnet18"}), faces(9))
+    assert rows[0]["step"] == 2
+    assert math.isfinite(rows[0]["train_loss"])
+
+
+def test_non_finite_loss_stops_and_names_epoch_step_and_tasks() -> None:
+    config = job({"epochs": 3})
+    model = network(config)
+    with torch.no_grad():
+        model.age_head.bias.fill_(math.inf)  # type: ignore[union-attr]  # this model has one
+    before = model.gender_head.weight.clone()  # type: ignore[union-attr]  # this model has one
+    with pytest.raises(NonFiniteLossError, match=r"epoch 1, step 1: loss inf: age inf, gender 0\.\d+, race 1\.\d+"):
+        run(config, faces(16), model=model)
+    assert torch.equal(model.gender_head.weight, before)  # type: ignore[union-attr]  # this model has one
+
+
+def test_bfloat16_trains() -> None:
+    config = job({"epochs": 1, "precision": "bfloat16"})
+    rows, _, model = run(config, faces(8))
+    assert math.isfinite(rows[0]["val_loss"])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+class _Together:
+    """What the ranks of a test share: sums over threads."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.tensors: dict[int, Tensor] = {}
+        self.barrier = threading.Barrier(world_size, timeout=60)
+
+    def all_reduce_sum(self, rank: int, tensor: Tensor) -> Tensor:
+        self.tensors[rank] = tensor
+        self.barrier.wait()
+        total = torch.stack([self.tensors[k] for k in range(self.world_size)]).sum(dim=0)
+        self.barrier.wait()
+        return total
+
+
+class _Rank(LocalContext):
+    """One of several ranks, each a thread; gradients are averaged as DDP does."""
+
+    together: _Together
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return self.together.all_reduce_sum(self.rank, tensor.clone())
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        def average(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            parameter.grad.copy_(self.all_reduce_sum(parameter.grad) / self.world_size)
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(average)
+        return model
+
+
+def run_ranks(
+    config: TrainJob, shares: list[Batch], vals: list[Batch], models: list[MultiTaskNet]
+) -> tuple[list[list[Row]], list[BaseException]]:
+    together = _Together(len(shares))
+    rows: list[list[Row]] = [[] for _ in shares]
+    errors: list[BaseException] = []
+    data = faces(40)
+    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+
+    def work(rank: int) -> None:
+        context = _Rank(shares[rank], vals[rank], 4, rank=rank, world_size=len(shares))
+        context.together = together
+        num_rows = sum(len(share["age"]) for share in shares)
+        try:
+            rows[rank] = train(context, models[rank], TRANSFORM, config, baseline, num_rows)
+        except NonFiniteLossError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(shares))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    return rows, errors
+
+
+def part(data: dict[str, Any], rows: slice) -> Batch:
+    return {name: values[rows] for name, values in data.items()}
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_ranks_with_uneven_shares_end_together_and_alike(ema_decay: float) -> None:
+    data, config = faces(14), job({"epochs": 2, "ema_decay": ema_decay})
+    models = [network(config), network(config)]
+    # Rank 0 has three batches, rank 1 one; all validation rows are on rank 1.
+    rows, _ = run_ranks(
+        config,
+        [part(data, slice(0, 10)), part(data, slice(10, 14))],
+        [faces(0), faces(9, seed=1)],
+        models,
+    )
+    assert rows[0][-1]["step"] == rows[1][-1]["step"] == 6
+    assert rows[0][-1]["num_train_rows"] == 14
+    assert rows[0][-1]["num_val_rows"] == 9
+    assert rows[0][-1]["val_objective"] == rows[1][-1]["val_objective"]
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=0, atol=1e-6)
+
+
+def test_two_ranks_take_the_step_of_one_process() -> None:
+    # Batch norm sees other batches on two ranks, so it is taken out of the comparison: SGD, heads only.
+    data, config = faces(8), job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2})
+    data["age"][:3] = np.nan
+    data["gender"][4:] = -1
+    models = [network(config) for _ in range(3)]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]  # stays put
+                module.training = False
+    run_ranks(config, [part(data, slice(0, 4)), part(data, slice(4, 8))], [faces(2), faces(2)], models[:2])
+    run(config, data, model=models[2])
+    for name, value in models[0].state_dict().items():
+        torch.testing.assert_close(value, models[2].state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_non_finite_loss_of_one_rank_stops_all() -> None:
+    config = job({"epochs": 1})
+    models = [network(config), network(config)]
+    with torch.no_grad():
+        models[1].age_head.bias.fill_(math.nan)  # type: ignore[union-attr]  # this model has one
+    data = faces(8)
+    _, errors = run_ranks(config, [part(data, slice(0, 4)), part(data, slice(4, 8))], [faces(2), faces(2)], models)
+    assert len(errors) == 2
+    assert {"another rank" in str(error) for error in errors} == {True, False}
+
+
+def test_step_schedule_is_the_papers() -> None:
+    config = TrainConfig(lr=1e-4, epochs=50, schedule="step", step_size_epochs=20, gamma=0.5)
+    rates = [learning_rate(epochs, config) for epochs in (0, 19.99, 20, 39.9, 40)]
+    assert rates == pytest.approx([1e-4, 1e-4, 5e-5, 5e-5, 2.5e-5])
+
+
+def test_one_cycle_is_torchs() -> None:
+    config = TrainConfig(lr=2e-3, epochs=10, schedule="one_cycle", warmup=0.3)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    # torch's peak is at step pct_start * total_steps - 1, and its end at total_steps - 1.
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=1001, pct_start=0.3)
+    rates = []
+    for _ in range(1001):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step() if len(rates) < 1001 else None
+    mine = [learning_rate(step / 100, config) for step in range(1001)]
+    np.testing.assert_allclose(mine, rates, atol=2e-5)
+
+
+def test_cosine_rises_then_falls_to_nothing() -> None:
+    config = TrainConfig(lr=1.0, epochs=10, schedule="cosine", warmup=0.1)
+    rates = [learning_rate(epochs, config) for epochs in (0, 0.5, 1, 5.5, 10, 11)]
+    assert rates == pytest.approx([0.04, 0.52, 1.0, 0.5, 0.0, 0.0])
+
+
+def test_adamw_decays_weights_only() -> None:
+    model = network(job({}))
+    optimizer = build_optimizer(model, TrainConfig(optimizer="adamw", weight_decay=0.05))
+    decayed, free = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.05
+    assert free["weight_decay"] == 0.0
+    assert {p.ndim for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_average_of_weights_warms_up() -> None:
+    model = network(job({}))
+    ema = Ema(model, decay=0.999)
+    with torch.no_grad():
+        model.gender_head.weight.fill_(1.0)  # type: ignore[union-attr]  # this model has one
+        ema.model.gender_head.weight.zero_()  # type: ignore[union-attr]  # this model has one
+    ema.update(model)
+    assert ema.model.gender_head is not None
+    assert ema.model.gender_head.weight.unique().tolist() == pytest.approx([1 - 2 / 11])

@@ -1,0 +1,144 @@
+"""The multi-task loss, against arithmetic by hand and across ranks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from agr_ray.config import LossConfig
+from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
+from agr_ray.models.network import AGE_BINS_YEARS, Outputs
+from agr_ray.schema import RACES
+
+NAN = math.nan
+ONE_EACH = LossConfig(age_weight=1.0, gender_weight=1.0, race_weight=1.0)
+
+
+def targets(age: list[float], gender: list[int], race: list[int]) -> Targets:
+    return Targets(torch.tensor(age), torch.tensor(gender), torch.tensor(race))
+
+
+def linear(age: Tensor, gender: Tensor, race: Tensor) -> Outputs:
+    return Outputs(age, None, gender, race)
+
+
+def test_loss_is_the_weighted_sum_of_the_papers_three() -> None:
+    outputs = linear(torch.tensor([30.0, 40.0]), torch.tensor([0.0, 2.0]), torch.zeros(2, len(RACES)))
+    truth = targets([33.0, 39.0], [1, 0], [0, 4])
+    loss, tasks = multi_task_loss(outputs, truth, LossConfig(), label_counts(truth))
+    gender = (math.log(2.0) + math.log(1.0 + math.exp(2.0))) / 2
+    assert loss.item() == pytest.approx(1.0 * 2.0 + 0.5 * gender + 0.5 * math.log(5.0))
+    assert tasks.sums.tolist() == pytest.approx([4.0, 2 * gender, 2 * math.log(5.0)])
+    assert tasks.counts.tolist() == [2, 2, 2]
+
+
+def test_missing_labels_are_left_out_of_their_task_only() -> None:
+    outputs = linear(torch.tensor([30.0, 40.0]), torch.zeros(2), torch.zeros(2, len(RACES)))
+    truth = targets([NAN, 39.0], [-1, -1], [2, -1])
+    loss, tasks = multi_task_loss(outputs, truth, ONE_EACH, label_counts(truth))
+    assert loss.item() == pytest.approx(1.0 + 0.0 + math.log(5.0))
+    assert tasks.counts.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("head", ["linear", "distribution"])
+def test_non_finite_values_in_unlabelled_rows_poison_nothing(head: str) -> None:
+    age = torch.tensor([NAN, 40.0], requires_grad=True)
+    logits = torch.full((2, len(AGE_BINS_YEARS)), 0.0)
+    logits[0] = math.inf
+    logits.requires_grad_()
+    gender = torch.tensor([math.inf, 0.0], requires_grad=True)
+    race = torch.tensor([[NAN] * 5, [0.0] * 5], requires_grad=True)
+    truth = targets([NAN, 39.0], [-1, 1], [-1, 1])
+    outputs = Outputs(age, logits if head == "distribution" else None, gender, race)
+    loss, _ = multi_task_loss(outputs, truth, ONE_EACH, label_counts(truth))
+    loss.backward()
+    assert math.isfinite(loss.item())
+    for leaf in (age, gender, race, *([logits] if head == "distribution" else [])):
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()
+        assert not leaf.grad[0].any()
+
+
+def test_batch_without_any_label_gives_zero_gradients_not_none() -> None:
+    leaves = [
+        torch.ones(2, requires_grad=True),
+        torch.ones(2, requires_grad=True),
+        torch.ones(2, 5, requires_grad=True),
+    ]
+    truth = targets([NAN, NAN], [-1, -1], [-1, -1])
+    loss, _ = multi_task_loss(linear(*leaves), truth, LossConfig(), label_counts(truth))
+    loss.backward()
+    assert loss.item() == 0.0
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+
+
+def test_tasks_without_head_cost_nothing() -> None:
+    truth = targets([20.0, 30.0], [0, 1], [1, 1])
+    outputs = Outputs(None, None, torch.zeros(2), None)
+    loss, tasks = multi_task_loss(outputs, truth, ONE_EACH, label_counts(truth))
+    assert loss.item() == pytest.approx(math.log(2.0))
+    assert tasks.counts.tolist() == [0, 2, 0]
+
+
+def test_distribution_loss_is_divergence_plus_error_of_the_expectation() -> None:
+    bins = torch.tensor(AGE_BINS_YEARS, dtype=torch.float64)
+    truth_p = torch.exp(-((bins - 40.0) ** 2) / (2 * 3.0**2))
+    truth_p /= truth_p.sum()
+    guess_p = torch.exp(-((bins - 45.0) ** 2) / (2 * 3.0**2))
+    guess_p /= guess_p.sum()
+    # Between Gaussians of one width the divergence is (difference / sigma)^2 / 2.
+    divergence = (5.0 / 3.0) ** 2 / 2
+    outputs = Outputs(torch.tensor([45.0]), guess_p.log()[None].float(), None, None)
+    truth = targets([40.0], [-1], [-1])
+    config = LossConfig(age_sigma_years=3.0, age_expectation_weight=0.5)
+    loss, _ = multi_task_loss(outputs, truth, config, label_counts(truth))
+    assert float((truth_p * (truth_p / guess_p).log()).sum()) == pytest.approx(divergence, rel=1e-4)
+    assert loss.item() == pytest.approx(divergence + 0.5 * 5.0, rel=1e-4)
+
+
+def test_perfect_distribution_costs_nothing() -> None:
+    bins = torch.tensor(AGE_BINS_YEARS, dtype=torch.float32)
+    outputs = Outputs(torch.tensor([40.0]), (-0.5 * ((bins - 40.0) / 2.0) ** 2)[None], None, None)
+    truth = targets([40.0], [-1], [-1])
+    loss, _ = multi_task_loss(outputs, truth, LossConfig(), label_counts(truth))
+    assert loss.item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_smoothed_labels_are_spread_over_all_classes() -> None:
+    logits = torch.log(torch.tensor([[0.6, 0.1, 0.1, 0.1, 0.1]]))
+    outputs = linear(torch.zeros(1), torch.tensor([math.log(3.0)]), logits)  # p_male = 3/4
+    truth = targets([NAN], [1], [0])
+    config = LossConfig(gender_weight=1.0, race_weight=1.0, label_smoothing=0.2)
+    _, tasks = multi_task_loss(outputs, truth, config, label_counts(truth))
+    gender = -(0.9 * math.log(0.75) + 0.1 * math.log(0.25))
+    race = -(0.84 * math.log(0.6) + 4 * 0.04 * math.log(0.1))
+    assert tasks.sums.tolist() == pytest.approx([0.0, gender, race])
+
+
+def test_gradients_averaged_over_ranks_are_those_of_one_process() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(7, 4, generator=generator)
+    # Rank 1's share (the last two rows) has no gender, and an age only once.
+    truth = targets([20.0, NAN, 35.0, 50.0, 61.0, NAN, 70.0], [0, 1, -1, 1, 0, -1, -1], [0, 1, 2, -1, 4, 3, -1])
+    config = LossConfig(age_expectation_weight=0.3)
+
+    def gradients(rows: slice, counts: Tensor, world_size: int) -> Tensor:
+        weights = torch.linspace(-1, 1, 4 * (len(AGE_BINS_YEARS) + 6)).view(4, -1).requires_grad_()
+        age, gender, race = (features[rows] @ weights).split([len(AGE_BINS_YEARS), 1, 5], dim=1)
+        expectation = age.softmax(dim=1) @ torch.tensor(AGE_BINS_YEARS, dtype=torch.float32)
+        outputs = Outputs(expectation, age, gender.squeeze(1), race)
+        share = Targets(*(values[rows] for values in truth))
+        loss, _ = multi_task_loss(outputs, share, config, counts, world_size)
+        loss.backward()
+        assert weights.grad is not None
+        return weights.grad
+
+    counts = label_counts(truth)
+    whole = gradients(slice(0, 7), counts, 1)
+    averaged = (gradients(slice(0, 5), counts, 2) + gradients(slice(5, 7), counts, 2)) / 2
+    torch.testing.assert_close(averaged, whole, rtol=1e-5, atol=1e-5)

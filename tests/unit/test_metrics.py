@@ -1,0 +1,200 @@
+"""Metrics, against arithmetic by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from agr_ray.learn.metrics import Baseline, Labels, MetricSums, age_group, intervals, metrics_report, objective
+from agr_ray.learn.predict import Predictions
+from agr_ray.schema import AGE_GROUPS, RACES
+
+NAN = math.nan
+
+
+def labels(age: list[float], gender: list[int], race: list[int]) -> Labels:
+    return Labels(np.array(age, np.float32), np.array(gender, np.int64), np.array(race, np.int64))
+
+
+def predictions(age: list[float], p_male: list[float], race: list[int]) -> Predictions:
+    probabilities = np.full((len(race), len(RACES)), 0.1, np.float32)
+    probabilities[np.arange(len(race)), race] = 0.6
+    return Predictions(np.array(age, np.float32), np.array(p_male, np.float32), probabilities)
+
+
+TRUTH = labels([10, 25, 40, NAN], [0, 0, 1, 1], [0, 1, 1, -1])
+GUESS = predictions([12, 20, 70, 50], [0.2, 0.7, 0.9, 0.5], [0, 1, 4, 2])
+
+
+def some(num_rows: int, seed: int = 0) -> tuple[Labels, Predictions]:
+    rng = np.random.default_rng(seed)
+    truth = Labels(
+        np.where(rng.random(num_rows) < 0.1, NAN, rng.uniform(0, 100, num_rows)).astype(np.float32),
+        rng.integers(-1, 2, num_rows),
+        rng.integers(-1, 5, num_rows),
+    )
+    age = np.nan_to_num(truth.age) + rng.normal(0, 8, num_rows)
+    guess = Predictions(
+        age.astype(np.float32),
+        rng.random(num_rows, np.float32),
+        rng.dirichlet(np.ones(5), num_rows).astype(np.float32),
+    )
+    return truth, guess
+
+
+def summed(truth: Labels, guess: Predictions) -> MetricSums:
+    sums = MetricSums()
+    sums.update(truth, guess)
+    return sums
+
+
+def test_age_metrics_by_hand() -> None:
+    age = summed(TRUTH, GUESS).to_json()["age"]
+    assert age["n"] == 3
+    assert age["mae_years"] == pytest.approx((2 + 5 + 30) / 3)
+    assert age["bias_years"] == pytest.approx((2 - 5 + 30) / 3)
+    assert age["within_5"] == pytest.approx(2 / 3)
+    assert age["cs"] == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3] + [2 / 3] * 11)
+    # Groups: 0-10 -> 11-20 (one off), 21-30 -> 11-20 (one off), 31-40 -> 61-70.
+    assert age["exact_group"] == 0.0
+    assert age["one_off"] == pytest.approx(2 / 3)
+    assert age["confusion"][2][1] == 1
+
+
+def test_classes_by_hand_with_truth_in_rows() -> None:
+    values = summed(TRUTH, GUESS).to_json()
+    # p_male 0.5 is not over 0.5: female.
+    assert values["gender"]["confusion"] == [[1, 1], [1, 1]]
+    assert values["gender"]["accuracy"] == 0.5
+    assert values["race"]["n"] == 3
+    assert values["race"]["confusion"][1] == [0, 1, 0, 0, 1]
+    assert values["race"]["accuracy"] == pytest.approx(2 / 3)
+    assert values["race"]["balanced_accuracy"] == pytest.approx((1 + 0.5) / 2)  # over the two races that occur
+
+
+def test_age_groups_are_the_papers_after_rounding_halves_upwards() -> None:
+    ages = np.array([0, 10, 10.49, 10.5, 20, 21, 80.4, 80.5, 116, -3])
+    assert [AGE_GROUPS[k] for k in age_group(ages)] == [
+        "0-10",
+        "0-10",
+        "0-10",
+        "11-20",
+        "11-20",
+        "21-30",
+        "71-80",
+        "81+",
+        "81+",
+        "0-10",
+    ]
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    truth, guess = some(50)
+    parts = MetricSums()
+    for rows in (slice(0, 20), slice(20, 50)):
+        share = Labels(truth.age[rows], truth.gender[rows], truth.race[rows])
+        parts.merge(summed(share, Predictions(*(values[rows] for values in guess if values is not None))))
+    np.testing.assert_allclose(parts.vector, summed(truth, guess).vector)
+
+
+def test_reduction_over_ranks_sees_every_sum() -> None:
+    truth, guess = some(10)
+    sums, once = summed(truth, guess), summed(truth, guess)
+    sums.reduce(lambda vector: vector * 3)
+    assert sums.to_json()["n"] == 30
+    assert sums.to_json()["race"]["accuracy"] == once.to_json()["race"]["accuracy"]
+
+
+def test_report_is_json_and_null_where_nothing_is_labelled() -> None:
+    truth = labels([NAN, NAN], [-1, 1], [-1, -1])
+    report = metrics_report(truth, predictions([20, 30], [0.1, 0.9], [0, 1]))
+    decoded = json.loads(json.dumps(report, allow_nan=False))
+    assert decoded["age"]["mae_years"] is None
+    assert decoded["race"]["balanced_accuracy"] is None
+    assert decoded["intervals"]["age"]["mae_years"] is None
+    assert decoded["gender"]["accuracy"] == 1.0
+    assert decoded["groups"]["race"]["asian"]["n"] == 0
+
+
+def test_report_of_no_rows_at_all() -> None:
+    report = metrics_report(labels([], [], []), predictions([], [], []))
+    assert report["n"] == 0
+    assert report["baseline"]["guess"] == {"fitted_on": "evaluated", "age_years": None, "gender": None, "race": None}
+
+
+def test_single_task_model_reports_its_task_only() -> None:
+    truth, guess = some(30)
+    report = metrics_report(truth, Predictions(None, guess.p_male, None))
+    assert report["age"]["n"] == report["race"]["n"] == report["baseline"]["age"]["n"] == 0
+    assert report["gender"]["n"] == report["baseline"]["gender"]["n"] > 0
+
+
+def test_groups_partition_the_labelled_rows() -> None:
+    truth, guess = some(200)
+    report = metrics_report(truth, guess, fallback=np.arange(200) < 10)
+    groups = report["groups"]
+    assert report["n_fallback"] == 10
+    assert sum(table["n"] for table in groups["gender"].values()) == (truth.gender >= 0).sum()
+    assert sum(table["n"] for table in groups["age_group"].values()) == np.isfinite(truth.age).sum()
+    assert len(groups["gender_race"]) == 10
+    chosen = (truth.gender == 1) & (truth.race == 2) & np.isfinite(truth.age)
+    assert guess.age is not None
+    expected = np.abs(guess.age - truth.age)[chosen].mean()
+    assert groups["gender_race"]["male/asian"]["age"]["mae_years"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_baseline_is_median_and_majority_of_the_labels_that_it_was_fitted_on() -> None:
+    baseline = Baseline.fit(labels([20, 30, 90, NAN], [1, 1, 0, -1], [2, 2, 3, -1]))
+    report = metrics_report(TRUTH, GUESS, baseline=baseline)
+    guess = {"fitted_on": "train", "age_years": 30.0, "gender": "male", "race": "asian"}
+    assert report["baseline"]["guess"] == guess
+    assert report["baseline"]["age"]["mae_years"] == pytest.approx((20 + 5 + 10) / 3)
+    assert report["baseline"]["gender"]["accuracy"] == 0.5
+    assert report["baseline"]["gender"]["balanced_accuracy"] == 0.5
+    assert report["baseline"]["race"]["accuracy"] == 0.0
+
+
+def test_intervals_hold_the_value_and_are_as_wide_as_theory_says() -> None:
+    rng = np.random.default_rng(1)
+    right = rng.random(2000) < 0.8
+    truth = Labels(np.full(2000, NAN, np.float32), np.ones(2000, np.int64), np.full(2000, -1))
+    guess = Predictions(None, np.where(right, 0.9, 0.1).astype(np.float32), None)
+    interval = intervals(truth, guess, seed=3)["gender"]["accuracy"]
+    assert interval is not None
+    low, high = interval
+    share = right.mean()
+    assert low < share < high
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(share * (1 - share) / 2000), rel=0.15)
+
+
+def test_intervals_are_the_same_for_the_same_seed() -> None:
+    truth, guess = some(100)
+    assert intervals(truth, guess, seed=1) == intervals(truth, guess, seed=1) != intervals(truth, guess, seed=2)
+
+
+def test_images_of_one_person_are_resampled_together() -> None:
+    truth, guess = some(40)
+    repeated = Labels(*(np.repeat(values, 25) for values in truth))
+    repeated_guess = Predictions(*(np.repeat(values, 25, axis=0) for values in guess if values is not None))
+    clusters = np.repeat(np.arange(40), 25)
+
+    def width(found: dict[str, dict[str, list[float] | None]]) -> float:
+        interval = found["age"]["mae_years"]
+        assert interval is not None
+        return interval[1] - interval[0]
+
+    together = width(intervals(repeated, repeated_guess, clusters))
+    assert together == pytest.approx(width(intervals(truth, guess)), rel=0.2)
+    assert together > 3 * width(intervals(repeated, repeated_guess))
+
+
+def test_objective_is_the_mean_of_errors_relative_to_guessing() -> None:
+    values = summed(TRUTH, GUESS).to_json()
+    baseline = summed(TRUTH, Baseline.fit(TRUTH).predict(4)).to_json()
+    # Age: 37/3 against the median 25's (15 + 0 + 15)/3; gender 0.5 against 0.5; race 1/3 against 1/3.
+    assert objective(values, baseline, ("age", "gender", "race")) == pytest.approx((37 / 30 + 1 + 1) / 3)
+    assert objective(values, baseline, ("gender",)) == pytest.approx(1.0)
+    assert objective(MetricSums().to_json(), MetricSums().to_json(), ("age",)) is None

@@ -1,0 +1,166 @@
+"""The network: heads, first weights, and what it says of weights that don't fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from agr_ray.config import ModelConfig
+from agr_ray.models.network import (
+    AGE_BINS_YEARS,
+    MultiTaskNet,
+    Transform,
+    WeightsError,
+    first_weights,
+    load_trunk,
+    read_state,
+)
+from agr_ray.schema import AGE_MAX_YEARS, RACES
+
+SIDE = 32
+
+
+def small(**values: object) -> ModelConfig:
+    return ModelConfig(**{"trunk": "mobilenet_v3_small", "input_side_px": SIDE, **values})
+
+
+def images(num: int = 2) -> torch.Tensor:
+    return torch.randn(num, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("trunk", ["resnet18", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large"])
+def test_every_trunk_predicts_every_task(trunk: str) -> None:
+    model = MultiTaskNet(small(trunk=trunk)).eval()
+    with torch.inference_mode():
+        outputs = model(images())
+    assert outputs.age_years.shape == (2,)
+    assert outputs.age_logits is None
+    assert outputs.gender_logit.shape == (2,)
+    assert outputs.race_logits.shape == (2, len(RACES))
+
+
+def test_distribution_is_read_out_by_expectation_over_all_ages() -> None:
+    model = MultiTaskNet(small(age_head="distribution")).eval()
+    with torch.inference_mode():
+        outputs = model(images())
+    probabilities = outputs.age_logits.softmax(dim=1)
+    expected = (probabilities * torch.arange(len(AGE_BINS_YEARS))).sum(dim=1)
+    assert AGE_BINS_YEARS[-1] == AGE_MAX_YEARS
+    torch.testing.assert_close(outputs.age_years, expected)
+
+
+@pytest.mark.parametrize("age_head", ["linear", "distribution"])
+def test_untrained_network_guesses_the_age_that_it_was_given(age_head: str) -> None:
+    model = MultiTaskNet(small(age_head=age_head)).eval()
+    model.initialise_age(33.0, 5.0)
+    with torch.inference_mode():
+        assert model(images()).age_years.tolist() == pytest.approx([33.0, 33.0], abs=2.0)
+
+
+def test_tasks_without_head_give_none() -> None:
+    outputs = MultiTaskNet(small(tasks=("gender",))).eval()(images())
+    assert outputs.age_years is outputs.age_logits is outputs.race_logits is None
+    assert outputs.gender_logit is not None
+
+
+def test_heads_compute_in_float32_under_autocast() -> None:
+    model = MultiTaskNet(small()).eval()
+    model.initialise_age(100.1)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(images())
+    assert outputs.age_years.dtype == outputs.gender_logit.dtype == outputs.race_logits.dtype == torch.float32
+
+
+def test_batch_norm_momentum_is_overridden() -> None:
+    def momenta(config: ModelConfig) -> set[float | None]:
+        norms = (m for m in MultiTaskNet(config).modules() if isinstance(m, torch.nn.BatchNorm2d))
+        return {norm.momentum for norm in norms}
+
+    assert momenta(small(bn_momentum=0.25)) == {0.25}
+    assert momenta(small()) == {0.01}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_trunk_takes_a_torchvision_state_dict(tmp_path: Path, suffix: str) -> None:
+    donor = torchvision.models.mobilenet_v3_small()
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(donor.state_dict(), path)
+    else:
+        save_file(donor.state_dict(), path)
+    model = MultiTaskNet(small(weights=str(path)))
+    state = first_weights(model.config)
+    assert state is not None
+    load_trunk(model, state)
+    donor.classifier[3] = torch.nn.Identity()
+    torch.testing.assert_close(model.eval().trunk(images()), donor.eval()(images()))
+
+
+def test_weights_of_another_trunk_name_tensor_expected_and_found() -> None:
+    model = MultiTaskNet(small(trunk="resnet18"))
+    state = torchvision.models.resnet18().state_dict()
+    state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
+    with pytest.raises(WeightsError, match=r"layer1\.0\.conv1\.weight: expected .*64, 64, 3, 3.* found .*64, 64, 1, 1"):
+        load_trunk(model, state)
+    with pytest.raises(WeightsError, match=r"trunk resnet18: conv1\.weight: expected shape .* found nothing"):
+        load_trunk(model, MultiTaskNet(small()).trunk.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "message"),
+    [
+        ("missing.pth", None, "No such file"),
+        ("text.pth", b"not weights", "not a state dict"),
+        ("empty.pth", b"", "not a state dict"),
+        ("text.safetensors", b"not weights", "not a state dict"),
+    ],
+)
+def test_unreadable_weights_are_one_line_with_the_path(
+    tmp_path: Path, name: str, body: bytes | None, message: str
+) -> None:
+    path = tmp_path / name
+    if body is not None:
+        path.write_bytes(body)
+    with pytest.raises(WeightsError) as raised:
+        read_state(path)
+    assert str(path) in str(raised.value)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_pickled_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": Path("anything")}, tmp_path / "code.pth")
+    with pytest.raises(WeightsError, match="not a state dict"):
+        read_state(tmp_path / "code.pth")
+
+
+def test_imagenet_without_network_names_the_address_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(WeightsError) as raised:
+        first_weights(small(weights="imagenet"))
+    message = str(raised.value)
+    assert "https://" in message
+    assert "mobilenet_v3_small" in message
+    assert "refused" in message
+    assert "model.weights to the path" in message
+    assert "\n" not in message
+
+
+def test_transform_survives_json() -> None:
+    transform = Transform(input_side_px=88, crop_side_px=112, mean=(0.1, 0.2, 0.3))
+    assert Transform.from_json(transform.to_json()) == transform
+
+
+def test_transform_with_an_unknown_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="gamma"):
+        Transform.from_json({**Transform(88, 88).to_json(), "gamma": 2.0})

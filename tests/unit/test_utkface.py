@@ -1,0 +1,157 @@
+"""UTKFace's names, and the manifest of a folder of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agr_ray.data.manifest import build_manifest, content_hash, image_id
+from agr_ray.data.utkface import parse_name, source_rows
+from agr_ray.schema import MANIFEST
+from agr_ray.storage import Storage
+
+STAMP = "20170116174525125"
+END = f"_{STAMP}.jpg.chip.jpg"
+
+
+def manifest_rows(folder: Path, **options: object) -> dict[str, dict[str, object]]:
+    storage = Storage()
+    table = build_manifest(source_rows(storage, str(folder)), source="utkface", storage=storage, **options)  # type: ignore[arg-type]
+    assert table.schema.equals(MANIFEST)
+    return {row["key"]: row for row in table.to_pylist()}
+
+
+@pytest.mark.parametrize(("code", "word"), enumerate(["male", "female"]))
+def test_gender_codes_are_utkfaces(code: int, word: str) -> None:
+    assert parse_name(f"30_{code}_0{END}").gender == word
+
+
+@pytest.mark.parametrize(("code", "word"), enumerate(["white", "black", "asian", "indian", "others"]))
+def test_race_codes_are_utkfaces(code: int, word: str) -> None:
+    assert parse_name(f"30_0_{code}{END}").race == word
+
+
+@pytest.mark.parametrize("age", [0, 1, 116])
+def test_ages_at_the_ends_of_the_range_are_kept(age: int) -> None:
+    assert parse_name(f"{age}_0_0{END}").age == age
+
+
+def test_a_longer_fraction_of_a_second_parses() -> None:
+    assert parse_name("28_1_2_201701161846515488.jpg.chip.jpg").error is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"39_1{END}",  # a label missing
+        f"39__1{END}",
+        f"24_0_1_{STAMP} .jpg.chip.jpg",  # a stray blank
+        f" 24_0_1{END}",
+        f"24_0_1{END}\n",
+        f"55_0_0_{STAMP}jpg.chip.jpg",  # a dot missing
+        f"55_0_0_{STAMP}.jpg.chip.jpeg",
+        "14_0_0_2017011022340900.jpg.chip.jpg",  # a digit of the timestamp missing
+        f"-5_0_0{END}",
+        f"5.5_0_0{END}",
+        f"٣_0_0{END}",  # a digit, but not of ASCII
+        "photo.jpg",
+        "",
+    ],
+)
+def test_damaged_names_are_rejected_with_what_is_expected(name: str) -> None:
+    label = parse_name(name)
+
+    assert label.error == "name does not parse: expected [age]_[gender]_[race]_[timestamp].jpg.chip.jpg"
+    assert (label.age, label.gender, label.race) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (f"130_0_0{END}", "age 130 is outside 0 to 116 years"),
+        (f"30_2_0{END}", "gender 2 is not understood"),
+        (f"30_0_5{END}", "race 5 is not understood"),
+    ],
+)
+def test_labels_out_of_range_are_rejected_with_what_is_allowed(name: str, said: str) -> None:
+    error = parse_name(name).error
+
+    assert error is not None
+    assert said in error
+
+
+def test_every_image_is_a_row_and_other_files_are_not(tmp_path: Path) -> None:
+    good, bad = f"30_0_0{END}", f"30_0{END}"
+    (tmp_path / "part1").mkdir()
+    (tmp_path / "part1" / good).write_bytes(b"one")
+    (tmp_path / bad).write_bytes(b"two")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "README.txt").write_bytes(b"x")
+
+    rows = manifest_rows(tmp_path)
+
+    assert {key: row["status"] for key, row in rows.items()} == {f"part1/{good}": "ok", bad: "bad_label"}
+    row = rows[f"part1/{good}"]
+    assert row["group_id"] == f"sha256:{content_hash(b'one')}"
+    assert row["image_id"] == image_id(str(tmp_path / "part1" / good))
+    assert (row["age"], row["gender"], row["race"], row["source"]) == (30.0, "male", "white", "utkface")
+    reject = rows[bad]
+    assert [reject[name] for name in ("age", "gender", "race", "split", "group_id")] == [None] * 5
+    assert "name does not parse" in str(reject["error"])
+
+
+def test_equal_content_is_one_group(tmp_path: Path) -> None:
+    for name, data in ((f"30_0_0{END}", b"same"), (f"31_0_0{END}", b"same"), (f"32_0_0{END}", b"other")):
+        (tmp_path / name).write_bytes(data)
+
+    groups = [row["group_id"] for row in manifest_rows(tmp_path).values()]
+
+    assert groups[0] == groups[1] != groups[2]
+
+
+def test_an_image_that_cannot_be_read_keeps_its_label_and_gets_its_status(tmp_path: Path) -> None:
+    name = f"30_0_0{END}"
+    (tmp_path / name).write_bytes(b"12345")
+
+    row = manifest_rows(tmp_path, max_bytes=4)[name]
+
+    assert (row["status"], row["group_id"], row["age"]) == ("too_large", None, 30.0)
+
+
+def test_an_image_deleted_after_listing_is_missing(tmp_path: Path) -> None:
+    (tmp_path / f"30_0_0{END}").write_bytes(b"x")
+    storage = Storage()
+    rows = list(source_rows(storage, str(tmp_path)))
+    (tmp_path / f"30_0_0{END}").unlink()
+
+    table = build_manifest(rows, source="utkface", storage=storage)
+
+    assert table.column("status").to_pylist() == ["missing"]
+
+
+def test_the_manifest_is_sorted_by_key_whatever_the_order_of_rows(tmp_path: Path) -> None:
+    for age in (9, 10, 100):
+        (tmp_path / f"{age}_0_0{END}").write_bytes(bytes([age]))
+    storage = Storage()
+    rows = list(source_rows(storage, str(tmp_path)))
+
+    one = build_manifest(rows, source="utkface", storage=storage, num_threads=1)
+    two = build_manifest(rows[::-1], source="utkface", storage=storage, num_threads=4)
+
+    assert one.equals(two)
+    assert one.column("key").to_pylist() == sorted(one.column("key").to_pylist())
+
+
+def test_progress_ends_at_the_total(tmp_path: Path) -> None:
+    for age in range(70):
+        (tmp_path / f"{age}_0_0{END}").write_bytes(bytes([age]))
+    seen: list[tuple[int, int]] = []
+
+    manifest_rows(tmp_path, progress=lambda done, total: seen.append((done, total)))
+
+    assert seen == [(64, 70), (70, 70)]
+
+
+def test_an_empty_folder_gives_an_empty_manifest(tmp_path: Path) -> None:
+    assert manifest_rows(tmp_path) == {}
