@@ -32,6 +32,7 @@ from agr_ray.schema import SPLITS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Precision = Literal["auto", "float32", "bfloat16"]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Split = Literal["train", "val", "test", "all"]
 
@@ -268,8 +269,12 @@ class TrainConfig(Section):
     """Largest gradient norm, longer ones are scaled down; 0: no limit."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay for each step of the moving average of weights that is validated and kept; 0: the weights themselves."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the forward and backward passes' arithmetic (autocast); weights stay float32."""
+    precision: Precision = "float32"
+    """Type of the forward and backward passes' arithmetic (autocast), weights stay float32; auto: bfloat16 where the
+    device has instructions for it."""
+    input_sides_px: tuple[Annotated[int, Field(ge=32, le=1024)], ...] = ()
+    """Progressive resizing: sides of the training images, pixels, in equal shares of the epochs, such as [48, 64, 88].
+    Small ones are quick. Empty: model.input_side_px throughout, which validation always uses."""
     use_fallback: bool = True
     """Whether chips in which no face was found are trained on. They are always evaluated."""
     early_stopping_epochs: Annotated[int, Field(ge=0)] = 10
@@ -310,8 +315,8 @@ class PredictConfig(Section):
 
     flip_average: bool = False
     """Predict the crop and its mirror image and average: a little more accurate, twice the time."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the network's arithmetic (autocast)."""
+    precision: Precision = "float32"
+    """Type of the network's arithmetic (autocast); auto: bfloat16 where the device has instructions for it."""
 
 
 class ScoreConfig(Section):

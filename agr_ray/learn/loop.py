@@ -10,6 +10,7 @@ reduction after training and one after validation.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from agr_ray.learn.augment import augment
 from agr_ray.learn.losses import Targets, label_counts, loss_weights, multi_task_loss
 from agr_ray.learn.metrics import Baseline, Labels, MetricSums, objective
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, set_learning_rate
+from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import Predictions, average, infer, to_nchw
 from agr_ray.models.network import TASKS, MultiTaskNet, Transform
 from agr_ray.schema import HISTORY
@@ -331,18 +333,19 @@ class _Run:
     ) -> tuple[Tensor, Tensor]:
         """Take one optimiser step, with an image of no label and no weight where this rank has none."""
         device, config = self.context.device, self.job.train
+        transform = dataclasses.replace(self.transform, input_side_px=self._input_side_px())
         if batch is None or len(targets.age) < 2:
             # Batch norm can't be trained on no image, nor on one: let its statistics stand for this step.
             self.wrapped.eval()
         if batch is None:
-            side = self.transform.input_side_px
+            side = transform.input_side_px
             images = torch.zeros(1, 3, side, side, device=device)
             targets = Targets(torch.full((1,), math.nan), torch.full((1,), -1), torch.full((1,), -1))
         else:
-            images = augment(to_nchw(batch["crop"], device), self.transform, self.job.augment, generator)
+            images = augment(to_nchw(batch["crop"], device), transform, self.job.augment, generator)
         targets = Targets(*(values.to(device, non_blocking=True) for values in targets))
         set_learning_rate(self.optimizer, self._lr(epoch.num_steps))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with autocast(device, config.precision):
             outputs = self.wrapped(images.contiguous(memory_format=torch.channels_last))
         loss, tasks = multi_task_loss(outputs, targets, self.job.loss, counts_total, self.context.world_size)
         self.optimizer.zero_grad(set_to_none=True)
@@ -430,6 +433,11 @@ class _Run:
     def _lr(self, steps_done: int) -> float:
         share = min(steps_done / self.steps_per_epoch, 1.0)
         return learning_rate(self.epoch - 1 + share, self.job.train)
+
+    def _input_side_px(self) -> int:
+        """Return the side of this epoch's training images."""
+        sides = self.job.train.input_sides_px or (self.transform.input_side_px,)
+        return sides[(self.epoch - 1) * len(sides) // self.job.train.epochs]
 
     def _weighted(self, sums_and_counts: Sequence[float]) -> float:
         """Return the loss: the weighted sum of the tasks' means, from three sums and three counts."""

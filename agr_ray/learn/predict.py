@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agr_ray.config import PredictConfig
 from agr_ray.learn.augment import prepare_eval
+from agr_ray.learn.precision import autocast
 from agr_ray.models.network import MultiTaskNet, Outputs, Transform
 from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS
 
@@ -65,7 +66,7 @@ def infer(model: MultiTaskNet, images_u8: Tensor, transform: Transform, config: 
     assert not model.training
     images = prepare_eval(images_u8, transform)
     views = [images, images.flip(-1)] if config.flip_average else [images]
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
+    with autocast(images.device, config.precision):
         return [model(view) for view in views]
 
 
