@@ -273,8 +273,8 @@ class TrainConfig(Section):
     """Type of the forward and backward passes' arithmetic (autocast), weights stay float32; auto: bfloat16 where the
     device has instructions for it."""
     input_sides_px: tuple[Annotated[int, Field(ge=32, le=1024)], ...] = ()
-    """Progressive resizing: sides of the training images, pixels, in equal shares of the epochs, such as [48, 64, 88].
-    Small ones are quick. Empty: model.input_side_px throughout, which validation always uses."""
+    """Progressive resizing: sides of the network's input, pixels, in equal shares of the epochs, such as [48, 64, 88].
+    Small ones are quick. The last must be model.input_side_px. Empty: that throughout."""
     use_fallback: bool = True
     """Whether chips in which no face was found are trained on. They are always evaluated."""
     early_stopping_epochs: Annotated[int, Field(ge=0)] = 10
@@ -302,8 +302,8 @@ class EvaluateConfig(Section):
     """Folder or prefix of predictions.parquet and metrics.json; empty: the checkpoint with -eval-SPLIT-DIGEST."""
     allow_overlap: bool = False
     """Measure even where images of this part were trained on; the metrics then say so."""
-    num_workers: PositiveInt = 1
-    """Processes that predict."""
+    num_workers: PositiveInt | None = None
+    """Processes that predict; none: as many as there are GPUs or spare CPUs."""
     use_gpu: bool = False
     """One GPU for each predicting process."""
     batch_size: PositiveInt = 128
@@ -434,6 +434,15 @@ class TrainJob(Job):
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is not a multiple of train.num_workers "
                 f"{self.train.num_workers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sides_end_at_the_models(self) -> Self:
+        sides = self.train.input_sides_px
+        if sides and sides[-1] != self.model.input_side_px:
+            raise ValueError(
+                f"train.input_sides_px {list(sides)} must end with model.input_side_px {self.model.input_side_px}"
             )
         return self
 

@@ -99,6 +99,7 @@ MANIFEST: Final = pa.schema(
         pa.field("etag", pa.string()),
         pa.field("size_bytes", pa.int64()),
         pa.field("source", pa.string(), nullable=False),
+        pa.field("content_hash", pa.string()),  # SHA-256 of the bytes, hex; null where they were not read
         pa.field("group_id", pa.string()),  # subject where known, else content hash; one group, one split
         pa.field("split", pa.string()),  # one of SPLITS; null: in none (rejected, or left out by sampling)
         *LABEL_FIELDS,

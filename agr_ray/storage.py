@@ -148,7 +148,7 @@ class Storage:
     """None: AWS_REGION, AWS_DEFAULT_REGION or the profile's, else us-east-1."""
     request_timeout_s: float = 30.0
     """For a connection, and for each wait on a socket."""
-    max_attempts: int = 5
+    max_attempts: int = StorageConfig.model_fields["max_attempts"].default
     """For each request, the first included."""
     list_page_keys: int = 1000
     """Keys that a listing asks for at a time. S3 gives no more than 1000."""

@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 
 from agr_ray.config import ClusterConfig, EvaluateJob, PrepareJob, RenderJob, ScoreJob, TrainJob, parse
 from agr_ray.runtime.cluster import cluster
+from agr_ray.runtime.command import one_line_errors
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.runtime.prepare import prepare
 from agr_ray.runtime.render import render
@@ -95,4 +96,6 @@ def _found_faces(images: pa.Table, truth: pa.Table) -> tuple[int, int]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="demo-out", help="folder of everything that the demo makes (demo-out)")
-    demo(parser.parse_args().out)
+    out = parser.parse_args().out
+    with one_line_errors():
+        demo(out)

@@ -14,8 +14,6 @@ from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow, check_
 from agr_ray.schema import GENDERS, RACES, SPLITS
 from agr_ray.storage import Storage, StorageError
 
-SOURCE: Final = "folder"
-
 KEY_COLUMN: Final = "key"
 LABEL_COLUMNS: Final = ("age", "gender", "race")
 OPTIONAL_COLUMNS: Final = ("subject", "split")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,6 +97,7 @@ def build_manifest(
     storage: Storage,
     num_threads: int = 8,
     max_bytes: int | None = None,
+    known_hashes: Mapping[tuple[str, str], str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
     """Read and hash every image whose label can be used, and return the manifest, sorted by key.
@@ -104,7 +106,8 @@ def build_manifest(
     content share one group, even under the names of two subjects. No split is assigned here.
 
     Images with a bad label are not read. One that can't be read, or has more than `max_bytes`, gets its status and
-    no group. `progress` is called with the rows done and their total, now and then.
+    no group. One whose URI and etag are in `known_hashes`, which an earlier manifest gave (`content_hashes`), is not
+    read again. `progress` is called with the rows done and their total, now and then.
 
     Returns:
         A table of `schema.MANIFEST`, the same for the same source on every machine but for URIs and etags.
@@ -118,11 +121,15 @@ def build_manifest(
         if before.key == after.key:
             raise ValueError(f"source {source!r} has the key {after.key!r} twice")
 
+    known = known_hashes or {}
+
     def read(row: SourceRow) -> _Content:
         if row.label.error is not None:
             return _Content(status=Status.BAD_LABEL, error=row.label.error)
         if row.missing:
             return _Content(status=Status.MISSING, error=f"{row.key} is labelled and not there")
+        if row.etag is not None and (row.uri, row.etag) in known:
+            return _Content(known[row.uri, row.etag])
         try:
             return _Content(content_hash(storage.read(row.uri, etag=row.etag, max_bytes=max_bytes)))
         except StorageError as error:
@@ -146,6 +153,7 @@ def build_manifest(
             "etag": row.etag,
             "size_bytes": row.size_bytes,
             "source": source,
+            "content_hash": content.digest,
             "group_id": group,
             "split": row.label.split,
             "age": row.label.age,
@@ -157,6 +165,23 @@ def build_manifest(
         for row, content, group in zip(ordered, contents, groups, strict=True)
     ]
     return pa.Table.from_pylist(records, schema=MANIFEST)
+
+
+def content_hashes(manifest: pa.Table) -> dict[tuple[str, str], str]:
+    """Return the hash of each image that a manifest read, by URI and etag."""
+    columns = [manifest.column(name).to_pylist() for name in ("uri", "etag", "content_hash")]
+    return {
+        (uri, etag): digest
+        for uri, etag, digest in zip(*columns, strict=True)
+        if etag is not None and digest is not None
+    }
+
+
+def labels_digest(manifest: pa.Table) -> str:
+    """Return the SHA-256, in hex, of what is learnt from: each image's content, labels and split, not where it lies."""
+    names = ("key", "content_hash", "split", "age", "gender", "race", "status")
+    rows = sorted(zip(*(manifest.column(name).to_pylist() for name in names), strict=True), key=lambda row: str(row[0]))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def group_ids(labels: Sequence[ParsedLabel], digests: Sequence[str | None]) -> list[str | None]:

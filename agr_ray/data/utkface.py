@@ -14,8 +14,6 @@ from typing import Final
 from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow, check_age
 from agr_ray.storage import Storage
 
-SOURCE: Final = "utkface"
-
 UTKFACE_GENDERS: Final = ("male", "female")
 """By UTKFace's code, which is not the order of `schema.GENDERS`."""
 

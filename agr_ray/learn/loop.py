@@ -75,6 +75,8 @@ class EpochReport:
     """On validation: `MetricSums.to_json`, with `baseline` of the same shape."""
     model: MultiTaskNet
     """Whose weights were validated and should be kept: the moving average where there is one."""
+    transform: Transform
+    """With which they were trained and validated."""
     train_state: Callable[[], dict[str, Any]]
     """Build what `train(resume=...)` takes: plain values and tensors that the next step changes, so save at once."""
 
@@ -274,7 +276,7 @@ class _Run:
             }
             assert list(row) == HISTORY.names
             self.history.append(row)
-            self.context.report(EpochReport(row, is_best, self.finished, values, kept, self._state))
+            self.context.report(EpochReport(row, is_best, self.finished, values, kept, self._transform(), self._state))
         return self.history
 
     def _train_epoch(self) -> _Epoch:
@@ -333,7 +335,7 @@ class _Run:
     ) -> tuple[Tensor, Tensor]:
         """Take one optimiser step, with an image of no label and no weight where this rank has none."""
         device, config = self.context.device, self.job.train
-        transform = dataclasses.replace(self.transform, input_side_px=self._input_side_px())
+        transform = self._transform()
         if batch is None or len(targets.age) < 2:
             # Batch norm can't be trained on no image, nor on one: let its statistics stand for this step.
             self.wrapped.eval()
@@ -374,7 +376,7 @@ class _Run:
             if num_rows == 0:
                 continue
             targets = Targets(*(torch.as_tensor(values).to(device) for values in labels))
-            views = infer(model, to_nchw(batch["crop"], device), self.transform, self.job.predict)
+            views = infer(model, to_nchw(batch["crop"], device), self._transform(), self.job.predict)
             _, tasks = multi_task_loss(views[0], targets, self.job.loss, label_counts(targets))
             losses += torch.cat([tasks.sums, tasks.counts]).double().cpu()
             predictions = average(views)
@@ -434,10 +436,12 @@ class _Run:
         share = min(steps_done / self.steps_per_epoch, 1.0)
         return learning_rate(self.epoch - 1 + share, self.job.train)
 
-    def _input_side_px(self) -> int:
-        """Return the side of this epoch's training images."""
+    def _transform(self) -> Transform:
+        """Return this epoch's, whose images may be smaller."""
         sides = self.job.train.input_sides_px or (self.transform.input_side_px,)
-        return sides[(self.epoch - 1) * len(sides) // self.job.train.epochs]
+        epochs = self.job.train.epochs
+        side = sides[-1 - (epochs - self.epoch) * len(sides) // epochs]
+        return dataclasses.replace(self.transform, input_side_px=side)
 
     def _weighted(self, sums_and_counts: Sequence[float]) -> float:
         """Return the loss: the weighted sum of the tasks' means, from three sums and three counts."""

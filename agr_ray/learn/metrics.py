@@ -8,7 +8,7 @@ upwards, so that 10.5 is in 11-20. Male is predicted if and only if p_male > 0.5
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self
 
@@ -134,14 +134,6 @@ class MetricSums:
         if predictions.race_probs is not None:
             known = labels.race >= 0
             self.race += _confusion(labels.race[known], predictions.race_probs[known].argmax(axis=1), len(RACES))
-
-    def merge(self, other: MetricSums) -> None:
-        """Add another part's sums."""
-        self.vector += other.vector
-
-    def reduce(self, all_reduce_sum: Callable[[FloatArray], FloatArray]) -> None:
-        """Add up over ranks: every rank then holds the sums of all."""
-        self.vector[:] = all_reduce_sum(self.vector)
 
     def to_json(self) -> dict[str, Any]:
         """Divide: n, n_fallback, and a table for each task."""

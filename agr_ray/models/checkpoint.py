@@ -2,7 +2,7 @@
 
     CHECKPOINT/
       weights.safetensors   what predicts: the averaged weights where the run keeps an average
-      train_state.pt        what resumes: optimiser, raw weights, epoch, best, early stopping, history, train_groups
+      train_state.pt        what resumes: optimiser, raw weights, epoch, best, early stopping, history, train_images
       meta.json             what rebuilds the network and says where it comes from; written last
 
 Scoring needs weights and meta only; train_state.pt may be left out of a copy that is only to predict.
@@ -66,7 +66,7 @@ def save_checkpoint(
     transform: Transform,
     *,
     train_state: Mapping[str, Any] | None = None,
-    train_groups: Tensor | None = None,
+    train_images: Tensor | None = None,
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
@@ -80,7 +80,7 @@ def save_checkpoint(
         model: whose weights predict.
         transform: what the model's input went through.
         train_state: `EpochReport.train_state()`, plain values and tensors; none: not written.
-        train_groups: `group_codes` of the training images, kept in train_state.pt.
+        train_images: `content_codes` of the training images, kept in train_state.pt.
         data: of the training data: split_manifest_sha256, counts, source, detector, template.
         metrics: on validation.
         config: of the training run.
@@ -90,9 +90,9 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, directory / WEIGHTS)
-    if train_state is not None or train_groups is not None:
-        groups = {} if train_groups is None else {"train_groups": train_groups}
-        torch.save({**(train_state or {}), **groups}, directory / TRAIN_STATE)
+    if train_state is not None or train_images is not None:
+        images = {} if train_images is None else {"train_images": train_images}
+        torch.save({**(train_state or {}), **images}, directory / TRAIN_STATE)
     meta = {
         "format_version": FORMAT_VERSION,
         "schema_version": SCHEMA_VERSION,
@@ -137,7 +137,7 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
 
 
 def load_train_state(directory: Path) -> dict[str, Any]:
-    """Read what resumes a run, with `train_groups` where it was saved; tensors on the CPU.
+    """Read what resumes a run, with `train_images` where it was saved; tensors on the CPU.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds anything but plain values and tensors.
@@ -193,14 +193,17 @@ def model_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def group_codes(group_ids: Iterable[str]) -> Tensor:
-    """Return the first 8 bytes of the SHA-256 of each distinct group, sorted, int64.
+def content_codes(content_hashes: Iterable[str]) -> Tensor:
+    """Return the first 8 bytes of each distinct hash of an image's content, sorted, int64.
 
-    Two sets of images share a group if and only if their codes intersect (but for a chance of about
-    n * m / 2^64), so a checkpoint can prove that it never saw an image without holding any name.
+    Two sets share an image if and only if their codes intersect (but for a chance of about n * m / 2^64), whatever
+    the image is called in either, so a checkpoint can prove that it never saw it without holding any name.
+
+    Args:
+        content_hashes: SHA-256 in hex, as `schema.MANIFEST` has it.
     """
-    digests = (hashlib.sha256(group.encode()).digest()[:8] for group in set(group_ids))
-    return torch.tensor(sorted(int.from_bytes(digest, "big", signed=True) for digest in digests), dtype=torch.int64)
+    codes = {int.from_bytes(bytes.fromhex(each)[:8], "big", signed=True) for each in content_hashes}
+    return torch.tensor(sorted(codes), dtype=torch.int64)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import ray
+from ray._private.utils import get_num_cpus
+from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from agr_ray.config import ClusterConfig, ConfigError
+from agr_ray.runtime.command import JobError
 
-MIN_LOCAL_CPUS = 8
+MIN_LOCAL_CPUS: Final = 8
 """Logical CPUs of a local cluster at least: actors that hold all CPUs leave Ray Data none to read and write with."""
 
 
@@ -23,6 +29,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
 
     Raises:
         ConfigError: if there is no cluster at the address.
+        JobError: if Ray does not start.
     """
     if ray.is_initialized():
         yield
@@ -34,7 +41,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             ray.init(
                 address="local",
-                num_cpus=config.num_cpus or max(os.cpu_count() or 1, MIN_LOCAL_CPUS),
+                num_cpus=config.num_cpus or max(machine_cpus(), MIN_LOCAL_CPUS),
                 object_store_memory=config.object_store_mib * 2**20,
                 include_dashboard=config.include_dashboard,
                 logging_level=logging.WARNING,
@@ -43,10 +50,45 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"cluster.address {address}: no Ray cluster answers there: {error}") from None
+    except Exception as error:  # Ray raises just that where its processes don't come up in time
+        raise JobError(f"Ray did not start at cluster.address {address}: {' '.join(str(error).split())}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def machine_cpus() -> int:
+    """Return the CPUs that this process may use: of the machine, or of its container."""
+    return max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
+
+
+def configure_ray_data() -> None:
+    """Set Ray Data up for our jobs, in the process that builds a dataset."""
+    context = DataContext.get_current()
+    # Our own progress is to be seen: where there is no terminal, Ray Data logs a page every ten seconds.
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # An error that ends the work comes out of it as an exception, of the class that it had in the worker, so that
+    # it need not be logged as well.
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data._internal.execution.streaming_executor_state").setLevel(logging.CRITICAL)
+    context.custom_execution_callback_classes = [PacedExecution]
+
+
+class PacedExecution(ExecutionCallback):
+    """Makes Ray Data's scheduling loop rest between steps.
+
+    It waits for tasks only while one runs. With nothing to do but to hold finished blocks until the trainer takes
+    them it spins, and takes a core of a small machine.
+    """
+
+    REST_S: Final = 0.01
+
+    def on_execution_step(self, executor: object) -> None:  # noqa: ARG002  # Ray's signature
+        """Rest."""
+        time.sleep(self.REST_S)
 
 
 def check_fits(
@@ -71,13 +113,15 @@ def check_fits(
             )
 
 
-def worker_count(num_workers: int | None) -> int:
-    """Return the configured number of processes, or as many as the smaller of physical and spare logical CPUs."""
+def worker_count(num_workers: int | None, *, use_gpu: bool = False) -> int:
+    """Return the configured number of processes, or as many as there are GPUs, or spare CPUs, logical and real."""
     if num_workers is not None:
         return num_workers
+    if use_gpu:
+        return max(1, int(_resources().get("GPU", 0.0)))
     spare = int(_resources().get("CPU", 1.0)) - 1
     is_local = sum(node["Alive"] for node in ray.nodes()) == 1  # type: ignore[no-untyped-call]  # Ray leaves it bare
-    return max(1, min(os.cpu_count() or 1, spare) if is_local else spare)
+    return max(1, min(machine_cpus(), spare) if is_local else spare)
 
 
 def _resources() -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from ray.exceptions import RayTaskError
@@ -19,16 +20,23 @@ class JobError(Exception):
 
 
 def run(job_class: type[J], work: Callable[[J], object]) -> None:
-    """Read the command line, do the work, and end with one line where it fails: status 2 if the set-up is to blame."""
+    """Read the command line and do the work."""
     job = load(job_class, sys.argv[1:])
-    try:
+    with one_line_errors():
         work(job)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line on stderr where the work fails: status 2 if the set-up is to blame, else 1."""
+    try:
+        yield
     except RayTaskError as error:
         # First, because it is an instance of its cause's class as well, with the traceback for a message.
-        if not isinstance(error.cause, StorageUnavailable):
+        if not isinstance(error.cause, StorageUnavailable | StorageError):
             raise
         # Ray Data adds a paragraph of its own to the one line.
-        _fail(StorageUnavailable(str(error.cause).partition("\n")[0]))
+        _fail(type(error.cause)(str(error.cause).partition("\n")[0]))
     except (ConfigError, StorageUnavailable, StorageError) as error:
         _fail(error)
     except JobError as error:

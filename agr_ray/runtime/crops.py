@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from ray.data import DataIterator, Dataset, TaskPoolStrategy
 from ray.train import DataConfig
 
-from agr_ray.runtime.cluster import worker_count
-from agr_ray.runtime.parts import quiet_ray_data
+from agr_ray.runtime.cluster import configure_ray_data, worker_count
 from agr_ray.runtime.prepared import PreparedSet
 from agr_ray.schema import AGE_MISSING, CLASS_MISSING, CROP_STATUSES, GENDERS, RACES, Status
 from agr_ray.storage import Storage
@@ -37,7 +36,7 @@ def part_dataset(storage: Storage, prepared: PreparedSet) -> Dataset:
     Data's Parquet reader followed by a map, and on a small machine starting processes is what takes the time.
     """
     # Here and not in the driver: Ray Train calls this in a process of its own.
-    quiet_ray_data()
+    configure_ray_data()
     parts = [{"part": info.uri} for info in storage.list(prepared.crops(storage), (".parquet",))]
     return ray.data.from_items(parts, override_num_blocks=len(parts))
 

@@ -6,7 +6,6 @@ trained on are looked for by content, and refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,14 +26,14 @@ from agr_ray.learn.predict import Predictions, predict
 from agr_ray.models.checkpoint import (
     TRAIN_STATE,
     CheckpointError,
-    group_codes,
+    content_codes,
     load_checkpoint,
     load_train_state,
     model_digest,
     read_meta,
 )
 from agr_ray.runtime.checkpoints import local_checkpoint, portable_checkpoint, unpacked_checkpoint
-from agr_ray.runtime.cluster import check_fits, cluster
+from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.crops import decoded_crops, label_arrays, part_dataset, select_crops, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet, open_prepared
 from agr_ray.runtime.progress import progress
@@ -61,11 +60,14 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
         _check_compatible(meta, prepared, config)
         chosen = _chosen_rows(storage, prepared, config)
         num_seen = _num_seen_in_training(directory, chosen)
-        if num_seen and not config.allow_overlap:
-            raise ConfigError(
-                f"evaluate.split {config.split} of {prepared.uri}: the checkpoint was trained on {num_seen:,} of its "
-                f"{chosen.num_rows:,} images; --evaluate.allow_overlap true measures all the same"
+        if num_seen != 0 and not config.allow_overlap:
+            said = (
+                f"evaluate.checkpoint {checkpoint}: does not say on which images it was trained"
+                if num_seen is None
+                else f"evaluate.split {config.split} of {prepared.uri}: the checkpoint was trained on {num_seen:,} of "
+                f"its {chosen.num_rows:,} images"
             )
+            raise ConfigError(f"{said}; --evaluate.allow_overlap true measures all the same")
         with cluster(job.cluster):
             table = _predict(job, storage, prepared, chosen.num_rows, portable_checkpoint(directory), console)
     metrics = _measure(table, meta)
@@ -82,8 +84,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
         "statuses": prepared.counts,
         "predict": job.predict.model_dump(mode="json"),
     }
-    measured = hashlib.sha256(json.dumps([prepared.split_manifest_sha256, prepared.settings]).encode()).hexdigest()
-    default_out = f"{checkpoint}-eval-{config.split}-{measured[:8]}-{digest_of(job.predict)[:4]}"
+    default_out = f"{checkpoint}-eval-{config.split}-{prepared.digest[:8]}-{digest_of(job.predict)[:4]}"
     out = storage.absolute(config.out or default_out).rstrip("/")
     storage.write_table(table, storage.join(out, "predictions.parquet"))
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
@@ -153,7 +154,7 @@ def _check_compatible(meta: dict[str, Any], prepared: PreparedSet, config: Evalu
 
 
 def _chosen_rows(storage: Storage, prepared: PreparedSet, config: EvaluateConfig) -> pa.Table:
-    rows = storage.read_table(prepared.crops(storage), columns=["group_id", "split", "status"])
+    rows = storage.read_table(prepared.crops(storage), columns=["content_hash", "split", "status"])
     rows = select_crops(rows, config.split, usable_statuses(use_fallback=True))
     if not rows.num_rows:
         raise ConfigError(f"evaluate.split {config.split}: no crop in it; {prepared.uri} has {prepared.splits}")
@@ -165,10 +166,13 @@ def _num_seen_in_training(directory: Path, chosen: pa.Table) -> int | None:
     if not (directory / TRAIN_STATE).exists():
         return None
     try:
-        seen = set(load_train_state(directory)["train_groups"].tolist())
-    except (CheckpointError, KeyError):
+        state = load_train_state(directory)
+    except CheckpointError as error:
+        raise ConfigError(f"evaluate.checkpoint: {error}") from None
+    if "train_images" not in state:
         return None
-    return sum(int(group_codes([group])[0]) in seen for group in chosen["group_id"].to_pylist())
+    seen = set(state["train_images"].tolist())
+    return sum(int(content_codes([content])[0]) in seen for content in chosen["content_hash"].to_pylist())
 
 
 def _predict(
@@ -177,13 +181,14 @@ def _predict(
     """Return the predictions of the split, sorted by key."""
     config = job.evaluate
     gpus = 1.0 if config.use_gpu else 0.0
-    check_fits("evaluate.num_workers", config.num_workers, 1.0, gpus)
+    num_workers = worker_count(config.num_workers, use_gpu=config.use_gpu)
+    check_fits("evaluate.num_workers", num_workers, 1.0, gpus)
     predictions = part_dataset(storage, prepared).map_batches(
         CropPredictor,
         fn_constructor_args=(storage, checkpoint, prepared.crop_side_px, config, job.predict),
         batch_format="pyarrow",
         batch_size=1,
-        compute=ActorPoolStrategy(size=config.num_workers),
+        compute=ActorPoolStrategy(size=num_workers),
         num_cpus=1,
         num_gpus=gpus or None,
     )

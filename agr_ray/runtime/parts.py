@@ -2,23 +2,24 @@
 
 Each block of input rows becomes one part, whose name is the hash of the rows' ids and which appears whole or not
 at all. So nothing is half written, a block that Ray tries twice overwrites itself, and what is done can be read
-from the parts alone.
+from the parts alone. Rows that failed (storage kept refusing, say) are tried again by the next run.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 from rich.console import Console
 
+from agr_ray.runtime.cluster import configure_ray_data
 from agr_ray.runtime.progress import progress
+from agr_ray.schema import MANIFEST, Status
 from agr_ray.storage import Storage
 
 MakeRows = Callable[[pa.Table], pa.Table]
@@ -26,11 +27,39 @@ MakeRows = Callable[[pa.Table], pa.Table]
 
 
 def finished_ids(storage: Storage, folder: str) -> pa.Array:
-    """Return the `image_id` of every row in the folder's parts; none if there is no part yet."""
+    """Return the `image_id` of every row in the folder's parts that need not be made again: all but those that failed.
+
+    None if there is no part yet.
+    """
+    rows = read_parts(storage, folder)
+    return rows.filter(pc.not_equal(rows["status"], Status.FAILED))["image_id"].combine_chunks()
+
+
+def read_parts(storage: Storage, folder: str) -> pa.Table:
+    """Return `image_id` and `status` of every row in the folder's parts."""
     # A job killed within its first part leaves a folder with nothing that Parquet readers see.
     if not storage.exists(folder) or next(storage.list(folder, (".parquet",)), None) is None:
-        return pa.array([], pa.string())
-    return storage.read_table(folder, columns=["image_id"])["image_id"].combine_chunks()
+        return pa.schema([MANIFEST.field(name) for name in ("image_id", "status")]).empty_table()
+    return storage.read_table(folder, columns=["image_id", "status"])
+
+
+def keep_only(storage: Storage, folder: str, ids: pa.Array) -> None:
+    """Take every row but those of these `image_id` out of the folder's parts: rows that are to be made again."""
+    if not without(read_parts(storage, folder), ids).num_rows:
+        return
+    for part in list(storage.list(folder, (".parquet",))):
+        rows = storage.read_table(part.uri)
+        kept = rows.filter(pc.is_in(rows["image_id"], value_set=ids))
+        if not kept.num_rows:
+            storage.delete(part.uri)
+        elif kept.num_rows < rows.num_rows:
+            storage.write_table(kept, part.uri)
+
+
+def print_failed(console: Console, counts: Mapping[str, int]) -> None:
+    """Say what can be done where rows failed."""
+    if counts.get(Status.FAILED):
+        console.print(f"{counts[Status.FAILED]:,} failed: the same command tries them again", highlight=False)
 
 
 def without(table: pa.Table, ids: pa.Array) -> pa.Table:
@@ -56,7 +85,7 @@ def write_parts(
     `max_rows_per_part` is what a kill may cost each worker; where rows are few, parts are smaller, so that every
     worker gets several.
     """
-    quiet_ray_data()
+    configure_ray_data()
     part_rows = max(1, min(max_rows_per_part, -(-rows.num_rows // (4 * num_workers))))
     blocks = [rows.slice(start, part_rows) for start in range(0, rows.num_rows, part_rows)]
     statuses = ray.data.from_arrow(blocks).map_batches(
@@ -91,13 +120,3 @@ class _PartWriter:
         name = hashlib.sha256("\n".join(made["image_id"].to_pylist()).encode()).hexdigest()[:16]
         self._storage.write_table(made, self._storage.join(self._folder, f"part-{name}.parquet"))
         return made.select(["status"])
-
-
-def quiet_ray_data() -> None:
-    """Let our own progress be seen: Ray Data logs a page every ten seconds where there is no terminal."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # An error that ends the work comes out of it as an exception, of the class that it had in the worker.
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)

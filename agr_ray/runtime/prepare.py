@@ -19,11 +19,11 @@ from rich.table import Table
 
 from agr_ray.config import ConfigError, PrepareConfig, PrepareJob, SourceConfig, VisionConfig
 from agr_ray.data import folder, utkface
-from agr_ray.data.manifest import SourceRow, build_manifest
+from agr_ray.data.manifest import SourceRow, build_manifest, content_hashes, labels_digest
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.images import MIB, ImageReader, Photograph, Reject, landmark_columns
-from agr_ray.runtime.parts import finished_ids, without, write_parts
+from agr_ray.runtime.parts import finished_ids, keep_only, print_failed, read_parts, without, write_parts
 from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet, find_prepared
 from agr_ray.runtime.progress import progress
 from agr_ray.schema import CROPS, MANIFEST, SPLITS, TEMPLATE, Status
@@ -55,22 +55,25 @@ def prepare(job: PrepareJob) -> PreparedSet:
         finished=False,
         settings=settings,
         split_manifest_sha256=split_digest(split_text),
+        labels_sha256=labels_digest(table),
         splits={name: table.filter(pc.equal(table["split"], name)).num_rows for name in SPLITS},
         counts={},
         uri=out,
     )
     crops = prepared.crops(storage)
+    finished = _finished(storage, crops, table)
     # In the order of the ids, which are hashes: the parts are well mixed, whatever the order of the keys means.
-    todo = without(table, finished_ids(storage, crops)).sort_by("image_id")
+    todo = without(table, finished).sort_by("image_id")
     console.print(f"{table.num_rows:,} images: {table.num_rows - todo.num_rows:,} done before, {todo.num_rows:,} to do")
     started = time.perf_counter()
     if todo.num_rows:
-        prepared.write(storage)
-        storage.write_table(table, prepared.manifest(storage))
-        storage.write(storage.join(out, "splits.tsv"), split_text.encode())
         with cluster(job.cluster):
             num_workers = worker_count(job.prepare.num_workers)
             check_fits("prepare.num_workers", num_workers, 1.0)
+            prepared.write(storage)
+            storage.write_table(table, prepared.manifest(storage))
+            storage.write(storage.join(out, "splits.tsv"), split_text.encode())
+            keep_only(storage, crops, finished)
             started = time.perf_counter()
             write_parts(
                 todo,
@@ -95,6 +98,17 @@ def prepare(job: PrepareJob) -> PreparedSet:
     if todo.num_rows:
         console.print(f"{todo.num_rows:,} images in {elapsed_s:.0f} s: {todo.num_rows / elapsed_s:.1f} images/s")
     return prepared
+
+
+def _finished(storage: Storage, crops: str, table: pa.Table) -> pa.Array:
+    """Return the ids of the manifest's images whose crop row stands: not of those that failed, or came in late."""
+    rows = read_parts(storage, crops)
+    missing = rows.filter(pc.equal(rows["status"], Status.MISSING))["image_id"].combine_chunks()
+    came = table.filter(pc.and_(pc.equal(table["status"], Status.OK), pc.is_in(table["image_id"], value_set=missing)))
+    finished = without(table, came["image_id"].combine_chunks())
+    return finished.filter(pc.is_in(finished["image_id"], value_set=finished_ids(storage, crops)))[
+        "image_id"
+    ].combine_chunks()
 
 
 class CropMaker:
@@ -145,6 +159,9 @@ def _manifest(job: PrepareJob, storage: Storage, earlier: PreparedSet | None, co
     Raises:
         ConfigError: there is no image, the labels can't be used, or an image prepared earlier has changed.
     """
+    # A run killed at its very start has left prepare.json and no manifest.
+    has_manifest = earlier is not None and storage.exists(earlier.manifest(storage))
+    before = storage.read_table(earlier.manifest(storage)) if earlier and has_manifest else None
     try:
         with progress(console, "listing and hashing", None) as update:
             table = build_manifest(
@@ -152,13 +169,11 @@ def _manifest(job: PrepareJob, storage: Storage, earlier: PreparedSet | None, co
                 source=job.source.name or job.source.kind,
                 storage=storage,
                 max_bytes=job.vision.max_mib * MIB,
+                known_hashes=content_hashes(before) if before is not None else None,
                 progress=lambda done, total: update(done, f"of {total:,}"),
             )
         if not table.num_rows:
             raise ConfigError(f"source.uri {job.source.uri}: there is no image below it")
-        # A run killed at its very start has left prepare.json and no manifest.
-        has_manifest = earlier is not None and storage.exists(earlier.manifest(storage))
-        before = storage.read_table(earlier.manifest(storage)) if earlier and has_manifest else None
         if before is not None:
             table = _with_column(table, "split", _lookup(before, "split"))
         table = assign_splits(table, job.split.fractions, job.split.seed, job.split.sample)
@@ -244,7 +259,9 @@ def _with_column(table: pa.Table, column: str, by_key: dict[str, Any]) -> pa.Tab
 
 def _check_unchanged(before: pa.Table, table: pa.Table, earlier: PreparedSet | None) -> None:
     """Raise where an image that was prepared would now have another content, label or split."""
-    for column in ("uri", "group_id", "split", "age", "gender", "race"):
+    # One that could not be read, or was not there, may come in late.
+    before = before.filter(pc.invert(pc.is_in(before["status"], value_set=pa.array([Status.FAILED, Status.MISSING]))))
+    for column in ("uri", "content_hash", "group_id", "split", "age", "gender", "race"):
         now = _lookup(table, column)
         for key, value in _lookup(before, column).items():
             if now.get(key) != value:
@@ -261,5 +278,6 @@ def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> N
         errors = Counter(rows.filter(pc.equal(rows["status"], status))["error"].drop_null().to_pylist())
         summary.add_row(status, f"{count:,}", escape("\n".join(f"{n} x {error}" for error, n in errors.most_common(3))))
     console.print(summary)
+    print_failed(console, prepared.counts)
     shares = ", ".join(f"{name} {count:,}" for name, count in prepared.splits.items())
     console.print(f"splits: {shares}; split manifest SHA-256 {prepared.split_manifest_sha256}")

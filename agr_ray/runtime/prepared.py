@@ -8,6 +8,7 @@ prepare.json        the record below; `finished` is true once every row is there
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from agr_ray.config import ConfigError
 from agr_ray.storage import MissingObject, Storage
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 
 class PreparedSet(BaseModel):
@@ -29,11 +30,19 @@ class PreparedSet(BaseModel):
     settings: dict[str, Any]
     """What must stay the same while the set grows: source, split, vision, crop."""
     split_manifest_sha256: str
+    labels_sha256: str
+    """Of all images' content, labels and splits."""
     splits: dict[str, int]
-    """Images by split, rejects left out."""
+    """Images by split; those among them that turn out to be no image have a row without a crop."""
     counts: dict[str, int]
     """Rows by status; empty until finished."""
     uri: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256, in hex, of what decides the content: images, labels, splits and settings."""
+        text = json.dumps([self.labels_sha256, self.settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def crop_side_px(self) -> int:
@@ -74,7 +83,8 @@ def find_prepared(storage: Storage, uri: str, key: str) -> PreparedSet | None:
         record = json.loads(storage.read(storage.join(uri, "prepare.json")))
         if record["format_version"] != FORMAT_VERSION:
             raise ConfigError(
-                f"{key} {uri}: format_version {record['format_version']}; this version reads {FORMAT_VERSION}"
+                f"{key} {uri}: format_version {record['format_version']}; this version reads {FORMAT_VERSION}; "
+                "prepare the source into another folder"
             )
         return PreparedSet(**record | {"uri": uri})
     except MissingObject:

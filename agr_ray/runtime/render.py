@@ -18,8 +18,7 @@ from rich.console import Console
 
 from agr_ray.config import ConfigError, RenderJob
 from agr_ray.data.rendered import chip_labels_table, photograph_labels_table, render_chip, render_photograph
-from agr_ray.runtime.cluster import cluster, worker_count
-from agr_ray.runtime.parts import quiet_ray_data
+from agr_ray.runtime.cluster import cluster, configure_ray_data, worker_count
 from agr_ray.runtime.progress import progress
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import encode_jpeg
@@ -53,7 +52,7 @@ def render(job: RenderJob) -> str:
             if not num:
                 continue
             target = storage.join(out, folder)
-            quiet_ray_data()
+            configure_ray_data()
             tables = (
                 ray.data.range(num, override_num_blocks=-(-num // BATCH))
                 .map_batches(
@@ -64,12 +63,13 @@ def render(job: RenderJob) -> str:
                 )
                 .iter_batches(batch_size=None, batch_format="pyarrow")
             )
-            drawn = []
+            drawn, keys = [], set()
             with progress(console, f"drawing {folder}", num) as update:
                 for table in tables:
                     assert isinstance(table, pa.Table)
                     drawn.append(table)
-                    update(len(set(pa.concat_tables(drawn)["key"].to_pylist())), "")
+                    keys.update(table["key"].to_pylist())  # a photograph has a row for each face
+                    update(len(keys), "")
             storage.write_table(pa.concat_tables(drawn).sort_by("key"), storage.join(target, table_name))
     storage.write(marker, said)
     console.print(f"{config.num_chips:,} chips and {config.num_photographs:,} photographs in {out}", highlight=False)

@@ -29,7 +29,7 @@ from agr_ray.models.checkpoint import load_checkpoint, model_digest, read_meta
 from agr_ray.runtime.checkpoints import local_checkpoint, portable_checkpoint, unpacked_checkpoint
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.images import ImageReader, Photograph, Reject, landmark_columns
-from agr_ray.runtime.parts import finished_ids, without, write_parts
+from agr_ray.runtime.parts import finished_ids, keep_only, print_failed, read_parts, without, write_parts
 from agr_ray.schema import GENDERS, IMAGES, RACES, SCHEMA_VERSION, SCORE_MANIFEST, Status
 from agr_ray.storage import Storage
 from agr_ray.vision.align import align
@@ -71,6 +71,7 @@ def score(job: ScoreJob) -> str:
     console.print(f"{manifest.num_rows:,} photographs, {todo.num_rows:,} to do", highlight=False)
     started = time.perf_counter()
     if todo.num_rows:
+        keep_only(storage, work, finished_ids(storage, work))
         with cluster(job.cluster):
             num_workers = worker_count(job.score.num_workers)
             check_fits("score.num_workers", num_workers, 1.0)
@@ -88,7 +89,7 @@ def score(job: ScoreJob) -> str:
             )
     elapsed_s = time.perf_counter() - started
     _publish(storage, work, published)
-    rows = storage.read_table(published, columns=["image_id", "status", "faces"])
+    rows = storage.read_table(published, columns=["image_id", "status", "faces.list.element.detector_score"])
     num_lost = without(manifest, rows["image_id"].combine_chunks()).num_rows
     if num_lost:
         raise RuntimeError(f"{published} lacks the rows of {num_lost} photographs")
@@ -206,10 +207,15 @@ def _manifest(storage: Storage, job: ScoreJob) -> pa.Table:
 
 
 def _publish(storage: Storage, work: str, published: str) -> None:
-    """Copy the finished parts to where readers look, then delete the work. Doing it twice changes nothing."""
+    """Copy the finished parts to where readers look, then delete the work. Doing it twice changes nothing.
+
+    Published rows that failed give way to those of their next try.
+    """
     if not storage.exists(work):
         return
     storage.delete(storage.join(published, SUCCESS))  # not whole while parts are added
+    made = read_parts(storage, work)["image_id"].combine_chunks()
+    keep_only(storage, published, without(read_parts(storage, published), made)["image_id"].combine_chunks())
     for part in list(storage.list(work, (".parquet",))):
         storage.write(storage.join(published, part.key), storage.read(part.uri))
     storage.delete_tree(work)
@@ -222,3 +228,4 @@ def _print_summary(console: Console, rows: pa.Table, counts: dict[str, int], pub
         table.add_row(status, f"{count:,}")
     console.print(table)
     console.print(f"{rows.num_rows:,} rows, {num_faces:,} faces", highlight=False)
+    print_failed(console, counts)

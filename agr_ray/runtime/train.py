@@ -18,7 +18,6 @@ import dataclasses
 import datetime
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -48,13 +47,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from agr_ray.config import ConfigError, ModelConfig, TrainJob, digest
+from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
 from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Progress, Row
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.metrics import Baseline, Labels
-from agr_ray.models.checkpoint import group_codes, load_checkpoint, load_train_state, save_checkpoint
+from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
-from agr_ray.runtime.cluster import check_fits, cluster
+from agr_ray.runtime.cluster import check_fits, cluster, machine_cpus
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, label_arrays, select_crops, training_dataset, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet, open_prepared
@@ -81,7 +80,7 @@ class Run:
     baseline: Baseline
     num_train_rows: int
     num_val_rows: int
-    train_groups: Tensor
+    train_images: Tensor
     data: Mapping[str, Any]
     """What the checkpoint says of its data."""
     git_commit: str
@@ -93,15 +92,15 @@ def train(job: TrainJob) -> str:
 
     Raises:
         ConfigError: there is no such prepared set, the run has finished already, or the plan can't fit.
-        JobError: the loss is no number any more.
+        JobError: the loss is no number any more, or workers failed more often than `train.max_failures`.
     """
     console = Console()
     storage = Storage.from_config(job.storage)
     prepared = open_prepared(storage, job.train.data, "train.data")
-    uri = _run_uri(storage, job, prepared)
-    run = _plan(job, storage, prepared, uri)
+    settings = _settings_digest(job, prepared)
+    uri = _run_uri(storage, job, settings)
+    run, first = _plan(job, storage, prepared, uri, settings)
     console.print(f"run {uri}", highlight=False, soft_wrap=True)
-    storage.delete(storage.join(uri, FAILURE))
     with cluster(job.cluster):
         check_fits(
             "train.num_workers",
@@ -110,22 +109,22 @@ def train(job: TrainJob) -> str:
             1.0 if job.train.use_gpu else 0.0,
             spare_cpus=2.0,  # training and validation are read by a task each
         )
+        _begin(run, first)
         result = _fit(run, prepared)
     failure = storage.join(uri, FAILURE)
     if storage.exists(failure):
-        raise JobError(f"{uri}: {storage.read(failure).decode()}; a lower train.lr or train.clip_norm may help")
+        raise JobError(f"{uri}: {storage.read(failure).decode()}; train.clip_norm or a lower train.lr may help")
     best = _publish(run, result)
     _print_history(console, storage, uri)
     return best
 
 
-def _run_uri(storage: Storage, job: TrainJob, prepared: PreparedSet) -> str:
+def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
     """Return the folder of the run that this configuration names.
 
     Raises:
         ConfigError: it has finished, and no new one is asked for.
     """
-    settings = _settings_digest(job, prepared)
     name = job.train.name or f"train-{settings}"
     out = storage.absolute(job.train.out)
     number = 1
@@ -149,14 +148,15 @@ def _run_uri(storage: Storage, job: TrainJob, prepared: PreparedSet) -> str:
 
 def _settings_digest(job: TrainJob, prepared: PreparedSet) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
-    data = json.dumps([prepared.split_manifest_sha256, prepared.settings], sort_keys=True)
-    settings = job.train.model_copy(update={"out": "", "name": "", "data": data, "max_failures": 0})
+    moot = ("out", "name", "data", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker")
+    fields = TrainConfig.model_fields
+    settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": prepared.digest})
     return digest(job.model, job.loss, job.augment, settings, job.predict)
 
 
-def _plan(job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str) -> Run:
-    """Look at the labels, write run.json and the first weights."""
-    columns = ["group_id", "split", "status", "age", "gender", "race"]
+def _plan(job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str, settings: str) -> tuple[Run, MultiTaskNet]:
+    """Look at the labels, and draw or read the first weights. Nothing is written yet."""
+    columns = ["content_hash", "split", "status", "age", "gender", "race"]
     rows = storage.read_table(prepared.crops(storage), columns=columns)
     rows = select_crops(rows, "train", usable_statuses(use_fallback=job.train.use_fallback))
     if not rows.num_rows:
@@ -174,7 +174,7 @@ def _plan(job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str) -> R
         baseline=baseline,
         num_train_rows=rows.num_rows,
         num_val_rows=prepared.splits["val"],
-        train_groups=group_codes(rows["group_id"].to_pylist()),
+        train_images=content_codes(rows["content_hash"].to_pylist()),
         data={
             "uri": prepared.uri,
             "source": prepared.source,
@@ -186,15 +186,21 @@ def _plan(job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str) -> R
             "baseline": baseline.to_json(),
         },
         git_commit=_git_commit(),
-        settings_digest=_settings_digest(job, prepared),
+        settings_digest=settings,
     )
+    return run, _initial_model(run, rows)
+
+
+def _begin(run: Run, first: MultiTaskNet) -> None:
+    """Write run.json and the first weights, unless this run has them and goes on."""
+    storage = run.storage
+    storage.delete(storage.join(run.uri, FAILURE))
+    if storage.exists(storage.join(run.uri, "run.json")):
+        return
+    with TemporaryDirectory() as temporary:
+        save_checkpoint(Path(temporary), first, run.transform, data=run.data)
+        storage.upload_tree(temporary, storage.join(run.uri, "initial"), overwrite=True)
     _write_record(run, finished="")
-    if not storage.exists(storage.join(uri, "initial", "meta.json")):
-        with TemporaryDirectory() as temporary:
-            directory = Path(temporary)
-            save_checkpoint(directory, _initial_model(run, rows), transform, data=run.data)
-            storage.upload_tree(temporary, storage.join(uri, "initial"))
-    return run
 
 
 def _initial_model(run: Run, rows: pa.Table) -> MultiTaskNet:
@@ -261,7 +267,20 @@ def _fit(run: Run, prepared: PreparedSet) -> Result:
         datasets={"train": dataset("train"), "val": dataset("val")},
         dataset_config=SplitShares(),
     )
-    return trainer.fit()
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        cause = failures[min(failures)] if failures else error
+        raise JobError(
+            f"{run.uri}: training failed: {_last_line(cause)}; the same command goes on from its last checkpoint"
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    """Return what went wrong, of an error whose text is a traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _work(config: dict[str, Run]) -> None:
@@ -300,7 +319,7 @@ class RayContext:
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self.num_threads = train.threads_per_worker or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        self.num_threads = train.threads_per_worker or max(1, machine_cpus() // context.get_local_world_size())
         # Small tensors are added up on the CPU, whatever the gradients travel by.
         is_gloo = self.world_size == 1 or torch.distributed.get_backend() == "gloo"
         self._cpu_group: Any = None if is_gloo else torch.distributed.new_group(backend="gloo")
@@ -355,9 +374,9 @@ class RayContext:
             save_checkpoint(
                 Path(temporary),
                 report.model,
-                run.transform,
+                report.transform,
                 train_state=report.train_state(),
-                train_groups=run.train_groups,
+                train_images=run.train_images,
                 data=run.data,
                 metrics={"epoch": row["epoch"], "val": report.metrics},
                 config=run.job.model_dump(mode="json", exclude={"storage", "cluster", "new_run"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pyarrow.parquet as pq
 import torch
 
 from agr_ray.config import ModelConfig
+from agr_ray.data.manifest import labels_digest
 from agr_ray.data.rendered import RenderedChip, render_chip
 from agr_ray.data.splits import split_digest, split_manifest_text
-from agr_ray.models.checkpoint import group_codes, save_checkpoint
+from agr_ray.models.checkpoint import content_codes, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform
 from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.schema import CROPS, TEMPLATE
@@ -73,7 +75,9 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0) 
     for number, row in enumerate(rows):
         key = f"chip-{first_index + number:03d}.jpg"
         row |= {"image_id": f"{folder.name}-{key}", "uri": f"/{folder.name}/{key}", "key": key, "source": "rendered"}
-        row["group_id"] = f"sha256:{key}" if row.get("split") else None
+        if row.get("split"):
+            row["content_hash"] = hashlib.sha256(key.encode()).hexdigest()
+            row["group_id"] = f"subject:{folder.name}-{number}"
     table = pa.Table.from_pylist(rows, schema=CROPS)
     (folder / "crops").mkdir(parents=True)
     half = table.num_rows // 2
@@ -89,6 +93,7 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0) 
             "template": TEMPLATE,
         },
         split_manifest_sha256=split_digest(split_manifest_text(table)),
+        labels_sha256=labels_digest(table),
         splits={"train": 0, "val": 0, "test": 0} | splits,
         counts={"ok": sum(row["status"] == "ok" for row in rows)},
         uri=str(folder),
@@ -96,8 +101,8 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0) 
     return folder
 
 
-def checkpoint(folder: Path, *, train_groups: list[str] | None = None, data: dict[str, Any] | None = None) -> Path:
-    """Write a checkpoint of random weights that claims to have been trained on `train_groups`."""
+def checkpoint(folder: Path, *, train_images: list[str] | None = None, data: dict[str, Any] | None = None) -> Path:
+    """Write a checkpoint of random weights that claims to have been trained on images of these content hashes."""
     torch.manual_seed(0)
     model = MultiTaskNet(ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX))
     model.initialise_age(40.0)
@@ -105,7 +110,7 @@ def checkpoint(folder: Path, *, train_groups: list[str] | None = None, data: dic
         folder,
         model,
         Transform(SIDE_PX, SIDE_PX),
-        train_groups=None if train_groups is None else group_codes(train_groups),
+        train_images=None if train_images is None else content_codes(train_images),
         data=data,
     )
     return folder

@@ -39,8 +39,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(data: Path) -> Path:
     """Return a checkpoint that was trained on the training split of `data`."""
-    groups = [row["group_id"] for row in crops(data).to_pylist() if row["split"] == "train"]
-    return checkpoint(data.parent / "model", train_groups=groups, data={"baseline": BASELINE})
+    images = [row["content_hash"] for row in crops(data).to_pylist() if row["split"] == "train"]
+    return checkpoint(data.parent / "model", train_images=images, data={"baseline": BASELINE})
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,13 @@ def test_a_split_that_training_saw_is_refused(model: Path, data: Path, split: st
         evaluate(evaluate_job(model, data, split=split))
 
 
+def test_the_same_images_under_other_names_and_subjects_are_refused(model: Path, data: Path) -> None:
+    renamed = prepared_set(data.parent / "renamed", {"test": 4})
+
+    with pytest.raises(ConfigError, match="trained on 4 of its 4 images"):
+        evaluate(evaluate_job(model, renamed))
+
+
 def test_overlap_that_is_allowed_is_reported_beside_the_checkpoint(model: Path, data: Path) -> None:
     metrics = evaluate(evaluate_job(model, data, split="train", allow_overlap=True, num_workers=1))
 
@@ -144,7 +151,9 @@ def test_another_prepared_source_is_measured_as_a_whole(data: Path) -> None:
     silent = checkpoint(data.parent / "silent")
     other = prepared_set(data.parent / "other", {"val": 3, "test": 4}, first_index=500)
 
-    metrics = evaluate(evaluate_job(silent, other, split="all", num_workers=1))
+    with pytest.raises(ConfigError, match="does not say on which images it was trained"):
+        evaluate(evaluate_job(silent, other, split="all"))
+    metrics = evaluate(evaluate_job(silent, other, split="all", num_workers=1, allow_overlap=True))
 
     assert metrics["n"] == 7
     assert metrics["evaluation"]["num_seen_in_training"] is None

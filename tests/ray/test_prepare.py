@@ -9,6 +9,7 @@ from typing import Any
 
 import bad_images
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -268,6 +269,16 @@ def test_a_lost_part_is_made_again_and_images_that_came_are_added(
     assert crop_rows(out) == before
     # What is made again may be cut into other parts.
     assert {name: when for name, when in old_parts.items() if name != lost}.items() <= parts(out).items()
+
+    # A row that failed, of a storage that was down say, is tried again.
+    spoilt = out / "crops" / sorted(parts(out))[0]
+    rows = pq.read_table(spoilt).to_pylist()
+    rows[0] |= {"status": "failed", "error": "503", "crop": None}
+    pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), spoilt)
+    prepare(job)
+
+    assert "19 done before, 1 to do" in capsys.readouterr().out
+    assert crop_rows(out) == before
 
     more = write_chips(faces, range(20, 26))
     write_labels(faces, [chip_label(key, chip) for key, chip in (chips | more).items()])

@@ -18,7 +18,7 @@ from ray.util.state import list_actors
 from sets import SIDE_PX, prepared_set
 
 from agr_ray.config import AugmentConfig, ConfigError, ModelConfig, TrainConfig, TrainJob
-from agr_ray.models.checkpoint import group_codes, load_checkpoint, load_train_state
+from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.train import train
 from agr_ray.schema import HISTORY
@@ -97,10 +97,10 @@ def test_the_best_and_the_last_checkpoint_can_be_used(run: Path) -> None:
 
 
 def test_a_checkpoint_knows_what_it_was_trained_on(run: Path, data: Path) -> None:
-    groups = [row["group_id"] for row in pq.read_table(data / "crops").to_pylist() if row["split"] == "train"]
+    images = [row["content_hash"] for row in pq.read_table(data / "crops").to_pylist() if row["split"] == "train"]
     said = load_checkpoint(run / "best").meta["data"]
 
-    assert load_train_state(run / "best")["train_groups"].tolist() == group_codes(groups).tolist()
+    assert load_train_state(run / "best")["train_images"].tolist() == content_codes(images).tolist()
     assert said["split_manifest_sha256"] == json.loads((data / "prepare.json").read_text())["split_manifest_sha256"]
     assert said["num_train_rows"] == 37
 

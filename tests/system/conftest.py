@@ -1,4 +1,4 @@
-"""A real S3 server, started once for all system tests."""
+"""A real S3 server and a real cluster, each started once for all system tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from seaweedfs import S3Server, run_seaweedfs
+from commands import Cluster, run_cluster
+from seaweedfs import S3Server, free_ports, run_seaweedfs
 
 TEST_BUCKET = "tests"
 
@@ -17,6 +18,14 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with run_seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
         server.client().create_bucket(Bucket=TEST_BUCKET)
         yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(s3_server: S3Server) -> Iterator[Cluster]:
+    """Run a cluster that has the keys of the S3 server and is not told where that server is."""
+    elsewhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_ports(1)[0]}"}
+    with run_cluster(s3_server.environment() | elsewhere) as running:
+        yield running
 
 
 @pytest.fixture

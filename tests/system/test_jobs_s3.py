@@ -9,7 +9,6 @@ import runpy
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, Cluster, job_command, job_environment, run_cluster, run_command, succeed
+from commands import ROOT, Cluster, job_command, job_environment, run_command, succeed
 from seaweedfs import S3Server, free_ports
 
 from agr_ray.data.rendered import render_chip, render_photograph
@@ -100,14 +99,6 @@ def filled(bucket: Bucket) -> Bucket:
 
 
 @pytest.fixture(scope="module")
-def cluster(s3_server: S3Server) -> Iterator[Cluster]:
-    """Run a cluster that has the keys of the S3 server and is not told where that server is."""
-    elsewhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_ports(1)[0]}"}
-    with run_cluster(s3_server.environment() | elsewhere) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def here(cluster: Cluster, s3_server: S3Server) -> tuple[str, ...]:
     """Return the options with which every job joins the cluster and finds the S3 server."""
     return ("--cluster.address", cluster.address, "--storage.endpoint_url", s3_server.endpoint_url)
@@ -120,7 +111,7 @@ PREPARE = ("--source.name", "rendered", "--split.val", 0.15, "--split.test", 0.2
 def prepared(filled: Bucket, cluster: Cluster, here: tuple[str, ...]) -> str:
     """Prepare the chips and return the key of the set."""
     where = ("--source.uri", f"{filled.uri}/faces", "--prepare.out", f"{filled.uri}/prepared")
-    succeed(job_command("prepare", *here, *PREPARE, *where, "--prepare.num_workers", 2), cluster.environment)
+    succeed(job_command("prepare", *here, *PREPARE, *where, "--prepare.num_workers", 1), cluster.environment)
     return "prepared"
 
 
@@ -132,7 +123,7 @@ def trained(prepared: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ..
             "train",
             *(*here, "--train.data", f"{bucket.uri}/{prepared}", "--train.out", f"{bucket.uri}/runs"),
             *("--train.name", "tiny", "--train.epochs", EPOCHS, "--train.batch_size", 16),
-            *("--train.num_workers", 2, "--train.threads_per_worker", 1),
+            *("--train.num_workers", 1, "--train.threads_per_worker", 1),
             *("--model.preset", "lightweight", "--model.input_side_px", 32),
         ),
         cluster.environment,
@@ -198,7 +189,7 @@ def test_score_gives_a_row_for_every_photograph(
     trained: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ...]
 ) -> None:
     where = ("--score.input", f"{bucket.uri}/photographs", "--score.out", f"{bucket.uri}/scored")
-    checkpoint = ("--score.checkpoint", f"{bucket.uri}/{trained}/best", "--score.num_workers", 2)
+    checkpoint = ("--score.checkpoint", f"{bucket.uri}/{trained}/best", "--score.num_workers", 1)
 
     succeed(job_command("score", *here, *checkpoint, *where), cluster.environment)
 

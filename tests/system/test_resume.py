@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import Cluster, job_command, kill_command, run_cluster, succeed
+from commands import Cluster, job_command, kill_command, succeed
 
 from agr_ray.data.rendered import render_photograph
 from agr_ray.schema import GENDERS, RACES
@@ -19,10 +18,10 @@ from agr_ray.vision.decode import encode_jpeg
 
 pytestmark = pytest.mark.timeout(900)
 
-NUM_PHOTOGRAPHS = 96
-EPOCHS = 10
-EPOCHS_BEFORE_KILL = 3
-PARTS_BEFORE_KILL = 3
+NUM_PHOTOGRAPHS = 64
+EPOCHS = 6
+EPOCHS_BEFORE_KILL = 2
+PARTS_BEFORE_KILL = 2
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,6 @@ class Killed:
     """Modification time and content of each part that the killed run left, by name."""
     printed: str
     """By the second run."""
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with run_cluster() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +141,7 @@ def test_a_killed_training_ends_with_each_epoch_once(trained: Killed) -> None:
     assert json.loads((trained.out / "last" / "meta.json").read_text())["metrics"]["epoch"] == EPOCHS
 
 
+@pytest.mark.slow
 def test_a_killed_scoring_does_only_what_is_left(scored: Killed) -> None:
     done = num_rows(scored)
 
@@ -159,6 +153,7 @@ def test_a_killed_scoring_does_only_what_is_left(scored: Killed) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_killed_scoring_ends_with_each_photograph_once(scored: Killed) -> None:
     (run,) = (scored.out / "images").iterdir()
     rows = pq.read_table([str(path) for path in run.glob("*.parquet")])

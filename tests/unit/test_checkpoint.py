@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from agr_ray.models.checkpoint import (
     TRAIN_STATE,
     WEIGHTS,
     CheckpointError,
-    group_codes,
+    content_codes,
     load_checkpoint,
     load_train_state,
     model_digest,
@@ -26,6 +27,8 @@ from agr_ray.models.checkpoint import (
 from agr_ray.models.network import MultiTaskNet, Transform
 
 CONFIG = ModelConfig(preset="lightweight", input_side_px=32, age_head="distribution", bn_momentum=None)
+# printf a | sha256sum: ca978112ca1bbdca...
+A, B = (hashlib.sha256(body).hexdigest() for body in (b"a", b"b"))
 TRANSFORM = Transform(input_side_px=32, crop_side_px=40)
 
 
@@ -37,7 +40,7 @@ def saved(tmp_path: Path) -> Path:
         MultiTaskNet(CONFIG),
         TRANSFORM,
         train_state={"epoch": 3, "history": [{"lr": 0.1}], "seed": torch.tensor(7)},
-        train_groups=group_codes(["a", "b"]),
+        train_images=content_codes([A, B]),
         data={"split_manifest_sha256": "ab"},
         git_commit="c0ffee",
         created="2026-01-02T03:04:05+00:00",
@@ -70,18 +73,17 @@ def test_meta_says_where_it_comes_from(saved: Path) -> None:
     assert set(meta["versions"]) == {"agr_ray", "torch"}
 
 
-def test_train_state_comes_back_with_the_groups(saved: Path) -> None:
+def test_train_state_comes_back_with_the_images(saved: Path) -> None:
     state = load_train_state(saved)
     assert state["epoch"] == 3
     assert state["history"] == [{"lr": 0.1}]
     assert state["seed"] == 7
-    assert torch.equal(state["train_groups"], group_codes(["b", "a", "b"]))
+    assert torch.equal(state["train_images"], content_codes([B, A, B]))
 
 
-def test_group_codes_are_64_bits_of_the_hash() -> None:
-    # printf a | sha256sum: ca978112ca1bbdca...
-    assert group_codes(["a"]).tolist() == [0xCA978112CA1BBDCA - 2**64]
-    assert group_codes([]).dtype == torch.int64
+def test_content_codes_are_64_bits_of_the_hash() -> None:
+    assert content_codes([A]).tolist() == [0xCA978112CA1BBDCA - 2**64]
+    assert content_codes([]).dtype == torch.int64
 
 
 def test_digest_follows_weights_and_transform_only(saved: Path, tmp_path: Path) -> None:

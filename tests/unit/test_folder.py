@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from agr_ray.data.folder import LabelTableError, source_rows
-from agr_ray.data.manifest import ParsedLabel, build_manifest, group_ids
+from agr_ray.data.manifest import ParsedLabel, build_manifest, content_hashes, group_ids
 from agr_ray.storage import Storage
 
 Row = dict[str, object]
@@ -98,6 +99,21 @@ def test_an_image_without_a_label_row_is_rejected_and_a_label_without_an_image_m
     assert (rows["sub/b.png"]["status"], rows["sub/b.png"]["error"]) == ("bad_label", "no label row in labels.csv")
     assert (rows["gone.jpg"]["status"], rows["gone.jpg"]["group_id"]) == ("missing", None)
     assert len(rows) == 3
+
+
+def test_an_image_that_was_hashed_before_is_not_read_again(folder: Path) -> None:
+    (folder / "labels.csv").write_text("key,age\na.jpg,3\nsub/b.png,4\n", encoding="utf-8")
+    rows = list(source_rows(Storage(), str(folder), str(folder / "labels.csv")))
+    first = build_manifest(rows, source="folder", storage=Storage())
+    (folder / "a.jpg").unlink()
+    (folder / "sub/b.png").unlink()
+
+    again = build_manifest(rows[:1], source="folder", storage=Storage(), known_hashes=content_hashes(first))
+    changed = dataclasses.replace(rows[0], etag="other")
+    lost = build_manifest([changed], source="folder", storage=Storage(), known_hashes=content_hashes(first))
+
+    assert again.to_pylist() == [row for row in first.to_pylist() if row["key"] == rows[0].key]
+    assert lost["status"].to_pylist() == ["missing"]
 
 
 def test_a_labelled_file_of_any_ending_is_an_image(folder: Path) -> None:

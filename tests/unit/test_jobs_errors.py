@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -96,6 +97,7 @@ def prepared_set(folder: Path, *, side_px: int = SIDE_PX, template: str = TEMPLA
             "uri": f"/faces/{key}",
             "key": key,
             "source": "folder",
+            "content_hash": hashlib.sha256(key.encode()).hexdigest(),
             "group_id": f"sha256:{key}",
             "split": split,
             "age": age,
@@ -118,6 +120,7 @@ def prepared_set(folder: Path, *, side_px: int = SIDE_PX, template: str = TEMPLA
         finished=finished,
         settings=settings,
         split_manifest_sha256="0" * 64,
+        labels_sha256="0" * 64,
         splits={"train": 1, "val": 0, "test": 1},
         counts={"ok": 2},
         uri=str(folder),

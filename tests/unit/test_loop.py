@@ -16,6 +16,7 @@ from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig
 from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, train
 from agr_ray.learn.metrics import Baseline, Labels
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate
+from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import predict
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform
@@ -253,6 +254,34 @@ def test_bfloat16_trains() -> None:
     rows, _, model = run(config, faces(8))
     assert math.isfinite(rows[0]["val_loss"])
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_progressive_resizing_shares_the_epochs_out() -> None:
+    seen: list[tuple[int, bool]] = []
+    config = job({"epochs": 4, "batch_size": 8, "input_sides_px": (48, 40, SIDE)})
+    model = network(config)
+    model.trunk.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].shape[-1], module.training)))
+
+    _, reports, _ = run(config, faces(8), model=model)
+
+    assert [side for side, training in seen if training] == [48, 40, SIDE, SIDE]
+    assert [side for side, training in seen if not training] == [48, 40, SIDE, SIDE]
+    assert [report.transform.input_side_px for report in reports] == [48, 40, SIDE, SIDE]
+
+
+@pytest.mark.parametrize(
+    ("precision", "native", "expected"),
+    [("float32", True, False), ("bfloat16", False, True), ("auto", True, True), ("auto", False, False)],
+)
+def test_auto_precision_follows_the_device(
+    monkeypatch: pytest.MonkeyPatch, precision: str, native: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+
+    with autocast(torch.device("cpu"), precision):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+
+    assert (product.dtype == torch.bfloat16) == expected
 
 
 class _Together:

@@ -96,16 +96,8 @@ def test_parts_add_up_to_the_whole() -> None:
     parts = MetricSums()
     for rows in (slice(0, 20), slice(20, 50)):
         share = Labels(truth.age[rows], truth.gender[rows], truth.race[rows])
-        parts.merge(summed(share, Predictions(*(values[rows] for values in guess if values is not None))))
+        parts.update(share, Predictions(*(values[rows] for values in guess if values is not None)))
     np.testing.assert_allclose(parts.vector, summed(truth, guess).vector)
-
-
-def test_reduction_over_ranks_sees_every_sum() -> None:
-    truth, guess = some(10)
-    sums, once = summed(truth, guess), summed(truth, guess)
-    sums.reduce(lambda vector: vector * 3)
-    assert sums.to_json()["n"] == 30
-    assert sums.to_json()["race"]["accuracy"] == once.to_json()["race"]["accuracy"]
 
 
 def test_report_is_json_and_null_where_nothing_is_labelled() -> None:
