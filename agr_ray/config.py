@@ -127,8 +127,8 @@ class VisionConfig(Section):
     """`mtcnn` only: probability below which a face is not counted."""
     max_side_px: PositiveInt = 1280
     """Photographs are shrunk to this longer side before detection, pixels; boxes stay in original pixels."""
-    max_pixels: PositiveInt = 200_000_000
-    """Images of more pixels are not decoded: status too_large."""
+    max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 178_956_970
+    """Images of more pixels are not decoded: status too_large. Pillow refuses more than the default."""
     max_mib: PositiveInt = 64
     """Files of more MiB are not read: status too_large."""
 
@@ -143,7 +143,7 @@ class PrepareConfig(Section):
     jpeg_quality: Annotated[int, Field(ge=50, le=100)] = 95
     """Quality of the stored crops."""
     num_workers: PositiveInt | None = None
-    """Processes that decode, detect and align; none: one for each CPU of the cluster."""
+    """Processes that decode, detect and align; none: as many as there are spare CPUs."""
     batch_size: PositiveInt = 32
     """Images that a worker takes at a time."""
     rows_per_file: PositiveInt = 1024
@@ -329,7 +329,7 @@ class ScoreConfig(Section):
     out: str = ""
     """Folder or prefix of the results: images/run=ID/*.parquet."""
     num_workers: PositiveInt | None = None
-    """Processes that decode, detect, align and predict; none: one for each CPU of the cluster."""
+    """Processes that decode, detect, align and predict; none: as many as there are spare CPUs."""
     batch_size: PositiveInt = 8
     """Photographs that a worker takes at a time."""
     rows_per_file: PositiveInt = 1024

@@ -89,7 +89,7 @@ def score(job: ScoreJob) -> str:
             )
     elapsed_s = time.perf_counter() - started
     _publish(storage, work, published)
-    rows = storage.read_table(published, columns=["image_id", "status", "faces.list.element.detector_score"])
+    rows = storage.read_table(published, columns=["image_id", "status", "faces"])
     num_lost = without(manifest, rows["image_id"].combine_chunks()).num_rows
     if num_lost:
         raise RuntimeError(f"{published} lacks the rows of {num_lost} photographs")

@@ -119,6 +119,7 @@ def test_a_finished_run_is_refused(data: Path) -> None:
         train(train_job(data))
 
 
+@pytest.mark.slow
 def test_a_new_run_survives_a_killed_worker(run: Path, data: Path) -> None:
     before = (run / "run.json").read_bytes()
     second = run.with_name("tiny-2")

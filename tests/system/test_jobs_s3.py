@@ -280,6 +280,7 @@ def test_a_set_up_that_cannot_work_ends_the_command_with_status_2(bucket: Bucket
 
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ")
+    assert not any(tmp_path.iterdir())  # Ray was not started
 
 
 @pytest.mark.parametrize("kind", FAULTS)

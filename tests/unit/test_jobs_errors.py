@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -138,33 +137,6 @@ def saved_checkpoint(folder: Path, *, template: str = TEMPLATE) -> Path:
     model = MultiTaskNet(ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX))
     save_checkpoint(folder, model, Transform(SIDE_PX, SIDE_PX, template=template))
     return folder
-
-
-# As a user runs them
-
-
-def test_a_script_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
-    ray_folder = tmp_path / "ray"
-    ray_folder.mkdir()
-    environ = os.environ | {"RAY_TMPDIR": str(ray_folder)}
-    argv = ["--score.checkpoint", "gone", "--score.input", ".", "--score.out", "out"]
-
-    ended = subprocess.run(
-        [sys.executable, ROOT / "jobs" / "score.py", *argv],
-        cwd=tmp_path,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: ")
-    assert ended.stderr.count("\n") == 1
-    assert "score.checkpoint gone" in ended.stderr
-    assert list(ray_folder.iterdir()) == []
-    assert not (tmp_path / "out").exists()
 
 
 # Options and recipes
