@@ -148,14 +148,16 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 
 def _settings_digest(job: TrainJob, prepared: PreparedSet) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
-    moot = ("out", "name", "data", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker")
+    moot = ("out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker")
     fields = TrainConfig.model_fields
     settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": prepared.digest})
     return digest(job.model, job.loss, job.augment, settings, job.predict)
 
 
-def _plan(job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str, settings: str) -> tuple[Run, MultiTaskNet]:
-    """Look at the labels, and draw or read the first weights. Nothing is written yet."""
+def _plan(
+    job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str, settings: str
+) -> tuple[Run, MultiTaskNet | None]:
+    """Look at the labels, and draw or read the first weights; none where the run goes on. Nothing is written yet."""
     columns = ["content_hash", "split", "status", "age", "gender", "race"]
     rows = storage.read_table(prepared.crops(storage), columns=columns)
     rows = select_crops(rows, "train", usable_statuses(use_fallback=job.train.use_fallback))
@@ -188,14 +190,15 @@ def _plan(job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str, sett
         git_commit=_git_commit(),
         settings_digest=settings,
     )
-    return run, _initial_model(run, rows)
+    goes_on = storage.exists(storage.join(uri, "run.json"))
+    return run, None if goes_on else _initial_model(run, rows)
 
 
-def _begin(run: Run, first: MultiTaskNet) -> None:
-    """Write run.json and the first weights, unless this run has them and goes on."""
+def _begin(run: Run, first: MultiTaskNet | None) -> None:
+    """Write the first weights and run.json, unless the run goes on."""
     storage = run.storage
     storage.delete(storage.join(run.uri, FAILURE))
-    if storage.exists(storage.join(run.uri, "run.json")):
+    if first is None:
         return
     with TemporaryDirectory() as temporary:
         save_checkpoint(Path(temporary), first, run.transform, data=run.data)
