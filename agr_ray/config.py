@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -121,7 +122,7 @@ class VisionConfig(Section):
 
     detector: Literal["mtcnn", "haar", "none"] = "mtcnn"
     """`mtcnn` finds faces and five landmarks; `haar` boxes only, with no weights; `none` takes whole chips."""
-    min_face_px: PositiveInt = 40
+    min_face_px: Annotated[int, Field(ge=12)] = 40
     """Shorter side of the smallest face looked for, pixels of the image that the detector sees."""
     min_score: Fraction = 0.9
     """`mtcnn` only: probability below which a face is not counted."""
@@ -284,7 +285,8 @@ class TrainConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Times that a failed worker group is started again from the last checkpoint; -1: without end."""
     cache_mib: Annotated[int, Field(ge=0)] = 4096
-    """Memory of each worker in which its share of the crops stays decoded after the first epoch, MiB, if it fits."""
+    """Memory of each worker in which its share of the training crops stays decoded after the first epoch, MiB, if it
+    fits; as much again for validation."""
     shuffle_rows: PositiveInt = 2048
     """Rows in each worker's shuffle buffer while crops are streamed; from memory, the whole share is shuffled."""
 
@@ -308,6 +310,12 @@ class EvaluateConfig(Section):
     """One GPU for each predicting process."""
     batch_size: PositiveInt = 128
     """Images predicted at a time."""
+    calibrate: CliImplicitFlag[bool] = False
+    """Fit age intervals, probabilities and abstention on this split, and write calibration.json to the checkpoint."""
+    coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
+    """`calibrate` only: share of true ages that the intervals age_low to age_high are to hold."""
+    abstain_risk: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """`calibrate` only: highest share of errors wanted where the model does not abstain, in gender and in race."""
 
 
 class PredictConfig(Section):
@@ -325,17 +333,65 @@ class ScoreConfig(Section):
     checkpoint: str = ""
     """Folder or prefix of the checkpoint."""
     input: str = ""
-    """Folder or bucket prefix of the photographs, read with its subfolders."""
+    """The photographs: a folder or bucket prefix, a Parquet manifest, or the manifest.json of an S3 Inventory."""
+    input_kind: Literal["auto", "prefix", "manifest", "inventory"] = "auto"
+    """What input is. `auto`: one that ends in manifest.json is an `inventory`; one that ends in .parquet is a
+    `manifest`, a file or folder of the columns uri and, if known, etag and size_bytes; any other is a `prefix`, read
+    with its subfolders."""
+    include: tuple[str, ...] = ()
+    """Globs of which a key must match one: the path below a prefix, the key in an inventory's bucket, the URI in a
+    manifest, from end to end and in its own case. `*` and `?` stop at a slash, `**/` is any folders or none:
+    ["**/*.jpg", "2026/**"]. Empty: keys that end as image files do; of a manifest all."""
+    exclude: tuple[str, ...] = ()
+    """Globs of keys that are left out, even if included."""
+    min_bytes: Annotated[int, Field(ge=0)] = 0
+    """Objects of fewer bytes are left out. Those over vision.max_mib are not: they become rows, too_large."""
     out: str = ""
-    """Folder or prefix of the results: images/run=ID/*.parquet."""
+    """Folder or prefix of the results: images/, faces/, rejects/ and demographics/, each with run=ID/*.parquet."""
     num_workers: PositiveInt | None = None
-    """Processes that decode, detect, align and predict; none: as many as there are spare CPUs."""
+    """Processes that decode, detect and align, and predict unless use_gpu; none: as many as there are spare CPUs."""
+    use_gpu: bool = False
+    """Predict on GPUs, in as many further processes as there are GPUs."""
     batch_size: PositiveInt = 8
     """Photographs that a worker takes at a time."""
-    rows_per_file: PositiveInt = 1024
-    """Image rows in one Parquet file: what a killed run may have to do again, for each worker."""
+    rows_per_file: PositiveInt = 256
+    """Images in one part of the work: what a kill may cost each worker. Published files hold 256 parts each."""
+    attributes: tuple[Literal["age", "gender", "race"], ...] = ("age", "gender", "race")
+    """Which attributes are written at all."""
+    group_by: tuple[str, ...] = ()
+    """Columns by which demographic tables are grouped: names captured by key_pattern, or columns of metadata."""
+    key_pattern: str = ""
+    """Regular expression (RE2) with named groups, searched in each URI, such as /(?P<date>[0-9-]{10})/."""
+    metadata: str = ""
+    """Parquet file or folder of a column uri and further ones about the images, joined for group_by."""
+    min_cell: Annotated[int, Field(ge=0)] = 0
+    """Cells of fewer faces than this are hidden in demographic tables, and those from which they follow; 0: none."""
+    aggregate_only: bool = False
+    """Publish demographic tables and counts only, no row of an image or a face. Needs pseudonymise and ledger."""
+    ledger: str = ""
+    """With aggregate_only: private folder or prefix, outside out, of the HMACs of what the next run must skip."""
+    pseudonymise: str = ""
+    """File of a secret key of 32 bytes or more: published URIs and ids are HMACs (SHA-256) under it; empty: plain."""
+    outage_s: Annotated[float, Field(ge=0.0)] = 300.0
+    """Seconds that a running job waits for storage that has gone away before it gives up, resumably."""
+    lock_expiry_s: PositiveFloat = 120.0
+    """Seconds for which the lock on out must stand still before another run takes it over, such as that of a run that
+    was killed; a heartbeat comes every quarter of it."""
     limit: PositiveInt | None = None
-    """Score only the first so many keys; none: all."""
+    """Score only the first so many keys that include and exclude leave, scored before or not; none: all."""
+
+
+class GatesConfig(Section):
+    """Limits beyond which a scored face is flagged: it keeps its row, and is not counted in demographic tables."""
+
+    min_side_px: Annotated[float, Field(ge=0.0)] = 0.0
+    """Shorter side of a face's box, pixels of the original image, below which it is `small`; 0: no limit."""
+    min_sharpness: Annotated[float, Field(ge=0.0)] = 0.0
+    """Variance of the Laplacian at 112 pixels a side below which a face is `blurred`; 0: no limit."""
+    max_turn_degrees: Annotated[float, Field(gt=0.0, le=180.0)] = 180.0
+    """Yaw or pitch, either way, degrees, above which a face is `turned`; 180: no limit."""
+    min_detector_score: Fraction = 0.0
+    """Detector score below which a face is `unsure`; 0: no limit. vision.min_score drops faces, this flags them."""
 
 
 class RenderConfig(Section):
@@ -365,6 +421,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "train": TrainConfig,
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
+    "gates": GatesConfig,
     "score": ScoreConfig,
 }
 """Every table that a recipe may hold."""
@@ -435,6 +492,11 @@ class TrainJob(Job):
                 f"train.batch_size {self.train.batch_size} is not a multiple of train.num_workers "
                 f"{self.train.num_workers}"
             )
+        if self.train.batch_size < 2 * self.train.num_workers:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} gives each of train.num_workers {self.train.num_workers} "
+                "one image a step, and batch normalisation needs two"
+            )
         return self
 
     @model_validator(mode="after")
@@ -461,6 +523,7 @@ class ScoreJob(Job):
     required = ("score.checkpoint", "score.input", "score.out")
     vision: VisionConfig = VisionConfig()
     predict: PredictConfig = PredictConfig()
+    gates: GatesConfig = GatesConfig()
     score: ScoreConfig = ScoreConfig()
 
 
@@ -512,6 +575,7 @@ def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.env
         cli_avoid_json=True,
         cli_use_class_docs_for_groups=True,
         cli_implicit_flags=False,
+        cli_shortcuts={"evaluate.calibrate": "calibrate"},
     )
     arguments = parser.parse_args([_underscored(argument) for argument in argv])
     try:
@@ -529,7 +593,13 @@ def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.env
     except ValidationError as error:
         raise ConfigError(_describe(error, job)) from None
     except SettingsError as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+        said = str(error).splitlines()[0]
+        named = re.search(r'field "(\w+)"', said)
+        if named and "EnvSettingsSource" in said:  # which does not name the variable
+            prefix = f"agr_ray_{named[1]}"
+            given = ", ".join(f"{key}={value!r}" for key, value in environ.items() if key.lower().startswith(prefix))
+            said = f"of {given}, one is no JSON, as which lists and tables are written, such as '[\"age\"]'"
+        raise ConfigError(said) from None
     for key in job.required:
         section, _, field = key.partition(".")
         if not getattr(getattr(built, section), field):

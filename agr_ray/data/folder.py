@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow, check_age, match_word
@@ -47,7 +48,7 @@ def read_labels(storage: Storage, uri: str, *, key_column: str = KEY_COLUMN) -> 
     wanted = [name for name in (*LABEL_COLUMNS, *OPTIONAL_COLUMNS) if name in table.column_names]
     try:
         texts = {
-            name: table.column(column).cast(pa.string()).to_pylist()
+            name: _without_nan(table.column(column)).cast(pa.string()).to_pylist()
             for name, column in [(KEY_COLUMN, key_column), *((name, name) for name in wanted)]
         }
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -56,6 +57,11 @@ def read_labels(storage: Storage, uri: str, *, key_column: str = KEY_COLUMN) -> 
         {name: text if text and text.strip() else None for name, text in zip(texts, values, strict=True)}
         for values in zip(*texts.values(), strict=True)
     ]
+
+
+def _without_nan(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of a Parquet table with null for NaN, by which many tools mean the same."""
+    return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
 
 
 def parse_label(

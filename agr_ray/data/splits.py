@@ -40,7 +40,13 @@ class _Group:
     """The split that the source assigned."""
 
 
-def assign_splits(manifest: pa.Table, fractions: Mapping[str, float], seed: int, sample: int | None = None) -> pa.Table:
+def assign_splits(
+    manifest: pa.Table,
+    fractions: Mapping[str, float],
+    seed: int,
+    sample: int | None = None,
+    drawn: Mapping[str, bool] | None = None,
+) -> pa.Table:
     """Return the manifest with its column `split` filled in.
 
     Groups are dealt out stratum by stratum (age decade x gender x race), in an order hashed from the seed, each to
@@ -56,6 +62,8 @@ def assign_splits(manifest: pa.Table, fractions: Mapping[str, float], seed: int,
 
     Args:
         fractions: Of the images, by name of split; a split that is not named gets nothing. Their sum is 1.
+        drawn: With `sample`: whether each group of a manifest that has grown since was in its sample. They stay in or
+            out; new groups are drawn only as far as the sample is not full.
 
     Raises:
         ValueError: fractions or sample are impossible.
@@ -66,7 +74,7 @@ def assign_splits(manifest: pa.Table, fractions: Mapping[str, float], seed: int,
         raise ValueError(f"sample is {sample}: at least 1 image is needed")
     groups = _groups(manifest)
     if sample is not None:
-        groups = _draw(groups, sample, seed)
+        groups = _draw_more(groups, sample, seed, drawn or {})
     split_of = _deal(groups, fractions, seed)
     splits = [
         split_of.get(group) if status == Status.OK and group is not None else None
@@ -204,6 +212,14 @@ def _deal(groups: list[_Group], fractions: Mapping[str, float], seed: int) -> di
             if group.group_id not in splits:
                 splits[group.group_id] = dealer.deal(group.num_images)
     return splits
+
+
+def _draw_more(groups: list[_Group], sample: int, seed: int, drawn: Mapping[str, bool]) -> list[_Group]:
+    """Return the groups that were drawn before, and of the new ones as many as are missing."""
+    kept = [group for group in groups if drawn.get(group.group_id)]
+    missing = sample - sum(group.num_images for group in kept)
+    new = [group for group in groups if group.group_id not in drawn]
+    return kept + (_draw(new, missing, seed) if missing > 0 else [])
 
 
 def _draw(groups: list[_Group], sample: int, seed: int) -> list[_Group]:

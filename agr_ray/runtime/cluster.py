@@ -49,7 +49,8 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         else:
             ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"cluster.address {address}: no Ray cluster answers there: {error}") from None
+        said = "Ray refuses to start" if address == "local" else "no Ray cluster answers there"
+        raise ConfigError(f"cluster.address {address}: {said}: {' '.join(str(error).split())}") from None
     except Exception as error:  # Ray raises just that where its processes don't come up in time
         raise JobError(f"Ray did not start at cluster.address {address}: {' '.join(str(error).split())}") from error
     try:

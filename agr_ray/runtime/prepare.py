@@ -122,7 +122,8 @@ class CropMaker:
         """Return a table of schema.CROPS with a row for each of `batch`, in order."""
         rows = batch.select(MANIFEST.names).to_pylist()
         readable = [row for row in rows if row["status"] == Status.OK]
-        seen = iter(self._reader.read([row["uri"] for row in readable], [row["etag"] for row in readable]))
+        fetched = self._reader.fetch([row["uri"] for row in readable], [row["etag"] for row in readable])
+        seen = iter(self._reader.read(fetched))
         made = [row | self._crop(next(seen)) if row["status"] == Status.OK else row for row in rows]
         return pa.Table.from_pylist(made, schema=CROPS)
 
@@ -176,7 +177,8 @@ def _manifest(job: PrepareJob, storage: Storage, earlier: PreparedSet | None, co
             raise ConfigError(f"source.uri {job.source.uri}: there is no image below it")
         if before is not None:
             table = _with_column(table, "split", _lookup(before, "split"))
-        table = assign_splits(table, job.split.fractions, job.split.seed, job.split.sample)
+        drawn = None if before is None else _drawn(before)
+        table = assign_splits(table, job.split.fractions, job.split.seed, job.split.sample, drawn)
         check_no_leak(table)
     except (folder.LabelTableError, SplitLeakError) as error:
         raise ConfigError(str(error)) from error
@@ -246,6 +248,13 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _drawn(before: pa.Table) -> dict[str, bool]:
+    """Return whether each group of the manifest as it was is in a split."""
+    known = before.filter(pc.equal(before["status"], str(Status.OK)))
+    splits = zip(known["group_id"].to_pylist(), known["split"].to_pylist(), strict=True)
+    return {group: split is not None for group, split in splits}
+
+
 def _lookup(table: pa.Table, column: str) -> dict[str, Any]:
     return dict(zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True))
 
@@ -259,8 +268,9 @@ def _with_column(table: pa.Table, column: str, by_key: dict[str, Any]) -> pa.Tab
 
 def _check_unchanged(before: pa.Table, table: pa.Table, earlier: PreparedSet | None) -> None:
     """Raise where an image that was prepared would now have another content, label or split."""
-    # One that could not be read, or was not there, may come in late.
-    before = before.filter(pc.invert(pc.is_in(before["status"], value_set=pa.array([Status.FAILED, Status.MISSING]))))
+    # One that could not be read, was not there or was still being written may come in late.
+    late = pa.array([Status.FAILED, Status.MISSING, Status.CHANGED])
+    before = before.filter(pc.invert(pc.is_in(before["status"], value_set=late)))
     for column in ("uri", "content_hash", "group_id", "split", "age", "gender", "race"):
         now = _lookup(table, column)
         for key, value in _lookup(before, column).items():

@@ -6,8 +6,9 @@ OUT/photographs/*.jpg, faces.parquet    one to six faces each, with their true b
 
 from __future__ import annotations
 
+import json
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import cv2
 import numpy as np
@@ -29,21 +30,26 @@ BATCH: Final = 20
 
 
 def render(job: RenderJob) -> str:
-    """Draw what is not there yet and return the folder.
+    """Draw them, unless all are there already, and return the folder.
 
     Raises:
-        ConfigError: the folder holds faces of another seed or number.
+        ConfigError: the folder holds faces of another seed or number, or something else.
         StorageUnavailable: it can't be written.
     """
     console = Console()
     config, storage = job.render, Storage.from_config(job.storage)
     out = storage.absolute(config.out).rstrip("/")
-    marker, said = storage.join(out, "render.json"), config.model_dump_json(exclude={"out"}).encode()
+    marker, settings = storage.join(out, "render.json"), config.model_dump(mode="json", exclude={"out"})
     if storage.exists(marker):
-        if storage.read(marker) != said:
+        found = json.loads(storage.read(marker))
+        if found.get("settings") != settings:
             raise ConfigError(f"render.out {out}: holds faces drawn with other settings; choose another folder")
-        console.print(f"{out} is there already")
-        return out
+        if found["finished"]:
+            console.print(f"{out} is there already")
+            return out
+    elif storage.exists(out) and any(True for _ in storage.list(out)):
+        raise ConfigError(f"render.out {out}: exists and holds no rendered faces; choose another folder")
+    _mark(storage, marker, settings, finished=False)
     with cluster(job.cluster):
         for folder, num, draw, table_name in (
             ("chips", config.num_chips, partial(_draw_chips, seed=config.seed), "labels.parquet"),
@@ -71,9 +77,13 @@ def render(job: RenderJob) -> str:
                     keys.update(table["key"].to_pylist())  # a photograph has a row for each face
                     update(len(keys), "")
             storage.write_table(pa.concat_tables(drawn).sort_by("key"), storage.join(target, table_name))
-    storage.write(marker, said)
+    _mark(storage, marker, settings, finished=True)
     console.print(f"{config.num_chips:,} chips and {config.num_photographs:,} photographs in {out}", highlight=False)
     return out
+
+
+def _mark(storage: Storage, marker: str, settings: dict[str, Any], *, finished: bool) -> None:
+    storage.write(marker, json.dumps({"settings": settings, "finished": finished}, indent=2).encode())
 
 
 def _draw_chips(batch: pa.Table, seed: int, storage: Storage, folder: str) -> pa.Table:

@@ -166,6 +166,11 @@ def _plan(
     for task in job.model.tasks:
         if rows[task].null_count == rows.num_rows:
             raise ConfigError(f"model.tasks has {task}, and no training row of {prepared.uri} has that label")
+    if rows.num_rows < 2 * job.train.num_workers:
+        raise ConfigError(
+            f"train.data {prepared.uri}: {rows.num_rows} crops in its train split, too few for train.num_workers "
+            f"{job.train.num_workers}, each of which needs two"
+        )
     transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN)
     baseline = Baseline.fit(Labels(**label_arrays(rows)))
     run = Run(
@@ -369,6 +374,8 @@ class RayContext:
         row = dict(report.row)
         if row[OBJECTIVE] is None:
             row[OBJECTIVE] = -float(row["epoch"])  # nothing to validate on: the last epoch counts as the best
+        else:
+            row[OBJECTIVE] += 1e-12 * row["epoch"]  # of equal epochs the first is the best; Ray would keep the last
         if self._logs is None:
             ray.train.report(row)
             return

@@ -59,6 +59,19 @@ def test_what_is_there_is_not_drawn_again(faces: Path, capsys: pytest.CaptureFix
     assert chip.stat().st_mtime_ns == before
 
 
+def test_a_killed_run_is_drawn_to_its_end_and_a_foreign_folder_left_alone(faces: Path, tmp_path: Path) -> None:
+    marker = faces / "render.json"
+    marker.write_text(marker.read_text().replace("true", "false"))
+    (faces / "chips" / "labels.parquet").unlink()
+
+    render(job(faces))
+
+    assert (faces / "chips" / "labels.parquet").exists()
+    (tmp_path / "mine.jpg").write_bytes(b"a photograph")
+    with pytest.raises(ConfigError, match="exists and holds no rendered faces"):
+        render(job(tmp_path))
+
+
 def test_other_faces_go_into_another_folder(faces: Path) -> None:
     with pytest.raises(ConfigError, match="other settings"):
         render(job(faces, seed=6))

@@ -209,6 +209,8 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--model.tasks", "[broken"], "model.tasks"),
         (["--train.input_sides_px", "[64, 96]"], "train.input_sides_px [64, 96] must end with model.input_side_px 224"),
         (["--train.batch_size", "33", "--train.num_workers", "2"], "train.batch_size 33 is not a multiple of"),
+        (["--train.batch_size", "2", "--train.num_workers", "2"], "train.batch_size 2 gives each"),
+        (["--train.batch_size", "1"], "train.batch_size 1 gives each"),
     ],
     ids=str,
 )
@@ -224,7 +226,7 @@ def test_a_bad_command_line_is_one_line_and_status_2(
         ({"AGR_RAY_TRAIN__LRR": "1"}, "train.lrr: there is no such key; did you mean lr?; allowed: data, out"),
         ({"AGR_RAY_TRIAN__LR": "1"}, "TRIAN"),
         ({"AGR_RAY_TRAIN__LR": "fast"}, "train.lr: 'fast' is not allowed"),
-        ({"AGR_RAY_MODEL__TASKS": "[broken"}, "model"),
+        ({"AGR_RAY_MODEL__TASKS": "[broken"}, "AGR_RAY_MODEL__TASKS='[broken', one is no JSON"),
     ],
     ids=str,
 )

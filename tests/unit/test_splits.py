@@ -204,6 +204,21 @@ def test_a_sample_has_the_size_and_the_strata_of_the_whole(rows: list[Row]) -> N
     check_no_leak(make_manifest(table))
 
 
+def test_a_manifest_that_grows_keeps_its_sample_and_draws_new_images_only_until_it_is_full() -> None:
+    rows = random_rows(num_groups=400)
+    before = assign_splits(make_manifest(rows), FRACTIONS, seed=1, sample=300).to_pylist()
+    drawn = {str(row["group_id"]): row["split"] is not None for row in before if row["status"] == "ok"}
+    lost = next(row for row in before if row["split"] == "train" and list(drawn).count(str(row["group_id"])) == 1)
+    kept = [row for row in before if row["group_id"] != lost["group_id"]]
+    new = [make_row(f"new {number}", f"new {number}") for number in range(20)]
+
+    after = assign_splits(make_manifest([*kept, *new]), FRACTIONS, seed=1, sample=300, drawn=drawn).to_pylist()
+
+    split = {row["key"]: row["split"] for row in after}
+    assert all(split[str(row["key"])] == row["split"] for row in kept)
+    assert sum(each is not None for each in split.values()) == 300
+
+
 def test_a_sample_larger_than_the_whole_takes_all(rows: list[Row], assigned: list[Row]) -> None:
     table = assign_splits(make_manifest(rows), FRACTIONS, seed=1, sample=10**6).to_pylist()
 
