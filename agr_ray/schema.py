@@ -33,6 +33,9 @@ AGE_GROUP_LAST_YEARS: Final = (10, 20, 30, 40, 50, 60, 70, 80)
 
 AGE_GROUPS: Final = ("0-10", "11-20", "21-30", "31-40", "41-50", "51-60", "61-70", "71-80", "81+")
 
+ABSTAINED: Final = "abstained"
+"""In place of a gender or race: the model was too uncertain to tell it."""
+
 SPLITS: Final = ("train", "val", "test")
 
 
@@ -154,6 +157,9 @@ PREDICTIONS: Final = pa.schema(
 )
 """One row a labelled crop: truth beside prediction. A task without a head predicts null."""
 
+FLAGS: Final = ("small", "blurred", "turned", "unsure")
+"""Why a face is flagged: its box, sharpness, head pose or detector score is beyond the limits of the scoring job."""
+
 FACE: Final = pa.struct(
     [
         pa.field("box", BOX),
@@ -166,8 +172,9 @@ FACE: Final = pa.struct(
         pa.field("p_male", pa.float32()),
         pa.field("gender", pa.string()),
         pa.field("race", pa.string()),
-        pa.field("race_probs", pa.list_(pa.float32(), len(RACES))),
-        pa.field("flags", pa.list_(pa.string())),
+        pa.field("race_probs", pa.list_(pa.float32(), len(RACES))),  # calibrated, as p_male, where the model is
+        pa.field("abstain", pa.list_(pa.string())),  # of gender and race: too uncertain to be counted
+        pa.field("flags", pa.list_(pa.string())),  # of FLAGS: what speaks against trusting this face at all
     ]
 )
 
@@ -188,6 +195,50 @@ IMAGES: Final = pa.schema(
     ]
 )
 """One row an input image of a scoring run, whatever happened to it."""
+
+FACES: Final = pa.schema(
+    [
+        *(field for field in IMAGES if field.name not in ("size_bytes", "status", "error", "faces")),
+        pa.field("face_index", pa.int32(), nullable=False),  # from 0, left to right
+        *FACE,
+    ]
+)
+"""One row a face of a scoring run."""
+
+REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in ("width_px", "height_px", "faces")])
+"""One row an input image of a scoring run that could not be scored."""
+
+DEMOGRAPHIC_CLASSES: Final = {"age_group": AGE_GROUPS, "gender": GENDERS, "race": RACES}
+"""What faces are counted by: the name of the column, and its classes."""
+
+DEMOGRAPHIC_COUNTS: Final = (
+    "num_images",
+    "num_no_face",
+    "num_rejected",
+    "num_faces",
+    "num_flagged",
+    "num_abstained",
+)
+"""The group's counts in DEMOGRAPHICS."""
+
+ALL_GROUPS: Final = "all"
+"""In a grouping column: the sum over its other values."""
+
+DEMOGRAPHICS: Final = pa.schema(
+    [
+        pa.field("breakdown", pa.string(), nullable=False),  # names of DEMOGRAPHIC_CLASSES, parted by commas
+        *(pa.field(name, pa.string()) for name in DEMOGRAPHIC_CLASSES),  # null: not broken down by it
+        pa.field("n", pa.int64()),  # faces predicted so; null: suppressed, as every count below
+        pa.field("share", pa.float64()),  # of the faces that got a class in this breakdown; null: none did
+        pa.field("share_corrected", pa.float64()),  # of the faces that passed the gates
+        pa.field("share_low", pa.float64()),  # 90 % interval of share_corrected
+        pa.field("share_high", pa.float64()),
+        pa.field("correction", pa.string()),  # why share_corrected is null
+        pa.field("suppressed", pa.bool_(), nullable=False),  # n is hidden
+        *(pa.field(name, pa.int64()) for name in DEMOGRAPHIC_COUNTS),  # of the group; abstained: of the breakdown
+    ]
+)
+"""One row a cell of a breakdown of a group; the grouping columns, strings, come first."""
 
 HISTORY: Final = pa.schema(
     [

@@ -17,6 +17,7 @@ conditional puts; pyarrow reads and writes Parquet; s3fs moves trees of files.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -211,6 +212,13 @@ class Storage:
             MissingObject, ChangedObject, ObjectTooLarge, StorageFailed: this object can't be had.
             StorageUnavailable: no object could: wrong keys, no such bucket, endpoint out of reach.
         """
+        return self._read(uri, etag, max_bytes)[0]
+
+    def read_with_etag(self, uri: str) -> tuple[bytes, str]:
+        """Return the object's bytes and the ETag that it had with them; fails as `read` does."""
+        return self._read(uri, None, None)
+
+    def _read(self, uri: str, etag: str | None, max_bytes: int | None) -> tuple[bytes, str]:
         if not _is_s3(uri):
             return _read_local(_local_path(uri), etag, max_bytes)
         for attempt in range(1, self.max_attempts + 1):
@@ -223,26 +231,54 @@ class Storage:
                 time.sleep(min(0.1 * 2**attempt, 5.0))
         raise AssertionError("the last attempt returns or raises")
 
-    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> None:
-        """Write the object whole or not at all, making local folders as needed.
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """Write the object whole or not at all, making local folders as needed, and return its ETag.
 
-        With `if_absent`, of several writers at once exactly one succeeds (on S3 by If-None-Match).
+        With `if_absent`, or with the ETag that the object must still have as `if_match`, of several writers at once
+        exactly one succeeds: on S3 by If-None-Match and If-Match, locally by a hard link and by flock, which holds
+        between writers and deleters that all give `if_match`. On S3 a condition can fail because of our own first
+        attempt, whose answer was lost: read the object to know.
 
         Raises:
             FileExistsError: `if_absent`, and the object exists.
+            ChangedObject, MissingObject: `if_match`, and the object is another, or gone.
             StorageFailed: this object could not be written.
             StorageUnavailable: none could.
         """
+        if if_absent and if_match is not None:
+            raise ValueError("if_absent and if_match exclude each other")
         if not _is_s3(uri):
-            _write_local(_local_path(uri), lambda path: Path(path).write_bytes(data), if_absent=if_absent)
-            return
+            return _write_local(
+                _local_path(uri), lambda path: Path(path).write_bytes(data), if_absent=if_absent, if_match=if_match
+            )
         bucket, key = _bucket_and_key(uri)
         client = self._s3()
-        with self._s3_errors(uri, writing=True):
+        with self._s3_errors(uri, writing=True, creating=if_absent):
             if if_absent:
-                client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+                answer = client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            elif if_match is not None:
+                answer = client.put_object(Bucket=bucket, Key=key, Body=data, IfMatch=f'"{if_match}"')
             else:
-                client.put_object(Bucket=bucket, Key=key, Body=data)
+                answer = client.put_object(Bucket=bucket, Key=key, Body=data)
+        return answer["ETag"].strip('"')
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy one object whole or not at all, replacing what is there.
+
+        Within a bucket the server copies (objects up to 5 GB); else the object goes through this process's memory.
+
+        Raises:
+            MissingObject: there is no `source`.
+            StorageFailed: this object could not be copied.
+            StorageUnavailable: none could.
+        """
+        if not (_is_s3(source) and _is_s3(target) and _bucket_and_key(source)[0] == _bucket_and_key(target)[0]):
+            self.write(target, self.read(source))
+            return
+        bucket, key = _bucket_and_key(source)
+        client = self._s3()
+        with self._s3_errors(source, writing=True):
+            client.copy_object(Bucket=bucket, Key=_bucket_and_key(target)[1], CopySource={"Bucket": bucket, "Key": key})
 
     def exists(self, uri: str) -> bool:
         """Say whether there is an object or a folder at `uri`; on S3 a folder is a prefix with something below it."""
@@ -260,16 +296,30 @@ class Storage:
             page = client.list_objects_v2(Bucket=bucket, Prefix=_as_prefix(key), MaxKeys=1)
         return not key or bool(page.get("Contents"))
 
-    def delete(self, uri: str) -> None:
-        """Delete one object or local file; it need not exist."""
+    def delete(self, uri: str, *, if_match: str | None = None) -> None:
+        """Delete one object or local file; it need not exist.
+
+        With `if_match`, only if it still has that ETag, in one step as `write` does it.
+
+        Raises:
+            ChangedObject, MissingObject: `if_match`, and the object is another, or gone.
+        """
         if not _is_s3(uri):
+            path = _local_path(uri)
+            if if_match is not None:
+                with _unchanged_local(path, if_match):
+                    os.unlink(path)
+                return
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(_local_path(uri))
+                os.unlink(path)
             return
         bucket, key = _bucket_and_key(uri)
         client = self._s3()
         with self._s3_errors(uri, writing=True):
-            client.delete_object(Bucket=bucket, Key=key)
+            if if_match is not None:
+                client.delete_object(Bucket=bucket, Key=key, IfMatch=f'"{if_match}"')
+            else:
+                client.delete_object(Bucket=bucket, Key=key)
 
     # Trees
 
@@ -470,7 +520,7 @@ class Storage:
                     relative = found[len(prefix) :] if found.startswith(prefix) else found
                     yield ObjectInfo(root + found, relative, entry["ETag"].strip('"'), entry["Size"])
 
-    def _read_s3(self, uri: str, etag: str | None, max_bytes: int | None) -> bytes:
+    def _read_s3(self, uri: str, etag: str | None, max_bytes: int | None) -> tuple[bytes, str]:
         from botocore.exceptions import HTTPClientError, IncompleteReadError
         from botocore.exceptions import ReadTimeoutError as BodyTimeout
         from urllib3.exceptions import HTTPError
@@ -490,23 +540,25 @@ class Storage:
             if max_bytes is not None and size > max_bytes:
                 raise ObjectTooLarge(f"{uri} has {size} bytes, and {max_bytes} are allowed")
             try:
-                return body.read()
+                return body.read(), found
             except (HTTPClientError, IncompleteReadError, BodyTimeout, HTTPError, OSError) as error:
                 raise _BrokenBody(str(error)) from error
 
     @contextlib.contextmanager
-    def _s3_errors(self, uri: str, *, listing: bool = False, writing: bool = False) -> Iterator[None]:
+    def _s3_errors(
+        self, uri: str, *, listing: bool = False, writing: bool = False, creating: bool = False
+    ) -> Iterator[None]:
         """Turn botocore's errors into this module's."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             yield
         except ClientError as error:
-            self._raise_for_answer(uri, error, listing=listing, writing=writing)
+            self._raise_for_answer(uri, error, listing=listing, writing=writing, creating=creating)
         except BotoCoreError as error:
             self._raise_without_answer(uri, error)
 
-    def _raise_for_answer(self, uri: str, error: Any, *, listing: bool, writing: bool) -> NoReturn:
+    def _raise_for_answer(self, uri: str, error: Any, *, listing: bool, writing: bool, creating: bool) -> NoReturn:
         code = str(error.response.get("Error", {}).get("Code", ""))
         http = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         bucket, _ = _bucket_and_key(uri, key_needed=False)
@@ -521,7 +573,7 @@ class Storage:
         if code in ("NoSuchKey", "NoSuchVersion") or (http == 404 and not writing):
             raise MissingObject(f"{uri} does not exist") from error
         if code in ("PreconditionFailed", "ConditionalRequestConflict") or http == 412:
-            if writing:
+            if creating:
                 raise FileExistsError(f"{uri} exists and is not overwritten") from error
             raise ChangedObject(f"{uri} is not the object that was listed: its ETag differs") from error
         if writing and http == 403:
@@ -698,7 +750,7 @@ def _local_info(path: str, key: str, info: os.stat_result) -> ObjectInfo:
     return ObjectInfo(uri, key, _local_etag(info), info.st_size)
 
 
-def _read_local(path: str, etag: str | None, max_bytes: int | None) -> bytes:
+def _read_local(path: str, etag: str | None, max_bytes: int | None) -> tuple[bytes, str]:
     try:
         # Before opening: opening a pipe would wait for its other end for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -716,21 +768,27 @@ def _read_local(path: str, etag: str | None, max_bytes: int | None) -> bytes:
         raise StorageFailed(f"{path}: {error.strerror}") from error
     if len(data) != info.st_size:
         raise ChangedObject(f"{path} changed while it was read: {info.st_size} bytes became {len(data)}")
-    return data
+    return data, _local_etag(info)
 
 
-def _write_local(path: str, write: Callable[[str], object], *, if_absent: bool = False) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in its place in one step."""
+def _write_local(
+    path: str, write: Callable[[str], object], *, if_absent: bool = False, if_match: str | None = None
+) -> str:
+    """Let `write` fill a temporary file beside `path`, put it in its place in one step, and return its etag."""
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
     try:
         os.makedirs(folder, exist_ok=True)
         write(temporary)
         _sync(temporary)
-        if not if_absent:
-            os.replace(temporary, path)
-        else:
+        etag = _local_etag(os.stat(temporary))
+        if if_absent:
             os.link(temporary, path)
+        elif if_match is not None:
+            with _unchanged_local(path, if_match):
+                os.replace(temporary, path)
+        else:
+            os.replace(temporary, path)
         _sync(folder)
     except OSError as error:
         if if_absent and isinstance(error, FileExistsError) and os.path.lexists(path):
@@ -739,6 +797,32 @@ def _write_local(path: str, write: Callable[[str], object], *, if_absent: bool =
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+    return etag
+
+
+@contextlib.contextmanager
+def _unchanged_local(path: str, etag: str) -> Iterator[None]:
+    """Keep other conditional writers from `path` until the block ends, if its file is still the one with `etag`.
+
+    The file itself is locked, so that nothing is left beside it, and the system unlocks it when a process dies. A
+    writer who waited for a file that was replaced meanwhile finds that its path names another one.
+
+    Raises:
+        ChangedObject, MissingObject: it is another, or gone.
+        StorageUnavailable: it can't be opened or replaced.
+    """
+    try:
+        # Writable, because NFS gives an exclusive lock on nothing else.
+        with open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            info = os.fstat(file.fileno())
+            if not os.path.samestat(info, os.stat(path)) or _local_etag(info) != etag:
+                raise ChangedObject(f"{path} is not the file that was read: its size or time differs")
+            yield
+    except FileNotFoundError as error:
+        raise MissingObject(f"{path} does not exist") from error
+    except OSError as error:
+        raise StorageUnavailable(f"{path} can't be written: {error.strerror or error}") from error
 
 
 def _sync(path: str) -> None:

@@ -49,13 +49,14 @@ def demo(out: str) -> None:
             evaluate,
             *("--evaluate.checkpoint", checkpoint, "--evaluate.data", f"{out}/prepared"),
         )
-        images = step(
+        scored = step(
             "score",
             ScoreJob,
             score,
             *("--score.checkpoint", checkpoint, "--score.input", f"{out}/faces/photographs"),
             *("--score.out", f"{out}/scored"),
         )
+    images = f"{out}/scored/images/run={scored['run_id']}"
     console.rule("result")
     found, drawn = _found_faces(
         Storage().read_table(images), Storage().read_table(f"{out}/faces/photographs/faces.parquet")

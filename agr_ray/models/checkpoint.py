@@ -3,9 +3,11 @@
     CHECKPOINT/
       weights.safetensors   what predicts: the averaged weights where the run keeps an average
       train_state.pt        what resumes: optimiser, raw weights, epoch, best, early stopping, history, train_images
+      calibration.json      how sure its predictions are; added by jobs/evaluate.py --calibrate
       meta.json             what rebuilds the network and says where it comes from; written last
 
-Scoring needs weights and meta only; train_state.pt may be left out of a copy that is only to predict.
+Scoring needs weights and meta only, and calibration.json for age intervals, calibrated probabilities and abstention;
+train_state.pt may be left out of a copy that is only to predict.
 Directories are local: whoever keeps them elsewhere moves them.
 """
 
@@ -36,6 +38,7 @@ FORMAT_VERSION: Final = 1
 
 WEIGHTS: Final = "weights.safetensors"
 TRAIN_STATE: Final = "train_state.pt"
+CALIBRATION: Final = "calibration.json"
 META: Final = "meta.json"
 
 LABELS: Final[Mapping[str, list[Any]]] = {
@@ -176,6 +179,24 @@ def read_meta(directory: Path) -> dict[str, Any]:
     if meta["labels"] != LABELS:
         raise CheckpointError(f"{path}: expected labels {json.dumps(LABELS)}, found {json.dumps(meta['labels'])}")
     return cast(dict[str, Any], meta)
+
+
+def read_calibration_json(directory: Path) -> dict[str, Any] | None:
+    """Read what `learn.calibration.Calibration.to_json` returned; None if the checkpoint is not calibrated.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = directory / CALIBRATION
+    try:
+        said = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected JSON, found {_first_line(error)}") from None
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{path}: expected a table, found {type(said).__name__}")
+    return cast(dict[str, Any], said)
 
 
 def model_digest(directory: Path) -> str:

@@ -7,8 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from agr_ray.config import ConfigError
-from agr_ray.models.checkpoint import META, WEIGHTS, CheckpointError, load_checkpoint
+from agr_ray.config import ConfigError, PredictConfig, digest
+from agr_ray.learn.calibration import Calibration
+from agr_ray.models.checkpoint import (
+    CALIBRATION,
+    META,
+    WEIGHTS,
+    CheckpointError,
+    load_checkpoint,
+    model_digest,
+    read_calibration_json,
+)
 from agr_ray.schema import TEMPLATE
 from agr_ray.storage import MissingObject, Storage
 
@@ -37,9 +46,37 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
         yield directory
 
 
+def read_calibration(directory: Path, config: PredictConfig, key: str) -> tuple[Calibration | None, str]:
+    """Return the checkpoint's calibration, or None and the reason why there is none that can be used.
+
+    Args:
+        directory: as `local_checkpoint` gives it.
+        config: how the network's outputs are to become predictions: calibration holds under the same settings only.
+        key: of the configuration, that names the checkpoint.
+
+    Raises:
+        ConfigError: calibration.json is damaged, or of another format.
+    """
+    try:
+        said = read_calibration_json(directory)
+        if said is None:
+            return None, f"the checkpoint has no {CALIBRATION}; jobs/evaluate.py --calibrate writes it"
+        calibration = Calibration.from_json(said)
+    except CheckpointError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{key}: {CALIBRATION}: {error}") from None
+    if calibration.model_digest != model_digest(directory):
+        return None, f"the checkpoint's {CALIBRATION} belongs to another model; calibrate again"
+    if calibration.predict_digest != digest(config):
+        return None, f"the checkpoint's {CALIBRATION} was fitted under other predict settings; calibrate again"
+    return calibration, ""
+
+
 def portable_checkpoint(directory: Path) -> dict[str, bytes]:
-    """Return the files that predicting needs, to be sent to workers on other machines."""
-    return {name: (directory / name).read_bytes() for name in (WEIGHTS, META)}
+    """Return the files that predicting needs, and the calibration if there is one, to be sent to other machines."""
+    names = [name for name in (WEIGHTS, CALIBRATION, META) if (directory / name).exists()]
+    return {name: (directory / name).read_bytes() for name in names}
 
 
 @contextmanager

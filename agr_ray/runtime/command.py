@@ -10,6 +10,7 @@ from typing import TypeVar
 from ray.exceptions import RayTaskError
 
 from agr_ray.config import ConfigError, Job, load
+from agr_ray.runtime.lock import LockLost
 from agr_ray.storage import StorageError, StorageUnavailable
 
 J = TypeVar("J", bound=Job)
@@ -39,7 +40,7 @@ def one_line_errors() -> Iterator[None]:
         _fail(type(error.cause)(str(error.cause).partition("\n")[0]))
     except (ConfigError, StorageUnavailable, StorageError) as error:
         _fail(error)
-    except JobError as error:
+    except (JobError, LockLost) as error:
         _fail(error, status=1)
 
 

@@ -1,13 +1,15 @@
-"""A checkpoint on a split of any prepared set -> predictions.parquet and metrics.json.
+"""A checkpoint on a split of any prepared set -> predictions.parquet and metrics.json, and its calibration.
 
 Accuracy is over every labelled image, chips in which no face was found included. Images that the checkpoint was
-trained on are looked for by content, and refused.
+trained on are looked for by content, and refused. Metrics are those of the uncalibrated predictions; what the
+checkpoint's calibration makes of them is a section of its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,9 +23,11 @@ from rich.table import Table
 
 from agr_ray.config import ConfigError, EvaluateConfig, EvaluateJob, PredictConfig
 from agr_ray.config import digest as digest_of
+from agr_ray.learn.calibration import NEVER_SURE, Calibration, coverage_report
 from agr_ray.learn.metrics import Baseline, Labels, metrics_report, predicted_gender
 from agr_ray.learn.predict import Predictions, predict
 from agr_ray.models.checkpoint import (
+    CALIBRATION,
     TRAIN_STATE,
     CheckpointError,
     content_codes,
@@ -32,20 +36,25 @@ from agr_ray.models.checkpoint import (
     model_digest,
     read_meta,
 )
-from agr_ray.runtime.checkpoints import local_checkpoint, portable_checkpoint, unpacked_checkpoint
+from agr_ray.runtime.checkpoints import (
+    local_checkpoint,
+    portable_checkpoint,
+    read_calibration,
+    unpacked_checkpoint,
+)
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.crops import decoded_crops, label_arrays, part_dataset, select_crops, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet, open_prepared
 from agr_ray.runtime.progress import progress
-from agr_ray.schema import GENDERS, PREDICTION_FIELDS, PREDICTIONS, RACES, Status
-from agr_ray.storage import Storage
+from agr_ray.schema import CROP_STATUSES, GENDERS, PREDICTION_FIELDS, PREDICTIONS, RACES, Status
+from agr_ray.storage import MissingObject, Storage
 
 FORMAT_VERSION: Final = 1
 _KEPT_COLUMNS: Final = tuple(field.name for field in PREDICTIONS if field not in PREDICTION_FIELDS)
 
 
 def evaluate(job: EvaluateJob) -> dict[str, Any]:
-    """Predict, measure, write both files, print a summary; return the metrics.
+    """Predict, calibrate if asked to, measure, write the files, print a summary; return the metrics.
 
     Raises:
         ConfigError: there is no such checkpoint or set, the split is empty, or training saw images of it.
@@ -58,7 +67,8 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as directory:
         meta, digest = read_meta(directory), model_digest(directory)
         _check_compatible(meta, prepared, config)
-        chosen = _chosen_rows(storage, prepared, config)
+        out = _out(storage, job, checkpoint, digest, prepared)
+        chosen, statuses = _chosen_rows(storage, prepared, config)
         num_seen = _num_seen_in_training(directory, chosen)
         if num_seen != 0 and not config.allow_overlap:
             said = (
@@ -68,9 +78,31 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                 f"its {chosen.num_rows:,} images"
             )
             raise ConfigError(f"{said}; --evaluate.allow_overlap true measures all the same")
+        calibration = None if config.calibrate else _found_calibration(directory, job.predict, console)
         with cluster(job.cluster):
             table = _predict(job, storage, prepared, chosen.num_rows, portable_checkpoint(directory), console)
-    metrics = _measure(table, meta)
+    labels, predictions = _arrays(table)
+    if config.calibrate:
+        calibration = Calibration.fit(
+            labels,
+            predictions,
+            coverage=config.coverage,
+            risk=config.abstain_risk,
+            model_digest=digest,
+            predict_digest=digest_of(job.predict),
+            split_manifest_sha256=prepared.split_manifest_sha256,
+            content_codes=tuple(content_codes(chosen["content_hash"].to_pylist()).tolist()),
+        )
+        text = json.dumps(calibration.to_json(), allow_nan=False) + "\n"
+        storage.write(storage.join(checkpoint, CALIBRATION), text.encode())
+    metrics = _measure(table, labels, predictions, meta)
+    if calibration is not None:
+        metrics["calibration"] = coverage_report(labels, predictions, calibration) | {
+            "num_calibrated_on": calibration.n,
+            "num_seen_in_calibration": _num_among(chosen, set(calibration.content_codes)),
+            "calibrated_on_split_manifest_sha256": calibration.split_manifest_sha256,
+            "notes": list(calibration.notes),
+        }
     metrics["evaluation"] = {
         "format_version": FORMAT_VERSION,
         "checkpoint": checkpoint,
@@ -81,16 +113,43 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
         "split_manifest_sha256": prepared.split_manifest_sha256,
         "trained_on_split_manifest_sha256": meta["data"].get("split_manifest_sha256"),
         "num_seen_in_training": num_seen,
-        "statuses": prepared.counts,
+        "statuses": statuses,
         "predict": job.predict.model_dump(mode="json"),
     }
-    default_out = f"{checkpoint}-eval-{config.split}-{prepared.digest[:8]}-{digest_of(job.predict)[:4]}"
-    out = storage.absolute(config.out or default_out).rstrip("/")
     storage.write_table(table, storage.join(out, "predictions.parquet"))
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     storage.write(storage.join(out, "metrics.json"), text.encode())
     _print_summary(console, metrics, out)
+    if config.calibrate and calibration is not None:
+        _print_fitted(console, calibration, storage.join(checkpoint, CALIBRATION))
+    if calibration is not None:
+        _print_calibration(console, metrics["calibration"])
     return metrics
+
+
+def _out(storage: Storage, job: EvaluateJob, checkpoint: str, model: str, prepared: PreparedSet) -> str:
+    """Return the folder of the results; the same evaluation replaces itself there.
+
+    Raises:
+        ConfigError: the configured one holds something else.
+    """
+    config = job.evaluate
+    if not config.out:
+        return f"{checkpoint}-eval-{config.split}-{prepared.digest[:8]}-{digest_of(job.predict)[:4]}"
+    out = storage.absolute(config.out).rstrip("/")
+    try:
+        there = json.loads(storage.read(storage.join(out, "metrics.json")))["evaluation"]
+    except MissingObject:
+        if storage.exists(out) and any(True for _ in storage.list(out)):
+            raise ConfigError(f"evaluate.out {out}: exists and holds no evaluation; choose another folder") from None
+        return out
+    ours = (model, prepared.split_manifest_sha256, config.split, job.predict.model_dump(mode="json"))
+    if ours != tuple(there[name] for name in ("model_digest", "split_manifest_sha256", "split", "predict")):
+        raise ConfigError(
+            f"evaluate.out {out}: holds the evaluation of {there['checkpoint']} on split {there['split']} of "
+            f"{there['data']}; choose another folder"
+        )
+    return out
 
 
 class CropPredictor:
@@ -153,12 +212,15 @@ def _check_compatible(meta: dict[str, Any], prepared: PreparedSet, config: Evalu
             )
 
 
-def _chosen_rows(storage: Storage, prepared: PreparedSet, config: EvaluateConfig) -> pa.Table:
+def _chosen_rows(storage: Storage, prepared: PreparedSet, config: EvaluateConfig) -> tuple[pa.Table, dict[str, int]]:
+    """Return the rows that are measured, and how many of the split have which status: some have no crop."""
     rows = storage.read_table(prepared.crops(storage), columns=["content_hash", "split", "status"])
+    in_split = rows if config.split == "all" else rows.filter(pc.equal(rows["split"], config.split))
+    statuses = Counter(in_split["status"].to_pylist())
     rows = select_crops(rows, config.split, usable_statuses(use_fallback=True))
     if not rows.num_rows:
         raise ConfigError(f"evaluate.split {config.split}: no crop in it; {prepared.uri} has {prepared.splits}")
-    return rows
+    return rows, dict(sorted(statuses.items()))
 
 
 def _num_seen_in_training(directory: Path, chosen: pa.Table) -> int | None:
@@ -171,8 +233,20 @@ def _num_seen_in_training(directory: Path, chosen: pa.Table) -> int | None:
         raise ConfigError(f"evaluate.checkpoint: {error}") from None
     if "train_images" not in state:
         return None
-    seen = set(state["train_images"].tolist())
-    return sum(int(content_codes([content])[0]) in seen for content in chosen["content_hash"].to_pylist())
+    return _num_among(chosen, set(state["train_images"].tolist()))
+
+
+def _num_among(chosen: pa.Table, codes: Set[int]) -> int:
+    """Count the images whose content has one of the `content_codes`."""
+    return sum(int(content_codes([content])[0]) in codes for content in chosen["content_hash"].to_pylist())
+
+
+def _found_calibration(directory: Path, config: PredictConfig, console: Console) -> Calibration | None:
+    """Return the checkpoint's calibration; None, with a warning where there is one, if it can't be used."""
+    calibration, reason = read_calibration(directory, config, "evaluate.checkpoint")
+    if calibration is None and (directory / CALIBRATION).exists():
+        console.print(f"warning: {reason}", soft_wrap=True)
+    return calibration
 
 
 def _predict(
@@ -204,17 +278,21 @@ def _predict(
     return made
 
 
-def _measure(table: pa.Table, meta: dict[str, Any]) -> dict[str, Any]:
+def _arrays(table: pa.Table) -> tuple[Labels, Predictions]:
     def array(name: str) -> Any:
         return None if table[name].null_count == table.num_rows else np.asarray(table[name])
 
     race_probs = None
     if table["race_probs"].null_count < table.num_rows:
         race_probs = np.asarray(table["race_probs"].combine_chunks().flatten()).reshape(-1, len(RACES))
+    return Labels(**label_arrays(table)), Predictions(array("age_pred"), array("p_male"), race_probs)
+
+
+def _measure(table: pa.Table, labels: Labels, predictions: Predictions, meta: dict[str, Any]) -> dict[str, Any]:
     subjects = pc.rank(table["group_id"], tiebreaker="dense") if table["group_id"].null_count == 0 else None
     return metrics_report(
-        Labels(**label_arrays(table)),
-        Predictions(array("age_pred"), array("p_male"), race_probs),
+        labels,
+        predictions,
         fallback=np.asarray(pc.equal(table["status"], str(Status.FALLBACK))),
         baseline=_training_baseline(meta),
         clusters=None if subjects is None else np.asarray(subjects).astype(np.int64),
@@ -265,5 +343,82 @@ def _print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
         f"seen in training: {overlap}",
         highlight=False,
     )
+    without_crop = {name: count for name, count in said["statuses"].items() if name not in CROP_STATUSES}
+    if without_crop:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in without_crop.items())
+        console.print(f"not measured, because there is no crop of them: {reasons}", highlight=False)
     console.print(f"split manifest SHA-256 {said['split_manifest_sha256']}", highlight=False, soft_wrap=True)
     console.print(f"{out}/metrics.json, {out}/predictions.parquet", highlight=False, soft_wrap=True)
+
+
+def _print_fitted(console: Console, calibration: Calibration, uri: str) -> None:
+    """Say what was fitted, and what could not be."""
+    parts = []
+    if calibration.age is not None:
+        widths = calibration.age.half_widths_years
+        parts.append(f"age +-{min(widths):.1f} to {max(widths):.1f} years by predicted age group")
+    for task, part in (("gender", calibration.gender), ("race", calibration.race)):
+        if part is not None:
+            parts.append(f"{task} temperature {part.temperature:.2f}, abstains {_below(part.abstain_below)}")
+    said = "; ".join(parts) or "nothing could be fitted"
+    console.print(f"calibrated on {calibration.n:,} images: {said}", highlight=False, soft_wrap=True)
+    for note in calibration.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    console.print(uri, highlight=False, soft_wrap=True)
+
+
+def _below(abstain_below: float) -> str:
+    if abstain_below in (0.0, NEVER_SURE):
+        return "never" if abstain_below == 0.0 else "always"
+    return f"below {100 * abstain_below:.1f} %"
+
+
+def _print_calibration(console: Console, measured: dict[str, Any]) -> None:
+    """Say what was measured beside what was promised."""
+    seen = measured["num_seen_in_calibration"]
+    if seen:
+        console.print(
+            f"warning: {seen:,} of these images were calibrated on, which flatters what follows; measure on others",
+            highlight=False,
+            soft_wrap=True,
+        )
+    table = Table("calibrated", "promised", "measured", "95 % interval", "images")
+    remarks = []
+    age = measured["age"]
+    if age is not None:
+        share, between = _per_cent(age["coverage"]), _between(age["interval"])
+        table.add_row("true age in its interval", _per_cent(age["nominal"]), share, between, f"{age['n']:,}")
+        remarks.append(f"age: intervals are {age['mean_width_years']:.1f} years wide on average")
+    for task in ("gender", "race"):
+        part = measured[task]
+        if part is not None:
+            error, between = _per_cent(part["error"]), _between(part["interval"])
+            table.add_row(
+                f"{task} error where told", f"<= {_per_cent(part['risk'])}", error, between, f"{part['accepted']:,}"
+            )
+            remarks.append(
+                f"{task}: abstains on {_per_cent(part['abstained'])} of {part['n']:,}; "
+                f"calibration error {_per_cent(part['ece_before'])}, now {_per_cent(part['ece'])}; "
+                f"NLL {part['nll_before']:.3f}, now {part['nll']:.3f}"
+            )
+    console.print(table)
+    for remark in remarks:
+        console.print(remark, highlight=False, soft_wrap=True)
+    if age is not None:
+        members = (item for group in age["groups"].values() for item in group.items())
+        failed = [
+            f"{name} {_per_cent(part['coverage'])} of {part['n']:,}"
+            for name, part in members
+            if part["interval"][1] < age["nominal"]
+        ]
+        if failed:
+            said = ", ".join(failed)
+            console.print(f"age intervals hold less than promised for: {said}", highlight=False, soft_wrap=True)
+
+
+def _per_cent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _between(interval: list[float] | None) -> str:
+    return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"

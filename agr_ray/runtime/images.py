@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from agr_ray.config import VisionConfig
+from agr_ray.runtime.stopwatch import Stopwatch
 from agr_ray.schema import Status
 from agr_ray.storage import Storage, StorageError
 from agr_ray.vision.decode import DecodedImage, ImageError, decode_image
@@ -54,9 +55,10 @@ class ImageReader:
     Each worker has one CPU, so OpenCV and torch are told to use one thread here.
     """
 
-    def __init__(self, storage: Storage, vision: VisionConfig) -> None:
+    def __init__(self, storage: Storage, vision: VisionConfig, stopwatch: Stopwatch | None = None) -> None:
         cv2.setNumThreads(1)
         torch.set_num_threads(1)
+        self._stopwatch = stopwatch or Stopwatch()
         self._storage = storage
         self._vision = vision
         self._downloads = ThreadPoolExecutor(NUM_DOWNLOADS)
@@ -69,12 +71,19 @@ class ImageReader:
         """Return the name that goes into every row."""
         return self._detector.name
 
-    def read(self, uris: Sequence[str], etags: Sequence[str | None]) -> list[Photograph | Reject]:
+    def fetch(self, uris: Sequence[str], etags: Sequence[str | None]) -> list[Future[bytes | Reject]]:
+        """Begin to download, without waiting: whoever fetches a batch ahead never waits for storage."""
+        return [self._downloads.submit(self._download, *each) for each in zip(uris, etags, strict=True)]
+
+    def read(self, fetched: Sequence[Future[bytes | Reject]]) -> list[Photograph | Reject]:
         """Return, in order, each image with its faces, or why there is none. Only storage that is down raises."""
-        bodies = list(self._downloads.map(self._download, uris, etags))
-        decoded = [body if isinstance(body, Reject) else self._decode(body) for body in bodies]
+        with self._stopwatch.stage("wait for storage"):
+            bodies = [each.result() for each in fetched]
+        with self._stopwatch.stage("decode"):
+            decoded = [body if isinstance(body, Reject) else self._decode(body) for body in bodies]
         images = [image for image in decoded if isinstance(image, DecodedImage)]
-        faces = iter(self._detector.detect([image.rgb for image in images]))
+        with self._stopwatch.stage("detect"):
+            faces = iter(self._detector.detect([image.rgb for image in images]))
         return [Photograph(image, next(faces)) if isinstance(image, DecodedImage) else image for image in decoded]
 
     def _download(self, uri: str, etag: str | None) -> bytes | Reject:

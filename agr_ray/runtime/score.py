@@ -1,231 +1,421 @@
-"""Photographs below a folder or bucket prefix -> one Parquet row an image, with every face in it.
+"""Photographs -> a Parquet row for each, with every face in it, and demographic tables: what is new, exactly once.
 
-Work in progress lies in OUT-work/RUN/ and is copied to OUT/images/run=RUN/ when every row is there; `_SUCCESS.json`
-with the counts comes last. The run is named by model and configuration: a run that was killed is gone on with, and
-one that is published is scored again only where photographs have come since.
+    OUT-work/lock.json          keeps two runs apart
+    OUT-work/CONFIGURATION/     an unpublished run; at most one for each configuration and model
+        run.json                its name and what was planned; written when the manifest is whole
+        manifest/               what it scores: `planning`
+        parts/                  image rows; part N is row group N of the manifest
+        attempts/               `scorer.Attempts` at parts under way
+    OUT/                        what readers see: `publish`
+
+The manifest never changes once run.json is there. So whatever is killed, the same command sees from the names of the
+parts what is left to do, and a part that is made twice replaces itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import hashlib
 import json
 import time
 from collections import Counter
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import ray
+from ray.data import ActorPoolStrategy
 from rich.console import Console
 from rich.table import Table
 
-from agr_ray.config import ConfigError, PredictConfig, ScoreJob, VisionConfig, digest
-from agr_ray.data.manifest import IMAGE_SUFFIXES, image_id
-from agr_ray.learn.metrics import predicted_gender
-from agr_ray.learn.predict import predict
-from agr_ray.models.checkpoint import load_checkpoint, model_digest, read_meta
-from agr_ray.runtime.checkpoints import local_checkpoint, portable_checkpoint, unpacked_checkpoint
-from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.images import ImageReader, Photograph, Reject, landmark_columns
-from agr_ray.runtime.parts import finished_ids, keep_only, print_failed, read_parts, without, write_parts
-from agr_ray.schema import GENDERS, IMAGES, RACES, SCHEMA_VERSION, SCORE_MANIFEST, Status
-from agr_ray.storage import Storage
-from agr_ray.vision.align import align
-from agr_ray.vision.quality import sharpness
+from agr_ray.config import ConfigError, ScoreJob, digest
+from agr_ray.learn.calibration import Calibration
+from agr_ray.models.checkpoint import model_digest, read_calibration_json, read_meta
+from agr_ray.models.network import Transform
+from agr_ray.runtime.checkpoints import local_checkpoint, portable_checkpoint
+from agr_ray.runtime.cluster import check_fits, cluster, configure_ray_data, worker_count
+from agr_ray.runtime.grouping import check_grouping
+from agr_ray.runtime.lock import RunLock, run_lock
+from agr_ray.runtime.parts import print_failed
+from agr_ray.runtime.planning import Plan, plan, read_plan, scored_ids
+from agr_ray.runtime.progress import progress
+from agr_ray.runtime.publish import (
+    Counts,
+    Publication,
+    add_counts,
+    finish,
+    is_published,
+    pseudonym,
+    publish_demographics,
+    published_runs,
+)
+from agr_ray.runtime.scorer import (
+    FoundParts,
+    PartScorer,
+    Patience,
+    Scoring,
+    WrittenParts,
+    manifest_folder,
+    parts_folder,
+)
+from agr_ray.runtime.stopwatch import Stopwatch
+from agr_ray.schema import SCHEMA_VERSION
+from agr_ray.storage import MissingObject, Storage
 
-SUCCESS: Final = "_SUCCESS.json"
+MIN_KEY_BYTES: Final = 32
+MAX_BLOCKS: Final = 4096
+"""Blocks that Ray Data schedules; of more parts, several share a block."""
+_RESOURCE_KNOBS: Final = {
+    "checkpoint",  # the model's digest says more
+    "num_workers",
+    "use_gpu",
+    "batch_size",
+    "rows_per_file",
+    "outage_s",
+    "lock_expiry_s",
+}
 
 
-def score(job: ScoreJob) -> str:
-    """Score what is not scored yet, publish, and return the folder of the image rows.
+@dataclass(frozen=True)
+class Model:
+    """What predicts."""
+
+    checkpoint: Mapping[str, bytes]
+    digest: str
+    tasks: tuple[str, ...]
+    transform: Transform
+    calibration: Calibration | None
+    calibration_digest: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """An unpublished run."""
+
+    run_id: str
+    started_at: str
+    plan_s: float
+    plan: Plan
+
+
+def score(job: ScoreJob) -> dict[str, Any]:
+    """Score what is not scored yet, publish, and return the run's record, `_SUCCESS/run=ID.json`.
 
     Raises:
-        ConfigError: there is no such checkpoint, nothing to score, or the plan can't fit.
+        ConfigError: there is no such checkpoint or input, another run is at work, or the plan can't fit.
         StorageUnavailable: input or output can't be reached.
     """
     console = Console()
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.score.out).rstrip("/")
+    key = _check(job, storage, out)
+    with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
+        model = _model(directory, job, console)
+    attributes = tuple(name for name in job.score.attributes if name in model.tasks)
+    settings = digest(job.vision, job.predict, job.gates)
+    config_digest = _digest([settings, attributes, model.calibration_digest])
+    selection = job.score.model_dump(mode="json", exclude=_RESOURCE_KNOBS)
+    identity = _digest([model.digest, config_digest, selection, _key_id(key)])
+    work = storage.join(f"{out}-work", identity)
+    lock_uri = storage.join(f"{out}-work", "lock.json")
+    with run_lock(storage, lock_uri, identity, expiry_s=job.score.lock_expiry_s, console=console) as lock:
+        skipped = _scored_folders(storage, out, job, model, config_digest, key)
+        run = _resumed(storage, out, work) or _opened(job, storage, work, identity, skipped, key, console)
+        scoring = Scoring(
+            storage=storage,
+            work=work,
+            vision=job.vision,
+            gates=job.gates,
+            predict=job.predict,
+            attributes=attributes,
+            batch_size=job.score.batch_size,
+            outage_s=job.score.outage_s,
+            transform=model.transform,
+            checkpoint=model.checkpoint,
+            calibration=model.calibration,
+            provenance={
+                "run_id": run.run_id,
+                "model_digest": model.digest,
+                "config_digest": config_digest,
+                "schema_version": SCHEMA_VERSION,
+            },
+            use_gpu=job.score.use_gpu,
+        )
+        publication = Publication(
+            storage=storage,
+            work=work,
+            out=out,
+            run_id=run.run_id,
+            num_parts=run.plan.num_parts,
+            attributes=attributes,
+            group_by=job.score.group_by,
+            aggregate_only=job.score.aggregate_only,
+            ledger=storage.absolute(job.score.ledger) if job.score.ledger else "",
+            key=key,
+            outage_s=job.score.outage_s,
+        )
+        record: dict[str, Any] = {
+            "run_id": run.run_id,
+            "started_at": run.started_at,
+            "input": storage.absolute(job.score.input),
+            "model_digest": model.digest,
+            "config_digest": config_digest,
+            "key_id": _key_id(key),
+            "schema_version": SCHEMA_VERSION,
+            "calibrated": model.calibration is not None,
+            "aggregate_only": job.score.aggregate_only,
+            "group_by": list(job.score.group_by),
+            "min_cell": job.score.min_cell,
+        }
+        patience = Patience(job.score.outage_s, reached=True)
+        with cluster(job.cluster) if run.plan.num_parts else nullcontext():
+            timings = _score_parts(job, scoring, run, lock, console)
+            patience.call(lock.check)
+            started = time.perf_counter()
+            counts = _publish_files(publication, console)
+        patience.call(lock.check)
+        patience.call(lambda: publish_demographics(publication, counts, model.calibration, job.score.min_cell))
+        totals = _totals(counts, run.plan)
+        timings |= {"plan_s": run.plan_s, "publish_s": time.perf_counter() - started}
+        record |= {
+            **({} if job.score.min_cell else totals),  # from totals, a suppressed cell could be worked out
+            "timings": timings,
+            "published_at": _now(),
+        }
+        patience.call(lambda: finish(storage, out, record))
+        patience.call(lambda: storage.delete_tree(work))
+    _print_summary(console, totals, timings, f"{out} run={run.run_id}")
+    return record
+
+
+def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
+    """Refuse what can't be meant, before any work; return the secret key, empty where none is asked for."""
+    config = job.score
     if job.vision.detector == "none":
         raise ConfigError("vision.detector 'none' finds no face in a photograph; allowed in scoring: mtcnn, haar")
-    with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
-        checkpoint, model, meta = portable_checkpoint(directory), model_digest(directory), read_meta(directory)
-    settings = digest(job.vision, job.predict)
-    run_id = f"{model[:12]}-{settings}"
-    provenance: dict[str, Any] = {
-        "run_id": run_id,
-        "model_digest": model,
-        "config_digest": settings,
-        "schema_version": SCHEMA_VERSION,
-    }
+    key = b""
+    if config.pseudonymise:
+        try:
+            key = storage.read(config.pseudonymise)
+        except MissingObject:
+            raise ConfigError(f"score.pseudonymise {config.pseudonymise}: there is no such file") from None
+        if len(key) < MIN_KEY_BYTES:
+            raise ConfigError(
+                f"score.pseudonymise {config.pseudonymise}: holds {len(key)} bytes, and a key has {MIN_KEY_BYTES} at "
+                "least; `head -c 32 /dev/urandom > FILE` makes one"
+            )
+    if config.aggregate_only:
+        for name in ("pseudonymise", "ledger"):
+            if not getattr(config, name):
+                raise ConfigError(f"score.aggregate_only needs score.{name}: what the next run must skip is kept there")
+        if f"{storage.absolute(config.ledger).rstrip('/')}/".startswith(f"{out}/"):
+            raise ConfigError(f"score.ledger {config.ledger}: lies in score.out {out}, which others may read")
+    elif config.ledger:
+        raise ConfigError(f"score.ledger {config.ledger}: only score.aggregate_only keeps one")
+    check_grouping(config)
+    return key
+
+
+def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
+    """Read what predicts, and warn where it does not fit the job well."""
+    meta = read_meta(directory)
     detector = meta["data"].get("detector")
     if detector not in (None, job.vision.detector):
         console.print(f"warning: trained on crops found by {detector}, scoring with {job.vision.detector}")
-
-    manifest = _manifest(storage, job)
-    published = storage.join(out, "images", f"run={run_id}")
-    work = storage.join(f"{out}-work", run_id, "images")
-    todo = without(without(manifest, finished_ids(storage, published)), finished_ids(storage, work))
-    console.print(f"{manifest.num_rows:,} photographs, {todo.num_rows:,} to do", highlight=False)
-    started = time.perf_counter()
-    if todo.num_rows:
-        keep_only(storage, work, finished_ids(storage, work))
-        with cluster(job.cluster):
-            num_workers = worker_count(job.score.num_workers)
-            check_fits("score.num_workers", num_workers, 1.0)
-            started = time.perf_counter()
-            write_parts(
-                todo,
-                partial(FaceScorer, storage, job.vision, job.predict, checkpoint, provenance),
-                storage=storage,
-                folder=work,
-                num_workers=num_workers,
-                batch_size=job.score.batch_size,
-                max_rows_per_part=job.score.rows_per_file,
-                label="scoring",
-                console=console,
-            )
-    elapsed_s = time.perf_counter() - started
-    _publish(storage, work, published)
-    rows = storage.read_table(published, columns=["image_id", "status", "faces"])
-    num_lost = without(manifest, rows["image_id"].combine_chunks()).num_rows
-    if num_lost:
-        raise RuntimeError(f"{published} lacks the rows of {num_lost} photographs")
-    counts = dict(sorted(Counter(rows["status"].to_pylist()).items()))
-    record = provenance | {"rows": rows.num_rows, "counts": counts, "input": storage.absolute(job.score.input)}
-    storage.write(storage.join(published, SUCCESS), (json.dumps(record, indent=2) + "\n").encode())
-    _print_summary(console, rows, counts, published)
-    if todo.num_rows:
-        console.print(f"{todo.num_rows:,} photographs in {elapsed_s:.1f} s: {todo.num_rows / elapsed_s:.1f} images/s")
-    return published
-
-
-class FaceScorer:
-    """Rows of schema.SCORE_MANIFEST -> rows of schema.IMAGES. One worker's own."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        vision: VisionConfig,
-        config: PredictConfig,
-        checkpoint: dict[str, bytes],
-        provenance: dict[str, Any],
-    ) -> None:
-        self._reader = ImageReader(storage, vision)
-        with unpacked_checkpoint(checkpoint) as directory:
-            loaded = load_checkpoint(directory)
-        self._model, self._transform = loaded.model, loaded.transform
-        self._config = config
-        self._provenance = provenance | {"detector": self._reader.detector_name}
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return a row for each of `batch`, in order, whatever happened to the image."""
-        rows = batch.select(SCORE_MANIFEST.names).to_pylist()
-        seen = self._reader.read([row["uri"] for row in rows], [row["etag"] for row in rows])
-        scored = iter(self._score_faces([each for each in seen if isinstance(each, Photograph)]))
-        common = self._provenance | {"scored_at": datetime.datetime.now(datetime.UTC)}
-        made = [
-            row | common | (_rejected(each) if isinstance(each, Reject) else next(scored))
-            for row, each in zip(rows, seen, strict=True)
-        ]
-        return pa.Table.from_pylist(made, schema=IMAGES)
-
-    def _score_faces(self, photographs: list[Photograph]) -> list[dict[str, Any]]:
-        """Return what each photograph adds to its row. The faces of all go through the network together."""
-        side_px = self._transform.crop_side_px
-        crops = [
-            align(photograph.image.rgb, box, landmarks, side_px, self._transform.margin)
-            for photograph in photographs
-            for box, landmarks in zip(photograph.faces.boxes_xyxy, photograph.faces.landmarks, strict=True)
-        ]
-        attributes = iter(self._attributes(crops))
-        made = []
-        for photograph in photographs:
-            original = photograph.faces.scaled(photograph.image.scale)
-            faces = [
-                {
-                    "box": box.tolist(),
-                    "detector_score": float(detector_score),
-                    **landmark_columns(landmarks),
-                    "flags": [],
-                    **next(attributes),
-                }
-                for box, detector_score, landmarks in zip(
-                    original.boxes_xyxy, original.scores, original.landmarks, strict=True
-                )
-            ]
-            made.append(
-                {
-                    "status": str(Status.OK if faces else Status.NO_FACE),
-                    "width_px": photograph.image.width_px,
-                    "height_px": photograph.image.height_px,
-                    "faces": sorted(faces, key=lambda face: face["box"][0]),
-                }
-            )
-        return made
-
-    def _attributes(self, crops: list[Any]) -> list[dict[str, Any]]:
-        """Return sharpness and predictions of each crop; a task without a head is null."""
-        if not crops:
-            return []
-        made = predict(self._model, np.stack(crops), self._transform, self._config)
-        attributes: list[dict[str, Any]] = [{"sharpness": sharpness(crop)} for crop in crops]
-        for index, face in enumerate(attributes):
-            if made.age is not None:
-                face["age"] = float(made.age[index])
-            if made.p_male is not None:
-                face["p_male"] = float(made.p_male[index])
-                face["gender"] = GENDERS[int(predicted_gender(made.p_male[index : index + 1])[0])]
-            if made.race_probs is not None:
-                face["race_probs"] = made.race_probs[index].tolist()
-                face["race"] = RACES[int(made.race_probs[index].argmax())]
-        return attributes
-
-
-def _rejected(reject: Reject) -> dict[str, Any]:
-    return {"status": str(reject.status), "error": reject.error, "faces": []}
-
-
-def _manifest(storage: Storage, job: ScoreJob) -> pa.Table:
-    listed = islice(storage.list(storage.absolute(job.score.input), IMAGE_SUFFIXES), job.score.limit)
-    records = [
-        {
-            "image_id": image_id(f"{info.uri}\n{info.etag}"),
-            "uri": info.uri,
-            "etag": info.etag,
-            "size_bytes": info.size_bytes,
-        }
-        for info in listed
-    ]
-    if not records:
-        raise ConfigError(
-            f"score.input {job.score.input}: no photograph below it: no key ends in {', '.join(IMAGE_SUFFIXES)}"
+    said = read_calibration_json(directory)
+    calibration = None if said is None else Calibration.from_json(said)
+    this_model = model_digest(directory)
+    if calibration is None:
+        console.print(
+            "warning: the checkpoint has no calibration: no age_low and age_high, no abstention, no corrected shares; "
+            "jobs/evaluate.py --calibrate adds one"
         )
-    return pa.Table.from_pylist(records, schema=SCORE_MANIFEST)
+    elif (calibration.model_digest, calibration.predict_digest) != (this_model, digest(job.predict)):
+        console.print("warning: the checkpoint's calibration is of another model or other predict settings: not used")
+        calibration = None
+    return Model(
+        checkpoint=portable_checkpoint(directory),
+        digest=this_model,
+        tasks=tuple(meta["model"]["tasks"]),
+        transform=Transform.from_json(meta["transform"]),
+        calibration=calibration,
+        calibration_digest="" if calibration is None else _digest(calibration.to_json()),
+    )
 
 
-def _publish(storage: Storage, work: str, published: str) -> None:
-    """Copy the finished parts to where readers look, then delete the work. Doing it twice changes nothing.
-
-    Published rows that failed give way to those of their next try.
-    """
-    if not storage.exists(work):
-        return
-    storage.delete(storage.join(published, SUCCESS))  # not whole while parts are added
-    made = read_parts(storage, work)["image_id"].combine_chunks()
-    keep_only(storage, published, without(read_parts(storage, published), made)["image_id"].combine_chunks())
-    for part in list(storage.list(work, (".parquet",))):
-        storage.write(storage.join(published, part.key), storage.read(part.uri))
-    storage.delete_tree(work)
+def _scored_folders(
+    storage: Storage, out: str, job: ScoreJob, model: Model, config_digest: str, key: bytes
+) -> list[str]:
+    """Return the folders whose `image_id` need not be scored again: same model, configuration and key."""
+    wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": _key_id(key)}
+    folders = []
+    for record in published_runs(storage, out):
+        if all(record[name] == value for name, value in wanted.items()):
+            root = storage.absolute(job.score.ledger) if record["aggregate_only"] else storage.join(out, "images")
+            folders.append(storage.join(root, f"run={record['run_id']}"))
+    return folders
 
 
-def _print_summary(console: Console, rows: pa.Table, counts: dict[str, int], published: str) -> None:
-    num_faces = pc.sum(pc.list_value_length(rows["faces"])).as_py() or 0
-    table = Table("status", "photographs", title=published)
-    for status, count in counts.items():
-        table.add_row(status, f"{count:,}")
+def _resumed(storage: Storage, out: str, work: str) -> Run | None:
+    """Return the run that lies at `work` unpublished, if it was planned to the end."""
+    try:
+        record = json.loads(storage.read(storage.join(work, "run.json")))
+    except MissingObject:
+        return None
+    if is_published(storage, out, record["run_id"]):
+        return None  # and was killed before its work was deleted
+    made = read_plan(storage, manifest_folder(storage, work))
+    assert made is not None
+    return Run(record["run_id"], record["started_at"], record["plan_s"], made)
+
+
+def _opened(
+    job: ScoreJob, storage: Storage, work: str, identity: str, skipped: list[str], key: bytes, console: Console
+) -> Run:
+    """Plan a new run."""
+    storage.delete_tree(work)  # of one that was killed while it was planned, or after it was published
+    started_at, started = _now(), time.perf_counter()
+    with progress(console, "listing", None) as update:
+        made = plan(
+            storage,
+            job.score,
+            manifest_folder(storage, work),
+            scored_ids(storage, skipped),
+            scored_as=(lambda image: pseudonym(image, key)) if key else None,
+            progress=update,
+        )
+    run_id = f"{datetime.datetime.fromisoformat(started_at):%Y%m%dT%H%M%SZ}-{identity[:8]}"
+    run = Run(run_id, started_at, time.perf_counter() - started, made)
+    record = {"run_id": run_id, "started_at": started_at, "plan_s": run.plan_s}
+    storage.write(storage.join(work, "run.json"), json.dumps(record, indent=2).encode())
+    return run
+
+
+def _score_parts(job: ScoreJob, scoring: Scoring, run: Run, lock: RunLock, console: Console) -> dict[str, Any]:
+    """Make the parts that are not there yet; return the seconds that it took."""
+    done = _finished_parts(scoring)
+    todo = [part for part in range(run.plan.num_parts) if part not in done]
+    num_images = run.plan.num_to_do
+    done_before = "" if not done else f", {len(done)} of {run.plan.num_parts} parts done before"
+    left_out = f"{run.plan.num_excluded:,} left out by name or size, " if run.plan.num_excluded else ""
+    console.print(
+        f"{run.plan.num_listed:,} listed, {left_out}{run.plan.num_scored:,} scored before, {num_images:,} to do"
+        f"{done_before}",
+        highlight=False,
+    )
+    if not todo:
+        return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}
+    num_workers, num_gpus = worker_count(job.score.num_workers), 0
+    check_fits("score.num_workers", num_workers, 1.0)
+    if job.score.use_gpu:
+        num_gpus = worker_count(None, use_gpu=True)
+        check_fits("score.use_gpu", num_gpus, 1.0, 1.0, spare_cpus=num_workers + 1.0)
+    counts: Counter[str] = Counter()
+    stopwatch = Stopwatch()
+    num_faces = 0
+    started = time.perf_counter()
+    total = sum(_rows_of(part, run.plan) for part in todo)
+    patience = Patience(scoring.outage_s, reached=True)
+    with progress(console, "scoring", total) as update:
+        for summary in _summaries(scoring, todo, num_workers, num_gpus):
+            patience.call(lock.check)
+            counts.update(json.loads(summary["counts"]))
+            stopwatch.add(json.loads(summary["seconds"]))
+            num_faces += summary["num_faces"]
+            said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
+            update(counts.total(), f"{num_faces:,} faces; {said}")
+    score_s = time.perf_counter() - started
+    console.print(f"{total:,} photographs in {score_s:.1f} s: {total / score_s:.1f} images/s", highlight=False)
+    return {"score_s": score_s, "num_workers": num_workers, "worker_s": stopwatch.take()}
+
+
+def _summaries(scoring: Scoring, parts: list[int], num_workers: int, num_gpus: int) -> Iterator[dict[str, Any]]:
+    """Score the parts on the cluster; yield `scorer.summary` of each."""
+    configure_ray_data()
+    items = [{"part": part} for part in parts]
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
+    arguments: dict[str, Any] = {"fn_constructor_args": (scoring,), "batch_size": 1, "num_cpus": 1}
+    if num_gpus:
+        found = dataset.map_batches(FoundParts, compute=ActorPoolStrategy(size=num_workers), **arguments)
+        written = found.map_batches(
+            WrittenParts,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=num_gpus),
+            num_gpus=1,
+            **arguments,
+        )
+    else:
+        written = dataset.map_batches(PartScorer, compute=ActorPoolStrategy(size=num_workers), **arguments)
+    for batch in written.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(batch, pa.Table)
+        yield from batch.to_pylist()
+
+
+def _finished_parts(scoring: Scoring) -> set[int]:
+    folder = parts_folder(scoring.storage, scoring.work)
+    if not scoring.storage.exists(folder):
+        return set()
+    return {int(Path(info.key).stem.removeprefix("part-")) for info in scoring.storage.list(folder, (".parquet",))}
+
+
+def _rows_of(part: int, plan: Plan) -> int:
+    """Return how many rows a part has."""
+    return min(plan.rows_per_part, plan.num_to_do - part * plan.rows_per_part)
+
+
+def _publish_files(publication: Publication, console: Console) -> Counts:
+    """Write every file that readers see but the demographics; return what is in them."""
+    if not publication.num_parts:
+        return publication.publish_file(0)
+    task = ray.remote(num_cpus=1)(Publication.publish_file)
+    waiting = [task.remote(publication, file) for file in range(publication.num_files)]
+    counts: list[Counts] = []
+    with progress(console, "publishing", len(waiting)) as update:
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            counts += ray.get(ready)
+            update(len(counts), "files")
+    return add_counts(counts, publication.group_by)
+
+
+def _totals(counts: Counts, plan: Plan) -> dict[str, Any]:
+    """Return the run's counts over all groups, and those of its planning."""
+    names = [name for name in counts.groups.column_names if name.startswith("num_")]
+    totals = {name: int(np.sum(counts.groups[name].to_numpy())) for name in names}
+    return totals | {"counts": dict(sorted(counts.statuses.items())), "plan": dataclasses.asdict(plan)}
+
+
+def _print_summary(console: Console, totals: Mapping[str, Any], timings: Mapping[str, Any], run: str) -> None:
+    table = Table("", "number", title=run)
+    rows = [("photographs", totals["num_images"])]
+    rows += [(f"  {status}", count) for status, count in totals["counts"].items()]
+    rows += [("faces", totals["num_faces"]), ("  flagged", totals["num_flagged"])]
+    rows += [("  with an attribute too uncertain to tell", totals["num_abstained"])]
+    for label, number in rows:
+        table.add_row(label, f"{number:,}")
     console.print(table)
-    console.print(f"{rows.num_rows:,} rows, {num_faces:,} faces", highlight=False)
-    print_failed(console, counts)
+    print_failed(console, totals["counts"])
+    stages: dict[str, float] = timings["worker_s"]
+    if stages:
+        total_s = sum(stages.values())
+        most_first = sorted(stages.items(), key=lambda stage: -stage[1])
+        said = ", ".join(f"{name} {spent_s / total_s:.0%}" for name, spent_s in most_first)
+        console.print(f"where the workers' time went: {said}", highlight=False)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _key_id(key: bytes) -> str:
+    """Return what tells keys apart without giving them away."""
+    return hashlib.sha256(b"agr_ray key id" + key).hexdigest()[:12] if key else ""
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

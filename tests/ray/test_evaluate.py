@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from sets import checkpoint, prepared_set
 
-from agr_ray.config import ConfigError, EvaluateConfig, EvaluateJob
+from agr_ray.config import ConfigError, EvaluateConfig, EvaluateJob, PredictConfig
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.schema import GENDERS, PREDICTIONS, RACES
 
@@ -23,7 +24,7 @@ BASELINE = {"fitted_on": "train", "age_years": 40.0, "gender": "female", "race":
 
 
 def evaluate_job(model: Path, data: Path, **changes: Any) -> EvaluateJob:
-    config = {"checkpoint": str(model), "data": str(data), "num_workers": 2, "batch_size": 8} | changes
+    config = {"checkpoint": str(model), "data": str(data), "num_workers": 1, "batch_size": 8} | changes
     return EvaluateJob(evaluate=EvaluateConfig(**config))
 
 
@@ -45,7 +46,7 @@ def model(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def metrics(model: Path, data: Path) -> dict[str, Any]:
-    return evaluate(evaluate_job(model, data, out=str(data.parent / "evaluated")))
+    return evaluate(evaluate_job(model, data, num_workers=2, out=str(data.parent / "evaluated")))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_the_same_images_under_other_names_and_subjects_are_refused(model: Path,
 
 
 def test_overlap_that_is_allowed_is_reported_beside_the_checkpoint(model: Path, data: Path) -> None:
-    metrics = evaluate(evaluate_job(model, data, split="train", allow_overlap=True, num_workers=1))
+    metrics = evaluate(evaluate_job(model, data, split="train", allow_overlap=True))
 
     assert (metrics["n"], metrics["evaluation"]["num_seen_in_training"]) == (20, 20)
     (written,) = model.parent.glob("model-eval-train-*/metrics.json")
@@ -153,8 +154,47 @@ def test_another_prepared_source_is_measured_as_a_whole(data: Path) -> None:
 
     with pytest.raises(ConfigError, match="does not say on which images it was trained"):
         evaluate(evaluate_job(silent, other, split="all"))
-    metrics = evaluate(evaluate_job(silent, other, split="all", num_workers=1, allow_overlap=True))
+    metrics = evaluate(evaluate_job(silent, other, split="all", allow_overlap=True))
 
     assert metrics["n"] == 7
+    assert metrics["evaluation"]["statuses"] == {"bad_label": 1, "fallback": 2, "ok": 5, "unreadable": 1}
     assert metrics["evaluation"]["num_seen_in_training"] is None
     assert metrics["baseline"]["guess"]["fitted_on"] == "evaluated"
+
+
+def test_results_go_into_no_folder_that_holds_anything_else(model: Path, data: Path, metrics: dict[str, Any]) -> None:
+    assert metrics
+    with pytest.raises(ConfigError, match=r"evaluated: holds the evaluation of .*model on split test"):
+        evaluate(evaluate_job(model, data, split="val", out=str(data.parent / "evaluated")))
+    with pytest.raises(ConfigError, match="exists and holds no evaluation"):
+        evaluate(evaluate_job(model, data, out=str(data)))
+
+
+def test_a_checkpoint_calibrated_on_one_split_is_reported_on_another(
+    model: Path, data: Path, metrics: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = data.parent / "calibrated"
+    shutil.copytree(model, own)
+    fitted = evaluate(evaluate_job(own, data, split="val", calibrate=True, coverage=0.5))
+    said = json.loads((own / "calibration.json").read_text())
+    measured = evaluate(evaluate_job(own, data))
+    other = EvaluateJob(
+        evaluate=EvaluateConfig(checkpoint=str(own), data=str(data), num_workers=1),
+        predict=PredictConfig(flip_average=True),
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+
+    assert (said["n"], said["coverage"], said["model_digest"]) == (6, 0.5, fitted["evaluation"]["model_digest"])
+    assert len(said["rows"]["race_pred"]) == len(said["content_codes"]) == 6
+    assert fitted["calibration"]["num_seen_in_calibration"] == 6
+    assert "calibrated on 6 images: age +-" in printed
+    assert "warning: 6 of these images were calibrated on" in printed
+    assert measured["calibration"]["num_seen_in_calibration"] == 0
+    assert measured["calibration"]["age"]["nominal"] == 0.5
+    assert measured["calibration"]["age"]["n"] == measured["age"]["n"]
+    assert {name: measured[name] for name in ("age", "gender", "race")} == {
+        name: metrics[name] for name in ("age", "gender", "race")
+    }
+    assert "calibration" not in metrics
+    assert "calibration" not in evaluate(other)
+    assert "fitted under other predict settings" in " ".join(capsys.readouterr().out.split())

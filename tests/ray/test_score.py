@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 from sets import checkpoint, iou
 
-from agr_ray.config import ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.data.rendered import RenderedPhotograph, render_photograph
 from agr_ray.runtime.score import score
 from agr_ray.schema import GENDERS, IMAGES, RACES
@@ -23,6 +22,7 @@ from agr_ray.vision.decode import encode_jpeg
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 MAX_SIDE_PX = 900
+GATE_PX = 150
 PHOTOGRAPHS = {
     "one.jpg": (0, 640, 480, 1),
     "three.jpg": (1, 880, 660, 3),
@@ -40,10 +40,21 @@ FILES = {
 }
 
 
-def score_job(model: Path, photographs: Path, out: Path) -> ScoreJob:
+def score_job(model: Path, photographs: Path, out: Path, **changes: Any) -> ScoreJob:
+    settings = {
+        "checkpoint": str(model),
+        "input": str(photographs),
+        "out": str(out),
+        "num_workers": 2,
+        "batch_size": 3,
+        "rows_per_file": 4,
+        "key_pattern": r"(?P<kind>\w+)$",
+        "group_by": ("kind",),
+    }
     return ScoreJob(
         vision=VisionConfig(max_side_px=MAX_SIDE_PX),
-        score=ScoreConfig(checkpoint=str(model), input=str(photographs), out=str(out), num_workers=2, batch_size=3),
+        gates=GatesConfig(min_side_px=GATE_PX),
+        score=ScoreConfig(**settings | changes),
     )
 
 
@@ -72,8 +83,13 @@ def job(folder: Path, drawn: dict[str, RenderedPhotograph]) -> ScoreJob:
 
 
 @pytest.fixture(scope="module")
-def published(job: ScoreJob) -> Path:
-    return Path(score(job))
+def record(job: ScoreJob) -> dict[str, Any]:
+    return score(job)
+
+
+@pytest.fixture(scope="module")
+def published(record: dict[str, Any], folder: Path) -> Path:
+    return folder / "out" / "images" / f"run={record['run_id']}"
 
 
 def images(published: Path, folder: Path) -> dict[str, dict[str, Any]]:
@@ -120,15 +136,15 @@ def test_every_face_has_every_attribute(published: Path, folder: Path) -> None:
             assert None not in (face["yaw"], face["pitch"], face["roll"])
 
 
-def test_the_parts_have_the_schema_and_say_where_they_come_from(published: Path, folder: Path) -> None:
-    for part in published.glob("*.parquet"):
-        assert pq.read_schema(part).equals(IMAGES)
+def test_the_files_have_the_schema_and_say_where_they_come_from(published: Path, folder: Path) -> None:
+    for file in published.glob("*.parquet"):
+        assert pq.read_schema(file).equals(IMAGES)
     rows = images(published, folder).values()
     assert {row["run_id"] for row in rows} == {published.name.removeprefix("run=")}
     assert {(row["detector"], row["schema_version"]) for row in rows} == {("mtcnn", 1)}
-    record = json.loads((published / "_SUCCESS.json").read_text())
-    assert record["rows"] == sum(record["counts"].values()) == len(rows)
-    assert not any((folder / "out-work").rglob("*.parquet"))
+    record = json.loads((folder / "out" / "_SUCCESS" / f"{published.name}.json").read_text())
+    assert record["num_images"] == sum(record["counts"].values()) == len(rows)
+    assert not any(path.is_file() for path in (folder / "out-work").rglob("*"))
 
 
 def test_duckdb_reads_the_faces_as_they_are(published: Path) -> None:
@@ -152,27 +168,78 @@ def test_duckdb_reads_the_faces_as_they_are(published: Path) -> None:
     assert all(width_px > 0 and 0 <= age <= 116 and 0 <= p_white <= 1 for width_px, age, p_white in faces)
 
 
-def test_a_second_run_scores_only_what_is_new(
-    published: Path, job: ScoreJob, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(folder / "out", out)
-    job = score_job(folder / "model", folder / "photographs", out)
-    copy = out / "images" / published.name
-    before = {path.name: path.stat().st_mtime_ns for path in copy.glob("*.parquet")}
+def table(out: Path, name: str) -> list[dict[str, Any]]:
+    """Return the rows of all published runs of a table, read with no help."""
+    return pq.read_table(out / name).to_pylist()
 
-    assert Path(score(job)) == copy
-    assert "11 photographs, 0 to do" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in copy.glob("*.parquet")} == before
 
-    added = folder / "photographs" / "added.jpg"
+def test_faces_and_rejects_are_tables_of_their_own(published: Path, folder: Path) -> None:
+    rows = images(published, folder)
+    faces, rejects = table(folder / "out", "faces"), table(folder / "out", "rejects")
+
+    expected = [(row["uri"], face["box"]) for row in rows.values() for face in row["faces"]]
+    assert sorted((face["uri"], face["box"]) for face in faces) == sorted(expected)
+    assert {row["status"] for row in rejects} == {"not_an_image", "unreadable", "too_large"}
+    assert len(rejects) == 5
+
+
+def test_a_face_beyond_the_gates_is_flagged_and_kept(published: Path, folder: Path) -> None:
+    sides_px = [
+        (face["flags"], min(face["box"][2] - face["box"][0], face["box"][3] - face["box"][1]))
+        for row in images(published, folder).values()
+        for face in row["faces"]
+    ]
+
+    assert {bool(flags) for flags, _ in sides_px} == {True, False}
+    assert all(flags == (["small"] if side_px < GATE_PX else []) for flags, side_px in sides_px)
+
+
+def test_demographics_count_the_faces_of_every_group(published: Path, folder: Path) -> None:
+    rows = [row for row in table(folder / "out", "demographics") if row["breakdown"] == "gender"]
+    accepted = sum(not face["flags"] for row in images(published, folder).values() for face in row["faces"])
+
+    n = {kind: sum(row["n"] for row in rows if row["kind"] == kind) for kind in {row["kind"] for row in rows}}
+    assert n.pop("all") == sum(n.values()) == accepted
+    assert {row["num_images"] for row in rows if row["kind"] == "gif"} == {1}
+    assert {row["correction"] for row in rows} == {"no calibration"}
+
+
+def test_the_next_runs_score_only_what_is_new_or_changed(job: ScoreJob, published: Path, folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.parquet")}
+
+    assert score(job)["num_images"] == 0
+
+    added, changed = folder / "photographs" / "added.jpg", folder / "photographs" / "nobody.jpg"
+    body = changed.read_bytes()
     Image.new("RGB", (200, 200), "teal").save(added)
+    Image.new("RGB", (220, 220), "teal").save(changed)
     try:
-        score(job)
-        assert "12 photographs, 1 to do" in capsys.readouterr().out
-        rows = images(copy, folder)
+        record = score(job)
     finally:
         added.unlink()
-    assert len(rows) == 12
-    assert rows["added.jpg"]["status"] == "no_face"
-    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in copy.glob("*.parquet")}.items()
+        changed.write_bytes(body)
+    assert record["counts"] == {"no_face": 2}
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.parquet")}.items()
+    with duckdb.connect() as database:
+        database.execute((folder / "out" / "views.sql").read_text())
+        counted = database.sql("SELECT count(*), count(DISTINCT uri) FROM images").fetchall()
+        width_px = database.sql("SELECT width_px FROM images WHERE uri LIKE '%nobody.jpg'").fetchall()
+        others = database.sql("SELECT (SELECT count(*) FROM faces), (SELECT count(*) FROM rejects)").fetchall()
+    assert counted == [(12, 12)]
+    assert width_px == [(220,)]
+    assert others == [(6, 5)]
+
+
+def test_aggregates_alone_name_no_photograph_and_are_not_made_twice(job: ScoreJob, folder: Path, drawn: Any) -> None:
+    key = folder / "key"
+    key.write_bytes(bytes(range(32)))
+    private = {"aggregate_only": True, "pseudonymise": str(key), "ledger": str(folder / "ledger"), "group_by": ()}
+    job = score_job(folder / "model", folder / "photographs", folder / "aggregates", **private)
+
+    first, second = score(job), score(job)
+
+    assert (first["num_images"], second["num_images"]) == (11, 0)
+    assert {path.name for path in (folder / "aggregates").iterdir()} == {"_SUCCESS", "demographics", "views.sql"}
+    ledger = pq.read_table(folder / "ledger")
+    assert ledger.column_names == ["image_id", "status", "run"]
+    assert len(ledger) == 11

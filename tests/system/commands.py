@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,11 @@ ROOT = Path(__file__).parents[2]
 COMMAND_TIMEOUT_S = 400.0
 GONE_TIMEOUT_S = 20.0
 CLUSTER_READY_TIMEOUT_S = 120.0
+DATA_WORKER = "MapWorker"
+"""In the titles of the processes that work on Ray Data's batches: prepare's and score's."""
+
+Node = subprocess.Popen[bytes]
+"""`ray start --block`, from which all processes of a node descend."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class Cluster:
     address: str
     dashboard: str
     environment: dict[str, str]
+    folder: Path
+    """Ray's files, and a log of each node."""
+    nodes: list[Node]
+    """The head first. `kill_node` takes one out, `add_node` puts one in."""
 
 
 @contextmanager
@@ -64,6 +73,9 @@ def job_environment(ray_folder: Path, more: Mapping[str, str] | None = None) -> 
     }
 
 
+# Commands
+
+
 def job_command(name: str, *arguments: object) -> list[str]:
     """Return the command of one of the scripts in jobs/."""
     return ["python", f"jobs/{name}.py", *map(str, arguments)]
@@ -83,20 +95,58 @@ def succeed(command: list[str], environment: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def kill_command(command: list[str], environment: Mapping[str, str], log: Path, *, when: Callable[[], bool]) -> None:
+def kill_command(command: list[str], cluster: Cluster, log: Path, *, when: Callable[[], bool]) -> None:
     """Start a command, SIGKILL it and its process group once `when` is true, and wait until all it started is gone."""
+    with _started(command, cluster.environment, log) as process:
+        _wait(when, process, log)
+    # Its workers are the cluster's, which ends them a moment later.
+    deadline = time.monotonic() + GONE_TIMEOUT_S
+    while titled_processes(cluster.nodes, DATA_WORKER):
+        assert time.monotonic() < deadline, f"still at work {GONE_TIMEOUT_S:g} s after their driver was killed"
+        time.sleep(0.1)
+
+
+def disturb_command(
+    command: list[str], cluster: Cluster, log: Path, *, when: Callable[[], bool], then: Callable[[], object]
+) -> str:
+    """Start a command that must succeed, do `then` once `when` is true, and return what it wrote."""
+    with _started(command, cluster.environment, log) as process:
+        _wait(when, process, log)
+        then()
+        _wait(lambda: process.poll() is not None, process, log)
+        assert process.returncode == 0, _tail(log)
+    return log.read_text(errors="replace")
+
+
+@contextmanager
+def _started(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-        deadline = time.monotonic() + COMMAND_TIMEOUT_S
         try:
-            while not when():
-                assert process.poll() is None, f"ended by itself:\n{log.read_text(errors='replace')[-3000:]}"
-                assert time.monotonic() < deadline, f"never came so far:\n{log.read_text(errors='replace')[-3000:]}"
-                time.sleep(0.02)
+            yield process
         finally:
             kill_group(process)
+
+
+def _wait(
+    when: Callable[[], bool],
+    process: subprocess.Popen[bytes],
+    log: Path,
+    timeout_s: float = COMMAND_TIMEOUT_S,
+    pause_s: float = 0.05,
+) -> None:
+    """Return once `when` is true; fail if the process ends before, or takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not when():
+        assert process.poll() is None, f"ended by itself with {process.returncode}:\n{_tail(log)}"
+        assert time.monotonic() < deadline, f"never came so far in {timeout_s:g} s:\n{_tail(log)}"
+        time.sleep(pause_s)
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-3000:]
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -115,51 +165,96 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(alive, timeout=GONE_TIMEOUT_S)
 
 
+# Clusters
+
+
 @contextmanager
-def run_cluster(more: Mapping[str, str] | None = None) -> Iterator[Cluster]:
-    """Run a cluster of one node and four logical CPUs, with `more` in its environment; end it, by its own ids."""
-    agent = [f"dashboard-agent-{kind}-port" for kind in ("listen", "grpc")]
-    names = ["port", "dashboard-port", *agent, "ray-client-server-port", "metrics-export-port"]
+def run_cluster(more: Mapping[str, str] | None = None, num_cpus: Sequence[int] = (4,)) -> Iterator[Cluster]:
+    """Run a cluster with `more` in its environment, one node for each number of logical CPUs, the head first.
+
+    In the end all nodes are ended, by their own ids.
+    """
+    names = ["port", "dashboard-port", "ray-client-server-port"]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     # Without a token, whoever reaches the dashboard runs code.
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=4"]
-    command += [f"--object-store-memory={256 * 2**20}", "--disable-usage-stats"]
-    command += [f"--{name}={port}" for name, port in ports.items()]
     with short_folder() as folder:
-        environment = job_environment(folder, token | dict(more or {}))
-        log = folder / "log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [*command, f"--temp-dir={folder}"],
-                cwd=folder,
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        cluster = Cluster(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}", environment)
+        cluster = Cluster(
+            address=f"127.0.0.1:{ports['port']}",
+            dashboard=f"http://127.0.0.1:{ports['dashboard-port']}",
+            environment=job_environment(folder, token | dict(more or {})),
+            folder=folder,
+            nodes=[],
+        )
+        options = ["--head", f"--temp-dir={folder}", *(f"--{name}={port}" for name, port in ports.items())]
         try:
-            _wait_for_jobs_api(cluster, process, log)
+            _start_node(cluster, num_cpus[0], options)
+            for each in num_cpus[1:]:
+                add_node(cluster, each)
             yield cluster
         finally:
-            kill_group(process)
+            for node in reversed(cluster.nodes):
+                kill_group(node)
 
 
-def _wait_for_jobs_api(cluster: Cluster, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once the cluster takes jobs."""
-    deadline = time.monotonic() + CLUSTER_READY_TIMEOUT_S
+def add_node(cluster: Cluster, num_cpus: int) -> None:
+    """Start one more node, and return once the cluster has it."""
+    _start_node(cluster, num_cpus, [f"--address={cluster.address}"])
+
+
+def kill_node(cluster: Cluster, node: Node) -> None:
+    """SIGKILL all processes of a node."""
+    cluster.nodes.remove(node)
+    kill_group(node)
+
+
+def titled_processes(nodes: Sequence[Node], title: str) -> list[psutil.Process]:
+    """Return the processes of the nodes in whose titles, which Ray sets, is `title`."""
+    found = []
+    for node in nodes:
+        for process in psutil.Process(node.pid).children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+    return found
+
+
+def _start_node(cluster: Cluster, num_cpus: int, options: Sequence[str]) -> None:
+    names = ["dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    command = ["ray", "start", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}"]
+    command += [f"--object-store-memory={256 * 2**20}", "--disable-usage-stats", *options]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    log = cluster.folder / f"node-{ports['metrics-export-port']}.log"
+    with log.open("wb") as file:
+        node = subprocess.Popen(
+            command,
+            cwd=cluster.folder,
+            env=cluster.environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    cluster.nodes.append(node)
+    _wait(lambda: _is_complete(cluster), node, log, CLUSTER_READY_TIMEOUT_S, pause_s=0.3)
+
+
+def _is_complete(cluster: Cluster) -> bool:
+    """Say whether the cluster takes jobs and has the nodes that it should have, and no dead one any more."""
+    answer = _answer(cluster, "/api/v0/nodes")
+    if answer is None or _answer(cluster, "/api/jobs/") is None:
+        return False
+    states = [node["state"] for node in answer.json()["data"]["result"]["result"]]
+    return states.count("ALIVE") == len(cluster.nodes)
+
+
+def _answer(cluster: Cluster, path: str) -> requests.Response | None:
+    """Return the dashboard's answer, if it has a good one."""
     headers = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
-    last = "no answer"
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text(errors="replace")[-3000:]
-        try:
-            answer = requests.get(f"{cluster.dashboard}/api/jobs/", headers=headers, timeout=5)
-        except requests.RequestException as error:
-            last = str(error)
-        else:
-            if answer.ok:
-                return
-            last = f"{answer.status_code} {answer.text}"
-        time.sleep(0.3)
-    raise AssertionError(f"no cluster after {CLUSTER_READY_TIMEOUT_S:g} s: {last}\n{log.read_text(errors='replace')}")
+    try:
+        answer = requests.get(f"{cluster.dashboard}{path}", headers=headers, timeout=5)
+    except requests.RequestException:
+        return None
+    return answer if answer.ok else None

@@ -1,4 +1,4 @@
-"""A real S3 server and a real cluster, each started once for all system tests."""
+"""A real S3 server, started once for all system tests, and a real cluster, started once for those of a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a file may run another one, and two crowd a small machine
 def cluster(s3_server: S3Server) -> Iterator[Cluster]:
     """Run a cluster that has the keys of the S3 server and is not told where that server is."""
     elsewhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_ports(1)[0]}"}

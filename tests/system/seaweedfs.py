@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 READY_TIMEOUT_S = 60.0
 REGION = "us-east-1"
+READ_ONLY = {"AWS_ACCESS_KEY_ID": "reader-access-key", "AWS_SECRET_ACCESS_KEY": "reader-secret-key"}
+"""Keys with which the server lets read and list, and not write."""
+
+
+class Weed:
+    """The server's process."""
+
+    def __init__(self, command: Sequence[str], directory: Path) -> None:
+        self._command = command
+        self._directory = directory
+        self.log = directory / "weed.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as file:
+            self.process = subprocess.Popen(self._command, stdout=file, stderr=subprocess.STDOUT, cwd=self._directory)
+
+    def kill(self) -> None:
+        """End it, by its own id: asked politely it takes 10 s."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
 
 @dataclass(frozen=True)
@@ -29,6 +55,8 @@ class S3Server:
     endpoint_url: str
     access_key: str
     secret_key: str
+    weed: Weed = field(repr=False, compare=False)
+    """`kill` it and `start` it again: address and data stay."""
     region: str = REGION
 
     def environment(self) -> dict[str, str]:
@@ -56,6 +84,60 @@ class S3Server:
                 s3={"addressing_style": "path"},
             ),
         )
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket, and how to look into it."""
+
+    server: S3Server
+    name: str
+
+    @classmethod
+    def create(cls, server: S3Server, name: str) -> Bucket:
+        server.client().create_bucket(Bucket=name)
+        return cls(server, name)
+
+    @cached_property
+    def client(self) -> Any:
+        return self.server.client()
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.name}"
+
+    def put(self, key: str, body: bytes) -> None:
+        self.client.put_object(Bucket=self.name, Key=key, Body=body)
+
+    def get(self, key: str) -> bytes:
+        return bytes(self.client.get_object(Bucket=self.name, Key=key)["Body"].read())
+
+    def delete(self, key: str) -> None:
+        self.client.delete_object(Bucket=self.name, Key=key)
+
+    def keys(self, prefix: str) -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+    def table(self, prefix: str) -> pa.Table:
+        """Return the Parquet files below `prefix` as one table."""
+        keys = [key for key in self.keys(prefix) if key.endswith(".parquet")]
+        return pa.concat_tables([pq.read_table(io.BytesIO(self.get(key))) for key in keys])
+
+    def json(self, key: str) -> Any:
+        return json.loads(self.get(key))
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        """Put the files of a local folder below `prefix`."""
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            self.put(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+
+    def download(self, prefix: str, folder: Path) -> None:
+        """Copy what is below `prefix` into a local folder."""
+        for key in self.keys(f"{prefix}/"):
+            path = folder / key.removeprefix(f"{prefix}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.get(key))
 
 
 def weed_binary() -> str | None:
@@ -86,15 +168,14 @@ def run_seaweedfs(directory: Path, *, ready_timeout_s: float = READY_TIMEOUT_S) 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "data").mkdir(exist_ok=True)
     keys = {"accessKey": "test-access-key", "secretKey": "test-secret-key"}
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    reader_keys = dict(zip(keys, READ_ONLY.values(), strict=True))
+    tests = {"name": "tests", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    reader = {"name": "reader", "credentials": [reader_keys], "actions": ["Read", "List"]}
     identities = directory / "identities.json"
-    identities.write_text(
-        json.dumps({"identities": [{"name": "tests", "credentials": [keys], "actions": actions}]}), encoding="utf-8"
-    )
+    identities.write_text(json.dumps({"identities": [tests, reader]}), encoding="utf-8")
     # The gRPC ports default to port + 10000, which may be taken: every port is chosen.
     names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", keys["accessKey"], keys["secretKey"])
     command = [
         binary,
         f"-logdir={directory}",
@@ -112,25 +193,25 @@ def run_seaweedfs(directory: Path, *, ready_timeout_s: float = READY_TIMEOUT_S) 
         "-master.telemetry=false",
         *(f"-{name}={port}" for name, port in ports.items()),
     ]
-    log = directory / "weed.log"
-    with log.open("wb") as log_file:
-        process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, cwd=directory)
-        try:
-            _wait_until_ready(server, process, log, ready_timeout_s)
-            yield server
-        finally:
-            process.kill()  # asked politely it takes 10 s, and what it holds is thrown away
-            process.wait()
+    weed = Weed(command, directory)
+    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", keys["accessKey"], keys["secretKey"], weed)
+    try:
+        weed.start()
+        _wait_until_ready(server, ready_timeout_s)
+        yield server
+    finally:
+        weed.kill()
 
 
-def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:
+def _wait_until_ready(server: S3Server, timeout_s: float) -> None:
     """Return once a bucket can be made and an object written: the ports open earlier than that."""
     deadline = time.monotonic() + timeout_s
     client = server.client()
     last = "no answer"
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"SeaweedFS ended with {process.returncode}: {_tail(log)}")
+        process = server.weed.process
+        if process is None or process.poll() is not None:
+            raise RuntimeError(f"SeaweedFS has ended: {_tail(server.weed.log)}")
         try:
             client.create_bucket(Bucket="ready")
             client.put_object(Bucket="ready", Key="probe", Body=b"ready")
@@ -142,7 +223,7 @@ def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: P
                     client.put_object(Bucket="ready", Key="probe", Body=b"ready")
                     return
         time.sleep(0.2)
-    raise RuntimeError(f"SeaweedFS was not ready after {timeout_s:g} s ({last}): {_tail(log)}")
+    raise RuntimeError(f"SeaweedFS was not ready after {timeout_s:g} s ({last}): {_tail(server.weed.log)}")
 
 
 def _tail(log: Path) -> str:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 import runpy
 import sys
 import uuid
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, Cluster, job_command, job_environment, run_command, succeed
-from seaweedfs import S3Server, free_ports
+from seaweedfs import Bucket, S3Server, free_ports
 
 from agr_ray.data.rendered import render_chip, render_photograph
 from agr_ray.vision.decode import encode_jpeg
@@ -40,41 +35,9 @@ BAD_CHIPS = {
 MISSING_CHIP = "labelled, not there.jpg"
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """A bucket, and how to look into it."""
-
-    server: S3Server
-    name: str
-
-    @property
-    def uri(self) -> str:
-        return f"s3://{self.name}"
-
-    def put(self, key: str, body: bytes) -> None:
-        self.server.client().put_object(Bucket=self.name, Key=key, Body=body)
-
-    def get(self, key: str) -> bytes:
-        return bytes(self.server.client().get_object(Bucket=self.name, Key=key)["Body"].read())
-
-    def keys(self, prefix: str) -> list[str]:
-        pages = self.server.client().get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
-        return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-
-    def table(self, prefix: str) -> pa.Table:
-        """Return the Parquet files below `prefix` as one table."""
-        keys = [key for key in self.keys(prefix) if key.endswith(".parquet")]
-        return pa.concat_tables([pq.read_table(io.BytesIO(self.get(key))) for key in keys])
-
-    def json(self, key: str) -> Any:
-        return json.loads(self.get(key))
-
-
 @pytest.fixture(scope="module")
 def bucket(s3_server: S3Server) -> Bucket:
-    """Make an empty bucket."""
-    s3_server.client().create_bucket(Bucket=BUCKET)
-    return Bucket(s3_server, BUCKET)
+    return Bucket.create(s3_server, BUCKET)
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +156,8 @@ def test_score_gives_a_row_for_every_photograph(
 
     succeed(job_command("score", *here, *checkpoint, *where), cluster.environment)
 
-    (success,) = [key for key in bucket.keys("scored/images/") if key.endswith("/_SUCCESS.json")]
-    rows = bucket.table(success.removesuffix("_SUCCESS.json")).to_pylist()
+    (success,) = bucket.keys("scored/_SUCCESS/")
+    rows = bucket.table("scored/images/").to_pylist()
     status = {row["uri"].removeprefix(f"{bucket.uri}/photographs/"): row["status"] for row in rows}
     assert status == {"2026/0.jpg": "ok", "2026/1.jpg": "ok", "2026/2.jpg": "ok", "text.jpg": "not_an_image"}
     assert (len(rows), bucket.json(success)["counts"]) == (4, {"not_an_image": 1, "ok": 3})
@@ -221,6 +184,7 @@ def test_a_submitted_job_runs_the_code_it_was_submitted_with(
     assert len(filled.table("submitted/crops/")) == NUM_CHIPS + len(BAD_CHIPS) + 1
 
 
+@pytest.mark.slow
 def test_workers_without_a_way_to_the_bucket_end_the_job_with_one_line(
     filled: Bucket, cluster: Cluster, s3_server: S3Server
 ) -> None:

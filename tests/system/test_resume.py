@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ NUM_PHOTOGRAPHS = 64
 EPOCHS = 6
 EPOCHS_BEFORE_KILL = 2
 PARTS_BEFORE_KILL = 2
+ROWS_PER_PART = 4
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ def prepared(photographs: Path, cluster: Cluster, tmp_path_factory: pytest.TempP
         "prepare",
         *("--source.uri", photographs, "--prepare.out", folder / "set", "--prepare.crop_side_px", 32),
         *("--cluster.address", cluster.address),
-        *("--prepare.num_workers", 2, "--prepare.rows_per_file", 4, "--prepare.batch_size", 4),
+        *("--prepare.num_workers", 2, "--prepare.rows_per_file", ROWS_PER_PART, "--prepare.batch_size", 4),
         *("--split.val", 0.2, "--split.test", 0.2),
     )
-    kill_command(command, cluster.environment, folder / "log", when=lambda: len(parts(crops)) >= PARTS_BEFORE_KILL)
+    kill_command(command, cluster, folder / "log", when=lambda: len(parts(crops)) >= PARTS_BEFORE_KILL)
     return Killed(folder / "set", parts(crops), succeed(command, cluster.environment))
 
 
@@ -79,7 +81,7 @@ def trained(prepared: Killed, cluster: Cluster, tmp_path_factory: pytest.TempPat
     def has_come_so_far() -> bool:
         return history.exists() and pq.read_metadata(history).num_rows >= EPOCHS_BEFORE_KILL
 
-    kill_command(command, cluster.environment, folder / "log", when=has_come_so_far)
+    kill_command(command, cluster, folder / "log", when=has_come_so_far)
     assert pq.read_metadata(history).num_rows < EPOCHS
     return Killed(folder / "run", {}, succeed(command, cluster.environment))
 
@@ -91,10 +93,11 @@ def scored(photographs: Path, trained: Killed, cluster: Cluster, tmp_path_factor
         "score",
         *("--score.checkpoint", trained.out / "best", "--score.input", photographs, "--score.out", folder / "out"),
         *("--cluster.address", cluster.address),
-        *("--score.num_workers", 2, "--score.rows_per_file", 4, "--score.batch_size", 4),
+        *("--score.num_workers", 2, "--score.rows_per_file", ROWS_PER_PART, "--score.batch_size", 4),
+        *("--score.lock_expiry_s", 8),
     )
     work = folder / "out-work"
-    kill_command(command, cluster.environment, folder / "log", when=lambda: len(parts(work)) >= PARTS_BEFORE_KILL)
+    kill_command(command, cluster, folder / "log", when=lambda: len(parts(work)) >= PARTS_BEFORE_KILL)
     return Killed(folder / "out", parts(work), succeed(command, cluster.environment))
 
 
@@ -103,12 +106,13 @@ def parts(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("**/part-*.parquet")}
 
 
-def num_rows(killed: Killed) -> int:
-    return sum(pq.read_table(pa.BufferReader(body)).num_rows for _, body in killed.before.values())
+def rows_before(killed: Killed) -> list[dict[str, Any]]:
+    return [row for _, body in killed.before.values() for row in pq.read_table(pa.BufferReader(body)).to_pylist()]
 
 
+@pytest.mark.slow
 def test_a_killed_prepare_does_only_what_is_left(prepared: Killed) -> None:
-    done = num_rows(prepared)
+    done = len(rows_before(prepared))
 
     assert 0 < done < NUM_PHOTOGRAPHS
     assert f"{done} done before, {NUM_PHOTOGRAPHS - done} to do" in prepared.printed
@@ -116,6 +120,7 @@ def test_a_killed_prepare_does_only_what_is_left(prepared: Killed) -> None:
     assert {name: after.get(name) for name in prepared.before} == prepared.before
 
 
+@pytest.mark.slow
 def test_a_killed_prepare_ends_with_each_image_once(prepared: Killed) -> None:
     rows = pq.read_table(prepared.out / "crops")
 
@@ -143,22 +148,20 @@ def test_a_killed_training_ends_with_each_epoch_once(trained: Killed) -> None:
 
 @pytest.mark.slow
 def test_a_killed_scoring_does_only_what_is_left(scored: Killed) -> None:
-    done = num_rows(scored)
+    num_parts = NUM_PHOTOGRAPHS // ROWS_PER_PART
 
-    assert 0 < done < NUM_PHOTOGRAPHS
-    assert f"{NUM_PHOTOGRAPHS} photographs, {NUM_PHOTOGRAPHS - done} to do" in scored.printed
-    after = parts(scored.out / "images")
-    assert {name: after.get(name, (0, b""))[1] for name in scored.before} == {
-        name: body for name, (_, body) in scored.before.items()
-    }
+    assert 0 < len(scored.before) < num_parts
+    assert f"{NUM_PHOTOGRAPHS} to do, {len(scored.before)} of {num_parts} parts done before" in scored.printed
+    scored_at = {row["uri"]: row["scored_at"] for row in pq.read_table(scored.out / "images").to_pylist()}
+    assert all(scored_at[row["uri"]] == row["scored_at"] for row in rows_before(scored))
 
 
 @pytest.mark.slow
 def test_a_killed_scoring_ends_with_each_photograph_once(scored: Killed) -> None:
-    (run,) = (scored.out / "images").iterdir()
-    rows = pq.read_table([str(path) for path in run.glob("*.parquet")])
+    (success,) = (scored.out / "_SUCCESS").iterdir()
+    rows = pq.read_table(scored.out / "images")
 
     names = sorted(Path(uri).name for uri in rows["uri"].to_pylist())
     assert names == [f"{number:03d}.jpg" for number in range(NUM_PHOTOGRAPHS)]
-    assert json.loads((run / "_SUCCESS.json").read_text())["counts"] == {"ok": NUM_PHOTOGRAPHS}
-    assert not parts(Path(f"{scored.out}-work"))
+    assert json.loads(success.read_text())["counts"] == {"ok": NUM_PHOTOGRAPHS}
+    assert not any(path.is_file() for path in Path(f"{scored.out}-work").rglob("*"))

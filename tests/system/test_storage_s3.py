@@ -157,18 +157,56 @@ def test_an_empty_object_is_read(storage: Storage, s3_root: str) -> None:
     assert (info.size_bytes, storage.read(info.uri, etag=info.etag)) == (0, b"")
 
 
-def test_of_writers_at_once_only_one_creates(storage: Storage, s3_root: str) -> None:
-    def create(number: int) -> int | None:
+@pytest.mark.parametrize("existing", [False, True])
+def test_of_conditional_writers_at_once_only_one_succeeds(storage: Storage, s3_root: str, existing: bool) -> None:
+    etag = storage.write(f"{s3_root}/lock", b"old") if existing else None
+
+    def write(number: int) -> int | None:
         try:
-            storage.write(f"{s3_root}/lock", str(number).encode(), if_absent=True)
-        except FileExistsError:
+            storage.write(f"{s3_root}/lock", str(number).encode(), if_absent=not existing, if_match=etag)
+        except (FileExistsError, ChangedObject):
             return None
         return number
 
     with ThreadPoolExecutor(8) as pool:
-        winners = [number for number in pool.map(create, range(8)) if number is not None]
+        winners = [number for number in pool.map(write, range(8)) if number is not None]
 
     assert [str(number).encode() for number in winners] == [storage.read(f"{s3_root}/lock")]
+
+
+def test_an_object_is_replaced_and_deleted_only_if_it_is_still_the_one_that_was_read(
+    storage: Storage, s3_root: str
+) -> None:
+    uri = f"{s3_root}/a"
+    first = storage.write(uri, b"first")
+    assert storage.read_with_etag(uri) == (b"first", first)
+    second = storage.write(uri, b"second", if_match=first)
+
+    with pytest.raises(ChangedObject):
+        storage.write(uri, b"third", if_match=first)
+    with pytest.raises(ChangedObject):
+        storage.delete(uri, if_match=first)
+    assert storage.read_with_etag(uri) == (b"second", second)
+    storage.delete(uri, if_match=second)
+    assert not storage.exists(uri)
+    # AWS says that there is no such key; SeaweedFS that the condition does not hold.
+    with pytest.raises((ChangedObject, MissingObject)):
+        storage.write(uri, b"third", if_match=second)
+
+
+def test_an_object_is_copied_by_the_server_and_from_a_local_file(
+    storage: Storage, s3_root: str, tmp_path: Path
+) -> None:
+    (tmp_path / "local").write_bytes(b"local")
+    storage.write(f"{s3_root}/a b%+é", b"remote")
+
+    storage.copy(f"{s3_root}/a b%+é", f"{s3_root}/run=7/copy #")
+    storage.copy(str(tmp_path / "local"), f"{s3_root}/up")
+
+    assert storage.read(f"{s3_root}/run=7/copy #") == b"remote"
+    assert storage.read(f"{s3_root}/up") == b"local"
+    with pytest.raises(MissingObject, match="none"):
+        storage.copy(f"{s3_root}/none", f"{s3_root}/up")
 
 
 def test_delete_and_exists(storage: Storage, s3_root: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import threading
@@ -140,24 +141,80 @@ def test_writing_replaces_and_leaves_nothing_beside(storage: Storage, tmp_path: 
     assert os.listdir(path.parent) == ["a.bin"]
 
 
-def test_of_writers_at_once_only_one_creates(storage: Storage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("existing", [False, True])
+def test_of_conditional_writers_at_once_only_one_succeeds(storage: Storage, tmp_path: Path, existing: bool) -> None:
     path, outcomes, start = str(tmp_path / "lock"), [], threading.Barrier(8)
+    etag = storage.write(path, b"an older and longer one") if existing else None
 
-    def create(number: int) -> None:
+    def write(number: int) -> None:
         start.wait()
         try:
-            storage.write(path, str(number).encode(), if_absent=True)
+            storage.write(path, str(number).encode(), if_absent=not existing, if_match=etag)
             outcomes.append(number)
-        except FileExistsError:
+        except (FileExistsError, ChangedObject):
             pass
 
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
     assert [str(number) for number in outcomes] == [Path(path).read_text()]
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+def test_a_file_is_replaced_and_deleted_only_if_it_is_still_the_one_that_was_read(
+    storage: Storage, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "a")
+    first = storage.write(path, b"first")
+    assert storage.read_with_etag(path) == (b"first", first)
+    second = storage.write(path, b"the second", if_match=first)
+
+    with pytest.raises(ChangedObject):
+        storage.write(path, b"third", if_match=first)
+    with pytest.raises(ChangedObject):
+        storage.delete(path, if_match=first)
+    assert storage.read_with_etag(path) == (b"the second", second)
+    storage.delete(path, if_match=second)
+    with pytest.raises(MissingObject):
+        storage.write(path, b"third", if_match=second)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_writer_who_waited_for_a_file_that_was_replaced_meanwhile_does_not_replace_it_again(
+    storage: Storage, tmp_path: Path
+) -> None:
+    path, outcomes = tmp_path / "a", []
+    etag = storage.write(str(path), b"first")
+
+    def write() -> None:
+        with pytest.raises(ChangedObject):
+            storage.write(str(path), b"third", if_match=etag)
+        outcomes.append("refused")
+
+    with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a writer does that is about to replace it
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join(timeout=0.3)
+        assert thread.is_alive()
+        storage.write(str(path), b"the second")
+    thread.join()
+
+    assert (outcomes, path.read_bytes()) == (["refused"], b"the second")
+
+
+def test_a_file_is_copied_whole_or_not_at_all(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+
+    storage.copy(str(tmp_path / "a"), str(tmp_path / "new" / "b"))
+    with pytest.raises(MissingObject, match="none"):
+        storage.copy(str(tmp_path / "none"), str(tmp_path / "new" / "b"))
+
+    assert (tmp_path / "new" / "b").read_bytes() == b"x"
+    assert os.listdir(tmp_path / "new") == ["b"]
 
 
 def test_writing_below_a_file_is_one_clear_line(storage: Storage, tmp_path: Path) -> None:

@@ -1,0 +1,187 @@
+"""S3 Inventory: AWS's own listing of a bucket, made daily or weekly, as a stream of its objects.
+
+An inventory is a `manifest.json` that names the bucket it lists and the data files that list it, which lie in the
+bucket of the manifest:
+
+    DESTINATION/SOURCE-BUCKET/CONFIGURATION/2026-11-24T01-00Z/manifest.json
+    DESTINATION/SOURCE-BUCKET/CONFIGURATION/data/4f1c....parquet
+
+Keys are URL-encoded in CSV, a blank as `+`, and plain in Parquet. Source: Amazon S3 User Guide, "Cataloging and
+analyzing your data with S3 Inventory".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from agr_ray.storage import MissingObject, Storage
+
+LISTED: Final = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),  # below what was listed
+        pa.field("etag", pa.string()),  # without quotes
+        pa.field("size_bytes", pa.int64()),
+    ]
+)
+"""One row an object that was listed."""
+
+_BATCH_ROWS = 65_536
+_NEEDED: Final = {"key": pa.string(), "size": pa.int64(), "e_tag": pa.string()}
+_VERSIONS: Final = {"is_latest": pa.bool_(), "is_delete_marker": pa.bool_()}
+"""Only in inventories of all versions."""
+_CSV_NAMES: Final = {
+    "Key": "key",
+    "Size": "size",
+    "ETag": "e_tag",
+    "IsLatest": "is_latest",
+    "IsDeleteMarker": "is_delete_marker",
+}
+"""Fields of `fileSchema` by the names that Parquet gives them."""
+
+
+class InventoryError(ValueError):
+    """The inventory as a whole can't be used. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class _DataFile:
+    key: str
+    md5: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    source_bucket: str
+    file_format: str
+    csv_fields: tuple[str, ...]
+    files: tuple[_DataFile, ...]
+
+
+def read_inventory(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
+    """Yield the objects of an inventory as batches of `LISTED`, in its own order, one data file in memory at a time.
+
+    Objects are the latest versions only; delete markers, and the empty objects whose key ends in `/` that stand for
+    folders, are skipped. The key is the whole key in the bucket. Where the manifest is a local copy, the data files
+    are looked for below the folders above it.
+
+    Args:
+        storage: reads the manifest and the data files; the listed objects are not touched.
+        uri: of the manifest.json.
+
+    Raises:
+        InventoryError: it is no inventory, of another format than CSV or Parquet, without a field that is needed, or
+            a data file is not there or not the one that the manifest means.
+        MissingObject: there is no such manifest.
+    """
+    manifest = _parse_manifest(storage.read(uri))
+    if not manifest.files:
+        return
+    root = _data_root(storage, uri, manifest.files[0].key)
+    read = _read_csv if manifest.file_format == "CSV" else _read_parquet
+    for file in manifest.files:
+        body = _read_data_file(storage, storage.join(root, file.key), file)
+        try:
+            for rows in read(body, manifest.csv_fields):
+                yield _objects(rows, manifest.source_bucket)
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise InventoryError(f"data file {file.key} can't be read as {manifest.file_format}: {reason}") from error
+
+
+def _parse_manifest(data: bytes) -> _Manifest:
+    try:
+        fields = json.loads(data)
+    except ValueError as error:
+        raise InventoryError(f"not an S3 Inventory: not valid JSON: {error}") from None
+    needed = ("sourceBucket", "fileFormat", "fileSchema", "files")
+    lacking = [name for name in needed if not isinstance(fields, dict) or name not in fields]
+    if lacking:
+        raise InventoryError(f"not an S3 Inventory: its manifest has no {lacking[0]}; expected {', '.join(needed)}")
+    if fields["fileFormat"] not in ("CSV", "Parquet"):
+        raise InventoryError(f"the inventory's fileFormat is {fields['fileFormat']!r}: allowed are CSV, Parquet")
+    try:
+        files = tuple(_DataFile(file["key"], file.get("MD5checksum")) for file in fields["files"])
+    except (KeyError, TypeError, AttributeError):
+        raise InventoryError("not an S3 Inventory: files must be a list of tables with a key") from None
+    csv_fields = tuple(_CSV_NAMES.get(name.strip(), name.strip()) for name in str(fields["fileSchema"]).split(","))
+    if fields["fileFormat"] == "CSV":
+        _check_fields(csv_fields)
+    return _Manifest(str(fields["sourceBucket"]), fields["fileFormat"], csv_fields, files)
+
+
+def _check_fields(names: tuple[str, ...]) -> None:
+    for ours, theirs in (("key", "Key"), ("size", "Size"), ("e_tag", "ETag")):
+        if ours not in names:
+            raise InventoryError(f"the inventory lists no {theirs}: add it to the fields of its configuration")
+
+
+def _data_root(storage: Storage, uri: str, key: str) -> str:
+    """Return what the data files' keys are below: the manifest's bucket, or the folder that a copy of it lies in."""
+    parts = storage.absolute(uri).split("/")
+    first = 3 if parts[0].lower() == "s3:" else 1  # s3://bucket, or the local root
+    for depth in range(first, len(parts)):
+        root = "/".join(parts[:depth]) or "/"
+        if storage.exists(storage.join(root, key)):
+            return root
+    raise InventoryError(f"data file {key} is not there")
+
+
+def _read_data_file(storage: Storage, uri: str, file: _DataFile) -> bytes:
+    try:
+        body = storage.read(uri)
+    except MissingObject:
+        raise InventoryError(f"data file {file.key} is not there") from None
+    if file.md5 is not None and hashlib.md5(body, usedforsecurity=False).hexdigest() != file.md5:
+        raise InventoryError(f"data file {file.key} is not the one listed: its MD5 is not {file.md5}")
+    return body
+
+
+def _read_csv(body: bytes, fields: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    """Yield the columns of `_NEEDED` and `_VERSIONS` that there are, keys decoded."""
+    types = {name: type_ for name, type_ in (_NEEDED | _VERSIONS).items() if name in fields}
+    if not body:
+        return
+    with pa.CompressedInputStream(pa.BufferReader(body), "gzip") as lines:
+        reader = pa.csv.open_csv(
+            lines,
+            read_options=pa.csv.ReadOptions(column_names=[*fields]),
+            convert_options=pa.csv.ConvertOptions(column_types=types, include_columns=[*types], null_values=[""]),
+        )
+        for rows in reader:
+            keys = [urllib.parse.unquote_plus(key) for key in rows.column("key").to_pylist()]
+            yield rows.set_column(0, "key", pa.array(keys, pa.string()))
+
+
+def _read_parquet(body: bytes, _: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    """Yield the columns of `_NEEDED` and `_VERSIONS` that there are."""
+    file = pq.ParquetFile(pa.BufferReader(body))
+    names = tuple(file.schema_arrow.names)
+    _check_fields(names)
+    yield from file.iter_batches(_BATCH_ROWS, columns=[name for name in (*_NEEDED, *_VERSIONS) if name in names])
+
+
+def _objects(rows: pa.RecordBatch, bucket: str) -> pa.RecordBatch:
+    """Return the rows of live objects as `LISTED`."""
+    live = pc.invert(pc.ends_with(rows.column("key"), "/"))
+    for name, wanted in (("is_latest", True), ("is_delete_marker", False)):
+        if name in rows.schema.names:
+            live = pc.and_(live, pc.equal(pc.fill_null(rows.column(name), wanted), wanted))
+    kept = rows.filter(live)
+    columns: Mapping[str, Any] = {
+        "uri": pc.binary_join_element_wise(f"s3://{bucket}", kept.column("key"), "/"),
+        "key": kept.column("key"),
+        "etag": pc.utf8_trim(kept.column("e_tag"), characters='"'),
+        "size_bytes": kept.column("size"),
+    }
+    return pa.record_batch([columns[field.name].cast(field.type) for field in LISTED], schema=LISTED)

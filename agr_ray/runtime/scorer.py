@@ -1,0 +1,426 @@
+"""What a scoring worker does: a part of a run's manifest -> photographs -> faces -> attributes -> image rows.
+
+`FaceFinder` needs CPUs, `AttributePredictor` likes a GPU. Where there is none, one process is both.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
+from agr_ray.learn.calibration import CalibratedPredictions, Calibration
+from agr_ray.learn.metrics import predicted_gender
+from agr_ray.learn.predict import Predictions, predict
+from agr_ray.models.checkpoint import load_checkpoint
+from agr_ray.models.network import Transform
+from agr_ray.runtime.checkpoints import unpacked_checkpoint
+from agr_ray.runtime.images import ImageReader, Photograph, Reject, landmark_columns
+from agr_ray.runtime.planning import read_part
+from agr_ray.runtime.stopwatch import Stopwatch
+from agr_ray.schema import FACE, GENDERS, IMAGES, RACES, SCORE_MANIFEST, Status
+from agr_ray.storage import MissingObject, Storage, StorageFailed, StorageUnavailable
+from agr_ray.vision.align import align, crop_side_px
+from agr_ray.vision.quality import sharpness
+
+T = TypeVar("T")
+
+MAX_DEATHS: Final = 3
+"""Times that an image may kill its worker before its row says `failed`."""
+PREDICT_BATCH: Final = 256
+"""Faces that go through the network at a time."""
+_RETRY_S: Final = 2.0
+_UNREACHED_S: Final = 20.0
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What every worker of a run is told."""
+
+    storage: Storage
+    work: str
+    """Folder of the run's work: manifest/, parts/, attempts/."""
+    vision: VisionConfig
+    gates: GatesConfig
+    predict: PredictConfig
+    attributes: tuple[str, ...]
+    batch_size: int
+    outage_s: float
+    transform: Transform
+    checkpoint: Mapping[str, bytes]
+    calibration: Calibration | None
+    provenance: Mapping[str, Any]
+    """Columns that all rows share: run_id, model_digest, config_digest, schema_version."""
+    use_gpu: bool
+
+    def manifest_rows(self, part: int) -> pa.Table:
+        """Read the rows of a part."""
+        return read_part(self.storage, manifest_folder(self.storage, self.work), part)
+
+    @property
+    def stored_side_px(self) -> int:
+        """Return the side of an aligned crop, its margins included."""
+        return crop_side_px(self.transform.crop_side_px, self.transform.margin)
+
+    def part_uri(self, part: int) -> str:
+        """Return where the part's image rows are written."""
+        return part_file(self.storage, self.work, part)
+
+
+def manifest_folder(storage: Storage, work: str) -> str:
+    """Return where the run's manifest is."""
+    return storage.join(work, "manifest")
+
+
+def parts_folder(storage: Storage, work: str) -> str:
+    """Return where the run's image rows are."""
+    return storage.join(work, "parts")
+
+
+def part_file(storage: Storage, work: str, part: int) -> str:
+    """Return the URI of a part's image rows."""
+    return storage.join(parts_folder(storage, work), f"part-{part:08d}.parquet")
+
+
+class Found(NamedTuple):
+    """The photographs of a part and their faces."""
+
+    images: pa.Table
+    """schema.IMAGES; attributes are null."""
+    crops: NDArray[np.uint8]
+    """(faces of all images in their order, S, S, 3), S being the template's side and its margins."""
+
+
+class PartScorer:
+    """Parts -> image rows, written; one worker process does everything."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        self._finder = FaceFinder(scoring)
+        self._predictor = AttributePredictor(scoring)
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
+        """Score the parts whose numbers are in `part`; yield a summary of each."""
+        for part in batch["part"].tolist():
+            yield self._predictor.write(part, self._finder.find_part(part), self._finder.stopwatch.take())
+
+
+class FoundParts:
+    """Parts -> found faces as bytes, for a predictor in another process."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        self._finder = FaceFinder(scoring)
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
+        """Yield one row a part: its number, image rows, crops and seconds by stage."""
+        for part in batch["part"].tolist():
+            found = self._finder.find_part(part)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, IMAGES) as writer:
+                writer.write_table(found.images)
+            yield pa.table(
+                {
+                    "part": [part],
+                    "images": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
+                    "crops": pa.array([found.crops.tobytes()], pa.large_binary()),
+                    "seconds": [json.dumps(self._finder.stopwatch.take())],
+                }
+            )
+
+
+class WrittenParts:
+    """What `FoundParts` gives -> image rows, written."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        self._predictor = AttributePredictor(scoring)
+        self._side_px = scoring.stored_side_px
+
+    def __call__(self, batch: pa.Table) -> Iterator[dict[str, list[Any]]]:
+        """Write each part; yield a summary of each."""
+        for row in batch.to_pylist():
+            with pa.ipc.open_stream(row["images"]) as reader:
+                images = reader.read_all()
+            crops = np.frombuffer(row["crops"], np.uint8).reshape(-1, self._side_px, self._side_px, 3)
+            yield self._predictor.write(row["part"], Found(images, crops), json.loads(row["seconds"]))
+
+
+class FaceFinder:
+    """Downloads, decodes, detects and aligns. One worker's own."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        self.stopwatch = Stopwatch()
+        self._scoring = scoring
+        self._reader = ImageReader(scoring.storage, scoring.vision, self.stopwatch)
+        self._patience = Patience(scoring.outage_s)
+
+    def find_part(self, part: int) -> Found:
+        """Find the faces of all images of a part, one that kills its worker excepted.
+
+        Where an earlier attempt at the part has died, images are taken one at a time, and which one is at work is
+        noted beforehand: an image that has killed its worker `MAX_DEATHS` times is given up.
+        """
+        scoring = self._scoring
+        rows = self._patience.call(lambda: scoring.manifest_rows(part)).select(SCORE_MANIFEST.names).to_pylist()
+        uri = scoring.storage.join(scoring.work, "attempts", f"part-{part:08d}.json")
+        attempts = self._patience.call(lambda: Attempts.begin(scoring.storage, uri))
+        found = self._find_carefully(rows, attempts) if attempts.has_died else self._find(rows)
+        images = pa.Table.from_pylist([row for made, _ in found for row in made], schema=IMAGES)
+        side_px = scoring.stored_side_px
+        crops = [crop for _, made in found for crop in made]
+        self._patience.call(attempts.end)
+        return Found(images, np.stack(crops) if crops else np.empty((0, side_px, side_px, 3), np.uint8))
+
+    def _find(self, rows: list[dict[str, Any]]) -> list[_Batch]:
+        size = self._scoring.batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        found = []
+        ahead = self._fetch(batches[0])
+        for index, batch in enumerate(batches):
+            fetched = ahead
+            if index + 1 < len(batches):
+                ahead = self._fetch(batches[index + 1])
+            found.append(self._find_batch(batch, fetched))
+        return found
+
+    def _find_carefully(self, rows: list[dict[str, Any]], attempts: Attempts) -> list[_Batch]:
+        found: list[_Batch] = []
+        for row in rows:
+            if attempts.deaths[row["image_id"]] >= MAX_DEATHS:
+                error = f"killed its worker {MAX_DEATHS} times"
+                found.append(([row | self._common() | _rejected(Reject(Status.FAILED, error))], []))
+                continue
+            self._patience.call(lambda row=row: attempts.suspect(row["image_id"]))  # type: ignore[misc]
+            found.append(self._find_batch([row], self._fetch([row])))
+        return found
+
+    def _fetch(self, rows: list[dict[str, Any]]) -> Any:
+        return self._reader.fetch([row["uri"] for row in rows], [row["etag"] for row in rows])
+
+    def _find_batch(self, rows: list[dict[str, Any]], fetched: Any) -> _Batch:
+        try:
+            seen = self._reader.read(fetched)
+        except StorageUnavailable:
+            seen = self._patience.call(lambda: self._reader.read(self._fetch(rows)))
+        common = self._common()
+        made, crops = [], []
+        with self.stopwatch.stage("align"):
+            for row, each in zip(rows, seen, strict=True):
+                if isinstance(each, Reject):
+                    made.append(row | common | _rejected(each))
+                else:
+                    columns, aligned = self._faces(each)
+                    made.append(row | common | columns)
+                    crops += aligned
+        return made, crops
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            **self._scoring.provenance,
+            "detector": self._reader.detector_name,
+            "scored_at": datetime.datetime.now(datetime.UTC),
+        }
+
+    def _faces(self, photograph: Photograph) -> tuple[dict[str, Any], list[NDArray[np.uint8]]]:
+        """Return what a photograph adds to its row, and its faces' crops, both from left to right."""
+        original = photograph.faces.scaled(photograph.image.scale)
+        transform = self._scoring.transform
+        faces, crops = [], []
+        for index in np.argsort(original.boxes_xyxy[:, 0], kind="stable").tolist():
+            box, landmarks = photograph.faces.boxes_xyxy[index], photograph.faces.landmarks[index]
+            crop = align(photograph.image.rgb, box, landmarks, transform.crop_side_px, transform.margin)
+            face = {
+                "box": original.boxes_xyxy[index].tolist(),
+                "detector_score": float(original.scores[index]),
+                **landmark_columns(original.landmarks[index]),
+                "sharpness": sharpness(crop),
+            }
+            faces.append(face | {"flags": flags(face, self._scoring.gates)})
+            crops.append(crop)
+        return {
+            "status": str(Status.OK if faces else Status.NO_FACE),
+            "width_px": photograph.image.width_px,
+            "height_px": photograph.image.height_px,
+            "faces": faces,
+        }, crops
+
+
+_Batch = tuple[list[dict[str, Any]], list[NDArray[np.uint8]]]
+"""Rows of schema.IMAGES, and the crops of their faces in order."""
+
+
+class AttributePredictor:
+    """Predicts, calibrates and writes. One worker's own."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        with unpacked_checkpoint(dict(scoring.checkpoint)) as directory:
+            loaded = load_checkpoint(directory, device="cuda" if scoring.use_gpu else "cpu")
+        self._model = loaded.model
+        self._scoring = scoring
+        self._stopwatch = Stopwatch()
+        self._patience = Patience(scoring.outage_s)
+
+    def write(self, part: int, found: Found, seconds: Mapping[str, float]) -> dict[str, list[Any]]:
+        """Write a part's rows with their attributes, and return its summary, a row of columns."""
+        with self._stopwatch.stage("predict"):
+            images = self.fill(found)
+        with self._stopwatch.stage("write"):
+            self._patience.call(lambda: self._scoring.storage.write_table(images, self._scoring.part_uri(part)))
+        self._stopwatch.add(seconds)
+        return summary(part, images, self._stopwatch.take())
+
+    def fill(self, found: Found) -> pa.Table:
+        """Return the image rows with the attributes of their faces."""
+        num_faces = len(found.crops)
+        if not num_faces:
+            return found.images
+        faces = found.images["faces"].combine_chunks()
+        fields = {field.name: faces.flatten().field(field.name) for field in FACE}
+        fields |= self._attributes(found.crops)
+        filled = pa.StructArray.from_arrays(list(fields.values()), fields=list(FACE))
+        lists = pa.ListArray.from_arrays(faces.offsets, filled)
+        return found.images.set_column(IMAGES.get_field_index("faces"), IMAGES.field("faces"), lists)
+
+    def _attributes(self, crops: NDArray[np.uint8]) -> dict[str, pa.Array]:
+        """Return the columns of each face's attributes: of those that are asked for and that the network has."""
+        batches = [
+            predict(self._model, crops[start : start + PREDICT_BATCH], self._scoring.transform, self._scoring.predict)
+            for start in range(0, len(crops), PREDICT_BATCH)
+        ]
+        columns_of_batches = zip(*batches, strict=True)
+        predictions = Predictions(*(None if each[0] is None else np.concatenate(each) for each in columns_of_batches))
+        calibration = self._scoring.calibration
+        made = uncalibrated(predictions) if calibration is None else calibration.apply(predictions)
+        asked = self._scoring.attributes
+        columns: dict[str, pa.Array] = {}
+        abstained: dict[str, NDArray[np.bool_]] = {}
+        if made.age is not None and "age" in asked:
+            columns["age"] = pa.array(made.age, pa.float32())
+            if made.age_low is not None:
+                columns["age_low"] = pa.array(made.age_low, pa.float32())
+                columns["age_high"] = pa.array(made.age_high, pa.float32())
+        if made.p_male is not None and "gender" in asked:
+            columns["p_male"] = pa.array(made.p_male, pa.float32())
+            columns["gender"] = pa.array(np.asarray(GENDERS)[predicted_gender(made.p_male)])
+            if made.abstain_gender is not None:
+                abstained["gender"] = made.abstain_gender
+        if made.race_probs is not None and "race" in asked:
+            flat = pa.array(made.race_probs.ravel(), pa.float32())
+            columns["race_probs"] = pa.FixedSizeListArray.from_arrays(flat, len(RACES))
+            columns["race"] = pa.array(np.asarray(RACES)[made.race_probs.argmax(axis=1)])
+            if made.abstain_race is not None:
+                abstained["race"] = made.abstain_race
+        names = [[name for name, chosen in abstained.items() if chosen[face]] for face in range(len(crops))]
+        columns["abstain"] = pa.array(names, pa.list_(pa.string()))
+        return columns
+
+
+class Patience:
+    """Waits for storage that has gone away, for so many seconds; for storage that was never there, `_UNREACHED_S`."""
+
+    def __init__(self, outage_s: float, *, reached: bool = False) -> None:
+        self._outage_s = outage_s
+        self._reached = reached
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Do it, and again while storage is away.
+
+        Raises:
+            StorageUnavailable, StorageFailed: it stayed away for too long.
+        """
+        gone_since: float | None = None
+        while True:
+            try:
+                done = work()
+            except (StorageUnavailable, StorageFailed):
+                now = time.monotonic()
+                gone_since = now if gone_since is None else gone_since
+                if now - gone_since > (self._outage_s if self._reached else min(self._outage_s, _UNREACHED_S)):
+                    raise
+                time.sleep(_RETRY_S)
+            else:
+                self._reached = True
+                return done
+
+
+class Attempts:
+    """Which image of a part is at work, noted in storage, because a worker that is killed takes its memory along."""
+
+    def __init__(self, storage: Storage, uri: str, deaths: Mapping[str, int], *, has_died: bool) -> None:
+        self._storage = storage
+        self._uri = uri
+        self.deaths = Counter(deaths)
+        """Times that each image has killed its worker, by image_id."""
+        self.has_died = has_died
+        """Whether an earlier attempt at the part did not end."""
+
+    @classmethod
+    def begin(cls, storage: Storage, uri: str) -> Attempts:
+        """Note that the part is begun, and read what is known of earlier attempts."""
+        try:
+            record = json.loads(storage.read(uri))
+        except MissingObject:
+            record = None
+        attempts = cls(storage, uri, record["deaths"] if record else {}, has_died=record is not None)
+        if record and record["suspect"]:
+            attempts.deaths[record["suspect"]] += 1
+        attempts.suspect("")
+        return attempts
+
+    def suspect(self, image_id: str) -> None:
+        """Note which image is next; empty: none alone."""
+        record = {"suspect": image_id, "deaths": self.deaths}
+        self._storage.write(self._uri, json.dumps(record).encode())
+
+    def end(self) -> None:
+        """Forget the part: it was got through."""
+        self._storage.delete(self._uri)
+
+
+def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:
+    """Return which of schema.FLAGS a face has, in their order. Without landmarks it is never `turned`."""
+    x0, y0, x1, y1 = face["box"]
+    turn = max(abs(face.get("yaw") or 0.0), abs(face.get("pitch") or 0.0))
+    found = {
+        "small": min(x1 - x0, y1 - y0) < gates.min_side_px,
+        "blurred": face["sharpness"] < gates.min_sharpness,
+        "turned": turn > gates.max_turn_degrees,
+        "unsure": face["detector_score"] < gates.min_detector_score,
+    }
+    return [name for name, holds in found.items() if holds]
+
+
+def summary(part: int, images: pa.Table, seconds: Mapping[str, float]) -> dict[str, list[Any]]:
+    """Return one row of columns that says what a part holds and what it took."""
+    counts = Counter(images["status"].to_pylist())
+    num_faces = len(images["faces"].combine_chunks().flatten())
+    return {
+        "part": [part],
+        "num_faces": [num_faces],
+        "counts": [json.dumps(counts)],
+        "seconds": [json.dumps(dict(seconds))],
+    }
+
+
+def uncalibrated(predictions: Predictions) -> CalibratedPredictions:
+    """Return predictions as they are: without intervals, and never abstaining."""
+    return CalibratedPredictions(
+        age=predictions.age,
+        age_low=None,
+        age_high=None,
+        p_male=predictions.p_male,
+        race_probs=predictions.race_probs,
+        abstain_gender=None,
+        abstain_race=None,
+    )
+
+
+def _rejected(reject: Reject) -> dict[str, Any]:
+    return {"status": str(reject.status), "error": reject.error, "faces": []}

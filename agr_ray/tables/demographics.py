@@ -1,0 +1,178 @@
+"""Counts of scored faces -> demographic tables: raw shares, and shares corrected for the classifier's confusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from agr_ray.schema import ABSTAINED, DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
+from agr_ray.tables.prevalence import IntArray, Shares, confusion_counts, true_shares, why_not
+
+
+class _Breakdown(NamedTuple):
+    """What the faces are broken down by."""
+
+    attributes: tuple[str, ...]
+
+    @property
+    def factors(self) -> list[tuple[str, ...]]:
+        """The attributes whose errors are taken together: age errs independently of the others."""
+        rest = tuple(name for name in self.attributes if name != "age_group")
+        return [part for part in ((("age_group",) if "age_group" in self.attributes else ()), rest) if part]
+
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """The classes of every cell, in the schema's order."""
+        return list(product(*(DEMOGRAPHIC_CLASSES[name] for name in self.attributes)))
+
+
+def demographics(
+    counts: pa.Table,
+    groups: pa.Table,
+    calibration: Mapping[str, IntArray] | None,
+    attributes: Sequence[str] = tuple(DEMOGRAPHIC_CLASSES),
+    seed: int = 0,
+) -> pa.Table:
+    """Break the faces of each group down by each attribute, and by all of them.
+
+    `share` is of the faces that got a class in all of the breakdown's attributes. `share_corrected` is of all faces
+    that passed the gates, those that the model abstained on included; `share_low` and `share_high` are its 90 %
+    interval (`tables/prevalence.py`). In the joint table, errors in age are taken to be independent of errors in gender
+    and race, given the true classes; errors in gender and race are measured together. The joint table needs enough
+    calibration images of every age group and of every pair of gender and race: a class that has too few leaves the
+    breakdowns it belongs to uncorrected, and `correction` names it.
+
+    Args:
+        counts: grouping columns, age_group, gender, race and n: faces that passed the gates. A gender or race may be
+            `ABSTAINED`; attributes that were not predicted are not read.
+        groups: the same grouping columns, one row a group, with num_images, num_no_face, num_rejected, num_faces,
+            num_flagged; num_abstained is counted anew for each breakdown.
+        calibration: (n,) arrays age_group, gender, race (-1: missing) and age_group_pred, gender_pred, race_pred (-1:
+            abstained) of labelled images that training never saw; None: nothing is corrected.
+        attributes: those that were predicted, of `DEMOGRAPHIC_CLASSES`.
+        seed: of the bootstrap.
+
+    Returns:
+        The grouping columns as strings, then `schema.DEMOGRAPHICS`: every cell of every group, zeros included, in the
+        order of `groups` and of the schema. Nothing is suppressed yet.
+
+    Raises:
+        ValueError: counts of a group that is not among `groups` or one that is there twice, a class or attribute that
+            there is not, or a grouping column that is named like one of the result's.
+    """
+    unknown = sorted(set(attributes) - set(DEMOGRAPHIC_CLASSES))
+    if unknown:
+        raise ValueError(f"attributes: {unknown[0]!r} is none of {', '.join(DEMOGRAPHIC_CLASSES)}")
+    predicted = tuple(name for name in DEMOGRAPHIC_CLASSES if name in attributes)
+    keys = [name for name in groups.column_names if name not in DEMOGRAPHIC_COUNTS]
+    taken = [key for key in keys if key in DEMOGRAPHICS.names]
+    if taken:
+        raise ValueError(f"grouping column {taken[0]}: the tables have a column of that name already")
+    faces = _faces(counts, groups, keys, predicted)
+    breakdowns = [_Breakdown((name,)) for name in predicted] + ([_Breakdown(predicted)] if len(predicted) > 1 else [])
+    parts = [_broken_down(faces, breakdown, predicted, calibration, seed) for breakdown in breakdowns]
+    table = pa.concat_tables(parts) if parts else pa.table({"group": pa.array([], pa.int64()), **_empty()})
+    group = table.column("group").to_numpy()
+    order = pa.array(np.argsort(group, kind="stable"))
+    table, group = table.take(order), pa.array(np.sort(group))
+    columns = {key: groups.column(key).cast(pa.string()).take(group) for key in keys}
+    for field in DEMOGRAPHICS:
+        from_groups = field.name in DEMOGRAPHIC_COUNTS and field.name != "num_abstained"
+        columns[field.name] = groups.column(field.name).take(group) if from_groups else table.column(field.name)
+    return pa.table(columns, schema=pa.schema([*(pa.field(key, pa.string()) for key in keys), *DEMOGRAPHICS]))
+
+
+def _faces(counts: pa.Table, groups: pa.Table, keys: Sequence[str], attributes: Sequence[str]) -> IntArray:
+    """Return (groups, classes + 1 for each attribute) numbers of faces; the last index is "abstained"."""
+    row_of = {tuple(row.values()): i for i, row in enumerate(groups.select(keys).to_pylist())} if keys else {(): 0}
+    if len(row_of) != groups.num_rows:
+        raise ValueError(f"groups: {groups.num_rows - len(row_of)} of the rows are there twice")
+    shape = [groups.num_rows, *(len(DEMOGRAPHIC_CLASSES[name]) + 1 for name in attributes)]
+    faces = np.zeros(shape, np.int64)
+    rows = zip(*(counts.column(key).to_pylist() for key in keys), strict=True) if keys else [()] * counts.num_rows
+    try:
+        index = [np.array([row_of[row] for row in rows], np.int64)]
+    except KeyError as error:
+        raise ValueError(f"counts: group {error.args[0]} is not among the groups") from None
+    for name in attributes:
+        code_of = {label: code for code, label in enumerate((*DEMOGRAPHIC_CLASSES[name], ABSTAINED))}
+        try:
+            index.append(np.array([code_of[label] for label in counts.column(name).to_pylist()], np.int64))
+        except KeyError as error:
+            raise ValueError(f"counts: {name} {error.args[0]!r} is none of {', '.join(code_of)}") from None
+    np.add.at(faces, tuple(index), counts.column("n").to_numpy())
+    return faces
+
+
+def _broken_down(
+    faces: IntArray,
+    breakdown: _Breakdown,
+    attributes: Sequence[str],
+    calibration: Mapping[str, IntArray] | None,
+    seed: int,
+) -> pa.Table:
+    """Return a row for each cell of each group: the columns of DEMOGRAPHICS less the groups' counts, and `group`."""
+    others = tuple(1 + i for i, name in enumerate(attributes) if name not in breakdown.attributes)
+    outcomes = faces.sum(axis=others)
+    n = outcomes[(slice(None), *(slice(-1) for _ in breakdown.attributes))].reshape(len(faces), -1)
+    accepted = n.sum(axis=1)
+    shares, reasons = _corrected(outcomes, breakdown, calibration, seed)
+    num_groups, num_cells = n.shape
+    cells = list(zip(*breakdown.cells, strict=True))
+    labels = dict(zip(breakdown.attributes, cells, strict=True))
+    with np.errstate(invalid="ignore"):
+        share = n / accepted[:, None]
+    return pa.table(
+        {
+            "group": np.repeat(np.arange(num_groups), num_cells),
+            "breakdown": [",".join(breakdown.attributes)] * n.size,
+            **{
+                name: pa.array(list(labels.get(name, [None] * num_cells)) * num_groups, pa.string())
+                for name in DEMOGRAPHIC_CLASSES
+            },
+            "n": n.ravel(),
+            "share": _nullable(share),
+            "share_corrected": _nullable(shares.share),
+            "share_low": _nullable(shares.low),
+            "share_high": _nullable(shares.high),
+            "correction": pa.array([reason for reason in reasons for _ in range(num_cells)], pa.string()),
+            "suppressed": np.zeros(n.size, bool),
+            "num_abstained": np.repeat(outcomes.reshape(num_groups, -1).sum(axis=1) - accepted, num_cells),
+        }
+    )
+
+
+def _corrected(
+    outcomes: IntArray, breakdown: _Breakdown, calibration: Mapping[str, IntArray] | None, seed: int
+) -> tuple[Shares, list[str | None]]:
+    """Return the corrected shares of each group, and why there are none."""
+    num_groups = len(outcomes)
+    if calibration is None:
+        return _no_shares(num_groups, len(breakdown.cells)), ["no calibration"] * num_groups
+    confusions = []
+    for factor in breakdown.factors:
+        sizes = [len(DEMOGRAPHIC_CLASSES[name]) for name in factor]
+        truth = [calibration[name] for name in factor]
+        outcome = [calibration[f"{name}_pred"] for name in factor]
+        confusions.append(confusion_counts(truth, outcome, sizes))
+        reason = why_not(confusions[-1], [" ".join(cell) for cell in _Breakdown(factor).cells])
+        if reason is not None:
+            return _no_shares(num_groups, len(breakdown.cells)), [f"{','.join(factor)}: {reason}"] * num_groups
+    counts = outcomes.reshape(num_groups, -1)
+    return true_shares(counts, confusions, seed), [None if total else "no faces" for total in counts.sum(axis=1)]
+
+
+def _no_shares(num_groups: int, num_cells: int) -> Shares:
+    return Shares(*(np.full((num_groups, num_cells), np.nan) for _ in Shares._fields))
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values.ravel(), pa.float64(), from_pandas=True)
+
+
+def _empty() -> dict[str, pa.Array]:
+    return {field.name: pa.array([], field.type) for field in DEMOGRAPHICS}

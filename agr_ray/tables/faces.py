@@ -1,0 +1,124 @@
+"""Image rows -> a row for each face, a row for each reject, and counts of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from agr_ray.learn.metrics import age_group
+from agr_ray.schema import ABSTAINED, AGE_GROUPS, ALL_GROUPS, FACE, FACES, REJECTS, Status
+
+_SCORED = pa.array([str(Status.OK), str(Status.NO_FACE)])
+
+
+def explode_faces(images: pa.Table, carried: Sequence[str] = ()) -> pa.Table:
+    """Return a row of schema.FACES for each face of image rows, in their order, and its image's columns `carried`."""
+    lists = images["faces"].combine_chunks()
+    parents = pc.list_parent_indices(lists)
+    faces = lists.flatten()
+    columns = {field.name: faces.field(field.name) for field in FACE}
+    columns["face_index"] = pc.subtract(
+        pa.array(np.arange(len(faces)), pa.int64()), pa.array(np.asarray(lists.offsets))[0 : len(lists)].take(parents)
+    ).cast(pa.int32())
+    above = {name: images[name].take(parents) for name in FACES.names if name not in columns}
+    rows = pa.table({name: (columns | above)[name] for name in FACES.names}, schema=FACES)
+    for name in carried:
+        rows = rows.append_column(name, images[name].take(parents))
+    return rows
+
+
+def select_rejects(images: pa.Table) -> pa.Table:
+    """Return the rows of schema.REJECTS: of images that could not be scored."""
+    rejected = images.filter(pc.invert(pc.is_in(images["status"], value_set=_SCORED)))
+    return rejected.select(REJECTS.names).cast(REJECTS)
+
+
+def count_faces(faces: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """Count the faces without a flag by the columns `keys`, age_group, gender and race.
+
+    A gender or race on which the model abstains counts as `schema.ABSTAINED`; an attribute that was not predicted is
+    null.
+
+    Returns:
+        `keys`, age_group, gender, race, n (int64).
+    """
+    accepted = faces.filter(pc.equal(pc.list_value_length(faces["flags"]), 0))
+    columns = {key: accepted[key] for key in keys}
+    columns["age_group"] = _age_groups(accepted["age"])
+    for name in ("gender", "race"):
+        columns[name] = pc.if_else(_abstains(accepted, name), pa.scalar(ABSTAINED), accepted[name])
+    counted = pa.table(columns).group_by([*keys, "age_group", "gender", "race"]).aggregate([([], "count_all")])
+    return counted.rename_columns({"count_all": "n"})
+
+
+def count_images(images: pa.Table, faces: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """Count image rows and their faces by the columns `keys`, which both tables have.
+
+    Returns:
+        `keys`, num_images, num_no_face, num_rejected, num_faces, num_flagged, num_abstained (int64).
+    """
+    status = images["status"]
+    ones = {
+        "num_images": pa.array(np.ones(images.num_rows, np.int64)),
+        "num_no_face": pc.equal(status, str(Status.NO_FACE)).cast(pa.int64()),
+        "num_rejected": pc.invert(pc.is_in(status, value_set=_SCORED)).cast(pa.int64()),
+    }
+    is_flagged = pc.greater(pc.list_value_length(faces["flags"]), 0)
+    abstains = pc.and_(pc.greater(pc.list_value_length(faces["abstain"]), 0), pc.invert(is_flagged))
+    more = {
+        "num_faces": pa.array(np.ones(faces.num_rows, np.int64)),
+        "num_flagged": is_flagged.cast(pa.int64()),
+        "num_abstained": pc.fill_null(abstains, False).cast(pa.int64()),
+    }
+    parts = [
+        pa.table({key: images[key] for key in keys} | ones | {name: _zeros(images.num_rows) for name in more}),
+        pa.table({key: faces[key] for key in keys} | {name: _zeros(faces.num_rows) for name in ones} | more),
+    ]
+    return sum_counts(parts, keys)
+
+
+def sum_counts(tables: Sequence[pa.Table], keys: Sequence[str]) -> pa.Table:
+    """Add up tables of counts by the columns `keys`; the others are the counts. At least one table is needed."""
+    table = pa.concat_tables(tables)
+    names = [name for name in table.column_names if name not in keys]
+    added = table.group_by([*keys], use_threads=False).aggregate([(name, "sum") for name in names])
+    sums = {name: pc.fill_null(added[f"{name}_sum"], 0) for name in names}  # null: of no row, without keys
+    return pa.table({key: added[key] for key in keys} | sums)
+
+
+def with_totals(table: pa.Table, keys: Sequence[str], classes: Sequence[str] = ()) -> pa.Table:
+    """Add the sums over all groups to counts: rows whose `keys` are all `ALL_GROUPS`, one for each of `classes`.
+
+    Groups that have that name in the first of `keys` are renamed.
+    """
+    if not keys:
+        return table
+    first = table[keys[0]]
+    own = pc.if_else(pc.equal(first, ALL_GROUPS), f"{ALL_GROUPS} (a group)", first)
+    table = table.set_column(table.column_names.index(keys[0]), keys[0], own)
+    total = sum_counts([table.drop_columns([*keys])], classes)
+    for index, key in enumerate(keys):
+        total = total.add_column(index, key, pa.array([ALL_GROUPS] * total.num_rows, pa.string()))
+    return pa.concat_tables([table, total.select(table.column_names)])
+
+
+def _zeros(num_rows: int) -> pa.Array:
+    return pa.array(np.zeros(num_rows, np.int64))
+
+
+def _abstains(faces: pa.Table, attribute: str) -> pa.Array:
+    """Say of each face whether the model abstains on an attribute."""
+    lists = faces["abstain"].combine_chunks()
+    mask = np.zeros(len(lists), bool)
+    mask[np.asarray(pc.list_parent_indices(lists))[np.asarray(pc.equal(lists.flatten(), attribute))]] = True
+    return pa.array(mask)
+
+
+def _age_groups(ages: pa.ChunkedArray) -> pa.Array:
+    """Return the names of the ages' groups; null: no age."""
+    known = np.asarray(pc.is_valid(ages))
+    codes = age_group(np.asarray(pc.fill_null(ages, 0.0)).astype(np.float64))
+    return pa.array(np.asarray(AGE_GROUPS)[codes], mask=~known)

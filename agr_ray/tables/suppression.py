@@ -1,0 +1,380 @@
+"""Suppression of small cells, and of as many others as keep them from being computed.
+
+Every count that is published, or follows from what is, is a variable; every sum that holds between them is a line
+of one total and its parts:
+
+- the faces with a class in a breakdown = its cells (this total follows from any published share);
+- faces found = flagged + abstained + faces with a class, for each breakdown;
+- images = without a face + rejected + with a face; faces found = images with a face + further faces;
+- a cell of one attribute = the cells of the joint breakdown that lie in it + its faces without a joint class;
+- abstentions, those on each attribute added up = faces abstained on in the joint breakdown + further abstentions;
+- a count of the group `schema.ALL_GROUPS` = that count of all other groups.
+
+Further faces and abstentions, and faces without a joint class, are never shown, nor protected; where there are none,
+that is taken to be known.
+
+Cells, images, images with a face, faces found and faces with a class are hidden from 1 to k - 1. Images without a face,
+rejected ones, flagged and abstained faces are harmless: they tell nobody's attributes. Then others are hidden, until in
+no line (1) a hidden count stands alone and (2) the parts hidden below a published total add up to less than k, unless
+all are harmless. Last, (3) what all lines together still determine is found by linear programming and algebra.
+
+Wherever a cell of a breakdown is hidden, those of 0 are, too: were they not, hidden cells would be known to be 1 or
+more, and five faces in five cells each known from their sum. A zero may be found out, as nobody is counted there.
+Hidden counts other than cells are known to be 1 or more.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+from scipy.sparse import csc_array, eye_array, hstack
+from scipy.sparse.linalg import splu
+
+from agr_ray.schema import ALL_GROUPS, DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
+
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+SUPPRESSED: Final = "suppressed"
+"""The `correction` of breakdowns whose corrected shares would give hidden counts away."""
+
+_GROUP_COUNTS = tuple(name for name in DEMOGRAPHIC_COUNTS if name != "num_abstained")
+_HARMLESS = ("num_no_face", "num_rejected", "num_flagged")
+_DETERMINED = 1e-6
+_RIDGE = 1e-9
+
+
+class _Counts(NamedTuple):
+    """The variables of a table of r rows, their values, and where each stands."""
+
+    values: IntArray
+    """Rows' n first, then the groups' and the breakdowns' counts, and then those that are never shown."""
+    num_shown: int
+    """Of the variables before those."""
+    of_group: dict[str, IntArray]
+    """(groups,) variable of each group: `_GROUP_COUNTS`, with_face, further_faces, abstentions (the sum) and
+    further_abstentions; the last two without use where there is no joint breakdown."""
+    of_row: IntArray
+    """(r,) variable of each row's faces without a joint class; of rows of the joint breakdown without use."""
+    of_breakdown: dict[str, IntArray]
+    """(breakdowns,) variable of each breakdown of each group: num_abstained and with_class."""
+    group: IntArray
+    """(r,) number of each row's group."""
+    breakdown: IntArray
+    """(r,) number of each row's breakdown of its group."""
+
+
+class _Lines(NamedTuple):
+    """Sums: in each line, the parts less the total are 0. One entry a member, the cheapest to hide first."""
+
+    line: IntArray
+    """(members,) number of the line."""
+    member: IntArray
+    """(members,) variable."""
+    sign: IntArray
+    """(members,) 1: part; -1: total."""
+    num: int
+    """Of lines."""
+
+
+def suppress(table: pa.Table, min_cell: int) -> pa.Table:
+    """Hide cells and totals from 1 to min_cell - 1, and what they could be computed from.
+
+    Hidden counts are null, and so is the share of a hidden n, with `suppressed` true. Corrected shares follow from all
+    counts of their breakdown of a group: where one of these is hidden, all corrected shares are, and `correction` says
+    "suppressed". All shares are, too, where the number of faces with a class must be hidden.
+
+    Args:
+        table: of `schema.DEMOGRAPHICS` after grouping columns, with every cell of every group, as `demographics` makes
+            it.
+        min_cell: smallest count, other than 0, to publish; 0 or 1: nothing is hidden.
+    """
+    if min_cell <= 1 or table.num_rows == 0:
+        return table
+    keys = [name for name in table.column_names if name not in DEMOGRAPHICS.names]
+    counts = _counts(table, keys)
+    hidden = _hide(counts, _lines(table, keys, counts), min_cell)
+    return _publish(table, counts, hidden)
+
+
+def _counts(table: pa.Table, keys: list[str]) -> _Counts:
+    """Number everything that is counted."""
+    group, first_of_group = _numbered(table, keys)
+    breakdown, first_of_breakdown = _numbered(table, [*keys, "breakdown"])
+    n, abstained = (table.column(name).to_numpy() for name in ("n", "num_abstained"))
+    by_group = {name: table.column(name).to_numpy()[first_of_group] for name in _GROUP_COUNTS}
+    by_group["with_face"] = by_group["num_images"] - by_group["num_no_face"] - by_group["num_rejected"]
+    with_class = np.zeros(len(first_of_breakdown), np.int64)
+    np.add.at(with_class, breakdown, n)
+    by_breakdown = {"num_abstained": abstained[first_of_breakdown], "with_class": with_class}
+    without_joint_class = np.zeros(len(n), np.int64)
+    for row, cells in _joint_sums(table, group):
+        without_joint_class[row] = n[row] - n[cells].sum()
+    is_joint = _is_joint(table)[first_of_breakdown]
+    abstentions, joint_abstained = (
+        np.bincount(group[first_of_breakdown], np.where(chosen, by_breakdown["num_abstained"], 0), len(first_of_group))
+        for chosen in (~is_joint, is_joint)
+    )
+    unshown = {
+        "further_faces": by_group["num_faces"] - by_group["with_face"],
+        "abstentions": abstentions.astype(np.int64),
+        "further_abstentions": (abstentions - joint_abstained).astype(np.int64),
+    }
+    shown = [n, *by_group.values(), *by_breakdown.values()]
+    parts = [*shown, *unshown.values(), without_joint_class]
+    starts = np.cumsum([len(part) for part in parts])
+    variables = [start + np.arange(len(part)) for start, part in zip(starts[:-1], parts[1:], strict=True)]
+    names = [*by_group, *by_breakdown, *unshown, "of_row"]
+    variable = dict(zip(names, variables, strict=True))
+    return _Counts(
+        values=np.concatenate(parts),
+        num_shown=sum(len(part) for part in shown),
+        of_group={name: variable[name] for name in (*by_group, *unshown)},
+        of_breakdown={name: variable[name] for name in by_breakdown},
+        of_row=variable["of_row"],
+        group=group,
+        breakdown=breakdown,
+    )
+
+
+def _lines(table: pa.Table, keys: list[str], counts: _Counts) -> _Lines:
+    """List every sum that holds."""
+    of_group, of_breakdown = counts.of_group, counts.of_breakdown
+    sums: dict[int, list[list[int]]] = defaultdict(list)  # total -> the ways in which it is a sum
+    for names in (
+        ("num_images", "num_no_face", "num_rejected", "with_face"),
+        ("num_faces", "with_face", "further_faces"),
+    ):
+        for total, *parts in np.stack([of_group[name] for name in names], axis=1).tolist():
+            sums[total].append(parts)
+    cells_of: dict[int, list[int]] = defaultdict(list)
+    for row, breakdown in enumerate(counts.breakdown):
+        cells_of[breakdown].append(row)
+    is_joint = _is_joint(table)
+    abstained_of: dict[int, list[int]] = defaultdict(list)
+    for breakdown, cells in cells_of.items():
+        group = counts.group[cells[0]]
+        abstained, with_class = of_breakdown["num_abstained"][breakdown], of_breakdown["with_class"][breakdown]
+        sums[with_class].append(cells)
+        sums[of_group["num_faces"][group]].append([of_group["num_flagged"][group], abstained, with_class])
+        if is_joint[cells[0]]:
+            sums[of_group["abstentions"][group]].append([abstained, of_group["further_abstentions"][group]])
+        else:
+            abstained_of[of_group["abstentions"][group]].append(abstained)
+    for total, parts in abstained_of.items():
+        if total in sums:  # there is a joint breakdown
+            sums[total].append(parts)
+    for row, cells in _joint_sums(table, counts.group):
+        sums[row].append([*cells, int(counts.of_row[row])])
+    for total, parts in _group_sums(table, keys, counts):
+        sums[total].append(parts)
+    listed = [(total, parts) for total, ways in sums.items() for parts in ways]
+    line = np.repeat(np.arange(len(listed)), [1 + len(parts) for _, parts in listed])
+    member = np.concatenate([[total, *parts] for total, parts in listed]).astype(np.int64)
+    sign = np.concatenate([[-1, *[1] * len(parts)] for _, parts in listed])
+    # The smaller the count, the less is lost. Hiding the faces with a class costs a whole breakdown's shares; and a 1
+    # that is known to be 1 or more makes room on one side only.
+    cost = counts.values.copy()
+    cost[of_breakdown["with_class"]] += 2 * cost.max()
+    cost[counts.values == 1] += cost.max()
+    order = np.lexsort((member, cost[member], line))
+    return _Lines(line[order], member[order], sign[order], len(listed))
+
+
+def _is_joint(table: pa.Table) -> BoolArray:
+    """Say of each row whether it is of the joint breakdown."""
+    return np.array([breakdown not in DEMOGRAPHIC_CLASSES for breakdown in table.column("breakdown").to_pylist()], bool)
+
+
+def _joint_sums(table: pa.Table, groups: IntArray) -> list[tuple[int, list[int]]]:
+    """Return each cell of one attribute, and the joint cells that lie in it."""
+    cells: dict[tuple[int, str, str], list[int]] = defaultdict(list)
+    single = []
+    labels = {name: table.column(name).to_pylist() for name in DEMOGRAPHIC_CLASSES}
+    for row, (group, breakdown) in enumerate(zip(groups.tolist(), table.column("breakdown").to_pylist(), strict=True)):
+        if breakdown in labels:
+            single.append((row, (group, breakdown, labels[breakdown][row])))
+        else:
+            for name in breakdown.split(","):
+                cells[group, name, labels[name][row]].append(row)
+    return [(row, cells[key]) for row, key in single if key in cells]
+
+
+def _group_sums(table: pa.Table, keys: list[str], counts: _Counts) -> list[tuple[int, list[int]]]:
+    """Return each count of the group that is `ALL_GROUPS` in all grouping columns, and that count of the others."""
+    if not keys:
+        return []
+    group_keys = _first_rows(table.select(keys), counts.group)
+    breakdown_keys = _first_rows(table.select([*keys, "breakdown"]), counts.breakdown)
+    cell_keys = [tuple(row.values()) for row in table.select([*keys, "breakdown", *DEMOGRAPHIC_CLASSES]).to_pylist()]
+    kinds = [
+        (cell_keys, np.arange(table.num_rows)),
+        *((group_keys, counts.of_group[name]) for name in (*_GROUP_COUNTS, "with_face")),
+        *((breakdown_keys, variables) for variables in counts.of_breakdown.values()),
+    ]
+    sums = []
+    for names, variables in kinds:
+        totals: dict[tuple[str | None, ...], int] = {}
+        parts: dict[tuple[str | None, ...], list[int]] = defaultdict(list)
+        for name, variable in zip(names, variables.tolist(), strict=True):
+            group, rest = name[: len(keys)], name[len(keys) :]
+            if all(value == ALL_GROUPS for value in group):
+                totals[rest] = variable
+            else:
+                parts[rest].append(variable)
+        sums += [(variable, parts[rest]) for rest, variable in totals.items() if rest in parts]
+    return sums
+
+
+def _hide(counts: _Counts, lines: _Lines, min_cell: int) -> BoolArray:
+    """Say which counts are hidden: those that are never shown only where they are not 0."""
+    values = counts.values
+    protected = np.arange(len(values)) < counts.num_shown
+    sensitive = protected.copy()
+    for variables in (*(counts.of_group[name] for name in _HARMLESS), counts.of_breakdown["num_abstained"]):
+        sensitive[variables] = False
+    hidden = (values > 0) & ((sensitive & (values < min_cell)) | ~protected)
+    while True:
+        _hide_zeros(counts, hidden)
+        chosen = _exposed_in_a_line(values, lines, hidden, protected, sensitive, min_cell)
+        more = _next_to_hide(values, lines, hidden, chosen)
+        if not more.size:
+            exposed = _exposed_by_all_lines(counts, lines, hidden)
+            if not exposed.any():
+                return hidden
+            more = _nearest_to_hide(values, lines, hidden, exposed)
+        hidden[more] = True
+
+
+def _hide_zeros(counts: _Counts, hidden: BoolArray) -> None:
+    """Hide the cells of 0 of each breakdown that has a hidden cell."""
+    num_rows = len(counts.breakdown)
+    any_hidden = np.bincount(counts.breakdown, hidden[:num_rows])[counts.breakdown] > 0
+    hidden[:num_rows] |= any_hidden & (counts.values[:num_rows] == 0)
+
+
+def _exposed_in_a_line(
+    values: IntArray, lines: _Lines, hidden: BoolArray, protected: BoolArray, sensitive: BoolArray, min_cell: int
+) -> BoolArray:
+    """Say of each line whether rule (1) or (2) wants more of it hidden."""
+    member_hidden = hidden[lines.member]
+    part_hidden = member_hidden & (lines.sign > 0)
+    num_hidden = np.bincount(lines.line, member_hidden, lines.num)
+    sum_hidden = np.bincount(lines.line, part_hidden * values[lines.member], lines.num)
+    total_hidden = np.bincount(lines.line, member_hidden & (lines.sign < 0), lines.num) > 0
+    of_protected, of_sensitive = (
+        np.bincount(lines.line, member_hidden & kind[lines.member], lines.num) > 0 for kind in (protected, sensitive)
+    )
+    too_little = of_sensitive & ~total_hidden & (sum_hidden < min_cell)
+    return np.asarray((of_protected & (num_hidden == 1)) | too_little, np.bool_)
+
+
+def _exposed_by_all_lines(counts: _Counts, lines: _Lines, hidden: BoolArray) -> BoolArray:
+    """Say which counts rule (3) finds.
+
+    Other solutions differ from the true one by what adds up to zero in every line and is not negative where the true
+    count is the least that it can be. Such counts that no difference raises are found first. A random vector, projected
+    onto what adds up to zero without them, is zero just where all differences are.
+    """
+    values = counts.values
+    variables = np.flatnonzero(hidden)
+    member_hidden = hidden[lines.member]
+    column = (np.cumsum(hidden) - 1)[lines.member[member_hidden]]
+    entries = (lines.sign[member_hidden].astype(np.float64), (lines.line[member_hidden], column))
+    sums = csc_array(entries, shape=(lines.num, len(variables)))
+    moves = np.ones(len(variables), bool)
+    is_cell, is_shown = variables < len(counts.breakdown), variables < counts.num_shown
+    least = np.flatnonzero(is_shown & (values[variables] == np.where(is_cell, 0, 1)))
+    moves[least] = _can_rise(sums, least)
+    vector = np.random.default_rng(0).normal(size=len(variables)) * moves
+    moving = sums[:, np.flatnonzero(moves)]
+    normal = splu((moving @ moving.T + _RIDGE * eye_array(lines.num)).tocsc(), permc_spec="MMD_AT_PLUS_A")
+    projected = vector[moves]
+    for _ in range(3):  # the ridge, for lines that depend on each other, leaves a remainder
+        projected = projected - moving.T @ normal.solve(moving @ projected)
+    vector[moves] = projected
+    exposed = np.zeros(len(values), bool)
+    exposed[variables[(np.abs(vector) < _DETERMINED) & is_shown]] = True
+    return exposed & (values > 0)
+
+
+def _can_rise(sums: csc_array, least: IntArray) -> BoolArray:
+    """Say of each variable in `least` whether it is over 0 in a solution of sums @ x = 0 with none of them below 0."""
+    rise, rest = sums[:, least], sums[:, np.setdiff1d(np.arange(sums.shape[1]), least)]
+    num = len(least)
+    if not num:
+        return np.zeros(0, bool)
+    # As solutions can be multiplied, those that can rise at all can rise by 1, and all of them together.
+    found = linprog(
+        np.repeat([-1.0, 0.0], [num, num + rest.shape[1]]),
+        A_eq=hstack([rise, rise, rest], format="csc"),
+        b_eq=np.zeros(sums.shape[0]),
+        bounds=[(0, 1)] * num + [(0, None)] * num + [(None, None)] * rest.shape[1],
+        method="highs",
+    )
+    assert found.status == 0, found.message
+    return np.asarray(found.x[:num] > 0.5, np.bool_)
+
+
+def _next_to_hide(values: IntArray, lines: _Lines, hidden: BoolArray, chosen: BoolArray) -> IntArray:
+    """Return the cheapest member that is published and not 0 of each chosen line that has one."""
+    usable = ~hidden & (values > 0)
+    candidates = np.flatnonzero(usable[lines.member] & chosen[lines.line])
+    first = np.unique(lines.line[candidates], return_index=True)[1]
+    return np.unique(lines.member[candidates[first]])
+
+
+def _nearest_to_hide(values: IntArray, lines: _Lines, hidden: BoolArray, exposed: BoolArray) -> IntArray:
+    """Return what else to hide in the lines of exposed counts, or else in the next lines over hidden ones."""
+    while True:
+        chosen = np.bincount(lines.line, exposed[lines.member], lines.num) > 0
+        more = _next_to_hide(values, lines, hidden, chosen)
+        if more.size:
+            return more
+        # All solutions of lines that are hidden as a whole can be multiplied: there is more to reach.
+        reached = exposed.copy()
+        reached[lines.member[chosen[lines.line] & hidden[lines.member]]] = True
+        assert (reached != exposed).any()
+        exposed = reached
+
+
+def _publish(table: pa.Table, counts: _Counts, hidden: BoolArray) -> pa.Table:
+    """Return the table without what is hidden."""
+    n_hidden = hidden[: table.num_rows]
+    by_breakdown = {name: hidden[variables][counts.breakdown] for name, variables in counts.of_breakdown.items()}
+    any_cell = np.bincount(counts.breakdown, n_hidden)[counts.breakdown] > 0
+    uncorrected = any_cell | by_breakdown["num_abstained"] | by_breakdown["with_class"]
+    masks = {
+        "n": n_hidden,
+        "share": n_hidden | by_breakdown["with_class"],
+        **dict.fromkeys(("share_corrected", "share_low", "share_high"), uncorrected),
+        **{name: hidden[counts.of_group[name]][counts.group] for name in _GROUP_COUNTS},
+        "num_abstained": by_breakdown["num_abstained"],
+    }
+    columns = {name: table.column(name) for name in table.column_names}
+    for name, mask in masks.items():
+        columns[name] = pc.if_else(pa.array(mask), pa.scalar(None, table.schema.field(name).type), columns[name])
+    columns["correction"] = pc.if_else(pa.array(uncorrected), pa.scalar(SUPPRESSED), columns["correction"])
+    columns["suppressed"] = pa.array(n_hidden)
+    return pa.table(columns, schema=table.schema)
+
+
+def _numbered(table: pa.Table, names: list[str]) -> tuple[IntArray, IntArray]:
+    """Number the distinct values of some columns in order of appearance: (rows,) numbers, and each one's first row."""
+    number_of: dict[tuple[str | None, ...], int] = {}
+    columns = [table.column(name).to_pylist() for name in names]
+    values = zip(*columns, strict=True) if columns else [()] * table.num_rows
+    numbers = np.array([number_of.setdefault(value, len(number_of)) for value in values], np.int64)
+    return numbers, np.unique(numbers, return_index=True)[1]
+
+
+def _first_rows(columns: pa.Table, numbers: IntArray) -> list[tuple[str | None, ...]]:
+    """Return the values of the first row of each number."""
+    first = np.unique(numbers, return_index=True)[1]
+    return [tuple(row.values()) for row in columns.take(pa.array(first)).to_pylist()]

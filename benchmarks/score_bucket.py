@@ -1,0 +1,153 @@
+"""A bucket of small photographs scored night after night on a real S3 server, and what stays in memory meanwhile.
+
+    python benchmarks/score_bucket.py --checkpoint RUN/best --chips UTKFACE --photographs FOLDER [--num 20000]
+
+Fills a bucket of SeaweedFS: labelled chips, press photographs shrunk to 480 px, rendered photographs, and one bad
+object in a hundred; objects of the same picture differ in trailing bytes. Then runs `jobs/score.py`
+
+1. on a quarter of the objects, for its peak memory, into an output of its own;
+2. on all of them; 3. again; 4. once more after 100 were added and 50 replaced;
+
+and has DuckDB check after each that input rows = output rows, none twice. Prints counts, images/s and the peak of the
+summed proportional set sizes of all processes of 1 beside that of 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow.dataset
+from memory import watched_memory
+from rich.console import Console
+from rich.table import Table
+
+from agr_ray.data.rendered import render_photograph
+from agr_ray.runtime.publish import published_runs
+from agr_ray.storage import Storage
+from agr_ray.vision.decode import decode_image, encode_jpeg
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "tests" / name) for name in ("system", "unit")]
+import bad_images  # noqa: E402
+from seaweedfs import S3Server, run_seaweedfs  # noqa: E402
+
+BUCKET, TABLES = "photographs", "tables"
+NUM_CHIPS, NUM_RENDERED = 2000, 20
+SIDE_PX = 480
+ADDED, REPLACED = 100, 50
+BAD = (bad_images.empty, bad_images.text, bad_images.corrupt_jpeg, bad_images.truncated_jpeg)
+BAD_SHARE = 0.01
+
+
+def main() -> None:
+    """Fill, score four times, check and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--chips", type=Path, required=True, help="folder of face chips (.jpg)")
+    parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
+    parser.add_argument("--num", type=int, default=20_000, help="objects in the bucket")
+    arguments = parser.parse_args()
+    console = Console(width=120, highlight=False)
+    with tempfile.TemporaryDirectory(prefix="bucket-") as temporary, run_seaweedfs(Path(temporary)) as server:
+        os.environ.update(server.environment())
+        for bucket in (BUCKET, TABLES):
+            server.client().create_bucket(Bucket=bucket)
+        pictures = make_pictures(arguments.chips, arguments.photographs)
+        started = time.perf_counter()
+        put_all(server, pictures, range(arguments.num))
+        console.print(f"{arguments.num:,} objects put in {time.perf_counter() - started:.0f} s")
+        table = Table("run", "to score", "scored", "s", "images/s", "peak MiB", "by status")
+        quarter = ("--score.limit", arguments.num // 4, "--score.out", f"s3://{TABLES}/quarter")
+        small = run(arguments.checkpoint, *quarter)
+        add_row(table, "a quarter", arguments.num // 4, small)
+        whole = ("--score.out", f"s3://{TABLES}/all")
+        first = run(arguments.checkpoint, *whole)
+        add_row(table, "all", arguments.num, first)
+        check(arguments.num)
+        add_row(table, "again", 0, run(arguments.checkpoint, *whole))
+        check(arguments.num)
+        put_all(server, pictures, range(arguments.num, arguments.num + ADDED))
+        put_all(server, pictures, range(REPLACED), version=1)
+        changed = run(arguments.checkpoint, *whole)
+        add_row(table, f"{ADDED} added, {REPLACED} replaced", ADDED + REPLACED, changed)
+        check(arguments.num + ADDED)
+        console.print(table)
+        growth = first["peak_mib"] / small["peak_mib"] - 1
+        console.print(f"peak memory of all against a quarter: {growth:+.1%}")
+
+
+def make_pictures(chips: Path, photographs: Path) -> list[bytes]:
+    """Return the different pictures, in random order."""
+    pictures = [path.read_bytes() for path in random.Random(0).sample(sorted(chips.glob("*.jpg")), NUM_CHIPS)]
+    for path in sorted(photographs.iterdir()):
+        pictures += [encode_jpeg(decode_image(path.read_bytes(), max_side_px=SIDE_PX).rgb)] * 5
+    pictures += [encode_jpeg(render_photograph(0, i, SIDE_PX, 360, 1 + i % 4).image_rgb) for i in range(NUM_RENDERED)]
+    random.Random(0).shuffle(pictures)
+    return pictures
+
+
+def put_all(server: S3Server, pictures: list[bytes], numbers: range, version: int = 0) -> None:
+    """Put the objects of these numbers; those of another version have other content."""
+    client = server.client()
+
+    def put(number: int) -> None:
+        body = pictures[number % len(pictures)] + f"{number} {version}".encode()  # after the end of the picture
+        if number % round(1 / BAD_SHARE) == 7 and not version:
+            body = BAD[number // 100 % len(BAD)]()
+        client.put_object(Bucket=BUCKET, Key=f"uploads/{number // 1000:03d}/{number:06d}.jpg", Body=body)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, numbers))
+
+
+def run(checkpoint: Path, *options: object) -> dict[str, Any]:
+    """Run the job; return the seconds, peak memory and the record of the run that it published."""
+    out = str(options[options.index("--score.out") + 1])
+    before = {record["run_id"] for record in published_runs(Storage(), out)}
+    command = [sys.executable, str(ROOT / "jobs" / "score.py"), "--score.checkpoint", str(checkpoint)]
+    command += ["--score.input", f"s3://{BUCKET}/uploads", *map(str, options)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    with watched_memory(process.pid) as samples_mib:
+        returned = process.wait()
+    if returned:
+        raise SystemExit(f"{' '.join(command)} ended with {returned}")
+    seconds = time.perf_counter() - started
+    (record,) = [record for record in published_runs(Storage(), out) if record["run_id"] not in before]
+    return record | {"seconds": seconds, "peak_mib": max(samples_mib, default=0.0)}
+
+
+def add_row(table: Table, name: str, expected: int, measured: Mapping[str, Any]) -> None:
+    """Add a run to the table."""
+    if measured["num_images"] != expected:
+        raise SystemExit(f"{name}: {measured['num_images']:,} rows, expected {expected:,}")
+    score_s = measured["timings"]["score_s"]
+    speed = f"{expected / score_s:.1f}" if score_s else ""
+    statuses = ", ".join(f"{status} {count:,}" for status, count in measured["counts"].items())
+    numbers = (f"{expected:,}", f"{measured['num_images']:,}", f"{measured['seconds']:.0f}", speed)
+    table.add_row(name, *numbers, f"{measured['peak_mib']:,.0f}", statuses)
+
+
+def check(num_keys: int) -> None:
+    """Have DuckDB look at everything published: each key is there, and no image id twice."""
+    fs, path = Storage().arrow_filesystem(f"s3://{TABLES}/all/images")
+    images = pyarrow.dataset.dataset(path, filesystem=fs, format="parquet")  # noqa: F841  # DuckDB finds it by name
+    counted = duckdb.sql("SELECT count(DISTINCT uri), count(DISTINCT image_id), count(*) FROM images").fetchall()
+    ((num_uris, num_ids, num_rows),) = counted
+    if num_uris != num_keys or num_ids != num_rows:
+        raise SystemExit(f"{num_keys:,} keys, but {num_uris:,} URIs and {num_ids:,} ids in {num_rows:,} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""How fast `jobs/score.py` is on this machine's CPUs, beside the loop that a user would write.
+
+    python benchmarks/score_throughput.py --photographs FOLDER [--seconds 300] [--workers 2]
+
+Both see the same photographs and, of each, the same network: ResNet50 at 224 px with random weights.
+
+(a) facenet-pytorch's MTCNN(keep_all=True) with its defaults, then torchvision's ResNet50 in float32 on each face,
+    one photograph at a time, on all cores.
+(b) `runtime.score.score` with the preset `paper` on an embedded local cluster, the photographs repeated under other
+    names until it runs for --seconds. Its start-up is shown apart: it ends when the first batch has been read.
+
+Also printed: where (b)'s time goes, its peak memory (proportional set sizes of all processes, summed), how its
+attributes agree with plain float32 on the same crops, and how its faces agree with those of (a).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import torch
+import torchvision
+from facenet_pytorch import MTCNN
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from agr_ray.config import ClusterConfig, ModelConfig, PredictConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.learn.augment import prepare_eval
+from agr_ray.learn.inference import for_inference
+from agr_ray.learn.predict import Predictions, average, predict, to_nchw
+from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
+from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.runtime.score import score
+from agr_ray.vision.align import align
+from agr_ray.vision.decode import decode_image
+from agr_ray.vision.detect import make_detector
+
+T = TypeVar("T")
+
+TRANSFORM: Final = Transform(input_side_px=224, crop_side_px=224)
+PREDICT: Final = PredictConfig(precision="auto")
+STAGES: Final = ("decode", "detect", "align", "predict")
+ROWS_PER_PART: Final = 64
+"""Small, so that the workers end together."""
+MIN_OVERLAP: Final = 0.5
+MIN_REFERENCE_SCORE: Final = 0.95
+MIN_REFERENCE_SIDE_PX: Final = 40.0
+MIN_REFERENCE_SHARE: Final = 0.04
+"""Of the photograph's shorter side: smaller faces of (a) need not be found."""
+SAMPLE_MEMORY_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the user's loop did."""
+
+    seconds: float
+    faces: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    """Boxes (n, 4) and scores (n,) by the photograph's file name."""
+    shorter_sides_px: Mapping[str, int]
+
+    @property
+    def num_faces(self) -> int:
+        """Return how many faces were found."""
+        return sum(len(boxes) for boxes, _ in self.faces.values())
+
+
+def main() -> None:
+    """Run both and print what the module says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
+    parser.add_argument("--seconds", type=float, default=300.0, help="about how long (b) is to run")
+    parser.add_argument("--workers", type=int, default=2, help="processes of (b)")
+    arguments = parser.parse_args()
+    paths = sorted(path for path in arguments.photographs.iterdir() if path.is_file())
+    console = Console(width=120, highlight=False)
+    with tempfile.TemporaryDirectory(prefix="score-") as temporary:
+        folder = Path(temporary)
+        in_new_process(make_checkpoint, paths, folder / "checkpoint")
+        agreement, one_thread_s = in_new_process(attribute_agreement, paths, folder / "checkpoint")
+        reference = in_new_process(user_loop, paths)
+        num_copies = max(1, round(arguments.seconds * arguments.workers / one_thread_s / len(paths)))
+        repeat(paths, num_copies, folder / "photographs")
+        job = ScoreJob(
+            cluster=ClusterConfig(address="local", include_dashboard=False),
+            vision=VisionConfig(),
+            predict=PREDICT,
+            score=ScoreConfig(
+                checkpoint=str(folder / "checkpoint"),
+                input=str(folder / "photographs"),
+                out=str(folder / "scored"),
+                num_workers=arguments.workers,
+                rows_per_file=ROWS_PER_PART,
+            ),
+        )
+        started = time.time()
+        with peak_memory() as peak_mib:
+            record = score(job)
+        ended = time.time() - record["timings"]["publish_s"]
+        images = pa.dataset.dataset(folder / "scored" / "images", format="parquet").to_table()
+    first_read = min(images["scored_at"].to_pylist()).timestamp()
+    show_speed(console, reference, len(paths), record, first_read - started, ended - first_read, arguments.workers)
+    console.print(f"peak memory of (b), all processes: {peak_mib():,.0f} MiB")
+    console.print(agreement)
+    show_faces(console, reference, images)
+
+
+def in_new_process(work: Callable[..., T], *arguments: Any) -> T:
+    """Do the work in a fresh process, so that neither its memory nor its threads are another part's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def user_loop(paths: list[Path]) -> Reference:
+    """Do (a)."""
+    detector = MTCNN(keep_all=True)
+    cutter = MTCNN(keep_all=True, image_size=TRANSFORM.input_side_px)
+    network = torchvision.models.resnet50().eval()
+    faces, sides = {}, {}
+
+    def score_one(path: Path) -> None:
+        image = Image.open(path).convert("RGB")
+        boxes, scores, _ = detector.detect(image, landmarks=True)
+        sides[path.name] = min(image.size)
+        if boxes is None:
+            faces[path.name] = (np.empty((0, 4)), np.empty(0))
+            return
+        with torch.inference_mode():
+            for crop in cutter.extract(image, boxes, None):
+                network(crop[None])
+        faces[path.name] = (np.asarray(boxes, np.float64), np.asarray(scores, np.float64))
+
+    score_one(paths[0])  # the first takes longer
+    started = time.perf_counter()
+    for path in paths:
+        score_one(path)
+    return Reference(time.perf_counter() - started, faces, sides)
+
+
+def cut_faces(paths: list[Path]) -> NDArray[np.uint8]:
+    """Return the aligned crops of all faces, as scoring cuts them, on one thread."""
+    torch.set_num_threads(1)
+    vision = VisionConfig()
+    detector = make_detector("mtcnn", min_face_px=vision.min_face_px, min_score=vision.min_score)
+    crops = []
+    for path in paths:
+        rgb = decode_image(path.read_bytes(), max_side_px=vision.max_side_px).rgb
+        (faces,) = detector.detect([rgb])
+        for box, landmarks in zip(faces.boxes_xyxy, faces.landmarks, strict=True):
+            crops.append(align(rgb, box, landmarks, TRANSFORM.crop_side_px, TRANSFORM.margin))
+    return np.stack(crops)
+
+
+def make_checkpoint(paths: list[Path], directory: Path) -> None:
+    """Save a network of random weights whose outputs spread over these faces as a trained one's would.
+
+    Without that, all faces would be given the same age and race, and agreement would mean nothing.
+    """
+    torch.manual_seed(0)
+    model = MultiTaskNet(ModelConfig(preset="paper"))
+    images = prepare_eval(to_nchw(cut_faces(paths), torch.device("cpu")), TRANSFORM)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # running statistics are the mean of all batches
+    with torch.inference_mode():
+        model.train()
+        for chunk in images.split(16):
+            model.trunk(chunk)
+        model.eval()
+        features = torch.cat([model.trunk(chunk) for chunk in images.split(16)])
+    heads = {"age": (model.age_head, 40.0, 15.0), "gender": (model.gender_head, 0.0, 2.0)}
+    heads["race"] = (model.race_head, 0.0, 2.0)
+    for head, mean, std in heads.values():
+        assert head is not None
+        with torch.no_grad():
+            logits = head(features)
+            head.weight.mul_(std / logits.std(dim=0)[:, None])
+            head.bias.copy_(mean - (features @ head.weight.T).mean(dim=0))
+    save_checkpoint(directory, model, TRANSFORM)
+
+
+def attribute_agreement(paths: list[Path], directory: Path) -> tuple[Table, float]:
+    """Compare our predictions with plain float32 torch on the same crops.
+
+    Returns:
+        A table, and the seconds that a photograph takes on one thread, model loading apart.
+    """
+    plain_model = load_checkpoint(directory).model
+    model = for_inference(plain_model, PREDICT.precision)
+    predict(model, cut_faces(paths[:8]), TRANSFORM, PREDICT)  # the first takes longer
+    started = time.perf_counter()
+    crops = cut_faces(paths)
+    ours = predict(model, crops, TRANSFORM, PREDICT)
+    seconds = (time.perf_counter() - started) / len(paths)
+    with torch.inference_mode():
+        plain = average([plain_model(prepare_eval(to_nchw(crops, torch.device("cpu")), TRANSFORM))])
+    return agreement_table(ours, plain), seconds
+
+
+def agreement_table(ours: Predictions, plain: Predictions) -> Table:
+    """Say by how much two predictions of the same faces differ."""
+    assert ours.age is not None
+    assert ours.p_male is not None
+    assert ours.race_probs is not None
+    assert plain.race_probs is not None
+    table = Table("attribute", "mean difference", "largest", title=f"(b) against plain float32, {len(ours.age)} faces")
+    for name, one, other in (("age, years", ours.age, plain.age), ("p_male", ours.p_male, plain.p_male)):
+        difference = np.abs(one - other)
+        table.add_row(name, f"{difference.mean():.4f}", f"{difference.max():.4f}")
+    same = (ours.race_probs.argmax(axis=1) == plain.race_probs.argmax(axis=1)).mean()
+    table.add_row("race, same class", f"{same:.1%}", "")
+    return table
+
+
+def repeat(paths: list[Path], num_copies: int, folder: Path) -> None:
+    """Give each photograph so many names in the folder."""
+    folder.mkdir()
+    for path in paths:
+        first = folder / f"00000-{path.name}"
+        shutil.copyfile(path, first)
+        for copy in range(1, num_copies):
+            os.link(first, folder / f"{copy:05d}-{path.name}")
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """Watch this process and all below it; yield what returns the largest sum of their proportional set sizes, MiB."""
+    peaks = [0.0]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_MEMORY_S):
+            peaks.append(sum(map(pss_mib, descendants(os.getpid()))))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: max(peaks)
+    finally:
+        done.set()
+        thread.join()
+
+
+def descendants(root: int) -> list[int]:
+    """Return the ids of a process and of all below it (Linux)."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+        children.setdefault(parent, []).append(int(folder.name))
+    found = [root]
+    for process in found:
+        found += children.get(process, [])
+    return found
+
+
+def pss_mib(process: int) -> float:
+    """Return the proportional set size of a process, 0 if it has ended (Linux)."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def show_speed(
+    console: Console,
+    reference: Reference,
+    num_photographs: int,
+    record: Mapping[str, Any],
+    startup_s: float,
+    seconds: float,
+    num_workers: int,
+) -> None:
+    """Print the speed of both, and where (b)'s time went."""
+    num_images, num_faces = record["num_images"], record["num_faces"]
+    loop_speed, speed = num_photographs / reference.seconds, num_images / seconds
+    table = Table("", "photographs", "s", "images/s", "faces/s", title=f"{os.cpu_count()} CPUs")
+    loop_faces = f"{reference.num_faces / reference.seconds:.2f}"
+    table.add_row("(a) loop", f"{num_photographs}", f"{reference.seconds:.1f}", f"{loop_speed:.2f}", loop_faces)
+    row = (f"{num_images:,}", f"{seconds:.1f}", f"{speed:.2f}", f"{num_faces / seconds:.2f}")
+    table.add_row(f"(b) score, {num_workers} workers", *row)
+    console.print(table)
+    console.print(f"(b) is {speed / loop_speed:.1f} times as fast; its start-up took {startup_s:.1f} s")
+    available_s = num_workers * seconds
+    spent: dict[str, float] = record["timings"]["worker_s"]
+    table = Table("(b) by stage", "ms an image", "share of the workers' time")
+    for stage, stage_s in sorted(spent.items(), key=lambda item: -item[1]):
+        table.add_row(stage, f"{stage_s / num_images * 1e3:.1f}", f"{stage_s / available_s:.1%}")
+    rest_s = available_s - sum(spent.values())
+    table.add_row("outside all stages", f"{rest_s / num_images * 1e3:.1f}", f"{rest_s / available_s:.1%}")
+    compute_s = sum(spent.get(stage, 0.0) for stage in STAGES)
+    table.add_row(f"sum of {', '.join(STAGES)}", "", f"{compute_s / available_s:.1%}")
+    console.print(table)
+
+
+def show_faces(console: Console, reference: Reference, images: pa.Table) -> None:
+    """Print how (b)'s faces agree with those of (a); list those that only one of them has."""
+    num_wanted = num_found = num_ours = 0
+    missed, unmatched = [], []
+    for uri, faces in zip(images["uri"].to_pylist(), images["faces"].to_pylist(), strict=True):
+        copy, _, name = uri.rpartition("/")[2].partition("-")
+        if int(copy):
+            continue
+        boxes, scores = reference.faces[name]
+        ours = np.array([face["box"] for face in faces], np.float64).reshape(-1, 4)
+        overlaps = intersection_over_union(boxes, ours)
+        min_side_px = max(MIN_REFERENCE_SIDE_PX, MIN_REFERENCE_SHARE * reference.shorter_sides_px[name])
+        sides_px = (boxes[:, 2:] - boxes[:, :2]).min(axis=1)
+        wanted = (scores >= MIN_REFERENCE_SCORE) & (sides_px >= min_side_px)
+        is_found = overlaps.max(axis=1, initial=0.0) >= MIN_OVERLAP
+        is_known = overlaps.max(axis=0, initial=0.0) >= MIN_OVERLAP
+        num_wanted += int(wanted.sum())
+        num_found += int((wanted & is_found).sum())
+        num_ours += len(ours)
+        missed += [f"{name} {box.round().astype(int).tolist()}" for box in boxes[wanted & ~is_found]]
+        unmatched += [
+            f"{name} {box.round().astype(int).tolist()} score {face['detector_score']:.3f}"
+            for box, face, known in zip(ours, faces, is_known, strict=True)
+            if not known
+        ]
+    console.print(f"faces of (a) that (b) has: {share(num_found, num_wanted)}")
+    for line in missed:
+        console.print(f"  missed: {line}")
+    console.print(f"faces of (b) that (a) has not: {share(len(unmatched), num_ours)}")
+    for line in unmatched:
+        console.print(f"  only in (b): {line}")
+
+
+def share(part: int, whole: int) -> str:
+    """Say how much a part is of the whole."""
+    return f"{part} of {whole}" + (f" ({part / whole:.1%})" if whole else "")
+
+
+def intersection_over_union(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the overlap of each of n boxes with each of m others, (n, m)."""
+    return np.asarray(torchvision.ops.box_iou(torch.from_numpy(boxes), torch.from_numpy(others)).numpy())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""How much closer to the truth corrected shares are than raw ones, and how often their intervals hold it.
+
+    python benchmarks/shares.py --calibration EVAL/predictions.parquet --test EVAL/predictions.parquet
+
+Both files are written by jobs/evaluate.py, of the same model and of splits it was not trained on: the first of the
+split that it is calibrated on, the second of another. --mixtures times, true shares are drawn at random (Dirichlet),
+and then --faces test images, so many of each class. The images are counted as scoring counts faces, abstentions
+included, and corrected by what the calibration images say of the model's errors.
+
+Two tables. In the first, each breakdown has mixtures of its own: the shares of its classes are even on the simplex, and
+within a class images are drawn as the test split has them. This is what the correction is made for. In the second, age
+group, gender and race are all shifted at once and far, so that how well one is told changes with the others: what to
+expect where the assumption fails.
+
+Printed: the mean absolute error of raw and of corrected shares, and their ratio; how many of the 90 % intervals hold
+the true share, and how wide they are on average. Expected in the first table: errors below the raw ones, and 85 % or
+more of the intervals.
+
+An image is drawn again for a mixture only where its class has no other left: faces that repeat each other tell less
+than intervals take them to, so coverage falls where --faces is large beside the test split. Classes of fewer than
+--min-rows test images are left out of the mixtures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from agr_ray.config import EvaluateConfig
+from agr_ray.learn.calibration import CalibratedPredictions, Calibration, true_age_group
+from agr_ray.learn.metrics import Labels, predicted_gender
+from agr_ray.learn.predict import Predictions
+from agr_ray.runtime.crops import label_arrays
+from agr_ray.schema import DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, GENDERS, PREDICTIONS, RACES
+from agr_ray.tables.demographics import demographics
+from agr_ray.tables.faces import count_faces
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+ATTRIBUTES = tuple(DEMOGRAPHIC_CLASSES)
+SIZES = tuple(len(names) for names in DEMOGRAPHIC_CLASSES.values())
+KEY = "mixture"
+BREAKDOWNS = (("gender",), ("race",), ("age_group",), ("gender", "race"), ATTRIBUTES)
+
+
+class Scored(NamedTuple):
+    """Labelled images, as evaluation left them."""
+
+    labels: Labels
+    predictions: Predictions
+
+
+def main() -> None:
+    """Read both files, draw the mixtures, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", type=Path, required=True, help="predictions.parquet of the calibration split")
+    parser.add_argument("--test", type=Path, required=True, help="predictions.parquet of another split")
+    parser.add_argument("--mixtures", type=int, default=100, help="how many (100)")
+    parser.add_argument("--faces", type=int, default=500, help="in each (500)")
+    parser.add_argument("--min-rows", type=int, default=5, help="test images that a combination needs (5)")
+    parser.add_argument("--risk", type=float, default=EvaluateConfig().abstain_risk, help="abstain_risk (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    calibration_set, test = read(arguments.calibration), read(arguments.test)
+    calibration = Calibration.fit(*calibration_set, coverage=EvaluateConfig().coverage, risk=arguments.risk)
+    faces = scored_faces(calibration.apply(test.predictions))
+    console = Console(width=120)
+    said = f"{len(calibration_set.labels.age):,} calibration and {len(test.labels.age):,} test images"
+    console.print(f"{said}; {arguments.mixtures} mixtures of {arguments.faces:,} faces", highlight=False)
+    for note in calibration.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    reasons = {}
+    for title, shifted in (("each breakdown shifted on its own", None), ("all shifted at once", ATTRIBUTES)):
+        figures = Table("breakdown", "raw error", "corrected", "of raw", "intervals hold", "their width", title=title)
+        for breakdown in BREAKDOWNS:
+            rng = np.random.default_rng(arguments.seed)
+            shares, chosen = draw_mixtures(
+                test.labels, shifted or breakdown, arguments.mixtures, arguments.faces, arguments.min_rows, rng
+            )
+            table = table_of(faces, chosen, calibration, breakdown, arguments.seed)
+            cells, reason = compared(table, shares, breakdown)
+            figures.add_row(",".join(breakdown), *cells)
+            if reason is not None:
+                reasons[breakdown] = reason
+        console.print(figures)
+    for breakdown, reason in reasons.items():
+        console.print(f"{','.join(breakdown)}: not corrected: {reason}", highlight=False, soft_wrap=True)
+
+
+def read(path: Path) -> Scored:
+    """Read the images that have all labels."""
+    rows = pq.read_table(path, schema=PREDICTIONS)
+    labels = label_arrays(rows)
+    known = np.isfinite(labels["age"]) & (labels["gender"] >= 0) & (labels["race"] >= 0)
+    missing = [name for name in ("age_pred", "p_male", "race_probs") if rows[name].null_count]
+    if missing:
+        raise SystemExit(f"{path}: has rows without {missing[0]}: a model of age, gender and race is needed")
+    race_probs = np.asarray(rows["race_probs"].combine_chunks().flatten()).reshape(-1, len(RACES))
+    predictions = (np.asarray(rows["age_pred"]), np.asarray(rows["p_male"]), race_probs)
+    return Scored(
+        Labels(**{name: values[known] for name, values in labels.items()}),
+        Predictions(*(values[known] for values in predictions)),
+    )
+
+
+def draw_mixtures(
+    labels: Labels,
+    shifted: tuple[str, ...],
+    num: int,
+    num_faces: int,
+    min_rows: int,
+    rng: np.random.Generator,
+) -> tuple[FloatArray, IntArray]:
+    """Draw true shares of all combinations, and rows by them.
+
+    Shares of each shifted attribute are even on the simplex; those of their combinations a Dirichlet about the
+    products. The other attributes are as the labelled images have them, given the shifted ones. Rows repeat only where
+    there are too few.
+
+    Returns:
+        (num, *SIZES) shares, and (num, num_faces) rows.
+    """
+    truth = np.stack([true_age_group(labels.age), labels.gender, labels.race])
+    axes = [ATTRIBUTES.index(name) for name in shifted]
+    sizes = tuple(SIZES[axis] for axis in axes)
+    code = np.ravel_multi_index(tuple(truth[axes]), sizes)
+    cells, num_rows = np.unique(code, return_counts=True)
+    cells = cells[num_rows >= min_rows]
+    rows_of = [np.flatnonzero(code == cell) for cell in cells]
+    within = np.zeros((len(cells), *SIZES))  # shares of all combinations in each cell
+    for cell, rows in zip(within, rows_of, strict=True):
+        np.add.at(cell, tuple(truth[:, rows]), 1.0 / len(rows))
+    shares, chosen = np.zeros((num, *SIZES)), np.empty((num, num_faces), np.int64)
+    for mixture in range(num):
+        expected = np.ones(())
+        for size in sizes:
+            expected = np.multiply.outer(expected, rng.dirichlet(np.ones(size)))
+        weights = expected.ravel()[cells]
+        if len(axes) > 1:
+            weights = rng.gamma(len(cells) * weights / weights.sum() + 1e-9)
+        weights = weights / weights.sum()
+        shares[mixture] = np.tensordot(weights, within, 1)
+        drawn = rng.multinomial(num_faces, weights)
+        pairs = zip(rows_of, drawn, strict=True)
+        chosen[mixture] = np.concatenate([np.resize(rng.permutation(rows), n) for rows, n in pairs])
+    return shares, chosen
+
+
+def scored_faces(made: CalibratedPredictions) -> pa.Table:
+    """Return the columns of faces that counting reads, as scoring writes them; no face is flagged."""
+    assert made.p_male is not None
+    assert made.race_probs is not None
+    abstained = [
+        (name, np.zeros(len(made.p_male), bool) if mask is None else mask)
+        for name, mask in (("gender", made.abstain_gender), ("race", made.abstain_race))
+    ]
+    names = [[name for name, mask in abstained if mask[face]] for face in range(len(made.p_male))]
+    return pa.table(
+        {
+            "age": pa.array(made.age),
+            "gender": np.asarray(GENDERS)[predicted_gender(made.p_male)],
+            "race": np.asarray(RACES)[made.race_probs.argmax(axis=1)],
+            "abstain": pa.array(names, pa.list_(pa.string())),
+            "flags": pa.array([[]] * len(names), pa.list_(pa.string())),
+        }
+    )
+
+
+def table_of(
+    faces: pa.Table, chosen: IntArray, calibration: Calibration, attributes: tuple[str, ...], seed: int
+) -> pa.Table:
+    """Count the chosen rows of each mixture, and return the project's demographic table of them."""
+    num, num_faces = chosen.shape
+    names = np.arange(num).astype(str)
+    drawn = faces.take(pa.array(chosen.ravel())).append_column(KEY, pa.array(np.repeat(names, num_faces)))
+    zeros = dict.fromkeys(DEMOGRAPHIC_COUNTS, np.zeros(num, np.int64))
+    groups = pa.table({KEY: names} | zeros | dict.fromkeys(("num_images", "num_faces"), np.full(num, num_faces)))
+    return demographics(count_faces(drawn, [KEY]), groups, calibration.rows, attributes, seed)
+
+
+def compared(table: pa.Table, shares: FloatArray, breakdown: tuple[str, ...]) -> tuple[list[str], str | None]:
+    """Return the figures of a breakdown, and why it is not corrected."""
+    rows = table.filter(pc.equal(table["breakdown"], ",".join(breakdown)))
+    truth = shares.sum(axis=tuple(1 + i for i, name in enumerate(ATTRIBUTES) if name not in breakdown)).ravel()
+    share, corrected, low, high = (
+        rows[name].to_numpy() for name in ("share", "share_corrected", "share_low", "share_high")
+    )
+    raw = np.abs(share - truth).mean()
+    reason: str | None = rows["correction"][0].as_py()
+    if reason is not None:
+        return [f"{raw:.4f}"], reason
+    error = np.abs(corrected - truth).mean()
+    held = ((low <= truth) & (truth <= high)).mean()
+    figures = [f"{raw:.4f}", f"{error:.4f}", f"{error / raw:.0%}", f"{100 * held:.1f} %", f"{(high - low).mean():.3f}"]
+    return figures, None
+
+
+if __name__ == "__main__":
+    main()

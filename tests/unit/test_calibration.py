@@ -1,0 +1,307 @@
+"""Calibration, on faces whose true uncertainty is known: promises hold over repeated draws."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agr_ray.config import EvaluateJob, parse
+from agr_ray.learn.calibration import (
+    NEVER_SURE,
+    TEMPERATURES,
+    Calibration,
+    coverage_report,
+    expected_calibration_error,
+)
+from agr_ray.learn.metrics import Labels
+from agr_ray.learn.predict import Predictions
+from agr_ray.models.checkpoint import CALIBRATION, CheckpointError, read_calibration_json
+from agr_ray.schema import AGE_GROUPS, RACES
+
+NAN = math.nan
+TRUE_TEMPERATURE = 2.5
+NOTHING = Predictions(None, None, None)
+
+
+def draw(num_rows: int, seed: int) -> tuple[Labels, Predictions]:
+    """Draw faces and what a network that is too sure, `TRUE_TEMPERATURE` times its logits, says of them.
+
+    Ages miss by a normal error whose width grows with the age that is predicted.
+    """
+    rng = np.random.default_rng(seed)
+    predicted = rng.uniform(5.0, 85.0, num_rows)
+    age = np.clip(predicted + rng.normal(0.0, 1.0 + predicted / 8.0), 0.0, 116.0)
+    gender_logit = rng.normal(0.0, 3.0, num_rows)
+    race_logits = rng.normal(0.0, 4.0, (num_rows, len(RACES)))
+    gender = (rng.random(num_rows) < _sigmoid(gender_logit)).astype(np.int64)
+    race = (race_logits + rng.gumbel(size=race_logits.shape)).argmax(axis=1)
+    exponentials = np.exp(TRUE_TEMPERATURE * race_logits)
+    return Labels(age.astype(np.float32), gender, race), Predictions(
+        predicted.astype(np.float32),
+        _sigmoid(TRUE_TEMPERATURE * gender_logit).astype(np.float32),
+        (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32),
+    )
+
+
+def _sigmoid(logit: Any) -> Any:
+    return 1.0 / (1.0 + np.exp(-logit))
+
+
+def fit(labels: Labels, predictions: Predictions, coverage: float = 0.9, risk: float = 0.1) -> Calibration:
+    return Calibration.fit(labels, predictions, coverage=coverage, risk=risk)
+
+
+def only_age(truth: list[float], predicted: list[float]) -> tuple[Labels, Predictions]:
+    missing = np.full(len(truth), -1)
+    age = np.asarray(predicted, np.float32)
+    return Labels(np.asarray(truth, np.float32), missing, missing), NOTHING._replace(age=age)
+
+
+FRESH = draw(10_000, seed=1)
+
+
+@pytest.mark.parametrize(("num_rows", "coverage"), [(20, 0.9), (200, 0.8), (1000, 0.95)])
+def test_age_intervals_cover_as_promised_over_repeated_draws(num_rows: int, coverage: float) -> None:
+    reports = []
+    for seed in range(2, 62):
+        labels, predictions = draw(num_rows, seed)
+        calibration = fit(labels, NOTHING._replace(age=predictions.age), coverage=coverage)
+        reports.append(coverage_report(FRESH[0], NOTHING._replace(age=FRESH[1].age), calibration)["age"])
+
+    # Conformal coverage is nominal to nominal + 1 / (n + 1) on average; the width of the pooled intervals is taken
+    # from all ages, so small sets are a little off.
+    assert np.mean([report["coverage"] for report in reports]) == pytest.approx(coverage, abs=0.02)
+    assert reports[0]["nominal"] == coverage
+
+
+def test_age_groups_with_enough_images_have_widths_of_their_own() -> None:
+    calibration = fit(*draw(5000, seed=2))
+    report = coverage_report(*FRESH, calibration)["age"]
+
+    assert calibration.age is not None
+    assert calibration.age.half_widths_years[0] < 0.4 * calibration.age.half_widths_years[7]
+    predicted_old = FRESH[1].age > 70  # type: ignore[operator]
+    old = Labels(*(column[predicted_old] for column in FRESH[0]))
+    some = Predictions(*(column[predicted_old] for column in FRESH[1]))  # type: ignore[index]
+    assert coverage_report(old, some, calibration)["age"]["coverage"] == pytest.approx(0.9, abs=0.03)
+    assert set(report["groups"]["age_group"]) == set(AGE_GROUPS)
+    assert sum(part["n"] for part in report["groups"]["race"].values()) == report["n"] == 10_000
+
+
+def test_the_half_width_is_the_finite_sample_quantile_by_hand() -> None:
+    # 9 errors 1 .. 9: ceil(10 * 0.7) = the 7th smallest. The ends stay within what labels can be.
+    labels, predictions = only_age([21, 22, 23, 24, 25, 26, 27, 28, 29], [20] * 9)
+    calibration = fit(labels, predictions, coverage=0.7)
+    made = calibration.apply(NOTHING._replace(age=np.array([3, 50, 112], np.float32)))
+
+    assert made.age_low is not None
+    assert made.age_high is not None
+    assert made.age_low.tolist() == [0, 43, 105]
+    assert made.age_high.tolist() == [10, 57, 116]
+    assert (made.p_male, made.race_probs, made.abstain_gender, made.abstain_race) == (None,) * 4
+
+
+def test_too_few_ages_give_no_interval_and_a_note() -> None:
+    labels, predictions = only_age([30, NAN, 31], [30, 30, 30])
+    calibration = fit(labels, predictions)
+    made = calibration.apply(predictions)
+
+    assert calibration.age is None
+    assert calibration.notes == ("age: 2 labelled images are too few for intervals of coverage 0.9",)
+    assert made.age is predictions.age
+    assert (made.age_low, made.age_high) == (None, None)
+    assert coverage_report(labels, predictions, calibration) == {"n": 3, "age": None, "gender": None, "race": None}
+
+
+def test_temperatures_are_recovered() -> None:
+    calibration = fit(*draw(5000, seed=2))
+    report = coverage_report(*FRESH, calibration)
+
+    for task, part in (("gender", calibration.gender), ("race", calibration.race)):
+        assert part is not None
+        assert part.temperature == pytest.approx(TRUE_TEMPERATURE, rel=0.08)
+        assert report[task]["ece"] < 0.02 < 0.05 < report[task]["ece_before"]
+        assert report[task]["nll"] < report[task]["nll_before"]
+
+
+def test_the_likeliest_class_stays_the_likeliest() -> None:
+    predictions = FRESH[1]
+    made = fit(*draw(500, seed=2)).apply(predictions)
+
+    assert made.p_male is not None
+    assert made.race_probs is not None
+    assert ((made.p_male > 0.5) == (predictions.p_male > 0.5)).all()  # type: ignore[operator]
+    assert (made.race_probs.argmax(axis=1) == predictions.race_probs.argmax(axis=1)).all()  # type: ignore[union-attr]
+    assert made.race_probs.sum(axis=1) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ["gender", "race"])
+def test_the_risk_is_held_in_95_of_100_draws(task: str) -> None:
+    field = {"gender": "p_male", "race": "race_probs"}[task]
+    fresh = NOTHING._replace(**{field: getattr(FRESH[1], field)})
+    reports = []
+    for seed in range(2, 102):
+        labels, predictions = draw(800, seed)
+        calibration = fit(labels, NOTHING._replace(**{field: getattr(predictions, field)}))
+        reports.append(coverage_report(FRESH[0], fresh, calibration)[task])
+
+    assert sum(report["error"] is None or report["error"] <= 0.1 for report in reports) >= 95
+    assert np.mean([report["abstained"] for report in reports]) < 0.5  # it is no art to abstain always
+
+
+def test_a_risk_that_everything_meets_needs_no_abstention_and_one_that_nothing_meets_always() -> None:
+    labels, predictions = draw(800, seed=2)
+    loose, strict = fit(labels, predictions, risk=0.6), fit(labels, predictions, risk=0.0001)
+
+    assert loose.race is not None
+    assert strict.race is not None
+    assert (loose.race.abstain_below, strict.race.abstain_below) == (0.0, NEVER_SURE)
+    assert not loose.apply(predictions).abstain_race.any()  # type: ignore[union-attr]
+    assert strict.apply(predictions).abstain_race.all()  # type: ignore[union-attr]
+    assert "race: always abstains" in strict.notes[-1]
+    report = coverage_report(labels, predictions, strict)["race"]
+    assert (report["abstained"], report["accepted"], report["error"], report["interval"]) == (1.0, 0, None, None)
+    assert (strict.rows["race_pred"] == -1).all()
+
+
+def test_perfectly_separated_labels_stop_at_the_end_of_the_range_and_say_so() -> None:
+    labels, predictions = draw(200, seed=2)
+    truth = labels._replace(race=predictions.race_probs.argmax(axis=1))  # type: ignore[union-attr]
+    calibration = fit(truth, predictions)
+
+    assert calibration.race is not None
+    assert calibration.race.temperature == pytest.approx(TEMPERATURES[0], rel=0.01)
+    assert "race: its temperature 0.20 is the end of the range" in "".join(calibration.notes)
+
+
+def test_saturated_probabilities_stay_finite() -> None:
+    labels, predictions = draw(200, seed=2)
+    certain = np.eye(len(RACES), dtype=np.float32)[labels.race]
+    certain[:5] = certain[5:10]  # some are wrong, with a probability of 1
+    saturated = predictions._replace(p_male=labels.gender.astype(np.float32), race_probs=certain)
+    calibration = fit(labels, saturated)
+
+    json.dumps(calibration.to_json(), allow_nan=False)
+    json.dumps(coverage_report(labels, saturated, calibration), allow_nan=False)
+
+
+def test_missing_labels_leave_an_image_out_of_its_part_only() -> None:
+    labels, predictions = draw(600, seed=2)
+    gone = np.arange(600) < 200
+    holes = Labels(
+        np.where(gone, NAN, labels.age).astype(np.float32),
+        np.where(np.roll(gone, 200), -1, labels.gender),
+        np.where(np.roll(gone, 400), -1, labels.race),
+    )
+    calibration = fit(holes, predictions)
+    alone = fit(Labels(*(column[~gone] for column in labels)), Predictions(*(column[~gone] for column in predictions)))  # type: ignore[index]
+    report = coverage_report(holes, predictions, calibration)
+
+    assert calibration.age == alone.age
+    assert (calibration.n, calibration.gender.n, calibration.race.n) == (600, 400, 400)  # type: ignore[union-attr]
+    assert [report[task]["n"] for task in ("age", "gender", "race")] == [400, 400, 400]
+    assert (calibration.rows["age_group"] == -1).sum() == 200
+    assert (calibration.rows["age_group_pred"] >= 0).all()
+
+
+def test_a_label_that_nobody_has_leaves_predictions_as_they_are() -> None:
+    labels, predictions = draw(100, seed=2)
+    calibration = fit(labels._replace(race=np.full(100, -1)), predictions)
+    made = calibration.apply(predictions)
+
+    assert calibration.race is None
+    assert made.race_probs is predictions.race_probs
+    assert made.abstain_race is None
+    assert made.abstain_gender is not None
+    assert (calibration.rows["race_pred"] == -1).all()
+    assert calibration.notes == ("race: no labelled image",)
+
+
+def test_a_missing_head_is_none() -> None:
+    labels, predictions = draw(300, seed=2)
+    calibration = fit(labels, predictions._replace(p_male=None))
+    made = calibration.apply(predictions._replace(p_male=None))
+
+    assert calibration.gender is None
+    assert (made.p_male, made.abstain_gender) == (None, None)
+    assert coverage_report(labels, predictions._replace(p_male=None), calibration)["gender"] is None
+    assert (calibration.rows["gender_pred"] == -1).all()
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 30])
+def test_tiny_sets_are_fitted_as_far_as_they_go(num_rows: int) -> None:
+    labels, predictions = draw(num_rows, seed=2)
+    calibration = fit(labels, predictions)
+    made = calibration.apply(predictions)
+
+    assert (calibration.age is None) == (num_rows < 9)
+    assert calibration.gender is None or calibration.gender.temperature == 1.0
+    assert made.abstain_gender is None or made.abstain_gender.all()
+    assert calibration.notes
+    coverage_report(labels, predictions, calibration)
+
+
+def test_the_calibration_error_by_hand() -> None:
+    probs = np.array([[0.9, 0.1], [0.92, 0.08], [0.3, 0.7], [1.0, 0.0]])
+    # 0.9 and 0.92 share the bin from 13/15 to 14/15: one of two right; 0.7 is wrong; 1 is right.
+    assert expected_calibration_error(probs, np.array([0, 1, 0, 0])) == pytest.approx((1.82 - 1 + 0.7) / 4)
+
+
+def test_json_brings_back_the_same() -> None:
+    labels, predictions = draw(300, seed=2)
+    calibration = Calibration.fit(
+        labels,
+        predictions._replace(p_male=None),
+        coverage=0.8,
+        risk=0.1,
+        model_digest="ab",
+        predict_digest="cd",
+        split_manifest_sha256="ef",
+        content_codes=(-(2**63), 2**63 - 1),
+    )
+    said = json.loads(json.dumps(calibration.to_json(), allow_nan=False))
+    again = Calibration.from_json(said)
+
+    assert json.loads(json.dumps(again.to_json())) == said
+    assert (again.notes, again.content_codes) == (calibration.notes, calibration.content_codes)
+    assert (again.age, again.gender, again.race) == (calibration.age, None, calibration.race)
+    assert again.rows["race_pred"].dtype == np.int64
+    for one, other in zip(again.apply(predictions), calibration.apply(predictions), strict=True):
+        assert one is other or (one == other).all()
+
+
+def test_what_is_no_calibration_is_refused() -> None:
+    said = fit(*draw(60, seed=2)).to_json()
+    for damage, complaint in (
+        ({"format_version": 2}, "expected format_version 1, found 2"),
+        ({"rows": {}}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: 'age_group'"),
+        ({"race": {"n": 1}}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: "),
+        ({"surplus": 1}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: "),
+        ({"n": 61}, "expected 61 of each of rows, found"),
+        ({"age": said["age"] | {"half_widths_years": [1.0]}}, "expected 9 half_widths_years, found 1"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            Calibration.from_json(said | damage)
+
+
+def test_the_file_of_a_checkpoint_is_read_or_named(tmp_path: Path) -> None:
+    assert read_calibration_json(tmp_path) is None
+    (tmp_path / CALIBRATION).write_text('{"n": 1}')
+    assert read_calibration_json(tmp_path) == {"n": 1}
+    for damaged in ("{", "[]"):
+        (tmp_path / CALIBRATION).write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"calibration\.json: expected"):
+            read_calibration_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"), [((), False), (("--calibrate",), True), (("--evaluate.calibrate",), True)]
+)
+def test_calibrate_is_a_flag(argv: tuple[str, ...], expected: bool) -> None:
+    needed = ("--evaluate.checkpoint", "best", "--evaluate.data", "prepared")
+    assert parse(EvaluateJob, (*needed, *argv), {}).evaluate.calibrate is expected

@@ -1,0 +1,62 @@
+"""A network made ready for inference says what it said before."""
+
+import numpy as np
+import pytest
+import torch
+
+from agr_ray.config import ModelConfig, PredictConfig
+from agr_ray.learn.inference import for_inference
+from agr_ray.learn.predict import predict
+from agr_ray.models.network import MultiTaskNet, Transform
+
+TRANSFORM = Transform(input_side_px=64, crop_side_px=64)
+
+
+def network(trunk: str) -> MultiTaskNet:
+    """Return an untrained network whose batch norms have seen images, and whose outputs differ between images."""
+    torch.manual_seed(0)
+    model = MultiTaskNet(ModelConfig(trunk=trunk, input_side_px=64))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # running statistics are the mean of all batches
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.2, 0.2)
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 64, 64))
+    for head in (model.age_head, model.gender_head, model.race_head):
+        torch.nn.init.normal_(head.weight, std=0.05)
+    return model.eval()
+
+
+def crops() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, 77, 77, 3), np.uint8)
+
+
+@pytest.mark.parametrize("trunk", ["resnet18", "resnet50", "mobilenet_v3_small"])
+def test_it_predicts_the_same_in_float32(trunk: str) -> None:
+    model, config = network(trunk), PredictConfig(flip_average=True)
+    before = predict(model, crops(), TRANSFORM, config)
+    after = predict(for_inference(model, config.precision), crops(), TRANSFORM, config)
+    assert after.age == pytest.approx(before.age, abs=1e-2)
+    assert after.p_male == pytest.approx(before.p_male, abs=1e-4)
+    assert after.race_probs == pytest.approx(before.race_probs, abs=1e-4)
+    assert np.ptp(before.p_male) > 0.01
+
+
+def test_it_predicts_nearly_the_same_in_bfloat16() -> None:
+    model, config = network("resnet18"), PredictConfig(precision="bfloat16")
+    before = predict(model, crops(), TRANSFORM, PredictConfig())
+    ready = for_inference(model, config.precision)
+    after = predict(ready, crops(), TRANSFORM, config)
+    assert {weight.dtype for weight in ready.trunk.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in ready.race_head.parameters()} == {torch.float32}
+    assert after.p_male == pytest.approx(before.p_male, abs=0.03)
+
+
+def test_no_batch_norm_is_left_and_the_network_itself_is_as_it_was() -> None:
+    model = network("resnet50")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    ready = for_inference(model, "float32")
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in ready.modules())
+    assert all(value.equal(state[name]) for name, value in model.state_dict().items())
+    assert model.tasks == ready.tasks

@@ -1,0 +1,99 @@
+"""S3 inventories, in both formats, on the local disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inventories import entry, write_inventory
+
+from agr_ray.data.inventory import InventoryError, read_inventory
+from agr_ray.storage import Storage
+
+ODD_KEYS = ["a b.jpg", "ünï/日本.jpg", "p%20q%.jpg", "a+b.jpg", "e=1/f.jpg", "d//e.jpg", '/q"u,o.jpg', "new\nline.jpg"]
+
+
+def objects(uri: str) -> list[dict[str, Any]]:
+    return [row for batch in read_inventory(Storage(), uri) for row in batch.to_pylist()]
+
+
+@pytest.mark.parametrize("file_format", ["CSV", "Parquet"])
+def test_objects_of_all_data_files_come_in_order_under_their_own_keys(tmp_path: Path, file_format: str) -> None:
+    files = [[entry(key) for key in ODD_KEYS], [entry("last.jpg", e_tag='"quoted-2"')]]
+    uri = write_inventory(Storage(), str(tmp_path), files, file_format)
+
+    found = objects(uri)
+
+    assert [row["key"] for row in found] == [*ODD_KEYS, "last.jpg"]
+    assert [row["uri"] for row in found] == [f"s3://photos/{key}" for key in [*ODD_KEYS, "last.jpg"]]
+    assert found[0] == {"uri": "s3://photos/a b.jpg", "key": "a b.jpg", "etag": "e" * 32, "size_bytes": 7}
+    assert found[-1]["etag"] == "quoted-2"
+
+
+@pytest.mark.parametrize("file_format", ["CSV", "Parquet"])
+def test_old_versions_delete_markers_and_folders_are_no_objects(tmp_path: Path, file_format: str) -> None:
+    entries = [
+        entry("old.jpg", is_latest=False),
+        entry("gone.jpg", is_delete_marker=True, size=None, e_tag=None),
+        entry("folder/", size=0),
+        entry("kept.jpg"),
+    ]
+
+    assert [row["key"] for row in objects(write_inventory(Storage(), str(tmp_path), [entries], file_format))] == [
+        "kept.jpg"
+    ]
+
+
+@pytest.mark.parametrize("file_format", ["CSV", "Parquet"])
+def test_an_inventory_of_current_versions_has_no_version_columns(tmp_path: Path, file_format: str) -> None:
+    versions = ("version_id", "is_latest", "is_delete_marker")
+    entries = [{name: value for name, value in entry("a.jpg").items() if name not in versions}]
+
+    assert [row["key"] for row in objects(write_inventory(Storage(), str(tmp_path), [entries], file_format))] == [
+        "a.jpg"
+    ]
+
+
+def test_an_inventory_of_nothing_is_empty(tmp_path: Path) -> None:
+    assert objects(write_inventory(Storage(), str(tmp_path), [[entry("a")]], "CSV", files=[])) == []
+
+
+@pytest.mark.parametrize("file_format", ["CSV", "Parquet"])
+def test_an_inventory_without_etags_says_which_field_to_add(tmp_path: Path, file_format: str) -> None:
+    entries = [{name: value for name, value in entry("a.jpg").items() if name != "e_tag"}]
+
+    with pytest.raises(InventoryError, match="lists no ETag: add it"):
+        objects(write_inventory(Storage(), str(tmp_path), [entries], file_format))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fileFormat": "ORC"}, "fileFormat is 'ORC': allowed are CSV, Parquet"),
+        ({"files": [{"name": "x"}]}, "files must be a list of tables with a key"),
+        ({"files": [{"key": "inv/none.csv.gz"}]}, "data file inv/none.csv.gz is not there"),
+        ({"files": [{"key": "inv/photos/daily/data/0.csv", "MD5checksum": "0" * 32}]}, "is not the one listed"),
+        ({"fileFormat": "Parquet"}, "can't be read as Parquet"),
+    ],
+)
+def test_an_inventory_that_cannot_be_used_says_why(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    uri = write_inventory(Storage(), str(tmp_path), [[entry("a.jpg")]], "CSV", **changes)
+
+    with pytest.raises(InventoryError, match=message):
+        objects(uri)
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", '{"fileFormat": "CSV"}'])
+def test_what_is_no_inventory_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+
+    with pytest.raises(InventoryError, match="not an S3 Inventory"):
+        objects(str(tmp_path / "manifest.json"))
+
+
+def test_a_number_that_is_none_is_refused_with_the_name_of_its_file(tmp_path: Path) -> None:
+    uri = write_inventory(Storage(), str(tmp_path), [[entry("a.jpg", size="many")]], "CSV")
+
+    with pytest.raises(InventoryError, match=r"0\.csv can't be read as CSV"):
+        objects(uri)

@@ -1,0 +1,181 @@
+"""Scoring in one worker: attempts at images that kill it, storage that goes away, flags, attributes, pseudonyms."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "ray"))
+from sets import checkpoint
+
+from agr_ray.config import GatesConfig, PredictConfig, ScoreConfig, VisionConfig
+from agr_ray.models.checkpoint import load_checkpoint
+from agr_ray.runtime import scorer
+from agr_ray.runtime.checkpoints import portable_checkpoint
+from agr_ray.runtime.images import ImageReader
+from agr_ray.runtime.planning import plan
+from agr_ray.runtime.publish import pseudonymised
+from agr_ray.runtime.scorer import AttributePredictor, FaceFinder, Found, Patience, Scoring, flags, manifest_folder
+from agr_ray.schema import GENDERS, IMAGES
+from agr_ray.storage import Storage, StorageUnavailable
+from agr_ray.vision.decode import encode_jpeg
+
+PROVENANCE = {"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1}
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a worker process: nothing in it gets to run any more."""
+
+
+@pytest.fixture
+def scoring(tmp_path: Path) -> Scoring:
+    """Plan a run over six grey images, in one part."""
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for number in range(6):
+        image = np.full((64, 64, 3), 40 * number, np.uint8)
+        (photographs / f"{number}.jpg").write_bytes(encode_jpeg(image))
+    storage, model = Storage(), checkpoint(tmp_path / "model")
+    plan(storage, ScoreConfig(input=str(photographs)), manifest_folder(storage, str(tmp_path / "work")))
+    return Scoring(
+        storage=storage,
+        work=str(tmp_path / "work"),
+        vision=VisionConfig(detector="haar"),
+        gates=GatesConfig(),
+        predict=PredictConfig(),
+        attributes=("age", "gender"),
+        batch_size=4,
+        outage_s=60.0,
+        transform=load_checkpoint(model).transform,
+        checkpoint=portable_checkpoint(model),
+        calibration=None,
+        provenance=PROVENANCE,
+        use_gpu=False,
+    )
+
+
+def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
+    scoring: Scoring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ImageReader.read
+    deaths: Counter[int] = Counter()
+
+    def read_or_die(reader: ImageReader, fetched: Any) -> Any:
+        if any(each.result() == killer for each in fetched):
+            deaths[len(fetched)] += 1
+            raise Killed
+        return read(reader, fetched)
+
+    killer = (Path(scoring.work).parent / "photographs" / "2.jpg").read_bytes()
+    monkeypatch.setattr(ImageReader, "read", read_or_die)
+    num_attempts = 1
+    while num_attempts < 10:
+        try:
+            found = FaceFinder(scoring).find_part(0)  # a new process each time
+            break
+        except Killed:
+            num_attempts += 1
+
+    rows = {Path(row["uri"]).stem: row for row in found.images.to_pylist()}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        name: "failed" if name == "2" else "no_face" for name in "012345"
+    }
+    assert rows["2"]["error"] == "killed its worker 3 times"
+    assert deaths == {4: 1, 1: scorer.MAX_DEATHS}  # in its batch, then three times alone
+    assert not any(path.is_file() for path in Path(scoring.work, "attempts").rglob("*"))
+
+
+def test_storage_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = Patience(60.0)
+    monkeypatch.setattr(scorer, "_RETRY_S", 0.0)
+    patience.call(lambda: None)
+
+    assert patience.call(fails(3)) == "done"
+
+
+@pytest.mark.parametrize(("outage_s", "reached"), [(60.0, False), (-1.0, True)])
+def test_storage_that_was_never_there_or_stays_away_is_not(
+    outage_s: float, reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer, "_UNREACHED_S", -1.0)
+    with pytest.raises(StorageUnavailable):
+        Patience(outage_s, reached=reached).call(fails(1))
+
+
+def fails(times: int) -> Callable[[], str]:
+    left = [times]
+
+    def work() -> str:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise StorageUnavailable("gone")
+        return "done"
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"box": [0, 0, 60, 39]}, ["small"]),
+        ({"sharpness": 4.0}, ["blurred"]),
+        ({"yaw": -50.0}, ["turned"]),
+        ({"pitch": 50.0}, ["turned"]),
+        ({"yaw": None, "pitch": None}, []),
+        ({"detector_score": 0.9, "sharpness": 1.0}, ["blurred", "unsure"]),
+    ],
+)
+def test_what_is_beyond_a_limit_is_flagged(changes: dict[str, Any], expected: list[str]) -> None:
+    gates = GatesConfig(min_side_px=40, min_sharpness=5, max_turn_degrees=45, min_detector_score=0.95)
+    face = {"box": [0, 0, 40, 40], "sharpness": 5.0, "yaw": 45.0, "pitch": -45.0, "detector_score": 0.95}
+
+    assert flags(face | changes, gates) == expected
+    assert flags(face | changes, GatesConfig()) == []
+
+
+def test_only_the_attributes_asked_for_are_filled_in(scoring: Scoring) -> None:
+    faces = [{"box": [float(x), 0.0, 9.0, 9.0], "flags": []} for x in range(3)]
+    rows = [image_row("a", faces[:2]), image_row("b", []), image_row("c", faces[2:])]
+    images = pa.Table.from_pylist(rows, schema=IMAGES)
+    side_px = scoring.stored_side_px
+    crops = np.random.default_rng(0).integers(0, 256, (3, side_px, side_px, 3), np.uint8)
+
+    filled = AttributePredictor(scoring).fill(Found(images, crops))
+
+    assert filled.schema.equals(IMAGES)
+    made = [face for row in filled.to_pylist() for face in row["faces"]]
+    assert [len(row["faces"]) for row in filled.to_pylist()] == [2, 0, 1]
+    assert [face["box"][0] for face in made] == [0.0, 1.0, 2.0]
+    assert all(face["age"] is not None and face["gender"] == GENDERS[int(face["p_male"] > 0.5)] for face in made)
+    assert all(face["race"] is None and face["race_probs"] is None and face["abstain"] == [] for face in made)
+
+
+def test_a_pseudonym_hides_all_that_names_an_image() -> None:
+    rows = [image_row("a", []) | {"etag": "e", "size_bytes": 7, "status": "missing", "error": "s3://bucket/a is gone"}]
+    images = pa.Table.from_pylist([*rows, image_row("b", [])], schema=IMAGES)
+
+    (one, other), (again, _), (elsewhere, _) = (
+        pseudonymised(images, key).to_pylist() for key in (b"1" * 32, b"1" * 32, b"2" * 32)
+    )
+
+    assert "bucket" not in str(one)
+    assert one["error"] == f"{one['uri']} is gone"
+    assert (one["etag"], one["size_bytes"]) == (None, None)
+    assert one == again
+    assert len({one["uri"], other["uri"], elsewhere["uri"]}) == 3
+    assert len({one["image_id"], other["image_id"], elsewhere["image_id"], "a", "b"}) == 5
+
+
+def image_row(name: str, faces: list[dict[str, Any]]) -> dict[str, Any]:
+    scored_at = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    row = {"image_id": name, "uri": f"s3://bucket/{name}", "status": "ok", "detector": "haar", "scored_at": scored_at}
+    return row | PROVENANCE | {"faces": faces}

@@ -1,0 +1,252 @@
+"""Small cells are hidden, and an attacker who solves for what is hidden finds none of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from scipy.optimize import LinearConstraint, milp
+
+from agr_ray.schema import ABSTAINED, ALL_GROUPS, DEMOGRAPHIC_CLASSES
+from agr_ray.tables.demographics import demographics
+from agr_ray.tables.faces import with_totals
+from agr_ray.tables.suppression import suppress
+
+ATTRIBUTES = ("gender", "race")
+GROUP_COUNTS = ("num_images", "num_no_face", "num_rejected", "num_faces", "num_flagged")
+MAY_BE_SMALL = ("num_no_face", "num_rejected", "num_flagged", "num_abstained")
+CORRECTED = ("share_corrected", "share_low", "share_high")
+# Every face of a group is in one of these, which are all that tables are made of.
+INNER_CELLS = list(product(*((*DEMOGRAPHIC_CLASSES[name], ABSTAINED) for name in ATTRIBUTES)))
+
+
+def made_table(
+    cells: dict[tuple[str, ...], dict[tuple[str, str], int]], keys: tuple[str, ...], **others: int
+) -> pa.Table:
+    """Return the unsuppressed table of groups of faces, of which each has an image of its own."""
+    counts, groups = [], []
+    for group, numbers in cells.items():
+        named = dict(zip(keys, group, strict=True))
+        counts += [named | dict(zip(ATTRIBUTES, cell, strict=True)) | {"n": n} for cell, n in numbers.items()]
+        said = dict.fromkeys((*GROUP_COUNTS, "num_abstained"), 0) | others
+        said["num_faces"] = sum(numbers.values()) + said["num_flagged"]
+        said["num_images"] = said["num_faces"] + said["num_no_face"] + said["num_rejected"] - said.pop("further", 0)
+        groups.append(named | said)
+    counted = with_totals(pa.Table.from_pylist(counts), keys, ATTRIBUTES)
+    return demographics(counted, with_totals(pa.Table.from_pylist(groups), keys), None, ATTRIBUTES)
+
+
+def random_table(seed: int) -> tuple[pa.Table, tuple[str, ...]]:
+    """Return a table of one to six groups of few faces, some of which are abstained on."""
+    rng = np.random.default_rng(seed)
+    keys = [(), ("day",), ("day",), ("day", "camera")][seed % 4]
+    groups = list(product(*(["a", "b", "c"][: rng.integers(1, 4)] for _ in keys)))
+    mean = rng.choice([0.3, 1.5, 5.0]) * rng.gamma(0.5, 2.0, len(INNER_CELLS))
+    cells = {}
+    for group in groups:
+        numbers = rng.poisson(mean * rng.gamma(1.0, 1.0))
+        cells[group] = {cell: int(n) for cell, n in zip(INNER_CELLS, numbers, strict=True) if n} or {INNER_CELLS[0]: 1}
+    few = {name: int(rng.poisson(1.5)) for name in ("num_no_face", "num_rejected", "num_flagged")}
+    return made_table(cells, keys, **few), keys
+
+
+def found_out(table: pa.Table, keys: tuple[str, ...]) -> list[Any]:
+    """Return the hidden counts for which only one value agrees with all that the table shows.
+
+    Unknown whole numbers: each group's faces by everything that the model said of them, its flagged faces, and its
+    images. A hidden count is not 0, as zeros are shown; a hidden cell may be, and is not counted if it is found to be.
+    """
+    rows = table.to_pylist()
+    groups = sorted({tuple(row[key] for key in keys) for row in rows} - {(ALL_GROUPS,) * len(keys)}) if keys else [()]
+    own = [*INNER_CELLS, "flagged", "no face", "rejected", "with a face"]
+    number = {(group, name): i for i, (group, name) in enumerate(product(groups, own))}
+
+    def vector(group: tuple[str, ...], names: list[Any]) -> np.ndarray:
+        chosen = groups if keys and set(group) == {ALL_GROUPS} else [group]
+        made = np.zeros(len(number))
+        made[[number[each, name] for each in chosen for name in names]] = 1.0
+        return made
+
+    sums: dict[Any, tuple[np.ndarray, int | None]] = {}
+    with_class: dict[Any, np.ndarray] = defaultdict(lambda: np.zeros(len(number)))
+    for row in rows:
+        group = tuple(row[key] for key in keys)
+        asked = [row[name] for name in ATTRIBUTES]
+        inner = [cell for cell in INNER_CELLS if all(a in (None, b) for a, b in zip(asked, cell, strict=True))]
+        sums["n", group, row["breakdown"], *asked] = (vector(group, inner), row["n"])
+        with_class[group, row["breakdown"]] += vector(group, inner)
+    for row in rows:
+        group, breakdown = tuple(row[key] for key in keys), row["breakdown"]
+        within = [i for i, name in enumerate(ATTRIBUTES) if name in breakdown.split(",")]
+        for name, members in {
+            "num_images": ["no face", "rejected", "with a face"],
+            "num_no_face": ["no face"],
+            "num_rejected": ["rejected"],
+            "num_faces": [*INNER_CELLS, "flagged"],
+            "num_flagged": ["flagged"],
+        }.items():
+            sums[name, group] = (vector(group, members), row[name])
+        unsure = [cell for cell in INNER_CELLS if any(cell[i] == ABSTAINED for i in within)]
+        sums["num_abstained", group, breakdown] = (vector(group, unsure), row["num_abstained"])
+        if row["share"]:
+            assert row["n"] is not None
+            told = round(row["n"] / row["share"])
+            sums["with class", group, breakdown] = (with_class[group, breakdown], told)
+    for group in groups:
+        faces = sums["num_faces", group][0]
+        sums["further", group] = (faces - vector(group, ["with a face"]), None)
+    hidden = {name: made for name, (made, value) in sums.items() if value is None and name[0] != "further"}
+    matrix = np.array([made for made, _ in sums.values()])
+    floor = {name: float(name[0] != "n") for name in hidden}
+    low = [value if value is not None else floor.get(name, 0.0) for name, (_, value) in sums.items()]
+    high = [value if value is not None else 1000.0 for _, value in sums.values()]
+    constraint = LinearConstraint(matrix, np.array(low), np.array(high))
+
+    def solve(direction: np.ndarray) -> dict[Any, int]:
+        found = milp(direction, integrality=np.ones(len(number)), constraints=constraint)
+        assert found.status == 0, found.message
+        return {name: round(float(made @ found.x)) for name, made in hidden.items()}
+
+    rng = np.random.default_rng(0)
+    seen = defaultdict(set)
+    for direction in rng.normal(size=(3, len(number))):
+        for sign in (1.0, -1.0):
+            for name, value in solve(sign * direction).items():
+                seen[name].add(value)
+    for name in [name for name, values in seen.items() if len(values) == 1]:
+        seen[name] |= {solve(sign * hidden[name])[name] for sign in (1.0, -1.0)}
+    return [name for name, values in seen.items() if len(values) == 1 and values != {0}]
+
+
+def rows_of(table: pa.Table, breakdown: str) -> pa.Table:
+    return table.filter(pc.equal(table["breakdown"], breakdown))
+
+
+def only_small_hidden(table: pa.Table, min_cell: int) -> pa.Table:
+    """Return what a careless publisher would: small n, their shares and nothing else hidden."""
+    small = pc.and_(pc.greater(table["n"], 0), pc.less(table["n"], min_cell))
+    for name in ("n", "share"):
+        index = table.column_names.index(name)
+        table = table.set_column(index, table.schema.field(name), pc.if_else(small, None, table[name]))
+    return table
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_no_hidden_count_can_be_worked_out(seed: int) -> None:
+    table, keys = random_table(seed)
+    min_cell = (2, 3, 5, 11)[seed // 2 % 4]
+
+    published = suppress(table, min_cell)
+
+    assert found_out(published, keys) == []
+
+
+def test_the_attacker_finds_what_hiding_small_cells_alone_gives_away() -> None:
+    table, keys = random_table(1)
+
+    assert found_out(only_small_hidden(table, 5), keys) != []
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_small_counts_are_hidden_and_nothing_that_rests_on_them_is_shown(seed: int) -> None:
+    table, keys = random_table(seed)
+
+    published = suppress(table, 5)
+
+    assert published.schema.equals(table.schema)
+    shown_everywhere: dict[Any, bool] = defaultdict(lambda: True)
+    rows = list(zip(table.to_pylist(), published.to_pylist(), strict=True))
+    for before, after in rows:
+        for name in ("n", *GROUP_COUNTS, "num_abstained"):
+            assert after[name] in (before[name], None)
+            assert after[name] is None or not 0 < after[name] < 5 or name in MAY_BE_SMALL
+            assert before[name] != 0 or after[name] == 0 or name == "n"
+        assert after["suppressed"] == (after["n"] is None)
+        assert after["n"] is not None or after["share"] is None
+        assert not after["share"] or after["n"] / after["share"] > 4.5
+        shown = after["n"] is not None and after["num_abstained"] is not None
+        shown_everywhere[tuple(after[key] for key in (*keys, "breakdown"))] &= shown
+    for _, after in rows:
+        if not shown_everywhere[tuple(after[key] for key in (*keys, "breakdown"))]:
+            assert [after[name] for name in CORRECTED] == [None] * 3
+            assert after["correction"] == "suppressed"
+
+
+def test_five_faces_of_five_kinds_are_not_given_away_by_their_sum() -> None:
+    cells = {("female", race): 1 for race in DEMOGRAPHIC_CLASSES["race"]}
+
+    published = suppress(made_table({(): cells}, ()), 5)
+
+    assert found_out(published, ()) == []
+    # Who knew where there is none would know them all.
+    assert rows_of(published, "gender,race")["n"].null_count == 10
+    assert rows_of(published, "gender")["n"].to_pylist() == [5, 0]
+
+
+def test_zeros_stay_where_no_cell_is_small() -> None:
+    cells = {("female", "white"): 20, ("female", "asian"): 30, ("male", "white"): 20, ("male", "asian"): 2}
+
+    published = suppress(made_table({(): cells}, ()), 3)
+
+    assert rows_of(published, "race")["n"].to_pylist() == [40, 0, 32, 0, 0]
+    assert rows_of(published, "gender,race")["n"].null_count == 10
+
+
+@pytest.mark.parametrize("keys", [("day",), ("day", "camera")])
+def test_a_hidden_cell_does_not_follow_from_the_total_of_all_groups(keys: tuple[str, ...]) -> None:
+    large = dict.fromkeys(product(*(DEMOGRAPHIC_CLASSES[name] for name in ATTRIBUTES)), 50)
+    small = large | {("female", "asian"): 2, ("male", "asian"): 30, ("female", "white"): 20, ("male", "white"): 40}
+    groups = {(day, *["x"] * (len(keys) - 1)): large for day in ("a", "b")} | {("c", *["y"] * (len(keys) - 1)): small}
+
+    published = suppress(made_table(groups, keys), 5)
+
+    assert pc.sum(published["suppressed"]).as_py() >= 4
+    assert found_out(published, keys) == []
+
+
+def test_large_cells_stay() -> None:
+    table = made_table({("a",): dict.fromkeys(INNER_CELLS, 7), ("b",): dict.fromkeys(INNER_CELLS, 90)}, ("day",))
+
+    told = {cell: 7 for cell in INNER_CELLS if ABSTAINED not in cell}
+
+    assert suppress(table, 7).equals(table)
+    assert suppress(made_table({(): told}, ()), 7).equals(made_table({(): told}, ()))
+
+
+def test_few_images_without_a_face_or_a_sure_gender_cost_no_share() -> None:
+    cells = dict.fromkeys(INNER_CELLS, 0) | dict.fromkeys([cell for cell in INNER_CELLS if ABSTAINED not in cell], 9)
+    cells[ABSTAINED, "white"] = 1
+
+    table = made_table({(): cells}, (), num_no_face=1, num_rejected=1, num_flagged=1)
+
+    assert suppress(table, 5).equals(table)
+
+
+def test_a_small_cell_costs_few_others() -> None:
+    large = {cell: 50 + i for i, cell in enumerate(INNER_CELLS)}
+    table = made_table({(): large | {("female", "asian"): 2}}, ())
+
+    published = suppress(table, 5)
+
+    hidden = published.filter(published["suppressed"]).select(["breakdown", *ATTRIBUTES]).to_pylist()
+    assert {row["breakdown"] for row in hidden} == {"gender,race"}
+    # One more of its gender and one more of its race would do were there no sums over abstentions.
+    assert 2 <= len(hidden) <= 4
+
+
+@pytest.mark.parametrize("min_cell", [0, 1])
+def test_without_a_limit_nothing_is_hidden(min_cell: int) -> None:
+    table, _ = random_table(1)
+
+    assert suppress(table, min_cell).equals(table)
+
+
+def test_an_empty_table_stays_empty() -> None:
+    table, _ = random_table(1)
+
+    assert suppress(table.slice(0, 0), 5).equals(table.slice(0, 0))
