@@ -365,7 +365,8 @@ class ScoreConfig(Section):
     metadata: str = ""
     """Parquet file or folder of a column uri and further ones about the images, joined for group_by."""
     min_cell: Annotated[int, Field(ge=0)] = 0
-    """Cells of fewer faces than this are hidden in demographic tables, and those from which they follow; 0: none."""
+    """Cells of fewer faces than this are hidden in demographic tables, and those from which they follow; 0: none.
+    It protects nobody unless aggregate_only."""
     aggregate_only: bool = False
     """Publish demographic tables and counts only, no row of an image or a face. Needs pseudonymise and ledger."""
     ledger: str = ""

@@ -171,6 +171,7 @@ def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(data: Path) 
         train(train_job(data, name="taken"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(data: Path) -> None:
     with pytest.raises(JobError, match=r"epoch 1, step \d+: loss (nan|inf)"):
         train(train_job(data, name="exploding", num_workers=1, lr=1e30, optimizer="sgd"))

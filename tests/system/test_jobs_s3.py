@@ -14,7 +14,7 @@ import pytest
 from commands import ROOT, Cluster, job_command, job_environment, run_command, succeed
 from seaweedfs import Bucket, S3Server, free_ports
 
-from agr_ray.data.rendered import render_chip, render_photograph
+from agr_ray.data.rendered import render_chip
 from agr_ray.vision.decode import encode_jpeg
 
 sys.path.append(str(ROOT / "tests" / "unit"))
@@ -42,7 +42,7 @@ def bucket(s3_server: S3Server) -> Bucket:
 
 @pytest.fixture(scope="module")
 def filled(bucket: Bucket) -> Bucket:
-    """Put labelled chips and photographs, good and bad, into the bucket."""
+    """Put labelled chips, good and bad, into the bucket."""
     labels = ["key,age,gender,race"]
     for index in range(NUM_CHIPS):
         chip = render_chip(0, index, side_px=120)
@@ -53,11 +53,6 @@ def filled(bucket: Bucket) -> Bucket:
         labels.append(f"{name},{200 if name == 'too old.jpg' else 30},male,asian")
     labels.append(f'"{MISSING_CHIP}",30,male,asian')
     bucket.put("faces/labels.csv", "\n".join(labels).encode())
-    for index in range(3):
-        photograph = render_photograph(0, index, 480, 360, 1 + index)
-        bucket.put(f"photographs/2026/{index}.jpg", encode_jpeg(photograph.image_rgb))
-    bucket.put("photographs/text.jpg", bad_images.text())
-    bucket.put("photographs/notes.txt", b"no photograph")
     return bucket
 
 
@@ -146,23 +141,6 @@ def test_evaluate_measures_every_row_of_the_split(
     metrics = bucket.json("measured/metrics.json")
     assert metrics["n"] == len(expected)
     assert {"age", "gender", "race", "baseline", "groups"} <= set(metrics)
-
-
-def test_score_gives_a_row_for_every_photograph(
-    trained: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ...]
-) -> None:
-    where = ("--score.input", f"{bucket.uri}/photographs", "--score.out", f"{bucket.uri}/scored")
-    checkpoint = ("--score.checkpoint", f"{bucket.uri}/{trained}/best", "--score.num_workers", 1)
-
-    succeed(job_command("score", *here, *checkpoint, *where), cluster.environment)
-
-    (success,) = bucket.keys("scored/_SUCCESS/")
-    rows = bucket.table("scored/images/").to_pylist()
-    status = {row["uri"].removeprefix(f"{bucket.uri}/photographs/"): row["status"] for row in rows}
-    assert status == {"2026/0.jpg": "ok", "2026/1.jpg": "ok", "2026/2.jpg": "ok", "text.jpg": "not_an_image"}
-    assert (len(rows), bucket.json(success)["counts"]) == (4, {"not_an_image": 1, "ok": 3})
-    assert all(face["age"] is not None and face["race"] for row in rows for face in row["faces"])
-    assert not bucket.keys("scored-work/")
 
 
 def test_a_submitted_job_runs_the_code_it_was_submitted_with(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import Cluster, job_command, kill_command, succeed
+from commands import ROOT, Cluster, job_command, kill_command, succeed
 
 from agr_ray.data.rendered import render_photograph
 from agr_ray.schema import GENDERS, RACES
 from agr_ray.vision.decode import encode_jpeg
+
+sys.path.append(str(ROOT / "tests" / "ray"))
+from sets import prepared_set
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -67,12 +71,13 @@ def prepared(photographs: Path, cluster: Cluster, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def trained(prepared: Killed, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     folder = tmp_path_factory.mktemp("train")
+    data = prepared_set(folder / "data", {"train": 40, "val": 12})
     history = folder / "run" / "history.parquet"
     command = job_command(
         "train",
-        *("--train.data", prepared.out, "--train.out", folder, "--train.name", "run"),
+        *("--train.data", data, "--train.out", folder, "--train.name", "run"),
         *("--cluster.address", cluster.address, "--model.preset", "lightweight", "--model.input_side_px", 32),
         *("--train.num_workers", 2, "--train.batch_size", 16, "--train.threads_per_worker", 1),
         *("--train.epochs", EPOCHS, "--train.early_stopping_epochs", 0),
