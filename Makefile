@@ -32,7 +32,7 @@ test-all: $(READY) lint types layers  ## every test
 	$(BIN)/python -m pytest
 
 unit: $(READY)  ## the tests that need no Ray, under a minute
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -77,7 +77,7 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([state[name].double().flatten() for name in state if not name.endswith("num_batches_tracked")])
 
 
-@pytest.mark.parametrize("age_head", ["linear", "distribution"])
+@pytest.mark.parametrize("age_head", [pytest.param("linear", marks=pytest.mark.slow), "distribution"])
 def test_a_few_faces_are_learnt_by_heart(age_head: str) -> None:
     model = {"trunk": "resnet18", "preset": "paper", "age_head": age_head, "bn_momentum": 0.3}
     train_values = {"epochs": 30, "batch_size": 16, "lr": 2e-3, "schedule": "one_cycle"}

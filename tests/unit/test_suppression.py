@@ -137,7 +137,7 @@ def only_small_hidden(table: pa.Table, min_cell: int) -> pa.Table:
 
 
 # In the last five, cells follow from several sums taken together.
-@pytest.mark.parametrize("seed", [*range(12), 18, 51, 81, 147, 224])
+@pytest.mark.parametrize("seed", [*range(4), 18, 51, 81, 147, 224])
 def test_no_hidden_count_can_be_worked_out(seed: int) -> None:
     table, keys = random_table(seed)
     min_cell = (2, 3, 5, 11)[seed // 2 % 4]
