@@ -32,7 +32,7 @@ def crops() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 77, 77, 3), np.uint8)
 
 
-@pytest.mark.parametrize("trunk", ["resnet18", "resnet50", "mobilenet_v3_small"])
+@pytest.mark.parametrize("trunk", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "mobilenet_v3_small"])
 def test_it_predicts_the_same_in_float32(trunk: str) -> None:
     model, config = network(trunk), PredictConfig(flip_average=True)
     before = predict(model, crops(), TRANSFORM, config)

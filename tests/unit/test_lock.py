@@ -104,6 +104,7 @@ def test_a_living_lock_is_refused_by_a_line_that_names_its_owner(storage: Storag
         assert storage.exists(uri)
 
 
+@pytest.mark.slow
 def test_of_two_processes_that_race_one_holds_the_lock(storage: Storage, uri: str) -> None:
     racers = [start_holder(uri, ALIVE_S) for _ in range(2)]
     wait_until(lambda: any(racer.poll() is not None for racer in racers))

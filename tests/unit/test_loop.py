@@ -125,7 +125,10 @@ def test_predicting_nothing_gives_nothing() -> None:
     assert predictions.race_probs.shape == (0, 5)
 
 
-@pytest.mark.parametrize("train_values", [{"optimizer": "adam"}, {"optimizer": "adamw", "ema_decay": 0.9}])
+@pytest.mark.parametrize(
+    "train_values",
+    [pytest.param({"optimizer": "adam"}, marks=pytest.mark.slow), {"optimizer": "adamw", "ema_decay": 0.9}],
+)
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, train_values: dict[str, Any]
 ) -> None:
@@ -349,7 +352,7 @@ def part(data: dict[str, Any], rows: slice) -> Batch:
     return {name: values[rows] for name, values in data.items()}
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("ema_decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_ranks_with_uneven_shares_end_together_and_alike(ema_decay: float) -> None:
     data, config = faces(14), job({"epochs": 2, "ema_decay": ema_decay})
     models = [network(config), network(config)]
