@@ -124,7 +124,7 @@ class VisionConfig(Section):
     """`mtcnn` finds faces and five landmarks; `haar` boxes only, with no weights; `none` takes whole chips."""
     min_face_px: Annotated[int, Field(ge=12)] = 40
     """Shorter side of the smallest face looked for, pixels of the image that the detector sees."""
-    min_score: Fraction = 0.9
+    min_score: Fraction = 0.95
     """`mtcnn` only: probability below which a face is not counted."""
     max_side_px: PositiveInt = 1280
     """Photographs are shrunk to this longer side before detection, pixels; boxes stay in original pixels."""

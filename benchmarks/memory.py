@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SAMPLE_S = 2.0
+SAMPLE_S = 5.0
 
 
 @contextmanager
 def watched_memory(root: int) -> Iterator[list[float]]:
-    """Yield a growing list: every two seconds the MiB of a process and all below it, proportional set sizes summed.
+    """Yield a growing list: every five seconds the MiB of a process and all below it, proportional set sizes summed.
 
     Shared pages, such as Ray's object store, count once.
     """

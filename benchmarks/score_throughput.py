@@ -1,6 +1,6 @@
 """How fast `jobs/score.py` is on this machine's CPUs, beside the loop that a user would write.
 
-    python benchmarks/score_throughput.py --photographs FOLDER [--seconds 300] [--workers 2]
+    python benchmarks/score_throughput.py --photographs FOLDER [--seconds 300] [--workers 2] [--checkpoint FOLDER]
 
 Both see the same photographs and, of each, the same network: ResNet50 at 224 px with random weights.
 
@@ -10,7 +10,8 @@ Both see the same photographs and, of each, the same network: ResNet50 at 224 px
     names until it runs for --seconds. Its start-up is shown apart: it ends when the first batch has been read.
 
 Also printed: where (b)'s time goes, its peak memory (proportional set sizes of all processes, summed), how its
-attributes agree with plain float32 on the same crops, and how its faces agree with those of (a).
+attributes agree with plain float32 on the same crops, and how its faces agree with those of (a). --checkpoint is a
+trained one to show that agreement for as well: random weights, whose outputs are spread out, exaggerate differences.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -35,6 +34,7 @@ import pyarrow.dataset
 import torch
 import torchvision
 from facenet_pytorch import MTCNN
+from memory import watched_memory
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -64,7 +64,6 @@ MIN_REFERENCE_SCORE: Final = 0.95
 MIN_REFERENCE_SIDE_PX: Final = 40.0
 MIN_REFERENCE_SHARE: Final = 0.04
 """Of the photograph's shorter side: smaller faces of (a) need not be found."""
-SAMPLE_MEMORY_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,14 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--seconds", type=float, default=300.0, help="about how long (b) is to run")
     parser.add_argument("--workers", type=int, default=2, help="processes of (b)")
+    parser.add_argument("--checkpoint", type=Path, help="folder of a trained checkpoint, for the agreement only")
     arguments = parser.parse_args()
     paths = sorted(path for path in arguments.photographs.iterdir() if path.is_file())
     console = Console(width=120, highlight=False)
     with tempfile.TemporaryDirectory(prefix="score-") as temporary:
         folder = Path(temporary)
         in_new_process(make_checkpoint, paths, folder / "checkpoint")
-        agreement, one_thread_s = in_new_process(attribute_agreement, paths, folder / "checkpoint")
+        agreement, one_thread_s = in_new_process(attribute_agreement, paths, folder / "checkpoint", "random weights")
         reference = in_new_process(user_loop, paths)
         num_copies = max(1, round(arguments.seconds * arguments.workers / one_thread_s / len(paths)))
         repeat(paths, num_copies, folder / "photographs")
@@ -111,14 +111,16 @@ def main() -> None:
             ),
         )
         started = time.time()
-        with peak_memory() as peak_mib:
+        with watched_memory(os.getpid()) as samples_mib:
             record = score(job)
         ended = time.time() - record["timings"]["publish_s"]
         images = pa.dataset.dataset(folder / "scored" / "images", format="parquet").to_table()
     first_read = min(images["scored_at"].to_pylist()).timestamp()
     show_speed(console, reference, len(paths), record, first_read - started, ended - first_read, arguments.workers)
-    console.print(f"peak memory of (b), all processes: {peak_mib():,.0f} MiB")
+    console.print(f"peak memory of (b), all processes: {max(samples_mib):,.0f} MiB")
     console.print(agreement)
+    if arguments.checkpoint:
+        console.print(in_new_process(attribute_agreement, paths, arguments.checkpoint, "trained")[0])
     show_faces(console, reference, images)
 
 
@@ -154,7 +156,7 @@ def user_loop(paths: list[Path]) -> Reference:
     return Reference(time.perf_counter() - started, faces, sides)
 
 
-def cut_faces(paths: list[Path]) -> NDArray[np.uint8]:
+def cut_faces(paths: list[Path], transform: Transform) -> NDArray[np.uint8]:
     """Return the aligned crops of all faces, as scoring cuts them, on one thread."""
     torch.set_num_threads(1)
     vision = VisionConfig()
@@ -164,7 +166,7 @@ def cut_faces(paths: list[Path]) -> NDArray[np.uint8]:
         rgb = decode_image(path.read_bytes(), max_side_px=vision.max_side_px).rgb
         (faces,) = detector.detect([rgb])
         for box, landmarks in zip(faces.boxes_xyxy, faces.landmarks, strict=True):
-            crops.append(align(rgb, box, landmarks, TRANSFORM.crop_side_px, TRANSFORM.margin))
+            crops.append(align(rgb, box, landmarks, transform.crop_side_px, transform.margin))
     return np.stack(crops)
 
 
@@ -175,7 +177,7 @@ def make_checkpoint(paths: list[Path], directory: Path) -> None:
     """
     torch.manual_seed(0)
     model = MultiTaskNet(ModelConfig(preset="paper"))
-    images = prepare_eval(to_nchw(cut_faces(paths), torch.device("cpu")), TRANSFORM)
+    images = prepare_eval(to_nchw(cut_faces(paths, TRANSFORM), torch.device("cpu")), TRANSFORM)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # running statistics are the mean of all batches
@@ -196,31 +198,33 @@ def make_checkpoint(paths: list[Path], directory: Path) -> None:
     save_checkpoint(directory, model, TRANSFORM)
 
 
-def attribute_agreement(paths: list[Path], directory: Path) -> tuple[Table, float]:
+def attribute_agreement(paths: list[Path], directory: Path, name: str) -> tuple[Table, float]:
     """Compare our predictions with plain float32 torch on the same crops.
 
     Returns:
         A table, and the seconds that a photograph takes on one thread, model loading apart.
     """
-    plain_model = load_checkpoint(directory).model
-    model = for_inference(plain_model, PREDICT.precision)
-    predict(model, cut_faces(paths[:8]), TRANSFORM, PREDICT)  # the first takes longer
+    loaded = load_checkpoint(directory)
+    model = for_inference(loaded.model, PREDICT.precision)
+    predict(model, cut_faces(paths[:8], loaded.transform), loaded.transform, PREDICT)  # the first takes longer
     started = time.perf_counter()
-    crops = cut_faces(paths)
-    ours = predict(model, crops, TRANSFORM, PREDICT)
+    crops = cut_faces(paths, loaded.transform)
+    ours = predict(model, crops, loaded.transform, PREDICT)
     seconds = (time.perf_counter() - started) / len(paths)
     with torch.inference_mode():
-        plain = average([plain_model(prepare_eval(to_nchw(crops, torch.device("cpu")), TRANSFORM))])
-    return agreement_table(ours, plain), seconds
+        plain = average([loaded.model(prepare_eval(to_nchw(crops, torch.device("cpu")), loaded.transform))])
+    return agreement_table(ours, plain, name), seconds
 
 
-def agreement_table(ours: Predictions, plain: Predictions) -> Table:
+def agreement_table(ours: Predictions, plain: Predictions, name: str) -> Table:
     """Say by how much two predictions of the same faces differ."""
     assert ours.age is not None
     assert ours.p_male is not None
     assert ours.race_probs is not None
     assert plain.race_probs is not None
-    table = Table("attribute", "mean difference", "largest", title=f"(b) against plain float32, {len(ours.age)} faces")
+    table = Table(
+        "attribute", "mean difference", "largest", title=f"(b) against plain float32, {name}, {len(ours.age)} faces"
+    )
     for name, one, other in (("age, years", ours.age, plain.age), ("p_male", ours.p_male, plain.p_male)):
         difference = np.abs(one - other)
         table.add_row(name, f"{difference.mean():.4f}", f"{difference.max():.4f}")
@@ -237,49 +241,6 @@ def repeat(paths: list[Path], num_copies: int, folder: Path) -> None:
         shutil.copyfile(path, first)
         for copy in range(1, num_copies):
             os.link(first, folder / f"{copy:05d}-{path.name}")
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], float]]:
-    """Watch this process and all below it; yield what returns the largest sum of their proportional set sizes, MiB."""
-    peaks = [0.0]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(SAMPLE_MEMORY_S):
-            peaks.append(sum(map(pss_mib, descendants(os.getpid()))))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield lambda: max(peaks)
-    finally:
-        done.set()
-        thread.join()
-
-
-def descendants(root: int) -> list[int]:
-    """Return the ids of a process and of all below it (Linux)."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-        children.setdefault(parent, []).append(int(folder.name))
-    found = [root]
-    for process in found:
-        found += children.get(process, [])
-    return found
-
-
-def pss_mib(process: int) -> float:
-    """Return the proportional set size of a process, 0 if it has ended (Linux)."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def show_speed(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from agr_ray.device import has_bfloat16
+
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which a network runs: bfloat16 where `precision` asks for it, or else as it is."""
@@ -17,11 +19,3 @@ def uses_bfloat16(device: torch.device, precision: str) -> bool:
     for a step in bfloat16 as in float32.
     """
     return precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Say whether the device multiplies bfloat16 natively."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last: Arm's

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from agr_ray.config import VisionConfig
+from agr_ray.runtime.memory import keep_freed_memory
 from agr_ray.runtime.stopwatch import Stopwatch
 from agr_ray.schema import Status
 from agr_ray.storage import Storage, StorageError
@@ -58,6 +59,7 @@ class ImageReader:
     def __init__(self, storage: Storage, vision: VisionConfig, stopwatch: Stopwatch | None = None) -> None:
         cv2.setNumThreads(1)
         torch.set_num_threads(1)
+        keep_freed_memory()
         self._stopwatch = stopwatch or Stopwatch()
         self._storage = storage
         self._vision = vision

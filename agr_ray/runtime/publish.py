@@ -68,7 +68,7 @@ class Publication:
 
     def publish_file(self, file: int) -> Counts:
         """Write one file of each table, and count what is in it."""
-        return Patience(self.outage_s, reached=True).call(lambda: self._publish_file(file))
+        return Patience(self.outage_s).call(lambda: self._publish_file(file))
 
     def _publish_file(self, file: int) -> Counts:
         images = self._image_rows(file)

@@ -174,7 +174,7 @@ def score(job: ScoreJob) -> dict[str, Any]:
             "group_by": list(job.score.group_by),
             "min_cell": job.score.min_cell,
         }
-        patience = Patience(job.score.outage_s, reached=True)
+        patience = Patience(job.score.outage_s)
         with cluster(job.cluster) if run.plan.num_parts else nullcontext():
             timings = _score_parts(job, scoring, run, lock, console)
             patience.call(lock.check)
@@ -322,7 +322,7 @@ def _score_parts(job: ScoreJob, scoring: Scoring, run: Run, lock: RunLock, conso
     num_faces = 0
     started = time.perf_counter()
     total = sum(_rows_of(part, run.plan) for part in todo)
-    patience = Patience(scoring.outage_s, reached=True)
+    patience = Patience(scoring.outage_s)
     with progress(console, "scoring", total) as update:
         for summary in _summaries(scoring, todo, num_workers, num_gpus):
             patience.call(lock.check)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
 from agr_ray.learn.calibration import CalibratedPredictions, Calibration
+from agr_ray.learn.inference import for_inference
 from agr_ray.learn.metrics import predicted_gender
 from agr_ray.learn.predict import Predictions, predict
 from agr_ray.models.checkpoint import load_checkpoint
@@ -36,10 +37,9 @@ T = TypeVar("T")
 
 MAX_DEATHS: Final = 3
 """Times that an image may kill its worker before its row says `failed`."""
-PREDICT_BATCH: Final = 256
-"""Faces that go through the network at a time."""
+PREDICT_BATCH: Final = {"cpu": 16, "cuda": 256}
+"""Faces that go through the network at a time: what a CPU's cache holds, and what fills a GPU."""
 _RETRY_S: Final = 2.0
-_UNREACHED_S: Final = 20.0
 
 
 @dataclass(frozen=True)
@@ -260,9 +260,10 @@ class AttributePredictor:
     """Predicts, calibrates and writes. One worker's own."""
 
     def __init__(self, scoring: Scoring) -> None:
+        self._device = "cuda" if scoring.use_gpu else "cpu"
         with unpacked_checkpoint(dict(scoring.checkpoint)) as directory:
-            loaded = load_checkpoint(directory, device="cuda" if scoring.use_gpu else "cpu")
-        self._model = loaded.model
+            loaded = load_checkpoint(directory, device=self._device)
+        self._model = for_inference(loaded.model, scoring.predict.precision)
         self._scoring = scoring
         self._stopwatch = Stopwatch()
         self._patience = Patience(scoring.outage_s)
@@ -290,9 +291,10 @@ class AttributePredictor:
 
     def _attributes(self, crops: NDArray[np.uint8]) -> dict[str, pa.Array]:
         """Return the columns of each face's attributes: of those that are asked for and that the network has."""
+        size = PREDICT_BATCH[self._device]
         batches = [
-            predict(self._model, crops[start : start + PREDICT_BATCH], self._scoring.transform, self._scoring.predict)
-            for start in range(0, len(crops), PREDICT_BATCH)
+            predict(self._model, crops[start : start + size], self._scoring.transform, self._scoring.predict)
+            for start in range(0, len(crops), size)
         ]
         columns_of_batches = zip(*batches, strict=True)
         predictions = Predictions(*(None if each[0] is None else np.concatenate(each) for each in columns_of_batches))
@@ -323,11 +325,10 @@ class AttributePredictor:
 
 
 class Patience:
-    """Waits for storage that has gone away, for so many seconds; for storage that was never there, `_UNREACHED_S`."""
+    """Waits for storage that has gone away, for so many seconds."""
 
-    def __init__(self, outage_s: float, *, reached: bool = False) -> None:
+    def __init__(self, outage_s: float) -> None:
         self._outage_s = outage_s
-        self._reached = reached
 
     def call(self, work: Callable[[], T]) -> T:
         """Do it, and again while storage is away.
@@ -338,16 +339,13 @@ class Patience:
         gone_since: float | None = None
         while True:
             try:
-                done = work()
+                return work()
             except (StorageUnavailable, StorageFailed):
                 now = time.monotonic()
                 gone_since = now if gone_since is None else gone_since
-                if now - gone_since > (self._outage_s if self._reached else min(self._outage_s, _UNREACHED_S)):
+                if now - gone_since > self._outage_s:
                     raise
                 time.sleep(_RETRY_S)
-            else:
-                self._reached = True
-                return done
 
 
 class Attempts:

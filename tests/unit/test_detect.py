@@ -2,12 +2,15 @@
 
 from functools import cache
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from facenet_pytorch import MTCNN
+from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
 
 from agr_ray.data.rendered import render_chip
+from agr_ray.vision import mtcnn as cascade
 from agr_ray.vision.detect import Detector, Faces, make_detector
 
 NUM_CHIPS = 12
@@ -81,6 +84,62 @@ def test_facenet_pytorch_agrees_where_it_has_a_border(chips: list[np.ndarray]) -
     assert len(overlaps) >= 0.9 * len(chips)
     assert min(overlaps) >= 0.8
     assert np.median(distances) < 3
+
+
+@torch.inference_mode()
+def test_every_level_on_the_sheet_gives_what_p_net_gives_on_it_alone() -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (height, width, 3), np.uint8) for height, width in [(701, 500), (90, 333), (64, 64)]]
+    sheet, tiles = cascade._sheet([cascade._halved(image) for image in images], 20.0)
+    assert len(sheet) > 2 * cascade._STRIP_HEIGHT_PX  # levels lie across strips
+    assert {tile.owner for tile in tiles} == {0, 1, 2}
+    cells, scores, regressions = cascade._ProposalNet(PNet()).candidates(sheet, 0.0, torch.device("cpu"))
+    numbers = cascade._tile_numbers(tiles, sheet.shape)[cells[:, 0], cells[:, 1]]
+    for number, tile in enumerate(tiles):
+        level = sheet[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
+        padded = np.pad(level, ((6, 6), (6, 6), (0, 0)))
+        expected_regressions, expected = PNet()(nets_pixels(padded[None]))
+        assert scores[numbers == number] == pytest.approx(expected[0, 1].flatten(), abs=1e-4)
+        expected_regressions = expected_regressions[0].flatten(1).T
+        torch.testing.assert_close(regressions[numbers == number], expected_regressions, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("make_net", "side_px"), [(RNet, 24), (ONet, 48)])
+@torch.inference_mode()
+def test_the_other_nets_give_what_those_of_facenet_pytorch_give(make_net: type, side_px: int) -> None:
+    crops = np.random.default_rng(1).integers(0, 256, (5, side_px, side_px, 3), np.uint8)
+    ours = cascade._for_pixels(make_net())(torch.from_numpy(crops).permute(0, 3, 1, 2).float())
+    for one, other in zip(ours, make_net()(nets_pixels(crops)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "side_px"), [(2, 7), (2, 8), (3, 7), (3, 8)])
+def test_pooling_gives_what_that_of_torch_gives(size: int, side_px: int) -> None:
+    maps = torch.randn(2, 5, side_px, side_px + 1, generator=torch.Generator().manual_seed(0))
+    pool = torch.nn.MaxPool2d(size, 2, ceil_mode=True)
+    assert torch.equal(cascade._MaxPool(pool)(maps), pool(maps))
+
+
+def nets_pixels(images_nhwc: np.ndarray) -> torch.Tensor:
+    return ((torch.from_numpy(images_nhwc).float() - 127.5) / 128).permute(0, 3, 1, 2)
+
+
+def test_a_face_many_times_as_large_is_found_at_the_same_place(chips: list[np.ndarray]) -> None:
+    large = [cv2.resize(chip, None, fx=6, fy=6, interpolation=cv2.INTER_CUBIC) for chip in chips[:6]]
+    moves = []
+    for plain, enlarged in zip(mtcnn().detect(chips), mtcnn().detect(large), strict=False):
+        if len(plain) and len(enlarged):
+            there = enlarged.landmarks[central(enlarged, 6 * SIDE_PX)] / 6
+            moves.append(np.linalg.norm(plain.landmarks[central(plain, SIDE_PX)] - there, axis=1).mean())
+    assert len(moves) >= 5
+    assert np.median(moves) < 1.5
+
+
+def test_a_face_that_the_border_cuts_is_found_at_most_sizes(chips: list[np.ndarray]) -> None:
+    cut = [np.ascontiguousarray(chip[:, :140]) for chip in chips]
+    scaled = [cv2.resize(chip, None, fx=factor, fy=factor) for chip in cut for factor in (0.8, 1.0, 1.3, 1.7, 2.3)]
+    found = make_detector("mtcnn", min_score=0.9).detect(scaled)
+    assert sum(len(faces) > 0 for faces in found) >= 0.9 * len(scaled)
 
 
 def test_a_batch_gives_what_each_image_gives_alone(chips: list[np.ndarray]) -> None:
