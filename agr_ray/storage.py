@@ -27,6 +27,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar, cast
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ALLOWED_FORMS: Final = "a local path, file:///path or s3://bucket/key"
+_KEYS_PER_DELETE: Final = 1000
+"""What S3 takes at most."""
 DEFAULT_MARKER: Final = "meta.json"
 """The file of a tree that is written last, and whose presence says that the tree is whole."""
 
@@ -179,6 +182,21 @@ class Storage:
             BadUri: the scheme is not known, or the URI is empty or malformed.
         """
         return uri if _is_s3(uri) else _local_path(uri)
+
+    def object_uri(self, uri: str) -> str:
+        """Return the canonical URI of one object; that of a local file whose name is not UTF-8 stays as it is.
+
+        Raises:
+            BadUri: as `absolute`, or no bucket or no key is named.
+        """
+        made = self.absolute(uri)
+        if _is_s3(made):
+            _bucket_and_key(made)
+        try:
+            made.encode()
+        except UnicodeEncodeError:
+            return uri
+        return made
 
     def join(self, uri: str, *parts: str) -> str:
         """Return the URI of `parts` below `uri`. Parts are literal: an S3 key's `//` survives."""
@@ -386,9 +404,16 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(_local_path(uri))
             return
-        _bucket_and_key(uri)  # a whole bucket is never deleted
-        for each in [info.uri for info in self._list_s3(uri, directories=True)]:
-            self.delete(each)
+        bucket, _ = _bucket_and_key(uri)  # never a whole bucket
+        infos = self._list_s3(uri, directories=True)
+        while some := list(islice(infos, _KEYS_PER_DELETE)):
+            with self._s3_errors(uri, writing=True):
+                answer = self._s3().delete_objects(
+                    Bucket=bucket,
+                    Delete={"Objects": [{"Key": _bucket_and_key(info.uri)[1]} for info in some], "Quiet": True},
+                )
+            for error in answer.get("Errors", []):
+                raise StorageFailed(f"s3://{bucket}/{error['Key']}: can't be deleted: {error['Code']}")
 
     # Tables
 

@@ -56,7 +56,10 @@ def main() -> None:
     command = [sys.executable, __file__, "--plan-only", "--work", str(arguments.work)]
     command += ["--rows", str(arguments.rows), "--format", arguments.format]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    show(json.loads(done.stdout), arguments.rows, arguments.format)
+    measured = json.loads(done.stdout)
+    show(measured, arguments.rows, arguments.format)
+    if measured["elapsed_s"] > LIMIT_S or measured["peak_mib"] > LIMIT_MIB:
+        raise SystemExit("over the limit")
 
 
 def measure(folder: Path) -> dict[str, float]:

@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from agr_ray.config import ClusterConfig, ModelConfig, PredictConfig, ScoreConfig, ScoreJob, VisionConfig
@@ -117,7 +118,7 @@ def main() -> None:
         images = pa.dataset.dataset(folder / "scored" / "images", format="parquet").to_table()
     first_read = min(images["scored_at"].to_pylist()).timestamp()
     show_speed(console, reference, len(paths), record, first_read - started, ended - first_read, arguments.workers)
-    console.print(f"peak memory of (b), all processes: {max(samples_mib):,.0f} MiB")
+    console.print(f"peak memory of (b), all processes: {max(samples_mib, default=0.0):,.0f} MiB")
     console.print(agreement)
     if arguments.checkpoint:
         console.print(in_new_process(attribute_agreement, paths, arguments.checkpoint, "trained")[0])
@@ -288,8 +289,10 @@ def show_faces(console: Console, reference: Reference, images: pa.Table) -> None
         min_side_px = max(MIN_REFERENCE_SIDE_PX, MIN_REFERENCE_SHARE * reference.shorter_sides_px[name])
         sides_px = (boxes[:, 2:] - boxes[:, :2]).min(axis=1)
         wanted = (scores >= MIN_REFERENCE_SCORE) & (sides_px >= min_side_px)
-        is_found = overlaps.max(axis=1, initial=0.0) >= MIN_OVERLAP
-        is_known = overlaps.max(axis=0, initial=0.0) >= MIN_OVERLAP
+        theirs, mine = linear_sum_assignment(overlaps, maximize=True)  # one to one: a face found twice is unmatched
+        same = overlaps[theirs, mine] >= MIN_OVERLAP
+        is_found, is_known = np.zeros(len(boxes), bool), np.zeros(len(ours), bool)
+        is_found[theirs[same]], is_known[mine[same]] = True, True
         num_wanted += int(wanted.sum())
         num_found += int((wanted & is_found).sum())
         num_ours += len(ours)

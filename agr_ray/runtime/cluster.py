@@ -115,13 +115,16 @@ def check_fits(
             )
 
 
-def worker_count(num_workers: int | None, *, use_gpu: bool = False) -> int:
-    """Return the configured number of processes, or as many as there are GPUs, or spare CPUs, logical and real."""
+def worker_count(num_workers: int | None, *, use_gpu: bool = False, besides: int = 0) -> int:
+    """Return the configured number of processes, or as many as there are GPUs, or spare CPUs, logical and real.
+
+    `besides` is the number of other processes that take a logical CPU each.
+    """
     if num_workers is not None:
         return num_workers
     if use_gpu:
         return max(1, int(_resources().get("GPU", 0.0)))
-    spare = int(_resources().get("CPU", 1.0)) - 1
+    spare = int(_resources().get("CPU", 1.0)) - 1 - besides
     is_local = sum(node["Alive"] for node in ray.nodes()) == 1  # type: ignore[no-untyped-call]  # Ray leaves it bare
     return max(1, min(machine_cpus(), spare) if is_local else spare)
 

@@ -50,6 +50,8 @@ def check_grouping(config: ScoreConfig) -> dict[str, int]:
     for name in config.group_by:
         if name in DEMOGRAPHICS.names or name in IMAGES.names:
             raise ConfigError(f"score.group_by {name}: the tables have a column of that name; choose another")
+        if [other.lower() for other in config.group_by].count(name.lower()) > 1:
+            raise ConfigError(f"score.group_by {name}: is named twice (capitals do not count)")
         if not re.fullmatch(r"\w+", name):
             raise ConfigError(f"score.group_by {name!r}: a name has letters, digits and _ only")
         if name not in captured and not config.metadata:
@@ -72,15 +74,15 @@ def make_grouping(storage: Storage, config: ScoreConfig, folder: str) -> Groupin
     joined = [name for name in config.group_by if name not in captured]
     pattern = config.key_pattern.replace("'", "''")
     columns = {name: f"nullif(regexp_extract(uri, '{pattern}', {number}), '')" for name, number in captured.items()} | {
-        name: f"metadata.{name}" for name in joined
+        name: f'metadata."{name}"' for name in joined
     }
     join = ""
     if joined:
         path = f"{folder}/metadata.parquet"
         _copy_metadata(storage, config.metadata, joined, path)
-        firsts = ", ".join(f"any_value({name}) AS {name}" for name in joined)
+        firsts = ", ".join(f'any_value("{name}") AS "{name}"' for name in joined)
         join = f"LEFT JOIN (SELECT uri, {firsts} FROM read_parquet('{path}') GROUP BY uri) AS metadata USING (uri)"
-    select = "".join(f", {columns[name]} AS {name}" for name in config.group_by)
+    select = "".join(f', {columns[name]} AS "{name}"' for name in config.group_by)
     return Grouping(config.group_by, select, join)
 
 
@@ -100,5 +102,7 @@ def _copy_metadata(storage: Storage, uri: str, names: list[str], path: str) -> N
             for batch in metadata.to_batches(columns=schema.names, batch_size=_BATCH_ROWS):
                 columns = [batch.column(name).cast(pa.string()) for name in schema.names]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
+    except pa.ArrowNotImplementedError as error:
+        raise ConfigError(f"score.metadata {uri}: a grouping column must be of a simple type: {error}") from None
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageUnavailable(f"{uri} can't be read: {' '.join(str(error).split())}") from error

@@ -92,7 +92,8 @@ class ImageReader:
         try:
             return self._storage.read(uri, etag=etag, max_bytes=self._vision.max_mib * MIB)
         except StorageError as error:
-            return Reject(error.status, str(error))
+            # A local name that is not UTF-8 does not fit into a table.
+            return Reject(error.status, str(error).encode(errors="replace").decode())
 
     def _decode(self, body: bytes) -> DecodedImage | Reject:
         try:

@@ -37,6 +37,8 @@ from agr_ray.storage import BadUri, MissingObject, Storage, StorageUnavailable
 PLAN: Final = "plan.json"
 RETRIED: Final = (str(Status.FAILED), str(Status.MISSING), str(Status.CHANGED))
 """What says nothing of the content that was listed: the next run tries it again, if it is still listed."""
+MAX_GROUPS: Final = 10_000
+"""Of score.group_by: each makes up to a hundred rows of demographics, which are worked out together."""
 PARTS_PER_FILE: Final = 256
 """Readers of one part read the footer of its file, which grows with the row groups."""
 
@@ -131,6 +133,7 @@ def plan(
             num_fresh, num_to_do = _select(database, listed, known)
             report(counter.listed, f"{num_to_do:,} to do")
             grouping = make_grouping(storage, config, folder)
+            _check_groups(database, listed, grouping)
             schema = pa.schema([*SCORE_MANIFEST, *grouping.fields])
             rows = _rows_to_do(database, listed, grouping)
             _write_parts(rows, schema, f"{folder}/manifest", config.rows_per_file)
@@ -227,7 +230,15 @@ def _listed(storage: Storage, uri: str, kind: str) -> Iterator[pa.RecordBatch]:
     """Yield what the input lists, as `LISTED`."""
     if kind == "prefix":
         return _list_prefix(storage, uri)
-    return _read_manifest(storage, uri) if kind == "manifest" else _list_inventory(storage, uri)
+    batches = _read_manifest(storage, uri) if kind == "manifest" else _list_inventory(storage, uri)
+    return map(_without_empty_etags, batches)
+
+
+def _without_empty_etags(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return rows of `LISTED` whose empty etags, which no object has, are null: not known."""
+    etags = batch.column("etag")
+    known = pc.if_else(pc.equal(etags, ""), None, etags)
+    return batch.set_column(batch.schema.get_field_index("etag"), LISTED.field("etag"), known)
 
 
 def _list_prefix(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
@@ -282,7 +293,7 @@ def _manifest_rows(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
             columns |= {name: batch.column(name).cast(LISTED.field(name).type) for name in given}
             if columns["uri"].null_count:
                 raise ConfigError(f"score.input {uri}: a manifest's uri must not be null")
-            uris = pa.array([storage.absolute(each) for each in columns["uri"].to_pylist()], pa.string())
+            uris = pa.array([storage.object_uri(each) for each in columns["uri"].to_pylist()], pa.string())
             columns |= {"uri": uris, "key": uris, "etag": pc.utf8_trim(columns["etag"], characters='"')}
             yield pa.record_batch([columns[name] for name in LISTED.names], schema=LISTED)
 
@@ -421,18 +432,35 @@ def _select(database: duckdb.DuckDBPyConnection, listed: str, scored: str) -> tu
     return int(num_rows), int(num_to_do)
 
 
+_TO_DO: Final = """
+    SELECT image_id, uri, etag, size_bytes{grouping.select}
+    FROM read_parquet(?, file_row_number = true)
+    SEMI JOIN (SELECT position AS file_row_number FROM to_do) USING (file_row_number)
+    {grouping.join}
+"""
+
+
+def _check_groups(database: duckdb.DuckDBPyConnection, listed: str, grouping: Grouping) -> None:
+    """Refuse a grouping that makes a table as long as the bucket, before anything is scored.
+
+    Raises:
+        ConfigError: there are more than `MAX_GROUPS`.
+    """
+    if not grouping.names:
+        return
+    names = ", ".join(f'"{name}"' for name in grouping.names)
+    sql = f"SELECT count(*) FROM (SELECT DISTINCT {names} FROM ({_TO_DO.format(grouping=grouping)}))"
+    ((num_groups,),) = database.execute(sql, [listed]).fetchall()
+    if num_groups > MAX_GROUPS:
+        raise ConfigError(
+            f"score.group_by {', '.join(grouping.names)}: makes {num_groups:,} groups of these photographs; at most "
+            f"{MAX_GROUPS:,} are allowed"
+        )
+
+
 def _rows_to_do(database: duckdb.DuckDBPyConnection, listed: str, grouping: Grouping) -> Iterator[pa.RecordBatch]:
     """Yield the rows of `to_do` as schema.SCORE_MANIFEST with the grouping columns, in the order of the input."""
-    rows = database.sql(
-        f"""
-        SELECT image_id, uri, etag, size_bytes{grouping.select}
-        FROM read_parquet(?, file_row_number = true)
-        SEMI JOIN (SELECT position AS file_row_number FROM to_do) USING (file_row_number)
-        {grouping.join}
-        ORDER BY file_row_number
-        """,
-        params=[listed],
-    )
+    rows = database.sql(f"{_TO_DO.format(grouping=grouping)} ORDER BY file_row_number", params=[listed])
     yield from rows.to_arrow_reader(_BATCH_ROWS)
 
 

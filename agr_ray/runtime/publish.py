@@ -122,19 +122,17 @@ class Publication:
 
 
 def pseudonymised(images: pa.Table, key: bytes) -> pa.Table:
-    """Replace all that names or identifies an image: URI and id by HMACs, also within errors; etag and size by null."""
-    uris = images["uri"].to_pylist()
-    aliases = [pseudonym(uri, key) for uri in uris]
-    errors = [
-        error and error.replace(uri, alias)
-        for uri, alias, error in zip(uris, aliases, images["error"].to_pylist(), strict=True)
-    ]
+    """Replace all that names or identifies an image: URI and id by HMACs, etag and size by null.
+
+    Errors, which quote them, are null too: why an image was rejected is left to its status.
+    """
+    aliases = [pseudonym(uri, key) for uri in images["uri"].to_pylist()]
     columns = {
         "image_id": pa.array([pseudonym(image, key) for image in images["image_id"].to_pylist()], pa.string()),
         "uri": pa.array(aliases, pa.string()),
         "etag": pa.nulls(images.num_rows, pa.string()),
         "size_bytes": pa.nulls(images.num_rows, pa.int64()),
-        "error": pa.array(errors, pa.string()),
+        "error": pa.nulls(images.num_rows, pa.string()),
     }
     return pa.table({name: columns.get(name, images[name]) for name in images.column_names}, schema=images.schema)
 
@@ -208,12 +206,13 @@ CREATE OR REPLACE VIEW demographics AS
     if not has_images:
         return sql
     return f"""{sql}
--- Each image counts as it was last scored. One that was deleted from its bucket stays until a run has met it as
--- missing: scoring does not look for keys that are gone.
+-- Each image counts as it was last scored; that a listing was older than the image (changed) says nothing of it.
+-- One that was deleted from its bucket stays until a run has met it as missing: scoring does not look for keys that
+-- are gone.
 CREATE OR REPLACE VIEW images AS
     SELECT i.* FROM read_parquet('{quoted}/images/run=*/*.parquet', union_by_name = true) AS i
     SEMI JOIN runs USING (run_id)
-    QUALIFY row_number() OVER (PARTITION BY i.uri ORDER BY i.scored_at DESC, i.run_id DESC) = 1;
+    QUALIFY row_number() OVER (PARTITION BY i.uri ORDER BY i.status = 'changed', i.scored_at DESC, i.run_id DESC) = 1;
 CREATE OR REPLACE VIEW faces AS
     SELECT f.* FROM read_parquet('{quoted}/faces/run=*/*.parquet', union_by_name = true) AS f
     SEMI JOIN images USING (image_id, run_id);

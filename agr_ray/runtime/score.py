@@ -20,9 +20,10 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,9 +36,9 @@ from rich.table import Table
 
 from agr_ray.config import ConfigError, ScoreJob, digest
 from agr_ray.learn.calibration import Calibration
-from agr_ray.models.checkpoint import model_digest, read_calibration_json, read_meta
+from agr_ray.models.checkpoint import model_digest, read_meta
 from agr_ray.models.network import Transform
-from agr_ray.runtime.checkpoints import local_checkpoint, portable_checkpoint
+from agr_ray.runtime.checkpoints import local_checkpoint, portable_checkpoint, read_calibration
 from agr_ray.runtime.cluster import check_fits, cluster, configure_ray_data, worker_count
 from agr_ray.runtime.grouping import check_grouping
 from agr_ray.runtime.lock import RunLock, run_lock
@@ -127,7 +128,9 @@ def score(job: ScoreJob) -> dict[str, Any]:
     lock_uri = storage.join(f"{out}-work", "lock.json")
     with run_lock(storage, lock_uri, identity, expiry_s=job.score.lock_expiry_s, console=console) as lock:
         skipped = _scored_folders(storage, out, job, model, config_digest, key)
-        run = _resumed(storage, out, work) or _opened(job, storage, work, identity, skipped, key, console)
+        run = _resumed(storage, out, work, skipped, console)
+        if run is None:
+            run = _opened(job, storage, work, identity, skipped, key, console)
         scoring = Scoring(
             storage=storage,
             work=work,
@@ -179,8 +182,7 @@ def score(job: ScoreJob) -> dict[str, Any]:
             timings = _score_parts(job, scoring, run, lock, console)
             patience.call(lock.check)
             started = time.perf_counter()
-            counts = _publish_files(publication, console)
-        patience.call(lock.check)
+            counts = _publish_files(publication, job.score.num_workers, console)
         patience.call(lambda: publish_demographics(publication, counts, model.calibration, job.score.min_cell))
         totals = _totals(counts, run.plan)
         timings |= {"plan_s": run.plan_s, "publish_s": time.perf_counter() - started}
@@ -189,10 +191,16 @@ def score(job: ScoreJob) -> dict[str, Any]:
             "timings": timings,
             "published_at": _now(),
         }
-        patience.call(lambda: finish(storage, out, record))
-        patience.call(lambda: storage.delete_tree(work))
+        for step in (lambda: finish(storage, out, record), lambda: storage.delete_tree(work)):
+            patience.call(lambda step=step: _locked(lock, step))  # type: ignore[misc]
     _print_summary(console, totals, timings, f"{out} run={run.run_id}")
     return record
+
+
+def _locked(lock: RunLock, step: Callable[[], None]) -> None:
+    """Take a step that nobody else may take, once it is sure again that the lock is ours."""
+    lock.check()
+    step()
 
 
 def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
@@ -229,20 +237,12 @@ def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
     detector = meta["data"].get("detector")
     if detector not in (None, job.vision.detector):
         console.print(f"warning: trained on crops found by {detector}, scoring with {job.vision.detector}")
-    said = read_calibration_json(directory)
-    calibration = None if said is None else Calibration.from_json(said)
-    this_model = model_digest(directory)
+    calibration, reason = read_calibration(directory, job.predict, "score.checkpoint")
     if calibration is None:
-        console.print(
-            "warning: the checkpoint has no calibration: no age_low and age_high, no abstention, no corrected shares; "
-            "jobs/evaluate.py --calibrate adds one"
-        )
-    elif (calibration.model_digest, calibration.predict_digest) != (this_model, digest(job.predict)):
-        console.print("warning: the checkpoint's calibration is of another model or other predict settings: not used")
-        calibration = None
+        console.print(f"warning: no age_low and age_high, no abstention, no corrected shares: {reason}")
     return Model(
         checkpoint=portable_checkpoint(directory),
-        digest=this_model,
+        digest=model_digest(directory),
         tasks=tuple(meta["model"]["tasks"]),
         transform=Transform.from_json(meta["transform"]),
         calibration=calibration,
@@ -258,19 +258,33 @@ def _scored_folders(
     folders = []
     for record in published_runs(storage, out):
         if all(record[name] == value for name, value in wanted.items()):
+            if record["aggregate_only"] and not job.score.aggregate_only:
+                raise ConfigError(
+                    f"score.out {job.score.out}: run={record['run_id']} there is aggregate_only; go on with "
+                    "score.aggregate_only and its score.ledger, or choose another score.out"
+                )
             root = storage.absolute(job.score.ledger) if record["aggregate_only"] else storage.join(out, "images")
-            folders.append(storage.join(root, f"run={record['run_id']}"))
+            folder = storage.join(root, f"run={record['run_id']}")
+            if record["aggregate_only"] and not storage.exists(folder):
+                raise ConfigError(
+                    f"score.ledger {job.score.ledger}: has no run={record['run_id']}, which is published in {out}; "
+                    "without it, its photographs would be scored and counted again"
+                )
+            folders.append(folder)
     return folders
 
 
-def _resumed(storage: Storage, out: str, work: str) -> Run | None:
-    """Return the run that lies at `work` unpublished, if it was planned to the end."""
+def _resumed(storage: Storage, out: str, work: str, skipped: list[str], console: Console) -> Run | None:
+    """Return the run that lies at `work` unpublished, if it was planned to the end and nothing was published since."""
     try:
         record = json.loads(storage.read(storage.join(work, "run.json")))
     except MissingObject:
         return None
     if is_published(storage, out, record["run_id"]):
         return None  # and was killed before its work was deleted
+    if record["skipped"] != skipped:
+        console.print("another run has published since this one was killed: it is planned again, so that none is twice")
+        return None
     made = read_plan(storage, manifest_folder(storage, work))
     assert made is not None
     return Run(record["run_id"], record["started_at"], record["plan_s"], made)
@@ -293,7 +307,7 @@ def _opened(
         )
     run_id = f"{datetime.datetime.fromisoformat(started_at):%Y%m%dT%H%M%SZ}-{identity[:8]}"
     run = Run(run_id, started_at, time.perf_counter() - started, made)
-    record = {"run_id": run_id, "started_at": started_at, "plan_s": run.plan_s}
+    record = {"run_id": run_id, "started_at": started_at, "plan_s": run.plan_s, "skipped": skipped}
     storage.write(storage.join(work, "run.json"), json.dumps(record, indent=2).encode())
     return run
 
@@ -312,11 +326,10 @@ def _score_parts(job: ScoreJob, scoring: Scoring, run: Run, lock: RunLock, conso
     )
     if not todo:
         return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}
-    num_workers, num_gpus = worker_count(job.score.num_workers), 0
-    check_fits("score.num_workers", num_workers, 1.0)
-    if job.score.use_gpu:
-        num_gpus = worker_count(None, use_gpu=True)
-        check_fits("score.use_gpu", num_gpus, 1.0, 1.0, spare_cpus=num_workers + 1.0)
+    num_gpus = worker_count(None, use_gpu=True) if job.score.use_gpu else 0
+    num_workers = worker_count(job.score.num_workers, besides=num_gpus)
+    check_fits("score.num_workers", num_workers, 1.0, spare_cpus=1.0 + num_gpus)
+    check_fits("score.use_gpu", num_gpus, 0.0, 1.0)
     counts: Counter[str] = Counter()
     stopwatch = Stopwatch()
     num_faces = 0
@@ -370,17 +383,20 @@ def _rows_of(part: int, plan: Plan) -> int:
     return min(plan.rows_per_part, plan.num_to_do - part * plan.rows_per_part)
 
 
-def _publish_files(publication: Publication, console: Console) -> Counts:
+def _publish_files(publication: Publication, num_workers: int | None, console: Console) -> Counts:
     """Write every file that readers see but the demographics; return what is in them."""
     if not publication.num_parts:
         return publication.publish_file(0)
     task = ray.remote(num_cpus=1)(Publication.publish_file)
-    waiting = [task.remote(publication, file) for file in range(publication.num_files)]
+    at_once = worker_count(num_workers)  # each holds a file's rows
+    files = iter(range(publication.num_files))
+    waiting = [task.remote(publication, file) for file in islice(files, at_once)]
     counts: list[Counts] = []
-    with progress(console, "publishing", len(waiting)) as update:
+    with progress(console, "publishing", publication.num_files) as update:
         while waiting:
             ready, waiting = ray.wait(waiting)
             counts += ray.get(ready)
+            waiting += [task.remote(publication, file) for file in islice(files, len(ready))]
             update(len(counts), "files")
     return add_counts(counts, publication.group_by)
 

@@ -9,7 +9,7 @@ import datetime
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -75,6 +75,10 @@ class Scoring:
         """Return where the part's image rows are written."""
         return part_file(self.storage, self.work, part)
 
+    def attempts_uri(self, part: int) -> str:
+        """Return where it is noted that the part is begun."""
+        return self.storage.join(self.work, "attempts", f"part-{part:08d}.json")
+
 
 def manifest_folder(storage: Storage, work: str) -> str:
     """Return where the run's manifest is."""
@@ -92,7 +96,7 @@ def part_file(storage: Storage, work: str, part: int) -> str:
 
 
 class Found(NamedTuple):
-    """The photographs of a part and their faces."""
+    """Photographs and their faces."""
 
     images: pa.Table
     """schema.IMAGES; attributes are null."""
@@ -108,13 +112,17 @@ class PartScorer:
         self._predictor = AttributePredictor(scoring)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
-        """Score the parts whose numbers are in `part`; yield a summary of each."""
+        """Score the parts whose numbers are in `part`; yield a summary of each.
+
+        Attributes are predicted batch by batch, so that no more crops are held than a batch of photographs has faces.
+        """
         for part in batch["part"].tolist():
-            yield self._predictor.write(part, self._finder.find_part(part), self._finder.stopwatch.take())
+            images = [self._predictor.fill(found) for found in self._finder.find(part)]
+            yield self._predictor.write(part, pa.concat_tables(images), self._finder.stopwatch.take())
 
 
 class FoundParts:
-    """Parts -> found faces as bytes, for a predictor in another process."""
+    """Parts -> found faces as bytes, for a predictor in another process. All crops of a part travel together."""
 
     def __init__(self, scoring: Scoring) -> None:
         self._finder = FaceFinder(scoring)
@@ -122,7 +130,7 @@ class FoundParts:
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
         """Yield one row a part: its number, image rows, crops and seconds by stage."""
         for part in batch["part"].tolist():
-            found = self._finder.find_part(part)
+            found = together(list(self._finder.find(part)))
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, IMAGES) as writer:
                 writer.write_table(found.images)
@@ -149,7 +157,13 @@ class WrittenParts:
             with pa.ipc.open_stream(row["images"]) as reader:
                 images = reader.read_all()
             crops = np.frombuffer(row["crops"], np.uint8).reshape(-1, self._side_px, self._side_px, 3)
-            yield self._predictor.write(row["part"], Found(images, crops), json.loads(row["seconds"]))
+            filled = self._predictor.fill(Found(images, crops))
+            yield self._predictor.write(row["part"], filled, json.loads(row["seconds"]))
+
+
+def together(found: Sequence[Found]) -> Found:
+    """Return batches as one, at least one."""
+    return Found(pa.concat_tables([each.images for each in found]), np.concatenate([each.crops for each in found]))
 
 
 class FaceFinder:
@@ -161,50 +175,42 @@ class FaceFinder:
         self._reader = ImageReader(scoring.storage, scoring.vision, self.stopwatch)
         self._patience = Patience(scoring.outage_s)
 
-    def find_part(self, part: int) -> Found:
-        """Find the faces of all images of a part, one that kills its worker excepted.
+    def find(self, part: int) -> Iterator[Found]:
+        """Find the faces of all images of a part, a batch at a time; one that kills its worker is given up.
 
-        Where an earlier attempt at the part has died, images are taken one at a time, and which one is at work is
-        noted beforehand: an image that has killed its worker `MAX_DEATHS` times is given up.
+        That the part is begun is noted in storage until it is written. Where an earlier attempt at it has died, images
+        are taken one at a time, and which one is at work is noted beforehand: an image that has killed its worker
+        `MAX_DEATHS` times, before its attributes were there, is given up.
         """
         scoring = self._scoring
         rows = self._patience.call(lambda: scoring.manifest_rows(part)).select(SCORE_MANIFEST.names).to_pylist()
-        uri = scoring.storage.join(scoring.work, "attempts", f"part-{part:08d}.json")
-        attempts = self._patience.call(lambda: Attempts.begin(scoring.storage, uri))
-        found = self._find_carefully(rows, attempts) if attempts.has_died else self._find(rows)
-        images = pa.Table.from_pylist([row for made, _ in found for row in made], schema=IMAGES)
-        side_px = scoring.stored_side_px
-        crops = [crop for _, made in found for crop in made]
-        self._patience.call(attempts.end)
-        return Found(images, np.stack(crops) if crops else np.empty((0, side_px, side_px, 3), np.uint8))
+        attempts = self._patience.call(lambda: Attempts.begin(scoring.storage, scoring.attempts_uri(part)))
+        return self._find_carefully(rows, attempts) if attempts.has_died else self._find(rows)
 
-    def _find(self, rows: list[dict[str, Any]]) -> list[_Batch]:
+    def _find(self, rows: list[dict[str, Any]]) -> Iterator[Found]:
         size = self._scoring.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        found = []
         ahead = self._fetch(batches[0])
         for index, batch in enumerate(batches):
             fetched = ahead
             if index + 1 < len(batches):
                 ahead = self._fetch(batches[index + 1])
-            found.append(self._find_batch(batch, fetched))
-        return found
+            yield self._find_batch(batch, fetched)
 
-    def _find_carefully(self, rows: list[dict[str, Any]], attempts: Attempts) -> list[_Batch]:
-        found: list[_Batch] = []
+    def _find_carefully(self, rows: list[dict[str, Any]], attempts: Attempts) -> Iterator[Found]:
         for row in rows:
             if attempts.deaths[row["image_id"]] >= MAX_DEATHS:
                 error = f"killed its worker {MAX_DEATHS} times"
-                found.append(([row | self._common() | _rejected(Reject(Status.FAILED, error))], []))
+                yield self._found([row | self._common() | _rejected(Reject(Status.FAILED, error))], [])
                 continue
             self._patience.call(lambda row=row: attempts.suspect(row["image_id"]))  # type: ignore[misc]
-            found.append(self._find_batch([row], self._fetch([row])))
-        return found
+            yield self._find_batch([row], self._fetch([row]))
+        self._patience.call(lambda: attempts.suspect(""))
 
     def _fetch(self, rows: list[dict[str, Any]]) -> Any:
         return self._reader.fetch([row["uri"] for row in rows], [row["etag"] for row in rows])
 
-    def _find_batch(self, rows: list[dict[str, Any]], fetched: Any) -> _Batch:
+    def _find_batch(self, rows: list[dict[str, Any]], fetched: Any) -> Found:
         try:
             seen = self._reader.read(fetched)
         except StorageUnavailable:
@@ -219,7 +225,12 @@ class FaceFinder:
                     columns, aligned = self._faces(each)
                     made.append(row | common | columns)
                     crops += aligned
-        return made, crops
+        return self._found(made, crops)
+
+    def _found(self, rows: list[dict[str, Any]], crops: list[NDArray[np.uint8]]) -> Found:
+        side_px = self._scoring.stored_side_px
+        stacked = np.stack(crops) if crops else np.empty((0, side_px, side_px, 3), np.uint8)
+        return Found(pa.Table.from_pylist(rows, schema=IMAGES), stacked)
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -252,10 +263,6 @@ class FaceFinder:
         }, crops
 
 
-_Batch = tuple[list[dict[str, Any]], list[NDArray[np.uint8]]]
-"""Rows of schema.IMAGES, and the crops of their faces in order."""
-
-
 class AttributePredictor:
     """Predicts, calibrates and writes. One worker's own."""
 
@@ -268,12 +275,12 @@ class AttributePredictor:
         self._stopwatch = Stopwatch()
         self._patience = Patience(scoring.outage_s)
 
-    def write(self, part: int, found: Found, seconds: Mapping[str, float]) -> dict[str, list[Any]]:
-        """Write a part's rows with their attributes, and return its summary, a row of columns."""
-        with self._stopwatch.stage("predict"):
-            images = self.fill(found)
+    def write(self, part: int, images: pa.Table, seconds: Mapping[str, float]) -> dict[str, list[Any]]:
+        """Write a part's rows, forget that it was begun, and return its summary, a row of columns."""
+        scoring = self._scoring
         with self._stopwatch.stage("write"):
-            self._patience.call(lambda: self._scoring.storage.write_table(images, self._scoring.part_uri(part)))
+            self._patience.call(lambda: scoring.storage.write_table(images, scoring.part_uri(part)))
+            self._patience.call(lambda: scoring.storage.delete(scoring.attempts_uri(part)))
         self._stopwatch.add(seconds)
         return summary(part, images, self._stopwatch.take())
 
@@ -284,7 +291,8 @@ class AttributePredictor:
             return found.images
         faces = found.images["faces"].combine_chunks()
         fields = {field.name: faces.flatten().field(field.name) for field in FACE}
-        fields |= self._attributes(found.crops)
+        with self._stopwatch.stage("predict"):
+            fields |= self._attributes(found.crops)
         filled = pa.StructArray.from_arrays(list(fields.values()), fields=list(FACE))
         lists = pa.ListArray.from_arrays(faces.offsets, filled)
         return found.images.set_column(IMAGES.get_field_index("faces"), IMAGES.field("faces"), lists)
@@ -376,10 +384,6 @@ class Attempts:
         """Note which image is next; empty: none alone."""
         record = {"suspect": image_id, "deaths": self.deaths}
         self._storage.write(self._uri, json.dumps(record).encode())
-
-    def end(self) -> None:
-        """Forget the part: it was got through."""
-        self._storage.delete(self._uri)
 
 
 def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:

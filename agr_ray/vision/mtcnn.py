@@ -134,7 +134,8 @@ class Mtcnn:
         boxes, _, landmarks = self._output_once(images, shifted, owners.repeat(len(_FINAL_SHIFTS)), finely=True)
         boxes = boxes.reshape(len(_FINAL_SHIFTS), -1, 4).mean(dim=0)
         landmarks = landmarks.reshape(len(_FINAL_SHIFTS), -1, 5, 2).mean(dim=0)
-        return boxes, scores, landmarks, owners
+        kept = _suppress_contained(boxes, scores, owners, _NMS_BETWEEN_STAGES)  # two may have moved to one face
+        return boxes[kept], scores[kept], landmarks[kept], owners[kept]
 
     def _output_once(
         self, images: list[_Halvings], squares: Tensor, owners: Tensor, *, finely: bool = False
@@ -228,7 +229,7 @@ class _RowwisePReLU(nn.Module):
 
 
 class _MaxPool(nn.Module):
-    """Max-pooling of stride 2 with partial windows at the ends, by slices: for few maps, in an eighth of torch's time."""
+    """Max-pooling of stride 2 with partial windows at the ends, by slices: an eighth of torch's time for few maps."""
 
     def __init__(self, pool: nn.Module) -> None:
         super().__init__()

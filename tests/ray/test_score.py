@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from sets import checkpoint, iou
 
-from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.config import ConfigError, GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.data.rendered import RenderedPhotograph, render_photograph
 from agr_ray.runtime.score import score
 from agr_ray.schema import GENDERS, IMAGES, RACES
@@ -228,6 +228,47 @@ def test_the_next_runs_score_only_what_is_new_or_changed(job: ScoreJob, publishe
     assert counted == [(12, 12)]
     assert width_px == [(220,)]
     assert others == [(6, 5)]
+
+
+def test_a_killed_run_is_planned_again_where_another_has_published_since(
+    job: ScoreJob, folder: Path, drawn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = folder / "twice"
+    job = job.model_copy(update={"score": job.score.model_copy(update={"out": str(out)})})
+    limited = job.model_copy(update={"score": job.score.model_copy(update={"limit": 3})})
+    monkeypatch.setattr("agr_ray.runtime.score.finish", die)
+    with pytest.raises(KeyboardInterrupt):
+        score(job)
+    monkeypatch.undo()
+
+    assert score(limited)["num_images"] == 3
+    assert score(job)["num_images"] == len(drawn) + len(FILES) - 3
+
+    uris = pq.read_table(out / "images", columns=["uri"])["uri"].to_pylist()
+    published = {json.loads(path.read_text())["run_id"] for path in (out / "_SUCCESS").iterdir()}
+    assert len(published) == 2
+    with duckdb.connect() as database:
+        database.execute((out / "views.sql").read_text())
+        ((num_rows,),) = database.sql(
+            f"SELECT count(*) FROM read_parquet('{out}/images/*/*') SEMI JOIN runs USING (run_id)"
+        ).fetchall()
+    assert num_rows == len(drawn) + len(FILES) == len(set(uris))
+
+
+def die(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_lost_ledger_is_missed(job: ScoreJob, folder: Path, drawn: Any) -> None:
+    assert drawn
+    key = folder / "key-2"
+    key.write_bytes(bytes(range(32)))
+    private = {"aggregate_only": True, "pseudonymise": str(key), "group_by": (), "limit": 2}
+    arguments = (folder / "model", folder / "photographs", folder / "aggregates-2")
+    assert job
+    score(score_job(*arguments, ledger=str(folder / "ledger-2"), **private))
+    with pytest.raises(ConfigError, match=r"^score\.ledger .*ledger-3: has no run="):
+        score(score_job(*arguments, ledger=str(folder / "ledger-3"), **private))
 
 
 def test_aggregates_alone_name_no_photograph_and_are_not_made_twice(job: ScoreJob, folder: Path, drawn: Any) -> None:

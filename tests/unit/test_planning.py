@@ -15,6 +15,7 @@ from inventories import entry, write_inventory
 
 from agr_ray.config import ConfigError, ScoreConfig
 from agr_ray.data.manifest import image_id
+from agr_ray.runtime import planning
 from agr_ray.runtime.planning import (
     PARTS_PER_FILE,
     Plan,
@@ -241,6 +242,8 @@ def bad_inputs(tmp_path: Path) -> dict[str, dict[str, str]]:
         "needs a .parquet file": {"input": str(tmp_path / "empty"), "input_kind": "manifest"},
         "needs the column uri and has url": {"input": manifest(tmp_path / "a.parquet", [{"url": "x"}])},
         "must not be null": {"input": manifest(tmp_path / "b.parquet", [{"uri": "s3://b/a"}, {"uri": None}])},
+        "names no key": {"input": manifest(tmp_path / "e.parquet", [{"uri": "s3://b/"}])},
+        "names no bucket": {"input": manifest(tmp_path / "f.parquet", [{"uri": "s3:///a"}])},
         "has the scheme 'http'": {"input": manifest(tmp_path / "c.parquet", [{"uri": "http://b/a"}])},
         "many": {"input": manifest(tmp_path / "d.parquet", [{"uri": "s3://b/a", "size_bytes": "many"}])},
     }
@@ -252,6 +255,39 @@ def test_an_input_that_is_not_what_it_should_be_is_named_in_one_line(tmp_path: P
             plan(STORAGE, ScoreConfig(**config), str(tmp_path / "out"))
         assert config["input"] in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_what_a_manifest_says_oddly_is_understood(tmp_path: Path) -> None:
+    rows = [
+        {"uri": "s3://b/a", "etag": ""},
+        {"uri": "s3://b/c", "etag": '"x"'},
+        {"uri": "file:///a%FF.jpg", "etag": None},
+    ]
+    _, planned_rows = planned(tmp_path, input=manifest(tmp_path / "odd.parquet", rows))
+    assert [(row["uri"], row["etag"]) for row in planned_rows] == [
+        ("s3://b/a", None),
+        ("s3://b/c", "x"),
+        ("file:///a%FF.jpg", None),
+    ]
+
+
+def test_groups_may_have_names_that_sql_knows(tmp_path: Path) -> None:
+    uris = [{"uri": "s3://b/a"}, {"uri": "s3://b/c"}]
+    metadata = manifest(tmp_path / "metadata.parquet", [row | {"order": row["uri"][-1]} for row in uris])
+    config = {"input": manifest(tmp_path / "m.parquet", uris), "metadata": metadata}
+    _, rows = planned(tmp_path, group_by=("order", "group"), key_pattern="(?P<group>.)$", **config)
+    assert [(row["order"], row["group"]) for row in rows] == [("a", "a"), ("c", "c")]
+    with pytest.raises(ConfigError, match=r"^score\.group_by order: is named twice"):
+        planned(tmp_path, group_by=("order", "Order"), **config)
+
+
+def test_more_groups_than_a_table_should_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "MAX_GROUPS", 2)
+    touch(tmp_path / "photos", "a.jpg", "b.jpg", "c.jpg")
+    config = {"input": str(tmp_path / "photos"), "group_by": ("name",)}
+    with pytest.raises(ConfigError, match=r"^score\.group_by name: makes 3 groups of these photographs; at most 2"):
+        planned(tmp_path, key_pattern=r"(?P<name>\w+\.jpg)$", **config)
+    assert planned(tmp_path, key_pattern=r"(?P<name>a)?\w*\.jpg$", **config)[0].num_to_do == 3
 
 
 def test_a_manifest_is_never_replaced_and_no_temporary_folder_stays(
