@@ -258,12 +258,15 @@ class TrainConfig(Section):
     """Learning rate; the highest one of the schedule."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight decay: L2 for adam and sgd, decoupled for adamw."""
-    schedule: Literal["step", "one_cycle", "cosine", "constant"] = "step"
-    """`step` is the paper's (eq. 20); `one_cycle` warms up and anneals over all epochs; `cosine` anneals."""
+    schedule: Literal["step", "one_cycle", "cosine", "plateau", "constant"] = "step"
+    """`step` is the paper's (eq. 20); `one_cycle` warms up and anneals over all epochs; `cosine` anneals; `plateau`
+    cuts when validation stops getting better."""
     step_size_epochs: PositiveInt = 20
     """`step` only: epochs between two cuts of the learning rate."""
+    plateau_epochs: PositiveInt = 5
+    """`plateau` only: epochs without a better objective on validation after which the learning rate is cut."""
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """`step` only: factor of each cut."""
+    """`step` and `plateau` only: factor of each cut."""
     warmup: Fraction = 0.3
     """`one_cycle` and `cosine`: share of all steps in which the learning rate rises."""
     clip_norm: Annotated[float, Field(ge=0.0)] = 0.0
@@ -289,6 +292,15 @@ class TrainConfig(Section):
     fits; as much again for validation."""
     shuffle_rows: PositiveInt = 2048
     """Rows in each worker's shuffle buffer while crops are streamed; from memory, the whole share is shuffled."""
+
+    @model_validator(mode="after")
+    def _cuts_before_it_stops(self) -> Self:
+        if self.schedule == "plateau" and 0 < self.early_stopping_epochs <= self.plateau_epochs:
+            raise ValueError(
+                f"plateau_epochs {self.plateau_epochs} must be less than early_stopping_epochs "
+                f"{self.early_stopping_epochs} (0: never stop), or training stops before the first cut"
+            )
+        return self
 
 
 class EvaluateConfig(Section):

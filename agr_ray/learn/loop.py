@@ -26,7 +26,7 @@ from agr_ray.config import TrainJob
 from agr_ray.learn.augment import augment
 from agr_ray.learn.losses import Targets, label_counts, loss_weights, multi_task_loss
 from agr_ray.learn.metrics import Baseline, Labels, MetricSums, objective
-from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, set_learning_rate
+from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import Predictions, average, infer, to_nchw
 from agr_ray.models.network import TASKS, MultiTaskNet, Transform
@@ -176,8 +176,9 @@ def train(
 ) -> list[Row]:
     """Train until the epochs are done or validation stops getting better.
 
-    The same state, data and seed give the same weights, whether the run was interrupted or not: learning
-    rate and random numbers depend on (seed, epoch, rank) alone, and are drawn anew in each epoch.
+    The same state, data and seed give the same weights, whether the run was interrupted or not: the learning
+    rate follows from progress and history, and random numbers, which are drawn anew in each epoch, depend on
+    (seed, epoch, rank) alone.
 
     Args:
         context: where batches come from and reports go to.
@@ -434,7 +435,8 @@ class _Run:
 
     def _lr(self, steps_done: int) -> float:
         share = min(steps_done / self.steps_per_epoch, 1.0)
-        return learning_rate(self.epoch - 1 + share, self.job.train)
+        num_cuts = plateau_cuts((row["val_objective"] for row in self.history), self.job.train)
+        return learning_rate(self.epoch - 1 + share, self.job.train, num_cuts)
 
     def _transform(self) -> Transform:
         """Return this epoch's, whose images may be smaller."""

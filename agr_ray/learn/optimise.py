@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def learning_rate(epochs_done: float, config: TrainConfig) -> float:
+def learning_rate(epochs_done: float, config: TrainConfig, num_cuts: int = 0) -> float:
     """Return the learning rate of the step that begins after so many epochs, a fraction within one.
 
     A function of progress alone, so a resumed run needs no state of it, and an epoch that happens to
@@ -43,7 +44,8 @@ def learning_rate(epochs_done: float, config: TrainConfig) -> float:
 
     `step`: times gamma each `step_size_epochs` (eq. 20). `one_cycle`: from 1/25 of `lr` up in the share
     `warmup` of the run, then down to nearly 0, both along a cosine (Smith and Topin, arXiv 1708.07120).
-    `cosine`: straight up from 1/25 in the share `warmup`, then down to 0.
+    `cosine`: straight up from 1/25 in the share `warmup`, then down to 0. `plateau`: times gamma for each
+    of the `num_cuts` that `plateau_cuts` counts.
     """
     progress = min(max(epochs_done / config.epochs, 0.0), 1.0)
     if config.schedule == "constant":
@@ -51,6 +53,8 @@ def learning_rate(epochs_done: float, config: TrainConfig) -> float:
     elif config.schedule == "step":
         # Rounded, because a sum of fractions of epochs may end a hair before the whole number.
         factor = config.gamma ** int(round(epochs_done, 6) // config.step_size_epochs)
+    elif config.schedule == "plateau":
+        factor = config.gamma**num_cuts
     elif config.schedule == "one_cycle":
         if progress < config.warmup:
             factor = _cosine(_WARMUP_START, 1.0, progress / config.warmup)
@@ -61,6 +65,23 @@ def learning_rate(epochs_done: float, config: TrainConfig) -> float:
     else:
         factor = _cosine(1.0, 0.0, _share(progress - config.warmup, 1.0 - config.warmup))
     return config.lr * factor
+
+
+def plateau_cuts(objectives: Iterable[float | None], config: TrainConfig) -> int:
+    """Count how often `plateau` has cut the learning rate after epochs with these objectives on validation.
+
+    A cut comes after `plateau_epochs` epochs none of which was better than all before, and the next one not until
+    as many more were not. None, an epoch without a labelled validation row, says nothing either way.
+    """
+    best, num_stale, num_cuts = math.inf, 0, 0
+    for score in objectives:
+        if score is None:
+            continue
+        num_stale = 0 if score < best else num_stale + 1
+        best = min(score, best)
+        if num_stale == config.plateau_epochs:
+            num_stale, num_cuts = 0, num_cuts + 1
+    return num_cuts
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

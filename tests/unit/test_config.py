@@ -208,6 +208,10 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--model.tasks", "[]"], "one at least"),
         (["--model.tasks", "[broken"], "model.tasks"),
         (["--train.input_sides_px", "[64, 96]"], "train.input_sides_px [64, 96] must end with model.input_side_px 224"),
+        (
+            ["--train.schedule", "plateau", "--train.plateau_epochs", "10"],
+            "train: plateau_epochs 10 must be less than early_stopping_epochs 10",
+        ),
         (["--train.batch_size", "33", "--train.num_workers", "2"], "train.batch_size 33 is not a multiple of"),
         (["--train.batch_size", "2", "--train.num_workers", "2"], "train.batch_size 2 gives each"),
         (["--train.batch_size", "1"], "train.batch_size 1 gives each"),

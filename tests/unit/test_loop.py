@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
 from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, train
 from agr_ray.learn.metrics import Baseline, Labels
-from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate
+from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import predict
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
@@ -422,6 +422,32 @@ def test_cosine_rises_then_falls_to_nothing() -> None:
     config = TrainConfig(lr=1.0, epochs=10, schedule="cosine", warmup=0.1)
     rates = [learning_rate(epochs, config) for epochs in (0, 0.5, 1, 5.5, 10, 11)]
     assert rates == pytest.approx([0.04, 0.52, 1.0, 0.5, 0.0, 0.0])
+
+
+def test_plateau_cuts_after_so_many_epochs_without_a_better_objective() -> None:
+    config = TrainConfig(lr=1.0, schedule="plateau", plateau_epochs=2, gamma=0.1)
+    #            best       1    cut  best  1    cut  1    cut
+    objectives = [0.9, 0.8, 0.8, 0.9, 0.7, 0.8, 0.7, 0.9, 0.7]
+    cuts = [plateau_cuts(objectives[:done], config) for done in range(len(objectives) + 1)]
+    assert cuts == [0, 0, 0, 0, 1, 1, 1, 2, 2, 3]
+    assert [learning_rate(9, config, num) for num in (0, 1, 2)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_plateau_leaves_epochs_without_validation_out() -> None:
+    config = TrainConfig(schedule="plateau", plateau_epochs=2)
+    assert plateau_cuts([0.5, 0.6, None, None], config) == 0
+    assert plateau_cuts([0.5, 0.6, None, None, 0.6], config) == 1
+
+
+def test_plateau_does_what_torchs_does() -> None:
+    config = TrainConfig(lr=1.0, epochs=60, schedule="plateau", plateau_epochs=3, gamma=0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, threshold=0.0)
+    objectives = np.random.default_rng(0).random(60).tolist()
+    for done in range(1, 61):
+        reference.step(objectives[done - 1])
+        mine = learning_rate(done, config, plateau_cuts(objectives[:done], config))
+        assert mine == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-8)
 
 
 def test_adamw_decays_weights_only() -> None:
