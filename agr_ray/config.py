@@ -256,6 +256,12 @@ class TrainConfig(Section):
     """Adam is the paper's (eq. 19)."""
     lr: PositiveFloat = 1e-4
     """Learning rate; the highest one of the schedule."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor of the learning rate for each stage of the trunk, counted from the heads, which learn at the full rate:
+    the last stage at lr * this, the one before at lr * this^2. A stage begins where the image gets smaller. 1: off."""
+    freeze_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the beginning in which the heads alone learn: the trunk's weights and its batch norms' statistics stand
+    still. It wants first weights (model.weights) worth keeping. 0: none; epochs: throughout."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight decay: L2 for adam and sgd, decoupled for adamw."""
     schedule: Literal["step", "one_cycle", "cosine", "plateau", "constant"] = "step"

@@ -11,6 +11,7 @@ reduction after training and one after validation.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -246,7 +247,7 @@ class _Run:
         self.optimizer = build_optimizer(self.model, job.train)
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
-        self.wrapped = context.wrap(self.model)
+        self.wrapped = self._wrap(is_frozen=self.epoch < job.train.freeze_epochs)
 
     def run(self) -> list[Row]:
         while not self.finished and self.epoch < self.job.train.epochs:
@@ -280,13 +281,30 @@ class _Run:
             self.context.report(EpochReport(row, is_best, self.finished, values, kept, self._transform(), self._state))
         return self.history
 
+    def _wrap(self, is_frozen: bool) -> nn.Module:
+        """Let the trunk learn or not, and wrap the model anew: DDP waits for the gradients that it was made with."""
+        self.is_frozen = is_frozen
+        self.model.trunk.requires_grad_(not is_frozen)
+        return self.context.wrap(self.model)
+
+    def _begin_training(self) -> None:
+        """Let batch norm and dropout train, but of a frozen trunk."""
+        self.wrapped.train()
+        if self.is_frozen:
+            self.model.trunk.eval()
+
     def _train_epoch(self) -> _Epoch:
         """Take all steps of one epoch."""
         context, device = self.context, self.context.device
         seed = _seed(self.job.train.seed, self.epoch, context.rank)
         torch.manual_seed(seed)  # dropout
         generator = torch.Generator().manual_seed(seed)
-        self.wrapped.train()
+        is_frozen = self.epoch <= self.job.train.freeze_epochs
+        if is_frozen != self.is_frozen:
+            self.wrapped = self.model
+            gc.collect()  # DDP is part of reference cycles, and its hooks must not outlive it
+            self.wrapped = self._wrap(is_frozen)
+        self._begin_training()
         epoch = _Epoch()
         sums, counts = torch.zeros(3, device=device), torch.zeros(3, device=device)
         monitor = _Monitor(self.epoch, check_every=_CHECK_EVERY if device.type == _CUDA else 1)
@@ -362,7 +380,7 @@ class _Run:
             self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
-        self.wrapped.train()
+        self._begin_training()
         return tasks.sums, tasks.counts
 
     def _validate(self, model: MultiTaskNet) -> tuple[dict[str, Any], float | None, int]:

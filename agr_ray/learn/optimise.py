@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,23 +18,43 @@ _ONE_CYCLE_END = 1.0 / 25.0e4
 _SGD_MOMENTUM = 0.9
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: MultiTaskNet, config: TrainConfig) -> torch.optim.Optimizer:
     """Build the optimiser (the paper's: Adam, betas 0.9 and 0.999, eq. 19).
 
-    AdamW decays weights only, never biases and norms; Adam and SGD add L2 to all, as the paper's would.
+    AdamW decays weights only, never biases and norms; Adam and SGD add L2 to all, as the paper's would. Each group
+    of parameters has an `lr_scale`, by which `set_learning_rate` multiplies (`TrainConfig.layer_decay`). Frozen
+    parameters are in it too, and stand still as long as they have no gradient.
     """
-    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = []
+    for parameters, lr_scale in _layers(model, config.layer_decay):
+        split = [(parameters, config.weight_decay)]
+        if config.optimizer == "adamw":
+            split = [
+                ([p for p in parameters if p.ndim > 1], config.weight_decay),
+                ([p for p in parameters if p.ndim <= 1], 0.0),
+            ]
+        groups += [{"params": part, "weight_decay": decay, "lr_scale": lr_scale} for part, decay in split if part]
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.Adam(groups, lr=config.lr, fused=True)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.lr, weight_decay=config.weight_decay, momentum=_SGD_MOMENTUM, nesterov=True
-        )
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+        return torch.optim.SGD(groups, lr=config.lr, momentum=_SGD_MOMENTUM, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def trunk_stages(trunk: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the trunk's parameters in stages, from the image to the features.
+
+    A stage begins at each block that makes the image smaller, by a convolution or by pooling. torchvision's ResNets
+    and MobileNetV3s have five, at 1/2 to 1/32 of the input's side.
+    """
+    stages: list[list[nn.Parameter]] = [[]]
+    for child in trunk.children():
+        for block in child if isinstance(child, nn.Sequential) else [child]:
+            if stages[-1] and any(map(_shrinks, block.modules())):
+                stages.append([])
+            stages[-1].extend(block.parameters())
+    assert sum(map(len, stages)) == len(list(trunk.parameters())), "a parameter outside the trunk's blocks"
+    return stages
 
 
 def learning_rate(epochs_done: float, config: TrainConfig, num_cuts: int = 0) -> float:
@@ -85,9 +106,9 @@ def plateau_cuts(objectives: Iterable[float | None], config: TrainConfig) -> int
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set it for all parameters."""
+    """Set it for all parameters, scaled as `build_optimizer` says."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 class Ema:
@@ -115,6 +136,23 @@ class Ema:
         """Take over batch norm's statistics; needed only before the average is used."""
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
+
+
+def _layers(model: MultiTaskNet, decay: float) -> list[tuple[list[nn.Parameter], float]]:
+    """Return all parameters in parts, each with its share of the learning rate."""
+    if decay == 1.0:
+        return [(list(model.parameters()), 1.0)]
+    stages = trunk_stages(model.trunk)
+    in_trunk = {id(parameter) for stage in stages for parameter in stage}
+    heads = [parameter for parameter in model.parameters() if id(parameter) not in in_trunk]
+    return [*((stage, decay ** (len(stages) - k)) for k, stage in enumerate(stages)), (heads, 1.0)]
+
+
+def _shrinks(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        return False
+    stride = module.stride
+    return (max(stride) if isinstance(stride, tuple) else stride) > 1
 
 
 def _cosine(start: float, end: float, share: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
 from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, train
 from agr_ray.learn.metrics import Baseline, Labels
-from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts
+from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate, trunk_stages
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import predict
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
@@ -127,7 +127,11 @@ def test_predicting_nothing_gives_nothing() -> None:
 
 @pytest.mark.parametrize(
     "train_values",
-    [pytest.param({"optimizer": "adam"}, marks=pytest.mark.slow), {"optimizer": "adamw", "ema_decay": 0.9}],
+    [
+        pytest.param({"optimizer": "adam"}, marks=pytest.mark.slow),
+        {"optimizer": "adamw", "ema_decay": 0.9},
+        {"schedule": "plateau", "plateau_epochs": 1, "gamma": 0.1, "freeze_epochs": 3, "layer_decay": 0.5},
+    ],
 )
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, train_values: dict[str, Any]
@@ -317,7 +321,8 @@ class _Rank(LocalContext):
             parameter.grad.copy_(self.all_reduce_sum(parameter.grad) / self.world_size)
 
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(average)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(average)
         return model
 
 
@@ -387,6 +392,27 @@ def test_two_ranks_take_the_step_of_one_process() -> None:
         torch.testing.assert_close(value, models[2].state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+class _OneProcess(LocalContext):
+    """Gradients go through torch's own DDP, in a group of one process."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+
+
+def test_ddp_takes_to_a_trunk_that_begins_to_learn() -> None:
+    config = job({"epochs": 3, "freeze_epochs": 1})
+    data = faces(16)
+    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    models = [network(config), network(config)]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        train(_OneProcess(data, data, 8), models[0], TRANSFORM, config, baseline, 16)
+    finally:
+        torch.distributed.destroy_process_group()
+    train(LocalContext(data, data, 8), models[1], TRANSFORM, config, baseline, 16)
+    torch.testing.assert_close(weights(models[0]), weights(models[1]))
+
+
 def test_non_finite_loss_of_one_rank_stops_all() -> None:
     config = job({"epochs": 1})
     models = [network(config), network(config)]
@@ -448,6 +474,57 @@ def test_plateau_does_what_torchs_does() -> None:
         reference.step(objectives[done - 1])
         mine = learning_rate(done, config, plateau_cuts(objectives[:done], config))
         assert mine == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "firsts"),
+    [
+        ("resnet18", ["conv1.", "layer1.0.", "layer2.0.", "layer3.0.", "layer4.0."]),
+        ("resnet34", ["conv1.", "layer1.0.", "layer2.0.", "layer3.0.", "layer4.0."]),
+        ("resnet50", ["conv1.", "layer1.0.", "layer2.0.", "layer3.0.", "layer4.0."]),
+        ("mobilenet_v3_small", ["features.0.", "features.1.", "features.2.", "features.4.", "features.9."]),
+        ("mobilenet_v3_large", ["features.0.", "features.2.", "features.4.", "features.7.", "features.13."]),
+    ],
+)
+def test_a_stage_begins_where_the_image_is_made_smaller(trunk: str, firsts: list[str]) -> None:
+    with torch.device("meta"):
+        model = MultiTaskNet(ModelConfig(trunk=trunk))  # type: ignore[arg-type]  # one of them
+    names = {id(parameter): name for name, parameter in model.trunk.named_parameters()}
+    stages = [[names[id(parameter)] for parameter in stage] for stage in trunk_stages(model.trunk)]
+    assert [name for stage in stages for name in stage] == list(names.values())
+    assert [stage[0][: len(first)] for stage, first in zip(stages, firsts, strict=True)] == firsts
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_layer_decay_slows_each_stage_by_its_distance_from_the_heads(optimizer: str) -> None:
+    model = network(job({}))
+    config = TrainConfig(optimizer=optimizer, layer_decay=0.5, weight_decay=0.1)  # type: ignore[arg-type]  # one of them
+    built = build_optimizer(model, config)
+    set_learning_rate(built, 1.0)
+    rates = {id(p): group["lr"] for group in built.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert len(rates) == len(named)
+    assert {rate for name, rate in named.items() if not name.startswith("trunk.")} == {1.0}
+    assert named["trunk.features.12.0.weight"] == named["trunk.classifier.0.bias"] == 0.5
+    assert named["trunk.features.4.block.0.0.weight"] == 0.25
+    assert named["trunk.features.0.0.weight"] == named["trunk.features.0.1.bias"] == 0.5**5
+    decays = {group["weight_decay"] for group in built.param_groups}
+    assert decays == ({0.1, 0.0} if optimizer == "adamw" else {0.1})
+
+
+def test_frozen_trunk_stands_still_and_then_learns() -> None:
+    config = job({"epochs": 3, "freeze_epochs": 2, "weight_decay": 0.1, "batch_size": 8})
+    model = network(config)
+    kept = [{name: value.clone() for name, value in model.state_dict().items()}]
+
+    def keep(report: EpochReport) -> None:
+        kept.append({name: value.clone() for name, value in report.model.state_dict().items()})
+
+    run(config, faces(17), model=model, on_report=keep)  # the last batch has one row
+    trunk = [name for name in kept[0] if name.startswith("trunk.") and not name.endswith("num_batches_tracked")]
+    assert all(torch.equal(kept[epoch][name], kept[0][name]) for name in trunk for epoch in (1, 2))
+    assert not any(torch.equal(kept[3][name], kept[0][name]) for name in trunk)
+    assert not torch.equal(kept[1]["age_head.weight"], kept[0]["age_head.weight"])
 
 
 def test_adamw_decays_weights_only() -> None:
