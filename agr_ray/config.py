@@ -202,10 +202,17 @@ class LossConfig(Section):
     """Weight of the gender loss."""
     race_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """Weight of the race loss."""
+    age_loss: Literal["l1", "mse", "huber"] = "l1"
+    """Of the error e in years: `l1` is |e| (paper eq. 12); `mse` is e^2 (its eq. 26); `huber` is e^2 / 2 up to
+    huber_delta_years d, and d (|e| - d / 2) beyond."""
+    huber_delta_years: PositiveFloat = 1.0
+    """`huber` only: error above which the loss grows linearly, years."""
+    age_scale_years: PositiveFloat = 1.0
+    """Scaled age: years that count as an error of 1. An `l1` loss is divided by it, `mse` and `huber` by its square."""
     age_sigma_years: PositiveFloat = 2.0
     """`distribution` head only: width of the Gaussian target, years (DLDL-v2)."""
     age_expectation_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """`distribution` head only: weight of the L1 loss of the expectation beside the divergence, per year."""
+    """`distribution` head only: weight of `age_loss` of the expectation beside the divergence."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of a gender or race label spread over all classes."""
 

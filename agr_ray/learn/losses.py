@@ -83,21 +83,32 @@ def multi_task_loss(
 
 
 def _age_loss(outputs: Outputs, age_years: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
-    """Sum the absolute error in years (eq. 12), or DLDL-v2's divergence and L1 of the expectation.
+    """Sum the loss of the error (L1, eq. 12), or DLDL-v2's divergence and that of the expectation's error.
 
     Source: Gao et al., "Age Estimation Using Expectation of Label Distribution Learning", IJCAI 2018.
     """
     assert outputs.age_years is not None
     # Masked before the arithmetic: 0 * NaN is NaN, in the loss and in the gradient alike.
     truth = torch.where(mask, age_years, 0.0)
-    absolute = (torch.where(mask, outputs.age_years, 0.0) - truth).abs()
+    losses = _error_loss(torch.where(mask, outputs.age_years, 0.0) - truth, config)
     if outputs.age_logits is None:
-        return absolute.sum()
+        return losses.sum()
     logits = torch.where(mask[:, None], outputs.age_logits, 0.0)
     bins = torch.tensor(AGE_BINS_YEARS, dtype=logits.dtype, device=logits.device)
     target_log = torch.log_softmax(-0.5 * ((bins - truth[:, None]) / config.age_sigma_years).square(), dim=1)
     divergence = (target_log.exp() * (target_log - torch.log_softmax(logits, dim=1))).sum(dim=1)
-    return torch.where(mask, divergence + config.age_expectation_weight * absolute, 0.0).sum()
+    return torch.where(mask, divergence + config.age_expectation_weight * losses, 0.0).sum()
+
+
+def _error_loss(errors_years: Tensor, config: LossConfig) -> Tensor:
+    """Return the `age_loss` of errors; of none it is exactly zero."""
+    errors = errors_years / config.age_scale_years
+    if config.age_loss == "mse":
+        return errors.square()
+    if config.age_loss == "huber":
+        delta = config.huber_delta_years / config.age_scale_years
+        return F.huber_loss(errors, torch.zeros_like(errors), reduction="none", delta=delta)
+    return errors.abs()
 
 
 def _gender_loss(logit: Tensor, gender: Tensor, mask: Tensor, config: LossConfig) -> Tensor:

@@ -212,6 +212,8 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
             ["--train.schedule", "plateau", "--train.plateau_epochs", "10"],
             "train: plateau_epochs 10 must be less than early_stopping_epochs 10",
         ),
+        (["--loss.age_loss", "l2"], "loss.age_loss: 'l2' is not allowed: input should be 'l1', 'mse' or 'huber'"),
+        (["--loss.age_scale_years", "0"], "loss.age_scale_years: '0' is not allowed: input should be greater than 0"),
         (["--train.layer_decay", "0"], "train.layer_decay: '0' is not allowed: input should be greater than 0"),
         (["--train.freeze_epochs", "-1"], "train.freeze_epochs: '-1' is not allowed"),
         (["--train.batch_size", "33", "--train.num_workers", "2"], "train.batch_size 33 is not a multiple of"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,33 @@ def test_loss_is_the_weighted_sum_of_the_papers_three() -> None:
     assert tasks.counts.tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("values", "by_hand"),
+    [
+        ({"age_loss": "l1"}, [1.0, 6.0]),
+        ({"age_loss": "mse"}, [1.0, 36.0]),
+        ({"age_loss": "huber"}, [0.5, 5.5]),
+        ({"age_loss": "huber", "huber_delta_years": 4.0}, [0.5, 4.0 * (6.0 - 2.0)]),
+        ({"age_loss": "l1", "age_scale_years": 10.0}, [0.1, 0.6]),
+        ({"age_loss": "mse", "age_scale_years": 10.0}, [0.01, 0.36]),
+        ({"age_loss": "huber", "huber_delta_years": 4.0, "age_scale_years": 10.0}, [0.005, 0.16]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head", ["linear", "distribution"])
+def test_age_losses(head: str, values: dict[str, Any], by_hand: list[float]) -> None:
+    truth = targets([31.0, NAN, 46.0], [-1] * 3, [-1] * 3)
+    bins = torch.tensor(AGE_BINS_YEARS, dtype=torch.float32)
+    # Targets as they should be, so that the divergence is nothing.
+    logits = -0.5 * ((bins - torch.tensor([[31.0], [0.0], [46.0]])) / 2.0) ** 2 if head == "distribution" else None
+    outputs = Outputs(torch.tensor([30.0, 20.0, 40.0]), logits, None, None)
+    config = LossConfig(age_expectation_weight=3.0, **values)
+    loss, tasks = multi_task_loss(outputs, truth, config, label_counts(truth))
+    expected = sum(by_hand) * (3.0 if head == "distribution" else 1.0)
+    assert tasks.sums.tolist() == pytest.approx([expected, 0, 0], abs=1e-5)
+    assert loss.item() == pytest.approx(expected / 2, abs=1e-5)
+
+
 def test_missing_labels_are_left_out_of_their_task_only() -> None:
     outputs = linear(torch.tensor([30.0, 40.0]), torch.zeros(2), torch.zeros(2, len(RACES)))
     truth = targets([NAN, 39.0], [-1, -1], [2, -1])
@@ -43,8 +71,9 @@ def test_missing_labels_are_left_out_of_their_task_only() -> None:
     assert tasks.counts.tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize("age_loss", ["l1", "mse", "huber"])
 @pytest.mark.parametrize("head", ["linear", "distribution"])
-def test_non_finite_values_in_unlabelled_rows_poison_nothing(head: str) -> None:
+def test_non_finite_values_in_unlabelled_rows_poison_nothing(head: str, age_loss: str) -> None:
     age = torch.tensor([NAN, 40.0], requires_grad=True)
     logits = torch.full((2, len(AGE_BINS_YEARS)), 0.0)
     logits[0] = math.inf
@@ -53,7 +82,8 @@ def test_non_finite_values_in_unlabelled_rows_poison_nothing(head: str) -> None:
     race = torch.tensor([[NAN] * 5, [0.0] * 5], requires_grad=True)
     truth = targets([NAN, 39.0], [-1, 1], [-1, 1])
     outputs = Outputs(age, logits if head == "distribution" else None, gender, race)
-    loss, _ = multi_task_loss(outputs, truth, ONE_EACH, label_counts(truth))
+    config = ONE_EACH.model_copy(update={"age_loss": age_loss})
+    loss, _ = multi_task_loss(outputs, truth, config, label_counts(truth))
     loss.backward()
     assert math.isfinite(loss.item())
     for leaf in (age, gender, race, *([logits] if head == "distribution" else [])):
