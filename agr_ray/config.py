@@ -202,6 +202,9 @@ class LossConfig(Section):
     """Weight of the gender loss."""
     race_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """Weight of the race loss."""
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """`fixed`: by the weights above, as the paper does; `uncertainty`: by weights that are learnt, one for each task,
+    beginning with those above (Kendall et al. 2018). Losses that are reported are weighted by those above always."""
     age_loss: Literal["l1", "mse", "huber"] = "l1"
     """Of the error e in years: `l1` is |e| (paper eq. 12); `mse` is e^2 (its eq. 26); `huber` is e^2 / 2 up to
     huber_delta_years d, and d (|e| - d / 2) beyond."""
@@ -215,6 +218,14 @@ class LossConfig(Section):
     """`distribution` head only: weight of `age_loss` of the expectation beside the divergence."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of a gender or race label spread over all classes."""
+
+    @model_validator(mode="after")
+    def _begins_with_weights(self) -> Self:
+        if self.weighting == "uncertainty":
+            for key in ("age_weight", "gender_weight", "race_weight"):
+                if getattr(self, key) == 0.0:
+                    raise ValueError(f"{key} {getattr(self, key)} must be over 0 where weighting is uncertainty")
+        return self
 
 
 class AugmentConfig(Section):

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from agr_ray.config import TrainJob
 from agr_ray.learn.augment import augment
-from agr_ray.learn.losses import Targets, label_counts, loss_weights, multi_task_loss
+from agr_ray.learn.losses import Targets, first_log_variances, label_counts, loss_weights, multi_task_loss
 from agr_ray.learn.metrics import Baseline, Labels, MetricSums, objective
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import Predictions, average, infer, to_nchw
-from agr_ray.models.network import TASKS, MultiTaskNet, Transform
+from agr_ray.models.network import TASKS, MultiTaskNet, Outputs, Transform
 from agr_ray.schema import HISTORY
 
 Batch: TypeAlias = Mapping[str, Any]
@@ -244,7 +244,11 @@ class _Run:
         self.ema = Ema(self.model, decay, int(state.get("ema_updates", 0))) if decay else None
         if state.get("raw_weights") is not None:
             self.model.load_state_dict(state["raw_weights"])
-        self.optimizer = build_optimizer(self.model, job.train)
+        self.log_variances: nn.Parameter | None = None
+        if job.loss.weighting == "uncertainty":
+            first = first_log_variances(job.loss, has_age_bins=job.model.age_head == "distribution")
+            self.log_variances = nn.Parameter(state.get("log_variances", first).to(context.device, copy=True))
+        self.optimizer = build_optimizer(self.model, job.train, self.log_variances)
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
         self.wrapped = self._wrap(is_frozen=self.epoch < job.train.freeze_epochs)
@@ -285,7 +289,8 @@ class _Run:
         """Let the trunk learn or not, and wrap the model anew: DDP waits for the gradients that it was made with."""
         self.is_frozen = is_frozen
         self.model.trunk.requires_grad_(not is_frozen)
-        return self.context.wrap(self.model)
+        learner = self.model if self.log_variances is None else _Learner(self.model, self.log_variances)
+        return self.context.wrap(learner)
 
     def _begin_training(self) -> None:
         """Let batch norm and dropout train, but of a frozen trunk."""
@@ -368,7 +373,9 @@ class _Run:
         set_learning_rate(self.optimizer, self._lr(epoch.num_steps))
         with autocast(device, config.precision):
             outputs = self.wrapped(images.contiguous(memory_format=torch.channels_last))
-        loss, tasks = multi_task_loss(outputs, targets, self.job.loss, counts_total, self.context.world_size)
+        loss, tasks = multi_task_loss(
+            outputs, targets, self.job.loss, counts_total, self.context.world_size, self.log_variances
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
         if config.clip_norm:
@@ -443,6 +450,7 @@ class _Run:
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "raw_weights": None if self.ema is None else self.model.state_dict(),
+            "log_variances": None if self.log_variances is None else self.log_variances.detach(),
             "ema_updates": 0 if self.ema is None else self.ema.num_updates,
             "best_objective": self.best_objective,
             "stale_epochs": self.stale_epochs,
@@ -471,6 +479,19 @@ class _Run:
             for weight, total, count in zip(weights, sums_and_counts[:3], sums_and_counts[3:], strict=True)
             if count
         )
+
+
+class _Learner(nn.Module):
+    """The network and the weights of its losses, so that whoever averages gradients averages theirs too."""
+
+    def __init__(self, model: MultiTaskNet, log_variances: nn.Parameter) -> None:
+        super().__init__()
+        self.model = model
+        self.log_variances = log_variances
+
+    def forward(self, images_nchw: Tensor) -> Outputs:
+        outputs: Outputs = self.model(images_nchw)
+        return outputs
 
 
 class _Monitor:

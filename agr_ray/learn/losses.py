@@ -3,10 +3,22 @@
 Each task's loss is its sum over the rows of all ranks that have its label, divided by their number.
 DDP averages gradients over ranks, which see different numbers of labels, so a rank's loss is its own
 sum over the number on all ranks, times the number of ranks: the average is then the exact gradient.
+
+With `LossConfig.weighting` of `uncertainty` the weights are learnt: a task of loss L and learnt s adds
+a exp(-s) L + b s, the negative log-likelihood whose scale is exp(s) (Kendall, Gal and Cipolla, "Multi-Task
+Learning Using Uncertainty to Weigh Losses", CVPR 2018, eqs 7 and 10):
+
+    loss                    likelihood           exp(s)     a     b
+    age, mse                Gaussian             sigma^2    1/2   1/2
+    age, huber              nearly Gaussian      sigma^2    1     1/2
+    age, l1                 Laplace              its b      1     1
+    age of `distribution`,  softmax of logits    sigma^2    1     1/2
+    gender, race            over sigma^2
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -48,8 +60,19 @@ def loss_weights(config: LossConfig) -> tuple[float, float, float]:
     return config.age_weight, config.gender_weight, config.race_weight
 
 
+def first_log_variances(config: LossConfig, *, has_age_bins: bool) -> Tensor:
+    """Return the s of each of `TASKS` from which `uncertainty` begins, (3,) float32: they give the fixed weights."""
+    factors, _ = _likelihood(config, has_age_bins=has_age_bins)
+    return torch.tensor([math.log(a / weight) for a, weight in zip(factors, loss_weights(config), strict=True)])
+
+
 def multi_task_loss(
-    outputs: Outputs, targets: Targets, config: LossConfig, counts_total: Tensor, world_size: int = 1
+    outputs: Outputs,
+    targets: Targets,
+    config: LossConfig,
+    counts_total: Tensor,
+    world_size: int = 1,
+    log_variances: Tensor | None = None,
 ) -> tuple[Tensor, TaskSums]:
     """Return the loss to differentiate, and the sums and counts to report.
 
@@ -62,6 +85,8 @@ def multi_task_loss(
         config: the weights, and the age head's loss.
         counts_total: (3,) `label_counts` summed over all ranks.
         world_size: the number of ranks that gradients will be averaged over.
+        log_variances: (3,) the learnt s of each of `TASKS`, alike on all ranks; that of a task without a label on any
+            rank is left alone. None: the weights are fixed.
 
     Returns:
         A scalar, and this rank's `TaskSums`.
@@ -76,10 +101,23 @@ def multi_task_loss(
     heads = (outputs.age_years, outputs.gender_logit, outputs.race_logits)
     counts = torch.stack([zero if head is None else mask.sum() for head, mask in zip(heads, masks, strict=True)])
     stacked = torch.stack(sums)
-    weights = torch.tensor(loss_weights(config), device=stacked.device)
     totals = counts_total.to(stacked.device, stacked.dtype).clamp(min=1.0)
-    loss = world_size * (weights * stacked / totals).sum()
+    if log_variances is None:
+        weights = torch.tensor(loss_weights(config), device=stacked.device)
+        loss = world_size * (weights * stacked / totals).sum()
+    else:
+        a, b = torch.tensor(_likelihood(config, has_age_bins=outputs.age_logits is not None), device=stacked.device)
+        is_learnt = torch.tensor([head is not None for head in heads], device=stacked.device)
+        is_learnt &= counts_total.to(stacked.device) > 0
+        # Each rank adds the whole of b s: averaged over ranks it is itself.
+        loss = (world_size * a * torch.exp(-log_variances) * stacked / totals + b * log_variances * is_learnt).sum()
     return loss, TaskSums(stacked.detach(), counts.float())
+
+
+def _likelihood(config: LossConfig, *, has_age_bins: bool) -> tuple[tuple[float, float, float], ...]:
+    """Return a and b of the table above, each for all of `TASKS`."""
+    age = (1.0, 0.5) if has_age_bins else {"mse": (0.5, 0.5), "huber": (1.0, 0.5), "l1": (1.0, 1.0)}[config.age_loss]
+    return (age[0], 1.0, 1.0), (age[1], 0.5, 0.5)
 
 
 def _age_loss(outputs: Outputs, age_years: Tensor, mask: Tensor, config: LossConfig) -> Tensor:

@@ -18,12 +18,15 @@ _ONE_CYCLE_END = 1.0 / 25.0e4
 _SGD_MOMENTUM = 0.9
 
 
-def build_optimizer(model: MultiTaskNet, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: MultiTaskNet, config: TrainConfig, log_variances: nn.Parameter | None = None
+) -> torch.optim.Optimizer:
     """Build the optimiser (the paper's: Adam, betas 0.9 and 0.999, eq. 19).
 
     AdamW decays weights only, never biases and norms; Adam and SGD add L2 to all, as the paper's would. Each group
     of parameters has an `lr_scale`, by which `set_learning_rate` multiplies (`TrainConfig.layer_decay`). Frozen
-    parameters are in it too, and stand still as long as they have no gradient.
+    parameters are in it too, and stand still as long as they have no gradient. The loss's `log_variances`, where they
+    are learnt, have the full rate and no weight decay.
     """
     groups: list[dict[str, Any]] = []
     for parameters, lr_scale in _layers(model, config.layer_decay):
@@ -34,6 +37,8 @@ def build_optimizer(model: MultiTaskNet, config: TrainConfig) -> torch.optim.Opt
                 ([p for p in parameters if p.ndim <= 1], 0.0),
             ]
         groups += [{"params": part, "weight_decay": decay, "lr_scale": lr_scale} for part, decay in split if part]
+    if log_variances is not None:
+        groups.append({"params": [log_variances], "weight_decay": 0.0, "lr_scale": 1.0})
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=config.lr, fused=True)
     if config.optimizer == "sgd":

@@ -214,6 +214,10 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         ),
         (["--loss.age_loss", "l2"], "loss.age_loss: 'l2' is not allowed: input should be 'l1', 'mse' or 'huber'"),
         (["--loss.age_scale_years", "0"], "loss.age_scale_years: '0' is not allowed: input should be greater than 0"),
+        (
+            ["--loss.weighting", "uncertainty", "--loss.gender_weight", "0"],
+            "loss: gender_weight 0.0 must be over 0 where weighting is uncertainty",
+        ),
         (["--train.layer_decay", "0"], "train.layer_decay: '0' is not allowed: input should be greater than 0"),
         (["--train.freeze_epochs", "-1"], "train.freeze_epochs: '-1' is not allowed"),
         (["--train.batch_size", "33", "--train.num_workers", "2"], "train.batch_size 33 is not a multiple of"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -132,6 +132,7 @@ def test_predicting_nothing_gives_nothing() -> None:
         {"optimizer": "adamw", "ema_decay": 0.9},
         {"schedule": "plateau", "plateau_epochs": 1, "gamma": 0.1, "freeze_epochs": 3, "layer_decay": 0.5},
     ],
+    ids=str,
 )
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, train_values: dict[str, Any]
@@ -141,6 +142,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         {"epochs": 4, "schedule": "one_cycle", "clip_norm": 1.0, **train_values},
         {"dropout": 0.3},
         AugmentConfig(brightness=0.2),
+        LossConfig(weighting="uncertainty"),
     )
     data = faces(20)
 
@@ -193,6 +195,17 @@ def test_each_epoch_is_augmented_anew() -> None:
         train(Context(data, data, 4), network(config), TRANSFORM, config, baseline, 4)
     assert len(set(seen)) == 2  # epochs differ, runs do not
     assert seen[:2] == seen[2:]
+
+
+def test_weights_of_losses_are_learnt_and_kept() -> None:
+    config = job({"epochs": 1, "lr": 1e-2}, loss=LossConfig(weighting="uncertainty", gender_weight=1.0))
+    data = faces(16)
+    data["race"] = np.full(16, -1)
+    _, reports, _ = run(config, data)
+    age, gender, race = reports[0].train_state()["log_variances"].tolist()
+    assert 0.015 < age < 0.025  # the error is far over a year: two steps of Adam up
+    assert gender != 0.0
+    assert race == pytest.approx(math.log(2.0))
 
 
 def test_early_stopping_counts_epochs_without_a_better_objective() -> None:
@@ -375,9 +388,10 @@ def test_ranks_with_uneven_shares_end_together_and_alike(ema_decay: float) -> No
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=0, atol=1e-6)
 
 
-def test_two_ranks_take_the_step_of_one_process() -> None:
+@pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
+def test_two_ranks_take_the_step_of_one_process(weighting: Literal["fixed", "uncertainty"]) -> None:
     # Batch norm sees other batches on two ranks, so it is taken out of the comparison: SGD, heads only.
-    data, config = faces(8), job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2})
+    data, config = faces(8), job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2}, loss=LossConfig(weighting=weighting))
     data["age"][:3] = np.nan
     data["gender"][4:] = -1
     models = [network(config) for _ in range(3)]
@@ -400,7 +414,7 @@ class _OneProcess(LocalContext):
 
 
 def test_ddp_takes_to_a_trunk_that_begins_to_learn() -> None:
-    config = job({"epochs": 3, "freeze_epochs": 1})
+    config = job({"epochs": 3, "freeze_epochs": 1}, loss=LossConfig(weighting="uncertainty"))
     data = faces(16)
     baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
     models = [network(config), network(config)]
