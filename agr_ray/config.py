@@ -247,6 +247,11 @@ class AugmentConfig(Section):
     """Saturation factor drawn from 1 - this to 1 + this; 0: none."""
     erasing_probability: Fraction = 0.0
     """Chance that a random rectangle of 2 to 20 % of the image is filled with its mean; 0: none."""
+    mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """Each image is blended with another of its batch, by a share drawn from Beta(this, this), and learns the labels of
+    both, each by its share; 0: none. With cutmix_alpha too, an image is blended or cut with even chances."""
+    cutmix_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """As mixup_alpha, but a box of the other image, of a share so drawn, replaces what was there; 0: none."""
 
 
 class TrainConfig(Section):

@@ -27,6 +27,7 @@ from agr_ray.config import TrainJob
 from agr_ray.learn.augment import augment
 from agr_ray.learn.losses import Targets, first_log_variances, label_counts, loss_weights, multi_task_loss
 from agr_ray.learn.metrics import Baseline, Labels, MetricSums, objective
+from agr_ray.learn.mix import Mix, draw_mix, mix_images
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import Predictions, average, infer, to_nchw
@@ -320,16 +321,20 @@ class _Run:
             batch = _next(batches)
             epoch.wait_s += time.perf_counter() - asked
             targets = _targets(batch)
+            mix = None
             if batch is None:
                 monitor.flush()
-            totals = context.all_reduce_sum(_agreement(targets, bool(monitor.problem)))
+            else:
+                # Before the ranks add up their labels, because it decides how much each counts.
+                mix = draw_mix(len(targets.age), self._transform().input_side_px, self.job.augment, generator)
+            totals = context.all_reduce_sum(_agreement(targets, mix, bool(monitor.problem)))
             if totals[-1] > 0:
                 raise NonFiniteLossError(
                     monitor.problem or f"epoch {self.epoch}: the loss of another rank is not finite"
                 )
             if totals[0] == 0:
                 break
-            task_sums, task_counts = self._step(batch, targets, totals[1:4], epoch, generator, monitor)
+            task_sums, task_counts = self._step(batch, targets, mix, totals[1:4], epoch, generator, monitor)
             sums += task_sums
             counts += task_counts
             epoch.num_rows += int(totals[0])
@@ -352,6 +357,7 @@ class _Run:
         self,
         batch: Batch | None,
         targets: Targets,
+        mix: Mix | None,
         counts_total: Tensor,
         epoch: _Epoch,
         generator: torch.Generator,
@@ -369,12 +375,15 @@ class _Run:
             targets = Targets(torch.full((1,), math.nan), torch.full((1,), -1), torch.full((1,), -1))
         else:
             images = augment(to_nchw(batch["crop"], device), transform, self.job.augment, generator)
+        if mix is not None:
+            mix = mix.to(device)
+            images = mix_images(images, mix)
         targets = Targets(*(values.to(device, non_blocking=True) for values in targets))
         set_learning_rate(self.optimizer, self._lr(epoch.num_steps))
         with autocast(device, config.precision):
             outputs = self.wrapped(images.contiguous(memory_format=torch.channels_last))
         loss, tasks = multi_task_loss(
-            outputs, targets, self.job.loss, counts_total, self.context.world_size, self.log_variances
+            outputs, targets, self.job.loss, counts_total, self.context.world_size, self.log_variances, mix
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
@@ -548,9 +557,10 @@ def _targets(batch: Batch | None) -> Targets:
     return Targets(*(torch.tensor(values) for values in _labels(batch)))
 
 
-def _agreement(targets: Targets, has_problem: bool) -> Tensor:
+def _agreement(targets: Targets, mix: Mix | None, has_problem: bool) -> Tensor:
     """Return what ranks tell each other before a step: rows, labels of each task, whether a loss was not finite."""
-    return torch.cat([torch.tensor([len(targets.age)]), label_counts(targets), torch.tensor([has_problem])]).float()
+    counts = label_counts(targets, mix)
+    return torch.cat([torch.tensor([len(targets.age)]), counts, torch.tensor([has_problem])]).float()
 
 
 def _seed(seed: int, epoch: int, rank: int) -> int:

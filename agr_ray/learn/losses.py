@@ -26,6 +26,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 
 from agr_ray.config import LossConfig
+from agr_ray.learn.mix import Mix
 from agr_ray.models.network import AGE_BINS_YEARS, Outputs
 
 
@@ -46,13 +47,16 @@ class TaskSums(NamedTuple):
     sums: Tensor
     """(3,) float32, detached."""
     counts: Tensor
-    """(3,) float32, rows that have the label and a head."""
+    """(3,) float32, rows that have the label and a head; of mixed images, shares."""
 
 
-def label_counts(targets: Targets) -> Tensor:
-    """Return how many rows have a label, (3,) float32 on the targets' device, one entry for each of `TASKS`."""
-    masks = (torch.isfinite(targets.age), targets.gender >= 0, targets.race >= 0)
-    return torch.stack([mask.sum() for mask in masks]).float()
+def label_counts(targets: Targets, mix: Mix | None = None) -> Tensor:
+    """Return how many rows have a label, (3,) float32 on the targets' device, one entry for each of `TASKS`.
+
+    Of mixed images, the sum of the shares that are labelled.
+    """
+    counts = [torch.stack([_total(mask, share) for mask in _masks(part)]) for part, share in _parts(targets, mix)]
+    return torch.stack(counts).float().sum(dim=0)
 
 
 def loss_weights(config: LossConfig) -> tuple[float, float, float]:
@@ -73,6 +77,7 @@ def multi_task_loss(
     counts_total: Tensor,
     world_size: int = 1,
     log_variances: Tensor | None = None,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, TaskSums]:
     """Return the loss to differentiate, and the sums and counts to report.
 
@@ -87,20 +92,24 @@ def multi_task_loss(
         world_size: the number of ranks that gradients will be averaged over.
         log_variances: (3,) the learnt s of each of `TASKS`, alike on all ranks; that of a task without a label on any
             rank is left alone. None: the weights are fixed.
+        mix: how the images were mixed, on the targets' device; `counts_total` must know of it. None: they were not.
 
     Returns:
         A scalar, and this rank's `TaskSums`.
     """
     zero = torch.zeros((), device=targets.age.device)
-    masks = (torch.isfinite(targets.age), targets.gender >= 0, targets.race >= 0)
-    sums = [
-        zero if outputs.age_years is None else _age_loss(outputs, targets.age, masks[0], config),
-        zero if outputs.gender_logit is None else _gender_loss(outputs.gender_logit, targets.gender, masks[1], config),
-        zero if outputs.race_logits is None else _race_loss(outputs.race_logits, targets.race, masks[2], config),
-    ]
     heads = (outputs.age_years, outputs.gender_logit, outputs.race_logits)
-    counts = torch.stack([zero if head is None else mask.sum() for head, mask in zip(heads, masks, strict=True)])
-    stacked = torch.stack(sums)
+    stacked, counts = torch.zeros(3, device=zero.device), torch.zeros(3, device=zero.device)
+    for part, share in _parts(targets, mix):
+        masks = _masks(part)
+        losses = (
+            None if heads[0] is None else _age_losses(outputs, part.age, masks[0], config),
+            None if heads[1] is None else _gender_losses(heads[1], part.gender, masks[1], config),
+            None if heads[2] is None else _race_losses(heads[2], part.race, masks[2], config),
+        )
+        stacked = stacked + torch.stack([zero if rows is None else _total(rows, share) for rows in losses])
+        labelled = zip(heads, masks, strict=True)
+        counts += torch.stack([zero if head is None else _total(mask, share) for head, mask in labelled])
     totals = counts_total.to(stacked.device, stacked.dtype).clamp(min=1.0)
     if log_variances is None:
         weights = torch.tensor(loss_weights(config), device=stacked.device)
@@ -111,7 +120,24 @@ def multi_task_loss(
         is_learnt &= counts_total.to(stacked.device) > 0
         # Each rank adds the whole of b s: averaged over ranks it is itself.
         loss = (world_size * a * torch.exp(-log_variances) * stacked / totals + b * log_variances * is_learnt).sum()
-    return loss, TaskSums(stacked.detach(), counts.float())
+    return loss, TaskSums(stacked.detach(), counts)
+
+
+def _masks(targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the labels of each of `TASKS` are, (n,) bool each."""
+    return torch.isfinite(targets.age), targets.gender >= 0, targets.race >= 0
+
+
+def _parts(targets: Targets, mix: Mix | None) -> list[tuple[Targets, Tensor | None]]:
+    """Return what the n rows are to learn: labels, and the (n,) weights of the rows; None: each counts once."""
+    if mix is None:
+        return [(targets, None)]
+    partners = Targets(*(values[mix.partner] for values in targets))
+    return [(targets, mix.share), (partners, 1.0 - mix.share)]
+
+
+def _total(rows: Tensor, share: Tensor | None) -> Tensor:
+    return rows.sum() if share is None else (rows * share).sum()
 
 
 def _likelihood(config: LossConfig, *, has_age_bins: bool) -> tuple[tuple[float, float, float], ...]:
@@ -120,8 +146,8 @@ def _likelihood(config: LossConfig, *, has_age_bins: bool) -> tuple[tuple[float,
     return (age[0], 1.0, 1.0), (age[1], 0.5, 0.5)
 
 
-def _age_loss(outputs: Outputs, age_years: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
-    """Sum the loss of the error (L1, eq. 12), or DLDL-v2's divergence and that of the expectation's error.
+def _age_losses(outputs: Outputs, age_years: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """Return the loss of each error (L1, eq. 12), or DLDL-v2's divergence and that of the expectation's error.
 
     Source: Gao et al., "Age Estimation Using Expectation of Label Distribution Learning", IJCAI 2018.
     """
@@ -130,12 +156,12 @@ def _age_loss(outputs: Outputs, age_years: Tensor, mask: Tensor, config: LossCon
     truth = torch.where(mask, age_years, 0.0)
     losses = _error_loss(torch.where(mask, outputs.age_years, 0.0) - truth, config)
     if outputs.age_logits is None:
-        return losses.sum()
+        return losses
     logits = torch.where(mask[:, None], outputs.age_logits, 0.0)
     bins = torch.tensor(AGE_BINS_YEARS, dtype=logits.dtype, device=logits.device)
     target_log = torch.log_softmax(-0.5 * ((bins - truth[:, None]) / config.age_sigma_years).square(), dim=1)
     divergence = (target_log.exp() * (target_log - torch.log_softmax(logits, dim=1))).sum(dim=1)
-    return torch.where(mask, divergence + config.age_expectation_weight * losses, 0.0).sum()
+    return torch.where(mask, divergence + config.age_expectation_weight * losses, 0.0)
 
 
 def _error_loss(errors_years: Tensor, config: LossConfig) -> Tensor:
@@ -149,15 +175,15 @@ def _error_loss(errors_years: Tensor, config: LossConfig) -> Tensor:
     return errors.abs()
 
 
-def _gender_loss(logit: Tensor, gender: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
-    """Sum the binary cross-entropy (eq. 13, with the minus sign that it lacks)."""
+def _gender_losses(logit: Tensor, gender: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """Return each row's binary cross-entropy (eq. 13, with the minus sign that it lacks)."""
     truth = gender.clamp(min=0).float() * (1.0 - config.label_smoothing) + 0.5 * config.label_smoothing
     losses = F.binary_cross_entropy_with_logits(torch.where(mask, logit, 0.0), truth, reduction="none")
-    return torch.where(mask, losses, 0.0).sum()
+    return torch.where(mask, losses, 0.0)
 
 
-def _race_loss(logits: Tensor, race: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
-    """Sum the cross-entropy (eq. 14, with the minus sign that it lacks)."""
+def _race_losses(logits: Tensor, race: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """Return each row's cross-entropy (eq. 14, with the minus sign that it lacks)."""
     finite = torch.where(mask[:, None], logits, 0.0)
     losses = F.cross_entropy(finite, race.clamp(min=0), reduction="none", label_smoothing=config.label_smoothing)
-    return torch.where(mask, losses, 0.0).sum()
+    return torch.where(mask, losses, 0.0)

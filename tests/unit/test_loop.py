@@ -141,7 +141,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     config = job(
         {"epochs": 4, "schedule": "one_cycle", "clip_norm": 1.0, **train_values},
         {"dropout": 0.3},
-        AugmentConfig(brightness=0.2),
+        AugmentConfig(brightness=0.2, mixup_alpha=0.2, cutmix_alpha=1.0),
         LossConfig(weighting="uncertainty"),
     )
     data = faces(20)
