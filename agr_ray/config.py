@@ -247,6 +247,11 @@ class AugmentConfig(Section):
     """Saturation factor drawn from 1 - this to 1 + this; 0: none."""
     erasing_probability: Fraction = 0.0
     """Chance that a random rectangle of 2 to 20 % of the image is filled with its mean; 0: none."""
+    randaugment_ops: Annotated[int, Field(ge=0, le=8)] = 0
+    """RandAugment: operations drawn for each image out of 14 (shears, shifts, rotation, brightness, saturation,
+    contrast, sharpness, posterisation, solarisation and so on), before all else; 0: none."""
+    randaugment_magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = 9.0
+    """RandAugment's strength, the same for all its operations: 0 to 30."""
     mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
     """Each image is blended with another of its batch, by a share drawn from Beta(this, this), and learns the labels of
     both, each by its share; 0: none. With cutmix_alpha too, an image is blended or cut with even chances."""

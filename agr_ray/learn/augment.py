@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 
 from agr_ray.config import AugmentConfig
+from agr_ray.learn.randaugment import rand_augment
 from agr_ray.models.network import Transform
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -47,6 +48,8 @@ def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, gene
     Returns:
         (n, 3, input_side_px, input_side_px) float32.
     """
+    if config.randaugment_ops:
+        images_u8 = rand_augment(images_u8, config.randaugment_ops, config.randaugment_magnitude, generator)
     flip = _uniform(images_u8, 0.0, 1.0, generator) < config.flip_probability
     if config.rotation_degrees or config.scale or config.shift:
         images = _resample(images_u8, flip, transform, config, generator)
