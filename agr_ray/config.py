@@ -252,6 +252,9 @@ class AugmentConfig(Section):
     contrast, sharpness, posterisation, solarisation and so on), before all else; 0: none."""
     randaugment_magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = 9.0
     """RandAugment's strength, the same for all its operations: 0 to 30."""
+    equalize: bool = False
+    """Histogram equalisation (paper eq. 17) of each crop's luminance, colour kept. Not random: it is part of the
+    network's input, kept with the checkpoint, and done in validation, evaluation and scoring too."""
     mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
     """Each image is blended with another of its batch, by a share drawn from Beta(this, this), and learns the labels of
     both, each by its share; 0: none. With cutmix_alpha too, an image is blended or cut with even chances."""

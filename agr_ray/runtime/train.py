@@ -171,7 +171,9 @@ def _plan(
             f"train.data {prepared.uri}: {rows.num_rows} crops in its train split, too few for train.num_workers "
             f"{job.train.num_workers}, each of which needs two"
         )
-    transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN)
+    transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN, equalize=job.augment.equalize)
+    if job.train.schedule == "plateau" and not prepared.splits["val"]:
+        raise ConfigError(f"train.schedule plateau needs validation, and {prepared.uri} has no crop in its val split")
     baseline = Baseline.fit(Labels(**label_arrays(rows)))
     run = Run(
         job=job,
