@@ -316,6 +316,12 @@ class TrainConfig(Section):
     input_sides_px: tuple[Annotated[int, Field(ge=32, le=1024)], ...] = ()
     """Progressive resizing: sides of the network's input, pixels, in equal shares of the epochs, such as [48, 64, 88].
     Small ones are quick. The last must be model.input_side_px. Empty: that throughout."""
+    balance: Literal["none", "age", "gender", "race", "cells"] = "none"
+    """Draw training rows, with replacement, so that age groups (0-10, 11-20 and so on), genders, races or the cells of
+    all three come evenly. Rows without the label keep their share. It needs each worker's crops in memory (cache_mib):
+    the epoch that first streams them there, of a run and after each resume, comes as it is. `none`: each row once."""
+    balance_power: Fraction = 1.0
+    """`balance` only: a row is drawn by (rows that share its label) to minus this: 1 evens out, 0 not at all."""
     use_fallback: bool = True
     """Whether chips in which no face was found are trained on. They are always evaluated."""
     early_stopping_epochs: Annotated[int, Field(ge=0)] = 10

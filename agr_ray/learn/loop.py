@@ -31,6 +31,7 @@ from agr_ray.learn.mix import Mix, draw_mix, mix_images
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import Predictions, average, infer, to_nchw
+from agr_ray.learn.sampling import Sampler
 from agr_ray.models.network import TASKS, MultiTaskNet, Outputs, Transform
 from agr_ray.schema import HISTORY
 
@@ -133,10 +134,16 @@ class LocalContext:
     on_progress: Callable[[Progress], None] | None = None
     rank: int = 0
     world_size: int = 1
+    sampler: Sampler | None = None
+    """Which rows are drawn, and how often (`TrainConfig.balance`); None: each once."""
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         """Iterate over the training arrays in an order drawn by seed and epoch."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train["age"]))
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.sampler is None:
+            order = rng.permutation(len(self.train["age"]))
+        else:
+            order = self.sampler.draw(labels_of(self.train), rng)
         return self._batches(self.train, order)
 
     def val_batches(self) -> Iterator[Batch]:
@@ -406,7 +413,7 @@ class _Run:
         sums, guesses = MetricSums(), MetricSums()
         losses = torch.zeros(6, dtype=torch.float64)
         for batch in self.context.val_batches():
-            labels = _labels(batch)
+            labels = labels_of(batch)
             num_rows = len(labels.age)
             if num_rows == 0:
                 continue
@@ -544,7 +551,8 @@ def _next(batches: Iterator[Batch]) -> Batch | None:
     return None
 
 
-def _labels(batch: Batch) -> Labels:
+def labels_of(batch: Batch) -> Labels:
+    """Return the labels of rows, as arrays."""
     return Labels(
         np.asarray(batch["age"], np.float32), np.asarray(batch["gender"], np.int64), np.asarray(batch["race"], np.int64)
     )
@@ -554,7 +562,7 @@ def _targets(batch: Batch | None) -> Targets:
     """Return the labels on the CPU; of no batch, none."""
     if batch is None:
         return Targets(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-    return Targets(*(torch.tensor(values) for values in _labels(batch)))
+    return Targets(*(torch.tensor(values) for values in labels_of(batch)))
 
 
 def _agreement(targets: Targets, mix: Mix | None, has_problem: bool) -> Tensor:

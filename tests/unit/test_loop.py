@@ -18,6 +18,7 @@ from agr_ray.learn.metrics import Baseline, Labels
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate, trunk_stages
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import predict
+from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform
 from agr_ray.schema import HISTORY
@@ -206,6 +207,25 @@ def test_weights_of_losses_are_learnt_and_kept() -> None:
     assert 0.015 < age < 0.025  # the error is far over a year: two steps of Adam up
     assert gender != 0.0
     assert race == pytest.approx(math.log(2.0))
+
+
+def test_a_sampler_draws_the_rows_of_an_epoch() -> None:
+    data = faces(400)
+    data["gender"] = np.arange(400) % 10 // 9  # one in ten is a man
+    data["age"] = np.arange(400, dtype=np.float32) / 4
+    sampler = Sampler.fit(Labels(data["age"], data["gender"], data["race"]), "gender", 1.0)
+    plain, even = LocalContext(data, data, 64), LocalContext(data, data, 64, sampler=sampler)
+
+    def epoch(context: LocalContext, number: int) -> Any:
+        batches = list(context.train_batches(number))
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in ("age", "gender")}
+
+    assert sorted(epoch(plain, 1)["age"]) == data["age"].tolist()
+    drawn = epoch(even, 1)
+    assert len(drawn["age"]) == 400
+    assert drawn["gender"].mean() == pytest.approx(0.5, abs=0.08)
+    assert np.array_equal(drawn["age"], epoch(even, 1)["age"])
+    assert not np.array_equal(drawn["age"], epoch(even, 2)["age"])
 
 
 def test_early_stopping_counts_epochs_without_a_better_objective() -> None:
