@@ -88,7 +88,7 @@ def multi_task_loss(
         outputs: of this rank's rows, float32.
         targets: of this rank's rows.
         config: the weights, and the age head's loss.
-        counts_total: (3,) `label_counts` summed over all ranks.
+        counts_total: (3,) `label_counts` summed over all ranks; less than 1, as of mixed images, is taken for 1.
         world_size: the number of ranks that gradients will be averaged over.
         log_variances: (3,) the learnt s of each of `TASKS`, alike on all ranks; that of a task without a label on any
             rank is left alone. None: the weights are fixed.

@@ -2,8 +2,8 @@
 
 Labels are never averaged: a face that is half 20 and half 60 years old is not taken for one of 40. The loss of a mixed
 image is share * loss(own label) + (1 - share) * loss(partner's label), for ages and classes alike. A label that is
-missing takes its part of the weight with it, and what is divided by is the sum of the weights that remain, so an image
-of which a third is labelled counts as a third of an image.
+missing takes its part of the weight with it, and what is divided by is the sum of the weights that remain (1 at least),
+so an image of which a third is labelled counts as a third of an image.
 
 Sources: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; Yun et al., "CutMix", ICCV 2019.
 """
