@@ -202,12 +202,30 @@ class LossConfig(Section):
     """Weight of the gender loss."""
     race_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """Weight of the race loss."""
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """`fixed`: by the weights above, as the paper does; `uncertainty`: by weights that are learnt, one for each task,
+    beginning with those above (Kendall et al. 2018). Losses that are reported are weighted by those above always."""
+    age_loss: Literal["l1", "mse", "huber"] = "l1"
+    """Of the error e in years: `l1` is |e| (paper eq. 12); `mse` is e^2 (its eq. 26); `huber` is e^2 / 2 up to
+    huber_delta_years d, and d (|e| - d / 2) beyond."""
+    huber_delta_years: PositiveFloat = 1.0
+    """`huber` only: error above which the loss grows linearly, years."""
+    age_scale_years: PositiveFloat = 1.0
+    """Scaled age: years that count as an error of 1. An `l1` loss is divided by it, `mse` and `huber` by its square."""
     age_sigma_years: PositiveFloat = 2.0
     """`distribution` head only: width of the Gaussian target, years (DLDL-v2)."""
     age_expectation_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """`distribution` head only: weight of the L1 loss of the expectation beside the divergence, per year."""
+    """`distribution` head only: weight of `age_loss` of the expectation beside the divergence."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of a gender or race label spread over all classes."""
+
+    @model_validator(mode="after")
+    def _begins_with_weights(self) -> Self:
+        if self.weighting == "uncertainty":
+            for key in ("age_weight", "gender_weight", "race_weight"):
+                if getattr(self, key) == 0.0:
+                    raise ValueError(f"{key} {getattr(self, key)} must be over 0 where weighting is uncertainty")
+        return self
 
 
 class AugmentConfig(Section):
@@ -229,6 +247,19 @@ class AugmentConfig(Section):
     """Saturation factor drawn from 1 - this to 1 + this; 0: none."""
     erasing_probability: Fraction = 0.0
     """Chance that a random rectangle of 2 to 20 % of the image is filled with its mean; 0: none."""
+    randaugment_ops: Annotated[int, Field(ge=0, le=8)] = 0
+    """RandAugment: operations drawn for each image out of 14 (shears, shifts, rotation, brightness, saturation,
+    contrast, sharpness, posterisation, solarisation and so on), before all else; 0: none."""
+    randaugment_magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = 9.0
+    """RandAugment's strength, the same for all its operations: 0 to 30."""
+    equalize: bool = False
+    """Histogram equalisation (paper eq. 17) of each crop's luminance, colour kept. Not random: it is part of the
+    network's input, kept with the checkpoint, and done in validation, evaluation and scoring too."""
+    mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """Each image is blended with another of its batch, by a share drawn from Beta(this, this), and learns the labels of
+    both, each by its share; 0: none. With cutmix_alpha too, an image is blended or cut with even chances."""
+    cutmix_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """As mixup_alpha, but a box of the other image, of a share so drawn, replaces what was there; 0: none."""
 
 
 class TrainConfig(Section):
@@ -256,14 +287,23 @@ class TrainConfig(Section):
     """Adam is the paper's (eq. 19)."""
     lr: PositiveFloat = 1e-4
     """Learning rate; the highest one of the schedule."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor of the learning rate for each stage of the trunk, counted from the heads, which learn at the full rate:
+    the last stage at lr * this, the one before at lr * this^2. A stage begins where the image gets smaller. 1: off."""
+    freeze_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the beginning in which the heads alone learn: the trunk's weights and its batch norms' statistics stand
+    still. It wants first weights (model.weights) worth keeping. 0: none; epochs: throughout."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight decay: L2 for adam and sgd, decoupled for adamw."""
-    schedule: Literal["step", "one_cycle", "cosine", "constant"] = "step"
-    """`step` is the paper's (eq. 20); `one_cycle` warms up and anneals over all epochs; `cosine` anneals."""
+    schedule: Literal["step", "one_cycle", "cosine", "plateau", "constant"] = "step"
+    """`step` is the paper's (eq. 20); `one_cycle` warms up and anneals over all epochs; `cosine` anneals; `plateau`
+    cuts when validation stops getting better."""
     step_size_epochs: PositiveInt = 20
     """`step` only: epochs between two cuts of the learning rate."""
+    plateau_epochs: PositiveInt = 5
+    """`plateau` only: epochs without a better objective on validation after which the learning rate is cut."""
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """`step` only: factor of each cut."""
+    """`step` and `plateau` only: factor of each cut."""
     warmup: Fraction = 0.3
     """`one_cycle` and `cosine`: share of all steps in which the learning rate rises."""
     clip_norm: Annotated[float, Field(ge=0.0)] = 0.0
@@ -276,6 +316,12 @@ class TrainConfig(Section):
     input_sides_px: tuple[Annotated[int, Field(ge=32, le=1024)], ...] = ()
     """Progressive resizing: sides of the network's input, pixels, in equal shares of the epochs, such as [48, 64, 88].
     Small ones are quick. The last must be model.input_side_px. Empty: that throughout."""
+    balance: Literal["none", "age", "gender", "race", "cells"] = "none"
+    """Draw training rows, with replacement, so that age groups (0-10, 11-20 and so on), genders, races or the cells of
+    all three come evenly. Rows without the label keep their share. It needs each worker's crops in memory (cache_mib):
+    the epoch that first streams them there, of a run and after each resume, comes as it is. `none`: each row once."""
+    balance_power: Fraction = 1.0
+    """`balance` only: a row is drawn by (rows that share its label) to minus this: 1 evens out, 0 not at all."""
     use_fallback: bool = True
     """Whether chips in which no face was found are trained on. They are always evaluated."""
     early_stopping_epochs: Annotated[int, Field(ge=0)] = 10
@@ -289,6 +335,15 @@ class TrainConfig(Section):
     fits; as much again for validation."""
     shuffle_rows: PositiveInt = 2048
     """Rows in each worker's shuffle buffer while crops are streamed; from memory, the whole share is shuffled."""
+
+    @model_validator(mode="after")
+    def _cuts_before_it_stops(self) -> Self:
+        if self.schedule == "plateau" and 0 < self.early_stopping_epochs <= self.plateau_epochs:
+            raise ValueError(
+                f"plateau_epochs {self.plateau_epochs} must be less than early_stopping_epochs "
+                f"{self.early_stopping_epochs} (0: never stop), or training stops before the first cut"
+            )
+        return self
 
 
 class EvaluateConfig(Section):

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 
 from agr_ray.config import AugmentConfig
+from agr_ray.learn.randaugment import rand_augment
 from agr_ray.models.network import Transform
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -21,7 +22,7 @@ _ERASED_ASPECT = (0.3, 3.3)
 
 
 def prepare_eval(images_u8: Tensor, transform: Transform) -> Tensor:
-    """Cut out the template, resize and normalise.
+    """Equalise where the network is used to it, cut out the template, resize and normalise.
 
     Args:
         images_u8: (n, 3, stored, stored) uint8, RGB.
@@ -30,6 +31,8 @@ def prepare_eval(images_u8: Tensor, transform: Transform) -> Tensor:
     Returns:
         (n, 3, input_side_px, input_side_px) float32.
     """
+    if transform.equalize:
+        images_u8 = equalize_luminance(images_u8)
     return _normalise(_centre(images_u8, transform), transform)
 
 
@@ -47,6 +50,10 @@ def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, gene
     Returns:
         (n, 3, input_side_px, input_side_px) float32.
     """
+    if transform.equalize:
+        images_u8 = equalize_luminance(images_u8)
+    if config.randaugment_ops:
+        images_u8 = rand_augment(images_u8, config.randaugment_ops, config.randaugment_magnitude, generator)
     flip = _uniform(images_u8, 0.0, 1.0, generator) < config.flip_probability
     if config.rotation_degrees or config.scale or config.shift:
         images = _resample(images_u8, flip, transform, config, generator)
@@ -59,6 +66,30 @@ def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, gene
     if config.erasing_probability:
         images = _erase(images, config.erasing_probability, generator)
     return images
+
+
+def equalize_luminance(images_u8: Tensor) -> Tensor:
+    """Flatten the histogram of each image's luminance and keep its colour (paper eq. 17, on Y of YCrCb).
+
+    Level v becomes (cdf(v) - cdf_min) / (num_pixels - cdf_min) * 255, as in OpenCV; an image of one level stays as it
+    is. Keeping Cr and Cb while Y changes is adding the same to red, green and blue, cut off at 0 and 255.
+
+    Args:
+        images_u8: (n, 3, h, w) uint8, RGB.
+
+    Returns:
+        (n, 3, h, w) uint8.
+    """
+    weights = torch.tensor(_LUMA, device=images_u8.device).view(1, 3, 1, 1)
+    luma = (images_u8 * weights).sum(dim=1, keepdim=True).round().long()
+    levels = luma.flatten(1)
+    counts = torch.zeros(len(levels), 256, device=levels.device)
+    cdf = counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=torch.float32)).cumsum(dim=1)
+    lowest = cdf.gather(1, levels.amin(dim=1, keepdim=True))
+    rest = levels.shape[1] - lowest
+    equalized = ((cdf - lowest) * 255.0 / rest.clamp(min=1.0)).round().gather(1, levels)
+    difference = torch.where(rest > 0, equalized - levels, 0.0).view_as(luma)
+    return (images_u8 + difference).clamp(0.0, 255.0).to(torch.uint8)
 
 
 def _uniform(like: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:

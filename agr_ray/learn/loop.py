@@ -11,6 +11,7 @@ reduction after training and one after validation.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 
 from agr_ray.config import TrainJob
 from agr_ray.learn.augment import augment
-from agr_ray.learn.losses import Targets, label_counts, loss_weights, multi_task_loss
+from agr_ray.learn.losses import Targets, first_log_variances, label_counts, loss_weights, multi_task_loss
 from agr_ray.learn.metrics import Baseline, Labels, MetricSums, objective
-from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, set_learning_rate
+from agr_ray.learn.mix import Mix, draw_mix, mix_images
+from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import Predictions, average, infer, to_nchw
-from agr_ray.models.network import TASKS, MultiTaskNet, Transform
+from agr_ray.learn.sampling import Sampler
+from agr_ray.models.network import TASKS, MultiTaskNet, Outputs, Transform
 from agr_ray.schema import HISTORY
 
 Batch: TypeAlias = Mapping[str, Any]
@@ -131,10 +134,16 @@ class LocalContext:
     on_progress: Callable[[Progress], None] | None = None
     rank: int = 0
     world_size: int = 1
+    sampler: Sampler | None = None
+    """Which rows are drawn, and how often (`TrainConfig.balance`); None: each once."""
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         """Iterate over the training arrays in an order drawn by seed and epoch."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train["age"]))
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.sampler is None:
+            order = rng.permutation(len(self.train["age"]))
+        else:
+            order = self.sampler.draw(labels_of(self.train), rng)
         return self._batches(self.train, order)
 
     def val_batches(self) -> Iterator[Batch]:
@@ -176,8 +185,9 @@ def train(
 ) -> list[Row]:
     """Train until the epochs are done or validation stops getting better.
 
-    The same state, data and seed give the same weights, whether the run was interrupted or not: learning
-    rate and random numbers depend on (seed, epoch, rank) alone, and are drawn anew in each epoch.
+    The same state, data and seed give the same weights, whether the run was interrupted or not: the learning
+    rate follows from progress and history, and random numbers, which are drawn anew in each epoch, depend on
+    (seed, epoch, rank) alone.
 
     Args:
         context: where batches come from and reports go to.
@@ -242,10 +252,14 @@ class _Run:
         self.ema = Ema(self.model, decay, int(state.get("ema_updates", 0))) if decay else None
         if state.get("raw_weights") is not None:
             self.model.load_state_dict(state["raw_weights"])
-        self.optimizer = build_optimizer(self.model, job.train)
+        self.log_variances: nn.Parameter | None = None
+        if job.loss.weighting == "uncertainty":
+            first = first_log_variances(job.loss, has_age_bins=job.model.age_head == "distribution")
+            self.log_variances = nn.Parameter(state.get("log_variances", first).to(context.device, copy=True))
+        self.optimizer = build_optimizer(self.model, job.train, self.log_variances)
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
-        self.wrapped = context.wrap(self.model)
+        self.wrapped = self._wrap(is_frozen=self.epoch < job.train.freeze_epochs)
 
     def run(self) -> list[Row]:
         while not self.finished and self.epoch < self.job.train.epochs:
@@ -279,13 +293,31 @@ class _Run:
             self.context.report(EpochReport(row, is_best, self.finished, values, kept, self._transform(), self._state))
         return self.history
 
+    def _wrap(self, is_frozen: bool) -> nn.Module:
+        """Let the trunk learn or not, and wrap the model anew: DDP waits for the gradients that it was made with."""
+        self.is_frozen = is_frozen
+        self.model.trunk.requires_grad_(not is_frozen)
+        learner = self.model if self.log_variances is None else _Learner(self.model, self.log_variances)
+        return self.context.wrap(learner)
+
+    def _begin_training(self) -> None:
+        """Let batch norm and dropout train, but of a frozen trunk."""
+        self.wrapped.train()
+        if self.is_frozen:
+            self.model.trunk.eval()
+
     def _train_epoch(self) -> _Epoch:
         """Take all steps of one epoch."""
         context, device = self.context, self.context.device
         seed = _seed(self.job.train.seed, self.epoch, context.rank)
         torch.manual_seed(seed)  # dropout
         generator = torch.Generator().manual_seed(seed)
-        self.wrapped.train()
+        is_frozen = self.epoch <= self.job.train.freeze_epochs
+        if is_frozen != self.is_frozen:
+            self.wrapped = self.model
+            gc.collect()  # DDP is part of reference cycles, and its hooks must not outlive it
+            self.wrapped = self._wrap(is_frozen)
+        self._begin_training()
         epoch = _Epoch()
         sums, counts = torch.zeros(3, device=device), torch.zeros(3, device=device)
         monitor = _Monitor(self.epoch, check_every=_CHECK_EVERY if device.type == _CUDA else 1)
@@ -296,16 +328,20 @@ class _Run:
             batch = _next(batches)
             epoch.wait_s += time.perf_counter() - asked
             targets = _targets(batch)
+            mix = None
             if batch is None:
                 monitor.flush()
-            totals = context.all_reduce_sum(_agreement(targets, bool(monitor.problem)))
+            else:
+                # Before the ranks add up their labels, because it decides how much each counts.
+                mix = draw_mix(len(targets.age), self._transform().input_side_px, self.job.augment, generator)
+            totals = context.all_reduce_sum(_agreement(targets, mix, bool(monitor.problem)))
             if totals[-1] > 0:
                 raise NonFiniteLossError(
                     monitor.problem or f"epoch {self.epoch}: the loss of another rank is not finite"
                 )
             if totals[0] == 0:
                 break
-            task_sums, task_counts = self._step(batch, targets, totals[1:4], epoch, generator, monitor)
+            task_sums, task_counts = self._step(batch, targets, mix, totals[1:4], epoch, generator, monitor)
             sums += task_sums
             counts += task_counts
             epoch.num_rows += int(totals[0])
@@ -328,6 +364,7 @@ class _Run:
         self,
         batch: Batch | None,
         targets: Targets,
+        mix: Mix | None,
         counts_total: Tensor,
         epoch: _Epoch,
         generator: torch.Generator,
@@ -345,11 +382,16 @@ class _Run:
             targets = Targets(torch.full((1,), math.nan), torch.full((1,), -1), torch.full((1,), -1))
         else:
             images = augment(to_nchw(batch["crop"], device), transform, self.job.augment, generator)
+        if mix is not None:
+            mix = mix.to(device)
+            images = mix_images(images, mix)
         targets = Targets(*(values.to(device, non_blocking=True) for values in targets))
         set_learning_rate(self.optimizer, self._lr(epoch.num_steps))
         with autocast(device, config.precision):
             outputs = self.wrapped(images.contiguous(memory_format=torch.channels_last))
-        loss, tasks = multi_task_loss(outputs, targets, self.job.loss, counts_total, self.context.world_size)
+        loss, tasks = multi_task_loss(
+            outputs, targets, self.job.loss, counts_total, self.context.world_size, self.log_variances, mix
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
         if config.clip_norm:
@@ -361,7 +403,7 @@ class _Run:
             self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model)
-        self.wrapped.train()
+        self._begin_training()
         return tasks.sums, tasks.counts
 
     def _validate(self, model: MultiTaskNet) -> tuple[dict[str, Any], float | None, int]:
@@ -371,7 +413,7 @@ class _Run:
         sums, guesses = MetricSums(), MetricSums()
         losses = torch.zeros(6, dtype=torch.float64)
         for batch in self.context.val_batches():
-            labels = _labels(batch)
+            labels = labels_of(batch)
             num_rows = len(labels.age)
             if num_rows == 0:
                 continue
@@ -424,6 +466,7 @@ class _Run:
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "raw_weights": None if self.ema is None else self.model.state_dict(),
+            "log_variances": None if self.log_variances is None else self.log_variances.detach(),
             "ema_updates": 0 if self.ema is None else self.ema.num_updates,
             "best_objective": self.best_objective,
             "stale_epochs": self.stale_epochs,
@@ -434,7 +477,8 @@ class _Run:
 
     def _lr(self, steps_done: int) -> float:
         share = min(steps_done / self.steps_per_epoch, 1.0)
-        return learning_rate(self.epoch - 1 + share, self.job.train)
+        num_cuts = plateau_cuts((row["val_objective"] for row in self.history), self.job.train)
+        return learning_rate(self.epoch - 1 + share, self.job.train, num_cuts)
 
     def _transform(self) -> Transform:
         """Return this epoch's, whose images may be smaller."""
@@ -451,6 +495,19 @@ class _Run:
             for weight, total, count in zip(weights, sums_and_counts[:3], sums_and_counts[3:], strict=True)
             if count
         )
+
+
+class _Learner(nn.Module):
+    """The network and the weights of its losses, so that whoever averages gradients averages theirs too."""
+
+    def __init__(self, model: MultiTaskNet, log_variances: nn.Parameter) -> None:
+        super().__init__()
+        self.model = model
+        self.log_variances = log_variances
+
+    def forward(self, images_nchw: Tensor) -> Outputs:
+        outputs: Outputs = self.model(images_nchw)
+        return outputs
 
 
 class _Monitor:
@@ -494,7 +551,8 @@ def _next(batches: Iterator[Batch]) -> Batch | None:
     return None
 
 
-def _labels(batch: Batch) -> Labels:
+def labels_of(batch: Batch) -> Labels:
+    """Return the labels of rows, as arrays."""
     return Labels(
         np.asarray(batch["age"], np.float32), np.asarray(batch["gender"], np.int64), np.asarray(batch["race"], np.int64)
     )
@@ -504,12 +562,13 @@ def _targets(batch: Batch | None) -> Targets:
     """Return the labels on the CPU; of no batch, none."""
     if batch is None:
         return Targets(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-    return Targets(*(torch.tensor(values) for values in _labels(batch)))
+    return Targets(*(torch.tensor(values) for values in labels_of(batch)))
 
 
-def _agreement(targets: Targets, has_problem: bool) -> Tensor:
+def _agreement(targets: Targets, mix: Mix | None, has_problem: bool) -> Tensor:
     """Return what ranks tell each other before a step: rows, labels of each task, whether a loss was not finite."""
-    return torch.cat([torch.tensor([len(targets.age)]), label_counts(targets), torch.tensor([has_problem])]).float()
+    counts = label_counts(targets, mix)
+    return torch.cat([torch.tensor([len(targets.age)]), counts, torch.tensor([has_problem])]).float()
 
 
 def _seed(seed: int, epoch: int, rank: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,26 +18,51 @@ _ONE_CYCLE_END = 1.0 / 25.0e4
 _SGD_MOMENTUM = 0.9
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: MultiTaskNet, config: TrainConfig, log_variances: nn.Parameter | None = None
+) -> torch.optim.Optimizer:
     """Build the optimiser (the paper's: Adam, betas 0.9 and 0.999, eq. 19).
 
-    AdamW decays weights only, never biases and norms; Adam and SGD add L2 to all, as the paper's would.
+    AdamW decays weights only, never biases and norms; Adam and SGD add L2 to all, as the paper's would. Each group
+    of parameters has an `lr_scale`, by which `set_learning_rate` multiplies (`TrainConfig.layer_decay`). Frozen
+    parameters are in it too, and stand still as long as they have no gradient. The loss's `log_variances`, where they
+    are learnt, have the full rate and no weight decay.
     """
-    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = []
+    for parameters, lr_scale in _layers(model, config.layer_decay):
+        split = [(parameters, config.weight_decay)]
+        if config.optimizer == "adamw":
+            split = [
+                ([p for p in parameters if p.ndim > 1], config.weight_decay),
+                ([p for p in parameters if p.ndim <= 1], 0.0),
+            ]
+        groups += [{"params": part, "weight_decay": decay, "lr_scale": lr_scale} for part, decay in split if part]
+    if log_variances is not None:
+        groups.append({"params": [log_variances], "weight_decay": 0.0, "lr_scale": 1.0})
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.Adam(groups, lr=config.lr, fused=True)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.lr, weight_decay=config.weight_decay, momentum=_SGD_MOMENTUM, nesterov=True
-        )
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+        return torch.optim.SGD(groups, lr=config.lr, momentum=_SGD_MOMENTUM, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def learning_rate(epochs_done: float, config: TrainConfig) -> float:
+def trunk_stages(trunk: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the trunk's parameters in stages, from the image to the features.
+
+    A stage begins at each block that makes the image smaller, by a convolution or by pooling. torchvision's ResNets
+    and MobileNetV3s have five, at 1/2 to 1/32 of the input's side.
+    """
+    stages: list[list[nn.Parameter]] = [[]]
+    for child in trunk.children():
+        for block in child if isinstance(child, nn.Sequential) else [child]:
+            if stages[-1] and any(map(_shrinks, block.modules())):
+                stages.append([])
+            stages[-1].extend(block.parameters())
+    assert sum(map(len, stages)) == len(list(trunk.parameters())), "a parameter outside the trunk's blocks"
+    return stages
+
+
+def learning_rate(epochs_done: float, config: TrainConfig, num_cuts: int = 0) -> float:
     """Return the learning rate of the step that begins after so many epochs, a fraction within one.
 
     A function of progress alone, so a resumed run needs no state of it, and an epoch that happens to
@@ -43,7 +70,8 @@ def learning_rate(epochs_done: float, config: TrainConfig) -> float:
 
     `step`: times gamma each `step_size_epochs` (eq. 20). `one_cycle`: from 1/25 of `lr` up in the share
     `warmup` of the run, then down to nearly 0, both along a cosine (Smith and Topin, arXiv 1708.07120).
-    `cosine`: straight up from 1/25 in the share `warmup`, then down to 0.
+    `cosine`: straight up from 1/25 in the share `warmup`, then down to 0. `plateau`: times gamma for each
+    of the `num_cuts` that `plateau_cuts` counts.
     """
     progress = min(max(epochs_done / config.epochs, 0.0), 1.0)
     if config.schedule == "constant":
@@ -51,6 +79,8 @@ def learning_rate(epochs_done: float, config: TrainConfig) -> float:
     elif config.schedule == "step":
         # Rounded, because a sum of fractions of epochs may end a hair before the whole number.
         factor = config.gamma ** int(round(epochs_done, 6) // config.step_size_epochs)
+    elif config.schedule == "plateau":
+        factor = config.gamma**num_cuts
     elif config.schedule == "one_cycle":
         if progress < config.warmup:
             factor = _cosine(_WARMUP_START, 1.0, progress / config.warmup)
@@ -63,10 +93,27 @@ def learning_rate(epochs_done: float, config: TrainConfig) -> float:
     return config.lr * factor
 
 
+def plateau_cuts(objectives: Iterable[float | None], config: TrainConfig) -> int:
+    """Count how often `plateau` has cut the learning rate after epochs with these objectives on validation.
+
+    A cut comes after `plateau_epochs` epochs none of which was better than all before, and the next one not until
+    as many more were not. None, an epoch without a labelled validation row, says nothing either way.
+    """
+    best, num_stale, num_cuts = math.inf, 0, 0
+    for score in objectives:
+        if score is None:
+            continue
+        num_stale = 0 if score < best else num_stale + 1
+        best = min(score, best)
+        if num_stale == config.plateau_epochs:
+            num_stale, num_cuts = 0, num_cuts + 1
+    return num_cuts
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set it for all parameters."""
+    """Set it for all parameters, scaled as `build_optimizer` says."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 class Ema:
@@ -94,6 +141,23 @@ class Ema:
         """Take over batch norm's statistics; needed only before the average is used."""
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
+
+
+def _layers(model: MultiTaskNet, decay: float) -> list[tuple[list[nn.Parameter], float]]:
+    """Return all parameters in parts, each with its share of the learning rate."""
+    if decay == 1.0:
+        return [(list(model.parameters()), 1.0)]
+    stages = trunk_stages(model.trunk)
+    in_trunk = {id(parameter) for stage in stages for parameter in stage}
+    heads = [parameter for parameter in model.parameters() if id(parameter) not in in_trunk]
+    return [*((stage, decay ** (len(stages) - k)) for k, stage in enumerate(stages)), (heads, 1.0)]
+
+
+def _shrinks(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        return False
+    stride = module.stride
+    return (max(stride) if isinstance(stride, tuple) else stride) > 1
 
 
 def _cosine(start: float, end: float, share: float) -> float:

@@ -18,6 +18,7 @@ import dataclasses
 import datetime
 import json
 import logging
+import math
 import subprocess
 import sys
 import time
@@ -48,9 +49,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
-from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Progress, Row
+from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Progress, Row, labels_of
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.metrics import Baseline, Labels
+from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
 from agr_ray.runtime.cluster import check_fits, cluster, machine_cpus
@@ -78,6 +80,7 @@ class Run:
     uri: str
     transform: Transform
     baseline: Baseline
+    sampler: Sampler | None
     num_train_rows: int
     num_val_rows: int
     train_images: Tensor
@@ -171,14 +174,24 @@ def _plan(
             f"train.data {prepared.uri}: {rows.num_rows} crops in its train split, too few for train.num_workers "
             f"{job.train.num_workers}, each of which needs two"
         )
-    transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN)
-    baseline = Baseline.fit(Labels(**label_arrays(rows)))
+    transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN, equalize=job.augment.equalize)
+    if job.train.schedule == "plateau" and not prepared.splits["val"]:
+        raise ConfigError(f"train.schedule plateau needs validation, and {prepared.uri} has no crop in its val split")
+    max_rows = _max_rows(job.train, transform)
+    if job.train.balance != "none" and rows.num_rows > max_rows * job.train.num_workers:
+        raise ConfigError(
+            f"train.balance {job.train.balance} draws from crops in memory, and train.cache_mib {job.train.cache_mib} "
+            f"holds {max_rows} of the {math.ceil(rows.num_rows / job.train.num_workers)} of each worker"
+        )
+    labels = Labels(**label_arrays(rows))
+    baseline = Baseline.fit(labels)
     run = Run(
         job=job,
         storage=storage,
         uri=uri,
         transform=transform,
         baseline=baseline,
+        sampler=Sampler.fit(labels, job.train.balance, job.train.balance_power),
         num_train_rows=rows.num_rows,
         num_val_rows=prepared.splits["val"],
         train_images=content_codes(rows["content_hash"].to_pylist()),
@@ -334,14 +347,14 @@ class RayContext:
         batch_size = train.batch_size // self.world_size
         # All workers stream or none: those that share a dataset must iterate over it together. So what decides is
         # the same for all. Validation's shares may be as unequal as they like.
-        crop_bytes = 3 * crop_side_px(run.transform.crop_side_px, run.transform.margin) ** 2
-        max_rows = train.cache_mib * 2**20 // (2 * crop_bytes)  # joining the batches takes their memory twice
+        max_rows = _max_rows(train, run.transform)
         self._train = ShardBatches(
             ray.train.get_dataset_shard("train"),
             batch_size,
             keep=run.num_train_rows / self.world_size <= max_rows,
             shuffle_rows=train.shuffle_rows,
             seed=(train.seed, self.rank),
+            sampler=run.sampler,
         )
         self._val = ShardBatches(
             ray.train.get_dataset_shard("val"), max(batch_size, MIN_VAL_BATCH), keep=run.num_val_rows <= max_rows
@@ -408,6 +421,12 @@ class RayContext:
             )
 
 
+def _max_rows(config: TrainConfig, transform: Transform) -> int:
+    """Return how many decoded crops a worker keeps in memory at most."""
+    crop_bytes = 3 * crop_side_px(transform.crop_side_px, transform.margin) ** 2
+    return config.cache_mib * 2**20 // (2 * crop_bytes)  # joining the batches takes their memory twice
+
+
 class ShardBatches:
     """The batches of one worker's share: streamed once, then from memory where that is allowed.
 
@@ -417,16 +436,25 @@ class ShardBatches:
         keep: whether the share is kept, decoded; the same in all workers.
         shuffle_rows: rows in the shuffle buffer while streaming; 0: rows come in their order, always.
         seed: of the shuffling, together with the epoch.
+        sampler: draws the rows of an epoch from memory; none: each comes once.
     """
 
     def __init__(
-        self, shard: DataIterator, batch_size: int, *, keep: bool, shuffle_rows: int = 0, seed: tuple[int, ...] = ()
+        self,
+        shard: DataIterator,
+        batch_size: int,
+        *,
+        keep: bool,
+        shuffle_rows: int = 0,
+        seed: tuple[int, ...] = (),
+        sampler: Sampler | None = None,
     ) -> None:
         self._shard = shard
         self._batch_size = batch_size
         self._keep = keep
         self._shuffle_rows = shuffle_rows
         self._seed = seed
+        self._sampler = sampler
         self._rows: dict[str, NDArray[Any]] | None = None
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -436,7 +464,10 @@ class ShardBatches:
 
     def _from_memory(self, rows: dict[str, NDArray[Any]], rng: np.random.Generator) -> Iterator[Batch]:
         num_rows = len(rows["age"]) if rows else 0
-        order = rng.permutation(num_rows) if self._shuffle_rows else np.arange(num_rows)
+        if num_rows and self._sampler is not None:
+            order = self._sampler.draw(labels_of(rows), rng)
+        else:
+            order = rng.permutation(num_rows) if self._shuffle_rows else np.arange(num_rows)
         for first in range(0, num_rows, self._batch_size):
             chosen = order[first : first + self._batch_size]
             yield {name: values[chosen] for name, values in rows.items()}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from agr_ray.config import AugmentConfig
-from agr_ray.learn.augment import augment, prepare_eval
+from agr_ray.learn.augment import augment, equalize_luminance, prepare_eval
 from agr_ray.models.network import Transform
 
 PLAIN = AugmentConfig(flip_probability=0, rotation_degrees=0, scale=0, shift=0)
@@ -46,6 +49,35 @@ def test_evaluation_resizes_with_a_filter() -> None:
     prepared = denormalised(prepare_eval(stripes, Transform(input_side_px=10, crop_side_px=40)))
     assert prepared.shape == (1, 3, 10, 10)
     assert (prepared[..., 2:-2] - 127.5).abs().max() < 20
+
+
+def test_equalising_is_opencvs_of_the_luminance() -> None:
+    images = (crops(3).float() * 0.4 + 60).to(torch.uint8)  # of little contrast
+    equalized = equalize_luminance(images)
+    for image, ours in zip(images.permute(0, 2, 3, 1).numpy(), equalized.permute(0, 2, 3, 1).numpy(), strict=True):
+        ycrcb = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)
+        ycrcb[..., 0] = cv2.equalizeHist(ycrcb[..., 0])
+        theirs = cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB)
+        difference = np.abs(theirs.astype(int) - ours.astype(int))
+        assert difference.mean() < 1.0  # OpenCV rounds Y, Cr and Cb
+        assert difference.max() <= 4
+    luma = (equalized * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1).flatten(1)
+    assert luma.amin(dim=1).max() < 10  # colours that would leave 0 to 255 are cut off
+    assert luma.amax(dim=1).min() > 245
+
+
+def test_an_even_image_stays_as_it_is() -> None:
+    images = torch.full((2, 3, 8, 8), 90, dtype=torch.uint8)
+    assert torch.equal(equalize_luminance(images), images)
+
+
+def test_training_and_evaluation_equalise_alike() -> None:
+    transform = dataclasses.replace(SAME, equalize=True)
+    dark = (crops().float() * 0.3).to(torch.uint8)
+    prepared = prepare_eval(dark, transform)
+    torch.testing.assert_close(augment(dark, transform, PLAIN, generator()), prepared)
+    torch.testing.assert_close(prepared, prepare_eval(equalize_luminance(dark), SAME))
+    assert denormalised(prepared).max() > 200 > denormalised(prepare_eval(dark, SAME)).max()
 
 
 def test_without_changes_training_sees_what_evaluation_sees() -> None:
@@ -163,7 +195,9 @@ def test_erasing_leaves_the_others_alone() -> None:
 
 
 def test_same_generator_state_gives_the_same_images() -> None:
-    config = AugmentConfig(scale=0.1, brightness=0.2, contrast=0.2, saturation=0.2, erasing_probability=0.5)
+    config = AugmentConfig(
+        scale=0.1, brightness=0.2, contrast=0.2, saturation=0.2, erasing_probability=0.5, randaugment_ops=2
+    )
     first, again, other = (augment(crops(), SAME, config, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -299,6 +299,18 @@ def test_training_a_task_that_no_row_has(complaint: Complaint, prepared: Path) -
 TASKS = ("--model.tasks", '["age", "gender"]', "--model.trunk", "mobilenet_v3_small")
 
 
+def test_a_plateau_without_validation(complaint: Complaint, prepared: Path) -> None:
+    said = complaint("train", "--train.data", prepared, *TASKS, "--train.schedule", "plateau")
+
+    assert f"train.schedule plateau needs validation, and {prepared} has no crop in its val split" in said
+
+
+def test_evening_out_crops_that_memory_does_not_hold(complaint: Complaint, prepared: Path) -> None:
+    said = complaint("train", "--train.data", prepared, *TASKS, "--train.balance", "age", "--train.cache_mib", "0")
+
+    assert "train.balance age draws from crops in memory, and train.cache_mib 0 holds 0 of the 2 of each worker" in said
+
+
 @pytest.mark.parametrize("weights", ["gone.safetensors", "gone.pt", "gone"])
 def test_training_from_weights_that_are_missing(
     complaint: Complaint, prepared: Path, tmp_path: Path, weights: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
 from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, train
 from agr_ray.learn.metrics import Baseline, Labels
-from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate
+from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate, trunk_stages
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import predict
+from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform
 from agr_ray.schema import HISTORY
@@ -127,7 +128,12 @@ def test_predicting_nothing_gives_nothing() -> None:
 
 @pytest.mark.parametrize(
     "train_values",
-    [pytest.param({"optimizer": "adam"}, marks=pytest.mark.slow), {"optimizer": "adamw", "ema_decay": 0.9}],
+    [
+        pytest.param({"optimizer": "adam"}, marks=pytest.mark.slow),
+        {"optimizer": "adamw", "ema_decay": 0.9},
+        {"schedule": "plateau", "plateau_epochs": 1, "gamma": 0.1, "freeze_epochs": 3, "layer_decay": 0.5},
+    ],
+    ids=str,
 )
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, train_values: dict[str, Any]
@@ -136,7 +142,8 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     config = job(
         {"epochs": 4, "schedule": "one_cycle", "clip_norm": 1.0, **train_values},
         {"dropout": 0.3},
-        AugmentConfig(brightness=0.2),
+        AugmentConfig(brightness=0.2, mixup_alpha=0.2, cutmix_alpha=1.0),
+        LossConfig(weighting="uncertainty"),
     )
     data = faces(20)
 
@@ -189,6 +196,36 @@ def test_each_epoch_is_augmented_anew() -> None:
         train(Context(data, data, 4), network(config), TRANSFORM, config, baseline, 4)
     assert len(set(seen)) == 2  # epochs differ, runs do not
     assert seen[:2] == seen[2:]
+
+
+def test_weights_of_losses_are_learnt_and_kept() -> None:
+    config = job({"epochs": 1, "lr": 1e-2}, loss=LossConfig(weighting="uncertainty", gender_weight=1.0))
+    data = faces(16)
+    data["race"] = np.full(16, -1)
+    _, reports, _ = run(config, data)
+    age, gender, race = reports[0].train_state()["log_variances"].tolist()
+    assert 0.015 < age < 0.025  # the error is far over a year: two steps of Adam up
+    assert gender != 0.0
+    assert race == pytest.approx(math.log(2.0))
+
+
+def test_a_sampler_draws_the_rows_of_an_epoch() -> None:
+    data = faces(400)
+    data["gender"] = np.arange(400) % 10 // 9  # one in ten is a man
+    data["age"] = np.arange(400, dtype=np.float32) / 4
+    sampler = Sampler.fit(Labels(data["age"], data["gender"], data["race"]), "gender", 1.0)
+    plain, even = LocalContext(data, data, 64), LocalContext(data, data, 64, sampler=sampler)
+
+    def epoch(context: LocalContext, number: int) -> Any:
+        batches = list(context.train_batches(number))
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in ("age", "gender")}
+
+    assert sorted(epoch(plain, 1)["age"]) == data["age"].tolist()
+    drawn = epoch(even, 1)
+    assert len(drawn["age"]) == 400
+    assert drawn["gender"].mean() == pytest.approx(0.5, abs=0.08)
+    assert np.array_equal(drawn["age"], epoch(even, 1)["age"])
+    assert not np.array_equal(drawn["age"], epoch(even, 2)["age"])
 
 
 def test_early_stopping_counts_epochs_without_a_better_objective() -> None:
@@ -317,7 +354,8 @@ class _Rank(LocalContext):
             parameter.grad.copy_(self.all_reduce_sum(parameter.grad) / self.world_size)
 
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(average)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(average)
         return model
 
 
@@ -370,9 +408,10 @@ def test_ranks_with_uneven_shares_end_together_and_alike(ema_decay: float) -> No
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=0, atol=1e-6)
 
 
-def test_two_ranks_take_the_step_of_one_process() -> None:
+@pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
+def test_two_ranks_take_the_step_of_one_process(weighting: Literal["fixed", "uncertainty"]) -> None:
     # Batch norm sees other batches on two ranks, so it is taken out of the comparison: SGD, heads only.
-    data, config = faces(8), job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2})
+    data, config = faces(8), job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2}, loss=LossConfig(weighting=weighting))
     data["age"][:3] = np.nan
     data["gender"][4:] = -1
     models = [network(config) for _ in range(3)]
@@ -385,6 +424,27 @@ def test_two_ranks_take_the_step_of_one_process() -> None:
     run(config, data, model=models[2])
     for name, value in models[0].state_dict().items():
         torch.testing.assert_close(value, models[2].state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+class _OneProcess(LocalContext):
+    """Gradients go through torch's own DDP, in a group of one process."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+
+
+def test_ddp_takes_to_a_trunk_that_begins_to_learn() -> None:
+    config = job({"epochs": 3, "freeze_epochs": 1}, loss=LossConfig(weighting="uncertainty"))
+    data = faces(16)
+    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    models = [network(config), network(config)]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        train(_OneProcess(data, data, 8), models[0], TRANSFORM, config, baseline, 16)
+    finally:
+        torch.distributed.destroy_process_group()
+    train(LocalContext(data, data, 8), models[1], TRANSFORM, config, baseline, 16)
+    torch.testing.assert_close(weights(models[0]), weights(models[1]))
 
 
 def test_non_finite_loss_of_one_rank_stops_all() -> None:
@@ -422,6 +482,83 @@ def test_cosine_rises_then_falls_to_nothing() -> None:
     config = TrainConfig(lr=1.0, epochs=10, schedule="cosine", warmup=0.1)
     rates = [learning_rate(epochs, config) for epochs in (0, 0.5, 1, 5.5, 10, 11)]
     assert rates == pytest.approx([0.04, 0.52, 1.0, 0.5, 0.0, 0.0])
+
+
+def test_plateau_cuts_after_so_many_epochs_without_a_better_objective() -> None:
+    config = TrainConfig(lr=1.0, schedule="plateau", plateau_epochs=2, gamma=0.1)
+    #            best       1    cut  best  1    cut  1    cut
+    objectives = [0.9, 0.8, 0.8, 0.9, 0.7, 0.8, 0.7, 0.9, 0.7]
+    cuts = [plateau_cuts(objectives[:done], config) for done in range(len(objectives) + 1)]
+    assert cuts == [0, 0, 0, 0, 1, 1, 1, 2, 2, 3]
+    assert [learning_rate(9, config, num) for num in (0, 1, 2)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_plateau_leaves_epochs_without_validation_out() -> None:
+    config = TrainConfig(schedule="plateau", plateau_epochs=2)
+    assert plateau_cuts([0.5, 0.6, None, None], config) == 0
+    assert plateau_cuts([0.5, 0.6, None, None, 0.6], config) == 1
+
+
+def test_plateau_does_what_torchs_does() -> None:
+    config = TrainConfig(lr=1.0, epochs=60, schedule="plateau", plateau_epochs=3, gamma=0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, threshold=0.0)
+    objectives = np.random.default_rng(0).random(60).tolist()
+    for done in range(1, 61):
+        reference.step(objectives[done - 1])
+        mine = learning_rate(done, config, plateau_cuts(objectives[:done], config))
+        assert mine == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "firsts"),
+    [
+        ("resnet18", ["conv1.", "layer1.0.", "layer2.0.", "layer3.0.", "layer4.0."]),
+        ("resnet34", ["conv1.", "layer1.0.", "layer2.0.", "layer3.0.", "layer4.0."]),
+        ("resnet50", ["conv1.", "layer1.0.", "layer2.0.", "layer3.0.", "layer4.0."]),
+        ("mobilenet_v3_small", ["features.0.", "features.1.", "features.2.", "features.4.", "features.9."]),
+        ("mobilenet_v3_large", ["features.0.", "features.2.", "features.4.", "features.7.", "features.13."]),
+    ],
+)
+def test_a_stage_begins_where_the_image_is_made_smaller(trunk: str, firsts: list[str]) -> None:
+    with torch.device("meta"):
+        model = MultiTaskNet(ModelConfig(trunk=trunk))  # type: ignore[arg-type]  # one of them
+    names = {id(parameter): name for name, parameter in model.trunk.named_parameters()}
+    stages = [[names[id(parameter)] for parameter in stage] for stage in trunk_stages(model.trunk)]
+    assert [name for stage in stages for name in stage] == list(names.values())
+    assert [stage[0][: len(first)] for stage, first in zip(stages, firsts, strict=True)] == firsts
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_layer_decay_slows_each_stage_by_its_distance_from_the_heads(optimizer: str) -> None:
+    model = network(job({}))
+    config = TrainConfig(optimizer=optimizer, layer_decay=0.5, weight_decay=0.1)  # type: ignore[arg-type]  # one of them
+    built = build_optimizer(model, config)
+    set_learning_rate(built, 1.0)
+    rates = {id(p): group["lr"] for group in built.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert len(rates) == len(named)
+    assert {rate for name, rate in named.items() if not name.startswith("trunk.")} == {1.0}
+    assert named["trunk.features.12.0.weight"] == named["trunk.classifier.0.bias"] == 0.5
+    assert named["trunk.features.4.block.0.0.weight"] == 0.25
+    assert named["trunk.features.0.0.weight"] == named["trunk.features.0.1.bias"] == 0.5**5
+    decays = {group["weight_decay"] for group in built.param_groups}
+    assert decays == ({0.1, 0.0} if optimizer == "adamw" else {0.1})
+
+
+def test_frozen_trunk_stands_still_and_then_learns() -> None:
+    config = job({"epochs": 3, "freeze_epochs": 2, "weight_decay": 0.1, "batch_size": 8})
+    model = network(config)
+    kept = [{name: value.clone() for name, value in model.state_dict().items()}]
+
+    def keep(report: EpochReport) -> None:
+        kept.append({name: value.clone() for name, value in report.model.state_dict().items()})
+
+    run(config, faces(17), model=model, on_report=keep)  # the last batch has one row
+    trunk = [name for name in kept[0] if name.startswith("trunk.") and not name.endswith("num_batches_tracked")]
+    assert all(torch.equal(kept[epoch][name], kept[0][name]) for name in trunk for epoch in (1, 2))
+    assert not any(torch.equal(kept[3][name], kept[0][name]) for name in trunk)
+    assert not torch.equal(kept[1]["age_head.weight"], kept[0]["age_head.weight"])
 
 
 def test_adamw_decays_weights_only() -> None:

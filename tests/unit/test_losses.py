@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from agr_ray.config import LossConfig
-from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
+from agr_ray.learn.losses import Targets, first_log_variances, label_counts, multi_task_loss
 from agr_ray.models.network import AGE_BINS_YEARS, Outputs
 from agr_ray.schema import RACES
 
@@ -35,6 +37,33 @@ def test_loss_is_the_weighted_sum_of_the_papers_three() -> None:
     assert tasks.counts.tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("values", "by_hand"),
+    [
+        ({"age_loss": "l1"}, [1.0, 6.0]),
+        ({"age_loss": "mse"}, [1.0, 36.0]),
+        ({"age_loss": "huber"}, [0.5, 5.5]),
+        ({"age_loss": "huber", "huber_delta_years": 4.0}, [0.5, 4.0 * (6.0 - 2.0)]),
+        ({"age_loss": "l1", "age_scale_years": 10.0}, [0.1, 0.6]),
+        ({"age_loss": "mse", "age_scale_years": 10.0}, [0.01, 0.36]),
+        ({"age_loss": "huber", "huber_delta_years": 4.0, "age_scale_years": 10.0}, [0.005, 0.16]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head", ["linear", "distribution"])
+def test_age_losses(head: str, values: dict[str, Any], by_hand: list[float]) -> None:
+    truth = targets([31.0, NAN, 46.0], [-1] * 3, [-1] * 3)
+    bins = torch.tensor(AGE_BINS_YEARS, dtype=torch.float32)
+    # Targets as they should be, so that the divergence is nothing.
+    logits = -0.5 * ((bins - torch.tensor([[31.0], [0.0], [46.0]])) / 2.0) ** 2 if head == "distribution" else None
+    outputs = Outputs(torch.tensor([30.0, 20.0, 40.0]), logits, None, None)
+    config = LossConfig(age_expectation_weight=3.0, **values)
+    loss, tasks = multi_task_loss(outputs, truth, config, label_counts(truth))
+    expected = sum(by_hand) * (3.0 if head == "distribution" else 1.0)
+    assert tasks.sums.tolist() == pytest.approx([expected, 0, 0], abs=1e-5)
+    assert loss.item() == pytest.approx(expected / 2, abs=1e-5)
+
+
 def test_missing_labels_are_left_out_of_their_task_only() -> None:
     outputs = linear(torch.tensor([30.0, 40.0]), torch.zeros(2), torch.zeros(2, len(RACES)))
     truth = targets([NAN, 39.0], [-1, -1], [2, -1])
@@ -43,8 +72,9 @@ def test_missing_labels_are_left_out_of_their_task_only() -> None:
     assert tasks.counts.tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize("age_loss", ["l1", "mse", "huber"])
 @pytest.mark.parametrize("head", ["linear", "distribution"])
-def test_non_finite_values_in_unlabelled_rows_poison_nothing(head: str) -> None:
+def test_non_finite_values_in_unlabelled_rows_poison_nothing(head: str, age_loss: str) -> None:
     age = torch.tensor([NAN, 40.0], requires_grad=True)
     logits = torch.full((2, len(AGE_BINS_YEARS)), 0.0)
     logits[0] = math.inf
@@ -53,7 +83,8 @@ def test_non_finite_values_in_unlabelled_rows_poison_nothing(head: str) -> None:
     race = torch.tensor([[NAN] * 5, [0.0] * 5], requires_grad=True)
     truth = targets([NAN, 39.0], [-1, 1], [-1, 1])
     outputs = Outputs(age, logits if head == "distribution" else None, gender, race)
-    loss, _ = multi_task_loss(outputs, truth, ONE_EACH, label_counts(truth))
+    config = ONE_EACH.model_copy(update={"age_loss": age_loss})
+    loss, _ = multi_task_loss(outputs, truth, config, label_counts(truth))
     loss.backward()
     assert math.isfinite(loss.item())
     for leaf in (age, gender, race, *([logits] if head == "distribution" else [])):
@@ -120,6 +151,62 @@ def test_smoothed_labels_are_spread_over_all_classes() -> None:
     assert tasks.sums.tolist() == pytest.approx([0.0, gender, race])
 
 
+@pytest.mark.parametrize(
+    ("head", "age_loss", "age_by_hand"),
+    [
+        ("linear", "l1", lambda mean, s: math.exp(-s) * mean + s),
+        ("linear", "mse", lambda mean, s: 0.5 * math.exp(-s) * mean + 0.5 * s),
+        ("linear", "huber", lambda mean, s: math.exp(-s) * mean + 0.5 * s),
+        ("distribution", "l1", lambda mean, s: math.exp(-s) * mean + 0.5 * s),
+    ],
+)
+def test_uncertainty_is_kendalls(head: str, age_loss: str, age_by_hand: Callable[[float, float], float]) -> None:
+    logits = torch.zeros(2, len(AGE_BINS_YEARS)) if head == "distribution" else None
+    outputs = Outputs(torch.tensor([30.0, 40.0]), logits, torch.tensor([0.0, 2.0]), torch.zeros(2, len(RACES)))
+    truth = targets([33.0, 39.0], [1, 0], [0, 4])
+    config = LossConfig(weighting="uncertainty", age_loss=age_loss)  # type: ignore[arg-type]  # one of them
+    s = torch.tensor([1.5, -0.5, 0.25], requires_grad=True)
+    loss, tasks = multi_task_loss(outputs, truth, config, label_counts(truth), log_variances=s)
+    age, gender, race = (tasks.sums / tasks.counts).tolist()
+    by_hand = age_by_hand(age, 1.5) + math.exp(0.5) * gender - 0.25 + math.exp(-0.25) * race + 0.125
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("age_loss", ["l1", "mse", "huber"])
+def test_uncertainty_begins_with_the_fixed_weights(age_loss: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(size, generator=generator).requires_grad_() for size in ((6,), (6,), (6, 5))]
+    truth = targets([1.0, -2.0, 0.5, NAN, 3.0, 0.0], [0, 1, -1, 1, 0, 1], [0, 1, 2, 3, 4, -1])
+    config = LossConfig(weighting="uncertainty", age_weight=0.1, race_weight=2.0, age_loss=age_loss)  # type: ignore[arg-type]  # one of them
+    gradients = []
+    for s in (None, first_log_variances(config, has_age_bins=False)):
+        loss, _ = multi_task_loss(linear(*leaves), truth, config, label_counts(truth), log_variances=s)
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for fixed, learnt in zip(*gradients, strict=True):
+        torch.testing.assert_close(fixed, learnt)
+
+
+def test_the_best_scale_is_the_mean_error() -> None:
+    truth = targets([33.0, 39.0], [-1, -1], [-1, -1])
+    s = torch.tensor([math.log(2.0), 7.0, 7.0], requires_grad=True)  # a mean error of 2 years
+    outputs = linear(torch.tensor([30.0, 40.0]), torch.zeros(2), torch.zeros(2, 5))
+    loss, _ = multi_task_loss(outputs, truth, LossConfig(), label_counts(truth), log_variances=s)
+    loss.backward()
+    assert s.grad is not None
+    assert s.grad.tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)  # tasks without labels stay where they are
+
+
+def test_a_weight_without_a_head_is_not_learnt() -> None:
+    truth = targets([20.0, 30.0], [0, 1], [1, 1])
+    s = torch.zeros(3, requires_grad=True)
+    loss, _ = multi_task_loss(
+        Outputs(None, None, torch.zeros(2), None), truth, LossConfig(), label_counts(truth), log_variances=s
+    )
+    loss.backward()
+    assert s.grad is not None
+    assert s.grad.tolist() == pytest.approx([0.0, 0.5 - math.log(2.0), 0.0])
+
+
 def test_gradients_averaged_over_ranks_are_those_of_one_process() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(7, 4, generator=generator)
@@ -128,15 +215,18 @@ def test_gradients_averaged_over_ranks_are_those_of_one_process() -> None:
     config = LossConfig(age_expectation_weight=0.3)
 
     def gradients(rows: slice, counts: Tensor, world_size: int) -> Tensor:
+        s = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
         weights = torch.linspace(-1, 1, 4 * (len(AGE_BINS_YEARS) + 6)).view(4, -1).requires_grad_()
         age, gender, race = (features[rows] @ weights).split([len(AGE_BINS_YEARS), 1, 5], dim=1)
         expectation = age.softmax(dim=1) @ torch.tensor(AGE_BINS_YEARS, dtype=torch.float32)
         outputs = Outputs(expectation, age, gender.squeeze(1), race)
         share = Targets(*(values[rows] for values in truth))
-        loss, _ = multi_task_loss(outputs, share, config, counts, world_size)
-        loss.backward()
+        for log_variances in (None, s):  # the sum of both is as good a loss
+            loss, _ = multi_task_loss(outputs, share, config, counts, world_size, log_variances)
+            loss.backward(retain_graph=True)
         assert weights.grad is not None
-        return weights.grad
+        assert s.grad is not None
+        return torch.cat([weights.grad.flatten(), s.grad])
 
     counts = label_counts(truth)
     whole = gradients(slice(0, 7), counts, 1)

@@ -1,0 +1,100 @@
+"""How often rows are drawn: by the frequencies of their labels, over all ranks, and of what is missing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from agr_ray.learn.metrics import Labels
+from agr_ray.learn.sampling import Balance, Sampler
+
+NAN = math.nan
+
+
+def labels(*rows: tuple[float, int, int, int]) -> Labels:
+    """Return labels of (age, gender, race), each so often as its last number says."""
+    age, gender, race = (np.repeat([row[k] for row in rows], [row[3] for row in rows]) for k in range(3))
+    return Labels(age.astype(np.float32), gender.astype(np.int64), race.astype(np.int64))
+
+
+def fit(truth: Labels, by: Balance, power: float = 1.0) -> Sampler:
+    sampler = Sampler.fit(truth, by, power)
+    assert sampler is not None
+    return sampler
+
+
+def shares(truth: Labels, by: Balance, power: float = 1.0) -> dict[tuple[float, int, int], float]:
+    """Return the chance that a draw is a row of these labels."""
+    weights = fit(truth, by, power).weights(truth)
+    assert weights.mean() == pytest.approx(1.0)
+    found: dict[tuple[float, int, int], float] = {}
+    for age, gender, race, weight in zip(*truth, weights, strict=True):
+        key = (float(age), int(gender), int(race))
+        found[key] = found.get(key, 0.0) + float(weight) / len(weights)
+    return found
+
+
+def test_no_balance_is_no_sampler() -> None:
+    assert Sampler.fit(labels((20, 0, 0, 3)), "none", 1.0) is None
+
+
+def test_classes_come_evenly() -> None:
+    truth = labels((20, 0, 0, 60), (30, 0, 1, 20), (40, 1, 1, 20))
+    assert shares(truth, "gender") == pytest.approx({(20, 0, 0): 0.375, (30, 0, 1): 0.125, (40, 1, 1): 0.5})
+    assert shares(truth, "race") == pytest.approx({(20, 0, 0): 0.5, (30, 0, 1): 0.25, (40, 1, 1): 0.25})
+
+
+def test_ages_are_evened_out_by_the_papers_groups() -> None:
+    truth = labels((21, 0, 0, 50), (30, 0, 0, 10), (31, 0, 0, 20), (90, 0, 0, 5), (81, 0, 0, 15))
+    assert shares(truth, "age") == pytest.approx(
+        {(21, 0, 0): 5 / 18, (30, 0, 0): 1 / 18, (31, 0, 0): 1 / 3, (90, 0, 0): 1 / 12, (81, 0, 0): 1 / 4}
+    )
+
+
+def test_cells_come_evenly_where_they_are_not_empty() -> None:
+    truth = labels((20, 0, 0, 70), (20, 1, 0, 20), (60, 1, 4, 10))
+    assert list(shares(truth, "cells").values()) == pytest.approx([1 / 3] * 3)
+
+
+def test_power_goes_from_as_it_is_to_even() -> None:
+    truth = labels((20, 0, 0, 90), (20, 1, 0, 10))
+    men = [shares(truth, "gender", power)[20, 1, 0] for power in (0.0, 0.5, 1.0)]
+    assert men == pytest.approx([0.1, 0.25, 0.5])  # sqrt(90) : sqrt(10) = 3 : 1
+
+
+def test_rows_without_the_label_keep_their_share() -> None:
+    truth = labels((20, 0, 0, 70), (20, 1, 0, 10), (20, -1, 0, 20))
+    assert shares(truth, "gender") == pytest.approx({(20, 0, 0): 0.4, (20, 1, 0): 0.4, (20, -1, 0): 0.2})
+    ages = labels((20, 0, 0, 70), (60, 0, 0, 10), (NAN, 0, 0, 20))
+    assert list(fit(ages, "age").weights(labels((20, 0, 0, 1), (60, 0, 0, 1), (NAN, 0, 0, 1)))) == pytest.approx(
+        [4 / 7, 4.0, 1.0]
+    )
+
+
+def test_cells_are_evened_out_among_rows_that_have_the_same_labels() -> None:
+    truth = labels((20, 0, 0, 30), (60, 1, 0, 10), (20, 0, -1, 5), (60, 0, -1, 55))
+    assert list(shares(truth, "cells").values()) == pytest.approx([0.2, 0.2, 0.3, 0.3])
+
+
+def test_labels_of_which_training_has_none_at_all_change_nothing() -> None:
+    assert fit(labels((NAN, 0, 0, 4)), "age").weights(labels((NAN, 0, 0, 2))).tolist() == [1.0, 1.0]
+
+
+def test_a_label_weighs_the_same_on_every_rank() -> None:
+    first, second = labels((20, 0, 0, 60), (20, 1, 0, 2)), labels((20, 0, 0, 20), (20, 1, 0, 18))
+    whole = Labels(*(np.concatenate(pair) for pair in zip(first, second, strict=True)))
+    sampler = fit(whole, "gender")
+    weights = np.concatenate([sampler.weights(first), sampler.weights(second)])
+    np.testing.assert_array_equal(weights, sampler.weights(whole))
+
+
+def test_draws_are_as_frequent_as_weights_say_and_can_be_repeated() -> None:
+    truth = labels((20, 0, 0, 9000), (20, 1, 0, 1000))
+    sampler = fit(truth, "gender")
+    drawn = sampler.draw(truth, np.random.default_rng(0))
+    assert len(drawn) == 10000
+    assert truth.gender[drawn].mean() == pytest.approx(0.5, abs=0.02)
+    assert np.array_equal(drawn, sampler.draw(truth, np.random.default_rng(0)))
+    assert len(sampler.draw(labels((20, 0, 0, 0)), np.random.default_rng(0))) == 0
