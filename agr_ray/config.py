@@ -335,6 +335,9 @@ class TrainConfig(Section):
     fits; as much again for validation."""
     shuffle_rows: PositiveInt = 2048
     """Rows in each worker's shuffle buffer while crops are streamed; from memory, the whole share is shuffled."""
+    mlflow_uri: str = ""
+    """MLflow tracking server that the run is logged to as well, such as http://HOST:5000; empty: none. Needs the
+    package mlflow on every node."""
 
     @model_validator(mode="after")
     def _cuts_before_it_stops(self) -> Self:
@@ -540,6 +543,8 @@ class TrainJob(Job):
     predict: PredictConfig = PredictConfig()
     new_run: CliImplicitFlag[bool] = False
     """Start anew where a run of this name has finished: the number of the run is added to the name."""
+    dry_run: CliImplicitFlag[bool] = False
+    """Print the plan, an estimate of memory and, after 20 steps in this process, of time; train and write nothing."""
 
     @model_validator(mode="after")
     def _batch_is_divisible(self) -> Self:
@@ -680,7 +685,7 @@ def _underscored(argument: str) -> str:
 
 def _check_variables(environ: Mapping[str, str], job: type[Job]) -> None:
     """Refuse a variable of ours that names no section: nobody would read it."""
-    known = [*SECTIONS, *job.model_fields, "new_run"]
+    known = [*SECTIONS, *job.model_fields, *TrainJob.model_fields]
     for name in environ:
         section = name.lower().removeprefix("agr_ray_").partition("__")[0]
         if name.lower().startswith("agr_ray_") and section not in known:

@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from agr_ray.config import TrainJob
+from agr_ray.config import TrainConfig, TrainJob
 from agr_ray.learn.augment import augment
 from agr_ray.learn.losses import Targets, first_log_variances, label_counts, loss_weights, multi_task_loss
-from agr_ray.learn.metrics import Baseline, Labels, MetricSums, objective
+from agr_ray.learn.metrics import Baseline, GroupSums, Labels, MetricSums, objective
 from agr_ray.learn.mix import Mix, draw_mix, mix_images
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.precision import autocast
@@ -36,18 +36,33 @@ from agr_ray.models.network import TASKS, MultiTaskNet, Outputs, Transform
 from agr_ray.schema import HISTORY
 
 Batch: TypeAlias = Mapping[str, Any]
-"""crop (n, stored, stored, 3) uint8, age (n,) float32, gender and race (n,) int64; arrays or CPU tensors."""
+"""crop (n, stored, stored, 3) uint8, age (n,) float32, gender and race (n,) int64; arrays or CPU tensors.
+
+Where there is an image_id, (n,) words, a loss that is not finite names its rows by it."""
 
 Row: TypeAlias = dict[str, Any]
 """One row of `schema.HISTORY`."""
 
 _PROGRESS_S: Final = 1.0
 _CHECK_EVERY: Final = 25
+_NAMED_ROWS: Final = 8
 _CUDA: Final = "cuda"
 
 
 class NonFiniteLossError(Exception):
-    """The loss is no number: names the epoch, the step and each task's loss. The run stops; nothing is saved."""
+    """The loss is no number: names the epoch, the step, each task's loss and the rows. The run stops; nothing is saved.
+
+    Raised on all ranks.
+    """
+
+    def __init__(self, said: str, image_ids: Sequence[str] | None) -> None:
+        some = ", ".join((image_ids or ())[:_NAMED_ROWS])
+        more = len(image_ids or ()) - _NAMED_ROWS
+        super().__init__(
+            said + (f"; its batch holds image_id {some}" if some else "") + (f" and {more} more" if more > 0 else "")
+        )
+        self.image_ids = image_ids
+        """Of the batch, as far as batches have ids; None: the batch was another rank's, which says more."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,7 @@ class EpochReport:
     finished: str
     """Why this epoch is the last: `epochs`, `early_stopping`; empty: it isn't."""
     metrics: Mapping[str, Any]
-    """On validation: `MetricSums.to_json`, with `baseline` of the same shape."""
+    """On validation: `MetricSums.to_json`, with `baseline` of the same shape and `groups` by `GroupSums.to_json`."""
     model: MultiTaskNet
     """Whose weights were validated and should be kept: the moving average where there is one."""
     transform: Transform
@@ -208,6 +223,18 @@ def train(
     return _Run(context, model, transform, job, baseline, num_train_rows, resume).run()
 
 
+def epoch_side_px(epoch: int, config: TrainConfig, side_px: int) -> int:
+    """Return the side of the images that an epoch, from 1, is trained and validated on, pixels.
+
+    Args:
+        epoch: which.
+        config: `input_sides_px` in equal shares of `epochs`.
+        side_px: the model's, which is that of all epochs where there are no others.
+    """
+    sides = config.input_sides_px or (side_px,)
+    return sides[-1 - (config.epochs - epoch) * len(sides) // config.epochs]
+
+
 @dataclass
 class _Epoch:
     """What the training part of one epoch adds up."""
@@ -337,7 +364,8 @@ class _Run:
             totals = context.all_reduce_sum(_agreement(targets, mix, bool(monitor.problem)))
             if totals[-1] > 0:
                 raise NonFiniteLossError(
-                    monitor.problem or f"epoch {self.epoch}: the loss of another rank is not finite"
+                    monitor.problem or f"epoch {self.epoch}: the loss of another rank is not finite",
+                    monitor.image_ids if monitor.problem else None,
                 )
             if totals[0] == 0:
                 break
@@ -398,7 +426,7 @@ class _Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.step += 1
         epoch.num_steps += 1
-        monitor.watch(self.step, loss.detach(), tasks.sums, tasks.counts)
+        monitor.watch(self.step, loss.detach(), tasks.sums, tasks.counts, batch)
         if not monitor.problem:
             self.optimizer.step()
         if self.ema is not None:
@@ -410,8 +438,9 @@ class _Run:
         """Return the metrics with the baseline's, the loss (none: no labels), and the rows of all ranks."""
         model.eval()
         device = self.context.device
-        sums, guesses = MetricSums(), MetricSums()
+        sums, guesses, groups = MetricSums(), MetricSums(), GroupSums()
         losses = torch.zeros(6, dtype=torch.float64)
+        image_ids: list[str] | None = None
         for batch in self.context.val_batches():
             labels = labels_of(batch)
             num_rows = len(labels.age)
@@ -421,18 +450,24 @@ class _Run:
             views = infer(model, to_nchw(batch["crop"], device), self._transform(), self.job.predict)
             _, tasks = multi_task_loss(views[0], targets, self.job.loss, label_counts(targets))
             losses += torch.cat([tasks.sums, tasks.counts]).double().cpu()
+            if image_ids is None and not torch.isfinite(losses).all():
+                image_ids = _image_ids(batch)
             predictions = average(views)
             sums.update(labels, predictions)
+            groups.update(labels, predictions)
             headed = zip(self.baseline.predict(num_rows), predictions, strict=True)
             guesses.update(labels, Predictions(*(g if p is not None else None for g, p in headed)))
-        vector = torch.cat([losses, torch.from_numpy(sums.vector), torch.from_numpy(guesses.vector)])
-        total = self.context.all_reduce_sum(vector).numpy()
-        _, sums.vector[:], guesses.vector[:] = np.split(total, (6, 6 + sums.vector.size))
+        parts = (losses.numpy(), sums.vector, guesses.vector, groups.vector)
+        total = self.context.all_reduce_sum(torch.from_numpy(np.concatenate(parts))).numpy()
+        ends = np.cumsum([part.size for part in parts])
+        _, sums.vector[:], guesses.vector[:], groups.vector[:] = np.split(total, ends[:-1])
         loss = self._weighted(total[:6].tolist()) if total[3:6].any() else None
         if loss is not None and not math.isfinite(loss):
             named = _describe(total[:3].tolist(), total[3:6].tolist())
-            raise NonFiniteLossError(f"epoch {self.epoch}, after step {self.step}, on validation: loss {loss}: {named}")
-        return {**sums.to_json(), "baseline": guesses.to_json()}, loss, int(sums.rows[0])
+            said = f"epoch {self.epoch}, after step {self.step}, on validation: loss {loss}: {named}"
+            raise NonFiniteLossError(said, image_ids)
+        report = {**sums.to_json(), "baseline": guesses.to_json(), "groups": groups.to_json()}
+        return report, loss, int(sums.rows[0])
 
     def _judge(self, score: float | None) -> bool:
         """Count epochs without progress, decide whether to go on, and say whether this one is the best."""
@@ -482,9 +517,7 @@ class _Run:
 
     def _transform(self) -> Transform:
         """Return this epoch's, whose images may be smaller."""
-        sides = self.job.train.input_sides_px or (self.transform.input_side_px,)
-        epochs = self.job.train.epochs
-        side = sides[-1 - (epochs - self.epoch) * len(sides) // epochs]
+        side = epoch_side_px(self.epoch, self.job.train, self.transform.input_side_px)
         return dataclasses.replace(self.transform, input_side_px=side)
 
     def _weighted(self, sums_and_counts: Sequence[float]) -> float:
@@ -516,25 +549,27 @@ class _Monitor:
     def __init__(self, epoch: int, check_every: int) -> None:
         self.epoch = epoch
         self.check_every = check_every
-        self.pending: list[tuple[int, Tensor]] = []
+        self.pending: list[tuple[int, Tensor, list[str]]] = []
         self.problem = ""
+        self.image_ids: list[str] = []
 
-    def watch(self, step: int, loss: Tensor, sums: Tensor, counts: Tensor) -> None:
+    def watch(self, step: int, loss: Tensor, sums: Tensor, counts: Tensor, batch: Batch | None) -> None:
         """Take note of one step."""
-        self.pending.append((step, torch.cat([loss[None], sums, counts])))
+        self.pending.append((step, torch.cat([loss[None], sums, counts]), _image_ids(batch)))
         if len(self.pending) >= self.check_every:
             self.flush()
 
     def flush(self) -> None:
-        """Look at all steps noted; `problem` names the first bad one."""
+        """Look at all steps noted; `problem` names the first bad one, `image_ids` its rows."""
         if self.pending and not self.problem:
-            values = torch.stack([noted for _, noted in self.pending]).cpu()
+            values = torch.stack([noted for _, noted, _ in self.pending]).cpu()
             bad = (~torch.isfinite(values).all(dim=1)).nonzero()
             if len(bad):
                 first = int(bad[0])
                 loss, *tasks = values[first].tolist()
                 named = _describe(tasks[:3], tasks[3:])
                 self.problem = f"epoch {self.epoch}, step {self.pending[first][0]}: loss {loss}: {named}"
+                self.image_ids = self.pending[first][2]
         self.pending.clear()
 
 
@@ -549,6 +584,11 @@ def _next(batches: Iterator[Batch]) -> Batch | None:
         if len(batch["age"]):
             return batch
     return None
+
+
+def _image_ids(batch: Batch | None) -> list[str]:
+    """Return the ids of a batch's rows; none where it has no such column."""
+    return [] if batch is None else [str(each) for each in batch.get("image_id", ())]
 
 
 def labels_of(batch: Batch) -> Labels:

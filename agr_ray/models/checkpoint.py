@@ -2,8 +2,9 @@
 
     CHECKPOINT/
       weights.safetensors   what predicts: the averaged weights where the run keeps an average
-      train_state.pt        what resumes: optimiser, raw and learnt loss weights, epoch, best, stopping, history, train_images
+      train_state.pt        what resumes: optimiser, raw weights, learnt loss weights, epoch, best, history, train_images
       calibration.json      how sure its predictions are; added by jobs/evaluate.py --calibrate
+      model_card.md         what it is, was trained on, and is and is not for; jobs/evaluate.py adds what it measures
       meta.json             what rebuilds the network and says where it comes from; written last
 
 Scoring needs weights and meta only, and calibration.json for age intervals, calibrated probabilities and abstention;
@@ -30,6 +31,7 @@ from torch import Tensor
 
 import agr_ray
 from agr_ray.config import ModelConfig
+from agr_ray.models.card import model_card
 from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, Transform, mismatch
 from agr_ray.schema import GENDERS, RACES, SCHEMA_VERSION
 
@@ -39,6 +41,7 @@ FORMAT_VERSION: Final = 1
 WEIGHTS: Final = "weights.safetensors"
 TRAIN_STATE: Final = "train_state.pt"
 CALIBRATION: Final = "calibration.json"
+CARD: Final = "model_card.md"
 META: Final = "meta.json"
 
 LABELS: Final[Mapping[str, list[Any]]] = {
@@ -84,7 +87,7 @@ def save_checkpoint(
         transform: what the model's input went through.
         train_state: `EpochReport.train_state()`, plain values and tensors; none: not written.
         train_images: `content_codes` of the training images, kept in train_state.pt.
-        data: of the training data: split_manifest_sha256, counts, source, detector, template.
+        data: of the training data: split_manifest_sha256, counts, train_labels, source, detector, template.
         metrics: on validation.
         config: of the training run.
         git_commit: of the code; empty: not known.
@@ -109,6 +112,7 @@ def save_checkpoint(
         "created": created,
         "versions": {"agr_ray": agr_ray.__version__, "torch": str(torch.__version__)},
     }
+    (directory / CARD).write_text(model_card(meta), encoding="utf-8")
     unfinished = directory / f"{META}.part"
     unfinished.write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(unfinished, directory / META)

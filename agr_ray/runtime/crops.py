@@ -24,7 +24,7 @@ from agr_ray.storage import Storage
 from agr_ray.vision.align import DEFAULT_MARGIN, crop_side_px
 from agr_ray.vision.decode import decode_crop
 
-TRAINING_COLUMNS: Final = ("crop", "age", "gender", "race")
+TRAINING_COLUMNS: Final = ("image_id", "crop", "age", "gender", "race")
 DECODED_ROWS: Final = 256
 """Rows of a block of decoded crops: some 50 MiB at 224 pixels."""
 
@@ -42,7 +42,7 @@ def part_dataset(storage: Storage, prepared: PreparedSet) -> Dataset:
 
 
 def training_dataset(storage: Storage, prepared: PreparedSet, split: str, *, use_fallback: bool) -> Dataset:
-    """Return the crops of one split, decoded as they stream: crop (S, S, 3) uint8 and the fields of `label_arrays`."""
+    """Return the crops of one split, decoded as they stream: the columns of `training_arrays`."""
     statuses = usable_statuses(use_fallback=use_fallback)
     return part_dataset(storage, prepared).map_batches(
         partial(_decode_parts, storage=storage, split=split, statuses=statuses, side_px=prepared.crop_side_px),
@@ -101,6 +101,15 @@ def label_arrays(table: pa.Table) -> dict[str, NDArray[Any]]:
     return {"age": ages, "gender": codes("gender", GENDERS), "race": codes("race", RACES)}
 
 
+def training_arrays(table: pa.Table, side_px: int) -> dict[str, NDArray[Any]]:
+    """Return what a network is trained on: image_id (n,) words, `decoded_crops`, and the fields of `label_arrays`.
+
+    Some hundred bytes of image_id beside a crop's tens of thousands: so a row that breaks a run can be named.
+    """
+    image_ids = np.asarray(table["image_id"].to_pylist(), dtype=object)
+    return {"image_id": image_ids, "crop": decoded_crops(table, side_px), **label_arrays(table)}
+
+
 def _decode_parts(
     parts: pa.Table, storage: Storage, split: str, statuses: list[str], side_px: int
 ) -> Iterator[dict[str, NDArray[Any]]]:
@@ -108,5 +117,4 @@ def _decode_parts(
         rows = storage.read_table(uri, columns=[*TRAINING_COLUMNS, "split", "status"])
         rows = select_crops(rows, split, statuses)
         for start in range(0, rows.num_rows, DECODED_ROWS):
-            some = rows.slice(start, DECODED_ROWS)
-            yield {"crop": decoded_crops(some, side_px), **label_arrays(some)}
+            yield training_arrays(rows.slice(start, DECODED_ROWS), side_px)

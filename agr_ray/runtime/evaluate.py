@@ -1,4 +1,4 @@
-"""A checkpoint on a split of any prepared set -> predictions.parquet and metrics.json, and its calibration.
+"""A checkpoint on a split of any prepared set -> predictions.parquet and metrics.json, its calibration and its card.
 
 Accuracy is over every labelled image, chips in which no face was found included. Images that the checkpoint was
 trained on are looked for by content, and refused. Metrics are those of the uncalibrated predictions; what the
@@ -26,8 +26,10 @@ from agr_ray.config import digest as digest_of
 from agr_ray.learn.calibration import NEVER_SURE, Calibration, coverage_report
 from agr_ray.learn.metrics import Baseline, Labels, metrics_report, predicted_gender
 from agr_ray.learn.predict import Predictions, predict
+from agr_ray.models.card import HEADLINES, model_card, with_measured
 from agr_ray.models.checkpoint import (
     CALIBRATION,
+    CARD,
     TRAIN_STATE,
     CheckpointError,
     content_codes,
@@ -47,7 +49,7 @@ from agr_ray.runtime.crops import decoded_crops, label_arrays, part_dataset, sel
 from agr_ray.runtime.prepared import PreparedSet, open_prepared
 from agr_ray.runtime.progress import progress
 from agr_ray.schema import CROP_STATUSES, GENDERS, PREDICTION_FIELDS, PREDICTIONS, RACES, Status
-from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 
 FORMAT_VERSION: Final = 1
 _KEPT_COLUMNS: Final = tuple(field.name for field in PREDICTIONS if field not in PREDICTION_FIELDS)
@@ -119,6 +121,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     storage.write_table(table, storage.join(out, "predictions.parquet"))
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     storage.write(storage.join(out, "metrics.json"), text.encode())
+    add_to_card(storage, checkpoint, meta, metrics, console)
     _print_summary(console, metrics, out)
     if config.calibrate and calibration is not None:
         _print_fitted(console, calibration, storage.join(checkpoint, CALIBRATION))
@@ -150,6 +153,24 @@ def _out(storage: Storage, job: EvaluateJob, checkpoint: str, model: str, prepar
             f"{there['data']}; choose another folder"
         )
     return out
+
+
+def add_to_card(
+    storage: Storage, checkpoint: str, meta: dict[str, Any], metrics: dict[str, Any], console: Console
+) -> None:
+    """Put what was measured into the checkpoint's model card; make one for a checkpoint from before there were any.
+
+    A checkpoint that may only be read keeps its card, with a warning: the measurement itself is kept elsewhere.
+    """
+    uri = storage.join(checkpoint, CARD)
+    try:
+        card = storage.read(uri).decode()
+    except MissingObject:
+        card = model_card(meta)
+    try:
+        storage.write(uri, with_measured(card, metrics).encode())
+    except (StorageError, StorageUnavailable) as error:
+        console.print(f"warning: the model card was not brought up to date: {error}", highlight=False, soft_wrap=True)
 
 
 class CropPredictor:
@@ -316,16 +337,7 @@ def _training_baseline(meta: dict[str, Any]) -> Baseline | None:
 def _print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
     said = metrics["evaluation"]
     table = Table("metric", "model", "95 % interval", "baseline", title=f"{said['source']}, split {said['split']}")
-    for task, name, label, scale, unit in (
-        ("age", "mae_years", "age MAE", 1.0, " years"),
-        ("age", "within_5", "age within 5 years", 100.0, " %"),
-        ("age", "one_off", "age group or the next", 100.0, " %"),
-        ("age", "bias_years", "age bias", 1.0, " years"),
-        ("gender", "accuracy", "gender accuracy", 100.0, " %"),
-        ("gender", "balanced_accuracy", "gender balanced accuracy", 100.0, " %"),
-        ("race", "accuracy", "race accuracy", 100.0, " %"),
-        ("race", "balanced_accuracy", "race balanced accuracy", 100.0, " %"),
-    ):
+    for task, name, label, scale, unit in HEADLINES:
         value, guess = metrics[task][name], metrics["baseline"][task][name]
         between = metrics["intervals"].get(task, {}).get(name)
         if value is not None:

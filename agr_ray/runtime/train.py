@@ -7,7 +7,9 @@ A run is a folder, OUT/NAME:
     checkpoints/        Ray Train's own: after every epoch, of which the best and the last are kept
     best/  last/        the same two as plain checkpoints, once the run has finished
     history.parquet     schema.HISTORY, rewritten after every epoch
-    tensorboard/        its event files
+    history.png         the same as curves, once the run has finished
+    tensorboard/        its event files; the last epoch adds a page of sample predictions
+    failure.txt         only where the loss was no number: which step, and the image_ids of its batch
 
 The same command again resumes at the last epoch that was checkpointed.
 """
@@ -51,24 +53,30 @@ from torch import Tensor, nn
 from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
 from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Progress, Row, labels_of
 from agr_ray.learn.loop import train as train_loop
-from agr_ray.learn.metrics import Baseline, Labels
+from agr_ray.learn.metrics import Baseline, Labels, class_counts
+from agr_ray.learn.predict import predict
 from agr_ray.learn.sampling import Sampler
-from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state, save_checkpoint
+from agr_ray.models.checkpoint import CARD, content_codes, load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
 from agr_ray.runtime.cluster import check_fits, cluster, machine_cpus
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, label_arrays, select_crops, training_dataset, usable_statuses
+from agr_ray.runtime.guards import check_no_overlap, class_warnings, detector_warnings
 from agr_ray.runtime.prepared import PreparedSet, open_prepared
-from agr_ray.schema import HISTORY
+from agr_ray.runtime.tracking import TrackedRun, check_mlflow
+from agr_ray.schema import HISTORY, Status
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.vision.align import DEFAULT_MARGIN, crop_side_px
 
 PROGRESS_EVERY_S: Final = 10.0
 FAILURE: Final = "failure.txt"
 MIN_VAL_BATCH: Final = 64
+NUM_SAMPLES: Final = 24
+"""Crops on the page of sample predictions."""
 OBJECTIVE: Final = "val_objective"
 CONTROLLER_FAILURES: Final = 3
 """Ray's default is to ask for ever for what a cluster does not have."""
+_SECTIONS: Final = ("model", "loss", "augment", "train", "predict")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +101,8 @@ class Run:
 def train(job: TrainJob) -> str:
     """Train, or go on training, and return the URI of the best checkpoint.
 
+    With `job.dry_run`, only print the plan: nothing is started or written, and there will be no such checkpoint.
+
     Raises:
         ConfigError: there is no such prepared set, the run has finished already, or the plan can't fit.
         JobError: the loss is no number any more, or workers failed more often than `train.max_failures`.
@@ -102,8 +112,15 @@ def train(job: TrainJob) -> str:
     prepared = open_prepared(storage, job.train.data, "train.data")
     settings = _settings_digest(job, prepared)
     uri = _run_uri(storage, job, settings)
-    run, first = _plan(job, storage, prepared, uri, settings)
+    run, first = _plan(job, storage, prepared, uri, settings, console)
     console.print(f"run {uri}", highlight=False, soft_wrap=True)
+    if job.dry_run:
+        # Here: it is of no use to workers, which import this module.
+        from agr_ray.runtime.dry_run import dry_run
+
+        dry_run(run, prepared, first or MultiTaskNet(job.model), console)
+        return storage.join(uri, "best")
+    _tracked(run)  # a server that refuses is better known now
     with cluster(job.cluster):
         check_fits(
             "train.num_workers",
@@ -116,8 +133,10 @@ def train(job: TrainJob) -> str:
         result = _fit(run, prepared)
     failure = storage.join(uri, FAILURE)
     if storage.exists(failure):
-        raise JobError(f"{uri}: {storage.read(failure).decode()}; train.clip_norm or a lower train.lr may help")
-    best = _publish(run, result)
+        said, _, image_ids = storage.read(failure).decode().partition("\n")
+        where = f"; all of them are in {failure}" if image_ids else ""
+        raise JobError(f"{uri}: {said}{where}; train.clip_norm or a lower train.lr may help")
+    best = _publish(run, result, console)
     _print_history(console, storage, uri)
     return best
 
@@ -151,19 +170,27 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 
 def _settings_digest(job: TrainJob, prepared: PreparedSet) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
-    moot = ("out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker")
+    moot = ("out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker", "mlflow_uri")
     fields = TrainConfig.model_fields
     settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": prepared.digest})
     return digest(job.model, job.loss, job.augment, settings, job.predict)
 
 
 def _plan(
-    job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str, settings: str
+    job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str, settings: str, console: Console
 ) -> tuple[Run, MultiTaskNet | None]:
-    """Look at the labels, and draw or read the first weights; none where the run goes on. Nothing is written yet."""
+    """Look at the labels, and draw or read the first weights; none where the run goes on. Nothing is written yet.
+
+    What is odd about the data and may be meant is a warning on the console.
+
+    Raises:
+        ConfigError: there is too little to train on, images of training are in another split too, or first weights
+            can't be had.
+    """
+    check_mlflow(job.train.mlflow_uri)
     columns = ["content_hash", "split", "status", "age", "gender", "race"]
-    rows = storage.read_table(prepared.crops(storage), columns=columns)
-    rows = select_crops(rows, "train", usable_statuses(use_fallback=job.train.use_fallback))
+    crops = storage.read_table(prepared.crops(storage), columns=columns)
+    rows = select_crops(crops, "train", usable_statuses(use_fallback=job.train.use_fallback))
     if not rows.num_rows:
         raise ConfigError(f"train.data {prepared.uri}: no crop in its train split; its splits are {prepared.splits}")
     for task in job.model.tasks:
@@ -174,17 +201,20 @@ def _plan(
             f"train.data {prepared.uri}: {rows.num_rows} crops in its train split, too few for train.num_workers "
             f"{job.train.num_workers}, each of which needs two"
         )
+    check_no_overlap(rows, crops, prepared, storage)
     transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN, equalize=job.augment.equalize)
     if job.train.schedule == "plateau" and not prepared.splits["val"]:
         raise ConfigError(f"train.schedule plateau needs validation, and {prepared.uri} has no crop in its val split")
-    max_rows = _max_rows(job.train, transform)
+    max_rows = max_kept_rows(job.train, transform)
     if job.train.balance != "none" and rows.num_rows > max_rows * job.train.num_workers:
         raise ConfigError(
             f"train.balance {job.train.balance} draws from crops in memory, and train.cache_mib {job.train.cache_mib} "
             f"holds {max_rows} of the {math.ceil(rows.num_rows / job.train.num_workers)} of each worker"
         )
     labels = Labels(**label_arrays(rows))
-    baseline = Baseline.fit(labels)
+    baseline, counts = Baseline.fit(labels), class_counts(labels)
+    for warning in [*class_warnings(counts, job.model.tasks, prepared), *detector_warnings(prepared)]:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     run = Run(
         job=job,
         storage=storage,
@@ -203,6 +233,8 @@ def _plan(
             "split_manifest_sha256": prepared.split_manifest_sha256,
             "splits": prepared.splits,
             "num_train_rows": rows.num_rows,
+            "num_train_fallback": pc.sum(pc.equal(rows["status"], str(Status.FALLBACK))).as_py(),
+            "train_labels": counts,
             "baseline": baseline.to_json(),
         },
         git_commit=_git_commit(),
@@ -325,9 +357,10 @@ def _work(config: dict[str, Run]) -> None:
     try:
         train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
     except NonFiniteLossError as error:
-        # Starting again would only meet it again, so this is no failure to Ray.
-        if context.rank == 0:
-            run.storage.write(run.storage.join(run.uri, FAILURE), str(error).encode())
+        # Starting again would only meet it again, so this is no failure to Ray. Whose batch it was knows its rows.
+        if error.image_ids is not None:
+            text = "\n".join([str(error), *error.image_ids])
+            run.storage.write(run.storage.join(run.uri, FAILURE), text.encode())
 
 
 class RayContext:
@@ -347,7 +380,7 @@ class RayContext:
         batch_size = train.batch_size // self.world_size
         # All workers stream or none: those that share a dataset must iterate over it together. So what decides is
         # the same for all. Validation's shares may be as unequal as they like.
-        max_rows = _max_rows(train, run.transform)
+        max_rows = max_kept_rows(train, run.transform)
         self._train = ShardBatches(
             ray.train.get_dataset_shard("train"),
             batch_size,
@@ -360,6 +393,7 @@ class RayContext:
             ray.train.get_dataset_shard("val"), max(batch_size, MIN_VAL_BATCH), keep=run.num_val_rows <= max_rows
         )
         self._logs = _Logs(run) if self.rank == 0 else None
+        self._samples: Batch | None = None
         self._shown = time.monotonic()
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
@@ -367,8 +401,11 @@ class RayContext:
         return self._train.epoch(epoch)
 
     def val_batches(self) -> Iterator[Batch]:
-        """Iterate over this worker's share of validation."""
-        return self._val.epoch(0)
+        """Iterate over this worker's share of validation; the first worker remembers some of it to show."""
+        for batch in self._val.epoch(0):
+            if self._samples is None and self._logs is not None and len(batch["age"]):
+                self._samples = {name: values[:NUM_SAMPLES].copy() for name, values in batch.items()}
+            yield batch
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Add up over workers."""
@@ -402,12 +439,14 @@ class RayContext:
                 train_images=run.train_images,
                 data=run.data,
                 metrics={"epoch": row["epoch"], "val": report.metrics},
-                config=run.job.model_dump(mode="json", exclude={"storage", "cluster", "new_run"}),
+                config=_settings(run.job),
                 git_commit=run.git_commit,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             )
             ray.train.report(row, checkpoint=Checkpoint.from_directory(temporary))
             self._logs.write(report.row, report.train_state()["history"])
+        if report.finished and self._samples is not None:
+            self._logs.show(self._samples, report)
         _say(_epoch_line(report, run.job.train.epochs))
 
     def progress(self, progress: Progress) -> None:
@@ -421,8 +460,8 @@ class RayContext:
             )
 
 
-def _max_rows(config: TrainConfig, transform: Transform) -> int:
-    """Return how many decoded crops a worker keeps in memory at most."""
+def max_kept_rows(config: TrainConfig, transform: Transform) -> int:
+    """Return how many decoded crops fit `train.cache_mib`: of training, and as many again of validation."""
     crop_bytes = 3 * crop_side_px(transform.crop_side_px, transform.margin) ** 2
     return config.cache_mib * 2**20 // (2 * crop_bytes)  # joining the batches takes their memory twice
 
@@ -490,7 +529,7 @@ class ShardBatches:
 
 
 class _Logs:
-    """TensorBoard's event files and history.parquet, written by one worker after every epoch."""
+    """TensorBoard's event files, history.parquet and MLflow, written by one worker after every epoch."""
 
     def __init__(self, run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -499,20 +538,39 @@ class _Logs:
         self._events = run.storage.join(run.uri, "tensorboard")
         self._local = TemporaryDirectory()
         self._writer = SummaryWriter(self._local.name)
+        self._tracked, problem = _tracked_again(run)
+        _warn(problem)
 
     def write(self, row: Row, history: list[Row]) -> None:
         _write_history(self._run, history)
         for name, value in row.items():
             if value is not None and name != "epoch":
                 self._writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        self._upload()
+        if self._tracked is not None:
+            _warn(self._tracked.log(history))
+
+    def show(self, samples: Batch, report: EpochReport) -> None:
+        """Add a page of some validation crops with their labels and what the epoch's weights predict."""
+        from agr_ray.report.samples import samples_page
+
+        labels = Labels(samples["age"], samples["gender"], samples["race"])
+        said = predict(report.model, samples["crop"], report.transform, self._run.job.predict)
+        page = samples_page(samples["crop"], labels, said)
+        self._writer.add_image("val/samples", page, report.row["epoch"], dataformats="HWC")
+        self._upload()
+
+    def _upload(self) -> None:
         self._writer.flush()
         # Through storage, because the run may lie on S3; the files are small.
         for path in Path(self._local.name).iterdir():
             self._run.storage.write(self._run.storage.join(self._events, path.name), path.read_bytes())
 
 
-def _publish(run: Run, result: Result) -> str:
+def _publish(run: Run, result: Result, console: Console) -> str:
     """Copy the best and the last checkpoint out of Ray's folder, mark the run as finished, return the best's URI."""
+    from agr_ray.report.curves import curves_png  # here, because matplotlib is of no use to workers
+
     last = result.checkpoint
     best = result.get_best_checkpoint(OBJECTIVE, "min")
     assert last is not None
@@ -523,8 +581,39 @@ def _publish(run: Run, result: Result) -> str:
             state = load_train_state(Path(directory))
     # Again, for a run that was killed between its last checkpoint and its last line of history.
     _write_history(run, state["history"])
+    curves = curves_png(state["history"], run.uri)
+    run.storage.write(run.storage.join(run.uri, "history.png"), curves)
     _write_record(run, state["finished"])
-    return run.storage.join(run.uri, "best")
+    best_uri = run.storage.join(run.uri, "best")
+    tracked, problem = _tracked_again(run)
+    if tracked is not None:
+        with TemporaryDirectory() as temporary:
+            files = {"history.png": curves, CARD: run.storage.read(run.storage.join(best_uri, CARD))}
+            for name, body in files.items():
+                Path(temporary, name).write_bytes(body)
+            problem = tracked.log(state["history"]) or tracked.finish([str(Path(temporary, name)) for name in files])
+    if problem:
+        console.print(f"warning: {problem}", highlight=False, markup=False, soft_wrap=True)
+    return best_uri
+
+
+def _tracked(run: Run) -> TrackedRun | None:
+    """Return the run in MLflow, made there if need be; None where none is asked for."""
+    uri = run.job.train.mlflow_uri
+    return TrackedRun(uri, run.uri, _settings(run.job)) if uri else None
+
+
+def _tracked_again(run: Run) -> tuple[TrackedRun | None, str]:
+    """Do what `_tracked` does once training has begun, when a server that is away is no more than a warning."""
+    try:
+        return _tracked(run), ""
+    except ConfigError as error:
+        return None, str(error)
+
+
+def _settings(job: TrainJob) -> dict[str, Any]:
+    """Return what the run is told of learning, by section: nothing of where it runs, nor of how to get there."""
+    return job.model_dump(mode="json", include=set(_SECTIONS), exclude={"train": {"mlflow_uri"}})
 
 
 def _write_history(run: Run, history: list[Row]) -> None:
@@ -536,7 +625,8 @@ def _write_record(run: Run, finished: str) -> None:
     record = {
         "finished": finished,
         "settings_digest": run.settings_digest,
-        "config": run.job.model_dump(mode="json", exclude={"new_run"}),
+        # An address may hold a password.
+        "config": run.job.model_dump(mode="json", exclude={"new_run": True, "dry_run": True, "train": {"mlflow_uri"}}),
         "data": run.data,
         "git_commit": run.git_commit,
     }
@@ -557,6 +647,11 @@ def _say(line: str) -> None:
     """Write a line that Ray passes on to the driver's terminal; in Ray Train's workers `print` writes twice."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def _warn(problem: str) -> None:
+    if problem:
+        _say(f"warning: {problem}")
 
 
 def _epoch_line(report: EpochReport, num_epochs: int) -> str:

@@ -116,6 +116,12 @@ def test_the_baseline_is_that_of_the_training_labels(metrics: dict[str, Any], pr
     )
 
 
+def test_the_checkpoints_card_holds_what_was_measured(metrics: dict[str, Any], model: Path) -> None:
+    measured = (model / "model_card.md").read_text().partition("## Measured on rendered, split test, ")[2]
+
+    assert f"| age MAE | {metrics['age']['mae_years']:.2f} years |" in measured
+
+
 def test_the_file_holds_what_was_returned(metrics: dict[str, Any], model: Path, data: Path) -> None:
     written = json.loads((data.parent / "evaluated" / "metrics.json").read_text())
 

@@ -16,6 +16,7 @@ import pytest
 import ray
 from ray.util.state import list_actors
 from sets import SIDE_PX, prepared_set
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agr_ray.config import AugmentConfig, ConfigError, ModelConfig, TrainConfig, TrainJob
 from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state
@@ -111,6 +112,23 @@ def test_the_run_says_how_it_ended_and_keeps_logs(run: Path) -> None:
     assert record["finished"] == "epochs"
     assert record["config"]["train"]["batch_size"] == 8
     assert any((run / "tensorboard").iterdir())
+    assert (run / "history.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_checkpoint_has_a_card_of_its_own_epoch(run: Path) -> None:
+    for name in ("best", "last"):
+        card = (run / name / "model_card.md").read_text()
+        assert f"After epoch {load_checkpoint(run / name).meta['metrics']['epoch']}, on 13 images" in card
+        assert "| trained on | 37 |" in card
+        assert "| by true |" in card
+    assert "Not validated." in (run / "initial" / "model_card.md").read_text()
+
+
+def test_tensorboard_has_one_page_of_samples(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+
+    assert [image.step for image in events.Images("val/samples")] == [EPOCHS]
 
 
 @pytest.mark.usefixtures("run")
@@ -175,3 +193,8 @@ def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(data: Path) 
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(data: Path) -> None:
     with pytest.raises(JobError, match=r"epoch 1, step \d+: loss (nan|inf)"):
         train(train_job(data, name="exploding", num_workers=1, lr=1e30, optimizer="sgd"))
+
+    said, *image_ids = (data.parent / "runs" / "exploding" / "failure.txt").read_text().splitlines()
+    assert "image_id data-chip-" in said
+    assert len(image_ids) == 8
+    assert set(image_ids) <= {row["image_id"] for row in pq.read_table(data / "crops").to_pylist()}

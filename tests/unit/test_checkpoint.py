@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agr_ray.config import ModelConfig
+from agr_ray.models.card import model_card
 from agr_ray.models.checkpoint import (
+    CARD,
     META,
     TRAIN_STATE,
     WEIGHTS,
@@ -71,6 +73,11 @@ def test_meta_says_where_it_comes_from(saved: Path) -> None:
     assert meta["data"] == {"split_manifest_sha256": "ab"}
     assert meta["labels"]["genders"] == ["female", "male"]
     assert set(meta["versions"]) == {"agr_ray", "torch"}
+
+
+def test_the_model_card_says_what_meta_says(saved: Path) -> None:
+    assert (saved / CARD).read_text(encoding="utf-8") == model_card(load_checkpoint(saved).meta)
+    assert "c0ffee" in (saved / CARD).read_text(encoding="utf-8")
 
 
 def test_train_state_comes_back_with_the_images(saved: Path) -> None:

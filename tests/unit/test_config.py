@@ -139,6 +139,11 @@ def test_new_run_is_a_flag(argv: tuple[str, ...], expected: bool) -> None:
     assert train_job(*argv).new_run is expected
 
 
+@pytest.mark.parametrize(("argv", "expected"), [((), False), (("--dry-run",), True), (("--no-dry-run",), False)])
+def test_dry_run_is_a_flag(argv: tuple[str, ...], expected: bool) -> None:
+    assert train_job(*argv).dry_run is expected
+
+
 def test_new_run_comes_from_the_environment_too_and_can_be_taken_back() -> None:
     environ = {"AGR_RAY_NEW_RUN": "true"}
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import EvaluateJob, Job, ModelConfig, PrepareJob, RenderJob, ScoreJob, TrainJob
 from agr_ray.models.checkpoint import save_checkpoint
@@ -24,13 +23,11 @@ from agr_ray.runtime.command import run
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.runtime.parts import finished_ids
 from agr_ray.runtime.prepare import prepare
-from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.runtime.render import render
 from agr_ray.runtime.score import score
 from agr_ray.runtime.train import train
-from agr_ray.schema import CROPS, TEMPLATE
+from agr_ray.schema import TEMPLATE
 from agr_ray.storage import Storage
-from agr_ray.vision.align import crop_side_px
 from agr_ray.vision.decode import encode_jpeg
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +38,6 @@ JOBS: dict[str, tuple[type[Job], Callable[[Any], object]]] = {
     "evaluate": (EvaluateJob, evaluate),
     "score": (ScoreJob, score),
 }
-SIDE_PX = 32
-
 Complaint = Callable[..., str]
 
 
@@ -86,49 +81,6 @@ def faces(tmp_path: Path) -> Path:
 def prepared(tmp_path: Path) -> Path:
     """Return a prepared set of three crops, in which no label has a race."""
     return prepared_set(tmp_path / "prepared")
-
-
-def prepared_set(folder: Path, *, side_px: int = SIDE_PX, template: str = TEMPLATE, finished: bool = True) -> Path:
-    side = crop_side_px(side_px)
-    rows = [
-        {
-            "image_id": key,
-            "uri": f"/faces/{key}",
-            "key": key,
-            "source": "folder",
-            "content_hash": hashlib.sha256(key.encode()).hexdigest(),
-            "group_id": f"sha256:{key}",
-            "split": split,
-            "age": age,
-            "gender": gender,
-            "status": "ok",
-            "crop": encode_jpeg(np.full((side, side, 3), 128, np.uint8)),
-        }
-        for key, split, age, gender in (
-            ("a.jpg", "train", 20.0, "male"),
-            ("b.jpg", "test", 30.0, "female"),
-            ("c.jpg", "train", 40.0, "female"),
-        )
-    ]
-    (folder / "crops").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), folder / "crops" / "part-0.parquet")
-    settings = {
-        "source": {"kind": "folder", "name": ""},
-        "vision": {"detector": "none"},
-        "crop_side_px": side_px,
-        "template": template,
-    }
-    PreparedSet(
-        format_version=FORMAT_VERSION,
-        finished=finished,
-        settings=settings,
-        split_manifest_sha256="0" * 64,
-        labels_sha256="0" * 64,
-        splits={"train": 2, "val": 0, "test": 1},
-        counts={"ok": 3},
-        uri=str(folder),
-    ).write(Storage())
-    return folder
 
 
 @pytest.fixture
@@ -339,6 +291,24 @@ def test_training_from_another_networks_weights(complaint: Complaint, prepared: 
 
     assert "model.weights" in said
     assert "other.pt" in said
+
+
+def test_training_on_images_of_another_split(complaint: Complaint, tmp_path: Path) -> None:
+    copied = prepared_set(tmp_path / "copied", copied=True)
+
+    said = complaint("train", "--train.data", copied, *TASKS)
+
+    assert "1 images of test are, byte for byte, in train too, such as a.jpg in train, b.jpg in test;" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed")
+def test_logging_to_mlflow_without_mlflow(complaint: Complaint, prepared: Path, tmp_path: Path) -> None:
+    said = complaint("train", "--train.data", prepared, *TASKS, "--train.mlflow_uri", "http://tracking:5000")
+
+    assert "train.mlflow_uri http://tracking:5000: needs the package mlflow" in said
+    assert "pip install 'mlflow>=3'" in said
+    assert not (tmp_path / "runs").exists()
 
 
 # evaluate

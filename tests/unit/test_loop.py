@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
-from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, train
+from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, epoch_side_px, train
 from agr_ray.learn.metrics import Baseline, Labels
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate, trunk_stages
 from agr_ray.learn.precision import autocast
@@ -289,6 +289,62 @@ def test_non_finite_loss_stops_and_names_epoch_step_and_tasks() -> None:
     assert torch.equal(model.gender_head.weight, before)  # type: ignore[union-attr]  # this model has one
 
 
+def named(data: dict[str, Any]) -> dict[str, Any]:
+    """Return faces that have ids: face-0, face-1 and so on."""
+    return data | {"image_id": np.array([f"face-{k}" for k in range(len(data["age"]))], dtype=object)}
+
+
+def test_non_finite_loss_names_the_rows_of_its_batch_and_no_others() -> None:
+    data = named(faces(24))
+    # Where a label is infinite it counts as missing, but a huge one overflows.
+    data["age"][5] = 3e38
+    config = job({"epochs": 1}, {"age_head": "linear"}, loss=LossConfig(age_weight=10.0))
+
+    with pytest.raises(NonFiniteLossError, match=r"step \d: loss inf: .*; its batch holds image_id face-") as caught:
+        run(config, data)
+
+    order = np.random.default_rng([0, 1]).permutation(24)
+    step = int(np.flatnonzero(order == 5)[0]) // 8
+    assert f"step {step + 1}:" in str(caught.value)
+    assert caught.value.image_ids == [f"face-{k}" for k in order[8 * step : 8 * step + 8]]
+
+
+def test_non_finite_loss_of_a_large_batch_names_eight_rows_and_counts_the_rest() -> None:
+    error = NonFiniteLossError("loss nan", [f"face-{k}" for k in range(11)])
+
+    assert str(error) == f"loss nan; its batch holds image_id {', '.join(f'face-{k}' for k in range(8))} and 3 more"
+    assert str(NonFiniteLossError("loss nan", [])) == "loss nan"
+
+
+def test_non_finite_loss_on_validation_names_its_rows() -> None:
+    val = named(faces(20, seed=1))
+    val["age"][10] = 3.4e38
+    config = job({"epochs": 1, "lr": 1e-12})
+    model = network(config)
+    with torch.no_grad():
+        model.age_head.bias.fill_(-3e37)  # type: ignore[union-attr]  # this model has one
+
+    with pytest.raises(NonFiniteLossError, match=r"on validation: loss inf: .* image_id face-8, ") as caught:
+        run(config, faces(16), val, model)
+
+    assert caught.value.image_ids == [f"face-{k}" for k in range(8, 16)]
+
+
+def test_validation_is_reported_by_group() -> None:
+    data = faces(30)
+    _, reports, _ = run(job({"epochs": 1}), data)
+    groups = reports[0].metrics["groups"]
+    assert groups["race"]["asian"]["n"] == (data["race"] == 2).sum()
+    weighted = sum(of["n"] * of["age"]["mae_years"] for of in groups["gender"].values()) / 30
+    assert weighted == pytest.approx(reports[0].metrics["age"]["mae_years"])
+
+
+@pytest.mark.parametrize(("sides", "expected"), [((), [88] * 5), ((48, 88), [48, 48, 88, 88, 88])])
+def test_the_side_of_each_epoch(sides: tuple[int, ...], expected: list[int]) -> None:
+    config = TrainConfig(epochs=5, input_sides_px=sides)
+    assert [epoch_side_px(epoch, config, 88) for epoch in range(1, 6)] == expected
+
+
 def test_bfloat16_trains() -> None:
     config = job({"epochs": 1, "precision": "bfloat16"})
     rows, _, model = run(config, faces(8))
@@ -456,6 +512,8 @@ def test_non_finite_loss_of_one_rank_stops_all() -> None:
     _, errors = run_ranks(config, [part(data, slice(0, 4)), part(data, slice(4, 8))], [faces(2), faces(2)], models)
     assert len(errors) == 2
     assert {"another rank" in str(error) for error in errors} == {True, False}
+    # Who tells of it is the rank whose batch it was.
+    assert all(("another rank" in str(error)) == (error.image_ids is None) for error in errors)  # type: ignore[attr-defined]
 
 
 def test_step_schedule_is_the_papers() -> None:

@@ -8,7 +8,17 @@ import math
 import numpy as np
 import pytest
 
-from agr_ray.learn.metrics import Baseline, Labels, MetricSums, age_group, intervals, metrics_report, objective
+from agr_ray.learn.metrics import (
+    Baseline,
+    GroupSums,
+    Labels,
+    MetricSums,
+    age_group,
+    class_counts,
+    intervals,
+    metrics_report,
+    objective,
+)
 from agr_ray.learn.predict import Predictions
 from agr_ray.schema import AGE_GROUPS, RACES
 
@@ -136,6 +146,43 @@ def test_groups_partition_the_labelled_rows() -> None:
     assert guess.age is not None
     expected = np.abs(guess.age - truth.age)[chosen].mean()
     assert groups["gender_race"]["male/asian"]["age"]["mae_years"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_group_sums_over_batches_are_the_reports_groups() -> None:
+    truth, guess = some(300)
+    sums = GroupSums()
+    for rows in (slice(0, 100), slice(100, 101), slice(101, 300)):
+        part = Predictions(*(None if values is None else values[rows] for values in guess))
+        sums.update(Labels(*(values[rows] for values in truth)), part)
+    groups = metrics_report(truth, guess)["groups"]
+
+    found = sums.to_json()
+
+    assert {attribute: list(members) for attribute, members in found.items()} == {
+        attribute: list(members) for attribute, members in groups.items()
+    }
+    for attribute, members in found.items():
+        for name, table in members.items():
+            assert table["n"] == groups[attribute][name]["n"]
+            for task in ("age", "gender", "race"):
+                assert table[task] == pytest.approx({key: groups[attribute][name][task][key] for key in table[task]})
+
+
+def test_group_sums_of_nothing_and_of_a_task_without_head() -> None:
+    sums = GroupSums()
+    assert sums.to_json()["race"]["indian"]["age"]["mae_years"] is None
+    sums.update(TRUTH, Predictions(None, GUESS.p_male, None))
+    table = sums.to_json()["gender"]["female"]
+    assert (table["n"], table["age"]["n"], table["race"]["n"]) == (2, 0, 0)
+    assert table["gender"] == {"n": 2, "accuracy": 0.5}
+
+
+def test_classes_are_counted_without_missing_labels() -> None:
+    counts = class_counts(TRUTH)
+    assert counts["gender"] == {"female": 2, "male": 2}
+    assert counts["race"] == {"white": 1, "black": 2, "asian": 0, "indian": 0, "others": 0}
+    assert {name: count for name, count in counts["age_group"].items() if count} == {"0-10": 1, "21-30": 1, "31-40": 1}
+    assert counts["gender_race"]["male/black"] == 1
 
 
 def test_baseline_is_median_and_majority_of_the_labels_that_it_was_fitted_on() -> None:

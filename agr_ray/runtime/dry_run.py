@@ -1,0 +1,313 @@
+"""`jobs/train.py --dry-run`: what a run would do, take and cost, from 20 real steps in this process.
+
+Starts no cluster and writes nothing. Memory is counted, not guessed: one step on two images says what the optimiser
+keeps, and what the forward pass keeps for the backward pass, which grows in proportion to the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import pyarrow as pa
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from agr_ray.config import TrainJob
+from agr_ray.learn.loop import Batch, LocalContext, NonFiniteLossError, epoch_side_px
+from agr_ray.learn.loop import train as train_loop
+from agr_ray.learn.optimise import build_optimizer
+from agr_ray.learn.precision import autocast, uses_bfloat16
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.runtime.cluster import machine_cpus
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.crops import select_crops, training_arrays, usable_statuses
+from agr_ray.runtime.prepared import PreparedSet
+from agr_ray.runtime.train import MIN_VAL_BATCH, Run, max_kept_rows
+from agr_ray.vision.align import crop_side_px
+
+NUM_STEPS: Final = 20
+_WARM_UP_STEPS: Final = 3
+"""Before the clock runs: the first steps choose algorithms and allocate."""
+_NUM_VAL_BATCHES: Final = 3
+_MIB: Final = 2**20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one worker's training step holds, bytes."""
+
+    weights: int
+    """And batch norm's statistics."""
+    gradients: int
+    optimizer: int
+    average: int
+    """Moving average of weights; 0: none is kept."""
+    activations: int
+    """Kept from the forward to the backward pass, for the worker's whole batch."""
+
+    @property
+    def total(self) -> int:
+        """All of it, without what the framework, its workspaces and augmentation take beside."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was timed at one image size, seconds."""
+
+    step_s: float
+    """Of one optimiser step on one worker's batch, augmentation included."""
+    val_row_s: float
+    """Of validating one image."""
+
+
+def dry_run(run: Run, prepared: PreparedSet, model: MultiTaskNet, console: Console) -> None:
+    """Print the plan of a run, and what it is likely to take.
+
+    Args:
+        run: as workers would be told it.
+        prepared: its data, of which one part is read.
+        model: with its first weights; left as it is.
+        console: where to print.
+
+    Raises:
+        JobError: the loss is no number within these few steps.
+    """
+    job, config = run.job, run.job.train
+    for line in plan_lines(run, prepared, model):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
+    batch_size = config.batch_size // config.num_workers
+    largest = max(config.input_sides_px, default=job.model.input_side_px)
+    crops = _some_crops(run, prepared, batch_size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads_per_worker or max(1, machine_cpus() // config.num_workers))
+    try:
+        memory = count_memory(model, job, largest, batch_size, device)
+        for line in memory_lines(run, memory, batch_size, largest, device):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        speeds = {side: time_steps(run, model, crops, side, device) for side in _sides(job)}
+    except NonFiniteLossError as error:
+        raise JobError(f"dry run: {error}; train.clip_norm or a lower train.lr may help") from None
+    finally:
+        torch.set_num_threads(threads)
+    for line in time_lines(run, speeds, device):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print("dry run: nothing was written", highlight=False)
+
+
+def plan_lines(run: Run, prepared: PreparedSet, model: MultiTaskNet) -> list[str]:
+    """Return what is settled before anything is timed: data, classes, steps, parameters, workers."""
+    job, config = run.job, run.job.train
+    steps = steps_per_epoch(run)
+    counts = run.data["train_labels"]
+    parameters = sum(p.numel() for p in model.parameters())
+    resources = f"{config.cpus_per_worker:g} CPU" + (" and 1 GPU" if config.use_gpu else "")
+    lines = [
+        f"data: {prepared.uri}: {run.num_train_rows:,} crops to train on, {run.num_val_rows:,} images to validate on",
+    ]
+    for attribute in ("gender", "race", "age_group"):
+        of = ", ".join(f"{name} {count:,}" for name, count in counts[attribute].items())
+        lines.append(f"training labels, {attribute.replace('_', ' ')}: {of}")
+    return [
+        *lines,
+        f"network: {job.model.trunk}, heads {', '.join(model.tasks)}, {parameters:,} parameters, {_said_sides(job)} px",
+        f"steps: {steps:,} an epoch, {config.batch_size} images each; {steps * config.epochs:,} in all "
+        f"{config.epochs} epochs",
+        f"workers: {config.num_workers} x {resources}, {config.batch_size // config.num_workers} images a step each; "
+        f"with reading, {config.num_workers * config.cpus_per_worker + 2:g} logical CPUs in all",
+    ]
+
+
+def memory_lines(run: Run, memory: Memory, batch_size: int, side_px: int, device: torch.device) -> list[str]:
+    """Return what a worker needs, and what holding its crops needs."""
+    config = run.job.train
+    held = f"weights {_mib(memory.weights)}, gradients {_mib(memory.gradients)}, optimiser {_mib(memory.optimizer)}"
+    if memory.average:
+        held += f", average of weights {_mib(memory.average)}"
+    kind = "bfloat16" if uses_bfloat16(device, config.precision) else "float32"
+    share = math.ceil(run.num_train_rows / config.num_workers)
+    crop_bytes = 3 * crop_side_px(run.transform.crop_side_px, run.transform.margin) ** 2
+    kept = share <= max_kept_rows(run.job.train, run.transform)
+    return [
+        f"memory of a worker's step: {_mib(memory.total)}: {held}, activations {_mib(memory.activations)} for "
+        f"{batch_size} images of {side_px} px in {kind} (counted on two images, in proportion; the framework's own is "
+        "not in it)",
+        f"memory of a worker's crops: {_mib(share * crop_bytes)} decoded, twice that while they are joined; "
+        + (
+            "kept after the first epoch"
+            if kept
+            else f"over train.cache_mib {config.cache_mib}, so streamed in every epoch"
+        ),
+    ]
+
+
+def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list[str]:
+    """Return how long epochs and the run will take, from the times at each image size."""
+    job, config = run.job, run.job.train
+    steps = steps_per_epoch(run)
+    epochs = Counter(epoch_side_px(epoch, config, job.model.input_side_px) for epoch in range(1, config.epochs + 1))
+    lines, total_s = [], 0.0
+    for side, speed in speeds.items():
+        epoch_s = steps * speed.step_s + run.num_val_rows / config.num_workers * speed.val_row_s
+        total_s += epochs[side] * epoch_s
+        lines.append(
+            f"time at {side} px: {speed.step_s * 1000:.0f} ms a step, {config.batch_size / speed.step_s:.0f} samples/s "
+            f"of all workers; {_duration(epoch_s)} an epoch with validation, {epochs[side]} of them"
+        )
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
+    lines.append(
+        f"time in all: {_duration(total_s)} after {NUM_STEPS} steps on {on}; reading and decoding in the first epoch, "
+        "exchange of gradients and checkpoints come on top"
+    )
+    if config.use_gpu and device.type == "cpu":
+        lines.append("warning: train.use_gpu, but there is no GPU here: the times are a CPU's and say nothing of yours")
+    return lines
+
+
+def steps_per_epoch(run: Run) -> int:
+    """Return the optimiser steps of one epoch."""
+    return max(1, math.ceil(run.num_train_rows / run.job.train.batch_size))
+
+
+def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, batch_size: int, device: torch.device) -> Memory:
+    """Count what a training step holds, by one step on two images.
+
+    Args:
+        model: left as it is.
+        job: its optimiser, precision and average.
+        side_px: of the images.
+        batch_size: of one worker, for which activations are counted.
+        device: where the step is taken.
+    """
+    model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).train()
+    optimizer = build_optimizer(model, job.train)
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    images = torch.rand(2, 3, side_px, side_px, device=device).contiguous(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with autocast(device, job.train.precision):
+            outputs = model(images)
+        # What the pass kept is alive until backward, so no address was given out twice.
+        loss = torch.stack([each.float().mean() for each in outputs if each is not None]).sum()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+    optimizer.step()
+    weights = _num_bytes(model.state_dict().values())
+    return Memory(
+        weights=weights,
+        gradients=_num_bytes(p.grad for p in model.parameters() if p.grad is not None),
+        optimizer=_num_bytes(
+            value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ),
+        average=weights if job.train.ema_decay else 0,
+        activations=sum(saved.values()) * batch_size // 2,
+    )
+
+
+def time_steps(run: Run, model: MultiTaskNet, crops: Batch, side_px: int, device: torch.device) -> Speed:
+    """Time `NUM_STEPS` steps of one worker by the training loop itself, on the same crops again and again."""
+    job = run.job.model_copy(
+        update={
+            "train": run.job.train.model_copy(
+                update={"epochs": 1, "num_workers": 1, "input_sides_px": (), "batch_size": len(crops["age"])}
+            )
+        }
+    )
+    context = _Timed(crops, crops, len(crops["age"]), device=device)
+    transform = dataclasses.replace(run.transform, input_side_px=side_px)
+    num_rows = len(crops["age"]) * (_WARM_UP_STEPS + NUM_STEPS)
+    train_loop(context, copy.deepcopy(model), transform, job, run.baseline, num_rows)
+    return Speed(context.train_s / NUM_STEPS, context.val_s / (_NUM_VAL_BATCHES * context.num_val_rows))
+
+
+@dataclass
+class _Timed(LocalContext):
+    """Gives out the same batch, and looks at the clock before and after."""
+
+    train_s: float = field(default=0.0, init=False)
+    val_s: float = field(default=0.0, init=False)
+
+    @property
+    def num_val_rows(self) -> int:
+        """Rows of one batch of validation."""
+        return max(len(self.val["age"]), MIN_VAL_BATCH)
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:  # noqa: ARG002  # all alike
+        """Iterate over warm-up and timed steps."""
+        for _ in range(_WARM_UP_STEPS):
+            yield self.train
+        start = self._now()
+        for _ in range(NUM_STEPS):
+            yield self.train
+        self.train_s = self._now() - start
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Iterate over a batch to warm up and those that are timed."""
+        rows = torch.arange(self.num_val_rows).numpy() % len(self.val["age"])
+        batch = {name: values[rows] for name, values in self.val.items()}
+        yield batch
+        start = self._now()
+        for _ in range(_NUM_VAL_BATCHES):
+            yield batch
+        self.val_s = self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _some_crops(run: Run, prepared: PreparedSet, batch_size: int) -> Batch:
+    """Read crops until there is one worker's batch, and repeat them if the set has fewer."""
+    storage = run.storage
+    statuses = usable_statuses(use_fallback=run.job.train.use_fallback)
+    found: list[pa.Table] = []
+    for info in storage.list(prepared.crops(storage), (".parquet",)):
+        columns = ["image_id", "crop", "split", "status", "age", "gender", "race"]
+        found.append(select_crops(storage.read_table(info.uri, columns=columns), "train", statuses))
+        if sum(table.num_rows for table in found) >= batch_size:
+            break
+    rows = pa.concat_tables(found)
+    arrays = training_arrays(rows.slice(0, batch_size), prepared.crop_side_px)
+    chosen = torch.arange(batch_size).numpy() % len(arrays["age"])
+    return {name: values[chosen] for name, values in arrays.items()}
+
+
+def _sides(job: TrainJob) -> list[int]:
+    """Return the image sides that occur, each once, in their order, pixels."""
+    return list(dict.fromkeys(job.train.input_sides_px or (job.model.input_side_px,)))
+
+
+def _said_sides(job: TrainJob) -> str:
+    return " then ".join(map(str, _sides(job)))
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / _MIB:,.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours"

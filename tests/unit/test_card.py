@@ -1,0 +1,189 @@
+"""The model card: what it says of a run, and what an evaluation adds to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agr_ray.learn.metrics import Baseline, GroupSums, Labels, class_counts, metrics_report
+from agr_ray.learn.predict import Predictions
+from agr_ray.models.card import model_card, with_measured
+
+RNG = np.random.default_rng(0)
+NUM_ROWS = 1000
+# Half of them white men of 25; the rest spread out. Nobody is over 80, and 40 are Indian.
+RACE = np.array([0] * 760 + [1] * 100 + [2] * 100 + [3] * 40)
+TRUTH = Labels(
+    np.where(np.arange(NUM_ROWS) < 500, 25, RNG.integers(0, 80, NUM_ROWS)).astype(np.float32),
+    (np.arange(NUM_ROWS) % 10 != 0).astype(np.int64),
+    RACE,
+)
+GUESS = Predictions(
+    TRUTH.age + 3,
+    np.where(RACE == 3, 1 - TRUTH.gender, TRUTH.gender).astype(np.float32),
+    np.eye(5, dtype=np.float32)[np.zeros(NUM_ROWS, int)],
+)
+
+
+def meta(**changes: Any) -> dict[str, Any]:
+    report = metrics_report(TRUTH, GUESS, baseline=Baseline.fit(TRUTH))
+    groups = GroupSums()
+    groups.update(TRUTH, GUESS)
+    report = {key: report[key] for key in ("n", "n_fallback", "age", "gender", "race", "baseline")}
+    return {
+        "model": {"trunk": "resnet18", "tasks": ["age", "gender", "race"], "age_head": "linear", "weights": "none"},
+        "transform": {"template": "five_point_v1", "input_side_px": 88},
+        "labels": {
+            "genders": ["female", "male"],
+            "races": ["white", "black", "asian", "indian", "others"],
+            "age_bins_years": [0, 116],
+        },
+        "data": {
+            "uri": "s3://faces/prepared",
+            "source": "utkface",
+            "detector": "mtcnn",
+            "split_manifest_sha256": "abcdef0123456789",
+            "splits": {"train": 1000, "val": 50, "test": 70},
+            "num_train_rows": NUM_ROWS,
+            "num_train_fallback": 12,
+            "train_labels": class_counts(TRUTH),
+        },
+        "metrics": {"epoch": 7, "val": {**report, "groups": groups.to_json()}},
+        "config": {"train": {"lr": 0.002, "optimizer": "adamw", "out": "secret"}, "loss": {"race_weight": 2.0}},
+        "git_commit": "c0ffee",
+        "created": "2026-01-02T03:04:05+00:00",
+        "versions": {"agr_ray": "0.1.0"},
+        **changes,
+    }
+
+
+def evaluation(split: str = "test", seen: int | None = 0, manifest: str = "abcdef0123456789") -> dict[str, Any]:
+    said = {"source": "utkface", "split": split, "split_manifest_sha256": manifest, "data": "data/utkface"}
+    return metrics_report(TRUTH, GUESS) | {"evaluation": said | {"num_seen_in_training": seen}}
+
+
+def section(card: str, heading: str) -> str:
+    return card.partition(f"## {heading}")[2].partition("\n## ")[0]
+
+
+def test_the_card_has_every_section_once() -> None:
+    headings = [line for line in model_card(meta()).splitlines() if line.startswith("#")]
+
+    assert headings == [
+        "# Model card: perceived age, gender and race from a face",
+        *(
+            f"## {name}"
+            for name in (
+                "Input and output",
+                "Training data",
+                "Training",
+                "Validation",
+                "Intended uses",
+                "Excluded uses",
+                "Limits",
+            )
+        ),
+    ]
+
+
+def test_the_card_says_what_it_was_trained_on() -> None:
+    data = section(model_card(meta()), "Training data")
+
+    assert "| prepared set | s3://faces/prepared |" in data
+    assert "| split manifest, SHA-256 | abcdef0123456789 |" in data
+    assert "| images by split | train 1,000, val 50, test 70 |" in data
+    assert "| faces found by | mtcnn |" in data
+    assert "| race | indian | 40 | 4.0 % |" in data
+    assert "| gender | female | 100 | 10.0 % |" in data
+
+
+def test_the_card_says_how_it_was_trained_and_not_where() -> None:
+    training = section(model_card(meta()), "Training\n")
+
+    assert "lr 0.002, optimizer adamw" in training
+    assert "race_weight 2.0" in training
+    assert "secret" not in training
+
+
+def test_validation_stands_beside_the_baseline_and_by_group() -> None:
+    validation = section(model_card(meta()), "Validation")
+
+    assert "After epoch 7, on 1,000 images" in validation
+    assert "| age MAE | 3.00 years |" in validation
+    # 40 of 1000 genders are wrong; always saying male is wrong for the women.
+    assert "| gender accuracy | 96.00 % | 90.00 % |" in validation
+    assert "| race | indian | 40 | 3.00 | +3.00 | 0.00 | 0.00 |" in validation
+    assert "| race | others |" not in validation  # of whom there is none
+
+
+def test_limits_name_who_is_under_represented() -> None:
+    limits = section(model_card(meta()), "Limits")
+
+    assert "race indian (40, 4.0 %)" in limits
+    assert "race others (0, 0.0 %)" in limits
+    assert "gender female (100, 10.0 %)" in limits
+    assert "age group 81+ (0, 0.0 %)" in limits
+    assert "race white" not in limits
+    assert "perceived" in limits
+
+
+def test_no_class_under_represented_is_said_too() -> None:
+    even = {
+        "gender": {"female": 500, "male": 500},
+        "race": dict.fromkeys(("white", "black", "asian", "indian", "others"), 200),
+        "age_group": dict.fromkeys(class_counts(TRUTH)["age_group"], 111),
+    }
+
+    assert "No class has fewer" in section(
+        model_card(meta(data={"train_labels": even, "num_train_rows": 1000})), "Limits"
+    )
+
+
+@pytest.mark.parametrize("task", ["age", "gender", "race"])
+def test_a_task_without_head_is_not_promised(task: str) -> None:
+    model = {"trunk": "resnet18", "tasks": [task], "age_head": "linear", "weights": "none"}
+    outputs = section(model_card(meta(model=model)), "Input and output")
+
+    assert [line.split()[2].rstrip(":") for line in outputs.splitlines() if line.startswith("- Out:")] == [task]
+
+
+def test_the_card_of_first_weights_says_that_nothing_was_measured() -> None:
+    card = model_card({key: value for key, value in meta().items() if key in ("model", "transform", "labels")})
+
+    assert "Not known." in section(card, "Training data")
+    assert "Not trained" in section(card, "Training\n")
+    assert section(card, "Validation").strip() == "Not validated."
+
+
+def test_a_pipe_in_a_name_does_not_break_the_table() -> None:
+    assert "| source | a\\|b |" in model_card(meta(data={"source": "a|b"}))
+
+
+def test_an_evaluation_is_added_with_intervals_and_groups() -> None:
+    card = with_measured(model_card(meta()), evaluation())
+    measured = section(card, "Measured on utkface, split test, abcdef01")
+
+    assert card.startswith(model_card(meta()).rstrip())
+    assert "None was trained on." in measured
+    assert "| gender accuracy | 96.00 % |" in measured
+    assert " to " in measured
+    assert "| age group | 21-30 |" in measured
+
+
+def test_the_same_evaluation_replaces_itself_and_no_other() -> None:
+    once = with_measured(with_measured(model_card(meta()), evaluation("val")), evaluation("test"))
+    again = with_measured(once, evaluation("val", seen=3))
+
+    assert [line for line in again.splitlines() if line.startswith("## Measured")] == [
+        "## Measured on utkface, split val, abcdef01",
+        "## Measured on utkface, split test, abcdef01",
+    ]
+    assert "**3 of them were trained on" in section(again, "Measured on utkface, split val")
+    assert section(again, "Measured on utkface, split test") == section(once, "Measured on utkface, split test")
+    assert with_measured(again, evaluation("val")) == once
+
+
+def test_an_evaluation_that_can_not_know_says_so() -> None:
+    assert "**It is not known" in with_measured(model_card(meta()), evaluation(seen=None))

@@ -1,0 +1,109 @@
+"""`--dry-run`: what it counts and times, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from prepared_sets import SIDE_PX, prepared_set
+
+from agr_ray.config import ModelConfig, TrainConfig, TrainJob
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.dry_run import count_memory
+from agr_ray.runtime.train import train
+
+CPU = torch.device("cpu")
+
+
+def dry_job(data: Path, *, dry_run: bool = True, **changes: Any) -> TrainJob:
+    settings = {
+        "data": str(data),
+        "out": str(data.parent / "runs"),
+        "batch_size": 4,
+        "epochs": 3,
+        "threads_per_worker": 1,
+    } | changes
+    return TrainJob(
+        model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX, tasks=("age", "gender")),
+        train=TrainConfig(**settings),
+        dry_run=dry_run,
+    )
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a prepared set of two training crops; Ray must not be started."""
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    return prepared_set(tmp_path / "prepared")
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(dry_job(data, num_workers=1, optimizer="adamw", ema_decay=0.9))
+
+    said = capsys.readouterr().out
+    assert f"warning: train.data {data}: its crops were made with vision.detector none" in said
+    num_parameters = sum(p.numel() for p in MultiTaskNet(dry_job(data).model).parameters())
+    assert f"data: {data}: 2 crops to train on, 0 images to validate on" in said
+    assert "training labels, gender: female 1, male 1" in said
+    assert f"heads age, gender, {num_parameters:,} parameters, {SIDE_PX} px" in said
+    assert "steps: 1 an epoch, 4 images each; 3 in all 3 epochs" in said
+    assert "workers: 1 x 1 CPU, 4 images a step each; with reading, 3 logical CPUs in all" in said
+    assert "memory of a worker's step: " in said
+    assert "average of weights " in said
+    assert "kept after the first epoch" in said
+    assert "ms a step" in said
+    assert "time in all: " in said
+    assert "dry run: nothing was written" in said
+    assert [path.name for path in data.parent.iterdir()] == ["prepared"]
+
+
+def test_a_dry_run_times_every_image_size(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(dry_job(data, input_sides_px=(48, SIDE_PX)))
+
+    said = capsys.readouterr().out
+    assert ", 48 then 32 px" in said
+    assert "time at 48 px" in said
+    assert said.count("an epoch with validation, 1 of them") == 1  # of three epochs the first
+    assert said.count("an epoch with validation, 2 of them") == 1
+
+
+def test_a_dry_run_whose_loss_is_no_number_ends_in_one_line(data: Path) -> None:
+    with pytest.raises(JobError, match=r"^dry run: epoch 1, step \d+: loss (nan|inf).*image_id a.jpg"):
+        train(dry_job(data, lr=1e30, optimizer="sgd"))
+
+
+@pytest.mark.parametrize(("optimizer", "copies"), [("adamw", 2), ("sgd", 1)])
+def test_memory_of_optimiser_and_gradients_follows_the_parameters(tmp_path: Path, optimizer: str, copies: int) -> None:
+    job = dry_job(tmp_path, optimizer=optimizer, ema_decay=0.9)
+    model = MultiTaskNet(job.model)
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+
+    memory = count_memory(model, job, SIDE_PX, 4, CPU)
+
+    assert memory.gradients == parameters
+    assert memory.optimizer == pytest.approx(copies * parameters, rel=1e-3)  # and a counter for each tensor
+    assert parameters < memory.weights == memory.average < 1.1 * parameters
+    assert memory.total == sum((memory.weights, memory.gradients, memory.optimizer, memory.average, memory.activations))
+
+
+def test_memory_of_activations_is_what_the_layers_keep(tmp_path: Path) -> None:
+    # A linear layer keeps its input, and no weight counts: the pixels of each image, and the features of its heads.
+    job = dry_job(tmp_path)
+    model = MultiTaskNet(job.model)
+    model.trunk = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE_PX**2, 1024))
+
+    assert count_memory(model, job, SIDE_PX, 6, CPU).activations == 6 * 4 * (3 * SIDE_PX**2 + 1024)
+
+
+def test_counting_leaves_the_network_as_it_was(tmp_path: Path) -> None:
+    job = dry_job(tmp_path)
+    model = MultiTaskNet(job.model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    count_memory(model, job, SIDE_PX, 4, CPU)
+
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,116 @@
+"""What training writes beside its weights, and what its batches hold, without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from prepared_sets import SIDE_PX, prepared_set
+from ray.data.block import BlockAccessor
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agr_ray.config import ModelConfig, TrainJob
+from agr_ray.learn.loop import EpochReport
+from agr_ray.learn.metrics import Baseline, Labels, metrics_report
+from agr_ray.learn.predict import Predictions
+from agr_ray.models.checkpoint import CARD, read_meta, save_checkpoint
+from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.runtime.crops import training_arrays
+from agr_ray.runtime.evaluate import add_to_card
+from agr_ray.runtime.train import Run, _Logs
+from agr_ray.schema import HISTORY
+from agr_ray.storage import Storage, StorageUnavailable
+
+TRANSFORM = Transform(SIDE_PX, SIDE_PX)
+JOB = TrainJob(model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX))
+
+
+def network() -> MultiTaskNet:
+    torch.manual_seed(0)
+    return MultiTaskNet(JOB.model).eval()
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> dict[str, Any]:
+    return training_arrays(pq.read_table(prepared_set(tmp_path / "prepared") / "crops"), SIDE_PX)
+
+
+def test_batches_carry_the_ids_of_their_rows_through_ray_data(arrays: dict[str, Any]) -> None:
+    assert arrays["image_id"].tolist() == ["a.jpg", "b.jpg", "c.jpg"]
+    assert len({len(values) for values in arrays.values()}) == 1
+
+    block = BlockAccessor.for_block(BlockAccessor.batch_to_block(arrays))
+
+    assert block.to_arrow().schema.field("image_id").type in ("string", "large_string")
+    assert block.to_batch_format("numpy")["image_id"].tolist() == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    run = Run(
+        job=JOB,
+        storage=Storage(),
+        uri=str(tmp_path / "run"),
+        transform=TRANSFORM,
+        baseline=Baseline(None, None, None),
+        num_train_rows=3,
+        num_val_rows=3,
+        train_images=torch.empty(0, dtype=torch.int64),
+        data={},
+        git_commit="",
+        settings_digest="",
+    )
+    row = dict.fromkeys(HISTORY.names, 1.0) | {"epoch": 4, "step": 9, "num_train_rows": 3, "num_val_rows": 3}
+    report = EpochReport(row, True, "epochs", {}, network(), TRANSFORM, dict)
+    logs = _Logs(run)
+
+    logs.write(row, [row])
+    logs.show(arrays, report)
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    (image,) = events.Images("val/samples")
+    assert image.step == 4
+    assert image.width > image.height > 100
+    assert [event.value for event in events.Scalars("val/age_mae_years")] == [1.0]
+
+
+def measured() -> dict[str, Any]:
+    truth = Labels(np.full(3, 30, np.float32), np.array([0, 1, 1]), np.array([0, 1, 2]))
+    guess = Predictions(truth.age, truth.gender.astype(np.float32), None)
+    said = {"source": "folder", "split": "test", "split_manifest_sha256": "0" * 64, "data": "data"}
+    return metrics_report(truth, guess) | {"evaluation": said | {"num_seen_in_training": 0}}
+
+
+@pytest.mark.parametrize("has_card", [True, False])
+def test_what_evaluate_measured_is_added_to_the_card(tmp_path: Path, has_card: bool) -> None:
+    save_checkpoint(tmp_path, network(), TRANSFORM)
+    card = (tmp_path / CARD).read_text()
+    if not has_card:
+        (tmp_path / CARD).unlink()  # as in a checkpoint of an earlier version
+
+    add_to_card(Storage(), str(tmp_path), read_meta(tmp_path), measured(), Console())
+
+    made = (tmp_path / CARD).read_text()
+    assert made.startswith(card.rstrip())
+    assert "## Measured on folder, split test, 00000000" in made
+
+
+def test_a_checkpoint_that_can_only_be_read_keeps_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path, network(), TRANSFORM)
+    card = (tmp_path / CARD).read_text()
+
+    class ReadOnly(Storage):
+        def write(self, uri: str, *args: Any, **options: Any) -> str:
+            raise StorageUnavailable(f"{uri} can't be written: Permission denied")
+
+    add_to_card(ReadOnly(), str(tmp_path), read_meta(tmp_path), measured(), Console())
+
+    assert (tmp_path / CARD).read_text() == card
+    assert "warning: the model card was not brought up to date" in capsys.readouterr().out
