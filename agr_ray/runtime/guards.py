@@ -27,7 +27,7 @@ def check_no_overlap(train: pa.Table, crops: pa.Table, prepared: PreparedSet, st
         ConfigError: with how many images, and the name of one.
     """
     others = crops.filter(pc.and_(pc.is_valid(crops["split"]), pc.not_equal(crops["split"], "train")))
-    seen = pc.is_in(others["content_hash"], value_set=pc.unique(train["content_hash"]).drop_null(), skip_nulls=True)
+    seen = pc.is_in(others["content_hash"], value_set=pc.unique(train["content_hash"]).drop_null())
     shared = others.filter(seen)
     if not shared.num_rows:
         return
