@@ -2,7 +2,7 @@
 
     CHECKPOINT/
       weights.safetensors   what predicts: the averaged weights where the run keeps an average
-      train_state.pt        what resumes: optimiser, raw and learnt loss weights, epoch, best, stopping, history, train_images
+      train_state.pt        what resumes: optimiser, raw weights, loss weights, epoch, best, history, train_images
       calibration.json      how sure its predictions are; added by jobs/evaluate.py --calibrate
       meta.json             what rebuilds the network and says where it comes from; written last
 
