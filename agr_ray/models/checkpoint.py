@@ -2,7 +2,7 @@
 
     CHECKPOINT/
       weights.safetensors   what predicts: the averaged weights where the run keeps an average
-      train_state.pt        what resumes: optimiser, raw weights, learnt loss weights, epoch, best, history, train_images
+      train_state.pt        what resumes: optimiser, raw weights, loss weights, epoch, best, history, train_images
       calibration.json      how sure its predictions are; added by jobs/evaluate.py --calibrate
       model_card.md         what it is, was trained on, and is and is not for; jobs/evaluate.py adds what it measures
       meta.json             what rebuilds the network and says where it comes from; written last

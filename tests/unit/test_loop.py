@@ -198,6 +198,18 @@ def test_each_epoch_is_augmented_anew() -> None:
     assert seen[:2] == seen[2:]
 
 
+def test_cuts_before_an_interruption_are_remembered() -> None:
+    # At a learning rate of nearly nothing and fixed statistics, hardly anything gets better.
+    values = {"epochs": 6, "lr": 1e-12, "schedule": "plateau", "plateau_epochs": 1, "gamma": 0.1}
+    config, states = job(values, {"bn_momentum": 1e-9}), []
+    rows, _, model = run(config, faces(8), on_report=lambda report: states.append(report.train_state()))
+    rates = [row["lr"] for row in rows]
+    assert rates[3] < 0.5 * rates[0]
+    state = {**states[3], "history": rows[:4]}  # the list itself goes on growing
+    resumed, _, _ = run(config, faces(8), model=model, resume=state)
+    assert [row["lr"] for row in resumed][4] == rates[4]
+
+
 def test_weights_of_losses_are_learnt_and_kept() -> None:
     config = job({"epochs": 1, "lr": 1e-2}, loss=LossConfig(weighting="uncertainty", gender_weight=1.0))
     data = faces(16)
