@@ -63,12 +63,7 @@ MAX_GROWTH = 0.2
 
 def main() -> None:
     """Fill, score four times, check and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
-    parser.add_argument("--chips", type=Path, required=True, help="folder of face chips (.jpg)")
-    parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
-    parser.add_argument("--num", type=int, default=20_000, help="objects in the bucket")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     console = Console(width=120, highlight=False)
     with tempfile.TemporaryDirectory(prefix="bucket-") as temporary, run_seaweedfs(Path(temporary)) as server:
         os.environ.update(server.environment())
@@ -98,6 +93,16 @@ def main() -> None:
         console.print(f"peak memory of all against a quarter: {growth:+.1%}")
         if growth > MAX_GROWTH:
             raise SystemExit(f"memory grew by more than {MAX_GROWTH:.0%}")
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """Return what the command line says of model, pictures and bucket."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--chips", type=Path, required=True, help="folder of face chips (.jpg)")
+    parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
+    parser.add_argument("--num", type=int, default=20_000, help="objects in the bucket")
+    return parser.parse_args()
 
 
 def make_pictures(chips: Path, photographs: Path) -> list[bytes]:

@@ -11,7 +11,6 @@ what happened when, and has DuckDB check the published rows.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import duckdb
 import pyarrow.dataset
 from rich.console import Console
-from score_bucket import BUCKET, ROOT, TABLES, make_pictures, put_all
+from score_bucket import BUCKET, ROOT, TABLES, make_pictures, parse_arguments, put_all
 
 # isort: split
 # score_bucket has put the tests' folders on the path.
@@ -49,12 +48,7 @@ REFUSED_SHARE = 0.05
 
 def main() -> None:
     """Fill, disturb, finish, check and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
-    parser.add_argument("--chips", type=Path, required=True, help="folder of face chips (.jpg)")
-    parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
-    parser.add_argument("--num", type=int, default=20_000, help="objects in the bucket")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     console = Console(width=120, highlight=False)
     with tempfile.TemporaryDirectory(prefix="kills-") as temporary, run_seaweedfs(Path(temporary)) as server:
         os.environ.update(server.environment())

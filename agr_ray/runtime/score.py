@@ -352,8 +352,13 @@ def _score_parts(job: ScoreJob, scoring: Scoring, run: Run, lock: RunLock, conso
 def _summaries(scoring: Scoring, parts: list[int], num_workers: int, num_gpus: int) -> Iterator[dict[str, Any]]:
     """Score the parts on the cluster; yield `scorer.summary` of each."""
     configure_ray_data()
-    items = [{"part": part} for part in parts]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
+    for first in range(0, len(parts), MAX_BLOCKS):
+        yield from _wave(scoring, parts[first : first + MAX_BLOCKS], num_workers, num_gpus)
+
+
+def _wave(scoring: Scoring, parts: list[int], num_workers: int, num_gpus: int) -> Iterator[dict[str, Any]]:
+    """Score some parts, each a block of its own: of a block that holds several, a kill would undo all."""
+    dataset = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     arguments: dict[str, Any] = {"fn_constructor_args": (scoring,), "batch_size": 1, "num_cpus": 1}
     if num_gpus:
         found = dataset.map_batches(FoundParts, compute=ActorPoolStrategy(size=num_workers), **arguments)
