@@ -57,6 +57,7 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
         uri=str(tmp_path / "run"),
         transform=TRANSFORM,
         baseline=Baseline(None, None, None),
+        sampler=None,
         num_train_rows=3,
         num_val_rows=3,
         train_images=torch.empty(0, dtype=torch.int64),
