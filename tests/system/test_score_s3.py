@@ -215,7 +215,7 @@ def test_a_model_without_calibration_gives_no_age_interval_and_says_so(
 ) -> None:
     task, printed = scored
 
-    assert "warning: the checkpoint has no calibration" in printed
+    assert "no corrected shares: the checkpoint has no calibration" in printed
     with task.published(tmp_path) as database:
         counted = database.sql("SELECT count(age) > 0, count(age_low), count(age_high) FROM faces").fetchall()
     assert counted == [(True, 0, 0)]
