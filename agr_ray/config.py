@@ -410,7 +410,7 @@ class ScoreConfig(Section):
     """Processes that decode, detect and align, and predict unless use_gpu; none: as many as there are spare CPUs."""
     use_gpu: bool = False
     """Predict on GPUs, in as many further processes as there are GPUs."""
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt = 16
     """Photographs that a worker takes at a time."""
     rows_per_file: PositiveInt = 256
     """Images in one part of the work: what a kill may cost each worker. Published files hold 256 parts each."""

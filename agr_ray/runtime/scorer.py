@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 MAX_DEATHS: Final = 3
 """Times that an image may kill its worker before its row says `failed`."""
-PREDICT_BATCH: Final = {"cpu": 16, "cuda": 256}
-"""Faces that go through the network at a time: what a CPU's cache holds, and what fills a GPU."""
+PREDICT_BATCH: Final = {"cpu": 32, "cuda": 256}
+"""Faces that go through the network at a time, at most: what a CPU's cache holds, and what fills a GPU."""
 _RETRY_S: Final = 2.0
 
 
