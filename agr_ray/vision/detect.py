@@ -90,7 +90,7 @@ def make_detector(
     name: str,
     *,
     min_face_px: float = 40.0,
-    thresholds: tuple[float, float, float] = (0.5, 0.6, 0.5),
+    thresholds: tuple[float, float, float] = (0.6, 0.6, 0.5),
     min_score: float = 0.0,
     device: str = "cpu",
 ) -> Detector:

@@ -55,7 +55,7 @@ class Mtcnn:
         self,
         *,
         min_face_px: float = 40.0,
-        thresholds: tuple[float, float, float] = (0.5, 0.6, 0.5),
+        thresholds: tuple[float, float, float] = (0.6, 0.6, 0.5),
         min_score: float = 0.0,
         device: str = "cpu",
     ) -> None:
