@@ -31,7 +31,7 @@ _FEW: Final = 100
 
 _INTENDED: Final = """\
 - Statistics over many photographs: how a collection is composed by perceived age, gender and race, with the error rates
-  below stated beside the figures.
+  in this card stated beside the figures.
 - Auditing collections and other models for uneven representation or uneven error.
 - Research on estimating perceived attributes, and on its errors."""
 

@@ -35,7 +35,7 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
             storage.download_tree(storage.absolute(uri), str(directory), marker=META)
             meta = load_checkpoint(directory).meta
         except MissingObject:
-            raise ConfigError(f"{key} {uri}: there is no checkpoint, that is a folder with {META}") from None
+            raise ConfigError(f"{key} {uri}: there is no checkpoint there (a folder with {META})") from None
         except CheckpointError as error:
             raise ConfigError(f"{key} {uri}: {error}") from None
         template = meta["transform"]["template"]
@@ -60,7 +60,7 @@ def read_calibration(directory: Path, config: PredictConfig, key: str) -> tuple[
     try:
         said = read_calibration_json(directory)
         if said is None:
-            return None, f"the checkpoint has no {CALIBRATION}; jobs/evaluate.py --calibrate writes it"
+            return None, f"the checkpoint has no {CALIBRATION}; jobs/evaluate.py --evaluate.split val --calibrate writes it"
         calibration = Calibration.from_json(said)
     except CheckpointError as error:
         raise ConfigError(f"{key}: {error}") from None
@@ -69,7 +69,7 @@ def read_calibration(directory: Path, config: PredictConfig, key: str) -> tuple[
     if calibration.model_digest != model_digest(directory):
         return None, f"the checkpoint's {CALIBRATION} belongs to another model; calibrate again"
     if calibration.predict_digest != digest(config):
-        return None, f"the checkpoint's {CALIBRATION} was fitted under other predict settings; calibrate again"
+        return None, f"the checkpoint's {CALIBRATION} was fitted under other predict settings: give the same recipe, or calibrate again"
     return calibration, ""
 
 
