@@ -60,7 +60,8 @@ def read_calibration(directory: Path, config: PredictConfig, key: str) -> tuple[
     try:
         said = read_calibration_json(directory)
         if said is None:
-            return None, f"the checkpoint has no {CALIBRATION}; jobs/evaluate.py --evaluate.split val --calibrate writes it"
+            how = "jobs/evaluate.py --evaluate.split val --calibrate writes it"
+            return None, f"the checkpoint has no {CALIBRATION}; {how}"
         calibration = Calibration.from_json(said)
     except CheckpointError as error:
         raise ConfigError(f"{key}: {error}") from None
@@ -69,7 +70,8 @@ def read_calibration(directory: Path, config: PredictConfig, key: str) -> tuple[
     if calibration.model_digest != model_digest(directory):
         return None, f"the checkpoint's {CALIBRATION} belongs to another model; calibrate again"
     if calibration.predict_digest != digest(config):
-        return None, f"the checkpoint's {CALIBRATION} was fitted under other predict settings: give the same recipe, or calibrate again"
+        how = "give the recipe that it was fitted with, or calibrate again"
+        return None, f"the checkpoint's {CALIBRATION} was fitted under other predict settings; {how}"
     return calibration, ""
 
 
