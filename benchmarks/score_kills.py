@@ -19,6 +19,7 @@ from pathlib import Path
 
 import duckdb
 import pyarrow.dataset
+from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 from score_bucket import BUCKET, ROOT, TABLES, make_pictures, parse_arguments, put_all
 
@@ -133,7 +134,7 @@ class Disturbance:
     def _num_parts_done(self) -> int:
         try:
             return sum("/parts/part-" in key for key in self._keys("all-work/"))
-        except Exception:  # the server has only just been started
+        except (BotoCoreError, ClientError):  # the server has only just been started
             return 0
 
     def _is_publishing(self) -> bool:

@@ -236,9 +236,9 @@ def agreement_table(ours: Predictions, plain: Predictions, name: str) -> Table:
     table = Table(
         "attribute", "mean difference", "largest", title=f"(b) against plain float32, {name}, {len(ours.age)} faces"
     )
-    for name, one, other in (("age, years", ours.age, plain.age), ("p_male", ours.p_male, plain.p_male)):
+    for attribute, one, other in (("age, years", ours.age, plain.age), ("p_male", ours.p_male, plain.p_male)):
         difference = np.abs(one - other)
-        table.add_row(name, f"{difference.mean():.4f}", f"{difference.max():.4f}")
+        table.add_row(attribute, f"{difference.mean():.4f}", f"{difference.max():.4f}")
     same = (ours.race_probs.argmax(axis=1) == plain.race_probs.argmax(axis=1)).mean()
     table.add_row("race, same class", f"{same:.1%}", "")
     return table

@@ -223,6 +223,11 @@ def train(
     return _Run(context, model, transform, job, baseline, num_train_rows, resume).run()
 
 
+def steps_per_epoch(num_train_rows: int, config: TrainConfig) -> int:
+    """Return the optimiser steps of one epoch over the rows of all ranks."""
+    return max(1, math.ceil(num_train_rows / config.batch_size))
+
+
 def epoch_side_px(epoch: int, config: TrainConfig, side_px: int) -> int:
     """Return the side of the images that an epoch, from 1, is trained and validated on, pixels.
 
@@ -265,7 +270,7 @@ class _Run:
         self.job = job
         self.baseline = baseline
         self.num_train_rows = num_train_rows
-        self.steps_per_epoch = max(1, math.ceil(num_train_rows / job.train.batch_size))
+        self.steps_per_epoch = steps_per_epoch(num_train_rows, job.train)
         self.model = model.to(context.device).to(memory_format=torch.channels_last)
         state = dict(resume or {})
         self.epoch = int(state.get("epoch", 0))

@@ -21,17 +21,16 @@ from rich.console import Console
 from torch import Tensor
 
 from agr_ray.config import TrainJob
-from agr_ray.learn.loop import Batch, LocalContext, NonFiniteLossError, epoch_side_px
+from agr_ray.learn.loop import Batch, LocalContext, NonFiniteLossError, epoch_side_px, steps_per_epoch
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.optimise import build_optimizer
 from agr_ray.learn.precision import autocast, uses_bfloat16
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.command import JobError
-from agr_ray.runtime.crops import select_crops, training_arrays, usable_statuses
+from agr_ray.runtime.crops import TRAINING_COLUMNS, select_crops, training_arrays, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet
-from agr_ray.runtime.train import MIN_VAL_BATCH, Run, max_kept_rows
-from agr_ray.vision.align import crop_side_px
+from agr_ray.runtime.train import MIN_VAL_BATCH, Run, crop_bytes, max_kept_rows
 
 NUM_STEPS: Final = 20
 _WARM_UP_STEPS: Final = 3
@@ -86,7 +85,7 @@ def dry_run(run: Run, prepared: PreparedSet, model: MultiTaskNet, console: Conso
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
     batch_size = config.batch_size // config.num_workers
-    largest = max(config.input_sides_px, default=job.model.input_side_px)
+    largest = max(_sides(job))
     crops = _some_crops(run, prepared, batch_size)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads_per_worker or max(1, machine_cpus() // config.num_workers))
@@ -107,7 +106,7 @@ def dry_run(run: Run, prepared: PreparedSet, model: MultiTaskNet, console: Conso
 def plan_lines(run: Run, prepared: PreparedSet, model: MultiTaskNet) -> list[str]:
     """Return what is settled before anything is timed: data, classes, steps, parameters, workers."""
     job, config = run.job, run.job.train
-    steps = steps_per_epoch(run)
+    steps = steps_per_epoch(run.num_train_rows, config)
     counts = run.data["train_labels"]
     parameters = sum(p.numel() for p in model.parameters())
     resources = f"{config.cpus_per_worker:g} CPU" + (" and 1 GPU" if config.use_gpu else "")
@@ -135,13 +134,13 @@ def memory_lines(run: Run, memory: Memory, batch_size: int, side_px: int, device
         held += f", average of weights {_mib(memory.average)}"
     kind = "bfloat16" if uses_bfloat16(device, config.precision) else "float32"
     share = math.ceil(run.num_train_rows / config.num_workers)
-    crop_bytes = 3 * crop_side_px(run.transform.crop_side_px, run.transform.margin) ** 2
+    decoded = share * crop_bytes(run.transform)
     kept = share <= max_kept_rows(run.job.train, run.transform)
     return [
         f"memory of a worker's step: {_mib(memory.total)}: {held}, activations {_mib(memory.activations)} for "
         f"{batch_size} images of {side_px} px in {kind} (counted on two images, in proportion; the framework's own is "
         "not in it)",
-        f"memory of a worker's crops: {_mib(share * crop_bytes)} decoded, twice that while they are joined; "
+        f"memory of a worker's crops: {_mib(decoded)} decoded, twice that while they are joined; "
         + (
             "kept after the first epoch"
             if kept
@@ -153,7 +152,7 @@ def memory_lines(run: Run, memory: Memory, batch_size: int, side_px: int, device
 def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list[str]:
     """Return how long epochs and the run will take, from the times at each image size."""
     job, config = run.job, run.job.train
-    steps = steps_per_epoch(run)
+    steps = steps_per_epoch(run.num_train_rows, config)
     epochs = Counter(epoch_side_px(epoch, config, job.model.input_side_px) for epoch in range(1, config.epochs + 1))
     lines, total_s = [], 0.0
     for side, speed in speeds.items():
@@ -171,11 +170,6 @@ def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list
     if config.use_gpu and device.type == "cpu":
         lines.append("warning: train.use_gpu, but there is no GPU here: the times are a CPU's and say nothing of yours")
     return lines
-
-
-def steps_per_epoch(run: Run) -> int:
-    """Return the optimiser steps of one epoch."""
-    return max(1, math.ceil(run.num_train_rows / run.job.train.batch_size))
 
 
 def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, batch_size: int, device: torch.device) -> Memory:
@@ -278,7 +272,7 @@ def _some_crops(run: Run, prepared: PreparedSet, batch_size: int) -> Batch:
     statuses = usable_statuses(use_fallback=run.job.train.use_fallback)
     found: list[pa.Table] = []
     for info in storage.list(prepared.crops(storage), (".parquet",)):
-        columns = ["image_id", "crop", "split", "status", "age", "gender", "race"]
+        columns = [*TRAINING_COLUMNS, "split", "status"]
         found.append(select_crops(storage.read_table(info.uri, columns=columns), "train", statuses))
         if sum(table.num_rows for table in found) >= batch_size:
             break

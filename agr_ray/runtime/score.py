@@ -70,7 +70,7 @@ from agr_ray.storage import MissingObject, Storage
 
 MIN_KEY_BYTES: Final = 32
 MAX_BLOCKS: Final = 4096
-"""Blocks that Ray Data schedules; of more parts, several share a block."""
+"""Parts that Ray Data is given at a time, each a block of its own."""
 _RESOURCE_KNOBS: Final = {
     "checkpoint",  # the model's digest says more
     "num_workers",

@@ -460,10 +460,14 @@ class RayContext:
             )
 
 
+def crop_bytes(transform: Transform) -> int:
+    """Return the size of a decoded crop."""
+    return 3 * crop_side_px(transform.crop_side_px, transform.margin) ** 2
+
+
 def max_kept_rows(config: TrainConfig, transform: Transform) -> int:
     """Return how many decoded crops fit `train.cache_mib`: of training, and as many again of validation."""
-    crop_bytes = 3 * crop_side_px(transform.crop_side_px, transform.margin) ** 2
-    return config.cache_mib * 2**20 // (2 * crop_bytes)  # joining the batches takes their memory twice
+    return config.cache_mib * 2**20 // (2 * crop_bytes(transform))  # joining the batches takes their memory twice
 
 
 class ShardBatches:
