@@ -23,8 +23,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,9 @@ def main() -> None:
     """Fill, score four times, check and print."""
     arguments = parse_arguments(__doc__)
     console = Console(width=120, highlight=False)
-    with tempfile.TemporaryDirectory(prefix="bucket-") as temporary, run_seaweedfs(Path(temporary)) as server:
-        os.environ.update(server.environment())
-        for bucket in (BUCKET, TABLES):
-            server.client().create_bucket(Bucket=bucket)
-        pictures = make_pictures(arguments.chips, arguments.photographs)
-        started = time.perf_counter()
-        put_all(server, pictures, range(arguments.num))
+    pictures = make_pictures(arguments.chips, arguments.photographs)
+    started = time.perf_counter()
+    with filled_server(pictures, arguments.num) as server:
         console.print(f"{arguments.num:,} objects put in {time.perf_counter() - started:.0f} s")
         table = Table("run", "to score", "scored", "s", "images/s", "peak MiB", "by status")
         quarter = ("--score.limit", arguments.num // 4, "--score.out", f"s3://{TABLES}/quarter")
@@ -103,6 +100,17 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--num", type=int, default=20_000, help="objects in the bucket")
     return parser.parse_args()
+
+
+@contextmanager
+def filled_server(pictures: list[bytes], num: int) -> Iterator[S3Server]:
+    """Run an S3 server that the environment points at, with so many objects, and an empty bucket for tables."""
+    with tempfile.TemporaryDirectory(prefix="bucket-") as temporary, run_seaweedfs(Path(temporary)) as server:
+        os.environ.update(server.environment())
+        for bucket in (BUCKET, TABLES):
+            server.client().create_bucket(Bucket=bucket)
+        put_all(server, pictures, range(num))
+        yield server
 
 
 def make_pictures(chips: Path, photographs: Path) -> list[bytes]:

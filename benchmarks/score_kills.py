@@ -11,7 +11,6 @@ what happened when, and has DuckDB check the published rows.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ import duckdb
 import pyarrow.dataset
 from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
-from score_bucket import BUCKET, ROOT, TABLES, make_pictures, parse_arguments, put_all
+from score_bucket import BUCKET, ROOT, TABLES, filled_server, make_pictures, parse_arguments
 
 # isort: split
 # score_bucket has put the tests' folders on the path.
@@ -37,7 +36,7 @@ from commands import (
     titled_processes,
 )
 from fault_proxy import Faults, run_fault_proxy
-from seaweedfs import S3Server, run_seaweedfs
+from seaweedfs import S3Server
 
 from agr_ray.runtime.publish import published_runs
 from agr_ray.storage import Storage
@@ -51,12 +50,8 @@ def main() -> None:
     """Fill, disturb, finish, check and print."""
     arguments = parse_arguments(__doc__)
     console = Console(width=120, highlight=False)
-    with tempfile.TemporaryDirectory(prefix="kills-") as temporary, run_seaweedfs(Path(temporary)) as server:
-        os.environ.update(server.environment())
-        for bucket in (BUCKET, TABLES):
-            server.client().create_bucket(Bucket=bucket)
-        pictures = make_pictures(arguments.chips, arguments.photographs)
-        put_all(server, pictures, range(arguments.num))
+    pictures = make_pictures(arguments.chips, arguments.photographs)
+    with tempfile.TemporaryDirectory(prefix="kills-") as temporary, filled_server(pictures, arguments.num) as server:
         for name in KILLERS:
             body = pictures[0] + f"kills with {name}".encode()
             server.client().put_object(Bucket=BUCKET, Key=f"uploads/{name}.jpg", Body=body)
