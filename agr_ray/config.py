@@ -18,7 +18,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliImplicitFlag,
@@ -271,8 +271,10 @@ class TrainConfig(Section):
     """Folder or prefix of all runs; this one goes into OUT/NAME. Shared storage where there are several nodes."""
     name: str = ""
     """Name of the run; empty: `train-` and the digest of the configuration. The same name resumes the run."""
-    num_workers: PositiveInt = 1
-    """Data-parallel processes, each with its own model replica and batch."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Data-parallel processes, each with its own model replica and share of the batch. Two numbers, [FEWEST, MOST]:
+    as many as the cluster has room for, and again so when a machine leaves or joins; then the run goes on from its last
+    checkpoint, and a step still takes batch_size images."""
     use_gpu: bool = False
     """One GPU for each worker; else the CPU, with gloo."""
     cpus_per_worker: PositiveFloat = 1.0
@@ -280,7 +282,7 @@ class TrainConfig(Section):
     threads_per_worker: PositiveInt | None = None
     """Threads that a worker computes with; none: the machine's CPUs shared out among its workers."""
     batch_size: PositiveInt = 32
-    """Images in one optimiser step over all workers together; a multiple of num_workers."""
+    """Images in one optimiser step over all workers together."""
     epochs: PositiveInt = 50
     """Passes over the training part, at most."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -330,6 +332,10 @@ class TrainConfig(Section):
     """Seed of first weights, shuffling and augmentation."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Times that a failed worker group is started again from the last checkpoint; -1: without end."""
+    outage_s: Annotated[float, Field(ge=0.0)] = 300.0
+    """How long storage that has gone away, or a cluster that has become too small, is waited for, seconds."""
+    num_to_keep: PositiveInt = 1
+    """Checkpoints of the best epochs that are kept in NAME/checkpoints, beside the last."""
     cache_mib: Annotated[int, Field(ge=0)] = 4096
     """Memory of each worker in which its share of the training crops stays decoded after the first epoch, MiB, if it
     fits; as much again for validation."""
@@ -338,6 +344,28 @@ class TrainConfig(Section):
     mlflow_uri: str = ""
     """MLflow tracking server that the run is logged to as well, such as http://HOST:5000; empty: none. Needs the
     package mlflow on every node."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _one_number_or_two(cls, value: object) -> object:
+        """Take the command line's one number, which comes as a list of one because lists are allowed."""
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    @property
+    def min_workers(self) -> int:
+        """Return the fewest workers."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Return the most workers."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _fewest_before_most(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers [{self.min_workers}, {self.max_workers}]: the fewest come first")
+        return self
 
     @model_validator(mode="after")
     def _cuts_before_it_stops(self) -> Self:
@@ -547,16 +575,11 @@ class TrainJob(Job):
     """Print the plan, an estimate of memory and, after 20 steps in this process, of time; train and write nothing."""
 
     @model_validator(mode="after")
-    def _batch_is_divisible(self) -> Self:
-        if self.train.batch_size % self.train.num_workers:
+    def _batch_is_large_enough(self) -> Self:
+        if self.train.batch_size < 2 * self.train.max_workers:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} is not a multiple of train.num_workers "
-                f"{self.train.num_workers}"
-            )
-        if self.train.batch_size < 2 * self.train.num_workers:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} gives each of train.num_workers {self.train.num_workers} "
-                "one image a step, and batch normalisation needs two"
+                f"train.batch_size {self.train.batch_size} is too small for train.num_workers "
+                f"{self.train.max_workers}: each needs two images a step, for batch normalisation"
             )
         return self
 

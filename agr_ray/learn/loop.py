@@ -45,6 +45,8 @@ Row: TypeAlias = dict[str, Any]
 
 _PROGRESS_S: Final = 1.0
 _CHECK_EVERY: Final = 25
+_ASK_EVERY_S: Final = 5.0
+"""How often the context is asked whether a machine will be taken away."""
 _NAMED_ROWS: Final = 8
 _CUDA: Final = "cuda"
 
@@ -99,6 +101,19 @@ class EpochReport:
     """Build what `train(resume=...)` takes: plain values and tensors that the next step changes, so save at once."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What is kept of an epoch that may not come to its end. Every rank has the same; one of them should save."""
+
+    epoch: int
+    num_steps: int
+    """Of the epoch, so far."""
+    model: MultiTaskNet
+    transform: Transform
+    train_state: Callable[[], dict[str, Any]]
+    """As in `EpochReport`."""
+
+
 class Context(Protocol):
     """Where the loop runs."""
 
@@ -114,8 +129,11 @@ class Context(Protocol):
     def device(self) -> torch.device:
         """Where this worker computes."""
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:
-        """Iterate over this rank's share of one epoch (from 1), shuffled anew for each."""
+    def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
+        """Iterate over this rank's share of one epoch (from 1), shuffled anew for each.
+
+        An epoch that was left after some steps is gone on with in another order; the loop takes as much as is left.
+        """
 
     def val_batches(self) -> Iterator[Batch]:
         """Iterate over this rank's share of validation; over all ranks each row comes once."""
@@ -131,6 +149,15 @@ class Context(Protocol):
 
     def report(self, report: EpochReport) -> None:
         """Keep a checkpoint, log the row."""
+
+    def must_save(self) -> bool:
+        """Say whether a machine will soon be taken away, so that a checkpoint should be kept at once.
+
+        Asked on all ranks at the same step, every few seconds, and answered alike on all.
+        """
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Keep a checkpoint in the middle of an epoch."""
 
     def progress(self, progress: Progress) -> None:
         """Show it; called about once a second."""
@@ -152,9 +179,9 @@ class LocalContext:
     sampler: Sampler | None = None
     """Which rows are drawn, and how often (`TrainConfig.balance`); None: each once."""
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:
+    def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
         """Iterate over the training arrays in an order drawn by seed and epoch."""
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([self.seed, epoch, steps_done])
         if self.sampler is None:
             order = rng.permutation(len(self.train["age"]))
         else:
@@ -178,6 +205,13 @@ class LocalContext:
         if self.on_report is not None:
             self.on_report(report)
 
+    def must_save(self) -> bool:
+        """Say no: nobody takes this process away with a notice."""
+        return False
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Do nothing: never asked to."""
+
     def progress(self, progress: Progress) -> None:
         """Hand it on."""
         if self.on_progress is not None:
@@ -200,9 +234,10 @@ def train(
 ) -> list[Row]:
     """Train until the epochs are done or validation stops getting better.
 
-    The same state, data and seed give the same weights, whether the run was interrupted or not: the learning
-    rate follows from progress and history, and random numbers, which are drawn anew in each epoch, depend on
-    (seed, epoch, rank) alone.
+    The same state, data and seed give the same weights, whether the run was interrupted between epochs or not: the
+    learning rate follows from progress and history, and random numbers, which are drawn anew in each epoch, depend on
+    (seed, epoch, rank) alone. An epoch that is gone on with in its middle has as many steps as any other, but draws
+    the rows of the steps that are left anew.
 
     Args:
         context: where batches come from and reports go to.
@@ -245,11 +280,16 @@ class _Epoch:
     """What the training part of one epoch adds up."""
 
     num_rows: int = 0
+    """Of all ranks, as everything here without another word."""
     num_local_rows: int = 0
+    """Of this rank, since this process began or went on with the epoch."""
     num_steps: int = 0
     wait_s: float = 0.0
+    """Mean over ranks, once the epoch has ended."""
     train_s: float = 0.0
     loss: float = math.nan
+    task_totals: list[float] = field(default_factory=lambda: [0.0] * 6)
+    """Three sums of losses and three counts of labels, of what was done before this process went on."""
 
 
 class _Run:
@@ -279,6 +319,9 @@ class _Run:
         self.stale_epochs = int(state.get("stale_epochs", 0))
         self.finished = str(state.get("finished", ""))
         self.history: list[Row] = [dict(row) for row in state.get("history", [])]
+        self.begun = _Epoch(**state.get("begun", {}))  # an epoch that was left in its middle
+        self.has_saved = False
+        self.asked = time.monotonic()
         decay = job.train.ema_decay
         # The checkpoint's weights are the average's; the raw ones are in the state.
         self.ema = Ema(self.model, decay, int(state.get("ema_updates", 0))) if decay else None
@@ -341,7 +384,9 @@ class _Run:
     def _train_epoch(self) -> _Epoch:
         """Take all steps of one epoch."""
         context, device = self.context, self.context.device
-        seed = _seed(self.job.train.seed, self.epoch, context.rank)
+        epoch, self.begun = self.begun, _Epoch()
+        steps_before, rows_before, train_s_before = epoch.num_steps, epoch.num_rows, epoch.train_s
+        seed = _seed(self.job.train.seed, self.epoch, context.rank, steps_before)
         torch.manual_seed(seed)  # dropout
         generator = torch.Generator().manual_seed(seed)
         is_frozen = self.epoch <= self.job.train.freeze_epochs
@@ -350,12 +395,11 @@ class _Run:
             gc.collect()  # DDP is part of reference cycles, and its hooks must not outlive it
             self.wrapped = self._wrap(is_frozen)
         self._begin_training()
-        epoch = _Epoch()
         sums, counts = torch.zeros(3, device=device), torch.zeros(3, device=device)
         monitor = _Monitor(self.epoch, check_every=_CHECK_EVERY if device.type == _CUDA else 1)
-        batches = self.context.train_batches(self.epoch)
+        batches = self.context.train_batches(self.epoch, steps_before)
         start = shown = time.perf_counter()
-        while True:
+        while not steps_before or epoch.num_steps < self.steps_per_epoch:
             asked = time.perf_counter()
             batch = _next(batches)
             epoch.wait_s += time.perf_counter() - asked
@@ -366,8 +410,9 @@ class _Run:
             else:
                 # Before the ranks add up their labels, because it decides how much each counts.
                 mix = draw_mix(len(targets.age), self._transform().input_side_px, self.job.augment, generator)
-            totals = context.all_reduce_sum(_agreement(targets, mix, bool(monitor.problem)))
-            if totals[-1] > 0:
+            asks = context.rank == 0 and time.monotonic() - self.asked >= _ASK_EVERY_S
+            totals = context.all_reduce_sum(_agreement(targets, mix, bool(monitor.problem), asks))
+            if totals[4] > 0:
                 raise NonFiniteLossError(
                     monitor.problem or f"epoch {self.epoch}: the loss of another rank is not finite",
                     monitor.image_ids if monitor.problem else None,
@@ -380,18 +425,45 @@ class _Run:
             epoch.num_rows += int(totals[0])
             epoch.num_local_rows += len(targets.age)
             now = time.perf_counter()
+            if totals[5] > 0:
+                self.asked = time.monotonic()
+                epoch.train_s = train_s_before + now - start
+                self._save_if_needed(epoch, torch.cat([sums, counts]), monitor)
             if now - shown >= _PROGRESS_S:
                 shown = now
                 loss = self._weighted(torch.cat([sums, counts]).tolist())
-                speed = epoch.num_rows / (now - start)
+                speed = (epoch.num_rows - rows_before) / (now - start)
                 progress = Progress(self.epoch, self.job.train.epochs, epoch.num_rows, self.num_train_rows, loss, speed)
                 context.progress(progress)
-        epoch.train_s = max(time.perf_counter() - start, 1e-9)
+        for _ in batches:  # of an epoch gone on with, what comes late in its new order; it may be kept in memory
+            pass
+        epoch.train_s = max(train_s_before + time.perf_counter() - start, 1e-9)
+        return self._summed(epoch, torch.cat([sums, counts]))
+
+    def _summed(self, epoch: _Epoch, task_totals: Tensor) -> _Epoch:
+        """Return the epoch with what all ranks add up to."""
         waited = torch.tensor([epoch.wait_s], dtype=torch.float64)
-        totals = context.all_reduce_sum(torch.cat([sums.double().cpu(), counts.double().cpu(), waited]))
-        epoch.loss = self._weighted(totals[:6].tolist())
-        epoch.wait_s = float(totals[6]) / context.world_size
-        return epoch
+        totals = self.context.all_reduce_sum(torch.cat([task_totals.double().cpu(), waited])).tolist()
+        task_sums = [before + now for before, now in zip(epoch.task_totals, totals[:6], strict=True)]
+        wait_s = totals[6] / self.context.world_size
+        return dataclasses.replace(epoch, task_totals=task_sums, wait_s=wait_s, loss=self._weighted(task_sums))
+
+    def _save_if_needed(self, epoch: _Epoch, task_totals: Tensor, monitor: _Monitor) -> None:
+        """Keep a checkpoint, once, if a machine will be taken away. All ranks are here."""
+        if self.has_saved or not self.context.must_save():
+            return
+        monitor.flush()
+        if self.context.all_reduce_sum(torch.tensor([float(bool(monitor.problem))]))[0] > 0:
+            return  # the weights are no numbers on some rank, and the next step says so on all
+        self.has_saved = True
+        self._average_batch_norm(epoch)
+        begun = dataclasses.replace(self._summed(epoch, task_totals), num_local_rows=0)
+        kept = self.model if self.ema is None else self.ema.model
+
+        def state() -> dict[str, Any]:
+            return self._state() | {"epoch": self.epoch - 1, "begun": dataclasses.asdict(begun)}
+
+        self.context.save(Snapshot(self.epoch, epoch.num_steps, kept, self._transform(), state))
 
     def _step(
         self,
@@ -492,9 +564,10 @@ class _Run:
         with torch.no_grad():
             if self.context.world_size > 1:
                 statistics = [b for b in self.model.buffers() if b.is_floating_point()]
+                weight = torch.tensor([epoch.num_local_rows], dtype=torch.float64)
                 flat = torch.cat([b.detach().cpu().double().flatten() for b in statistics])
-                weight = epoch.num_local_rows / max(epoch.num_rows, 1)
-                flat = self.context.all_reduce_sum(flat * weight)
+                flat = self.context.all_reduce_sum(torch.cat([flat * weight, weight]))
+                flat = flat[:-1] / flat[-1].clamp(min=1.0)
                 for buffer, part in zip(statistics, torch.split(flat, [b.numel() for b in statistics]), strict=True):
                     buffer.copy_(part.view(buffer.shape))
             if self.ema is not None:
@@ -610,11 +683,14 @@ def _targets(batch: Batch | None) -> Targets:
     return Targets(*(torch.tensor(values) for values in labels_of(batch)))
 
 
-def _agreement(targets: Targets, mix: Mix | None, has_problem: bool) -> Tensor:
-    """Return what ranks tell each other before a step: rows, labels of each task, whether a loss was not finite."""
+def _agreement(targets: Targets, mix: Mix | None, has_problem: bool, asks: bool) -> Tensor:
+    """Return what ranks tell each other before a step.
+
+    Rows, labels of each of three tasks, whether a loss was not finite, whether to ask if a machine will be taken away.
+    """
     counts = label_counts(targets, mix)
-    return torch.cat([torch.tensor([len(targets.age)]), counts, torch.tensor([has_problem])]).float()
+    return torch.cat([torch.tensor([len(targets.age)]), counts, torch.tensor([has_problem, asks])]).float()
 
 
-def _seed(seed: int, epoch: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _seed(seed: int, epoch: int, rank: int, steps_done: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, rank, steps_done]).generate_state(1, np.uint64)[0] >> np.uint64(1))

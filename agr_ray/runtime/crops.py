@@ -18,6 +18,7 @@ from ray.data import DataIterator, Dataset, TaskPoolStrategy
 from ray.train import DataConfig
 
 from agr_ray.runtime.cluster import configure_ray_data, worker_count
+from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet
 from agr_ray.schema import AGE_MISSING, CLASS_MISSING, CROP_STATUSES, GENDERS, RACES, Status
 from agr_ray.storage import Storage
@@ -41,14 +42,39 @@ def part_dataset(storage: Storage, prepared: PreparedSet) -> Dataset:
     return ray.data.from_items(parts, override_num_blocks=len(parts))
 
 
-def training_dataset(storage: Storage, prepared: PreparedSet, split: str, *, use_fallback: bool) -> Dataset:
-    """Return the crops of one split, decoded as they stream: the columns of `training_arrays`."""
-    statuses = usable_statuses(use_fallback=use_fallback)
+def training_dataset(
+    storage: Storage,
+    prepared: PreparedSet,
+    split: str,
+    *,
+    use_fallback: bool,
+    outage_s: float = 0.0,
+    cpus_per_task: float = 1.0,
+) -> Dataset:
+    """Return the crops of one split, decoded as they stream: the columns of `training_arrays`.
+
+    Args:
+        storage: where the set is.
+        prepared: the set.
+        split: train, val or test; all: every one.
+        use_fallback: whether chips in which no face was found are among them.
+        outage_s: how long storage that has gone away is waited for.
+        cpus_per_task: logical CPUs that Ray reserves for each task that reads; 0 where workers may take all there are.
+    """
+    decode = partial(
+        _decode_parts,
+        storage=storage,
+        split=split,
+        statuses=usable_statuses(use_fallback=use_fallback),
+        side_px=prepared.crop_side_px,
+        patience=Patience(outage_s),
+    )
     return part_dataset(storage, prepared).map_batches(
-        partial(_decode_parts, storage=storage, split=split, statuses=statuses, side_px=prepared.crop_side_px),
+        decode,
         batch_format="pyarrow",
         batch_size=1,
         compute=TaskPoolStrategy(size=worker_count(None)),
+        num_cpus=cpus_per_task,
     )
 
 
@@ -111,10 +137,10 @@ def training_arrays(table: pa.Table, side_px: int) -> dict[str, NDArray[Any]]:
 
 
 def _decode_parts(
-    parts: pa.Table, storage: Storage, split: str, statuses: list[str], side_px: int
+    parts: pa.Table, storage: Storage, split: str, statuses: list[str], side_px: int, patience: Patience
 ) -> Iterator[dict[str, NDArray[Any]]]:
     for uri in parts["part"].to_pylist():
-        rows = storage.read_table(uri, columns=[*TRAINING_COLUMNS, "split", "status"])
-        rows = select_crops(rows, split, statuses)
+        read = partial(storage.read_table, uri, columns=[*TRAINING_COLUMNS, "split", "status"])
+        rows = select_crops(patience.call(read), split, statuses)
         for start in range(0, rows.num_rows, DECODED_ROWS):
             yield training_arrays(rows.slice(start, DECODED_ROWS), side_px)

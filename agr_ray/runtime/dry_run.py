@@ -84,11 +84,11 @@ def dry_run(run: Run, prepared: PreparedSet, model: MultiTaskNet, console: Conso
     for line in plan_lines(run, prepared, model):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
-    batch_size = config.batch_size // config.num_workers
+    batch_size = math.ceil(config.batch_size / config.min_workers)
     largest = max(_sides(job))
     crops = _some_crops(run, prepared, batch_size)
     threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads_per_worker or max(1, machine_cpus() // config.num_workers))
+    torch.set_num_threads(config.threads_per_worker or max(1, machine_cpus() // config.min_workers))
     try:
         memory = count_memory(model, job, largest, batch_size, device)
         for line in memory_lines(run, memory, batch_size, largest, device):
@@ -109,6 +109,7 @@ def plan_lines(run: Run, prepared: PreparedSet, model: MultiTaskNet) -> list[str
     steps = steps_per_epoch(run.num_train_rows, config)
     counts = run.data["train_labels"]
     parameters = sum(p.numel() for p in model.parameters())
+    workers = f"{config.min_workers}" if config.min_workers == config.max_workers else f"at least {config.min_workers}"
     resources = f"{config.cpus_per_worker:g} CPU" + (" and 1 GPU" if config.use_gpu else "")
     lines = [
         f"data: {prepared.uri}: {run.num_train_rows:,} crops to train on, {run.num_val_rows:,} images to validate on",
@@ -121,8 +122,8 @@ def plan_lines(run: Run, prepared: PreparedSet, model: MultiTaskNet) -> list[str
         f"network: {job.model.trunk}, heads {', '.join(model.tasks)}, {parameters:,} parameters, {_said_sides(job)} px",
         f"steps: {steps:,} an epoch, {config.batch_size} images each; {steps * config.epochs:,} in all "
         f"{config.epochs} epochs",
-        f"workers: {config.num_workers} x {resources}, {config.batch_size // config.num_workers} images a step each; "
-        f"with reading, {config.num_workers * config.cpus_per_worker + 2:g} logical CPUs in all",
+        f"workers: {workers} x {resources}, {math.ceil(config.batch_size / config.min_workers)} images a step each; "
+        f"with reading, {config.min_workers * config.cpus_per_worker + 2:g} logical CPUs in all",
     ]
 
 
@@ -133,7 +134,7 @@ def memory_lines(run: Run, memory: Memory, batch_size: int, side_px: int, device
     if memory.average:
         held += f", average of weights {_mib(memory.average)}"
     kind = "bfloat16" if uses_bfloat16(device, config.precision) else "float32"
-    share = math.ceil(run.num_train_rows / config.num_workers)
+    share = math.ceil(run.num_train_rows / config.min_workers)
     decoded = share * crop_bytes(run.transform)
     kept = share <= max_kept_rows(run.job.train, run.transform)
     return [
@@ -156,7 +157,7 @@ def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list
     epochs = Counter(epoch_side_px(epoch, config, job.model.input_side_px) for epoch in range(1, config.epochs + 1))
     lines, total_s = [], 0.0
     for side, speed in speeds.items():
-        epoch_s = steps * speed.step_s + run.num_val_rows / config.num_workers * speed.val_row_s
+        epoch_s = steps * speed.step_s + run.num_val_rows / config.min_workers * speed.val_row_s
         total_s += epochs[side] * epoch_s
         lines.append(
             f"time at {side} px: {speed.step_s * 1000:.0f} ms a step, {config.batch_size / speed.step_s:.0f} samples/s "
@@ -241,7 +242,7 @@ class _Timed(LocalContext):
         """Rows of one batch of validation."""
         return max(len(self.val["age"]), MIN_VAL_BATCH)
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:  # noqa: ARG002  # all alike
+    def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:  # noqa: ARG002  # all alike
         """Iterate over warm-up and timed steps."""
         for _ in range(_WARM_UP_STEPS):
             yield self.train

@@ -19,8 +19,9 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from agr_ray.learn.calibration import Calibration
+from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.planning import PARTS_PER_FILE, read_part
-from agr_ray.runtime.scorer import Patience, manifest_folder, part_file
+from agr_ray.runtime.scorer import manifest_folder, part_file
 from agr_ray.schema import IMAGES, REJECTS
 from agr_ray.storage import Storage
 from agr_ray.tables.demographics import demographics

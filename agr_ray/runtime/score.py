@@ -43,6 +43,7 @@ from agr_ray.runtime.cluster import check_fits, cluster, configure_ray_data, wor
 from agr_ray.runtime.grouping import check_grouping
 from agr_ray.runtime.lock import RunLock, run_lock
 from agr_ray.runtime.parts import print_failed
+from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.planning import Plan, plan, read_plan, scored_ids
 from agr_ray.runtime.progress import progress
 from agr_ray.runtime.publish import (
@@ -58,7 +59,6 @@ from agr_ray.runtime.publish import (
 from agr_ray.runtime.scorer import (
     FoundParts,
     PartScorer,
-    Patience,
     Scoring,
     WrittenParts,
     manifest_folder,

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import datetime
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,20 +25,18 @@ from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.network import Transform
 from agr_ray.runtime.checkpoints import unpacked_checkpoint
 from agr_ray.runtime.images import ImageReader, Photograph, Reject, landmark_columns
+from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.planning import read_part
 from agr_ray.runtime.stopwatch import Stopwatch
 from agr_ray.schema import FACE, GENDERS, IMAGES, RACES, SCORE_MANIFEST, Status
-from agr_ray.storage import MissingObject, Storage, StorageFailed, StorageUnavailable
+from agr_ray.storage import MissingObject, Storage, StorageUnavailable
 from agr_ray.vision.align import align, crop_side_px
 from agr_ray.vision.quality import sharpness
-
-T = TypeVar("T")
 
 MAX_DEATHS: Final = 3
 """Times that an image may kill its worker before its row says `failed`."""
 PREDICT_BATCH: Final = {"cpu": 32, "cuda": 256}
 """Faces that go through the network at a time, at most: what a CPU's cache holds, and what fills a GPU."""
-_RETRY_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -330,30 +327,6 @@ class AttributePredictor:
         names = [[name for name, chosen in abstained.items() if chosen[face]] for face in range(len(crops))]
         columns["abstain"] = pa.array(names, pa.list_(pa.string()))
         return columns
-
-
-class Patience:
-    """Waits for storage that has gone away, for so many seconds."""
-
-    def __init__(self, outage_s: float) -> None:
-        self._outage_s = outage_s
-
-    def call(self, work: Callable[[], T]) -> T:
-        """Do it, and again while storage is away.
-
-        Raises:
-            StorageUnavailable, StorageFailed: it stayed away for too long.
-        """
-        gone_since: float | None = None
-        while True:
-            try:
-                return work()
-            except (StorageUnavailable, StorageFailed):
-                now = time.monotonic()
-                gone_since = now if gone_since is None else gone_since
-                if now - gone_since > self._outage_s:
-                    raise
-                time.sleep(_RETRY_S)
 
 
 class Attempts:

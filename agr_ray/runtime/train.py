@@ -4,7 +4,8 @@ A run is a folder, OUT/NAME:
 
     run.json            configuration, data and state; `finished` says why it ended
     initial/            the checkpoint with the first weights
-    checkpoints/        Ray Train's own: after every epoch, of which the best and the last are kept
+    checkpoints/        Ray Train's own: after every epoch, of which the best and the last are kept; and where a machine
+                        was to be taken away, in the middle of one
     best/  last/        the same two as plain checkpoints, once the run has finished
     history.parquet     schema.HISTORY, rewritten after every epoch
     history.png         the same as curves, once the run has finished
@@ -21,12 +22,16 @@ import datetime
 import json
 import logging
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Final
 
 import numpy as np
@@ -40,6 +45,7 @@ from ray.data import DataIterator, Dataset
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
+    CheckpointUploadMode,
     FailureConfig,
     LoggingConfig,
     Result,
@@ -51,7 +57,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
-from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Progress, Row, labels_of
+from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Progress, Row, Snapshot, labels_of
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.metrics import Baseline, Labels, class_counts
 from agr_ray.learn.predict import predict
@@ -62,6 +68,7 @@ from agr_ray.runtime.cluster import check_fits, cluster, machine_cpus
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, label_arrays, select_crops, training_dataset, usable_statuses
 from agr_ray.runtime.guards import check_no_overlap, class_warnings, detector_warnings
+from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet, open_prepared
 from agr_ray.runtime.tracking import TrackedRun, check_mlflow
 from agr_ray.schema import HISTORY, Status
@@ -74,6 +81,11 @@ MIN_VAL_BATCH: Final = 64
 NUM_SAMPLES: Final = 24
 """Crops on the page of sample predictions."""
 OBJECTIVE: Final = "val_objective"
+NOT_VALIDATED: Final = 1e30
+"""The objective of a checkpoint that is to be gone on from only, never to be the best."""
+CHECKPOINTS: Final = "checkpoints"
+MIN_START_S: Final = 60.0
+WATCH_EVERY_S: Final = 2.0
 CONTROLLER_FAILURES: Final = 3
 """Ray's default is to ask for ever for what a cluster does not have."""
 _SECTIONS: Final = ("model", "loss", "augment", "train", "predict")
@@ -122,15 +134,9 @@ def train(job: TrainJob) -> str:
         return storage.join(uri, "best")
     _tracked(run)  # a server that refuses is better known now
     with cluster(job.cluster):
-        check_fits(
-            "train.num_workers",
-            job.train.num_workers,
-            job.train.cpus_per_worker,
-            1.0 if job.train.use_gpu else 0.0,
-            spare_cpus=2.0,  # training and validation are read by a task each
-        )
+        check_workers_fit(job.train)
         _begin(run, first)
-        result = _fit(run, prepared)
+        result = _fit(run, prepared, console)
     failure = storage.join(uri, FAILURE)
     if storage.exists(failure):
         said, _, image_ids = storage.read(failure).decode().partition("\n")
@@ -170,7 +176,8 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 
 def _settings_digest(job: TrainJob, prepared: PreparedSet) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
-    moot = ("out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker", "mlflow_uri")
+    moot = {"out", "name", "num_workers", "max_failures", "outage_s", "num_to_keep", "cache_mib"}
+    moot |= {"threads_per_worker", "cpus_per_worker", "mlflow_uri"}
     fields = TrainConfig.model_fields
     settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": prepared.digest})
     return digest(job.model, job.loss, job.augment, settings, job.predict)
@@ -196,20 +203,20 @@ def _plan(
     for task in job.model.tasks:
         if rows[task].null_count == rows.num_rows:
             raise ConfigError(f"model.tasks has {task}, and no training row of {prepared.uri} has that label")
-    if rows.num_rows < 2 * job.train.num_workers:
+    if rows.num_rows < 2 * job.train.max_workers:
         raise ConfigError(
             f"train.data {prepared.uri}: {rows.num_rows} crops in its train split, too few for train.num_workers "
-            f"{job.train.num_workers}, each of which needs two"
+            f"{job.train.max_workers}, each of which needs two"
         )
     check_no_overlap(rows, crops, prepared, storage)
     transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN, equalize=job.augment.equalize)
     if job.train.schedule == "plateau" and not prepared.splits["val"]:
         raise ConfigError(f"train.schedule plateau needs validation, and {prepared.uri} has no crop in its val split")
     max_rows = max_kept_rows(job.train, transform)
-    if job.train.balance != "none" and rows.num_rows > max_rows * job.train.num_workers:
+    if job.train.balance != "none" and rows.num_rows > max_rows * job.train.min_workers:
         raise ConfigError(
             f"train.balance {job.train.balance} draws from crops in memory, and train.cache_mib {job.train.cache_mib} "
-            f"holds {max_rows} of the {math.ceil(rows.num_rows / job.train.num_workers)} of each worker"
+            f"holds {max_rows} of the {math.ceil(rows.num_rows / job.train.min_workers)} of each worker"
         )
     labels = Labels(**label_arrays(rows))
     baseline, counts = Baseline.fit(labels), class_counts(labels)
@@ -288,31 +295,92 @@ def _first_weights(config: ModelConfig, storage: Storage) -> dict[str, Tensor] |
         return first_weights(config.model_copy(update={"weights": str(path)}))
 
 
-def _fit(run: Run, prepared: PreparedSet) -> Result:
-    """Run the workers to the end of the run."""
-    job, storage = run.job, run.storage
+def check_workers_fit(config: TrainConfig) -> None:
+    """Refuse what would wait for ever for CPUs or GPUs that the cluster does not have.
+
+    Raises:
+        ConfigError: with what is asked and what there is.
+    """
+    check_fits(
+        "train.num_workers",
+        config.min_workers,
+        config.cpus_per_worker,
+        1.0 if config.use_gpu else 0.0,
+        spare_cpus=_spare_cpus(config),
+    )
+
+
+def _spare_cpus(config: TrainConfig) -> float:
+    """Return the logical CPUs that the tasks which read training and validation ask for, one each.
+
+    Workers that are as many as the cluster has room for leave none, so reading must not ask for any.
+    """
+    return 2.0 if config.min_workers == config.max_workers else 0.0
+
+
+def _fit(run: Run, prepared: PreparedSet, console: Console) -> Result:
+    """Run the workers to the end of the run.
+
+    Raises:
+        JobError: they failed for good.
+    """
+    patience = Patience(run.job.train.outage_s)
+    # Of one start; Ray tries it again CONTROLLER_FAILURES times.
+    start_s = max(MIN_START_S, run.job.train.outage_s / (CONTROLLER_FAILURES + 1))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{start_s:g}")
+    for attempts_left in reversed(range(CONTROLLER_FAILURES + 1)):
+        try:
+            with _enough_workers(run.job.train):
+                return _trainer(run, prepared).fit()
+        except ray.train.WorkerGroupError as error:  # more often than train.max_failures
+            raise _failed(run, error.worker_failures[min(error.worker_failures)]) from error
+        except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
+            # What steers the workers is a process too, which may be killed, and give up because storage is away.
+            _check_still_fits(run)
+            if not attempts_left or _could_not_start(error):
+                raise _failed(run, error) from error
+            console.print(
+                f"warning: what steers the workers ended ({_last_line(error)}); going on from the last checkpoint",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+            patience.call(lambda: run.storage.read(run.storage.join(run.uri, "run.json")))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _trainer(run: Run, prepared: PreparedSet) -> ray.train.torch.TorchTrainer:
+    """Return what runs the workers; it goes on where one before it ended."""
+    storage, config = run.storage, run.job.train
 
     def dataset(split: str) -> Callable[[], Dataset]:
-        use_fallback = job.train.use_fallback or split != "train"
-        return lambda: training_dataset(storage, prepared, split, use_fallback=use_fallback)
+        return lambda: training_dataset(
+            storage,
+            prepared,
+            split,
+            use_fallback=config.use_fallback or split != "train",
+            outage_s=config.outage_s,
+            cpus_per_task=_spare_cpus(config) / 2,
+        )
 
     filesystem, path = storage.arrow_filesystem(run.uri)
-    resources = {"CPU": job.train.cpus_per_worker} | ({"GPU": 1} if job.train.use_gpu else {})
-    trainer = ray.train.torch.TorchTrainer(
+    return ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={"run": run},
         scaling_config=ScalingConfig(
-            num_workers=job.train.num_workers, use_gpu=job.train.use_gpu, resources_per_worker=resources
+            num_workers=config.num_workers,  # type: ignore[arg-type]  # typed as Train V1's
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
         ),
         run_config=RunConfig(
-            name="checkpoints",
+            name=CHECKPOINTS,
             storage_path=path,
             storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=OBJECTIVE, checkpoint_score_order="min"
+                num_to_keep=config.num_to_keep, checkpoint_score_attribute=OBJECTIVE, checkpoint_score_order="min"
             ),
             failure_config=FailureConfig(
-                max_failures=job.train.max_failures,
+                max_failures=config.max_failures,
                 controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # typed as Train V1's
             ),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -320,14 +388,71 @@ def _fit(run: Run, prepared: PreparedSet) -> Result:
         datasets={"train": dataset("train"), "val": dataset("val")},
         dataset_config=SplitShares(),
     )
+
+
+def _failed(run: Run, cause: Exception) -> JobError:
+    return JobError(
+        f"{run.uri}: training failed: {_last_line(cause)}; the same command goes on from its last checkpoint"
+    )
+
+
+def _could_not_start(error: Exception) -> bool:
+    """Say whether workers could not be started, which Ray has tried several times."""
+    return "WorkerGroupStartup" in type(getattr(error, "controller_failure", None)).__name__
+
+
+@contextmanager
+def _enough_workers(config: TrainConfig) -> Iterator[None]:
+    """End the training within where the cluster stays too small for it.
+
+    A fixed number of workers is given so much time to start; for one that may vary, Ray waits without end.
+
+    Raises:
+        JobError: with what is asked and what there is.
+    """
+    if config.min_workers == config.max_workers:
+        yield
+        return
+    ended, problem = threading.Event(), ""
+
+    def watch() -> None:
+        nonlocal problem
+        small_since: float | None = None
+        while not ended.wait(WATCH_EVERY_S):
+            try:
+                check_workers_fit(config)
+                small_since = None
+            except ConfigError as error:
+                now = time.monotonic()
+                small_since = now if small_since is None else small_since
+                if now - small_since > config.outage_s:
+                    problem = str(error)
+                    signal.raise_signal(signal.SIGINT)  # which makes Ray Train stop in good order
+                    return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
-        return trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {})
-        cause = failures[min(failures)] if failures else error
-        raise JobError(
-            f"{run.uri}: training failed: {_last_line(cause)}; the same command goes on from its last checkpoint"
-        ) from error
+        yield
+    except (SystemExit, ray.exceptions.RayActorError):
+        if not problem:
+            raise
+        raise JobError(f"{problem}; the same command goes on from the last checkpoint") from None
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _check_still_fits(run: Run) -> None:
+    """Say so if the workers don't fit the cluster any more.
+
+    Raises:
+        JobError: with what is asked and what there is.
+    """
+    try:
+        check_workers_fit(run.job.train)
+    except ConfigError as error:
+        raise JobError(f"{run.uri}: {error}; the same command goes on from its last checkpoint") from None
 
 
 def _last_line(error: Exception) -> str:
@@ -342,18 +467,17 @@ def _work(config: dict[str, Run]) -> None:
     logging.disable(logging.INFO)  # Ray Train logs every report as a page
     context = RayContext(run)
     torch.set_num_threads(context.num_threads)
-    checkpoint = ray.train.get_checkpoint()
     with TemporaryDirectory() as temporary:
-        if checkpoint is None:
-            directory = Path(temporary, "initial")
-            run.storage.download_tree(run.storage.join(run.uri, "initial"), str(directory))
-            resume = None
-        else:
-            directory = Path(checkpoint.to_directory(str(Path(temporary, "last"))))
-            resume = load_train_state(directory)
+        directory = Path(temporary, "checkpoint")
+        checkpoint = ray.train.get_checkpoint()
+        kept = "initial" if checkpoint is None else f"{CHECKPOINTS}/{Path(checkpoint.path).name}"
+        uri = run.storage.join(run.uri, kept)
+        Patience(run.job.train.outage_s).call(lambda: run.storage.download_tree(uri, str(directory)))
         model = load_checkpoint(directory).model
+        resume = None if checkpoint is None else load_train_state(directory)
     if resume is not None and context.rank == 0:
-        _say(f"resuming after epoch {resume['epoch']}")
+        middle = f" and {resume['begun']['num_steps']} steps" if "begun" in resume else ""
+        _say(f"resuming after epoch {resume['epoch']}{middle}, {_workers(context.world_size)}")
     try:
         train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
     except NonFiniteLossError as error:
@@ -377,7 +501,8 @@ class RayContext:
         # Small tensors are added up on the CPU, whatever the gradients travel by.
         is_gloo = self.world_size == 1 or torch.distributed.get_backend() == "gloo"
         self._cpu_group: Any = None if is_gloo else torch.distributed.new_group(backend="gloo")
-        batch_size = train.batch_size // self.world_size
+        # A step takes train.batch_size images, however many workers there are.
+        batch_size = train.batch_size // self.world_size + (self.rank < train.batch_size % self.world_size)
         # All workers stream or none: those that share a dataset must iterate over it together. So what decides is
         # the same for all. Validation's shares may be as unequal as they like.
         max_rows = max_kept_rows(train, run.transform)
@@ -394,11 +519,12 @@ class RayContext:
         )
         self._logs = _Logs(run) if self.rank == 0 else None
         self._samples: Batch | None = None
+        self._patience = Patience(train.outage_s)
         self._shown = time.monotonic()
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:
-        """Iterate over this worker's share, in an order drawn by seed, epoch and rank."""
-        return self._train.epoch(epoch)
+    def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
+        """Iterate over this worker's share, in an order drawn by seed, rank, epoch and where it is gone on with."""
+        return self._train.epoch(epoch, steps_done)
 
     def val_batches(self) -> Iterator[Batch]:
         """Iterate over this worker's share of validation; the first worker remembers some of it to show."""
@@ -429,25 +555,62 @@ class RayContext:
         if self._logs is None:
             ray.train.report(row)
             return
+        metrics = {"epoch": row["epoch"], "val": report.metrics}
+        # Training goes on while it is on its way; Ray knows of it, and so goes on from it, once all of it is there.
+        self._keep(report, row, metrics, CheckpointUploadMode.ASYNC)
+        self._patience.call(lambda: self._log(report))
+        _say(_epoch_line(report, self._run.job.train.epochs))
+
+    def must_save(self) -> bool:
+        """Ask Ray, which asks the cluster, whether the machine of a worker is about to be taken away."""
+        return ray.train.get_preemption_info() is not None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Keep a checkpoint that is only to be gone on from, and return once it is there."""
+        row = {OBJECTIVE: NOT_VALIDATED}
+        if self._logs is None:
+            ray.train.report(row)
+            return
+        self._keep(snapshot, row, {}, CheckpointUploadMode.SYNC)
+        _say(f"a machine will be taken away: checkpoint of epoch {snapshot.epoch} after {snapshot.num_steps} steps")
+
+    def _keep(
+        self, kept: EpochReport | Snapshot, row: Row, metrics: Mapping[str, Any], mode: CheckpointUploadMode
+    ) -> None:
+        """Write a checkpoint to the disk, and have Ray Train send it and then delete it there."""
         run = self._run
-        with TemporaryDirectory() as temporary:
-            save_checkpoint(
-                Path(temporary),
-                report.model,
-                report.transform,
-                train_state=report.train_state(),
-                train_images=run.train_images,
-                data=run.data,
-                metrics={"epoch": row["epoch"], "val": report.metrics},
-                config=_settings(run.job),
-                git_commit=run.git_commit,
-                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            )
-            ray.train.report(row, checkpoint=Checkpoint.from_directory(temporary))
-            self._logs.write(report.row, report.train_state()["history"])
+        directory = mkdtemp(prefix="agr-ray-checkpoint-")
+        save_checkpoint(
+            Path(directory),
+            kept.model,
+            kept.transform,
+            train_state=kept.train_state(),
+            train_images=run.train_images,
+            data=run.data,
+            metrics=metrics,
+            config=_settings(run.job),
+            git_commit=run.git_commit,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        ray.train.report(
+            row,
+            checkpoint=Checkpoint.from_directory(directory),
+            checkpoint_upload_mode=mode,
+            checkpoint_upload_fn=self._upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        storage, uri = self._run.storage, self._run.storage.join(self._run.uri, f"{CHECKPOINTS}/{name}")
+        self._patience.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
+        filesystem, path = storage.arrow_filesystem(uri)
+        return Checkpoint(path, filesystem)
+
+    def _log(self, report: EpochReport) -> None:
+        assert self._logs is not None
+        self._logs.write(report.row, report.train_state()["history"])
         if report.finished and self._samples is not None:
             self._logs.show(self._samples, report)
-        _say(_epoch_line(report, run.job.train.epochs))
 
     def progress(self, progress: Progress) -> None:
         """Print a line now and then."""
@@ -500,9 +663,9 @@ class ShardBatches:
         self._sampler = sampler
         self._rows: dict[str, NDArray[Any]] | None = None
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Iterate over the share once."""
-        rng = np.random.default_rng([*self._seed, epoch])
+    def epoch(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
+        """Iterate over the share once, in an order of its own where some steps of the epoch are done."""
+        rng = np.random.default_rng([*self._seed, epoch, steps_done])
         return self._stream(rng) if self._rows is None else self._from_memory(self._rows, rng)
 
     def _from_memory(self, rows: dict[str, NDArray[Any]], rng: np.random.Generator) -> Iterator[Batch]:
@@ -645,6 +808,10 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _workers(count: int) -> str:
+    return "1 worker" if count == 1 else f"{count} workers"
 
 
 def _say(line: str) -> None:

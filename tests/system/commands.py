@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND_TIMEOUT_S = 400.0
 GONE_TIMEOUT_S = 20.0
 CLUSTER_READY_TIMEOUT_S = 120.0
+TRAIN_WORKER, TRAIN_CONTROLLER = "RayTrainWorker", "TrainController"
 DATA_WORKER = "MapWorker"
 """In the titles of the processes that work on Ray Data's batches: prepare's and score's."""
 

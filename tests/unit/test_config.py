@@ -229,9 +229,10 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--augment.randaugment_magnitude", "31"], "augment.randaugment_magnitude: '31' is not allowed"),
         (["--train.layer_decay", "0"], "train.layer_decay: '0' is not allowed: input should be greater than 0"),
         (["--train.freeze_epochs", "-1"], "train.freeze_epochs: '-1' is not allowed"),
-        (["--train.batch_size", "33", "--train.num_workers", "2"], "train.batch_size 33 is not a multiple of"),
-        (["--train.batch_size", "2", "--train.num_workers", "2"], "train.batch_size 2 gives each"),
-        (["--train.batch_size", "1"], "train.batch_size 1 gives each"),
+        (["--train.batch_size", "3", "--train.num_workers", "2"], "train.batch_size 3 is too small for"),
+        (["--train.batch_size", "15", "--train.num_workers", "[2, 8]"], "train.num_workers 8: each needs two images"),
+        (["--train.num_workers", "[3, 2]"], "num_workers [3, 2]: the fewest come first"),
+        (["--train.batch_size", "1"], "train.batch_size 1 is too small"),
     ],
     ids=str,
 )

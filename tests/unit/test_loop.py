@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
-from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, epoch_side_px, train
+from agr_ray.learn import loop
+from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, Snapshot, epoch_side_px, train
 from agr_ray.learn.metrics import Baseline, Labels
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate, trunk_stages
 from agr_ray.learn.precision import autocast
@@ -162,6 +165,62 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         assert {k: v for k, v in row.items() if k not in timings} == {
             k: v for k, v in other.items() if k not in timings
         }
+
+
+class _TakenAway(Exception):
+    """The machine is gone."""
+
+
+class _Preempted(LocalContext):
+    """Is told in the first epoch, after its fifth step, that its machine will be taken away, and then it is."""
+
+    snapshot: Snapshot | None = None
+
+    def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
+        for number, batch in enumerate(super().train_batches(epoch, steps_done), 1):
+            yield batch
+            if number == 5:
+                assert self.snapshot is not None
+                raise _TakenAway
+
+    def must_save(self) -> bool:
+        return True
+
+    def save(self, snapshot: Snapshot) -> None:
+        assert self.snapshot is None
+        self.snapshot = snapshot
+        self.state = copy.deepcopy(snapshot.train_state())
+        self.model = copy.deepcopy(snapshot.model)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_an_epoch_left_in_its_middle_is_gone_on_with_and_counted_once(
+    monkeypatch: pytest.MonkeyPatch, ema_decay: float
+) -> None:
+    monkeypatch.setattr(loop, "_ASK_EVERY_S", 0.0)
+    config, data = job({"epochs": 2, "ema_decay": ema_decay}), faces(60)
+    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    context = _Preempted(data, data, config.train.batch_size)
+    with pytest.raises(_TakenAway):
+        train(context, network(config), TRANSFORM, config, baseline, 60)
+    assert context.snapshot is not None
+    assert (context.snapshot.epoch, context.snapshot.num_steps) == (1, 1)
+
+    rows, _, _ = run(config, data, model=context.model, resume=context.state)
+
+    undisturbed, _, _ = run(config, data)
+    assert [row["step"] for row in rows] == [row["step"] for row in undisturbed] == [8, 16]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert 56 <= rows[0]["num_train_rows"] <= 64  # the last batch of an epoch is smaller than the others
+    assert rows[1]["num_train_rows"] == 60
+    assert rows[0]["train_loss"] == pytest.approx(undisturbed[0]["train_loss"], rel=0.3)
+
+
+def test_steps_that_are_left_of_an_epoch_draw_other_rows() -> None:
+    context = LocalContext(faces(60), faces(1), 60)
+    (first,), (rest,) = context.train_batches(1), context.train_batches(1, steps_done=3)
+    assert not np.array_equal(first["age"], rest["age"])
+    assert np.array_equal(np.sort(first["age"]), np.sort(rest["age"]))
 
 
 def test_finished_run_resumes_to_nothing() -> None:

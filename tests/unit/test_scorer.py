@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,13 @@ from agr_ray.runtime.scorer import (
     Found,
     FoundParts,
     PartScorer,
-    Patience,
     Scoring,
     WrittenParts,
     flags,
     manifest_folder,
 )
 from agr_ray.schema import GENDERS, IMAGES
-from agr_ray.storage import Storage, StorageUnavailable
+from agr_ray.storage import Storage
 from agr_ray.vision.decode import encode_jpeg
 
 PROVENANCE = {"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1}
@@ -103,29 +101,6 @@ def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
     assert rows["2"]["error"] == "killed its worker 3 times"
     assert deaths == {4: 1, 1: scorer.MAX_DEATHS}  # in its batch, then three times alone
     assert not any(path.is_file() for path in Path(scoring.work, "attempts").rglob("*"))
-
-
-def test_storage_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorer, "_RETRY_S", 0.0)
-
-    assert Patience(60.0).call(fails(3)) == "done"
-
-
-def test_storage_that_stays_away_is_not() -> None:
-    with pytest.raises(StorageUnavailable):
-        Patience(-1.0).call(fails(1))
-
-
-def fails(times: int) -> Callable[[], str]:
-    left = [times]
-
-    def work() -> str:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise StorageUnavailable("gone")
-        return "done"
-
-    return work
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,14 @@ def test_rows_are_evened_out_once_they_are_in_memory() -> None:
     assert first == again != [batch["age"].tolist() for batch in batches.epoch(4)]
 
 
+def test_an_epoch_gone_on_with_comes_in_another_order() -> None:
+    batches = shard_batches(None)
+    list(batches.epoch(1))
+    first, rest = (np.concatenate([b["age"] for b in batches.epoch(2, steps_done)]) for steps_done in (0, 3))
+    assert not np.array_equal(first, rest)
+    assert np.array_equal(np.sort(first), np.sort(rest))
+
+
 def test_without_a_sampler_each_row_comes_once() -> None:
     batches = shard_batches(None)
     for epoch in (1, 2):

@@ -1,0 +1,296 @@
+"""Training on three nodes and an S3 server: whatever is killed, each epoch is there once and the model is as good."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import (
+    ROOT,
+    TRAIN_CONTROLLER,
+    TRAIN_WORKER,
+    Cluster,
+    Node,
+    add_node,
+    disturb_command,
+    job_command,
+    kill_command,
+    kill_node,
+    run_cluster,
+    run_command,
+    succeed,
+    titled_processes,
+)
+from seaweedfs import Bucket, S3Server, run_seaweedfs
+
+sys.path.append(str(ROOT / "tests" / "ray"))
+from sets import SIDE_PX, prepared_set
+
+pytestmark = pytest.mark.timeout(900)
+
+BUCKET = "training"
+SPLITS = {"train": 320, "val": 80}
+BATCH = 32
+EPOCHS = 12
+EPOCHS_BEFORE = 3
+"""That are done when the harm is."""
+OUTAGE_S = 30.0
+NOTICE_S = 20
+"""Between a notice and the end of a machine."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run in a bucket."""
+
+    bucket: Bucket
+    name: str
+
+    def command(self, cluster: Cluster, **changes: object) -> list[str]:
+        """Return the command that trains, and that goes on."""
+        options = {
+            "--cluster.address": cluster.address,
+            "--storage.endpoint_url": self.bucket.server.endpoint_url,
+            "--train.data": f"{self.bucket.uri}/data",
+            "--train.out": f"{self.bucket.uri}/runs",
+            "--train.name": self.name,
+            "--train.num_workers": 2,
+            "--train.threads_per_worker": 1,
+            "--train.batch_size": BATCH,
+            "--train.epochs": EPOCHS,
+            "--train.early_stopping_epochs": 0,
+            "--train.lr": 2e-3,
+            "--train.schedule": "one_cycle",
+            "--model.trunk": "resnet18",
+            "--model.input_side_px": SIDE_PX,
+        } | {f"--train.{key}": value for key, value in changes.items()}
+        return job_command("train", *(word for option in options.items() for word in option))
+
+    def history(self) -> list[dict[str, Any]]:
+        key = f"runs/{self.name}/history.parquet"
+        rows: list[dict[str, Any]] = self.bucket.table(key).to_pylist() if self.bucket.keys(key) else []
+        return rows
+
+    def has_done(self, epochs: int) -> Callable[[], bool]:
+        return lambda: len(self.history()) >= epochs
+
+    def check(self, like: Run | None = None) -> None:
+        """Fail unless each epoch is there once, checkpoints are whole, and the model is as good as another run's."""
+        rows = self.history()
+        assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
+        assert [row["step"] for row in rows] == [SPLITS["train"] // BATCH * row["epoch"] for row in rows]
+        assert {row["num_val_rows"] for row in rows} == {SPLITS["val"]}
+        assert self.bucket.json(f"runs/{self.name}/run.json")["finished"] == "epochs"
+        for name, epoch in (("best", best(rows)["epoch"]), ("last", EPOCHS)):
+            assert self.bucket.json(f"runs/{self.name}/{name}/meta.json")["metrics"]["epoch"] == epoch
+        if like is not None:
+            assert best(rows)["val_objective"] == pytest.approx(best(like.history())["val_objective"], abs=NOISE)
+
+
+NOISE = 0.15
+"""By which the objectives of two runs that nothing disturbs may differ; guessing has 1."""
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return min(rows, key=lambda row: row["val_objective"])
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Bucket:
+    bucket = Bucket.create(s3_server, BUCKET)
+    bucket.upload(prepared_set(tmp_path_factory.mktemp("crops") / "data", SPLITS), "data")
+    return bucket
+
+
+@pytest.fixture(scope="module")
+def three_nodes(s3_server: S3Server) -> Iterator[Cluster]:
+    with run_cluster(
+        s3_server.environment() | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}, num_cpus=(3, 3, 3)
+    ) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _three_nodes_again(three_nodes: Cluster) -> Iterator[None]:
+    yield
+    while len(three_nodes.nodes) < 3:
+        add_node(three_nodes, 3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bucket: Bucket, three_nodes: Cluster) -> Run:
+    run = Run(bucket, "undisturbed")
+    succeed(run.command(three_nodes), three_nodes.environment)
+    return run
+
+
+def working_node(cluster: Cluster) -> Node:
+    """Return a node, not the head, on which a worker trains."""
+    return next(node for node in cluster.nodes[1:] if titled_processes([node], TRAIN_WORKER))
+
+
+def test_a_run_that_nothing_disturbs_learns(undisturbed: Run) -> None:
+    undisturbed.check()
+    assert best(undisturbed.history())["val_objective"] < 0.6
+
+
+def test_a_killed_worker_is_started_again(
+    bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(bucket, "worker")
+
+    printed = disturb_command(
+        run.command(three_nodes),
+        three_nodes,
+        tmp_path / "log",
+        when=run.has_done(EPOCHS_BEFORE),
+        then=lambda: titled_processes(three_nodes.nodes, TRAIN_WORKER)[0].kill(),
+    )
+
+    assert "resuming after epoch" in printed
+    run.check(like=undisturbed)
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_killed_node_are_started_on_another(
+    bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(bucket, "node")
+
+    printed = disturb_command(
+        run.command(three_nodes),
+        three_nodes,
+        tmp_path / "log",
+        when=run.has_done(EPOCHS_BEFORE),
+        then=lambda: kill_node(three_nodes, working_node(three_nodes)),
+    )
+
+    assert "resuming after epoch" in printed
+    run.check(like=undisturbed)
+
+
+@pytest.mark.slow
+def test_after_its_driver_was_killed_the_same_command_goes_on(
+    bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(bucket, "driver")
+    kill_command(run.command(three_nodes), three_nodes, tmp_path / "log", when=run.has_done(EPOCHS_BEFORE))
+    assert len(run.history()) < EPOCHS
+
+    printed = succeed(run.command(three_nodes), three_nodes.environment)
+
+    assert "resuming after epoch" in printed
+    run.check(like=undisturbed)
+
+
+@pytest.mark.slow
+def test_the_killed_controller_of_the_workers_is_started_again(
+    bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(bucket, "controller")
+
+    printed = disturb_command(
+        run.command(three_nodes),
+        three_nodes,
+        tmp_path / "log",
+        when=run.has_done(EPOCHS_BEFORE),
+        then=lambda: titled_processes(three_nodes.nodes, TRAIN_CONTROLLER)[0].kill(),
+    )
+
+    assert "what steers the workers ended" in printed
+    run.check(like=undisturbed)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_stopped_for_a_while_is_waited_for(
+    three_nodes: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    with run_seaweedfs(tmp_path / "seaweedfs") as server:
+        bucket = Bucket.create(server, BUCKET)
+        bucket.upload(prepared_set(tmp_path / "data", SPLITS), "data")
+        run = Run(bucket, "outage")
+
+        def stop_for_a_while() -> None:
+            server.weed.kill()
+            time.sleep(OUTAGE_S)
+            server.weed.start()
+
+        disturb_command(
+            run.command(three_nodes),
+            three_nodes,
+            tmp_path / "log",
+            when=run.has_done(EPOCHS_BEFORE),
+            then=stop_for_a_while,
+        )
+
+        run.check(like=undisturbed)
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_with_fewer_workers(
+    bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(bucket, "elastic")
+
+    printed = disturb_command(
+        run.command(three_nodes, num_workers="[1, 3]", cpus_per_worker=3),
+        three_nodes,
+        tmp_path / "log",
+        when=run.has_done(EPOCHS_BEFORE),
+        then=lambda: kill_node(three_nodes, working_node(three_nodes)),
+    )
+
+    assert "3 workers" in printed
+    assert "2 workers" in printed
+    run.check(like=undisturbed)
+
+
+@pytest.mark.slow
+def test_a_notice_leads_to_a_checkpoint_in_the_middle_of_an_epoch(
+    bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(bucket, "notice")
+
+    def give_notice_and_kill() -> None:
+        node = working_node(three_nodes)
+        succeed(drain(three_nodes, node), three_nodes.environment)
+        time.sleep(NOTICE_S)
+        kill_node(three_nodes, node)
+
+    printed = disturb_command(
+        run.command(three_nodes),
+        three_nodes,
+        tmp_path / "log",
+        when=run.has_done(1),
+        then=give_notice_and_kill,
+    )
+
+    assert "a machine will be taken away: checkpoint of epoch" in printed
+    run.check(like=undisturbed)
+
+
+def drain(cluster: Cluster, node: Node) -> list[str]:
+    """Return the command with which a provider says that it will take a node away."""
+    # Raylets name their node on their command line.
+    (raylet,) = [p for p in titled_processes([node], "raylet/raylet") if "--node_id" in " ".join(p.cmdline())]
+    node_id = next(word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--node_id"))
+    return [
+        *("ray", "drain-node", "--address", cluster.address, "--node-id", node_id),
+        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
+        *("--deadline-remaining-seconds", str(NOTICE_S)),
+    ]
+
+
+def test_workers_that_do_not_fit_are_refused_with_what_there_is(bucket: Bucket, three_nodes: Cluster) -> None:
+    done = run_command(Run(bucket, "large").command(three_nodes, num_workers=16), three_nodes.environment)
+
+    assert done.returncode == 2
+    assert (
+        "train.num_workers asks for 16 x 1 CPU and 2 for reading and writing, 18 in all; the cluster has 9"
+        in done.stderr
+    )

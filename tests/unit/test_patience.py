@@ -1,0 +1,34 @@
+"""Waiting for storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from agr_ray.runtime import patience
+from agr_ray.runtime.patience import Patience
+from agr_ray.storage import StorageUnavailable
+
+
+def test_storage_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_RETRY_S", 0.0)
+
+    assert Patience(60.0).call(fails(3)) == "done"
+
+
+def test_storage_that_stays_away_is_not() -> None:
+    with pytest.raises(StorageUnavailable):
+        Patience(-1.0).call(fails(1))
+
+
+def fails(times: int) -> Callable[[], str]:
+    left = [times]
+
+    def work() -> str:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise StorageUnavailable("gone")
+        return "done"
+
+    return work
