@@ -139,6 +139,14 @@ def test_a_run_that_nothing_disturbs_learns(undisturbed: Run) -> None:
     assert best(undisturbed.history())["val_objective"] < 0.6
 
 
+@pytest.mark.slow
+def test_one_worker_learns_as_well_as_two(bucket: Bucket, three_nodes: Cluster, undisturbed: Run) -> None:
+    run = Run(bucket, "alone")
+    succeed(run.command(three_nodes, num_workers=1), three_nodes.environment)
+
+    run.check(like=undisturbed)
+
+
 def test_a_killed_worker_is_started_again(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
