@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Final
@@ -517,9 +518,9 @@ class RayContext:
         self._val = ShardBatches(
             ray.train.get_dataset_shard("val"), max(batch_size, MIN_VAL_BATCH), keep=run.num_val_rows <= max_rows
         )
-        self._logs = _Logs(run) if self.rank == 0 else None
-        self._samples: Batch | None = None
         self._patience = Patience(train.outage_s)
+        self._logs = _Logs(run, self._patience) if self.rank == 0 else None
+        self._samples: Batch | None = None
         self._shown = time.monotonic()
 
     def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
@@ -558,7 +559,9 @@ class RayContext:
         metrics = {"epoch": row["epoch"], "val": report.metrics}
         # Training goes on while it is on its way; Ray knows of it, and so goes on from it, once all of it is there.
         self._keep(report, row, metrics, CheckpointUploadMode.ASYNC)
-        self._patience.call(lambda: self._log(report))
+        self._logs.write(report.row, report.train_state()["history"])
+        if report.finished and self._samples is not None:
+            self._logs.show(self._samples, report)
         _say(_epoch_line(report, self._run.job.train.epochs))
 
     def must_save(self) -> bool:
@@ -605,12 +608,6 @@ class RayContext:
         self._patience.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
         filesystem, path = storage.arrow_filesystem(uri)
         return Checkpoint(path, filesystem)
-
-    def _log(self, report: EpochReport) -> None:
-        assert self._logs is not None
-        self._logs.write(report.row, report.train_state()["history"])
-        if report.finished and self._samples is not None:
-            self._logs.show(self._samples, report)
 
     def progress(self, progress: Progress) -> None:
         """Print a line now and then."""
@@ -698,10 +695,11 @@ class ShardBatches:
 class _Logs:
     """TensorBoard's event files, history.parquet and MLflow, written by one worker after every epoch."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, patience: Patience) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run = run
+        self._patience = patience
         self._events = run.storage.join(run.uri, "tensorboard")
         self._local = TemporaryDirectory()
         self._writer = SummaryWriter(self._local.name)
@@ -709,7 +707,7 @@ class _Logs:
         _warn(problem)
 
     def write(self, row: Row, history: list[Row]) -> None:
-        _write_history(self._run, history)
+        self._patience.call(lambda: _write_history(self._run, history))
         for name, value in row.items():
             if value is not None and name != "epoch":
                 self._writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
@@ -731,7 +729,8 @@ class _Logs:
         self._writer.flush()
         # Through storage, because the run may lie on S3; the files are small.
         for path in Path(self._local.name).iterdir():
-            self._run.storage.write(self._run.storage.join(self._events, path.name), path.read_bytes())
+            uri, body = self._run.storage.join(self._events, path.name), path.read_bytes()
+            self._patience.call(partial(self._run.storage.write, uri, body))
 
 
 def _publish(run: Run, result: Result, console: Console) -> str:
