@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,17 +12,20 @@ SAMPLE_S = 5.0
 
 
 @contextmanager
-def watched_memory(root: int) -> Iterator[list[float]]:
+def watched_memory(root: int) -> Iterator[list[Counter[str]]]:
     """Yield a growing list: every five seconds the MiB of a process and all below it, proportional set sizes summed.
 
-    Shared pages, such as Ray's object store, count once.
+    By what processes are called. Shared pages, such as Ray's object store, count once.
     """
-    samples_mib: list[float] = []
+    samples_mib: list[Counter[str]] = []
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(SAMPLE_S):
-            samples_mib.append(sum(map(pss_mib, descendants(root))))
+            sample: Counter[str] = Counter()
+            for process in descendants(root):
+                sample[title(process)] += pss_mib(process)
+            samples_mib.append(sample)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -30,6 +34,29 @@ def watched_memory(root: int) -> Iterator[list[float]]:
     finally:
         done.set()
         thread.join()
+
+
+def peak(samples_mib: Sequence[Counter[str]]) -> Counter[str]:
+    """Return the largest sample."""
+    return max(samples_mib, key=Counter.total, default=Counter())
+
+
+def described(sample_mib: Counter[str]) -> str:
+    """Say which processes are most of it."""
+    largest = ", ".join(f"{name} {mib:,.0f}" for name, mib in sample_mib.most_common(6))
+    return f"{sample_mib.total():,.0f} MiB: {largest}"
+
+
+def title(process: int) -> str:
+    """Return what a process is called: Ray's workers by what they do, others by their program."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # it has ended
+        return ""
+    if words[0].startswith("ray::"):
+        return words[0].partition("(")[0].strip()
+    scripts = [word for word in words[1:3] if word.endswith(".py")]
+    return Path(scripts[0] if scripts else words[0]).name
 
 
 def descendants(root: int) -> list[int]:

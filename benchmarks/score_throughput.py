@@ -34,7 +34,7 @@ import pyarrow.dataset
 import torch
 import torchvision
 from facenet_pytorch import MTCNN
-from memory import watched_memory
+from memory import described, peak, watched_memory
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -128,7 +128,7 @@ def main() -> None:
         ended - first_read,
         arguments.workers,
     )
-    console.print(f"peak memory of (b), all processes: {max(samples_mib, default=0.0):,.0f} MiB")
+    console.print(f"peak memory of (b), {described(peak(samples_mib))}")
     console.print(agreement)
     if arguments.checkpoint:
         console.print(in_new_process(attribute_agreement, paths, arguments.checkpoint, "trained")[0])
