@@ -43,6 +43,7 @@ from agr_ray.storage import Storage
 
 KILLERS = ("SIGKILL", "SIGSEGV")
 OUTAGE_S = 30.0
+TIMEOUT_S = 1800.0
 REFUSED_SHARE = 0.05
 
 
@@ -75,12 +76,18 @@ class Disturbance:
     def run(self) -> None:
         """Start the command three times; the third ends."""
         self._say("started")
-        kill_command(self._command(self._server.endpoint_url), self._cluster, self._log, when=self._disturbed)
+        kill_command(
+            self._command(self._server.endpoint_url),
+            self._cluster,
+            self._log,
+            when=self._disturbed,
+            timeout_s=TIMEOUT_S,
+        )
         self._say("driver killed")
         faults = Faults(share=REFUSED_SHARE)
         with run_fault_proxy(self._server.endpoint_url, faults) as endpoint_url:
             command = self._command(endpoint_url)
-            kill_command(command, self._cluster, self._log, when=self._is_publishing)
+            kill_command(command, self._cluster, self._log, when=self._is_publishing, timeout_s=TIMEOUT_S)
             self._say("driver killed while it published")
             disturb_command(command, self._cluster, self._log, when=lambda: True, then=lambda: None)
         self._say(f"ended; {faults.num_drawn:,} of {faults.num_requests:,} requests were refused meanwhile")
@@ -120,7 +127,7 @@ class Disturbance:
 
     def _wait_for(self, share: float) -> None:
         """Return once that share of the photographs is scored."""
-        deadline = time.monotonic() + 1800
+        deadline = time.monotonic() + TIMEOUT_S
         while self._num_parts_done() * 128 < share * self._num:
             if time.monotonic() > deadline:
                 raise SystemExit(f"never came to {share:.0%}: {self._log.read_text(errors='replace')[-3000:]}")

@@ -96,10 +96,17 @@ def succeed(command: list[str], environment: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def kill_command(command: list[str], cluster: Cluster, log: Path, *, when: Callable[[], bool]) -> None:
+def kill_command(
+    command: list[str],
+    cluster: Cluster,
+    log: Path,
+    *,
+    when: Callable[[], bool],
+    timeout_s: float = COMMAND_TIMEOUT_S,
+) -> None:
     """Start a command, SIGKILL it and its process group once `when` is true, and wait until all it started is gone."""
     with _started(command, cluster.environment, log) as process:
-        _wait(when, process, log)
+        _wait(when, process, log, timeout_s)
     # Its workers are the cluster's, which ends them a moment later.
     deadline = time.monotonic() + GONE_TIMEOUT_S
     while titled_processes(cluster.nodes, DATA_WORKER):
