@@ -199,7 +199,8 @@ class _ProposalNet(nn.Module):
         """
         num_columns = _num_cells(sheet.shape[1])
         per_strip = _STRIP_HEIGHT_PX // _STRIDE_PX * num_columns
-        positions, logits, regressions = [torch.zeros(0).long()], [torch.zeros(0)], [torch.zeros(0, 4)]
+        positions, logits = [torch.zeros(0).long()], [torch.zeros(0)]
+        seen = [torch.zeros(0, self.box.in_features, device=device)]
         for number, top in enumerate(range(0, len(sheet) - _OVERLAP_PX, _STRIP_HEIGHT_PX)):
             pixels = torch.from_numpy(sheet[top : top + _STRIP_HEIGHT_PX + _OVERLAP_PX]).to(device)
             pixels_nchw = pixels.permute(2, 0, 1)[None].to(self.face_logit.weight.dtype)
@@ -208,10 +209,12 @@ class _ProposalNet(nn.Module):
             passed = (strip_logits.sigmoid() >= threshold).nonzero()[:, 0]
             positions.append(passed.cpu() + number * per_strip)
             logits.append(strip_logits[passed].cpu())
-            regressions.append(self.box(features[passed]).float().cpu())
+            seen.append(features[passed].float())
+        # Not in bfloat16, for which oneDNN would compile and keep a product for each number of cells: 1 MiB each.
+        regressions = functional.linear(torch.cat(seen), self.box.weight.float(), self.box.bias.float())
         position = torch.cat(positions)
         cells = torch.stack([position // num_columns, position % num_columns], dim=1)
-        return cells, torch.cat(logits).sigmoid(), torch.cat(regressions)
+        return cells, torch.cat(logits).sigmoid(), regressions.cpu()
 
 
 class _RowwisePReLU(nn.Module):
