@@ -170,7 +170,11 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 
 def _settings_digest(job: TrainJob, prepared: PreparedSet) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
-    moot = ("out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker", "mlflow_uri")
+    # Threads, TF32 and the compiler round otherwise, no more; `accumulate` stays: batch norm sees its parts.
+    moot = (
+        *("out", "name", "max_failures", "cache_mib", "mlflow_uri"),
+        *("threads_per_worker", "cpus_per_worker", "tf32", "compile"),
+    )
     fields = TrainConfig.model_fields
     settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": prepared.digest})
     return digest(job.model, job.loss, job.augment, settings, job.predict)

@@ -232,6 +232,14 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--train.batch_size", "33", "--train.num_workers", "2"], "train.batch_size 33 is not a multiple of"),
         (["--train.batch_size", "2", "--train.num_workers", "2"], "train.batch_size 2 gives each"),
         (["--train.batch_size", "1"], "train.batch_size 1 gives each"),
+        (
+            ["--train.batch_size", "12", "--train.num_workers", "2", "--train.accumulate", "4"],
+            "train.batch_size 12 gives each of train.num_workers 2 too few images a step for train.accumulate 4: batch",
+        ),
+        (["--train.accumulate", "0"], "train.accumulate: '0' is not allowed: input should be greater than 0"),
+        (["--train.precision", "float16"], "train: precision float16 needs use_gpu; on a CPU: auto, float32, bfloat16"),
+        (["--predict.precision", "float16"], "'auto', 'float32' or 'bfloat16'"),
+        (["--train.sync_batch_norm", "true"], "train: sync_batch_norm true needs use_gpu"),
     ],
     ids=str,
 )
