@@ -71,13 +71,13 @@ def main() -> None:
     config = ModelConfig(trunk=arguments.trunk, input_side_px=arguments.side)
     num_parameters = sum(p.numel() for p in MultiTaskNet(config).parameters())
     groups = {size: measure(size, config, arguments.batch, arguments.steps) for size in (1, arguments.workers)}
-    console.print(
-        measured_table(groups, arguments.batch, f"{config.trunk}, {arguments.side} px, {arguments.batch} each")
-    )
+    title = f"{config.trunk}, {arguments.side} px, {arguments.batch} images a step for each process"
+    console.print(measured_table(groups, arguments.batch, title))
     several = groups[arguments.workers]
     console.print(
-        f"gradients: DDP hands over {several.sent_bytes:,.0f} bytes a step in each process; {num_parameters:,} parameters "
-        f"of 4 bytes are {4 * num_parameters:,}; all-reduce of so many alone: {several.all_reduce_s * 1000:.0f} ms",
+        f"gradients: DDP hands over {several.sent_bytes:,.0f} bytes a step in each process; {num_parameters:,} "
+        f"parameters of 4 bytes are {4 * num_parameters:,}; all-reduce of so many alone: "
+        f"{several.all_reduce_s * 1000:.0f} ms",
         soft_wrap=True,
     )
     compute_s = arguments.batch_per_gpu / arguments.samples_per_s_per_gpu
