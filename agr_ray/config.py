@@ -33,7 +33,6 @@ from agr_ray.schema import SPLITS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
-Precision = Literal["auto", "float32", "bfloat16"]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Split = Literal["train", "val", "test", "all"]
 
@@ -283,6 +282,10 @@ class TrainConfig(Section):
     """Threads that a worker computes with; none: the machine's CPUs shared out among its workers."""
     batch_size: PositiveInt = 32
     """Images in one optimiser step over all workers together."""
+    accumulate: PositiveInt = 1
+    """Parts in which a worker takes its share of batch_size, one after the other, adding up their gradients, where its
+    memory can't hold the whole. The step is the same, but that batch norm sees the parts, which need two images each.
+    1: the whole at once."""
     epochs: PositiveInt = 50
     """Passes over the training part, at most."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -312,9 +315,18 @@ class TrainConfig(Section):
     """Largest gradient norm, longer ones are scaled down; 0: no limit."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay for each step of the moving average of weights that is validated and kept; 0: the weights themselves."""
-    precision: Precision = "float32"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the forward and backward passes' arithmetic (autocast), weights stay float32; auto: bfloat16 where the
-    device has instructions for it."""
+    device has instructions for it. float16 is for GPUs that have none for bfloat16 (V100, T4) and needs use_gpu: the
+    loss is scaled to keep small gradients, and a step whose gradients overflow is left out."""
+    tf32: bool = True
+    """Whether a GPU may round the factors of float32 products to 10 bits (TF32): several times as fast since Ampere."""
+    compile: bool = False
+    """Compile the network for training (torch.compile). Needs a C++ compiler on every node, and the first step a minute
+    or more; a smaller last batch or another of input_sides_px compiles once more, then for any size."""
+    sync_batch_norm: bool = False
+    """Batch norm over the batches of all workers at once, two exchanges more for each layer: for shares of batch_size
+    that are too small for statistics, about 8 and less. Needs use_gpu."""
     input_sides_px: tuple[Annotated[int, Field(ge=32, le=1024)], ...] = ()
     """Progressive resizing: sides of the network's input, pixels, in equal shares of the epochs, such as [48, 64, 88].
     Small ones are quick. The last must be model.input_side_px. Empty: that throughout."""
@@ -376,6 +388,14 @@ class TrainConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_the_gpu_it_needs(self) -> Self:
+        if self.precision == "float16" and not self.use_gpu:
+            raise ValueError("precision float16 needs use_gpu; on a CPU: auto, float32, bfloat16")
+        if self.sync_batch_norm and not self.use_gpu:
+            raise ValueError("sync_batch_norm true needs use_gpu: torch has it for GPUs only")
+        return self
+
 
 class EvaluateConfig(Section):
     """A checkpoint measured on a prepared set."""
@@ -409,7 +429,7 @@ class PredictConfig(Section):
 
     flip_average: bool = False
     """Predict the crop and its mirror image and average: a little more accurate, twice the time."""
-    precision: Precision = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Type of the network's arithmetic (autocast); auto: bfloat16 where the device has instructions for it."""
 
 
@@ -576,10 +596,11 @@ class TrainJob(Job):
 
     @model_validator(mode="after")
     def _batch_is_large_enough(self) -> Self:
-        if self.train.batch_size < 2 * self.train.max_workers:
+        if self.train.batch_size < 2 * self.train.max_workers * self.train.accumulate:
+            parts = f" and train.accumulate {self.train.accumulate}" if self.train.accumulate > 1 else ""
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is too small for train.num_workers "
-                f"{self.train.max_workers}: each needs two images a step, for batch normalisation"
+                f"{self.train.max_workers}{parts}: each needs two images a step, for batch normalisation"
             )
         return self
 

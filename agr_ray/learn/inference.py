@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from agr_ray.learn.precision import uses_bfloat16
+from agr_ray.learn.precision import compute_dtype
 from agr_ray.models.network import MultiTaskNet
 
 
@@ -28,7 +28,7 @@ def for_inference(model: MultiTaskNet, precision: str) -> MultiTaskNet:
     device = next(model.parameters()).device
     made = copy.deepcopy(model).requires_grad_(False)
     _fold_batch_norms(made.trunk)
-    dtype = torch.bfloat16 if uses_bfloat16(device, precision) else torch.float32
+    dtype = compute_dtype(device, precision)
     made.trunk = _Trunk(made.trunk.to(device, dtype).to(memory_format=torch.channels_last), dtype)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         _fuse_activations(made.trunk)

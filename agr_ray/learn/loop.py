@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -25,11 +27,11 @@ from torch import Tensor, nn
 
 from agr_ray.config import TrainConfig, TrainJob
 from agr_ray.learn.augment import augment
-from agr_ray.learn.losses import Targets, first_log_variances, label_counts, loss_weights, multi_task_loss
+from agr_ray.learn.losses import Targets, TaskSums, first_log_variances, label_counts, loss_weights, multi_task_loss
 from agr_ray.learn.metrics import Baseline, GroupSums, Labels, MetricSums, objective
 from agr_ray.learn.mix import Mix, draw_mix, mix_images
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
-from agr_ray.learn.precision import autocast
+from agr_ray.learn.precision import allow_tf32, autocast, grad_scaler
 from agr_ray.learn.predict import Predictions, average, infer, to_nchw
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.network import TASKS, MultiTaskNet, Outputs, Transform
@@ -311,6 +313,9 @@ class _Run:
         self.baseline = baseline
         self.num_train_rows = num_train_rows
         self.steps_per_epoch = steps_per_epoch(num_train_rows, job.train)
+        allow_tf32(context.device, job.train.tf32)
+        if job.train.sync_batch_norm:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # in place, names stay
         self.model = model.to(context.device).to(memory_format=torch.channels_last)
         state = dict(resume or {})
         self.epoch = int(state.get("epoch", 0))
@@ -334,6 +339,9 @@ class _Run:
         self.optimizer = build_optimizer(self.model, job.train, self.log_variances)
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler = grad_scaler(context.device, job.train.precision)
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         self.wrapped = self._wrap(is_frozen=self.epoch < job.train.freeze_epochs)
 
     def run(self) -> list[Row]:
@@ -372,7 +380,11 @@ class _Run:
         """Let the trunk learn or not, and wrap the model anew: DDP waits for the gradients that it was made with."""
         self.is_frozen = is_frozen
         self.model.trunk.requires_grad_(not is_frozen)
-        learner = self.model if self.log_variances is None else _Learner(self.model, self.log_variances)
+        learner: nn.Module = self.model
+        if self.log_variances is not None or self.job.train.compile:
+            learner = _Learner(self.model, self.log_variances)
+        if self.job.train.compile:
+            learner.compile()  # before DDP, which then cuts the graph where it sends gradients off
         return self.context.wrap(learner)
 
     def _begin_training(self) -> None:
@@ -410,22 +422,25 @@ class _Run:
             else:
                 # Before the ranks add up their labels, because it decides how much each counts.
                 mix = draw_mix(len(targets.age), self._transform().input_side_px, self.job.augment, generator)
+            is_short = len(targets.age) < 2 * self.job.train.accumulate
             asks = context.rank == 0 and time.monotonic() - self.asked >= _ASK_EVERY_S
-            totals = context.all_reduce_sum(_agreement(targets, mix, bool(monitor.problem), asks))
-            if totals[4] > 0:
+            totals = context.all_reduce_sum(_agreement(targets, mix, is_short, bool(monitor.problem), asks))
+            if totals[5] > 0:
                 raise NonFiniteLossError(
                     monitor.problem or f"epoch {self.epoch}: the loss of another rank is not finite",
                     monitor.image_ids if monitor.problem else None,
                 )
             if totals[0] == 0:
                 break
+            if self.job.train.sync_batch_norm and totals[4] > 0:
+                self.wrapped.eval()  # ranks normalise together, in the same number of parts, or not at all
             task_sums, task_counts = self._step(batch, targets, mix, totals[1:4], epoch, generator, monitor)
             sums += task_sums
             counts += task_counts
             epoch.num_rows += int(totals[0])
             epoch.num_local_rows += len(targets.age)
             now = time.perf_counter()
-            if totals[5] > 0:
+            if totals[6] > 0:
                 self.asked = time.monotonic()
                 epoch.train_s = train_s_before + now - start
                 self._save_if_needed(epoch, torch.cat([sums, counts]), monitor)
@@ -492,24 +507,48 @@ class _Run:
             images = mix_images(images, mix)
         targets = Targets(*(values.to(device, non_blocking=True) for values in targets))
         set_learning_rate(self.optimizer, self._lr(epoch.num_steps))
-        with autocast(device, config.precision):
-            outputs = self.wrapped(images.contiguous(memory_format=torch.channels_last))
-        loss, tasks = multi_task_loss(
-            outputs, targets, self.job.loss, counts_total, self.context.world_size, self.log_variances, mix
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+        loss, tasks = self._backward(images, targets, mix, counts_total)
         if config.clip_norm:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.step += 1
         epoch.num_steps += 1
-        monitor.watch(self.step, loss.detach(), tasks.sums, tasks.counts, batch)
+        monitor.watch(self.step, loss, tasks.sums, tasks.counts, batch)
         if not monitor.problem:
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model)
         self._begin_training()
         return tasks.sums, tasks.counts
+
+    def _backward(
+        self, images: Tensor, targets: Targets, mix: Mix | None, counts_total: Tensor
+    ) -> tuple[Tensor, TaskSums]:
+        """Add up the gradients of this rank's batch, part by part, and return its loss, detached, and its sums."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        self.optimizer.zero_grad(set_to_none=True)
+        slices = _slices(len(images), self.job.train.accumulate)
+        world_size, log_variances = self.context.world_size, self.log_variances
+        losses: list[Tensor] = []
+        found: list[TaskSums] = []
+        for rows in slices:
+            with self._exchange(is_last=rows == slices[-1]):
+                with autocast(self.context.device, self.job.train.precision):
+                    outputs = self.wrapped(images[rows])
+                loss, tasks = multi_task_loss(
+                    outputs, targets, self.job.loss, counts_total, world_size, log_variances, mix, rows, len(slices)
+                )
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
+            losses.append(loss.detach())
+            found.append(tasks)
+        return torch.stack(losses).sum(), TaskSums(*(torch.stack(each).sum(dim=0) for each in zip(*found, strict=True)))
+
+    def _exchange(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Let ranks exchange gradients once a step: after the last part of their batches."""
+        if is_last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self.wrapped.no_sync()
 
     def _validate(self, model: MultiTaskNet) -> tuple[dict[str, Any], float | None, int]:
         """Return the metrics with the baseline's, the loss (none: no labels), and the rows of all ranks."""
@@ -578,6 +617,7 @@ class _Run:
             "epoch": self.epoch,
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "raw_weights": None if self.ema is None else self.model.state_dict(),
             "log_variances": None if self.log_variances is None else self.log_variances.detach(),
             "ema_updates": 0 if self.ema is None else self.ema.num_updates,
@@ -609,9 +649,12 @@ class _Run:
 
 
 class _Learner(nn.Module):
-    """The network and the weights of its losses, so that whoever averages gradients averages theirs too."""
+    """What is trained: the network, and the weights of its losses, whose gradients are to be averaged too.
 
-    def __init__(self, model: MultiTaskNet, log_variances: nn.Parameter) -> None:
+    It is also what `compile` compiles, so that the network itself, which is validated and kept, stays as it is.
+    """
+
+    def __init__(self, model: MultiTaskNet, log_variances: nn.Parameter | None) -> None:
         super().__init__()
         self.model = model
         self.log_variances = log_variances
@@ -683,13 +726,21 @@ def _targets(batch: Batch | None) -> Targets:
     return Targets(*(torch.tensor(values) for values in labels_of(batch)))
 
 
-def _agreement(targets: Targets, mix: Mix | None, has_problem: bool, asks: bool) -> Tensor:
+def _agreement(targets: Targets, mix: Mix | None, is_short: bool, has_problem: bool, asks: bool) -> Tensor:
     """Return what ranks tell each other before a step.
 
-    Rows, labels of each of three tasks, whether a loss was not finite, whether to ask if a machine will be taken away.
+    (7,) float32: rows, labels of each task, whether rows are too few for all parts, whether a loss was not finite,
+    whether to ask if a machine will be taken away.
     """
     counts = label_counts(targets, mix)
-    return torch.cat([torch.tensor([len(targets.age)]), counts, torch.tensor([has_problem, asks])]).float()
+    return torch.cat([torch.tensor([len(targets.age)]), counts, torch.tensor([is_short, has_problem, asks])]).float()
+
+
+def _slices(num_rows: int, num_parts: int) -> list[slice]:
+    """Cut rows into parts as equal as can be; into fewer where a part would have only one, as batch norm needs two."""
+    num_parts = min(num_parts, max(num_rows // 2, 1))
+    edges = [num_rows * part // num_parts for part in range(num_parts + 1)]
+    return [slice(first, end) for first, end in itertools.pairwise(edges)]
 
 
 def _seed(seed: int, epoch: int, rank: int, steps_done: int) -> int:

@@ -78,21 +78,27 @@ def multi_task_loss(
     world_size: int = 1,
     log_variances: Tensor | None = None,
     mix: Mix | None = None,
+    rows: slice = slice(None),
+    num_parts: int = 1,
 ) -> tuple[Tensor, TaskSums]:
     """Return the loss to differentiate, and the sums and counts to report.
+
+    Of a batch that is taken in parts, the parts' losses, sums and counts add up to those of the batch.
 
     A task whose labels all are missing adds exactly zero, but stays in the graph, so that DDP finds a
     gradient for every parameter. Nothing non-finite in an unlabelled row reaches the loss or a gradient.
 
     Args:
-        outputs: of this rank's rows, float32.
-        targets: of this rank's rows.
+        outputs: of `rows`, float32.
+        targets: of this rank's batch.
         config: the weights, and the age head's loss.
         counts_total: (3,) `label_counts` summed over all ranks; less than 1, as of mixed images, is taken for 1.
         world_size: the number of ranks that gradients will be averaged over.
         log_variances: (3,) the learnt s of each of `TASKS`, alike on all ranks; that of a task without a label on any
             rank is left alone. None: the weights are fixed.
         mix: how the images were mixed, on the targets' device; `counts_total` must know of it. None: they were not.
+        rows: of the batch, those that this part has.
+        num_parts: how many parts the batch is taken in.
 
     Returns:
         A scalar, and this rank's `TaskSums`.
@@ -100,7 +106,7 @@ def multi_task_loss(
     zero = torch.zeros((), device=targets.age.device)
     heads = (outputs.age_years, outputs.gender_logit, outputs.race_logits)
     stacked, counts = torch.zeros(3, device=zero.device), torch.zeros(3, device=zero.device)
-    for part, share in _parts(targets, mix):
+    for part, share in _parts(targets, mix, rows):
         masks = _masks(part)
         losses = (
             None if heads[0] is None else _age_losses(outputs, part.age, masks[0], config),
@@ -119,7 +125,8 @@ def multi_task_loss(
         is_learnt = torch.tensor([head is not None for head in heads], device=stacked.device)
         is_learnt &= counts_total.to(stacked.device) > 0
         # Each rank adds the whole of b s: averaged over ranks it is itself.
-        loss = (world_size * a * torch.exp(-log_variances) * stacked / totals + b * log_variances * is_learnt).sum()
+        scales = b * log_variances * is_learnt / num_parts
+        loss = (world_size * a * torch.exp(-log_variances) * stacked / totals + scales).sum()
     return loss, TaskSums(stacked.detach(), counts)
 
 
@@ -128,12 +135,13 @@ def _masks(targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
     return torch.isfinite(targets.age), targets.gender >= 0, targets.race >= 0
 
 
-def _parts(targets: Targets, mix: Mix | None) -> list[tuple[Targets, Tensor | None]]:
-    """Return what the n rows are to learn: labels, and the (n,) weights of the rows; None: each counts once."""
+def _parts(targets: Targets, mix: Mix | None, rows: slice = slice(None)) -> list[tuple[Targets, Tensor | None]]:
+    """Return what n rows are to learn: labels, and the (n,) weights of the rows; None: each counts once."""
+    own = Targets(*(values[rows] for values in targets))
     if mix is None:
-        return [(targets, None)]
-    partners = Targets(*(values[mix.partner] for values in targets))
-    return [(targets, mix.share), (partners, 1.0 - mix.share)]
+        return [(own, None)]
+    partners = Targets(*(values[mix.partner[rows]] for values in targets))
+    return [(own, mix.share[rows]), (partners, 1.0 - mix.share[rows])]
 
 
 def _total(rows: Tensor, share: Tensor | None) -> Tensor:

@@ -42,7 +42,11 @@ def build_optimizer(
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=config.lr, fused=True)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=_SGD_MOMENTUM, nesterov=True)
+        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=_SGD_MOMENTUM, nesterov=True, fused=True)
+        # Without them, fused SGD breaks where a frozen trunk joins later, and begins with whatever is in memory where
+        # the first gradients overflow.
+        sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for group in groups for p in group["params"]})
+        return sgd
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 

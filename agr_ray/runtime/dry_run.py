@@ -24,7 +24,7 @@ from agr_ray.config import TrainJob
 from agr_ray.learn.loop import Batch, LocalContext, NonFiniteLossError, epoch_side_px, steps_per_epoch
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.optimise import build_optimizer
-from agr_ray.learn.precision import autocast, uses_bfloat16
+from agr_ray.learn.precision import autocast, compute_dtype
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.command import JobError
@@ -50,7 +50,7 @@ class Memory:
     average: int
     """Moving average of weights; 0: none is kept."""
     activations: int
-    """Kept from the forward to the backward pass, for the worker's whole batch."""
+    """Kept from the forward to the backward pass, for the images that the worker takes at a time."""
 
     @property
     def total(self) -> int:
@@ -90,8 +90,9 @@ def dry_run(run: Run, prepared: PreparedSet, model: MultiTaskNet, console: Conso
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads_per_worker or max(1, machine_cpus() // config.min_workers))
     try:
-        memory = count_memory(model, job, largest, batch_size, device)
-        for line in memory_lines(run, memory, batch_size, largest, device):
+        at_a_time = math.ceil(batch_size / config.accumulate)
+        memory = count_memory(model, job, largest, at_a_time, device)
+        for line in memory_lines(run, memory, at_a_time, largest, device):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         speeds = {side: time_steps(run, model, crops, side, device) for side in _sides(job)}
     except NonFiniteLossError as error:
@@ -111,6 +112,9 @@ def plan_lines(run: Run, prepared: PreparedSet, model: MultiTaskNet) -> list[str
     parameters = sum(p.numel() for p in model.parameters())
     workers = f"{config.min_workers}" if config.min_workers == config.max_workers else f"at least {config.min_workers}"
     resources = f"{config.cpus_per_worker:g} CPU" + (" and 1 GPU" if config.use_gpu else "")
+    share = f"{math.ceil(config.batch_size / config.min_workers)} images a step each"
+    if config.accumulate > 1:
+        share += f" in {config.accumulate} parts"
     lines = [
         f"data: {prepared.uri}: {run.num_train_rows:,} crops to train on, {run.num_val_rows:,} images to validate on",
     ]
@@ -122,24 +126,24 @@ def plan_lines(run: Run, prepared: PreparedSet, model: MultiTaskNet) -> list[str
         f"network: {job.model.trunk}, heads {', '.join(model.tasks)}, {parameters:,} parameters, {_said_sides(job)} px",
         f"steps: {steps:,} an epoch, {config.batch_size} images each; {steps * config.epochs:,} in all "
         f"{config.epochs} epochs",
-        f"workers: {workers} x {resources}, {math.ceil(config.batch_size / config.min_workers)} images a step each; "
+        f"workers: {workers} x {resources}, {share}; "
         f"with reading, {config.min_workers * config.cpus_per_worker + 2:g} logical CPUs in all",
     ]
 
 
-def memory_lines(run: Run, memory: Memory, batch_size: int, side_px: int, device: torch.device) -> list[str]:
-    """Return what a worker needs, and what holding its crops needs."""
+def memory_lines(run: Run, memory: Memory, num_images: int, side_px: int, device: torch.device) -> list[str]:
+    """Return what a worker needs that takes so many images at a time, and what holding its crops needs."""
     config = run.job.train
     held = f"weights {_mib(memory.weights)}, gradients {_mib(memory.gradients)}, optimiser {_mib(memory.optimizer)}"
     if memory.average:
         held += f", average of weights {_mib(memory.average)}"
-    kind = "bfloat16" if uses_bfloat16(device, config.precision) else "float32"
+    kind = str(compute_dtype(device, config.precision)).removeprefix("torch.")
     share = math.ceil(run.num_train_rows / config.min_workers)
     decoded = share * crop_bytes(run.transform)
     kept = share <= max_kept_rows(run.job.train, run.transform)
     return [
         f"memory of a worker's step: {_mib(memory.total)}: {held}, activations {_mib(memory.activations)} for "
-        f"{batch_size} images of {side_px} px in {kind} (counted on two images, in proportion; the framework's own is "
+        f"{num_images} images of {side_px} px in {kind} (counted on two images, in proportion; the framework's own is "
         "not in it)",
         f"memory of a worker's crops: {_mib(decoded)} decoded, twice that while they are joined; "
         + (
@@ -173,14 +177,14 @@ def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list
     return lines
 
 
-def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, batch_size: int, device: torch.device) -> Memory:
+def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, num_images: int, device: torch.device) -> Memory:
     """Count what a training step holds, by one step on two images.
 
     Args:
         model: left as it is.
         job: its optimiser, precision and average.
         side_px: of the images.
-        batch_size: of one worker, for which activations are counted.
+        num_images: that one worker takes at a time, for which activations are counted.
         device: where the step is taken.
     """
     model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).train()
@@ -210,7 +214,7 @@ def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, batch_size: i
             value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
         ),
         average=weights if job.train.ema_decay else 0,
-        activations=sum(saved.values()) * batch_size // 2,
+        activations=sum(saved.values()) * num_images // 2,
     )
 
 

@@ -177,8 +177,9 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 
 def _settings_digest(job: TrainJob, prepared: PreparedSet) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
+    # Threads, TF32 and the compiler round otherwise, no more; `accumulate` stays: batch norm sees its parts.
     moot = {"out", "name", "num_workers", "max_failures", "outage_s", "num_to_keep", "cache_mib"}
-    moot |= {"threads_per_worker", "cpus_per_worker", "mlflow_uri"}
+    moot |= {"threads_per_worker", "cpus_per_worker", "tf32", "compile", "mlflow_uri"}
     fields = TrainConfig.model_fields
     settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": prepared.digest})
     return digest(job.model, job.loss, job.augment, settings, job.predict)

@@ -233,6 +233,14 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--train.batch_size", "15", "--train.num_workers", "[2, 8]"], "train.num_workers 8: each needs two images"),
         (["--train.num_workers", "[3, 2]"], "num_workers [3, 2]: the fewest come first"),
         (["--train.batch_size", "1"], "train.batch_size 1 is too small"),
+        (
+            ["--train.batch_size", "12", "--train.num_workers", "2", "--train.accumulate", "4"],
+            "train.batch_size 12 is too small for train.num_workers 2 and train.accumulate 4: each needs two images",
+        ),
+        (["--train.accumulate", "0"], "train.accumulate: '0' is not allowed: input should be greater than 0"),
+        (["--train.precision", "float16"], "train: precision float16 needs use_gpu; on a CPU: auto, float32, bfloat16"),
+        (["--predict.precision", "float16"], "'auto', 'float32' or 'bfloat16'"),
+        (["--train.sync_batch_norm", "true"], "train: sync_batch_norm true needs use_gpu"),
     ],
     ids=str,
 )

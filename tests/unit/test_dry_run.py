@@ -71,6 +71,14 @@ def test_a_dry_run_times_every_image_size(data: Path, capsys: pytest.CaptureFixt
     assert said.count("an epoch with validation, 2 of them") == 1
 
 
+def test_a_dry_run_counts_the_images_of_a_part(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(dry_job(data, batch_size=10, accumulate=4))
+
+    said = capsys.readouterr().out
+    assert "workers: 1 x 1 CPU, 10 images a step each in 4 parts; with reading" in said
+    assert f"for 3 images of {SIDE_PX} px in float32" in said
+
+
 def test_a_dry_run_whose_loss_is_no_number_ends_in_one_line(data: Path) -> None:
     with pytest.raises(JobError, match=r"^dry run: epoch 1, step \d+: loss (nan|inf).*image_id a.jpg"):
         train(dry_job(data, lr=1e30, optimizer="sgd"))
