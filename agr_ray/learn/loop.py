@@ -31,6 +31,8 @@ from agr_ray.learn.mix import Mix, draw_mix, mix_images
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.precision import autocast
 from agr_ray.learn.predict import Predictions, average, infer, to_nchw
+from agr_ray.learn.progress import Progress
+from agr_ray.learn.running import running_sums
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.network import TASKS, MultiTaskNet, Outputs, Transform
 from agr_ray.schema import HISTORY
@@ -63,21 +65,6 @@ class NonFiniteLossError(Exception):
         )
         self.image_ids = image_ids
         """Of the batch, as far as batches have ids; None: the batch was another rank's, which says more."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an epoch is."""
-
-    epoch: int
-    num_epochs: int
-    num_samples: int
-    """Of all ranks, in this epoch."""
-    num_samples_total: int
-    loss: float
-    """Of this rank, mean since the epoch began."""
-    samples_per_s: float
-    """Of all ranks, since the epoch began."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +231,8 @@ def epoch_side_px(epoch: int, config: TrainConfig, side_px: int) -> int:
 class _Epoch:
     """What the training part of one epoch adds up."""
 
+    running: Tensor
+    """`running_sums` of this rank, on its device."""
     num_rows: int = 0
     num_local_rows: int = 0
     num_steps: int = 0
@@ -350,7 +339,7 @@ class _Run:
             gc.collect()  # DDP is part of reference cycles, and its hooks must not outlive it
             self.wrapped = self._wrap(is_frozen)
         self._begin_training()
-        epoch = _Epoch()
+        epoch = _Epoch(running=torch.zeros(6, device=device))
         sums, counts = torch.zeros(3, device=device), torch.zeros(3, device=device)
         monitor = _Monitor(self.epoch, check_every=_CHECK_EVERY if device.type == _CUDA else 1)
         batches = self.context.train_batches(self.epoch)
@@ -382,10 +371,7 @@ class _Run:
             now = time.perf_counter()
             if now - shown >= _PROGRESS_S:
                 shown = now
-                loss = self._weighted(torch.cat([sums, counts]).tolist())
-                speed = epoch.num_rows / (now - start)
-                progress = Progress(self.epoch, self.job.train.epochs, epoch.num_rows, self.num_train_rows, loss, speed)
-                context.progress(progress)
+                context.progress(self._progress(epoch, torch.cat([sums, counts, epoch.running]), now - start))
         epoch.train_s = max(time.perf_counter() - start, 1e-9)
         waited = torch.tensor([epoch.wait_s], dtype=torch.float64)
         totals = context.all_reduce_sum(torch.cat([sums.double().cpu(), counts.double().cpu(), waited]))
@@ -425,6 +411,7 @@ class _Run:
         loss, tasks = multi_task_loss(
             outputs, targets, self.job.loss, counts_total, self.context.world_size, self.log_variances, mix
         )
+        epoch.running += running_sums(outputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
         if config.clip_norm:
@@ -524,6 +511,23 @@ class _Run:
         """Return this epoch's, whose images may be smaller."""
         side = epoch_side_px(self.epoch, self.job.train, self.transform.input_side_px)
         return dataclasses.replace(self.transform, input_side_px=side)
+
+    def _progress(self, epoch: _Epoch, sums: Tensor, elapsed_s: float) -> Progress:
+        """Return how far the epoch is. `sums`, which this waits for: of three losses, their counts, `running_sums`."""
+        values = sums.tolist()
+        age, gender, race = (total / n if n else None for total, n in zip(values[6:9], values[9:], strict=True))
+        return Progress(
+            epoch=self.epoch,
+            num_epochs=self.job.train.epochs,
+            num_samples=epoch.num_rows,
+            num_samples_total=self.num_train_rows,
+            loss=self._weighted(values[:6]),
+            age_mae_years=age,
+            gender_accuracy=gender,
+            race_accuracy=race,
+            samples_per_s=epoch.num_rows / elapsed_s,
+            data_wait_share=epoch.wait_s / elapsed_s,
+        )
 
     def _weighted(self, sums_and_counts: Sequence[float]) -> float:
         """Return the loss: the weighted sum of the tasks' means, from three sums and three counts."""

@@ -51,13 +51,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
-from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Progress, Row, labels_of
+from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Row, labels_of
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.metrics import Baseline, Labels, class_counts
 from agr_ray.learn.predict import predict
+from agr_ray.learn.progress import Progress
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import CARD, content_codes, load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
+from agr_ray.runtime.board import progress_board
 from agr_ray.runtime.cluster import check_fits, cluster, machine_cpus
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, label_arrays, select_crops, training_dataset, usable_statuses
@@ -130,7 +132,8 @@ def train(job: TrainJob) -> str:
             spare_cpus=2.0,  # training and validation are read by a task each
         )
         _begin(run, first)
-        result = _fit(run, prepared)
+        with progress_board(console) as board:
+            result = _fit(run, prepared, board)
     failure = storage.join(uri, FAILURE)
     if storage.exists(failure):
         said, _, image_ids = storage.read(failure).decode().partition("\n")
@@ -288,8 +291,8 @@ def _first_weights(config: ModelConfig, storage: Storage) -> dict[str, Tensor] |
         return first_weights(config.model_copy(update={"weights": str(path)}))
 
 
-def _fit(run: Run, prepared: PreparedSet) -> Result:
-    """Run the workers to the end of the run."""
+def _fit(run: Run, prepared: PreparedSet, board: Any) -> Result:
+    """Run the workers to the end of the run; `board` as `RayContext`'s."""
     job, storage = run.job, run.storage
 
     def dataset(split: str) -> Callable[[], Dataset]:
@@ -300,7 +303,7 @@ def _fit(run: Run, prepared: PreparedSet) -> Result:
     resources = {"CPU": job.train.cpus_per_worker} | ({"GPU": 1} if job.train.use_gpu else {})
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"run": run},
+        train_loop_config={"run": run, "board": board},
         scaling_config=ScalingConfig(
             num_workers=job.train.num_workers, use_gpu=job.train.use_gpu, resources_per_worker=resources
         ),
@@ -336,11 +339,11 @@ def _last_line(error: Exception) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _work(config: dict[str, Run]) -> None:
+def _work(config: dict[str, Any]) -> None:
     """Be one worker."""
-    run = config["run"]
+    run: Run = config["run"]
     logging.disable(logging.INFO)  # Ray Train logs every report as a page
-    context = RayContext(run)
+    context = RayContext(run, config["board"])
     torch.set_num_threads(context.num_threads)
     checkpoint = ray.train.get_checkpoint()
     with TemporaryDirectory() as temporary:
@@ -364,10 +367,16 @@ def _work(config: dict[str, Run]) -> None:
 
 
 class RayContext:
-    """`learn.loop.Context` in one of Ray Train's workers."""
+    """`learn.loop.Context` in one of Ray Train's workers.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: what is trained.
+        board: handle of the `Board` that the driver's terminal shows; None: it has none, and lines are printed.
+    """
+
+    def __init__(self, run: Run, board: Any) -> None:
         self._run = run
+        self._board = board
         train = run.job.train
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
@@ -450,14 +459,16 @@ class RayContext:
         _say(_epoch_line(report, run.job.train.epochs))
 
     def progress(self, progress: Progress) -> None:
-        """Print a line now and then."""
+        """Leave it on the board, or print a line now and then."""
+        if self.rank:
+            return
+        if self._board is not None:
+            self._board.put.remote(progress)  # nobody waits for it, so it may fail
+            return
         now = time.monotonic()
-        if self.rank == 0 and now - self._shown >= PROGRESS_EVERY_S:
+        if now - self._shown >= PROGRESS_EVERY_S:
             self._shown = now
-            _say(
-                f"epoch {progress.epoch}/{progress.num_epochs}: {progress.num_samples:,} of "
-                f"{progress.num_samples_total:,}, loss {progress.loss:.3f}, {progress.samples_per_s:.0f} samples/s"
-            )
+            _say(progress.line())
 
 
 def crop_bytes(transform: Transform) -> int:
