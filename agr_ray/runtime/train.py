@@ -64,6 +64,7 @@ from agr_ray.runtime.cluster import check_fits, cluster, machine_cpus
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, label_arrays, select_crops, training_dataset, usable_statuses
 from agr_ray.runtime.guards import check_no_overlap, class_warnings, detector_warnings
+from agr_ray.runtime.prefetch import prefetch
 from agr_ray.runtime.prepared import PreparedSet, open_prepared
 from agr_ray.runtime.tracking import TrackedRun, check_mlflow
 from agr_ray.schema import HISTORY, Status
@@ -73,6 +74,8 @@ from agr_ray.vision.align import DEFAULT_MARGIN, crop_side_px
 PROGRESS_EVERY_S: Final = 10.0
 FAILURE: Final = "failure.txt"
 MIN_VAL_BATCH: Final = 64
+NUM_AHEAD: Final = 2
+"""Batches that wait for the device."""
 NUM_SAMPLES: Final = 24
 """Crops on the page of sample predictions."""
 OBJECTIVE: Final = "val_objective"
@@ -397,9 +400,13 @@ class RayContext:
             shuffle_rows=train.shuffle_rows,
             seed=(train.seed, self.rank),
             sampler=run.sampler,
+            device=self.device,
         )
         self._val = ShardBatches(
-            ray.train.get_dataset_shard("val"), max(batch_size, MIN_VAL_BATCH), keep=run.num_val_rows <= max_rows
+            ray.train.get_dataset_shard("val"),
+            max(batch_size, MIN_VAL_BATCH),
+            keep=run.num_val_rows <= max_rows,
+            device=self.device,
         )
         self._logs = _Logs(run) if self.rank == 0 else None
         self._samples: Batch | None = None
@@ -413,7 +420,7 @@ class RayContext:
         """Iterate over this worker's share of validation; the first worker remembers some of it to show."""
         for batch in self._val.epoch(0):
             if self._samples is None and self._logs is not None and len(batch["age"]):
-                self._samples = {name: values[:NUM_SAMPLES].copy() for name, values in batch.items()}
+                self._samples = {name: np.array(values[:NUM_SAMPLES]) for name, values in batch.items()}
             yield batch
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -484,6 +491,8 @@ def max_kept_rows(config: TrainConfig, transform: Transform) -> int:
 class ShardBatches:
     """The batches of one worker's share: streamed once, then from memory where that is allowed.
 
+    The next ones are made while the device computes. For a GPU, crops lie in pinned memory, as tensors.
+
     Args:
         shard: yields the rows of `crops.training_dataset`.
         batch_size: rows in a batch; the last one of an epoch may have fewer.
@@ -491,6 +500,7 @@ class ShardBatches:
         shuffle_rows: rows in the shuffle buffer while streaming; 0: rows come in their order, always.
         seed: of the shuffling, together with the epoch.
         sampler: draws the rows of an epoch from memory; none: each comes once.
+        device: where batches will go.
     """
 
     def __init__(
@@ -502,6 +512,7 @@ class ShardBatches:
         shuffle_rows: int = 0,
         seed: tuple[int, ...] = (),
         sampler: Sampler | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._shard = shard
         self._batch_size = batch_size
@@ -509,12 +520,16 @@ class ShardBatches:
         self._shuffle_rows = shuffle_rows
         self._seed = seed
         self._sampler = sampler
+        self._device = device
         self._rows: dict[str, NDArray[Any]] | None = None
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Iterate over the share once."""
         rng = np.random.default_rng([*self._seed, epoch])
-        return self._stream(rng) if self._rows is None else self._from_memory(self._rows, rng)
+        batches = self._stream(rng) if self._rows is None else self._from_memory(self._rows, rng)
+        if self._device is not None and self._device.type == "cuda":
+            batches = _pinned(batches, self._device)
+        return prefetch(batches, NUM_AHEAD)
 
     def _from_memory(self, rows: dict[str, NDArray[Any]], rng: np.random.Generator) -> Iterator[Batch]:
         num_rows = len(rows["age"]) if rows else 0
@@ -541,6 +556,14 @@ class ShardBatches:
         if self._keep:
             names = kept[0] if kept else {}  # a share may be empty
             self._rows = {name: np.concatenate([batch[name] for batch in kept]) for name in names}
+
+
+def _pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Put crops where the device can fetch them from while it computes."""
+    for batch in batches:
+        with torch.cuda.device(device):  # in a thread, which would else take up with the first GPU
+            crops = torch.from_numpy(batch["crop"]).pin_memory()
+        yield {**batch, "crop": crops}
 
 
 class _Logs:
