@@ -33,6 +33,8 @@ from agr_ray.learn.mix import Mix, draw_mix, mix_images
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.precision import allow_tf32, autocast, grad_scaler
 from agr_ray.learn.predict import Predictions, average, infer, to_nchw
+from agr_ray.learn.progress import Progress
+from agr_ray.learn.running import running_sums
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.network import TASKS, MultiTaskNet, Outputs, Transform
 from agr_ray.schema import HISTORY
@@ -67,21 +69,6 @@ class NonFiniteLossError(Exception):
         )
         self.image_ids = image_ids
         """Of the batch, as far as batches have ids; None: the batch was another rank's, which says more."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an epoch is."""
-
-    epoch: int
-    num_epochs: int
-    num_samples: int
-    """Of all ranks, in this epoch."""
-    num_samples_total: int
-    loss: float
-    """Of this rank, mean since the epoch began."""
-    samples_per_s: float
-    """Of all ranks, since the epoch began."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +311,7 @@ class _Run:
         self.stale_epochs = int(state.get("stale_epochs", 0))
         self.finished = str(state.get("finished", ""))
         self.history: list[Row] = [dict(row) for row in state.get("history", [])]
+        self.running = torch.zeros(6)  # `running_sums` of this rank in this epoch
         self.begun = _Epoch(**state.get("begun", {}))  # an epoch that was left in its middle
         self.has_saved = False
         self.asked = time.monotonic()
@@ -397,7 +385,7 @@ class _Run:
         """Take all steps of one epoch."""
         context, device = self.context, self.context.device
         epoch, self.begun = self.begun, _Epoch()
-        steps_before, rows_before, train_s_before = epoch.num_steps, epoch.num_rows, epoch.train_s
+        steps_before, train_s_before = epoch.num_steps, epoch.train_s
         seed = _seed(self.job.train.seed, self.epoch, context.rank, steps_before)
         torch.manual_seed(seed)  # dropout
         generator = torch.Generator().manual_seed(seed)
@@ -407,6 +395,7 @@ class _Run:
             gc.collect()  # DDP is part of reference cycles, and its hooks must not outlive it
             self.wrapped = self._wrap(is_frozen)
         self._begin_training()
+        self.running = torch.zeros(6, device=device)
         sums, counts = torch.zeros(3, device=device), torch.zeros(3, device=device)
         monitor = _Monitor(self.epoch, check_every=_CHECK_EVERY if device.type == _CUDA else 1)
         batches = self.context.train_batches(self.epoch, steps_before)
@@ -446,10 +435,8 @@ class _Run:
                 self._save_if_needed(epoch, torch.cat([sums, counts]), monitor)
             if now - shown >= _PROGRESS_S:
                 shown = now
-                loss = self._weighted(torch.cat([sums, counts]).tolist())
-                speed = (epoch.num_rows - rows_before) / (now - start)
-                progress = Progress(self.epoch, self.job.train.epochs, epoch.num_rows, self.num_train_rows, loss, speed)
-                context.progress(progress)
+                sofar = torch.cat([sums, counts, self.running])
+                context.progress(self._progress(epoch, sofar, train_s_before + now - start))
         for _ in batches:  # of an epoch gone on with, what comes late in its new order; it may be kept in memory
             pass
         epoch.train_s = max(train_s_before + time.perf_counter() - start, 1e-9)
@@ -542,6 +529,7 @@ class _Run:
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
             losses.append(loss.detach())
             found.append(tasks)
+            self.running += running_sums(outputs, Targets(*(values[rows] for values in targets)))
         return torch.stack(losses).sum(), TaskSums(*(torch.stack(each).sum(dim=0) for each in zip(*found, strict=True)))
 
     def _exchange(self, *, is_last: bool) -> AbstractContextManager[None]:
@@ -637,6 +625,23 @@ class _Run:
         """Return this epoch's, whose images may be smaller."""
         side = epoch_side_px(self.epoch, self.job.train, self.transform.input_side_px)
         return dataclasses.replace(self.transform, input_side_px=side)
+
+    def _progress(self, epoch: _Epoch, sums: Tensor, elapsed_s: float) -> Progress:
+        """Return how far the epoch is. `sums`, which this waits for: of three losses, their counts, `running_sums`."""
+        values = sums.tolist()
+        age, gender, race = (total / n if n else None for total, n in zip(values[6:9], values[9:], strict=True))
+        return Progress(
+            epoch=self.epoch,
+            num_epochs=self.job.train.epochs,
+            num_samples=epoch.num_rows,
+            num_samples_total=self.num_train_rows,
+            loss=self._weighted(values[:6]),
+            age_mae_years=age,
+            gender_accuracy=gender,
+            race_accuracy=race,
+            samples_per_s=epoch.num_rows / elapsed_s,
+            data_wait_share=epoch.wait_s / elapsed_s,
+        )
 
     def _weighted(self, sums_and_counts: Sequence[float]) -> float:
         """Return the loss: the weighted sum of the tasks' means, from three sums and three counts."""

@@ -58,18 +58,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
-from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Progress, Row, Snapshot, labels_of
+from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Row, Snapshot, labels_of
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.metrics import Baseline, Labels, class_counts
 from agr_ray.learn.predict import predict
+from agr_ray.learn.progress import Progress
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import CARD, content_codes, load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
+from agr_ray.runtime.board import progress_board
 from agr_ray.runtime.cluster import check_fits, cluster, machine_cpus
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, label_arrays, select_crops, training_dataset, usable_statuses
 from agr_ray.runtime.guards import check_no_overlap, class_warnings, detector_warnings
 from agr_ray.runtime.patience import Patience
+from agr_ray.runtime.prefetch import prefetch
 from agr_ray.runtime.prepared import PreparedSet, open_prepared
 from agr_ray.runtime.tracking import TrackedRun, check_mlflow
 from agr_ray.schema import HISTORY, Status
@@ -79,6 +82,8 @@ from agr_ray.vision.align import DEFAULT_MARGIN, crop_side_px
 PROGRESS_EVERY_S: Final = 10.0
 FAILURE: Final = "failure.txt"
 MIN_VAL_BATCH: Final = 64
+NUM_AHEAD: Final = 2
+"""Batches that wait for the device."""
 NUM_SAMPLES: Final = 24
 """Crops on the page of sample predictions."""
 OBJECTIVE: Final = "val_objective"
@@ -137,7 +142,8 @@ def train(job: TrainJob) -> str:
     with cluster(job.cluster):
         check_workers_fit(job.train)
         _begin(run, first)
-        result = _fit(run, prepared, console)
+        with progress_board(console) as board:
+            result = _fit(run, prepared, board, console)
     failure = storage.join(uri, FAILURE)
     if storage.exists(failure):
         said, _, image_ids = storage.read(failure).decode().partition("\n")
@@ -320,8 +326,8 @@ def _spare_cpus(config: TrainConfig) -> float:
     return 2.0 if config.min_workers == config.max_workers else 0.0
 
 
-def _fit(run: Run, prepared: PreparedSet, console: Console) -> Result:
-    """Run the workers to the end of the run.
+def _fit(run: Run, prepared: PreparedSet, board: Any, console: Console) -> Result:
+    """Run the workers to the end of the run; `board` as `RayContext`'s.
 
     Raises:
         JobError: they failed for good.
@@ -333,7 +339,7 @@ def _fit(run: Run, prepared: PreparedSet, console: Console) -> Result:
     for attempts_left in reversed(range(CONTROLLER_FAILURES + 1)):
         try:
             with _enough_workers(run.job.train):
-                return _trainer(run, prepared).fit()
+                return _trainer(run, prepared, board).fit()
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
             raise _failed(run, error.worker_failures[min(error.worker_failures)]) from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
@@ -351,7 +357,7 @@ def _fit(run: Run, prepared: PreparedSet, console: Console) -> Result:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _trainer(run: Run, prepared: PreparedSet) -> ray.train.torch.TorchTrainer:
+def _trainer(run: Run, prepared: PreparedSet, board: Any) -> ray.train.torch.TorchTrainer:
     """Return what runs the workers; it goes on where one before it ended."""
     storage, config = run.storage, run.job.train
 
@@ -368,7 +374,7 @@ def _trainer(run: Run, prepared: PreparedSet) -> ray.train.torch.TorchTrainer:
     filesystem, path = storage.arrow_filesystem(run.uri)
     return ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"run": run},
+        train_loop_config={"run": run, "board": board},
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]  # typed as Train V1's
             use_gpu=config.use_gpu,
@@ -463,11 +469,11 @@ def _last_line(error: Exception) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _work(config: dict[str, Run]) -> None:
+def _work(config: dict[str, Any]) -> None:
     """Be one worker."""
-    run = config["run"]
+    run: Run = config["run"]
     logging.disable(logging.INFO)  # Ray Train logs every report as a page
-    context = RayContext(run)
+    context = RayContext(run, config["board"])
     torch.set_num_threads(context.num_threads)
     with TemporaryDirectory() as temporary:
         directory = Path(temporary, "checkpoint")
@@ -490,10 +496,16 @@ def _work(config: dict[str, Run]) -> None:
 
 
 class RayContext:
-    """`learn.loop.Context` in one of Ray Train's workers."""
+    """`learn.loop.Context` in one of Ray Train's workers.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: what is trained.
+        board: handle of the `Board` that the driver's terminal shows; None: it has none, and lines are printed.
+    """
+
+    def __init__(self, run: Run, board: Any) -> None:
         self._run = run
+        self._board = board
         train = run.job.train
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
@@ -515,9 +527,13 @@ class RayContext:
             shuffle_rows=train.shuffle_rows,
             seed=(train.seed, self.rank),
             sampler=run.sampler,
+            device=self.device,
         )
         self._val = ShardBatches(
-            ray.train.get_dataset_shard("val"), max(batch_size, MIN_VAL_BATCH), keep=run.num_val_rows <= max_rows
+            ray.train.get_dataset_shard("val"),
+            max(batch_size, MIN_VAL_BATCH),
+            keep=run.num_val_rows <= max_rows,
+            device=self.device,
         )
         self._patience = Patience(train.outage_s)
         self._logs = _Logs(run, self._patience) if self.rank == 0 else None
@@ -532,7 +548,7 @@ class RayContext:
         """Iterate over this worker's share of validation; the first worker remembers some of it to show."""
         for batch in self._val.epoch(0):
             if self._samples is None and self._logs is not None and len(batch["age"]):
-                self._samples = {name: values[:NUM_SAMPLES].copy() for name, values in batch.items()}
+                self._samples = {name: np.array(values[:NUM_SAMPLES]) for name, values in batch.items()}
             yield batch
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -611,14 +627,16 @@ class RayContext:
         return Checkpoint(path, filesystem)
 
     def progress(self, progress: Progress) -> None:
-        """Print a line now and then."""
+        """Leave it on the board, or print a line now and then."""
+        if self.rank:
+            return
+        if self._board is not None:
+            self._board.put.remote(progress)  # nobody waits for it, so it may fail
+            return
         now = time.monotonic()
-        if self.rank == 0 and now - self._shown >= PROGRESS_EVERY_S:
+        if now - self._shown >= PROGRESS_EVERY_S:
             self._shown = now
-            _say(
-                f"epoch {progress.epoch}/{progress.num_epochs}: {progress.num_samples:,} of "
-                f"{progress.num_samples_total:,}, loss {progress.loss:.3f}, {progress.samples_per_s:.0f} samples/s"
-            )
+            _say(progress.line())
 
 
 def crop_bytes(transform: Transform) -> int:
@@ -634,6 +652,8 @@ def max_kept_rows(config: TrainConfig, transform: Transform) -> int:
 class ShardBatches:
     """The batches of one worker's share: streamed once, then from memory where that is allowed.
 
+    The next ones are made while the device computes. For a GPU, crops lie in pinned memory, as tensors.
+
     Args:
         shard: yields the rows of `crops.training_dataset`.
         batch_size: rows in a batch; the last one of an epoch may have fewer.
@@ -641,6 +661,7 @@ class ShardBatches:
         shuffle_rows: rows in the shuffle buffer while streaming; 0: rows come in their order, always.
         seed: of the shuffling, together with the epoch.
         sampler: draws the rows of an epoch from memory; none: each comes once.
+        device: where batches will go.
     """
 
     def __init__(
@@ -652,6 +673,7 @@ class ShardBatches:
         shuffle_rows: int = 0,
         seed: tuple[int, ...] = (),
         sampler: Sampler | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._shard = shard
         self._batch_size = batch_size
@@ -659,12 +681,16 @@ class ShardBatches:
         self._shuffle_rows = shuffle_rows
         self._seed = seed
         self._sampler = sampler
+        self._device = device
         self._rows: dict[str, NDArray[Any]] | None = None
 
     def epoch(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
         """Iterate over the share once, in an order of its own where some steps of the epoch are done."""
         rng = np.random.default_rng([*self._seed, epoch, steps_done])
-        return self._stream(rng) if self._rows is None else self._from_memory(self._rows, rng)
+        batches = self._stream(rng) if self._rows is None else self._from_memory(self._rows, rng)
+        if self._device is not None and self._device.type == "cuda":
+            batches = _pinned(batches, self._device)
+        return prefetch(batches, NUM_AHEAD)
 
     def _from_memory(self, rows: dict[str, NDArray[Any]], rng: np.random.Generator) -> Iterator[Batch]:
         num_rows = len(rows["age"]) if rows else 0
@@ -691,6 +717,14 @@ class ShardBatches:
         if self._keep:
             names = kept[0] if kept else {}  # a share may be empty
             self._rows = {name: np.concatenate([batch[name] for batch in kept]) for name in names}
+
+
+def _pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Put crops where the device can fetch them from while it computes."""
+    for batch in batches:
+        with torch.cuda.device(device):  # in a thread, which would else take up with the first GPU
+            crops = torch.from_numpy(batch["crop"]).pin_memory()
+        yield {**batch, "crop": crops}
 
 
 class _Logs:

@@ -1,15 +1,19 @@
-"""A training worker's batches: streamed first, then drawn from memory."""
+"""A training worker's batches: streamed first, then drawn from memory, made ahead in a thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from agr_ray.learn.metrics import Labels
 from agr_ray.learn.sampling import Sampler
+from agr_ray.runtime.prefetch import prefetch
 from agr_ray.runtime.train import ShardBatches
 
 NUM = 600
@@ -60,3 +64,112 @@ def test_without_a_sampler_each_row_comes_once() -> None:
     for epoch in (1, 2):
         ages = np.concatenate([batch["age"] for batch in batches.epoch(epoch)])
         assert np.array_equal(np.sort(ages), np.sort(rows_of(NUM)["age"]))
+
+
+def test_batches_made_ahead_are_those_that_were_made_on_demand() -> None:
+    batches = shard_batches(None)
+    list(batches.epoch(1))
+    order = np.random.default_rng([0, 0, 2]).permutation(NUM)
+
+    ages = [batch["age"] for batch in batches.epoch(2)]
+
+    assert [len(each) for each in ages] == [64] * (NUM // 64) + [NUM % 64]
+    assert np.array_equal(np.concatenate(ages), rows_of(NUM)["age"][order])
+
+
+def test_so_many_batches_wait_to_be_taken_and_no_more() -> None:
+    made: list[int] = []
+
+    def counted() -> Iterator[int]:
+        for number in range(10):
+            made.append(number)
+            yield number
+
+    ahead = prefetch(counted(), 2)
+    assert made == []
+    assert next(ahead) == 0
+    wait_until(lambda: len(made) == 4)  # one taken, two waiting, one in the thread's hand
+    time.sleep(0.05)
+    assert len(made) == 4
+    assert list(ahead) == list(range(1, 10))
+    assert list(ahead) == []
+
+
+def test_an_error_comes_after_the_batches_before_it() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ZeroDivisionError("of the source")
+
+    ahead = prefetch(broken(), 2)
+    assert [next(ahead), next(ahead)] == [1, 2]
+    with pytest.raises(ZeroDivisionError, match="of the source"):
+        next(ahead)
+    wait_until(lambda: not prefetching())
+
+
+def test_an_epoch_that_is_left_ends_its_thread() -> None:
+    batches = shard_batches(None)
+    list(batches.epoch(1))
+    left = batches.epoch(2)
+    next(left)
+    assert prefetching()
+
+    left.close()  # type: ignore[attr-defined]  # a generator
+
+    wait_until(lambda: not prefetching())
+
+
+def test_leaving_does_not_wait_for_a_batch_that_never_comes() -> None:
+    comes = threading.Event()
+
+    def stalled() -> Iterator[int]:
+        yield 1
+        comes.wait(20)
+        yield 2
+
+    ahead = prefetch(stalled(), 2)
+    assert next(ahead) == 1
+    started = time.monotonic()
+    ahead.close()  # type: ignore[attr-defined]  # a generator
+    assert time.monotonic() - started < 5
+    comes.set()
+    wait_until(lambda: not prefetching())
+
+
+def test_an_error_while_streaming_reaches_the_loop() -> None:
+    class Broken(Shard):
+        def iter_batches(self, batch_size: int, **_: Any) -> Iterator[dict[str, Any]]:
+            yield next(super().iter_batches(batch_size))
+            raise OSError("storage is away")
+
+    epoch = ShardBatches(Broken(), 64, keep=True).epoch(1)  # type: ignore[arg-type]  # all that it uses
+    assert len(next(epoch)["age"]) == 64
+    with pytest.raises(OSError, match="storage is away"):
+        next(epoch)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_for_a_gpu_crops_are_pinned_and_the_same() -> None:
+    class Crops(Shard):
+        def iter_batches(self, batch_size: int, **_: Any) -> Iterator[dict[str, Any]]:
+            for batch in super().iter_batches(batch_size):
+                crop = np.repeat(batch["age"].astype(np.uint8), 12).reshape(-1, 2, 2, 3)
+                yield {**batch, "crop": crop}
+
+    batches = ShardBatches(Crops(), 64, keep=True, device=torch.device("cuda"))  # type: ignore[arg-type]  # all it uses
+    for epoch in (1, 2):
+        for batch in batches.epoch(epoch):
+            assert batch["crop"].is_pinned()
+            assert batch["crop"][:, 0, 0, 0].tolist() == batch["age"].tolist()
+
+
+def prefetching() -> bool:
+    return any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,107 @@
+"""How training's progress gets from its first worker to the driver's terminal.
+
+The worker leaves its latest `Progress` on a board, an actor that keeps just that; a thread of the driver looks at it
+and draws two bars and a line of figures. Training depends on none of it: nobody waits for what is left on the board, a
+board that dies is started again by Ray, and one that is gone swallows what it is told.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import ray
+from ray.exceptions import RayError
+from rich import progress as bars
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from agr_ray.learn.progress import Progress, duration
+
+LOOK_EVERY_S: Final = 0.5
+TIMEOUT_S: Final = 2.0
+
+
+class Board:
+    """Keeps the latest progress."""
+
+    def __init__(self) -> None:
+        self._latest: Progress | None = None
+
+    def put(self, progress: Progress) -> None:
+        """Replace it."""
+        self._latest = progress
+
+    def latest(self) -> Progress | None:
+        """Return it; None: nothing yet, or not since Ray started the board again."""
+        return self._latest
+
+
+class TrainingBars:
+    """What the driver's terminal shows: epochs, this epoch's images, figures. Rich draws it anew as it changes."""
+
+    def __init__(self) -> None:
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[left]}"),
+        )
+        self._figures = Text("starting workers")
+        self._tasks: tuple[bars.TaskID, bars.TaskID] | None = None
+
+    def show(self, progress: Progress) -> None:
+        """Move the bars; also back, where a run went on from an earlier checkpoint."""
+        if self._tasks is None:
+            self._tasks = (self._bars.add_task("epochs", left=""), self._bars.add_task("epoch", left=""))
+        epochs, epoch = self._tasks
+        done = progress.epoch - 1
+        left = f"{duration(progress.run_left_s)} to go"
+        self._bars.update(epochs, total=progress.num_epochs, completed=done, left=left)
+        self._bars.update(
+            epoch,
+            description=f"epoch {progress.epoch}",
+            total=progress.num_samples_total,
+            completed=min(progress.num_samples, progress.num_samples_total),
+            left=f"{duration(progress.epoch_left_s)} to go",
+        )
+        self._figures = Text(progress.figures())
+
+    def __rich__(self) -> Group:
+        return Group(self._bars, self._figures) if self._tasks else Group(self._figures)
+
+
+@contextmanager
+def progress_board(console: Console) -> Iterator[Any]:
+    """Show training's progress on the terminal until the block ends; yield the board's handle, for the first worker.
+
+    What workers print meanwhile appears above the bars. Yields None, and starts nothing, where there is no terminal.
+    """
+    if not console.is_terminal:
+        yield None
+        return
+    board: Any = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
+    shown = TrainingBars()
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(LOOK_EVERY_S):
+            try:
+                latest = ray.get(board.latest.remote(), timeout=TIMEOUT_S)
+            except RayError:  # it is being started again, or the machine is busy
+                continue
+            if latest is not None:
+                shown.show(latest)
+
+    thread = threading.Thread(target=look, name="progress", daemon=True)
+    with Live(shown, console=console, transient=True):
+        thread.start()
+        try:
+            yield board
+        finally:
+            is_over.set()
+            thread.join()
+            ray.kill(board)

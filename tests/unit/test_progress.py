@@ -1,0 +1,177 @@
+"""What training shows while it runs: running figures, a line, bars."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from agr_ray.config import AugmentConfig, ModelConfig, TrainConfig, TrainJob
+from agr_ray.learn import loop
+from agr_ray.learn.loop import LocalContext, train
+from agr_ray.learn.losses import Targets
+from agr_ray.learn.metrics import Baseline, Labels, MetricSums
+from agr_ray.learn.predict import average
+from agr_ray.learn.progress import Progress, duration
+from agr_ray.learn.running import running_sums
+from agr_ray.models.network import MultiTaskNet, Outputs, Transform
+from agr_ray.runtime.board import TrainingBars, progress_board
+
+SIDE = 32
+NUM = 21
+PROGRESS = Progress(3, 24, 1024, 13000, 2.803, 5.012, 0.928, 0.8199, 137.7, 0.004)
+
+
+def faces() -> dict[str, Any]:
+    """Return noise with labels, of which every third is missing."""
+    rng = np.random.default_rng(0)
+    age, gender, race = rng.integers(0, 100, NUM).astype(np.float32), rng.integers(0, 2, NUM), rng.integers(0, 5, NUM)
+    age[::3], gender[1::3], race[2::3] = math.nan, -1, -1
+    return {"crop": rng.integers(0, 256, (NUM, 38, 38, 3), np.uint8), "age": age, "gender": gender, "race": race}
+
+
+def shown_in_an_epoch(monkeypatch: pytest.MonkeyPatch, augment: AugmentConfig, **model: Any) -> list[Progress]:
+    """Train an epoch by a rate that moves no weight, and return what was shown after each step."""
+    monkeypatch.setattr(loop, "_PROGRESS_S", 0.0)
+    data = faces()
+    job = TrainJob(
+        model=ModelConfig(preset="lightweight", input_side_px=SIDE, dropout=0.0, **model),
+        augment=augment,
+        train=TrainConfig(epochs=1, batch_size=8, lr=1e-30, optimizer="sgd", schedule="constant"),
+    )
+    torch.manual_seed(0)
+    network = MultiTaskNet(job.model)
+    network.initialise_age(50.0)
+    shown: list[Progress] = []
+    context = LocalContext(data, data, 8, on_progress=shown.append)
+    labels = Labels(data["age"], data["gender"], data["race"])
+    train(context, network, Transform(SIDE, SIDE), job, Baseline.fit(labels), NUM)
+    return shown
+
+
+def random_outputs(num: int) -> Outputs:
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(num, generator=generator) for _ in range(2)]
+    return Outputs(50 + 60 * draw[0], None, draw[1], torch.randn(num, 5, generator=generator))
+
+
+def test_running_sums_are_those_of_the_metrics() -> None:
+    data, outputs = faces(), random_outputs(NUM)
+    expected = MetricSums()
+    expected.update(Labels(data["age"], data["gender"], data["race"]), average([outputs]))
+    report = expected.to_json()
+
+    sums = running_sums(outputs, Targets(*(torch.tensor(data[task]) for task in ("age", "gender", "race"))))
+
+    means = (sums[:3] / sums[3:]).tolist()
+    assert sums[3:].tolist() == [14, 14, 14]
+    assert means[0] == pytest.approx(report["age"]["mae_years"], rel=1e-6)
+    assert means[1:] == pytest.approx([report["gender"]["accuracy"], report["race"]["accuracy"]])
+
+
+def test_a_head_that_is_not_there_counts_nothing() -> None:
+    data = faces()
+    targets = Targets(*(torch.tensor(data[task]) for task in ("age", "gender", "race")))
+
+    sums = running_sums(random_outputs(NUM)._replace(age_years=None, race_logits=None), targets)
+
+    assert sums[[0, 2, 3, 5]].tolist() == [0, 0, 0, 0]
+    assert sums[4] == 14
+
+
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.4])
+def test_what_is_shown_is_the_mean_over_the_epoch_so_far(monkeypatch: pytest.MonkeyPatch, mixup_alpha: float) -> None:
+    seen: list[tuple[Outputs, Targets]] = []
+
+    def noted(outputs: Outputs, targets: Targets) -> torch.Tensor:
+        seen.append((outputs, targets))
+        return running_sums(outputs, targets)
+
+    monkeypatch.setattr(loop, "running_sums", noted)
+
+    shown = shown_in_an_epoch(monkeypatch, AugmentConfig(mixup_alpha=mixup_alpha))
+
+    assert [progress.num_samples for progress in shown] == [8, 16, 21]
+    data = faces()
+    ages = np.concatenate([targets.age.numpy() for _, targets in seen])
+    assert np.array_equal(np.sort(ages), np.sort(data["age"]), equal_nan=True)  # each image's own, mixed or not
+    for num_steps, progress in enumerate(shown, start=1):
+        outputs, targets = zip(*seen[:num_steps], strict=True)
+        age = torch.cat([each.age_years.detach() for each in outputs])
+        truth = torch.cat([each.age for each in targets])
+        errors = (age.clamp(0, 116) - truth).abs()
+        assert progress.age_mae_years == pytest.approx(float(errors[~truth.isnan()].mean()), rel=1e-5)
+        gender = torch.cat([each.gender for each in targets])
+        male = torch.cat([each.gender_logit.detach() for each in outputs]) > 0
+        assert progress.gender_accuracy == pytest.approx(float((male == gender)[gender >= 0].float().mean()))
+        race = torch.cat([each.race for each in targets])
+        said = torch.cat([each.race_logits.detach() for each in outputs]).argmax(dim=1)
+        assert progress.race_accuracy == pytest.approx(float((said == race)[race >= 0].float().mean()))
+        assert 0.0 <= progress.data_wait_share < 1.0
+        assert progress.samples_per_s > 0.0
+
+
+def test_without_a_head_its_figure_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shown_in_an_epoch(monkeypatch, AugmentConfig(), tasks=("gender",))
+
+    assert shown[-1].age_mae_years is shown[-1].race_accuracy is None
+    assert shown[-1].gender_accuracy is not None
+    assert "age" not in shown[-1].figures()
+    assert "race" not in shown[-1].figures()
+
+
+def test_progress_is_a_line() -> None:
+    assert PROGRESS.line() == (
+        "epoch 3/24: 1,024 of 13,000, loss 2.803, age MAE 5.01 years, gender 92.8 %, race 82.0 %, 138 samples/s, "
+        "0% waiting for data, 0:01:27 to go, 0:34:30 in all epochs"
+    )
+
+
+def test_what_is_left_is_never_less_than_nothing() -> None:
+    done = dataclasses.replace(PROGRESS, num_samples=14000)
+
+    assert done.epoch_left_s == 0.0
+    assert done.run_left_s == pytest.approx(21 * 13000 / 137.7)
+    assert duration(3725.4) == "1:02:05"
+
+
+def drawn(bars: TrainingBars) -> str:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    with console.capture() as captured:
+        console.print(bars)
+    return captured.get()
+
+
+def test_the_bars_say_what_the_line_says() -> None:
+    bars = TrainingBars()
+    assert drawn(bars) == "starting workers\n"
+    bars.show(PROGRESS)
+
+    epochs, epoch, figures = drawn(bars).splitlines()
+
+    assert epochs.startswith("epochs")
+    assert " 2/24 " in epochs
+    assert epochs.rstrip().endswith("0:34:30 to go")
+    assert epoch.startswith("epoch 3")
+    assert " 1024/13000 " in epoch
+    assert figures.strip() == PROGRESS.figures()
+
+
+def test_the_bars_go_back_with_a_run_that_does() -> None:
+    bars = TrainingBars()
+    bars.show(PROGRESS)
+    bars.show(dataclasses.replace(PROGRESS, epoch=2, num_samples=64))
+
+    assert " 1/24 " in drawn(bars)
+    assert " 64/13000 " in drawn(bars)
+
+
+def test_without_a_terminal_there_is_no_board() -> None:
+    with progress_board(Console(file=io.StringIO())) as board:
+        assert board is None
