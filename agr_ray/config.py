@@ -11,6 +11,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import operator
 import os
 import re
 import sys
@@ -18,7 +19,15 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliImplicitFlag,
@@ -31,6 +40,23 @@ from pydantic_settings import (
 
 from agr_ray.schema import SPLITS
 
+
+def _one_or_several(value: Any) -> Any:
+    """Return a list of words, given as one or as JSON, as JSON; a list of one is its word, and one word is itself."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f'{value!r} is no JSON, as which lists are written, such as \'["a", "b"]\'') from None
+    if not isinstance(value, list | tuple):
+        return value
+    if not all(isinstance(each, str) and each for each in value):
+        raise ValueError(f"{list(value)} must be a list of words, none of them empty")
+    return json.dumps(value) if len(value) > 1 else "".join(value)
+
+
+OneOrSeveral = Annotated[str, BeforeValidator(_one_or_several)]
+"""Text to all sources of settings: they would tear a path at its comma, or take 7 for a number, were it a union."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -264,8 +290,15 @@ class AugmentConfig(Section):
 class TrainConfig(Section):
     """The training run."""
 
-    data: str = ""
-    """Folder or prefix of a prepared set (what `jobs/prepare.py` wrote)."""
+    data: OneOrSeveral = ""
+    """Folder or prefix of a prepared set (what `jobs/prepare.py` wrote), or a list of several of one crop_side_px,
+    learnt from and validated on together: ["data/utkface", "data/adience"]. A label that a row lacks is left out of the
+    loss, so a set may have no race."""
+    # Left out of what is written and digested where it is empty, so that runs begun before there was this knob go on.
+    data_shares: Annotated[tuple[PositiveFloat, ...], Field(exclude_if=operator.not_)] = ()
+    """Several sets only: how training rows are drawn, with replacement, a number for each set: [3, 1] is three of the
+    first to one of the second. An epoch has as many rows as all sets together. Needs the crops in memory and begins as
+    balance does, which then evens out each set by itself. Empty: each row once, as many of each set as there are."""
     out: str = "runs"
     """Folder or prefix of all runs; this one goes into OUT/NAME. Shared storage where there are several nodes."""
     name: str = ""
@@ -372,6 +405,11 @@ class TrainConfig(Section):
     def max_workers(self) -> int:
         """Return the most workers."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def data_uris(self) -> tuple[str, ...]:
+        """Return the prepared sets, one or several."""
+        return tuple(json.loads(self.data)) if self.data.startswith("[") else (self.data,)
 
     @model_validator(mode="after")
     def _fewest_before_most(self) -> Self:
@@ -605,6 +643,18 @@ class TrainJob(Job):
         return self
 
     @model_validator(mode="after")
+    def _has_a_share_for_each_set(self) -> Self:
+        # Not in TrainConfig, because a recipe may hold the shares of sets that the command line names.
+        shares, uris = list(self.train.data_shares), self.train.data_uris
+        if shares and len(uris) == 1:
+            raise ValueError(
+                f"train.data_shares {shares} needs several sets in train.data, which is {self.train.data!r}"
+            )
+        if shares and len(shares) != len(uris):
+            raise ValueError(f"train.data_shares {shares} must have a number for each of the {len(uris)} in train.data")
+        return self
+
+    @model_validator(mode="after")
     def _sides_end_at_the_models(self) -> Self:
         sides = self.train.input_sides_px
         if sides and sides[-1] != self.model.input_side_px:
@@ -794,7 +844,7 @@ def _help_of(job: type[Job], section: str, field: str) -> str:
     model = job.model_fields[section].annotation
     assert isinstance(model, type)
     assert issubclass(model, BaseModel)
-    return model.model_fields[field].description or ""
+    return " ".join((model.model_fields[field].description or "").split())
 
 
 assert set(SPLITS) | {"all"} == {"train", "val", "test", "all"}

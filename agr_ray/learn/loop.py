@@ -42,7 +42,8 @@ from agr_ray.schema import HISTORY
 Batch: TypeAlias = Mapping[str, Any]
 """crop (n, stored, stored, 3) uint8, age (n,) float32, gender and race (n,) int64; arrays or CPU tensors.
 
-Where there is an image_id, (n,) words, a loss that is not finite names its rows by it."""
+Where there is an image_id, (n,) words, a loss that is not finite names its rows by it. Where there is a set_index, (n,)
+int64, a sampler may draw by it: which of several prepared sets a row is from."""
 
 Row: TypeAlias = dict[str, Any]
 """One row of `schema.HISTORY`."""
@@ -166,7 +167,7 @@ class LocalContext:
     rank: int = 0
     world_size: int = 1
     sampler: Sampler | None = None
-    """Which rows are drawn, and how often (`TrainConfig.balance`); None: each once."""
+    """Which rows are drawn, and how often (`TrainConfig.balance`, `data_shares`); None: each once."""
 
     def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
         """Iterate over the training arrays in an order drawn by seed and epoch."""
@@ -174,7 +175,7 @@ class LocalContext:
         if self.sampler is None:
             order = rng.permutation(len(self.train["age"]))
         else:
-            order = self.sampler.draw(labels_of(self.train), rng)
+            order = self.sampler.draw(labels_of(self.train), rng, self.train.get("set_index"))
         return self._batches(self.train, order)
 
     def val_batches(self) -> Iterator[Batch]:

@@ -1,10 +1,11 @@
-"""Training rows drawn so that ages, genders, races or their cells come as often as each other.
+"""Training rows drawn so that ages, genders, races or their cells come as often as each other, and sets as is asked.
 
-labels of all training rows -> Sampler.fit -> weights of any rows, on any rank -> draw
+labels and sets of all training rows -> Sampler.fit -> weights of any rows, on any rank -> draw
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias
 
@@ -22,55 +23,92 @@ _SHAPE = (len(AGE_GROUPS) + 1, len(GENDERS) + 1, len(RACES) + 1)
 
 @dataclass(frozen=True)
 class Sampler:
-    """How often rows are drawn, relative to each other, by their labels.
+    """How often rows are drawn, relative to each other, by their labels and by the set that they are from.
 
     A row's weight is (rows that have its label) ** -power. Rows that lack the label keep the share that they have
     without a sampler: they can't be evened out, and drawing them more often would only cost labelled rows their place.
     For `cells`, the same holds for each pattern of known labels: rows with age and gender but no race are evened out
     among each other, and are together as frequent as before.
 
+    Where sets have shares, labels are evened out within each set, and then all weights of a set are scaled to its
+    share. Evened out over all sets, they would not be even any more once sets are scaled; and a set that has most of a
+    label would give that label away by its cameras and crops. Without shares, all sets are evened out as one.
+
     Weights come from the counts over all ranks, so that a label that is rare everywhere weighs the same on each; a
-    rank draws from its own share as many rows as it has.
+    rank draws from its own share as many rows as it has. So shares of sets hold over all ranks as far as each rank was
+    given rows of each set in proportion.
     """
 
     by: Balance
     table: FloatArray
-    """(age groups + 1, genders + 1, races + 1) weight of a row of each cell; 0 where training has none."""
+    """(sets or 1, age groups + 1, genders + 1, races + 1) weight of a row of each cell; 0 where training has none.
+
+    1: sets have no shares, and a row's weight does not depend on its set.
+    """
 
     @classmethod
-    def fit(cls, labels: Labels, by: Balance, power: float) -> Self | None:
+    def fit(
+        cls,
+        labels: Labels,
+        by: Balance,
+        power: float,
+        set_index: IntArray | None = None,
+        shares: Sequence[float] = (),
+    ) -> Self | None:
         """Count the labels.
 
         Args:
-            labels: of all training rows, on all ranks.
-            by: what is evened out: age by the paper's age groups; None is returned for `none`.
+            labels: of all n training rows, on all ranks.
+            by: what is evened out: age by the paper's age groups; with `none` nothing is, and without shares None is
+                returned.
             power: 1 evens out wholly, 0 leaves the frequencies as they are, 0.5 is half-way, on a logarithmic scale.
+            set_index: (n,) number of the set that each row is from; needed with shares only.
+            shares: how often each set is drawn, relative to the others, each over 0; each set has a row. Empty: all are
+                one set.
         """
-        if by == "none":
+        if by == "none" and not shares:
             return None
+        if not shares:
+            set_index, shares = np.zeros(len(labels.age), np.int64), (1.0,)
+        assert set_index is not None
         cells = _cells(labels, by)
-        counts = np.bincount(np.ravel_multi_index(cells, _SHAPE), minlength=int(np.prod(_SHAPE))).reshape(_SHAPE)
-        weights = np.where(counts, np.maximum(counts, 1) ** -float(power), 0.0)
-        known = np.stack(np.meshgrid(*(np.arange(size) < size - 1 for size in _SHAPE), indexing="ij"))
-        for pattern in np.unique(known.reshape(3, -1), axis=1).T:
-            alike = (known == pattern[:, None, None, None]).all(axis=0)
-            if counts[alike].any():  # a mean weight of 1 keeps the pattern's share
-                weights[alike] *= counts[alike].sum() / (counts[alike] * weights[alike]).sum()
-        return cls(by, weights)
+        num_rows = np.bincount(set_index, minlength=len(shares))
+        factors = np.asarray(shares) / sum(shares) * len(set_index) / num_rows
+        tables = [_table(tuple(each[set_index == k] for each in cells), power) for k in range(len(shares))]
+        return cls(by, np.stack([factor * table for factor, table in zip(factors, tables, strict=True)]))
 
-    def weights(self, labels: Labels) -> FloatArray:
-        """Return the weights of some of the rows, (n,); their mean over all training rows is 1."""
-        weights: FloatArray = self.table[_cells(labels, self.by)]
+    def weights(self, labels: Labels, set_index: IntArray | None = None) -> FloatArray:
+        """Return the weights of some of the rows, (n,); their mean over all training rows is 1.
+
+        `set_index`, (n,) int64, says of which set each is; needed where sets have shares.
+        """
+        cells = _cells(labels, self.by)
+        if len(self.table) == 1:
+            set_index = np.zeros(len(labels.age), np.int64)
+        assert set_index is not None
+        weights: FloatArray = self.table[set_index, *cells]
         return weights
 
-    def draw(self, labels: Labels, rng: np.random.Generator) -> IntArray:
-        """Draw as many rows as there are, with replacement, (n,) indices."""
-        weights = self.weights(labels)
+    def draw(self, labels: Labels, rng: np.random.Generator, set_index: IntArray | None = None) -> IntArray:
+        """Draw as many rows as there are, with replacement, (n,) indices; `set_index` as in `weights`."""
+        weights = self.weights(labels, set_index)
         num_rows = len(weights)
         if not num_rows:
             return np.arange(0)
         drawn: IntArray = rng.choice(num_rows, size=num_rows, p=weights / weights.sum())
         return drawn
+
+
+def _table(cells: tuple[NDArray[np.int64], ...], power: float) -> FloatArray:
+    """Return the weights of the cells of `_SHAPE`, whose mean over these rows is 1."""
+    counts = np.bincount(np.ravel_multi_index(cells, _SHAPE), minlength=int(np.prod(_SHAPE))).reshape(_SHAPE)
+    weights = np.where(counts, np.maximum(counts, 1) ** -float(power), 0.0)
+    known = np.stack(np.meshgrid(*(np.arange(size) < size - 1 for size in _SHAPE), indexing="ij"))
+    for pattern in np.unique(known.reshape(3, -1), axis=1).T:
+        alike = (known == pattern[:, None, None, None]).all(axis=0)
+        if counts[alike].any():  # a mean weight of 1 keeps the pattern's share
+            weights[alike] *= counts[alike].sum() / (counts[alike] * weights[alike]).sum()
+    return weights
 
 
 def _cells(labels: Labels, by: Balance) -> tuple[NDArray[np.int64], ...]:

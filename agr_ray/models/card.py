@@ -139,17 +139,34 @@ def _interface(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
 def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
     if not data:
         return "Not known."
-    splits = data.get("splits") or {}
     rows = [
         ("source", data.get("source")),
         ("prepared set", data.get("uri")),
         ("split manifest, SHA-256", data.get("split_manifest_sha256")),
-        ("images by split", ", ".join(f"{name} {count:,}" for name, count in splits.items())),
+        ("images by split", _splits(data.get("splits") or {})),
         ("trained on", _count(data.get("num_train_rows"))),
         ("of them without a detected face", _count(data.get("num_train_fallback"))),
         ("faces found by", data.get("detector")),
     ]
     lines = _table(("", ""), [(name, value) for name, value in rows if value])
+    sets = data.get("sets")
+    if sets:
+        lines += ["", "It learnt from several prepared sets; share is that of the images drawn in training:", ""]
+        keys = ("source", "uri", "split_manifest_sha256", "detector")
+        header = (
+            "source",
+            "prepared set",
+            "split manifest, SHA-256",
+            "faces found by",
+            "images by split",
+            "images",
+            "share",
+        )
+        rows_of_sets = [
+            (*(of[key] for key in keys), _splits(of["splits"]), _count(of["num_train_rows"]), _share(of["share"], 1))
+            for of in sets
+        ]
+        lines += _table(header, rows_of_sets)
     counts = data.get("train_labels")
     if counts:
         total = data["num_train_rows"]
@@ -162,6 +179,10 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
         lines += ["", "Labels that it learnt from:", ""]
         lines += _table(("attribute", "class", "images", "share"), classes)
     return "\n".join(lines)
+
+
+def _splits(splits: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in splits.items())
 
 
 def _training(meta: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -278,7 +299,7 @@ def _number(value: float | None, scale: float, unit: str, form: str = ".2f") -> 
     return "" if value is None else f"{value * scale:{form}}{unit}"
 
 
-def _share(part: int, whole: int) -> str:
+def _share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else ""
 
 

@@ -5,9 +5,9 @@ Imports neither torch nor what needs it, because every process of Ray Data that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -44,38 +44,77 @@ def part_dataset(storage: Storage, prepared: PreparedSet) -> Dataset:
 
 def training_dataset(
     storage: Storage,
-    prepared: PreparedSet,
+    sets: Sequence[PreparedSet],
     split: str,
     *,
     use_fallback: bool,
     outage_s: float = 0.0,
     cpus_per_task: float = 1.0,
 ) -> Dataset:
-    """Return the crops of one split, decoded as they stream: the columns of `training_arrays`.
+    """Return the crops of one split of all sets, decoded as they stream: the columns of `training_arrays`.
+
+    Every stretch of it, and so what each worker gets, has rows of all sets in proportion.
 
     Args:
-        storage: where the set is.
-        prepared: the set.
+        storage: where the sets are.
+        sets: whose crops have the same side.
         split: train, val or test; all: every one.
         use_fallback: whether chips in which no face was found are among them.
         outage_s: how long storage that has gone away is waited for.
         cpus_per_task: logical CPUs that Ray reserves for each task that reads; 0 where workers may take all there are.
     """
+    configure_ray_data()  # as in part_dataset
     decode = partial(
-        _decode_parts,
+        _decode_slices,
         storage=storage,
         split=split,
         statuses=usable_statuses(use_fallback=use_fallback),
-        side_px=prepared.crop_side_px,
+        side_px=sets[0].crop_side_px,
         patience=Patience(outage_s),
     )
-    return part_dataset(storage, prepared).map_batches(
+    listed = [[info.uri for info in storage.list(each.crops(storage), (".parquet",))] for each in sets]
+    slices = [{"slices": [each._asdict() for each in group]} for group in deal_parts(listed)]
+    return ray.data.from_items(slices, override_num_blocks=len(slices)).map_batches(
         decode,
         batch_format="pyarrow",
         batch_size=1,
         compute=TaskPoolStrategy(size=worker_count(None)),
         num_cpus=cpus_per_task,
     )
+
+
+class Slice(NamedTuple):
+    """Every `step`-th row of a Parquet part, beginning with row `first`."""
+
+    uri: str
+    first: int
+    step: int
+
+
+def deal_parts(listed: Sequence[Sequence[str]]) -> list[list[Slice]]:
+    """Return what is read together: a slice of each set, so that whatever reads one of these has rows of all sets.
+
+    There are as many as the longest list has parts. Of a set with fewer, a part is read several times, for some of its
+    rows each time, which costs little beside decoding.
+
+    Args:
+        listed: the URIs of each set's parts, one at least.
+
+    Returns:
+        For each reading, a slice of each set, in the sets' order.
+    """
+    groups: list[list[Slice]] = [[] for _ in range(max(map(len, listed)))]
+    for uris in listed:
+        for uri, sharing in zip(uris, np.array_split(np.arange(len(groups)), len(uris)), strict=True):
+            for first, group in enumerate(sharing):
+                groups[group].append(Slice(uri, first, len(sharing)))
+    return groups
+
+
+def take_turns(lengths: Sequence[int]) -> NDArray[np.int64]:
+    """Return an order of the rows of several tables, one below the other, that spreads each table's evenly."""
+    places = np.concatenate([(np.arange(length) + 0.5) / length for length in lengths])
+    return np.argsort(places, kind="stable")
 
 
 class SplitShares(DataConfig):
@@ -130,17 +169,37 @@ def label_arrays(table: pa.Table) -> dict[str, NDArray[Any]]:
 def training_arrays(table: pa.Table, side_px: int) -> dict[str, NDArray[Any]]:
     """Return what a network is trained on: image_id (n,) words, `decoded_crops`, and the fields of `label_arrays`.
 
+    And set_index, (n,) int64: which of several sets a row is from; 0 where the table has no such column.
+
     Some hundred bytes of image_id beside a crop's tens of thousands: so a row that breaks a run can be named.
     """
     image_ids = np.asarray(table["image_id"].to_pylist(), dtype=object)
-    return {"image_id": image_ids, "crop": decoded_crops(table, side_px), **label_arrays(table)}
+    has_index = "set_index" in table.column_names
+    set_index = np.asarray(table["set_index"]) if has_index else np.zeros(table.num_rows, np.int64)
+    return {
+        "image_id": image_ids,
+        "crop": decoded_crops(table, side_px),
+        **label_arrays(table),
+        "set_index": set_index,
+    }
 
 
-def _decode_parts(
-    parts: pa.Table, storage: Storage, split: str, statuses: list[str], side_px: int, patience: Patience
+def _decode_slices(
+    groups: pa.Table, storage: Storage, split: str, statuses: list[str], side_px: int, patience: Patience
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    for uri in parts["part"].to_pylist():
-        read = partial(storage.read_table, uri, columns=[*TRAINING_COLUMNS, "split", "status"])
-        rows = select_crops(patience.call(read), split, statuses)
+    for slices in groups["slices"].to_pylist():
+        read = partial(read_slices, storage, [Slice(**each) for each in slices], split, statuses)
+        rows = patience.call(read)
         for start in range(0, rows.num_rows, DECODED_ROWS):
             yield training_arrays(rows.slice(start, DECODED_ROWS), side_px)
+
+
+def read_slices(storage: Storage, slices: Sequence[Slice], split: str, statuses: list[str]) -> pa.Table:
+    """Return the rows of a split, with a crop, of one slice of each set, taking turns; set_index says of which set."""
+    tables = []
+    for index, (uri, first, step) in enumerate(slices):
+        rows = storage.read_table(uri, columns=[*TRAINING_COLUMNS, "split", "status"])
+        rows = select_crops(rows, split, statuses)
+        rows = rows.take(np.arange(first, rows.num_rows, step))
+        tables.append(rows.append_column("set_index", pa.array(np.full(rows.num_rows, index, np.int64))))
+    return pa.concat_tables(tables).take(take_turns([table.num_rows for table in tables]))

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -68,12 +68,12 @@ class Speed:
     """Of validating one image."""
 
 
-def dry_run(run: Run, prepared: PreparedSet, model: MultiTaskNet, console: Console) -> None:
+def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, console: Console) -> None:
     """Print the plan of a run, and what it is likely to take.
 
     Args:
         run: as workers would be told it.
-        prepared: its data, of which one part is read.
+        sets: its data, of which a part or so is read.
         model: with its first weights; left as it is.
         console: where to print.
 
@@ -81,12 +81,12 @@ def dry_run(run: Run, prepared: PreparedSet, model: MultiTaskNet, console: Conso
         JobError: the loss is no number within these few steps.
     """
     job, config = run.job, run.job.train
-    for line in plan_lines(run, prepared, model):
+    for line in plan_lines(run, model):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
     batch_size = math.ceil(config.batch_size / config.min_workers)
     largest = max(_sides(job))
-    crops = _some_crops(run, prepared, batch_size)
+    crops = _some_crops(run, sets, batch_size)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads_per_worker or max(1, machine_cpus() // config.min_workers))
     try:
@@ -104,7 +104,7 @@ def dry_run(run: Run, prepared: PreparedSet, model: MultiTaskNet, console: Conso
     console.print("dry run: nothing was written", highlight=False)
 
 
-def plan_lines(run: Run, prepared: PreparedSet, model: MultiTaskNet) -> list[str]:
+def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:
     """Return what is settled before anything is timed: data, classes, steps, parameters, workers."""
     job, config = run.job, run.job.train
     steps = steps_per_epoch(run.num_train_rows, config)
@@ -116,8 +116,15 @@ def plan_lines(run: Run, prepared: PreparedSet, model: MultiTaskNet) -> list[str
     if config.accumulate > 1:
         share += f" in {config.accumulate} parts"
     lines = [
-        f"data: {prepared.uri}: {run.num_train_rows:,} crops to train on, {run.num_val_rows:,} images to validate on",
+        f"data: {run.data['uri']}: {run.num_train_rows:,} crops to train on, {run.num_val_rows:,} images to validate "
+        "on",
     ]
+    for said in run.data.get("sets", ()):
+        share = f"{100 * said['share']:.1f} % of those drawn"
+        lines.append(
+            f"of them {said['uri']}: {said['num_train_rows']:,} crops to train on, {share}; "
+            f"{said['splits']['val']:,} images to validate on"
+        )
     for attribute in ("gender", "race", "age_group"):
         of = ", ".join(f"{name} {count:,}" for name, count in counts[attribute].items())
         lines.append(f"training labels, {attribute.replace('_', ' ')}: {of}")
@@ -271,18 +278,19 @@ class _Timed(LocalContext):
         return time.perf_counter()
 
 
-def _some_crops(run: Run, prepared: PreparedSet, batch_size: int) -> Batch:
-    """Read crops until there is one worker's batch, and repeat them if the set has fewer."""
+def _some_crops(run: Run, sets: Sequence[PreparedSet], batch_size: int) -> Batch:
+    """Read crops until there is one worker's batch, and repeat them if there are fewer."""
     storage = run.storage
     statuses = usable_statuses(use_fallback=run.job.train.use_fallback)
     found: list[pa.Table] = []
-    for info in storage.list(prepared.crops(storage), (".parquet",)):
+    parts = (info for prepared in sets for info in storage.list(prepared.crops(storage), (".parquet",)))
+    for info in parts:
         columns = [*TRAINING_COLUMNS, "split", "status"]
         found.append(select_crops(storage.read_table(info.uri, columns=columns), "train", statuses))
         if sum(table.num_rows for table in found) >= batch_size:
             break
     rows = pa.concat_tables(found)
-    arrays = training_arrays(rows.slice(0, batch_size), prepared.crop_side_px)
+    arrays = training_arrays(rows.slice(0, batch_size), sets[0].crop_side_px)
     chosen = torch.arange(batch_size).numpy() % len(arrays["age"])
     return {name: values[chosen] for name, values in arrays.items()}
 

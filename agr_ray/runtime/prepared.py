@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
@@ -106,3 +107,41 @@ def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
     if not found.finished:
         raise ConfigError(f"{key} {uri}: preparing has not finished; run jobs/prepare.py again to go on")
     return found
+
+
+def describe_sets(
+    sets: Sequence[PreparedSet], num_train_rows: Sequence[int], shares: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Return what a checkpoint says of the sets that it learns from: where, what, split how, and how much of each.
+
+    Of several, names are joined by " + ", counts are added up, `split_manifest_sha256` is the SHA-256 of the sets' own,
+    sorted, a line each; and `sets` has an entry for each, with its share of the training rows drawn.
+
+    Args:
+        sets: in the order of `train.data`.
+        num_train_rows: rows of each that are trained on.
+        shares: `train.data_shares`.
+    """
+    if len(sets) == 1:
+        return _describe_set(sets[0], num_train_rows[0])
+    each = [_describe_set(*pair) for pair in zip(sets, num_train_rows, strict=True)]
+    parts = shares or num_train_rows
+    lines = "".join(f"{sha256}\n" for sha256 in sorted(prepared.split_manifest_sha256 for prepared in sets))
+    return {
+        **{key: " + ".join(dict.fromkeys(said[key] for said in each)) for key in ("uri", "source", "detector")},
+        "split_manifest_sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        "splits": {name: sum(prepared.splits[name] for prepared in sets) for name in sets[0].splits},
+        "num_train_rows": sum(num_train_rows),
+        "sets": [said | {"share": part / sum(parts)} for said, part in zip(each, parts, strict=True)],
+    }
+
+
+def _describe_set(prepared: PreparedSet, num_train_rows: int) -> dict[str, Any]:
+    return {
+        "uri": prepared.uri,
+        "source": prepared.source,
+        "detector": prepared.detector,
+        "split_manifest_sha256": prepared.split_manifest_sha256,
+        "splits": prepared.splits,
+        "num_train_rows": num_train_rows,
+    }

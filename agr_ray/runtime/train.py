@@ -28,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -70,10 +70,10 @@ from agr_ray.runtime.board import progress_board
 from agr_ray.runtime.cluster import check_fits, cluster, machine_cpus
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, label_arrays, select_crops, training_dataset, usable_statuses
-from agr_ray.runtime.guards import check_no_overlap, class_warnings, detector_warnings
+from agr_ray.runtime.guards import check_no_overlaps, check_sets, class_warnings, copies_warnings, detector_warnings
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prefetch import prefetch
-from agr_ray.runtime.prepared import PreparedSet, open_prepared
+from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.runtime.tracking import TrackedRun, check_mlflow
 from agr_ray.schema import HISTORY, Status
 from agr_ray.storage import MissingObject, Storage
@@ -127,23 +127,24 @@ def train(job: TrainJob) -> str:
     """
     console = Console()
     storage = Storage.from_config(job.storage)
-    prepared = open_prepared(storage, job.train.data, "train.data")
-    settings = _settings_digest(job, prepared)
+    sets = [open_prepared(storage, uri, "train.data") for uri in job.train.data_uris]
+    check_sets(sets)
+    settings = _settings_digest(job, sets)
     uri = _run_uri(storage, job, settings)
-    run, first = _plan(job, storage, prepared, uri, settings, console)
+    run, first = _plan(job, storage, sets, uri, settings, console)
     console.print(f"run {uri}", highlight=False, soft_wrap=True)
     if job.dry_run:
         # Here: it is of no use to workers, which import this module.
         from agr_ray.runtime.dry_run import dry_run
 
-        dry_run(run, prepared, first or MultiTaskNet(job.model), console)
+        dry_run(run, sets, first or MultiTaskNet(job.model), console)
         return storage.join(uri, "best")
     _tracked(run)  # a server that refuses is better known now
     with cluster(job.cluster):
         check_workers_fit(job.train)
         _begin(run, first)
         with progress_board(console) as board:
-            result = _fit(run, prepared, board, console)
+            result = _fit(run, sets, board, console)
     failure = storage.join(uri, FAILURE)
     if storage.exists(failure):
         said, _, image_ids = storage.read(failure).decode().partition("\n")
@@ -181,18 +182,19 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
         number += 1
 
 
-def _settings_digest(job: TrainJob, prepared: PreparedSet) -> str:
+def _settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
     # Threads, TF32 and the compiler round otherwise, no more; `accumulate` stays: batch norm sees its parts.
     moot = {"out", "name", "num_workers", "max_failures", "outage_s", "num_to_keep", "cache_mib"}
     moot |= {"threads_per_worker", "cpus_per_worker", "tf32", "compile", "mlflow_uri"}
     fields = TrainConfig.model_fields
-    settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": prepared.digest})
+    data = sets[0].digest if len(sets) == 1 else json.dumps([prepared.digest for prepared in sets])
+    settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": data})
     return digest(job.model, job.loss, job.augment, settings, job.predict)
 
 
 def _plan(
-    job: TrainJob, storage: Storage, prepared: PreparedSet, uri: str, settings: str, console: Console
+    job: TrainJob, storage: Storage, sets: Sequence[PreparedSet], uri: str, settings: str, console: Console
 ) -> tuple[Run, MultiTaskNet | None]:
     """Look at the labels, and draw or read the first weights; none where the run goes on. Nothing is written yet.
 
@@ -204,31 +206,41 @@ def _plan(
     """
     check_mlflow(job.train.mlflow_uri)
     columns = ["content_hash", "split", "status", "age", "gender", "race"]
-    crops = storage.read_table(prepared.crops(storage), columns=columns)
-    rows = select_crops(crops, "train", usable_statuses(use_fallback=job.train.use_fallback))
-    if not rows.num_rows:
-        raise ConfigError(f"train.data {prepared.uri}: no crop in its train split; its splits are {prepared.splits}")
+    crops = [storage.read_table(prepared.crops(storage), columns=columns) for prepared in sets]
+    statuses = usable_statuses(use_fallback=job.train.use_fallback)
+    trained = [select_crops(table, "train", statuses) for table in crops]
+    for prepared, table in zip(sets, trained, strict=True):
+        if not table.num_rows:
+            raise ConfigError(
+                f"train.data {prepared.uri}: no crop in its train split; its splits are {prepared.splits}"
+            )
+    rows = pa.concat_tables(trained)
+    data = describe_sets(sets, [table.num_rows for table in trained], job.train.data_shares)
+    where = data["uri"]
     for task in job.model.tasks:
         if rows[task].null_count == rows.num_rows:
-            raise ConfigError(f"model.tasks has {task}, and no training row of {prepared.uri} has that label")
+            raise ConfigError(f"model.tasks has {task}, and no training row of {where} has that label")
     if rows.num_rows < 2 * job.train.max_workers:
         raise ConfigError(
-            f"train.data {prepared.uri}: {rows.num_rows} crops in its train split, too few for train.num_workers "
+            f"train.data {where}: {rows.num_rows} crops in its train split, too few for train.num_workers "
             f"{job.train.max_workers}, each of which needs two"
         )
-    check_no_overlap(rows, crops, prepared, storage)
-    transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN, equalize=job.augment.equalize)
-    if job.train.schedule == "plateau" and not prepared.splits["val"]:
-        raise ConfigError(f"train.schedule plateau needs validation, and {prepared.uri} has no crop in its val split")
-    max_rows = max_kept_rows(job.train, transform)
-    if job.train.balance != "none" and rows.num_rows > max_rows * job.train.min_workers:
+    check_no_overlaps(trained, crops, sets, storage)
+    transform = Transform(job.model.input_side_px, sets[0].crop_side_px, DEFAULT_MARGIN, equalize=job.augment.equalize)
+    if job.train.schedule == "plateau" and not data["splits"]["val"]:
+        raise ConfigError(f"train.schedule plateau needs validation, and {where} has no crop in its val split")
+    max_rows, shares = max_kept_rows(job.train, transform), job.train.data_shares
+    if (job.train.balance != "none" or shares) and rows.num_rows > max_rows * job.train.min_workers:
+        draws = f"data_shares {list(shares)}" if shares else f"balance {job.train.balance}"
         raise ConfigError(
-            f"train.balance {job.train.balance} draws from crops in memory, and train.cache_mib {job.train.cache_mib} "
+            f"train.{draws} draws from crops in memory, and train.cache_mib {job.train.cache_mib} "
             f"holds {max_rows} of the {math.ceil(rows.num_rows / job.train.min_workers)} of each worker"
         )
     labels = Labels(**label_arrays(rows))
+    set_index = np.repeat(np.arange(len(sets)), [table.num_rows for table in trained])
     baseline, counts = Baseline.fit(labels), class_counts(labels)
-    for warning in [*class_warnings(counts, job.model.tasks, prepared), *detector_warnings(prepared)]:
+    warnings = class_warnings(counts, job.model.tasks, sets) + detector_warnings(sets) + copies_warnings(trained, sets)
+    for warning in warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     run = Run(
         job=job,
@@ -236,18 +248,13 @@ def _plan(
         uri=uri,
         transform=transform,
         baseline=baseline,
-        sampler=Sampler.fit(labels, job.train.balance, job.train.balance_power),
+        sampler=Sampler.fit(labels, job.train.balance, job.train.balance_power, set_index, shares),
         num_train_rows=rows.num_rows,
-        num_val_rows=prepared.splits["val"],
+        num_val_rows=data["splits"]["val"],
         train_images=content_codes(rows["content_hash"].to_pylist()),
-        data={
-            "uri": prepared.uri,
-            "source": prepared.source,
-            "detector": prepared.detector,
+        data=data
+        | {
             "template": transform.template,
-            "split_manifest_sha256": prepared.split_manifest_sha256,
-            "splits": prepared.splits,
-            "num_train_rows": rows.num_rows,
             "num_train_fallback": pc.sum(pc.equal(rows["status"], str(Status.FALLBACK))).as_py(),
             "train_labels": counts,
             "baseline": baseline.to_json(),
@@ -326,7 +333,7 @@ def _spare_cpus(config: TrainConfig) -> float:
     return 2.0 if config.min_workers == config.max_workers else 0.0
 
 
-def _fit(run: Run, prepared: PreparedSet, board: Any, console: Console) -> Result:
+def _fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> Result:
     """Run the workers to the end of the run; `board` as `RayContext`'s.
 
     Raises:
@@ -339,7 +346,7 @@ def _fit(run: Run, prepared: PreparedSet, board: Any, console: Console) -> Resul
     for attempts_left in reversed(range(CONTROLLER_FAILURES + 1)):
         try:
             with _enough_workers(run.job.train):
-                return _trainer(run, prepared, board).fit()
+                return _trainer(run, sets, board).fit()
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
             raise _failed(run, error.worker_failures[min(error.worker_failures)]) from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
@@ -357,14 +364,14 @@ def _fit(run: Run, prepared: PreparedSet, board: Any, console: Console) -> Resul
     raise AssertionError("the last attempt returns or raises")
 
 
-def _trainer(run: Run, prepared: PreparedSet, board: Any) -> ray.train.torch.TorchTrainer:
+def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.torch.TorchTrainer:
     """Return what runs the workers; it goes on where one before it ended."""
     storage, config = run.storage, run.job.train
 
     def dataset(split: str) -> Callable[[], Dataset]:
         return lambda: training_dataset(
             storage,
-            prepared,
+            sets,
             split,
             use_fallback=config.use_fallback or split != "train",
             outage_s=config.outage_s,
@@ -695,7 +702,7 @@ class ShardBatches:
     def _from_memory(self, rows: dict[str, NDArray[Any]], rng: np.random.Generator) -> Iterator[Batch]:
         num_rows = len(rows["age"]) if rows else 0
         if num_rows and self._sampler is not None:
-            order = self._sampler.draw(labels_of(rows), rng)
+            order = self._sampler.draw(labels_of(rows), rng, rows.get("set_index"))
         else:
             order = rng.permutation(num_rows) if self._shuffle_rows else np.arange(num_rows)
         for first in range(0, num_rows, self._batch_size):

@@ -47,10 +47,11 @@ def chip_label(key: str, chip: RenderedChip, **others: Any) -> dict[str, Any]:
     return {"key": key, "age": chip.age_years, "gender": chip.gender, "race": chip.race, **others}
 
 
-def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0) -> Path:
+def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0, has_race: bool = True) -> Path:
     """Write a prepared set of rendered crops in two parts.
 
-    Every third row lacks one label, each in turn; every fifth is a fallback. Two rows of no split are rejects.
+    Every third row lacks one label, each in turn; every fifth is a fallback. Two rows of no split are rejects. Without
+    `has_race`, no row has that label.
     """
     rows: list[dict[str, Any]] = []
     for split, num_rows in splits.items():
@@ -60,7 +61,7 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0) 
             row: dict[str, Any] = {
                 "age": chip.age_years,
                 "gender": chip.gender,
-                "race": chip.race,
+                "race": chip.race if has_race else None,
                 "split": split,
                 "status": "fallback" if index % 5 == 0 else "ok",
                 "crop": encode_jpeg(align_chip(chip.image_rgb, SIDE_PX)),

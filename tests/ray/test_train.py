@@ -18,11 +18,23 @@ from ray.util.state import list_actors
 from sets import SIDE_PX, prepared_set
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agr_ray.config import AugmentConfig, ConfigError, ModelConfig, TrainConfig, TrainJob
+from agr_ray.config import (
+    AugmentConfig,
+    ConfigError,
+    EvaluateConfig,
+    EvaluateJob,
+    ModelConfig,
+    TrainConfig,
+    TrainJob,
+)
 from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state
 from agr_ray.runtime.command import JobError
+from agr_ray.runtime.crops import training_dataset
+from agr_ray.runtime.evaluate import evaluate
+from agr_ray.runtime.prepared import open_prepared
 from agr_ray.runtime.train import train
 from agr_ray.schema import HISTORY
+from agr_ray.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -177,6 +189,46 @@ class _Killer(threading.Thread):
                 self.killed_after = pq.read_metadata(self._history).num_rows
                 return
             time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def other(data: Path) -> Path:
+    return prepared_set(data.parent / "other", {"train": 18, "val": 7}, first_index=100, has_race=False)
+
+
+def test_what_streams_to_workers_has_rows_of_all_sets_in_every_block(data: Path, other: Path) -> None:
+    storage = Storage()
+    sets = [open_prepared(storage, str(folder), "train.data") for folder in (data, other)]
+
+    dataset = training_dataset(storage, sets, "train", use_fallback=True)
+    blocks = [batch["set_index"] for batch in dataset.iter_batches(batch_size=None)]
+
+    assert np.bincount(np.concatenate(blocks)).tolist() == [37, 18]
+    for block in blocks:
+        assert 0 < block.mean() < 1
+
+
+def test_two_sets_of_which_one_has_no_race_are_learnt_from_together(data: Path, other: Path) -> None:
+    uris = [str(data), str(other)]
+
+    run = Path(train(train_job(data, name="both", data=uris, data_shares=[1, 3], balance="gender"))).parent
+
+    rows = history(run)
+    assert [row["num_val_rows"] for row in rows] == [13 + 7] * EPOCHS
+    assert all(55 - 2 < row["num_train_rows"] <= 55 for row in rows)
+    assert all(np.isfinite(row["train_loss"]) for row in rows)
+    loaded = load_checkpoint(run / "best")
+    val = loaded.meta["metrics"]["val"]
+    assert val["n"] == 20
+    assert 0 < val["race"]["n"] <= 13
+    assert loaded.meta["data"]["source"] == "rendered"
+    assert [(said["uri"], said["num_train_rows"], said["share"]) for said in loaded.meta["data"]["sets"]] == [
+        (uris[0], 37, 0.25),
+        (uris[1], 18, 0.75),
+    ]
+    assert "| rendered | " + uris[1] + " |" in (run / "best" / "model_card.md").read_text()
+    with pytest.raises(ConfigError, match=r"trained on 18 of its 18 images"):
+        evaluate(EvaluateJob(evaluate=EvaluateConfig(checkpoint=str(run / "best"), data=uris[1], split="train")))
 
 
 def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(data: Path) -> None:

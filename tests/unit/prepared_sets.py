@@ -26,36 +26,40 @@ def prepared_set(
     finished: bool = True,
     copied: bool = False,
     detector: str = "none",
+    keys: tuple[str, str, str] = ("a.jpg", "b.jpg", "c.jpg"),
+    race: str | None = None,
 ) -> Path:
-    """Write a prepared set of three crops, in which no label has a race.
+    """Write a prepared set of three crops, of train, test and train, whose content is their key, all of one race.
 
-    With `copied`, the image of the test split is one of training's too.
+    With `copied`, the image of the test split is the first of training's too.
     """
     side = crop_side_px(side_px)
+    first, second, third = keys
     rows = [
         {
             "image_id": key,
             "uri": f"/faces/{key}",
             "key": key,
             "source": "folder",
-            "content_hash": hashlib.sha256(b"a.jpg" if copied and key == "b.jpg" else key.encode()).hexdigest(),
+            "content_hash": hashlib.sha256((first if copied and key == second else key).encode()).hexdigest(),
             "group_id": f"sha256:{key}",
             "split": split,
             "age": age,
             "gender": gender,
+            "race": race,
             "status": "ok",
             "crop": encode_jpeg(np.full((side, side, 3), 128, np.uint8)),
         }
         for key, split, age, gender in (
-            ("a.jpg", "train", 20.0, "male"),
-            ("b.jpg", "test", 30.0, "female"),
-            ("c.jpg", "train", 40.0, "female"),
+            (first, "train", 20.0, "male"),
+            (second, "test", 30.0, "female"),
+            (third, "train", 40.0, "female"),
         )
     ]
     (folder / "crops").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), folder / "crops" / "part-0.parquet")
     settings = {
-        "source": {"kind": "folder", "name": ""},
+        "source": {"kind": "folder", "name": folder.name},
         "vision": {"detector": detector},
         "crop_side_px": side_px,
         "template": template,
@@ -65,7 +69,7 @@ def prepared_set(
         finished=finished,
         settings=settings,
         split_manifest_sha256="0" * 64,
-        labels_sha256="0" * 64,
+        labels_sha256=hashlib.sha256(" ".join(keys).encode()).hexdigest(),
         splits={"train": 2, "val": 0, "test": 1},
         counts={"ok": 3},
         uri=str(folder),

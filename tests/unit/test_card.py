@@ -99,6 +99,19 @@ def test_the_card_says_what_it_was_trained_on() -> None:
     assert "| gender | female | 100 | 10.0 % |" in data
 
 
+def test_the_card_lists_the_sets_where_there_are_several() -> None:
+    of_one = {"source": "utkface", "uri": "s3://a", "split_manifest_sha256": "aa", "detector": "mtcnn", "share": 0.75}
+    one = of_one | {"splits": {"train": 900, "val": 40}, "num_train_rows": 900}
+    other = one | {"source": "adience", "uri": "s3://b", "num_train_rows": 100, "share": 0.25}
+
+    data = section(model_card(meta(data=meta()["data"] | {"source": "utkface + adience", "sets": [one, other]})), "Tr")
+
+    assert "| source | utkface + adience |" in data
+    assert "| utkface | s3://a | aa | mtcnn | train 900, val 40 | 900 | 75.0 % |" in data
+    assert "| adience | s3://b | aa | mtcnn | train 900, val 40 | 100 | 25.0 % |" in data
+    assert "several prepared sets" not in model_card(meta())
+
+
 def test_the_card_says_how_it_was_trained_and_not_where() -> None:
     training = section(model_card(meta()), "Training\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -110,6 +111,49 @@ def test_lists_and_tables_come_from_the_command_line() -> None:
     assert train_job("--model.tasks", '["age", "race"]').model.tasks == ("age", "race")
     codes = parse(PrepareJob, [*needed(PrepareJob), "--source.gender_codes", '{"M": "male"}'], {}).source.gender_codes
     assert codes == {"M": "male"}
+
+
+SEVERAL = ("data/one", "s3://two/a, b")
+
+
+@pytest.mark.parametrize("uri", ["data/one", "s3://sets/a,b", "7", "null", "a b", '"quoted"', "./[brackets]"])
+def test_one_set_is_itself_wherever_it_is_written(tmp_path: Path, uri: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[train]\ndata = {json.dumps(uri)}\n")
+
+    jobs = [
+        parse(TrainJob, ["--train.data", uri], {}),
+        parse(TrainJob, ["--train.data", json.dumps([uri])], {}),
+        parse(TrainJob, [], {"AGR_RAY_TRAIN__DATA": uri}),
+        parse(TrainJob, ["--config", str(recipe)], {}),
+    ]
+
+    assert {(job.train.data, job.train.data_uris) for job in jobs} == {(uri, (uri,))}
+
+
+def test_several_sets_are_a_list_wherever_they_are_written(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[train]\ndata = ["data/one", "s3://two/a, b"]\ndata_shares = [3, 0.5]\n')
+    uris, shares = json.dumps(SEVERAL), "[3, 0.5]"
+
+    jobs = [
+        parse(TrainJob, ["--train.data", uris, "--train.data_shares", shares], {}),
+        parse(TrainJob, [], {"AGR_RAY_TRAIN__DATA": uris, "AGR_RAY_TRAIN__DATA_SHARES": shares}),
+        parse(TrainJob, ["--config", str(recipe)], {}),
+        TrainJob(train=TrainConfig.model_validate({"data": SEVERAL, "data_shares": (3, 0.5)})),
+    ]
+
+    assert {(job.train.data_uris, job.train.data_shares) for job in jobs} == {(SEVERAL, (3.0, 0.5))}
+    assert TrainJob.model_validate_json(jobs[0].model_dump_json()) == jobs[0]
+    assert parse(TrainJob, ["--config", str(recipe), "--train.data_shares", "[]"], {}).train.data_shares == ()
+
+
+def test_shares_in_a_recipe_wait_for_the_sets_of_the_command_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\ndata_shares = [1, 2]\n")
+
+    assert parse(TrainJob, ["--config", str(recipe), "--train.data", '["a", "b"]'], {}).train.data_shares == (1, 2)
+    parse(EvaluateJob, ["--config", str(recipe), *needed(EvaluateJob)], {})
 
 
 def test_lists_come_from_the_environment() -> None:
@@ -241,6 +285,19 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--train.precision", "float16"], "train: precision float16 needs use_gpu; on a CPU: auto, float32, bfloat16"),
         (["--predict.precision", "float16"], "'auto', 'float32' or 'bfloat16'"),
         (["--train.sync_batch_norm", "true"], "train: sync_batch_norm true needs use_gpu"),
+        (["--train.data", '["a"'], "train.data: '[\"a\"' is no JSON"),
+        (["--train.data", '["a", ""]'], "train.data: ['a', ''] must be a list of words, none of them empty"),
+        (["--train.data", '["a", 3]'], "train.data: ['a', 3] must be a list of words"),
+        (["--train.data", "[]"], "train.data is needed"),
+        (
+            ["--train.data_shares", "[1]"],
+            "train.data_shares [1.0] needs several sets in train.data, which is 'somewhere'",
+        ),
+        (
+            ["--train.data", '["a", "b"]', "--train.data_shares", "[1, 2, 3]"],
+            "train.data_shares [1.0, 2.0, 3.0] must have a number for each of the 2 in train.data",
+        ),
+        (["--train.data", '["a", "b"]', "--train.data_shares", "[1, 0]"], "train.data_shares.1: 0 is not allowed"),
     ],
     ids=str,
 )
@@ -253,7 +310,7 @@ def test_a_bad_command_line_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"AGR_RAY_TRAIN__LRR": "1"}, "train.lrr: there is no such key; did you mean lr?; allowed: data, out"),
+        ({"AGR_RAY_TRAIN__LRR": "1"}, "train.lrr: there is no such key; did you mean lr?; allowed: data, data_shares"),
         ({"AGR_RAY_TRIAN__LR": "1"}, "TRIAN"),
         ({"AGR_RAY_TRAIN__LR": "fast"}, "train.lr: 'fast' is not allowed"),
         ({"AGR_RAY_MODEL__TASKS": "[broken"}, "AGR_RAY_MODEL__TASKS='[broken', one is no JSON"),
@@ -415,6 +472,11 @@ def test_the_digest_does_not_see_the_order_of_keys() -> None:
     ]
 
     assert digest(jobs[0]) == digest(jobs[1])
+
+
+def test_a_knob_that_came_later_leaves_digests_of_runs_without_it_as_they_were() -> None:
+    assert "data_shares" not in TrainConfig().model_dump()
+    assert digest(TrainConfig(data="x", data_shares=(1.0, 2.0))) != digest(TrainConfig(data="x"))
 
 
 def test_the_digest_sees_every_change_and_the_order_of_sections() -> None:

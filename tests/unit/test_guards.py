@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from agr_ray.config import ConfigError
-from agr_ray.runtime.guards import check_no_overlap, class_warnings, detector_warnings
+from agr_ray.runtime.guards import (
+    check_no_overlap,
+    check_no_overlaps,
+    check_sets,
+    class_warnings,
+    copies_warnings,
+    detector_warnings,
+)
 from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.storage import Storage
 
 COUNTS = {"gender": {"female": 0, "male": 8}, "race": {"white": 5, "black": 1, "asian": 2, "indian": 0, "others": 0}}
 
 
-def prepared(uri: str, detector: str = "mtcnn") -> PreparedSet:
+def prepared(
+    uri: str, detector: str = "mtcnn", *, side_px: int = 112, template: str = "five_point_v1", labels: str = ""
+) -> PreparedSet:
     return PreparedSet(
         format_version=FORMAT_VERSION,
         finished=True,
-        settings={"vision": {"detector": detector}},
+        settings={"vision": {"detector": detector}, "crop_side_px": side_px, "template": template},
         split_manifest_sha256="",
-        labels_sha256="",
+        labels_sha256=labels or uri,
         splits={},
         counts={},
         uri=uri,
@@ -68,7 +78,7 @@ def test_splits_that_share_no_image_with_training_pass(
 
 
 def test_classes_that_no_training_row_has_are_named_with_counts() -> None:
-    gender, race = class_warnings(COUNTS, ["age", "gender", "race"], prepared("data"))
+    gender, race = class_warnings(COUNTS, ["age", "gender", "race"], [prepared("data")])
 
     assert "no training row has gender female, " in gender
     assert "it has female 0, male 8" in gender
@@ -76,16 +86,89 @@ def test_classes_that_no_training_row_has_are_named_with_counts() -> None:
 
 
 def test_a_class_is_not_missed_where_its_task_has_no_head() -> None:
-    assert class_warnings(COUNTS, ["age"], prepared("data")) == []
+    assert class_warnings(COUNTS, ["age"], [prepared("data")]) == []
 
 
 @pytest.mark.parametrize(("detector", "said"), [("haar", "--vision.detector haar"), ("none", "mtcnn or haar")])
 def test_crops_of_another_detector_than_scorings_are_warned_of(detector: str, said: str) -> None:
-    (warning,) = detector_warnings(prepared("data", detector))
+    (warning,) = detector_warnings([prepared("data", detector)])
 
     assert f"vision.detector {detector}" in warning
     assert said in warning
 
 
 def test_crops_of_scorings_own_detector_are_not() -> None:
-    assert detector_warnings(prepared("data")) == []
+    assert detector_warnings([prepared("data"), prepared("more")]) == []
+
+
+# Several sets
+
+
+def test_sets_of_one_crop_size_can_be_learnt_from_together() -> None:
+    check_sets([prepared("one"), prepared("two"), prepared("three", "haar")])
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"side_px": 224}, r"the crops of one have crop_side_px 112, those of three 224; prepare one of them again"),
+        ({"template": "v0"}, r"the crops of one have template five_point_v1, those of three v0"),
+        ({"labels": "two"}, r"two and three are the same set; name it once"),
+    ],
+    ids=str,
+)
+def test_sets_that_do_not_go_together_are_both_named(other: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_sets([prepared("one"), prepared("two"), prepared("three", **other)])
+
+
+def check_both(tmp_path: Path, *rows: list[tuple[str, str | None, str | None]]) -> None:
+    sets = [prepared(str(tmp_path / name)) for name in ("one", "two", "three")[: len(rows)]]
+    tables = [crops(Path(each.uri), said) for each, said in zip(sets, rows, strict=True)]
+    trained = [table.filter([split == "train" for split in table["split"].to_pylist()]) for table in tables]
+    check_no_overlaps(trained, tables, sets, Storage())
+
+
+APART = [("a.jpg", "11", "train"), ("b.jpg", "22", "val")]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_image_in_training_of_one_set_and_validation_of_another_is_refused(tmp_path: Path, is_first: bool) -> None:
+    seen = [("x.jpg", "33", "train"), ("y.jpg", "11", "test"), ("z.jpg", "44", "test")]
+    order = [APART, seen] if is_first else [seen, APART]
+    trained, held_back = (tmp_path / name for name in (("one", "two") if is_first else ("two", "one")))
+
+    with pytest.raises(ConfigError) as caught:
+        check_both(tmp_path, *order)
+
+    assert f"train.data {held_back}: 1 images of test are, byte for byte, in train of {trained} too" in str(
+        caught.value
+    )
+    assert "such as y.jpg in test; leave them out of one of the two and prepare again" in str(caught.value)
+
+
+def test_sets_whose_splits_agree_on_an_image_pass(tmp_path: Path) -> None:
+    check_both(
+        tmp_path,
+        APART,
+        [("x.jpg", "11", "train"), ("y.jpg", "22", "test"), ("z.jpg", None, "val")],
+        [("u.jpg", "55", "train"), ("v.jpg", None, "test")],
+    )
+
+
+def test_images_trained_on_in_two_sets_are_counted() -> None:
+    one, two, three = (pa.table({"content_hash": hashes}) for hashes in (["1", "1", "2"], ["2", "3", None], ["3", "2"]))
+    sets = [prepared("one"), prepared("two"), prepared("three")]
+
+    (warning,) = copies_warnings([one, two, three], sets)
+
+    assert "train.data one + two + three: 2 images are, byte for byte, in train of more than one set" in warning
+    assert copies_warnings([one], sets[:1]) == []
+    assert copies_warnings([one.slice(0, 2), two], sets[:2]) == []
+
+
+def test_sets_of_different_detectors_are_warned_of() -> None:
+    haar, different = detector_warnings([prepared("one"), prepared("two", "haar")])
+
+    assert "train.data two: its crops were made with vision.detector haar" in haar
+    assert "different vision.detector: one with mtcnn, two with haar;" in different

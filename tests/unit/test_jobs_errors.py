@@ -302,6 +302,14 @@ def test_training_on_images_of_another_split(complaint: Complaint, tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_training_on_sets_of_different_crops(complaint: Complaint, prepared: Path, tmp_path: Path) -> None:
+    other = prepared_set(tmp_path / "other", keys=("d.jpg", "e.jpg", "f.jpg"), side_px=48)
+
+    said = complaint("train", "--train.data", json.dumps([str(prepared), str(other)]), *TASKS)
+
+    assert f"the crops of {prepared} have crop_side_px 32, those of {other} 48" in said
+
+
 @pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed")
 def test_logging_to_mlflow_without_mlflow(complaint: Complaint, prepared: Path, tmp_path: Path) -> None:
     said = complaint("train", "--train.data", prepared, *TASKS, "--train.mlflow_uri", "http://tracking:5000")

@@ -90,6 +90,55 @@ def test_a_label_weighs_the_same_on_every_rank() -> None:
     np.testing.assert_array_equal(weights, sampler.weights(whole))
 
 
+# Several sets
+
+
+def drawn_shares(
+    parts: list[Labels], by: Balance, asked: list[float]
+) -> tuple[list[float], dict[tuple[int, float, int, int], float]]:
+    """Return the share of many draws that each set has, and each combination of set and labels."""
+    truth = Labels(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    set_index = np.repeat(np.arange(len(parts)), [len(part.age) for part in parts])
+    sampler = Sampler.fit(truth, by, 1.0, set_index, asked)
+    assert sampler is not None
+    assert sampler.weights(truth, set_index).mean() == pytest.approx(1.0)
+    rng = np.random.default_rng(1)
+    drawn = np.concatenate([sampler.draw(truth, rng, set_index) for _ in range(100)])
+    keys = list(zip(set_index[drawn].tolist(), *(each[drawn].tolist() for each in truth), strict=True))
+    found = {key: keys.count(key) / len(keys) for key in set(keys)}
+    return [float(np.mean(set_index[drawn] == k)) for k in range(len(parts))], found
+
+
+ONE, OTHER = labels((20, 0, 0, 240), (20, 1, 0, 60)), labels((20, 0, -1, 25), (20, 1, -1, 75))
+
+
+@pytest.mark.parametrize("by", ["none", "gender", "race", "cells"])
+def test_sets_are_drawn_at_their_shares_whatever_is_evened_out(by: Balance) -> None:
+    # Of 40,000 draws, four standard deviations are 0.01.
+    assert drawn_shares([ONE, OTHER], by, [1, 3])[0] == pytest.approx([0.25, 0.75], abs=0.01)
+    assert drawn_shares([ONE, OTHER, OTHER], by, [0.5, 0.2, 0.3])[0] == pytest.approx([0.5, 0.2, 0.3], abs=0.01)
+
+
+def test_labels_come_as_they_are_in_a_set_that_is_not_evened_out() -> None:
+    found = drawn_shares([ONE, OTHER], "none", [1, 1])[1]
+    assert found[0, 20, 1, 0] == pytest.approx(0.5 * 0.2, abs=0.01)
+    assert found[1, 20, 1, -1] == pytest.approx(0.5 * 0.75, abs=0.01)
+
+
+def test_with_shares_labels_are_evened_out_within_each_set() -> None:
+    found = drawn_shares([ONE, OTHER], "gender", [1, 3])[1]
+    assert [found[0, 20, gender, 0] for gender in (0, 1)] == pytest.approx([0.125, 0.125], abs=0.01)
+    assert [found[1, 20, gender, -1] for gender in (0, 1)] == pytest.approx([0.375, 0.375], abs=0.01)
+
+
+def test_without_shares_all_sets_are_evened_out_as_one() -> None:
+    truth = Labels(*(np.concatenate(columns) for columns in zip(ONE, OTHER, strict=True)))
+    set_index = np.repeat([0, 1], [300, 100])
+    sampler = Sampler.fit(truth, "gender", 1.0, set_index)
+    assert sampler is not None
+    assert np.array_equal(sampler.weights(truth, set_index), fit(truth, "gender").weights(truth))
+
+
 def test_draws_are_as_frequent_as_weights_say_and_can_be_repeated() -> None:
     truth = labels((20, 0, 0, 9000), (20, 1, 0, 1000))
     sampler = fit(truth, "gender")

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from agr_ray.learn.metrics import Labels
+from agr_ray.learn.loop import labels_of
 from agr_ray.learn.sampling import Sampler
 from agr_ray.runtime.prefetch import prefetch
 from agr_ray.runtime.train import ShardBatches
 
 NUM = 600
+SETS = np.arange(NUM) % 5 // 4  # one in five is of the second set
 
 
 class Shard:
@@ -30,7 +31,8 @@ class Shard:
 
 def rows_of(num: int) -> dict[str, Any]:
     gender = np.arange(num) % 10 // 9  # one in ten is a man
-    return {"age": np.arange(num, dtype=np.float32) % 100, "gender": gender, "race": np.zeros(num, np.int64)}
+    ages, race = np.arange(num, dtype=np.float32) % 100, np.zeros(num, np.int64)
+    return {"age": ages, "gender": gender, "race": race, "set_index": SETS[:num]}
 
 
 def men(batches: ShardBatches, epoch: int) -> tuple[int, float]:
@@ -43,7 +45,7 @@ def shard_batches(sampler: Sampler | None, *, keep: bool = True) -> ShardBatches
 
 
 def test_rows_are_evened_out_once_they_are_in_memory() -> None:
-    sampler = Sampler.fit(Labels(**rows_of(NUM)), "gender", 1.0)
+    sampler = Sampler.fit(labels_of(rows_of(NUM)), "gender", 1.0)
     batches = shard_batches(sampler)
     assert men(batches, 1) == (NUM, pytest.approx(0.1))
     assert men(batches, 2) == (NUM, pytest.approx(0.5, abs=0.07))
@@ -57,6 +59,13 @@ def test_an_epoch_gone_on_with_comes_in_another_order() -> None:
     first, rest = (np.concatenate([b["age"] for b in batches.epoch(2, steps_done)]) for steps_done in (0, 3))
     assert not np.array_equal(first, rest)
     assert np.array_equal(np.sort(first), np.sort(rest))
+
+
+def test_sets_come_at_their_shares_once_they_are_in_memory() -> None:
+    batches = shard_batches(Sampler.fit(labels_of(rows_of(NUM)), "none", 1.0, SETS, [1, 1]))
+    for epoch, share in ((1, 0.2), (2, 0.5), (3, 0.5)):
+        drawn = np.concatenate([batch["set_index"] for batch in batches.epoch(epoch)])
+        assert (len(drawn), drawn.mean()) == (NUM, pytest.approx(share, abs=0.08))
 
 
 def test_without_a_sampler_each_row_comes_once() -> None:

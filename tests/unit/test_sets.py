@@ -1,0 +1,230 @@
+"""Several prepared sets learnt from together: what is read, what is drawn, what is said of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from prepared_sets import SIDE_PX, prepared_set
+
+from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
+from agr_ray.models.checkpoint import content_codes
+from agr_ray.runtime import dry_run
+from agr_ray.runtime.crops import Slice, deal_parts, read_slices, take_turns, training_arrays, usable_statuses
+from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
+from agr_ray.runtime.train import Run, _settings_digest, train
+from agr_ray.storage import Storage
+
+STORAGE = Storage()
+STATUSES = usable_statuses(use_fallback=True)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    """Return a set without races."""
+    return prepared_set(tmp_path / "one")
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """Return one of other images, all of whom are white."""
+    return prepared_set(tmp_path / "two", keys=("d.jpg", "e.jpg", "f.jpg"), race="white")
+
+
+def opened(*folders: Path) -> list[PreparedSet]:
+    return [open_prepared(STORAGE, str(folder), "train.data") for folder in folders]
+
+
+def job(*folders: Path, **changes: Any) -> TrainJob:
+    settings = {"data": [str(folder) for folder in folders], "out": str(folders[0].parent / "runs"), "batch_size": 4}
+    return TrainJob(
+        model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX),
+        train=TrainConfig.model_validate(settings | changes),
+        dry_run=True,
+    )
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, *folders: Path, **changes: Any) -> Run:
+    """Return what workers would be told."""
+    told: list[Run] = []
+    monkeypatch.setattr(dry_run, "dry_run", lambda run, *_: told.append(run))
+    train(job(*folders, **changes))
+    return told[0]
+
+
+# What is read
+
+
+def test_the_parts_of_one_set_are_read_one_by_one() -> None:
+    assert deal_parts([["a", "b"]]) == [[Slice("a", 0, 1)], [Slice("b", 0, 1)]]
+
+
+def test_every_reading_has_rows_of_every_set_and_every_row_is_read_once() -> None:
+    num_rows = {"a": 10, "b": 7, "c": 3, "d": 9, "e": 8, "x": 11, "y": 5, "z": 20}
+    groups = deal_parts([["a", "b", "c", "d", "e"], ["x", "y"], ["z"]])
+
+    assert [[each.uri for each in group] for group in groups] == [
+        ["a", "x", "z"],
+        ["b", "x", "z"],
+        ["c", "x", "z"],
+        ["d", "y", "z"],
+        ["e", "y", "z"],
+    ]
+    read = [(uri, row) for group in groups for uri, first, step in group for row in range(first, num_rows[uri], step)]
+    assert sorted(read) == [(uri, row) for uri, num in num_rows.items() for row in range(num)]
+
+
+def test_rows_of_several_tables_take_turns_in_their_order() -> None:
+    order = take_turns([4, 2, 0])
+
+    assert order.tolist() == [0, 4, 1, 2, 5, 3]
+    assert take_turns([3]).tolist() == [0, 1, 2]
+    every_tenth = take_turns([900, 100]) >= 900
+    assert all(part.sum() == 10 for part in np.split(every_tenth, 10))
+
+
+def test_rows_know_which_set_they_are_from_and_what_they_lack(one: Path, two: Path) -> None:
+    slices = [Slice(str(folder / "crops" / "part-0.parquet"), 0, 1) for folder in (one, two)]
+
+    arrays = training_arrays(read_slices(STORAGE, slices, "train", STATUSES), SIDE_PX)
+
+    assert arrays["image_id"].tolist() == ["a.jpg", "d.jpg", "c.jpg", "f.jpg"]
+    assert arrays["set_index"].tolist() == [0, 1, 0, 1]
+    assert arrays["set_index"].dtype == np.int64
+    assert arrays["race"].tolist() == [-1, 0, -1, 0]
+
+
+def test_a_slice_is_of_the_rows_of_its_split(one: Path) -> None:
+    part = str(one / "crops" / "part-0.parquet")
+
+    found = [read_slices(STORAGE, [Slice(part, first, 2)], "train", STATUSES) for first in (0, 1, 2)]
+
+    assert [table["image_id"].to_pylist() for table in found] == [["a.jpg"], ["c.jpg"], []]
+
+
+# What is planned
+
+
+def test_what_is_said_of_one_set_is_as_before_there_could_be_several(
+    two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planned(monkeypatch, two)
+
+    assert run.sampler is None
+    assert set(run.data) == {
+        *("uri", "source", "detector", "template", "split_manifest_sha256", "splits", "num_train_rows"),
+        *("num_train_fallback", "train_labels", "baseline"),
+    }
+    assert (run.data["uri"], run.data["split_manifest_sha256"]) == (str(two), "0" * 64)
+
+
+def test_labels_of_all_sets_and_images_of_all_sets_are_what_is_learnt_from(
+    one: Path, two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planned(monkeypatch, one, two, data_shares=[3, 1], balance="gender")
+
+    assert run.num_train_rows == 4
+    assert run.data["train_labels"]["race"]["white"] == 2
+    hashes = [
+        row["content_hash"]
+        for folder in (one, two)
+        for row in pq.read_table(folder / "crops").to_pylist()
+        if row["split"] == "train"
+    ]
+    assert torch.equal(run.train_images, content_codes(hashes))
+    assert run.sampler is not None
+    assert run.sampler.table.sum(axis=(1, 2, 3)).tolist() == pytest.approx([3.0, 1.0])  # two cells of weight 1 a set
+    assert [said["share"] for said in run.data["sets"]] == [0.75, 0.25]
+
+
+def test_a_dry_run_says_what_each_set_gives(one: Path, two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(job(one, two, data_shares=[3, 1], epochs=1, threads_per_worker=1))
+
+    said = capsys.readouterr().out
+    assert f"data: {one} + {two}: 4 crops to train on, 0 images to validate on" in said
+    assert f"of them {one}: 2 crops to train on, 75.0 % of those drawn; 0 images to validate on" in said
+    assert f"of them {two}: 2 crops to train on, 25.0 % of those drawn" in said
+    assert "training labels, race: white 2, black 0" in said
+    assert "dry run: nothing was written" in said
+
+
+def test_a_label_that_no_set_has_is_refused(one: Path, tmp_path: Path) -> None:
+    other = prepared_set(tmp_path / "other", keys=("d.jpg", "e.jpg", "f.jpg"))
+
+    with pytest.raises(ConfigError, match=r"model.tasks has race, and no training row of .*one \+ .*other has that"):
+        train(job(one, other))
+
+
+def test_a_set_without_training_rows_is_refused(one: Path, two: Path) -> None:
+    crops = two / "crops" / "part-0.parquet"
+    table = pq.read_table(crops)
+    pq.write_table(table.filter([split == "test" for split in table["split"].to_pylist()]), crops)
+
+    with pytest.raises(ConfigError, match=rf"train.data {two}: no crop in its train split"):
+        train(job(one, two))
+
+
+def test_an_image_of_another_sets_test_split_is_refused(one: Path, tmp_path: Path) -> None:
+    other = prepared_set(tmp_path / "other", keys=("d.jpg", "c.jpg", "f.jpg"), race="white")
+
+    with pytest.raises(ConfigError, match=rf"train.data {other}: 1 images of test .* in train of {one} too, such as c"):
+        train(job(one, other))
+
+
+def test_a_set_twice_is_refused(one: Path) -> None:
+    with pytest.raises(ConfigError, match="are the same set; name it once"):
+        train(job(one, Path(f"{one}/")))
+
+
+def test_drawing_by_shares_needs_the_crops_in_memory(one: Path, two: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train.data_shares \[3.0, 1.0\] draws from crops in memory, and train.cache"
+    ):
+        train(job(one, two, data_shares=[3, 1], cache_mib=0))
+
+
+# What is said of them
+
+
+def test_what_is_said_of_several_sets_is_joined_and_each_ones_own(one: Path, two: Path) -> None:
+    sets = opened(one, two)
+    sets[1] = sets[1].model_copy(update={"split_manifest_sha256": "1" * 64})
+
+    said, swapped = describe_sets(sets, [30, 10]), describe_sets(sets[::-1], [10, 30])
+
+    assert (said["uri"], said["source"], said["detector"]) == (f"{one} + {two}", "one + two", "none")
+    assert said["splits"] == {"train": 4, "val": 0, "test": 2}
+    assert said["num_train_rows"] == 40
+    expected = hashlib.sha256(("0" * 64 + "\n" + "1" * 64 + "\n").encode()).hexdigest()
+    assert said["split_manifest_sha256"] == swapped["split_manifest_sha256"] == expected
+    assert [(each["uri"], each["num_train_rows"], each["share"]) for each in said["sets"]] == [
+        (str(one), 30, 0.75),
+        (str(two), 10, 0.25),
+    ]
+    assert said["sets"][1]["split_manifest_sha256"] == "1" * 64
+    assert json.loads(json.dumps(said)) == said
+
+
+def test_the_digest_of_a_run_on_one_set_does_not_know_of_several(one: Path, two: Path) -> None:
+    first, both = opened(one), opened(one, two)
+    alone = job(one).train.model_dump(mode="json") | {"data": first[0].digest}
+    moot = ("out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker", "mlflow_uri")
+    plain = TrainConfig(**alone | {name: TrainConfig.model_fields[name].default for name in moot})
+    settings = job(one)
+
+    assert _settings_digest(settings, first) == digest(
+        settings.model, settings.loss, settings.augment, plain, settings.predict
+    )
+    digests = {
+        _settings_digest(job(one), first),
+        _settings_digest(job(one, two), both),
+        _settings_digest(job(one, two, data_shares=[1, 1]), both),
+        _settings_digest(job(one, two, data_shares=[1, 2]), both),
+    }
+    assert len(digests) == 4
