@@ -14,7 +14,7 @@ import torch
 from agr_ray.learn.loop import labels_of
 from agr_ray.learn.sampling import Sampler
 from agr_ray.runtime.prefetch import prefetch
-from agr_ray.runtime.train import ShardBatches
+from agr_ray.runtime.shard_batches import ShardBatches
 
 NUM = 600
 SETS = np.arange(NUM) % 5 // 4  # one in five is of the second set

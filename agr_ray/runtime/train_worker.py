@@ -1,0 +1,283 @@
+"""One of a run's workers: the loop of `learn.loop` in a process of Ray Train's."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any, Final
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointUploadMode,
+)
+from torch import Tensor, nn
+
+from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Row, Snapshot
+from agr_ray.learn.loop import train as train_loop
+from agr_ray.learn.metrics import Labels
+from agr_ray.learn.predict import predict
+from agr_ray.learn.progress import Progress
+from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
+from agr_ray.runtime.cluster import machine_cpus
+from agr_ray.runtime.patience import Patience
+from agr_ray.runtime.shard_batches import ShardBatches, max_kept_rows
+from agr_ray.runtime.training_run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
+
+PROGRESS_EVERY_S: Final = 10.0
+MIN_VAL_BATCH: Final = 64
+NUM_SAMPLES: Final = 24
+"""Crops on the page of sample predictions."""
+NOT_VALIDATED: Final = 1e30
+"""The objective of a checkpoint that is to be gone on from only, never to be the best."""
+
+
+def work(config: dict[str, Any]) -> None:
+    """Be one worker."""
+    run: Run = config["run"]
+    logging.disable(logging.INFO)  # Ray Train logs every report as a page
+    context = RayContext(run, config["board"])
+    torch.set_num_threads(context.num_threads)
+    with TemporaryDirectory() as temporary:
+        directory = Path(temporary, "checkpoint")
+        checkpoint = ray.train.get_checkpoint()
+        kept = "initial" if checkpoint is None else f"{CHECKPOINTS}/{Path(checkpoint.path).name}"
+        uri = run.storage.join(run.uri, kept)
+        Patience(run.job.train.outage_s).call(lambda: run.storage.download_tree(uri, str(directory)))
+        model = load_checkpoint(directory).model
+        resume = None if checkpoint is None else load_train_state(directory)
+    if resume is not None and context.rank == 0:
+        middle = f" and {resume['begun']['num_steps']} steps" if "begun" in resume else ""
+        _say(f"resuming after epoch {resume['epoch']}{middle}, {_workers(context.world_size)}")
+    try:
+        train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
+    except NonFiniteLossError as error:
+        # Starting again would only meet it again, so this is no failure to Ray. Whose batch it was knows its rows.
+        if error.image_ids is not None:
+            text = "\n".join([str(error), *error.image_ids])
+            run.storage.write(run.storage.join(run.uri, FAILURE), text.encode())
+
+
+class RayContext:
+    """`learn.loop.Context` in one of Ray Train's workers.
+
+    Args:
+        run: what is trained.
+        board: handle of the `Board` that the driver's terminal shows; None: it has none, and lines are printed.
+    """
+
+    def __init__(self, run: Run, board: Any) -> None:
+        self._run = run
+        self._board = board
+        train = run.job.train
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self.num_threads = train.threads_per_worker or max(1, machine_cpus() // context.get_local_world_size())
+        # Small tensors are added up on the CPU, whatever the gradients travel by.
+        is_gloo = self.world_size == 1 or torch.distributed.get_backend() == "gloo"
+        self._cpu_group: Any = None if is_gloo else torch.distributed.new_group(backend="gloo")
+        # A step takes train.batch_size images, however many workers there are.
+        batch_size = train.batch_size // self.world_size + (self.rank < train.batch_size % self.world_size)
+        # All workers stream or none: those that share a dataset must iterate over it together. So what decides is
+        # the same for all. Validation's shares may be as unequal as they like.
+        max_rows = max_kept_rows(train, run.transform)
+        self._train = ShardBatches(
+            ray.train.get_dataset_shard("train"),
+            batch_size,
+            keep=run.num_train_rows / self.world_size <= max_rows,
+            shuffle_rows=train.shuffle_rows,
+            seed=(train.seed, self.rank),
+            sampler=run.sampler,
+            device=self.device,
+        )
+        self._val = ShardBatches(
+            ray.train.get_dataset_shard("val"),
+            max(batch_size, MIN_VAL_BATCH),
+            keep=run.num_val_rows <= max_rows,
+            device=self.device,
+        )
+        self._patience = Patience(train.outage_s)
+        self._logs = RunLogs(run, self._patience) if self.rank == 0 else None
+        self._samples: Batch | None = None
+        self._shown = time.monotonic()
+
+    def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
+        """Iterate over this worker's share, in an order drawn by seed, rank, epoch and where it is gone on with."""
+        return self._train.epoch(epoch, steps_done)
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Iterate over this worker's share of validation; the first worker remembers some of it to show."""
+        for batch in self._val.epoch(0):
+            if self._samples is None and self._logs is not None and len(batch["age"]):
+                self._samples = {name: np.array(values[:NUM_SAMPLES]) for name, values in batch.items()}
+            yield batch
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Add up over workers."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor, group=self._cpu_group)
+        return tensor
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Average gradients over workers."""
+        if self.world_size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+
+    def report(self, report: EpochReport) -> None:
+        """Keep a checkpoint and the history; all workers wait for each other here."""
+        row = dict(report.row)
+        if row[OBJECTIVE] is None:
+            row[OBJECTIVE] = -float(row["epoch"])  # nothing to validate on: the last epoch counts as the best
+        else:
+            row[OBJECTIVE] += 1e-12 * row["epoch"]  # of equal epochs the first is the best; Ray would keep the last
+        if self._logs is None:
+            ray.train.report(row)
+            return
+        metrics = {"epoch": row["epoch"], "val": report.metrics}
+        # Training goes on while it is on its way; Ray knows of it, and so goes on from it, once all of it is there.
+        self._keep(report, row, metrics, CheckpointUploadMode.ASYNC)
+        self._logs.write(report.row, report.train_state()["history"])
+        if report.finished and self._samples is not None:
+            self._logs.show(self._samples, report)
+        _say(_epoch_line(report, self._run.job.train.epochs))
+
+    def must_save(self) -> bool:
+        """Ask Ray, which asks the cluster, whether the machine of a worker is about to be taken away."""
+        return ray.train.get_preemption_info() is not None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Keep a checkpoint that is only to be gone on from, and return once it is there."""
+        row = {OBJECTIVE: NOT_VALIDATED}
+        if self._logs is None:
+            ray.train.report(row)
+            return
+        self._keep(snapshot, row, {}, CheckpointUploadMode.SYNC)
+        _say(f"a machine will be taken away: checkpoint of epoch {snapshot.epoch} after {snapshot.num_steps} steps")
+
+    def _keep(
+        self, kept: EpochReport | Snapshot, row: Row, metrics: Mapping[str, Any], mode: CheckpointUploadMode
+    ) -> None:
+        """Write a checkpoint to the disk, and have Ray Train send it and then delete it there."""
+        run = self._run
+        directory = mkdtemp(prefix="agr-ray-checkpoint-")
+        save_checkpoint(
+            Path(directory),
+            kept.model,
+            kept.transform,
+            train_state=kept.train_state(),
+            train_images=run.train_images,
+            data=run.data,
+            metrics=metrics,
+            config=settings(run.job),
+            git_commit=run.git_commit,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        ray.train.report(
+            row,
+            checkpoint=Checkpoint.from_directory(directory),
+            checkpoint_upload_mode=mode,
+            checkpoint_upload_fn=self._upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        storage, uri = self._run.storage, self._run.storage.join(self._run.uri, f"{CHECKPOINTS}/{name}")
+        self._patience.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
+        filesystem, path = storage.arrow_filesystem(uri)
+        return Checkpoint(path, filesystem)
+
+    def progress(self, progress: Progress) -> None:
+        """Leave it on the board, or print a line now and then."""
+        if self.rank:
+            return
+        if self._board is not None:
+            self._board.put.remote(progress)  # nobody waits for it, so it may fail
+            return
+        now = time.monotonic()
+        if now - self._shown >= PROGRESS_EVERY_S:
+            self._shown = now
+            _say(progress.line())
+
+
+class RunLogs:
+    """TensorBoard's event files, history.parquet and MLflow, written by one worker after every epoch."""
+
+    def __init__(self, run: Run, patience: Patience) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run = run
+        self._patience = patience
+        self._events = run.storage.join(run.uri, "tensorboard")
+        self._local = TemporaryDirectory()
+        self._writer = SummaryWriter(self._local.name)
+        self._tracked, problem = tracked_again(run)
+        _warn(problem)
+
+    def write(self, row: Row, history: list[Row]) -> None:
+        """Add the row of an epoch."""
+        self._patience.call(lambda: write_history(self._run, history))
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                self._writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        self._upload()
+        if self._tracked is not None:
+            _warn(self._tracked.log(history))
+
+    def show(self, samples: Batch, report: EpochReport) -> None:
+        """Add a page of some validation crops with their labels and what the epoch's weights predict."""
+        from agr_ray.report.samples import samples_page
+
+        labels = Labels(samples["age"], samples["gender"], samples["race"])
+        said = predict(report.model, samples["crop"], report.transform, self._run.job.predict)
+        page = samples_page(samples["crop"], labels, said)
+        self._writer.add_image("val/samples", page, report.row["epoch"], dataformats="HWC")
+        self._upload()
+
+    def _upload(self) -> None:
+        self._writer.flush()
+        # Through storage, because the run may lie on S3; the files are small.
+        for path in Path(self._local.name).iterdir():
+            uri, body = self._run.storage.join(self._events, path.name), path.read_bytes()
+            self._patience.call(partial(self._run.storage.write, uri, body))
+
+
+def _workers(count: int) -> str:
+    return "1 worker" if count == 1 else f"{count} workers"
+
+
+def _say(line: str) -> None:
+    """Write a line that Ray passes on to the driver's terminal; in Ray Train's workers `print` writes twice."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _warn(problem: str) -> None:
+    if problem:
+        _say(f"warning: {problem}")
+
+
+def _epoch_line(report: EpochReport, num_epochs: int) -> str:
+    row = report.row
+    parts = [f"epoch {row['epoch']}/{num_epochs} done in {row['epoch_s']:.0f} s", f"loss {row['train_loss']:.3f}"]
+    for name, label, scale, unit in (
+        ("val_age_mae_years", "val age MAE", 1, " years"),
+        ("val_gender_accuracy", "gender", 100, " %"),
+        ("val_race_accuracy", "race", 100, " %"),
+        (OBJECTIVE, "objective", 1, ""),
+    ):
+        if row[name] is not None:
+            parts.append(f"{label} {row[name] * scale:.{3 if not unit else 2}f}{unit}")
+    parts.append(f"{row['samples_per_s']:.0f} samples/s, {row['data_wait_share']:.0%} waiting for data")
+    return ", ".join(parts) + (" *" if report.is_best else "")

@@ -1,0 +1,204 @@
+"""The workers of a training run, started, and started again whatever ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import ray.train
+import ray.train.torch
+from ray.data import Dataset
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+)
+from rich.console import Console
+
+from agr_ray.config import ConfigError, TrainConfig
+from agr_ray.runtime.cluster import check_fits
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.crops import SplitShares, training_dataset
+from agr_ray.runtime.patience import Patience
+from agr_ray.runtime.prepared import PreparedSet
+from agr_ray.runtime.train_worker import work
+from agr_ray.runtime.training_run import CHECKPOINTS, OBJECTIVE, Run
+
+MIN_START_S: Final = 60.0
+WATCH_EVERY_S: Final = 2.0
+CONTROLLER_FAILURES: Final = 3
+"""Ray's default is to ask for ever for what a cluster does not have."""
+
+
+def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> Result:
+    """Run the workers to the end of the run; `board` as `RayContext`'s.
+
+    Raises:
+        JobError: they failed for good.
+    """
+    patience = Patience(run.job.train.outage_s)
+    # Of one start; Ray tries it again CONTROLLER_FAILURES times.
+    start_s = max(MIN_START_S, run.job.train.outage_s / (CONTROLLER_FAILURES + 1))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{start_s:g}")
+    for attempts_left in reversed(range(CONTROLLER_FAILURES + 1)):
+        try:
+            with _enough_workers(run.job.train):
+                return _trainer(run, sets, board).fit()
+        except ray.train.WorkerGroupError as error:  # more often than train.max_failures
+            raise _failed(run, error.worker_failures[min(error.worker_failures)]) from error
+        except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
+            # What steers the workers is a process too, which may be killed, and give up because storage is away.
+            _check_still_fits(run)
+            if not attempts_left or _could_not_start(error):
+                raise _failed(run, error) from error
+            console.print(
+                f"warning: what steers the workers ended ({_last_line(error)}); going on from the last checkpoint",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+            patience.call(lambda: run.storage.read(run.storage.join(run.uri, "run.json")))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.torch.TorchTrainer:
+    """Return what runs the workers; it goes on where one before it ended."""
+    storage, config = run.storage, run.job.train
+
+    def dataset(split: str) -> Callable[[], Dataset]:
+        return lambda: training_dataset(
+            storage,
+            sets,
+            split,
+            use_fallback=config.use_fallback or split != "train",
+            outage_s=config.outage_s,
+            cpus_per_task=_spare_cpus(config) / 2,
+        )
+
+    filesystem, path = storage.arrow_filesystem(run.uri)
+    return ray.train.torch.TorchTrainer(
+        work,
+        train_loop_config={"run": run, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,  # type: ignore[arg-type]  # typed as Train V1's
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.num_to_keep, checkpoint_score_attribute=OBJECTIVE, checkpoint_score_order="min"
+            ),
+            failure_config=FailureConfig(
+                max_failures=config.max_failures,
+                controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # typed as Train V1's
+            ),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+        datasets={"train": dataset("train"), "val": dataset("val")},
+        dataset_config=SplitShares(),
+    )
+
+
+def check_workers_fit(config: TrainConfig) -> None:
+    """Refuse what would wait for ever for CPUs or GPUs that the cluster does not have.
+
+    Raises:
+        ConfigError: with what is asked and what there is.
+    """
+    check_fits(
+        "train.num_workers",
+        config.min_workers,
+        config.cpus_per_worker,
+        1.0 if config.use_gpu else 0.0,
+        spare_cpus=_spare_cpus(config),
+    )
+
+
+def _spare_cpus(config: TrainConfig) -> float:
+    """Return the logical CPUs that the tasks which read training and validation ask for, one each.
+
+    Workers that are as many as the cluster has room for leave none, so reading must not ask for any.
+    """
+    return 2.0 if config.min_workers == config.max_workers else 0.0
+
+
+def _failed(run: Run, cause: Exception) -> JobError:
+    return JobError(
+        f"{run.uri}: training failed: {_last_line(cause)}; the same command goes on from its last checkpoint"
+    )
+
+
+def _could_not_start(error: Exception) -> bool:
+    """Say whether workers could not be started, which Ray has tried several times."""
+    return "WorkerGroupStartup" in type(getattr(error, "controller_failure", None)).__name__
+
+
+@contextmanager
+def _enough_workers(config: TrainConfig) -> Iterator[None]:
+    """End the training within where the cluster stays too small for it.
+
+    A fixed number of workers is given so much time to start; for one that may vary, Ray waits without end.
+
+    Raises:
+        JobError: with what is asked and what there is.
+    """
+    if config.min_workers == config.max_workers:
+        yield
+        return
+    ended, problem = threading.Event(), ""
+
+    def watch() -> None:
+        nonlocal problem
+        small_since: float | None = None
+        while not ended.wait(WATCH_EVERY_S):
+            try:
+                check_workers_fit(config)
+                small_since = None
+            except ConfigError as error:
+                now = time.monotonic()
+                small_since = now if small_since is None else small_since
+                if now - small_since > config.outage_s:
+                    problem = str(error)
+                    signal.raise_signal(signal.SIGINT)  # which makes Ray Train stop in good order
+                    return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except (SystemExit, ray.exceptions.RayActorError):
+        if not problem:
+            raise
+        raise JobError(f"{problem}; the same command goes on from the last checkpoint") from None
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _check_still_fits(run: Run) -> None:
+    """Say so if the workers don't fit the cluster any more.
+
+    Raises:
+        JobError: with what is asked and what there is.
+    """
+    try:
+        check_workers_fit(run.job.train)
+    except ConfigError as error:
+        raise JobError(f"{run.uri}: {error}; the same command goes on from its last checkpoint") from None
+
+
+def _last_line(error: Exception) -> str:
+    """Return what went wrong, of an error whose text is a traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
