@@ -22,6 +22,7 @@ from agr_ray.models.checkpoint import CARD, read_meta, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform
 from agr_ray.runtime.crops import training_arrays
 from agr_ray.runtime.evaluate import add_to_card
+from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.train_worker import RunLogs
 from agr_ray.runtime.training_run import Run
 from agr_ray.schema import HISTORY
@@ -68,7 +69,7 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
     )
     row = dict.fromkeys(HISTORY.names, 1.0) | {"epoch": 4, "step": 9, "num_train_rows": 3, "num_val_rows": 3}
     report = EpochReport(row, True, "epochs", {}, network(), TRANSFORM, dict)
-    logs = RunLogs(run)
+    logs = RunLogs(run, Patience(0.0))
 
     logs.write(row, [row])
     logs.show(arrays, report)
