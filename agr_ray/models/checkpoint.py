@@ -87,7 +87,8 @@ def save_checkpoint(
         transform: what the model's input went through.
         train_state: `EpochReport.train_state()`, plain values and tensors; none: not written.
         train_images: `content_codes` of the training images, kept in train_state.pt.
-        data: of the training data: split_manifest_sha256, counts, train_labels, source, detector, template.
+        data: of the training data: split_manifest_sha256, counts, train_labels, source, detector, template; with an
+            entry of `sets` for each, where it is several prepared sets.
         metrics: on validation.
         config: of the training run.
         git_commit: of the code; empty: not known.
