@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +19,16 @@ import ray  # noqa: F401  # brings psutil, of which it carries a copy
 
 # isort: split
 import psutil
-import requests
-from seaweedfs import free_ports
+
+sys.path.append(str(Path(__file__).parents[2] / "cluster"))
+from servers import head_options, node_command, nodes_alive, ray_environment
 
 ROOT = Path(__file__).parents[2]
 COMMAND_TIMEOUT_S = 400.0
 GONE_TIMEOUT_S = 20.0
 CLUSTER_READY_TIMEOUT_S = 120.0
 TRAIN_WORKER, TRAIN_CONTROLLER = "RayTrainWorker", "TrainController"
+OBJECT_STORE_MIB = 256
 DATA_WORKER = "MapWorker"
 """In the titles of the processes that work on Ray Data's batches: prepare's and score's."""
 
@@ -182,19 +184,10 @@ def run_cluster(more: Mapping[str, str] | None = None, num_cpus: Sequence[int] =
 
     In the end all nodes are ended, by their own ids.
     """
-    names = ["port", "dashboard-port", "ray-client-server-port"]
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    # Without a token, whoever reaches the dashboard runs code.
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with short_folder() as folder:
-        cluster = Cluster(
-            address=f"127.0.0.1:{ports['port']}",
-            dashboard=f"http://127.0.0.1:{ports['dashboard-port']}",
-            environment=job_environment(folder, token | dict(more or {})),
-            folder=folder,
-            nodes=[],
-        )
-        options = ["--head", f"--temp-dir={folder}", *(f"--{name}={port}" for name, port in ports.items())]
+        options, address, dashboard = head_options(folder)
+        environment = job_environment(folder, ray_environment() | dict(more or {}))
+        cluster = Cluster(address, dashboard, environment, folder, nodes=[])
         try:
             _start_node(cluster, num_cpus[0], options)
             for each in num_cpus[1:]:
@@ -230,15 +223,10 @@ def titled_processes(nodes: Sequence[Node], title: str) -> list[psutil.Process]:
 
 
 def _start_node(cluster: Cluster, num_cpus: int, options: Sequence[str]) -> None:
-    names = ["dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"]
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    command = ["ray", "start", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}"]
-    command += [f"--object-store-memory={256 * 2**20}", "--disable-usage-stats", *options]
-    command += [f"--{name}={port}" for name, port in ports.items()]
-    log = cluster.folder / f"node-{ports['metrics-export-port']}.log"
+    log = cluster.folder / f"{uuid.uuid4().hex}.log"
     with log.open("wb") as file:
         node = subprocess.Popen(
-            command,
+            node_command(num_cpus, OBJECT_STORE_MIB, options),
             cwd=cluster.folder,
             env=cluster.environment,
             stdout=file,
@@ -250,19 +238,5 @@ def _start_node(cluster: Cluster, num_cpus: int, options: Sequence[str]) -> None
 
 
 def _is_complete(cluster: Cluster) -> bool:
-    """Say whether the cluster takes jobs and has the nodes that it should have, and no dead one any more."""
-    answer = _answer(cluster, "/api/v0/nodes")
-    if answer is None or _answer(cluster, "/api/jobs/") is None:
-        return False
-    states = [node["state"] for node in answer.json()["data"]["result"]["result"]]
-    return states.count("ALIVE") == len(cluster.nodes)
-
-
-def _answer(cluster: Cluster, path: str) -> requests.Response | None:
-    """Return the dashboard's answer, if it has a good one."""
-    headers = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
-    try:
-        answer = requests.get(f"{cluster.dashboard}{path}", headers=headers, timeout=5)
-    except requests.RequestException:
-        return None
-    return answer if answer.ok else None
+    """Say whether the cluster has the nodes that it should have, and no dead one any more."""
+    return nodes_alive(cluster.dashboard, cluster.environment["RAY_AUTH_TOKEN"]) == len(cluster.nodes)

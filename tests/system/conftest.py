@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 from commands import Cluster, run_cluster
-from seaweedfs import S3Server, free_ports, run_seaweedfs
+from seaweedfs import S3Server, run_seaweedfs
+from servers import free_ports
 
 TEST_BUCKET = "tests"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, Cluster, job_command, job_environment, run_command, succeed
-from seaweedfs import Bucket, S3Server, free_ports
+from seaweedfs import Bucket, S3Server
+from servers import free_ports
 
 from agr_ray.data.rendered import render_chip
 from agr_ray.vision.decode import encode_jpeg

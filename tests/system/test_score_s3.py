@@ -29,7 +29,8 @@ from commands import (
     titled_processes,
 )
 from fault_proxy import Faults, run_fault_proxy
-from seaweedfs import READ_ONLY, Bucket, S3Server, free_ports, run_seaweedfs
+from seaweedfs import READ_ONLY, Bucket, S3Server, run_seaweedfs
+from servers import free_ports
 
 from agr_ray.config import ConfigError, ScoreConfig, ScoreJob
 from agr_ray.data.rendered import render_photograph

