@@ -92,7 +92,7 @@ class Run:
             assert best(rows)["val_objective"] == pytest.approx(best(like.history())["val_objective"], abs=NOISE)
 
 
-NOISE = 0.15
+NOISE = 0.12
 """By which the objectives of two runs that nothing disturbs may differ; guessing has 1."""
 
 
@@ -136,7 +136,7 @@ def working_node(cluster: Cluster) -> Node:
 
 def test_a_run_that_nothing_disturbs_learns(undisturbed: Run) -> None:
     undisturbed.check()
-    assert best(undisturbed.history())["val_objective"] < 0.6
+    assert best(undisturbed.history())["val_objective"] < 0.75
 
 
 @pytest.mark.slow
