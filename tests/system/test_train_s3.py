@@ -64,9 +64,10 @@ class Run:
             "--train.batch_size": BATCH,
             "--train.epochs": EPOCHS,
             "--train.early_stopping_epochs": 0,
-            "--train.lr": 2e-3,
+            "--train.lr": 4e-3,
             "--train.schedule": "one_cycle",
-            "--model.trunk": "resnet18",
+            "--model.trunk": "mobilenet_v3_small",  # its checkpoints are small: the server never gives space back
+            "--model.bn_momentum": 0.1,
             "--model.input_side_px": SIDE_PX,
         } | {f"--train.{key}": value for key, value in changes.items()}
         return job_command("train", *(word for option in options.items() for word in option))
