@@ -55,9 +55,12 @@ def work(config: dict[str, Any]) -> None:
         Patience(run.job.train.outage_s).call(lambda: run.storage.download_tree(uri, str(directory)))
         model = load_checkpoint(directory).model
         resume = None if checkpoint is None else load_train_state(directory)
-    if resume is not None and context.rank == 0:
-        middle = f" and {resume['begun']['num_steps']} steps" if "begun" in resume else ""
-        _say(f"resuming after epoch {resume['epoch']}{middle}, {_workers(context.world_size)}")
+    if context.rank == 0:
+        begun = "beginning"
+        if resume is not None:
+            middle = f" and {resume['begun']['num_steps']} steps" if "begun" in resume else ""
+            begun = f"resuming after epoch {resume['epoch']}{middle}"
+        _say(f"{begun}, {_workers(context.world_size)}")
     try:
         train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
     except NonFiniteLossError as error:
