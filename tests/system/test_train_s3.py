@@ -32,7 +32,7 @@ from seaweedfs import Bucket, S3Server, run_seaweedfs
 sys.path.append(str(ROOT / "tests" / "ray"))
 from sets import SIDE_PX, prepared_set
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BUCKET = "training"
 SPLITS = {"train": 320, "val": 80}
@@ -143,7 +143,6 @@ def test_a_run_that_nothing_disturbs_learns(undisturbed: Run) -> None:
     assert best(undisturbed.history())["val_objective"] < 0.75
 
 
-@pytest.mark.slow
 def test_one_worker_learns_as_well_as_two(bucket: Bucket, three_nodes: Cluster, undisturbed: Run) -> None:
     run = Run(bucket, "alone")
     succeed(run.command(three_nodes, num_workers=1), three_nodes.environment)
@@ -168,7 +167,6 @@ def test_a_killed_worker_is_started_again(
     run.check(like=undisturbed)
 
 
-@pytest.mark.slow
 def test_the_workers_of_a_killed_node_are_started_on_another(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -186,7 +184,6 @@ def test_the_workers_of_a_killed_node_are_started_on_another(
     run.check(like=undisturbed)
 
 
-@pytest.mark.slow
 def test_after_its_driver_was_killed_the_same_command_goes_on(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -200,7 +197,6 @@ def test_after_its_driver_was_killed_the_same_command_goes_on(
     run.check(like=undisturbed)
 
 
-@pytest.mark.slow
 def test_the_killed_controller_of_the_workers_is_started_again(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -218,7 +214,6 @@ def test_the_killed_controller_of_the_workers_is_started_again(
     run.check(like=undisturbed)
 
 
-@pytest.mark.slow
 def test_a_server_that_is_stopped_for_a_while_is_waited_for(
     three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -243,7 +238,6 @@ def test_a_server_that_is_stopped_for_a_while_is_waited_for(
         run.check(like=undisturbed)
 
 
-@pytest.mark.slow
 def test_an_elastic_run_goes_on_with_fewer_workers(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -262,7 +256,6 @@ def test_an_elastic_run_goes_on_with_fewer_workers(
     run.check(like=undisturbed)
 
 
-@pytest.mark.slow
 def test_a_notice_leads_to_a_checkpoint_in_the_middle_of_an_epoch(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
