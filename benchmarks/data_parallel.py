@@ -1,0 +1,188 @@
+"""What data-parallel training costs in exchange: measured on this machine's CPUs, and on paper for 8 to 64 GPUs.
+
+    python benchmarks/data_parallel.py [--trunk resnet50] [--side 224] [--batch 8] [--steps 8]
+
+Measured, without Ray: one process, then --workers processes (DDP, gloo), of one thread each. Each has --batch random
+images a step, so twice the workers see twice the images. Printed: samples/s, and as efficiency the share of what so
+many processes would do that wait for nobody; the same without any exchange (`no_sync`), which is what they lose by
+sharing one machine's memory and caches; the bytes of gradients that DDP hands over in a step (a hook adds up its
+buckets) beside 4 bytes for each parameter; and how long an all-reduce of so many bytes takes alone.
+
+On paper: a ring all-reduce among N sends 2 (N - 1) / N of the gradient's bytes through each GPU's link, which at
+--link-gbit-s takes bytes / speed. A step computes for --batch-per-gpu / --samples-per-s-per-gpu. Shown is the share of
+a step that exchange would take if nothing overlapped; DDP sends a bucket while backward works on the next, so that is
+the most it can cost, but for latency and for links that are shared. --samples-per-s-per-gpu is an assumption until it
+has been measured: `jobs/train.py --dry-run` says it for a GPU at hand.
+"""
+
+# No annotations from __future__: DDP wants a hook's to be no strings.
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from agr_ray.config import LossConfig, ModelConfig, TrainConfig
+from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
+from agr_ray.learn.optimise import build_optimizer
+from agr_ray.models.network import MultiTaskNet
+
+WARM_UP_STEPS: Final = 2
+NUM_ALL_REDUCES: Final = 5
+NUM_GPUS: Final = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one group of processes did."""
+
+    step_s: float
+    alone_step_s: float
+    """The same without exchange of gradients."""
+    sent_bytes: float
+    """Of gradients, handed over by one process in one step."""
+    all_reduce_s: float
+    """Of so many bytes, with nothing beside it; 0: there is nobody to exchange with."""
+
+
+def main() -> None:
+    """Measure one process and several, and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trunk", default="resnet50", help="torchvision network (%(default)s)")
+    parser.add_argument("--side", type=int, default=224, help="of the images, pixels (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images of each process in a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="that are timed (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the larger group (%(default)s)")
+    parser.add_argument("--link-gbit-s", type=float, nargs="+", default=[100.0, 400.0], help="on paper (100 400)")
+    parser.add_argument("--samples-per-s-per-gpu", type=float, default=1000.0, help="on paper (%(default)s)")
+    parser.add_argument("--batch-per-gpu", type=int, default=64, help="on paper (%(default)s)")
+    arguments = parser.parse_args()
+    console = Console(width=120, highlight=False)
+    config = ModelConfig(trunk=arguments.trunk, input_side_px=arguments.side)
+    num_parameters = sum(p.numel() for p in MultiTaskNet(config).parameters())
+    groups = {size: measure(size, config, arguments.batch, arguments.steps) for size in (1, arguments.workers)}
+    title = f"{config.trunk}, {arguments.side} px, {arguments.batch} images a step for each process"
+    console.print(measured_table(groups, arguments.batch, title))
+    several = groups[arguments.workers]
+    console.print(
+        f"gradients: DDP hands over {several.sent_bytes:,.0f} bytes a step in each process; {num_parameters:,} "
+        f"parameters of 4 bytes are {4 * num_parameters:,}; all-reduce of so many alone: "
+        f"{several.all_reduce_s * 1000:.0f} ms",
+        soft_wrap=True,
+    )
+    compute_s = arguments.batch_per_gpu / arguments.samples_per_s_per_gpu
+    console.print(paper_table(4 * num_parameters, compute_s, arguments.link_gbit_s))
+
+
+def measured_table(groups: dict[int, Measured], batch: int, title: str) -> Table:
+    """Return what was measured, a row for each group."""
+    table = Table("processes", "samples/s", "efficiency", "without exchange", "efficiency", "ms a step", title=title)
+    one = batch / groups[1].alone_step_s
+    for size, found in groups.items():
+        speed, alone = size * batch / found.step_s, size * batch / found.alone_step_s
+        shares = f"{speed / (size * one):.1%}", f"{alone / (size * one):.1%}"
+        table.add_row(str(size), f"{speed:.2f}", shares[0], f"{alone:.2f}", shares[1], f"{found.step_s * 1000:.0f}")
+    return table
+
+
+def paper_table(gradient_bytes: int, compute_s: float, links_gbit_s: list[float]) -> Table:
+    """Return what exchange would cost at most, a row for each number of GPUs."""
+    links = [f"at {link:g} Gbit/s" for link in links_gbit_s]
+    title = f"on paper: {gradient_bytes / 1e6:.0f} MB of gradients, {compute_s * 1000:.0f} ms of computing a step"
+    table = Table("GPUs", "MB sent by each", *(f"{each}: ms, share of a step" for each in links), title=title)
+    for num_gpus in NUM_GPUS:
+        sent = ring_bytes(gradient_bytes, num_gpus)
+        seconds = [sent * 8 / (link * 1e9) for link in links_gbit_s]
+        shown = (f"{each * 1000:.1f}, {each / (compute_s + each):.1%}" for each in seconds)
+        table.add_row(str(num_gpus), f"{sent / 1e6:.0f}", *shown)
+    return table
+
+
+def ring_bytes(gradient_bytes: int, num_gpus: int) -> float:
+    """Return what each of a ring sends, and receives, to add up so many bytes: N - 1 parts to add, N - 1 of the sum."""
+    return 2 * (num_gpus - 1) / num_gpus * gradient_bytes
+
+
+def measure(size: int, config: ModelConfig, batch: int, num_steps: int) -> Measured:
+    """Train in so many processes, and return what the slowest of them took."""
+    with tempfile.TemporaryDirectory(prefix="data-parallel-") as folder:
+        torch.multiprocessing.spawn(work, (size, folder, config, batch, num_steps), nprocs=size)
+        found = [Measured(**torch.load(Path(folder, f"{rank}.pt"))) for rank in range(size)]
+    return Measured(
+        step_s=max(each.step_s for each in found),
+        alone_step_s=max(each.alone_step_s for each in found),
+        sent_bytes=found[0].sent_bytes,
+        all_reduce_s=max(each.all_reduce_s for each in found),
+    )
+
+
+def work(rank: int, size: int, folder: str, config: ModelConfig, batch: int, num_steps: int) -> None:
+    """Be one of the processes: time steps and all-reduces, and write a `Measured` into the folder."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    model = MultiTaskNet(config).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, TrainConfig())
+    wrapped = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+    sent = SentBytes()
+    wrapped.register_comm_hook(sent, add_up_and_send)
+    images = torch.rand(batch, 3, config.input_side_px, config.input_side_px)
+    images = images.contiguous(memory_format=torch.channels_last)
+    targets = Targets(torch.rand(batch) * 90, torch.randint(2, (batch,)), torch.randint(5, (batch,)))
+    counts = label_counts(targets) * size
+
+    def step() -> None:
+        loss, _ = multi_task_loss(wrapped(images), targets, LossConfig(), counts, size)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    with wrapped.no_sync():
+        alone_s = timed(step, num_steps)
+    sent.num_bytes = 0
+    step_s = timed(step, num_steps)
+    sent_bytes = sent.num_bytes / (WARM_UP_STEPS + num_steps)
+    gradients = torch.zeros(int(sent_bytes) // 4)
+    all_reduce_s = timed(lambda: dist.all_reduce(gradients), NUM_ALL_REDUCES) if size > 1 else 0.0
+    found = Measured(step_s, alone_s, sent_bytes, all_reduce_s)
+    torch.save(vars(found), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@dataclass
+class SentBytes:
+    """What a hook has seen."""
+
+    num_bytes: int = 0
+
+
+def add_up_and_send(sent: SentBytes, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket over processes, as DDP does itself, and count its bytes."""
+    buffer = bucket.buffer()
+    sent.num_bytes += buffer.numel() * buffer.element_size()
+    return allreduce_hook(dist.group.WORLD, bucket)
+
+
+def timed(act: Callable[[], object], num_times: int) -> float:
+    """Return the seconds of one of so many acts, begun by all processes together, after some to warm up."""
+    for _ in range(WARM_UP_STEPS):
+        act()
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(num_times):
+        act()
+    return (time.perf_counter() - start) / num_times
+
+
+if __name__ == "__main__":
+    main()
