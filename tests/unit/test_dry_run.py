@@ -84,6 +84,17 @@ def test_a_dry_run_whose_loss_is_no_number_ends_in_one_line(data: Path) -> None:
         train(dry_job(data, lr=1e30, optimizer="sgd"))
 
 
+def test_a_run_may_go_on_with_what_only_rounds_otherwise(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A run without a name is named by the digest of what decides what is learnt.
+    monkeypatch.setattr("agr_ray.runtime.dry_run.dry_run", lambda *_: None)
+    plain = train(dry_job(data))
+
+    assert train(dry_job(data, compile=True)) == plain
+    assert train(dry_job(data, tf32=False)) == plain
+    assert train(dry_job(data, accumulate=2)) != plain  # batch norm sees the parts
+    assert train(dry_job(data, precision="bfloat16")) != plain
+
+
 @pytest.mark.parametrize(("optimizer", "copies"), [("adamw", 2), ("sgd", 1)])
 def test_memory_of_optimiser_and_gradients_follows_the_parameters(tmp_path: Path, optimizer: str, copies: int) -> None:
     job = dry_job(tmp_path, optimizer=optimizer, ema_decay=0.9)

@@ -295,9 +295,7 @@ def test_a_second_image_size_compiles_once_more_and_a_third_does_not(num_compile
     config = job({"epochs": 3, "input_sides_px": (64, 48, 32), "compile": True})
     after: list[int] = []
     run(config, faces(16), model=small(config), on_report=lambda report: after.append(num_compiled[0]))
-    assert after[0] > 0
-    assert after[1] > after[0]
-    assert after[2] == after[1]
+    assert after == [1, 2, 2]  # and none for validation
 
 
 def test_ddp_takes_a_compiled_network(process_group: None, num_compiled: list[int]) -> None:
