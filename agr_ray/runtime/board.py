@@ -79,6 +79,7 @@ def progress_board(console: Console) -> Iterator[Any]:
     """Show training's progress on the terminal until the block ends; yield the board's handle, for the first worker.
 
     What workers print meanwhile appears above the bars. Yields None, and starts nothing, where there is no terminal.
+    The board ends with its last handle, or with the driver.
     """
     if not console.is_terminal:
         yield None
@@ -104,4 +105,3 @@ def progress_board(console: Console) -> Iterator[Any]:
         finally:
             is_over.set()
             thread.join()
-            ray.kill(board)
