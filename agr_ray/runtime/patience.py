@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 
 class Patience:
-    """Waits for storage that has gone away, for so many seconds."""
+    """Waits for storage that has gone away, for so many seconds, and says so once an outage."""
 
     def __init__(self, outage_s: float) -> None:
         self._outage_s = outage_s
@@ -31,7 +32,10 @@ class Patience:
                 return work()
             except (StorageUnavailable, StorageFailed):
                 now = time.monotonic()
-                gone_since = now if gone_since is None else gone_since
-                if now - gone_since > self._outage_s:
+                is_new, gone_since = gone_since is None, now if gone_since is None else gone_since
+                if now - gone_since > self._outage_s or not self._outage_s:
                     raise
+                if is_new:
+                    # Without the error, which may name a photograph whose name nobody is to know.
+                    sys.stderr.write(f"warning: storage is away; waiting for it, {self._outage_s:g} s at most\n")
                 time.sleep(_RETRY_S)

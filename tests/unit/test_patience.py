@@ -11,10 +11,13 @@ from agr_ray.runtime.patience import Patience
 from agr_ray.storage import StorageUnavailable
 
 
-def test_storage_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_goes_away_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(patience, "_RETRY_S", 0.0)
 
     assert Patience(60.0).call(fails(3)) == "done"
+    assert capsys.readouterr().err == "warning: storage is away; waiting for it, 60 s at most\n"
 
 
 def test_storage_that_stays_away_is_not() -> None:
