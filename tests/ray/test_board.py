@@ -27,14 +27,17 @@ def terminal() -> Console:
 
 
 def test_the_terminal_shows_what_a_worker_leaves_even_after_the_board_was_killed(terminal: Console) -> None:
+    @ray.remote(num_cpus=0)
+    def leave_in_a_worker(board: object, progress: Progress) -> None:  # which can't import this file
+        board.put.remote(progress)  # type: ignore[attr-defined]  # an actor's handle
+
     with progress_board(terminal) as board:
-        worker = ray.remote(num_cpus=0)(leave)
-        ray.get(worker.remote(board, PROGRESS))
+        ray.get(leave_in_a_worker.remote(board, PROGRESS))
         wait_until(lambda: "loss 2.803" in shown(terminal))
         os.kill(board_pid(), signal.SIGKILL)
 
         def left_again() -> bool:
-            ray.get(worker.remote(board, Progress(4, 24, 64, 13000, 1.5, None, None, None, 100.0, 0.0)))
+            ray.get(leave_in_a_worker.remote(board, Progress(4, 24, 64, 13000, 1.5, None, None, None, 100.0, 0.0)))
             return "loss 1.500" in shown(terminal)
 
         wait_until(left_again)
@@ -44,12 +47,8 @@ def test_a_board_that_is_gone_swallows_what_it_is_told(terminal: Console) -> Non
     with progress_board(terminal) as board:
         ray.kill(board)
     started = time.monotonic()
-    leave(board, PROGRESS)
+    board.put.remote(PROGRESS)
     assert time.monotonic() - started < 5
-
-
-def leave(board: object, progress: Progress) -> None:
-    board.put.remote(progress)  # type: ignore[attr-defined]  # an actor's handle
 
 
 def shown(terminal: Console) -> str:
