@@ -176,11 +176,11 @@ class LocalContext:
             order = rng.permutation(len(self.train["age"]))
         else:
             order = self.sampler.draw(labels_of(self.train), rng, self.train.get("set_index"))
-        return self._batches(self.train, order)
+        return batches_of(self.train, order, self.batch_size)
 
     def val_batches(self) -> Iterator[Batch]:
         """Iterate over the validation arrays in their order."""
-        return self._batches(self.val, np.arange(len(self.val["age"])))
+        return batches_of(self.val, np.arange(len(self.val["age"])), self.batch_size)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return it: there are no others."""
@@ -206,11 +206,6 @@ class LocalContext:
         """Hand it on."""
         if self.on_progress is not None:
             self.on_progress(progress)
-
-    def _batches(self, arrays: Batch, order: NDArray[np.int64]) -> Iterator[Batch]:
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            yield {name: values[chosen] for name, values in arrays.items()}
 
 
 def train(
@@ -339,7 +334,7 @@ class _Run:
             self.epoch += 1
             epoch = self._train_epoch()
             self._average_batch_norm(epoch)
-            kept = self.model if self.ema is None else self.ema.model
+            kept = self._kept()
             values, val_loss, num_val_rows = self._validate(kept)
             score = objective(values, values["baseline"], self.model.tasks)
             is_best = self._judge(score)
@@ -364,6 +359,10 @@ class _Run:
             self.history.append(row)
             self.context.report(EpochReport(row, is_best, self.finished, values, kept, self._transform(), self._state))
         return self.history
+
+    def _kept(self) -> MultiTaskNet:
+        """Return the network that is validated and kept."""
+        return self.model if self.ema is None else self.ema.model
 
     def _wrap(self, is_frozen: bool) -> nn.Module:
         """Let the trunk learn or not, and wrap the model anew: DDP waits for the gradients that it was made with."""
@@ -461,12 +460,11 @@ class _Run:
         self.has_saved = True
         self._average_batch_norm(epoch)
         begun = dataclasses.replace(self._summed(epoch, task_totals), num_local_rows=0)
-        kept = self.model if self.ema is None else self.ema.model
 
         def state() -> dict[str, Any]:
             return self._state() | {"epoch": self.epoch - 1, "begun": dataclasses.asdict(begun)}
 
-        self.context.save(Snapshot(self.epoch, epoch.num_steps, kept, self._transform(), state))
+        self.context.save(Snapshot(self.epoch, epoch.num_steps, self._kept(), self._transform(), state))
 
     def _step(
         self,
@@ -716,6 +714,13 @@ def _next(batches: Iterator[Batch]) -> Batch | None:
 def _image_ids(batch: Batch | None) -> list[str]:
     """Return the ids of a batch's rows; none where it has no such column."""
     return [] if batch is None else [str(each) for each in batch.get("image_id", ())]
+
+
+def batches_of(arrays: Batch, order: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+    """Iterate over rows in the order of these indices; the last batch may have fewer."""
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        yield {name: values[chosen] for name, values in arrays.items()}
 
 
 def labels_of(batch: Batch) -> Labels:

@@ -32,6 +32,7 @@ from agr_ray.runtime.crops import TRAINING_COLUMNS, select_crops, training_array
 from agr_ray.runtime.prepared import PreparedSet
 from agr_ray.runtime.shard_batches import crop_bytes, max_kept_rows
 from agr_ray.runtime.train_worker import MIN_VAL_BATCH
+from agr_ray.runtime.trainer import spare_cpus
 from agr_ray.runtime.training_run import Run
 
 NUM_STEPS: Final = 20
@@ -122,10 +123,9 @@ def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:
         "on",
     ]
     for said in run.data.get("sets", ()):
-        share = f"{100 * said['share']:.1f} % of those drawn"
         lines.append(
-            f"of them {said['uri']}: {said['num_train_rows']:,} crops to train on, {share}; "
-            f"{said['splits']['val']:,} images to validate on"
+            f"of them {said['uri']}: {said['num_train_rows']:,} crops to train on, "
+            f"{100 * said['share']:.1f} % of those drawn; {said['splits']['val']:,} images to validate on"
         )
     for attribute in ("gender", "race", "age_group"):
         of = ", ".join(f"{name} {count:,}" for name, count in counts[attribute].items())
@@ -136,7 +136,7 @@ def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:
         f"steps: {steps:,} an epoch, {config.batch_size} images each; {steps * config.epochs:,} in all "
         f"{config.epochs} epochs",
         f"workers: {workers} x {resources}, {share}; "
-        f"with reading, {config.min_workers * config.cpus_per_worker + 2:g} logical CPUs in all",
+        f"with reading, {config.min_workers * config.cpus_per_worker + spare_cpus(config):g} logical CPUs in all",
     ]
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ray.data import DataIterator
 
 from agr_ray.config import TrainConfig
-from agr_ray.learn.loop import Batch, labels_of
+from agr_ray.learn.loop import Batch, batches_of, labels_of
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.network import Transform
 from agr_ray.runtime.prefetch import prefetch
@@ -80,9 +80,7 @@ class ShardBatches:
             order = self._sampler.draw(labels_of(rows), rng, rows.get("set_index"))
         else:
             order = rng.permutation(num_rows) if self._shuffle_rows else np.arange(num_rows)
-        for first in range(0, num_rows, self._batch_size):
-            chosen = order[first : first + self._batch_size]
-            yield {name: values[chosen] for name, values in rows.items()}
+        return batches_of(rows, order, self._batch_size)
 
     def _stream(self, rng: np.random.Generator) -> Iterator[Batch]:
         kept: list[dict[str, NDArray[Any]]] = []

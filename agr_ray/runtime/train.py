@@ -28,9 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from ray.train import (
-    Result,
-)
+from ray.train import Result
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -44,6 +42,7 @@ from agr_ray.runtime.board import progress_board
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import label_arrays, select_crops, usable_statuses
+from agr_ray.runtime.dry_run import dry_run
 from agr_ray.runtime.guards import check_no_overlaps, check_sets, class_warnings, copies_warnings, detector_warnings
 from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.runtime.shard_batches import max_kept_rows
@@ -73,9 +72,6 @@ def train(job: TrainJob) -> str:
     run, first = _plan(job, storage, sets, uri, settings, console)
     console.print(f"run {uri}", highlight=False, soft_wrap=True)
     if job.dry_run:
-        # Here: it is of no use to workers, which import this module.
-        from agr_ray.runtime.dry_run import dry_run
-
         dry_run(run, sets, first or MultiTaskNet(job.model), console)
         return storage.join(uri, "best")
     tracked(run)  # a server that refuses is better known now
@@ -251,7 +247,7 @@ def _first_weights(config: ModelConfig, storage: Storage) -> dict[str, Tensor] |
 
 def _publish(run: Run, result: Result, console: Console) -> str:
     """Copy the best and the last checkpoint out of Ray's folder, mark the run as finished, return the best's URI."""
-    from agr_ray.report.curves import curves_png  # here, because matplotlib is of no use to workers
+    from agr_ray.report.curves import curves_png  # here, because matplotlib takes a while to import
 
     last = result.checkpoint
     best = result.get_best_checkpoint(OBJECTIVE, "min")

@@ -16,10 +16,7 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import (
-    Checkpoint,
-    CheckpointUploadMode,
-)
+from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
 
 from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Row, Snapshot
@@ -52,7 +49,7 @@ def work(config: dict[str, Any]) -> None:
         checkpoint = ray.train.get_checkpoint()
         kept = "initial" if checkpoint is None else f"{CHECKPOINTS}/{Path(checkpoint.path).name}"
         uri = run.storage.join(run.uri, kept)
-        Patience(run.job.train.outage_s).call(lambda: run.storage.download_tree(uri, str(directory)))
+        context.patience.call(lambda: run.storage.download_tree(uri, str(directory)))
         model = load_checkpoint(directory).model
         resume = None if checkpoint is None else load_train_state(directory)
     if context.rank == 0:
@@ -67,7 +64,8 @@ def work(config: dict[str, Any]) -> None:
         # Starting again would only meet it again, so this is no failure to Ray. Whose batch it was knows its rows.
         if error.image_ids is not None:
             text = "\n".join([str(error), *error.image_ids])
-            run.storage.write(run.storage.join(run.uri, FAILURE), text.encode())
+            uri = run.storage.join(run.uri, FAILURE)
+            context.patience.call(lambda: run.storage.write(uri, text.encode()))
 
 
 class RayContext:
@@ -110,8 +108,8 @@ class RayContext:
             keep=run.num_val_rows <= max_rows,
             device=self.device,
         )
-        self._patience = Patience(train.outage_s)
-        self._logs = RunLogs(run, self._patience) if self.rank == 0 else None
+        self.patience = Patience(train.outage_s)
+        self._logs = RunLogs(run, self.patience) if self.rank == 0 else None
         self._samples: Batch | None = None
         self._shown = time.monotonic()
 
@@ -197,7 +195,7 @@ class RayContext:
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         storage, uri = self._run.storage, self._run.storage.join(self._run.uri, f"{CHECKPOINTS}/{name}")
-        self._patience.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
+        self.patience.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
         filesystem, path = storage.arrow_filesystem(uri)
         return Checkpoint(path, filesystem)
 

@@ -13,14 +13,7 @@ from typing import Any, Final
 import ray.train
 import ray.train.torch
 from ray.data import Dataset
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    LoggingConfig,
-    Result,
-    RunConfig,
-    ScalingConfig,
-)
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
 from rich.console import Console
 
 from agr_ray.config import ConfigError, TrainConfig
@@ -50,15 +43,16 @@ def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{start_s:g}")
     for attempts_left in reversed(range(CONTROLLER_FAILURES + 1)):
         try:
-            with _enough_workers(run.job.train):
+            with _enough_workers(run):
                 return _trainer(run, sets, board).fit()
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
-            raise _failed(run, error.worker_failures[min(error.worker_failures)]) from error
+            cause = error.worker_failures[min(error.worker_failures)]
+            raise _failed(run, f"training failed: {_last_line(cause)}") from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             # What steers the workers is a process too, which may be killed, and give up because storage is away.
             _check_still_fits(run)
             if not attempts_left or _could_not_start(error):
-                raise _failed(run, error) from error
+                raise _failed(run, f"training failed: {_last_line(error)}") from error
             console.print(
                 f"warning: what steers the workers ended ({_last_line(error)}); going on from the last checkpoint",
                 highlight=False,
@@ -80,7 +74,7 @@ def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.tor
             split,
             use_fallback=config.use_fallback or split != "train",
             outage_s=config.outage_s,
-            cpus_per_task=_spare_cpus(config) / 2,
+            cpus_per_task=spare_cpus(config) / 2,
         )
 
     filesystem, path = storage.arrow_filesystem(run.uri)
@@ -121,11 +115,11 @@ def check_workers_fit(config: TrainConfig) -> None:
         config.min_workers,
         config.cpus_per_worker,
         1.0 if config.use_gpu else 0.0,
-        spare_cpus=_spare_cpus(config),
+        spare_cpus=spare_cpus(config),
     )
 
 
-def _spare_cpus(config: TrainConfig) -> float:
+def spare_cpus(config: TrainConfig) -> float:
     """Return the logical CPUs that the tasks which read training and validation ask for, one each.
 
     Workers that are as many as the cluster has room for leave none, so reading must not ask for any.
@@ -133,10 +127,8 @@ def _spare_cpus(config: TrainConfig) -> float:
     return 2.0 if config.min_workers == config.max_workers else 0.0
 
 
-def _failed(run: Run, cause: Exception) -> JobError:
-    return JobError(
-        f"{run.uri}: training failed: {_last_line(cause)}; the same command goes on from its last checkpoint"
-    )
+def _failed(run: Run, why: str) -> JobError:
+    return JobError(f"{run.uri}: {why}; the same command goes on from its last checkpoint")
 
 
 def _could_not_start(error: Exception) -> bool:
@@ -145,7 +137,7 @@ def _could_not_start(error: Exception) -> bool:
 
 
 @contextmanager
-def _enough_workers(config: TrainConfig) -> Iterator[None]:
+def _enough_workers(run: Run) -> Iterator[None]:
     """End the training within where the cluster stays too small for it.
 
     A fixed number of workers is given so much time to start; for one that may vary, Ray waits without end.
@@ -153,6 +145,7 @@ def _enough_workers(config: TrainConfig) -> Iterator[None]:
     Raises:
         JobError: with what is asked and what there is.
     """
+    config = run.job.train
     if config.min_workers == config.max_workers:
         yield
         return
@@ -180,7 +173,7 @@ def _enough_workers(config: TrainConfig) -> Iterator[None]:
     except (SystemExit, ray.exceptions.RayActorError):
         if not problem:
             raise
-        raise JobError(f"{problem}; the same command goes on from the last checkpoint") from None
+        raise _failed(run, problem) from None
     finally:
         ended.set()
         watcher.join()
@@ -195,7 +188,7 @@ def _check_still_fits(run: Run) -> None:
     try:
         check_workers_fit(run.job.train)
     except ConfigError as error:
-        raise JobError(f"{run.uri}: {error}; the same command goes on from its last checkpoint") from None
+        raise _failed(run, str(error)) from None
 
 
 def _last_line(error: Exception) -> str:

@@ -64,7 +64,7 @@ def tracked(run: Run) -> TrackedRun | None:
 
 
 def tracked_again(run: Run) -> tuple[TrackedRun | None, str]:
-    """Do what `_tracked` does once training has begun, when a server that is away is no more than a warning."""
+    """Do what `tracked` does once training has begun, when a server that is away is no more than a warning."""
     try:
         return tracked(run), ""
     except ConfigError as error:

@@ -84,6 +84,19 @@ class Run:
     def has_done(self, epochs: int) -> Callable[[], bool]:
         return lambda: len(self.history()) >= epochs
 
+    def disturbed(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        harm: Callable[[], object],
+        epochs_before: int = EPOCHS_BEFORE,
+        **changes: object,
+    ) -> str:
+        """Train to the end, do harm after some epochs, and return what was printed."""
+        return disturb_command(
+            self.command(cluster, **changes), cluster, folder / "log", when=self.has_done(epochs_before), then=harm
+        )
+
     def check(self, like: Run | None = None) -> None:
         """Fail unless each epoch is there once, checkpoints are whole, and the model is as good as another run's."""
         rows = self.history()
@@ -156,13 +169,7 @@ def test_a_killed_worker_is_started_again(
 ) -> None:
     run = Run(bucket, "worker")
 
-    printed = disturb_command(
-        run.command(three_nodes),
-        three_nodes,
-        tmp_path / "log",
-        when=run.has_done(EPOCHS_BEFORE),
-        then=lambda: titled_processes(three_nodes.nodes, TRAIN_WORKER)[0].kill(),
-    )
+    printed = run.disturbed(three_nodes, tmp_path, lambda: titled_processes(three_nodes.nodes, TRAIN_WORKER)[0].kill())
 
     assert "resuming after epoch" in printed
     run.check(like=undisturbed)
@@ -173,13 +180,7 @@ def test_the_workers_of_a_killed_node_are_started_on_another(
 ) -> None:
     run = Run(bucket, "node")
 
-    printed = disturb_command(
-        run.command(three_nodes),
-        three_nodes,
-        tmp_path / "log",
-        when=run.has_done(EPOCHS_BEFORE),
-        then=lambda: kill_node(three_nodes, working_node(three_nodes)),
-    )
+    printed = run.disturbed(three_nodes, tmp_path, lambda: kill_node(three_nodes, working_node(three_nodes)))
 
     assert "resuming after epoch" in printed
     run.check(like=undisturbed)
@@ -203,12 +204,8 @@ def test_the_killed_controller_of_the_workers_is_started_again(
 ) -> None:
     run = Run(bucket, "controller")
 
-    printed = disturb_command(
-        run.command(three_nodes),
-        three_nodes,
-        tmp_path / "log",
-        when=run.has_done(EPOCHS_BEFORE),
-        then=lambda: titled_processes(three_nodes.nodes, TRAIN_CONTROLLER)[0].kill(),
+    printed = run.disturbed(
+        three_nodes, tmp_path, lambda: titled_processes(three_nodes.nodes, TRAIN_CONTROLLER)[0].kill()
     )
 
     assert "what steers the workers ended" in printed
@@ -228,13 +225,7 @@ def test_a_server_that_is_stopped_for_a_while_is_waited_for(
             time.sleep(OUTAGE_S)
             server.weed.start()
 
-        disturb_command(
-            run.command(three_nodes),
-            three_nodes,
-            tmp_path / "log",
-            when=run.has_done(EPOCHS_BEFORE),
-            then=stop_for_a_while,
-        )
+        run.disturbed(three_nodes, tmp_path, stop_for_a_while)
 
         run.check(like=undisturbed)
 
@@ -244,12 +235,12 @@ def test_an_elastic_run_goes_on_with_fewer_workers(
 ) -> None:
     run = Run(bucket, "elastic")
 
-    printed = disturb_command(
-        run.command(three_nodes, num_workers="[1, 2]", cpus_per_worker=4),
+    printed = run.disturbed(
         three_nodes,
-        tmp_path / "log",
-        when=run.has_done(EPOCHS_BEFORE),
-        then=lambda: kill_node(three_nodes, working_node(three_nodes)),
+        tmp_path,
+        lambda: kill_node(three_nodes, working_node(three_nodes)),
+        num_workers="[1, 2]",
+        cpus_per_worker=4,
     )
 
     assert "beginning, 2 workers" in printed
@@ -268,13 +259,7 @@ def test_a_notice_leads_to_a_checkpoint_in_the_middle_of_an_epoch(
         time.sleep(NOTICE_S)
         kill_node(three_nodes, node)
 
-    printed = disturb_command(
-        run.command(three_nodes),
-        three_nodes,
-        tmp_path / "log",
-        when=run.has_done(1),
-        then=give_notice_and_kill,
-    )
+    printed = run.disturbed(three_nodes, tmp_path, give_notice_and_kill, epochs_before=1)
 
     assert "a machine will be taken away: checkpoint of epoch" in printed
     assert "resuming after epoch" in printed

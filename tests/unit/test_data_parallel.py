@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import STILL, TRANSFORM, faces, job, network, part
+from test_loop import STILL, TRANSFORM, faces, job, network, part, still_norms
 from torch import Tensor, nn
 
-from agr_ray.config import LossConfig, TrainJob
+from agr_ray.config import LossConfig
 from agr_ray.learn.loop import Batch, LocalContext, train
 from agr_ray.learn.metrics import Baseline, Labels
-from agr_ray.models.network import MultiTaskNet
 
 NUM = 11
 SHARES = (slice(0, 6), slice(6, 10), slice(10, 11))
@@ -44,19 +43,9 @@ def labelled() -> Batch:
     return data
 
 
-def with_frozen_norms(config: TrainJob) -> MultiTaskNet:
-    """Return the network of `config`, whose batch norms keep their statistics whatever the loop tells them."""
-    model = network(config)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
-            module.training = False
-    return model
-
-
 def step(context: LocalContext) -> tuple[float, dict[str, Tensor]]:
     """Take the one step; return its loss and the gradients."""
-    data, model = labelled(), with_frozen_norms(CONFIG)
+    data, model = labelled(), still_norms(network(CONFIG))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
     (row,) = train(context, model, TRANSFORM, CONFIG, baseline, NUM)

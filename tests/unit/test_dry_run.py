@@ -86,7 +86,7 @@ def test_a_dry_run_whose_loss_is_no_number_ends_in_one_line(data: Path) -> None:
 
 def test_a_run_may_go_on_with_what_only_rounds_otherwise(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A run without a name is named by the digest of what decides what is learnt.
-    monkeypatch.setattr("agr_ray.runtime.dry_run.dry_run", lambda *_: None)
+    monkeypatch.setattr("agr_ray.runtime.train.dry_run", lambda *_: None)
     plain = train(dry_job(data))
 
     assert train(dry_job(data, compile=True)) == plain

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_loop import STILL, TRANSFORM, _Rank, faces, job, network, part, run, run_ranks, weights
+from test_loop import STILL, TRANSFORM, _Rank, faces, job, network, part, run, run_ranks, still_norms, weights
 from torch import Tensor, nn
 
 from agr_ray.config import AugmentConfig, LossConfig, TrainConfig, TrainJob
@@ -32,15 +32,6 @@ def some_unlabelled(num: int) -> dict[str, Any]:
     data["age"][:3] = np.nan
     data["gender"][num // 2 :] = -1
     return data
-
-
-def still_norms(model: MultiTaskNet) -> MultiTaskNet:
-    """Let batch norm's statistics stand, whatever the loop says, so that a row's gradient is its own."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
-            module.training = False
-    return model
 
 
 def scaled_by(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:

@@ -75,6 +75,15 @@ def run(
     return rows, reports, model
 
 
+def still_norms(model: MultiTaskNet) -> MultiTaskNet:
+    """Let batch norm's statistics stand, whatever the loop says, so that a row's gradient is its own."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
+            module.training = False
+    return model
+
+
 def weights(model: nn.Module) -> Tensor:
     """Return all weights and statistics, but not the batches that a rank has seen, which nothing reads."""
     state = model.state_dict()
@@ -543,10 +552,7 @@ def test_two_ranks_take_the_step_of_one_process(weighting: Literal["fixed", "unc
     data["gender"][4:] = -1
     models = [network(config) for _ in range(3)]
     for model in models:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]  # stays put
-                module.training = False
+        still_norms(model)
     run_ranks(config, [part(data, slice(0, 4)), part(data, slice(4, 8))], [faces(2), faces(2)], models[:2])
     run(config, data, model=models[2])
     for name, value in models[0].state_dict().items():

@@ -15,7 +15,6 @@ from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
 from agr_ray.models.checkpoint import content_codes
-from agr_ray.runtime import dry_run
 from agr_ray.runtime.crops import Slice, deal_parts, read_slices, take_turns, training_arrays, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.runtime.train import _settings_digest, train
@@ -54,7 +53,7 @@ def job(*folders: Path, **changes: Any) -> TrainJob:
 def planned(monkeypatch: pytest.MonkeyPatch, *folders: Path, **changes: Any) -> Run:
     """Return what workers would be told."""
     told: list[Run] = []
-    monkeypatch.setattr(dry_run, "dry_run", lambda run, *_: told.append(run))
+    monkeypatch.setattr("agr_ray.runtime.train.dry_run", lambda run, *_: told.append(run))
     train(job(*folders, **changes))
     return told[0]
 
@@ -151,6 +150,7 @@ def test_a_dry_run_says_what_each_set_gives(one: Path, two: Path, capsys: pytest
     assert f"data: {one} + {two}: 4 crops to train on, 0 images to validate on" in said
     assert f"of them {one}: 2 crops to train on, 75.0 % of those drawn; 0 images to validate on" in said
     assert f"of them {two}: 2 crops to train on, 25.0 % of those drawn" in said
+    assert "images a step each; with reading" in said
     assert "training labels, race: white 2, black 0" in said
     assert "dry run: nothing was written" in said
 
