@@ -101,6 +101,10 @@ class StorageFailed(StorageError):
     status = Status.FAILED
 
 
+class ServerFailed(StorageFailed):
+    """What kept failing is the server, or it was too busy: later it may give this object."""
+
+
 class BadUri(ConfigError, ValueError):
     """A URI of no form that is known."""
 
@@ -245,7 +249,7 @@ class Storage:
             except _BrokenBody as error:
                 # botocore retries requests but not bodies that break off.
                 if attempt == self.max_attempts:
-                    raise StorageFailed(f"{uri}: reading broke off {attempt} times, last: {error}") from error
+                    raise ServerFailed(f"{uri}: reading broke off {attempt} times, last: {error}") from error
                 time.sleep(min(0.1 * 2**attempt, 5.0))
         raise AssertionError("the last attempt returns or raises")
 
@@ -603,7 +607,8 @@ class Storage:
             raise ChangedObject(f"{uri} is not the object that was listed: its ETag differs") from error
         if writing and http == 403:
             raise StorageUnavailable(f"bucket {bucket!r} {where} can't be written with these keys: {code}") from error
-        raise StorageFailed(f"{uri}: {code or http}: {error}") from error
+        failed = ServerFailed if (http or 0) >= 500 or http == 429 else StorageFailed
+        raise failed(f"{uri}: {code or http}: {error}") from error
 
     def _raise_without_answer(self, uri: str, error: Exception) -> NoReturn:
         from botocore.exceptions import (
@@ -632,7 +637,7 @@ class Storage:
             ) from error
         if isinstance(error, (ParamValidationError, InvalidRegionError)):
             raise StorageUnavailable(f"bucket {bucket!r} at {endpoint}: {' '.join(str(error).split())}") from error
-        raise StorageFailed(f"{uri}: {error}") from error
+        raise ServerFailed(f"{uri}: {error}") from error
 
     @contextlib.contextmanager
     def _foreign_errors(self, uri: str) -> Iterator[None]:

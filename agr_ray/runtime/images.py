@@ -16,7 +16,7 @@ from agr_ray.config import VisionConfig
 from agr_ray.runtime.memory import keep_freed_memory
 from agr_ray.runtime.stopwatch import Stopwatch
 from agr_ray.schema import Status
-from agr_ray.storage import Storage, StorageError
+from agr_ray.storage import ServerFailed, Storage, StorageError
 from agr_ray.vision.decode import DecodedImage, ImageError, decode_image
 from agr_ray.vision.detect import Faces, make_detector
 from agr_ray.vision.pose import head_pose
@@ -40,6 +40,8 @@ class Reject:
 
     status: Status
     error: str
+    may_pass: bool = False
+    """Whether it was storage that failed, and not the image: asked again, it may give it."""
 
 
 def landmark_columns(landmarks: NDArray[np.float32]) -> dict[str, Any]:
@@ -93,7 +95,8 @@ class ImageReader:
             return self._storage.read(uri, etag=etag, max_bytes=self._vision.max_mib * MIB)
         except StorageError as error:
             # A local name that is not UTF-8 does not fit into a table.
-            return Reject(error.status, str(error).encode(errors="replace").decode())
+            said = str(error).encode(errors="replace").decode()
+            return Reject(error.status, said, may_pass=isinstance(error, ServerFailed))
 
     def _decode(self, body: bytes) -> DecodedImage | Reject:
         try:

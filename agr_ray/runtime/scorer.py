@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -178,13 +179,21 @@ class FaceFinder:
         That the part is begun is noted in storage until it is written. Where an earlier attempt at it has died, images
         are taken one at a time, and which one is at work is noted beforehand: an image that has killed its worker
         `MAX_DEATHS` times, before its attributes were there, is given up.
+
+        A server that has just been started again may refuse what it will give a moment later. So photographs that it
+        refused are asked for once more, after all others, and when it gives the part's manifest.
         """
         scoring = self._scoring
         rows = self._patience.call(lambda: scoring.manifest_rows(part)).select(SCORE_MANIFEST.names).to_pylist()
         attempts = self._patience.call(lambda: Attempts.begin(scoring.storage, scoring.attempts_uri(part)))
-        return self._find_carefully(rows, attempts) if attempts.has_died else self._find(rows)
+        find = partial(self._find_carefully, attempts) if attempts.has_died else self._find
+        refused: list[dict[str, Any]] = []
+        yield from find(rows, refused)
+        if refused:
+            self._patience.call(lambda: scoring.manifest_rows(part))
+            yield from find(refused, None)
 
-    def _find(self, rows: list[dict[str, Any]]) -> Iterator[Found]:
+    def _find(self, rows: list[dict[str, Any]], refused: list[dict[str, Any]] | None) -> Iterator[Found]:
         size = self._scoring.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         ahead = self._fetch(batches[0])
@@ -192,22 +201,25 @@ class FaceFinder:
             fetched = ahead
             if index + 1 < len(batches):
                 ahead = self._fetch(batches[index + 1])
-            yield self._find_batch(batch, fetched)
+            yield self._find_batch(batch, fetched, refused)
 
-    def _find_carefully(self, rows: list[dict[str, Any]], attempts: Attempts) -> Iterator[Found]:
+    def _find_carefully(
+        self, attempts: Attempts, rows: list[dict[str, Any]], refused: list[dict[str, Any]] | None
+    ) -> Iterator[Found]:
         for row in rows:
             if attempts.deaths[row["image_id"]] >= MAX_DEATHS:
                 error = f"killed its worker {MAX_DEATHS} times"
                 yield self._found([row | self._common() | _rejected(Reject(Status.FAILED, error))], [])
                 continue
             self._patience.call(lambda row=row: attempts.suspect(row["image_id"]))  # type: ignore[misc]
-            yield self._find_batch([row], self._fetch([row]))
+            yield self._find_batch([row], self._fetch([row]), refused)
         self._patience.call(lambda: attempts.suspect(""))
 
     def _fetch(self, rows: list[dict[str, Any]]) -> Any:
         return self._reader.fetch([row["uri"] for row in rows], [row["etag"] for row in rows])
 
-    def _find_batch(self, rows: list[dict[str, Any]], fetched: Any) -> Found:
+    def _find_batch(self, rows: list[dict[str, Any]], fetched: Any, refused: list[dict[str, Any]] | None) -> Found:
+        """Find the faces of a batch; with `refused`, rows that may be had later go there and are left out."""
         try:
             seen = self._reader.read(fetched)
         except StorageUnavailable:
@@ -216,7 +228,9 @@ class FaceFinder:
         made, crops = [], []
         with self.stopwatch.stage("align"):
             for row, each in zip(rows, seen, strict=True):
-                if isinstance(each, Reject):
+                if isinstance(each, Reject) and each.may_pass and refused is not None:
+                    refused.append(row)
+                elif isinstance(each, Reject):
                     made.append(row | common | _rejected(each))
                 else:
                     columns, aligned = self._faces(each)

@@ -27,6 +27,7 @@ from agr_ray.storage import (
     ChangedObject,
     MissingObject,
     ObjectTooLarge,
+    ServerFailed,
     Storage,
     StorageFailed,
     StorageUnavailable,
@@ -293,7 +294,7 @@ def test_a_malformed_endpoint_is_named(s3_environment: S3Server) -> None:
 def test_a_server_that_keeps_failing_is_data_after_the_retries(s3_environment: S3Server) -> None:
     with canned_server([raw_answer("503 Slow Down", b"")]) as (endpoint, requests):
         storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=2)
-        with pytest.raises(StorageFailed, match=r"a\.jpg") as caught:
+        with pytest.raises(ServerFailed, match=r"a\.jpg") as caught:
             storage.read("s3://bucket/a.jpg")
 
     assert caught.value.status is Status.FAILED
@@ -328,8 +329,9 @@ def test_access_denied_to_one_object_is_data_and_to_a_listing_is_not(s3_environm
     body = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
     with canned_server([raw_answer("403 Forbidden", body)]) as (endpoint, _):
         storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=1)
-        with pytest.raises(StorageFailed, match="AccessDenied"):
+        with pytest.raises(StorageFailed, match="AccessDenied") as caught:
             storage.read("s3://bucket/a.jpg")
+        assert not isinstance(caught.value, ServerFailed)  # asked again, it would say the same
         with pytest.raises(StorageUnavailable, match="AccessDenied"):
             list(storage.list("s3://bucket/in"))
 

@@ -19,7 +19,7 @@ from sets import checkpoint
 from agr_ray.config import GatesConfig, PredictConfig, ScoreConfig, VisionConfig
 from agr_ray.data.rendered import render_chip
 from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.runtime import scorer
+from agr_ray.runtime import patience, scorer
 from agr_ray.runtime.checkpoints import portable_checkpoint
 from agr_ray.runtime.images import ImageReader
 from agr_ray.runtime.planning import plan
@@ -35,7 +35,7 @@ from agr_ray.runtime.scorer import (
     manifest_folder,
 )
 from agr_ray.schema import GENDERS, IMAGES
-from agr_ray.storage import Storage
+from agr_ray.storage import ServerFailed, Storage, StorageFailed
 from agr_ray.vision.decode import encode_jpeg
 
 PROVENANCE = {"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1}
@@ -101,6 +101,41 @@ def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
     assert rows["2"]["error"] == "killed its worker 3 times"
     assert deaths == {4: 1, 1: scorer.MAX_DEATHS}  # in its batch, then three times alone
     assert not any(path.is_file() for path in Path(scoring.work, "attempts").rglob("*"))
+
+
+def test_what_a_server_half_up_refuses_is_asked_for_again_once_it_gives_the_manifest(
+    scoring: Scoring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, read_part = Storage.read, scorer.read_part
+    manifest_reads = 0
+    asked: Counter[str] = Counter()
+
+    def read_manifest(*args: Any) -> Any:
+        nonlocal manifest_reads
+        manifest_reads += 1
+        if manifest_reads in (2, 3):
+            raise StorageFailed("InternalError")
+        return read_part(*args)
+
+    def read_photograph(storage: Storage, uri: str, **kwargs: Any) -> bytes:
+        name = Path(uri).stem
+        if uri.endswith(".jpg"):
+            asked[name] += 1
+            if name == "3" or manifest_reads < 4:
+                raise ServerFailed(f"{uri}: InternalError")
+        return read(storage, uri, **kwargs)
+
+    monkeypatch.setattr(patience, "_RETRY_S", 0.0)
+    monkeypatch.setattr(scorer, "read_part", read_manifest)
+    monkeypatch.setattr(Storage, "read", read_photograph)
+    list(PartScorer(scoring)({"part": np.array([0])}))
+
+    rows = scoring.storage.read_table(scoring.part_uri(0)).to_pylist()
+    assert {Path(row["uri"]).stem: row["status"] for row in rows} == {
+        name: "failed" if name == "3" else "no_face" for name in "012345"
+    }
+    assert len(rows) == 6
+    assert asked == dict.fromkeys("012345", 2)
 
 
 @pytest.mark.parametrize(
