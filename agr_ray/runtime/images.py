@@ -18,7 +18,8 @@ from agr_ray.runtime.stopwatch import Stopwatch
 from agr_ray.schema import Status
 from agr_ray.storage import ServerFailed, Storage, StorageError
 from agr_ray.vision.decode import DecodedImage, ImageError, decode_image
-from agr_ray.vision.detect import Faces, make_detector
+from agr_ray.vision.detect import make_detector
+from agr_ray.vision.faces import Faces
 from agr_ray.vision.pose import head_pose
 
 MIB = 2**20

@@ -11,7 +11,7 @@ import cv2.data
 import numpy as np
 from numpy.typing import NDArray
 
-from agr_ray.vision.detect import NO_FACES, Faces
+from agr_ray.vision.faces import NO_FACES, Faces
 
 _CASCADE: Final = "haarcascade_frontalface_default.xml"
 _BORDER: Final = 0.2  # of the shorter side: without it, 64 % of UTKFace's tight chips are found, with it 99 %

@@ -27,7 +27,7 @@ from torch.nn import functional
 from torchvision.ops import batched_nms
 
 from agr_ray.device import has_bfloat16
-from agr_ray.vision.detect import Faces
+from agr_ray.vision.faces import Faces
 
 _PYRAMID_FACTOR: Final = 0.709
 _NUM_COARSE_LEVELS: Final = 5  # the levels after them, for large faces, are twice as close: they cost next to nothing

@@ -107,8 +107,8 @@ def kill_command(
     timeout_s: float = COMMAND_TIMEOUT_S,
 ) -> None:
     """Start a command, SIGKILL it and its process group once `when` is true, and wait until all it started is gone."""
-    with _started(command, cluster.environment, log) as process:
-        _wait(when, process, log, timeout_s)
+    with start_command(command, cluster.environment, log) as process:
+        wait_until(when, process, log, timeout_s)
     # Its workers are the cluster's, which ends them a moment later.
     deadline = time.monotonic() + GONE_TIMEOUT_S
     while titled_processes(cluster.nodes, DATA_WORKER):
@@ -120,16 +120,17 @@ def disturb_command(
     command: list[str], cluster: Cluster, log: Path, *, when: Callable[[], bool], then: Callable[[], object]
 ) -> str:
     """Start a command that must succeed, do `then` once `when` is true, and return what it wrote."""
-    with _started(command, cluster.environment, log) as process:
-        _wait(when, process, log)
+    with start_command(command, cluster.environment, log) as process:
+        wait_until(when, process, log)
         then()
-        _wait(lambda: process.poll() is not None, process, log)
+        wait_until(lambda: process.poll() is not None, process, log)
         assert process.returncode == 0, _tail(log)
     return log.read_text(errors="replace")
 
 
 @contextmanager
-def _started(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def start_command(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command that writes into `log`; SIGKILL it and all that it started when the block ends."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -140,7 +141,7 @@ def _started(command: list[str], environment: Mapping[str, str], log: Path) -> I
             kill_group(process)
 
 
-def _wait(
+def wait_until(
     when: Callable[[], bool],
     process: subprocess.Popen[bytes],
     log: Path,
@@ -234,7 +235,7 @@ def _start_node(cluster: Cluster, num_cpus: int, options: Sequence[str]) -> None
             start_new_session=True,
         )
     cluster.nodes.append(node)
-    _wait(lambda: _is_complete(cluster), node, log, CLUSTER_READY_TIMEOUT_S, pause_s=0.3)
+    wait_until(lambda: _is_complete(cluster), node, log, CLUSTER_READY_TIMEOUT_S, pause_s=0.3)
 
 
 def _is_complete(cluster: Cluster) -> bool:

@@ -24,8 +24,10 @@ from commands import (
     kill_node,
     run_cluster,
     run_command,
+    start_command,
     succeed,
     titled_processes,
+    wait_until,
 )
 from seaweedfs import Bucket, S3Server, run_seaweedfs
 
@@ -245,6 +247,24 @@ def test_an_elastic_run_goes_on_with_fewer_workers(
 
     assert "beginning, 2 workers" in printed
     assert re.search(r"resuming after epoch \d+, 1 worker\b", printed)
+    run.check(like=undisturbed)
+
+
+def test_an_elastic_run_says_that_its_cluster_is_too_small_and_goes_on_when_it_is_not(
+    bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(bucket, "small")
+    changes = {"num_workers": "[2, 3]", "cpus_per_worker": 4, "outage_s": 5.0}
+    log = tmp_path / "log"
+
+    with start_command(run.command(three_nodes, **changes), three_nodes.environment, log) as process:
+        wait_until(run.has_done(EPOCHS_BEFORE), process, log)
+        kill_node(three_nodes, working_node(three_nodes))
+        assert process.wait(timeout=120) == 1
+    assert "train.num_workers asks for 2 x 4 CPU, 8 in all; the cluster has 5" in log.read_text()
+
+    add_node(three_nodes, NUM_CPUS[-1])
+    assert "resuming after epoch" in succeed(run.command(three_nodes, **changes), three_nodes.environment)
     run.check(like=undisturbed)
 
 

@@ -1,0 +1,60 @@
+"""The faces that a detector finds in an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agr_ray.schema import LANDMARK_NAMES
+
+
+@dataclass(frozen=True)
+class Faces:
+    """The faces of one image, by descending score; n may be 0.
+
+    `boxes_xyxy` is float32 (n, 4) in pixels of the image; boxes may reach beyond it. `scores` is float32 (n,), on the
+    detector's own scale. `landmarks` is float32 (n, 5, 2) in the order of `schema.LANDMARK_NAMES`, x before y; NaN
+    where the detector gives none.
+    """
+
+    boxes_xyxy: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    landmarks: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        """Return how many faces there are."""
+        return len(self.scores)
+
+    @staticmethod
+    def sorted_by_score(
+        boxes_xyxy: NDArray[np.floating], scores: NDArray[np.floating], landmarks: NDArray[np.floating] | None = None
+    ) -> Faces:
+        """Build faces from unsorted arrays; `landmarks` None: the detector gives none."""
+        order = np.argsort(-scores, kind="stable")
+        if landmarks is None:
+            landmarks = np.full((len(scores), len(LANDMARK_NAMES), 2), np.nan)
+        return Faces(
+            boxes_xyxy[order].astype(np.float32).reshape(-1, 4),
+            scores[order].astype(np.float32),
+            landmarks[order].astype(np.float32).reshape(-1, len(LANDMARK_NAMES), 2),
+        )
+
+    def scaled(self, factor: float) -> Faces:
+        """Return the same faces in an image `factor` times as large: `DecodedImage.scale` leads to original pixels."""
+        scale = np.float32(factor)
+        return Faces(self.boxes_xyxy * scale, self.scores, self.landmarks * scale)
+
+    def nearest_centre(self, width: float, height: float) -> int:
+        """Return the index of the face whose box's centre is nearest the centre of a `width` x `height` image.
+
+        Raises:
+            ValueError: if there is no face.
+        """
+        centres = (self.boxes_xyxy[:, :2] + self.boxes_xyxy[:, 2:]) / 2
+        return int(np.hypot(centres[:, 0] - width / 2, centres[:, 1] - height / 2).argmin())
+
+
+NO_FACES: Final = Faces.sorted_by_score(np.zeros((0, 4)), np.zeros(0))
