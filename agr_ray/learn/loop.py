@@ -400,9 +400,10 @@ class _Run:
         monitor = _Monitor(self.epoch, check_every=_CHECK_EVERY if device.type == _CUDA else 1)
         batches = self.context.train_batches(self.epoch, steps_before)
         start = shown = time.perf_counter()
-        while not steps_before or epoch.num_steps < self.steps_per_epoch:
+        while True:
             asked = time.perf_counter()
-            batch = _next(batches)
+            is_done = steps_before > 0 and epoch.num_steps >= self.steps_per_epoch
+            batch = None if is_done else _next(batches)
             epoch.wait_s += time.perf_counter() - asked
             targets = _targets(batch)
             mix = None
@@ -415,10 +416,7 @@ class _Run:
             asks = context.rank == 0 and time.monotonic() - self.asked >= _ASK_EVERY_S
             totals = context.all_reduce_sum(_agreement(targets, mix, is_short, bool(monitor.problem), asks))
             if totals[5] > 0:
-                raise NonFiniteLossError(
-                    monitor.problem or f"epoch {self.epoch}: the loss of another rank is not finite",
-                    monitor.image_ids if monitor.problem else None,
-                )
+                raise self._not_finite(monitor)
             if totals[0] == 0:
                 break
             if self.job.train.sync_batch_norm and totals[4] > 0:
@@ -441,6 +439,20 @@ class _Run:
             pass
         epoch.train_s = max(train_s_before + time.perf_counter() - start, 1e-9)
         return self._summed(epoch, torch.cat([sums, counts]))
+
+    def _not_finite(self, monitor: _Monitor) -> NonFiniteLossError:
+        """Return the error of this rank, once all ranks know that there is one.
+
+        One rank's bad gradients are all ranks' bad weights a step later, and losses may be looked at only then: the
+        batch to blame is the first.
+        """
+        context = self.context
+        firsts = torch.zeros(context.world_size, dtype=torch.float64)
+        firsts[context.rank] = monitor.bad_step
+        firsts = context.all_reduce_sum(firsts)
+        if monitor.problem and monitor.bad_step == firsts[firsts > 0].min():
+            return NonFiniteLossError(monitor.problem, monitor.image_ids)
+        return NonFiniteLossError(f"epoch {self.epoch}: the loss of another rank is not finite", None)
 
     def _summed(self, epoch: _Epoch, task_totals: Tensor) -> _Epoch:
         """Return the epoch with what all ranks add up to."""
@@ -589,13 +601,14 @@ class _Run:
         """Average the running statistics over ranks, by the rows that each saw, and pass them to the average."""
         with torch.no_grad():
             if self.context.world_size > 1:
-                statistics = [b for b in self.model.buffers() if b.is_floating_point()]
+                statistics = [b for name, b in self.model.named_buffers() if "running_" in name]
                 weight = torch.tensor([epoch.num_local_rows], dtype=torch.float64)
                 flat = torch.cat([b.detach().cpu().double().flatten() for b in statistics])
                 flat = self.context.all_reduce_sum(torch.cat([flat * weight, weight]))
-                flat = flat[:-1] / flat[-1].clamp(min=1.0)
-                for buffer, part in zip(statistics, torch.split(flat, [b.numel() for b in statistics]), strict=True):
-                    buffer.copy_(part.view(buffer.shape))
+                if flat[-1]:  # else this was an epoch gone on with that had no step left
+                    parts = torch.split(flat[:-1] / flat[-1], [b.numel() for b in statistics])
+                    for buffer, part in zip(statistics, parts, strict=True):
+                        buffer.copy_(part.view(buffer.shape))
             if self.ema is not None:
                 self.ema.copy_buffers(self.model)
 
@@ -612,7 +625,6 @@ class _Run:
             "stale_epochs": self.stale_epochs,
             "finished": self.finished,
             "history": self.history,
-            "seed": torch.tensor(self.job.train.seed),
         }
 
     def _lr(self, steps_done: int) -> float:
@@ -676,6 +688,8 @@ class _Monitor:
         self.check_every = check_every
         self.pending: list[tuple[int, Tensor, list[str]]] = []
         self.problem = ""
+        self.bad_step = 0
+        """The first whose loss is no number; 0: there is none."""
         self.image_ids: list[str] = []
 
     def watch(self, step: int, loss: Tensor, sums: Tensor, counts: Tensor, batch: Batch | None) -> None:
@@ -693,7 +707,8 @@ class _Monitor:
                 first = int(bad[0])
                 loss, *tasks = values[first].tolist()
                 named = _describe(tasks[:3], tasks[3:])
-                self.problem = f"epoch {self.epoch}, step {self.pending[first][0]}: loss {loss}: {named}"
+                self.bad_step = self.pending[first][0]
+                self.problem = f"epoch {self.epoch}, step {self.bad_step}: loss {loss}: {named}"
                 self.image_ids = self.pending[first][2]
         self.pending.clear()
 

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
 from agr_ray.learn import loop
-from agr_ray.learn.loop import Batch, EpochReport, LocalContext, NonFiniteLossError, Row, Snapshot, epoch_side_px, train
+from agr_ray.learn.loop import (
+    Batch,
+    EpochReport,
+    LocalContext,
+    NonFiniteLossError,
+    Row,
+    Snapshot,
+    epoch_side_px,
+    steps_per_epoch,
+    train,
+)
 from agr_ray.learn.metrics import Baseline, Labels
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate, trunk_stages
 from agr_ray.learn.precision import autocast
@@ -496,7 +506,11 @@ class _Rank(LocalContext):
 
 
 def run_ranks(
-    config: TrainJob, shares: list[Batch], vals: list[Batch], models: list[MultiTaskNet]
+    config: TrainJob,
+    shares: list[Batch],
+    vals: list[Batch],
+    models: list[MultiTaskNet],
+    resume: dict[str, Any] | None = None,
 ) -> tuple[list[list[Row]], list[BaseException]]:
     together = _Together(len(shares))
     rows: list[list[Row]] = [[] for _ in shares]
@@ -509,7 +523,7 @@ def run_ranks(
         context.together = together
         num_rows = sum(len(share["age"]) for share in shares)
         try:
-            rows[rank] = train(context, models[rank], TRANSFORM, config, baseline, num_rows)
+            rows[rank] = train(context, models[rank], TRANSFORM, config, baseline, num_rows, resume)
         except NonFiniteLossError as error:
             errors.append(error)
 
@@ -591,6 +605,47 @@ def test_non_finite_loss_of_one_rank_stops_all() -> None:
     assert {"another rank" in str(error) for error in errors} == {True, False}
     # Who tells of it is the rank whose batch it was.
     assert all(("another rank" in str(error)) == (error.image_ids is None) for error in errors)  # type: ignore[attr-defined]
+
+
+def test_the_first_bad_batch_is_named_where_losses_are_looked_at_only_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_CUDA", "cpu")  # as on a GPU: every so many steps
+    config = job({"epochs": 1}, {"age_head": "linear"}, loss=LossConfig(age_loss="mse"))
+    data = named(faces(24))
+    bad = 12 + int(np.random.default_rng([0, 1, 0]).permutation(12)[0])  # in the second rank's first batch
+    data["age"][bad] = 3e38  # whose gradient overflows too, so that all later losses of both are no numbers
+    errors = run_ranks(
+        config,
+        [part(data, slice(0, 12)), part(data, slice(12, 24))],
+        [faces(2), faces(2)],
+        [network(config), network(config)],
+    )[1]
+
+    blamed = [error.image_ids for error in errors if error.image_ids is not None]  # type: ignore[attr-defined]
+    assert len(errors) == 2
+    assert len(blamed) == 1
+    assert f"face-{bad}" in blamed[0]
+
+
+def test_an_epoch_gone_on_with_that_has_no_step_left_keeps_its_statistics() -> None:
+    config = job({"epochs": 1})
+    data = faces(16)
+    shares, vals = [part(data, slice(0, 8)), part(data, slice(8, 16))], [faces(2), faces(2)]
+    reports: list[EpochReport] = []
+    model = network(config)
+    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    train(LocalContext(data, data, 8, on_report=reports.append), model, TRANSFORM, config, baseline, 16)
+    state = reports[0].train_state()
+    steps = steps_per_epoch(16, config.train)
+    begun = {"num_rows": 16, "num_steps": steps, "train_s": 1.0}
+    resume = state | {"epoch": 0, "finished": "", "history": [], "begun": begun}
+    models = [copy.deepcopy(model), copy.deepcopy(model)]
+
+    rows, errors = run_ranks(config, shares, vals, models, resume)
+
+    assert not errors
+    assert [row["num_train_rows"] for row in rows[0]] == [16]
+    for resumed in models:
+        torch.testing.assert_close(dict(resumed.named_buffers()), dict(model.named_buffers()))
 
 
 def test_step_schedule_is_the_papers() -> None:
