@@ -373,12 +373,15 @@ class TrainConfig(Section):
     """Whether chips in which no face was found are trained on. They are always evaluated."""
     early_stopping_epochs: Annotated[int, Field(ge=0)] = 10
     """Stop after so many epochs without a better objective on validation; 0: never."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of first weights, shuffling and augmentation."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Times that a failed worker group is started again from the last checkpoint; -1: without end."""
     outage_s: Annotated[float, Field(ge=0.0)] = 300.0
     """How long storage that has gone away, or a cluster that has become too small, is waited for, seconds."""
+    lock_expiry_s: PositiveFloat = 120.0
+    """Seconds for which the lock on the run must stand still before the same command takes it over from a driver that
+    was killed on another machine; of one on this machine it is known at once. A heartbeat comes every quarter of it."""
     num_to_keep: PositiveInt = 1
     """Checkpoints of the best epochs that are kept in NAME/checkpoints, beside the last."""
     cache_mib: Annotated[int, Field(ge=0)] = 4096

@@ -46,7 +46,7 @@ from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
 from agr_ray.learn.metrics import Baseline, Labels
 from agr_ray.learn.optimise import build_optimizer
-from agr_ray.learn.precision import autocast, uses_bfloat16
+from agr_ray.learn.precision import autocast, compute_dtype
 from agr_ray.models.network import MultiTaskNet, Transform
 from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.crops import decoded_crops, label_arrays, select_crops, usable_statuses
@@ -125,7 +125,7 @@ def title(job: TrainJob) -> str:
     """Say what is trained, and on what."""
     device = device_of(job)
     name = torch.cuda.get_device_name() if job.train.use_gpu else f"{machine_cpus()} CPUs"
-    arithmetic = "bfloat16" if uses_bfloat16(device, job.train.precision) else "float32"
+    arithmetic = str(compute_dtype(device, job.train.precision)).removeprefix("torch.")
     return f"{job.model.trunk} at {job.model.input_side_px} px, batches of {job.train.batch_size}, {arithmetic}, {name}"
 
 
@@ -172,7 +172,7 @@ class SameBatch(LocalContext):
 
     num_steps: int
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:  # noqa: ARG002  # the protocol's
+    def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:  # noqa: ARG002  # the protocol's
         """Yield it so many times."""
         for _ in range(self.num_steps):
             yield self.train

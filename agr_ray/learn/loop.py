@@ -176,11 +176,11 @@ class LocalContext:
             order = rng.permutation(len(self.train["age"]))
         else:
             order = self.sampler.draw(labels_of(self.train), rng, self.train.get("set_index"))
-        return batches_of(self.train, order, self.batch_size)
+        return batches_of(self.train, order, itertools.repeat(self.batch_size))
 
     def val_batches(self) -> Iterator[Batch]:
         """Iterate over the validation arrays in their order."""
-        return batches_of(self.val, np.arange(len(self.val["age"])), self.batch_size)
+        return batches_of(self.val, np.arange(len(self.val["age"])), itertools.repeat(self.batch_size))
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return it: there are no others."""
@@ -731,10 +731,11 @@ def _image_ids(batch: Batch | None) -> list[str]:
     return [] if batch is None else [str(each) for each in batch.get("image_id", ())]
 
 
-def batches_of(arrays: Batch, order: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
-    """Iterate over rows in the order of these indices; the last batch may have fewer."""
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
+def batches_of(arrays: Batch, order: NDArray[np.int64], sizes: Iterator[int]) -> Iterator[Batch]:
+    """Iterate over rows in the order of these indices, so many at a time; the last batch may have fewer."""
+    while len(order):
+        size = next(sizes)
+        chosen, order = order[:size], order[size:]
         yield {name: values[chosen] for name, values in arrays.items()}
 
 

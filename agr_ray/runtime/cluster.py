@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import ray
 from ray._private.utils import get_num_cpus
@@ -98,7 +98,8 @@ def check_fits(
 ) -> None:
     """Refuse a plan that would wait for ever for CPUs or GPUs that the cluster does not have.
 
-    `spare_cpus` are left for Ray Data's own tasks, which read and write.
+    A process is on one node, so what nodes have left beside whole processes counts only towards `spare_cpus`, which
+    Ray Data's own tasks need, that read and write.
 
     Raises:
         ConfigError: with what is asked and what there is.
@@ -113,6 +114,12 @@ def check_fits(
                 f"the cluster has {has:g}. Ask for fewer workers, or give a local cluster more logical CPUs "
                 "with cluster.num_cpus"
             )
+    places = sum(_places(node["Resources"], cpus_each, gpus_each, num_processes) for node in _nodes())
+    if places < num_processes:
+        one = f"{cpus_each:g} CPU" + (f" and {gpus_each:g} GPU" if gpus_each else "")
+        raise ConfigError(
+            f"{purpose} asks for {num_processes} x {one}, each on one node; the cluster's nodes have room for {places}"
+        )
 
 
 def worker_count(num_workers: int | None, *, use_gpu: bool = False, besides: int = 0) -> int:
@@ -125,8 +132,18 @@ def worker_count(num_workers: int | None, *, use_gpu: bool = False, besides: int
     if use_gpu:
         return max(1, int(_resources().get("GPU", 0.0)))
     spare = int(_resources().get("CPU", 1.0)) - 1 - besides
-    is_local = sum(node["Alive"] for node in ray.nodes()) == 1  # type: ignore[no-untyped-call]  # Ray leaves it bare
-    return max(1, min(machine_cpus(), spare) if is_local else spare)
+    return max(1, min(machine_cpus(), spare) if len(_nodes()) == 1 else spare)
+
+
+def _places(has: Mapping[str, float], cpus_each: float, gpus_each: float, enough: int) -> int:
+    """Return how many processes fit a node."""
+    wanted = (("CPU", cpus_each), ("GPU", gpus_each))
+    return min([int(has.get(kind, 0.0) / each + 1e-9) for kind, each in wanted if each] or [enough])
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """Return the nodes that are alive."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray leaves it bare
 
 
 def _resources() -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +32,17 @@ def max_kept_rows(config: TrainConfig, transform: Transform) -> int:
     return config.cache_mib * 2**20 // (2 * crop_bytes(transform))  # joining the batches takes their memory twice
 
 
+def share_sizes(batch_size: int, rank: int, world_size: int) -> Iterator[int]:
+    """Yield how many images of each step of an epoch are one worker's.
+
+    Over all workers they add up to `batch_size` in every step, and over `world_size` steps all take as many, so that
+    workers with equally many images run out of them together.
+    """
+    whole, over = divmod(batch_size, world_size)
+    for step in count():
+        yield whole + ((rank - step * over) % world_size < over)
+
+
 class ShardBatches:
     """The batches of one worker's share: streamed once, then from memory where that is allowed.
 
@@ -38,12 +50,14 @@ class ShardBatches:
 
     Args:
         shard: yields the rows of `crops.training_dataset`.
-        batch_size: rows in a batch; the last one of an epoch may have fewer.
+        batch_size: rows in a batch of all workers; the last one of an epoch may have fewer.
         keep: whether the share is kept, decoded; the same in all workers.
         shuffle_rows: rows in the shuffle buffer while streaming; 0: rows come in their order, always.
         seed: of the shuffling, together with the epoch.
         sampler: draws the rows of an epoch from memory; none: each comes once.
         device: where batches will go.
+        rank: of this worker, among `world_size`.
+        world_size: workers that share a batch.
     """
 
     def __init__(
@@ -56,9 +70,11 @@ class ShardBatches:
         seed: tuple[int, ...] = (),
         sampler: Sampler | None = None,
         device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._shard = shard
-        self._batch_size = batch_size
+        self._share = (batch_size, rank, world_size)
         self._keep = keep
         self._shuffle_rows = shuffle_rows
         self._seed = seed
@@ -69,34 +85,65 @@ class ShardBatches:
     def epoch(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
         """Iterate over the share once, in an order of its own where some steps of the epoch are done."""
         rng = np.random.default_rng([*self._seed, epoch, steps_done])
-        batches = self._stream(rng) if self._rows is None else self._from_memory(self._rows, rng)
+        sizes = share_sizes(*self._share)
+        batches = self._stream(rng, sizes) if self._rows is None else self._from_memory(self._rows, rng, sizes)
         if self._device is not None and self._device.type == "cuda":
             batches = _pinned(batches, self._device)
         return prefetch(batches, NUM_AHEAD)
 
-    def _from_memory(self, rows: dict[str, NDArray[Any]], rng: np.random.Generator) -> Iterator[Batch]:
+    def _from_memory(
+        self, rows: dict[str, NDArray[Any]], rng: np.random.Generator, sizes: Iterator[int]
+    ) -> Iterator[Batch]:
         num_rows = len(rows["age"]) if rows else 0
         if num_rows and self._sampler is not None:
             order = self._sampler.draw(labels_of(rows), rng, rows.get("set_index"))
         else:
             order = rng.permutation(num_rows) if self._shuffle_rows else np.arange(num_rows)
-        return batches_of(rows, order, self._batch_size)
+        return batches_of(rows, order, sizes)
 
-    def _stream(self, rng: np.random.Generator) -> Iterator[Batch]:
+    def _stream(self, rng: np.random.Generator, sizes: Iterator[int]) -> Iterator[Batch]:
         kept: list[dict[str, NDArray[Any]]] = []
-        for batch in self._shard.iter_batches(
-            batch_size=self._batch_size,
+        batch_size, _, world_size = self._share
+        batches = self._shard.iter_batches(
+            batch_size=-(-batch_size // world_size),
             local_shuffle_buffer_size=self._shuffle_rows or None,
             local_shuffle_seed=int(rng.integers(2**31)) if self._shuffle_rows else None,
-        ):
-            # A copy: what comes from the object store can't be written to, and kept it would hold its blocks there.
-            copied = {name: np.array(values) for name, values in batch.items()}
-            if self._keep:
-                kept.append(copied)
-            yield copied
+        )
+
+        def copies() -> Iterator[dict[str, NDArray[Any]]]:
+            for batch in batches:
+                # What comes from the object store can't be written to, and kept it would hold its blocks there.
+                copied = {name: np.array(values) for name, values in batch.items()}
+                if self._keep:
+                    kept.append(copied)
+                yield copied
+
+        yield from _recut(copies(), sizes)
         if self._keep:
-            names = kept[0] if kept else {}  # a share may be empty
-            self._rows = {name: np.concatenate([batch[name] for batch in kept]) for name in names}
+            self._rows = _joined(kept)
+
+
+def _recut(batches: Iterator[dict[str, NDArray[Any]]], sizes: Iterator[int]) -> Iterator[Batch]:
+    """Cut rows that come in batches of any size into batches of these; the last one may have fewer."""
+    held: list[dict[str, NDArray[Any]]] = []
+    size = next(sizes)
+    for batch in batches:
+        held.append(batch)
+        while sum(len(each["age"]) for each in held) >= size:
+            rows = _joined(held)
+            yield {name: values[:size] for name, values in rows.items()}
+            held = [{name: values[size:] for name, values in rows.items()}]
+            size = next(sizes)
+    rows = _joined(held)
+    if rows and len(rows["age"]):
+        yield rows
+
+
+def _joined(batches: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Return the rows of all batches; without columns where there is none."""
+    if len(batches) == 1:
+        return batches[0]
+    return {name: np.concatenate([each[name] for each in batches]) for name in (batches[0] if batches else {})}
 
 
 def _pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ A run is a folder, OUT/NAME:
     history.parquet     schema.HISTORY, rewritten after every epoch
     history.png         the same as curves, once the run has finished
     tensorboard/        its event files; the last epoch adds a page of sample predictions
+    lock.json           while a driver is at work: nobody else may be
     failure.txt         only where the loss was no number: which step, and the image_ids of its batch
 
 The same command again resumes at the last epoch that was checkpointed.
@@ -44,6 +45,8 @@ from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import label_arrays, select_crops, usable_statuses
 from agr_ray.runtime.dry_run import dry_run
 from agr_ray.runtime.guards import check_no_overlaps, check_sets, class_warnings, copies_warnings, detector_warnings
+from agr_ray.runtime.lock import run_lock
+from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.runtime.shard_batches import max_kept_rows
 from agr_ray.runtime.tracking import check_mlflow
@@ -60,8 +63,10 @@ def train(job: TrainJob) -> str:
     With `job.dry_run`, only print the plan: nothing is started or written, and there will be no such checkpoint.
 
     Raises:
-        ConfigError: there is no such prepared set, the run has finished already, or the plan can't fit.
+        ConfigError: there is no such prepared set, the run has finished already or another driver is at work on it, or
+            the plan can't fit.
         JobError: the loss is no number any more, or workers failed more often than `train.max_failures`.
+        LockLost: another driver took the run over.
     """
     console = Console()
     storage = Storage.from_config(job.storage)
@@ -75,17 +80,18 @@ def train(job: TrainJob) -> str:
         dry_run(run, sets, first or MultiTaskNet(job.model), console)
         return storage.join(uri, "best")
     tracked(run)  # a server that refuses is better known now
-    with cluster(job.cluster):
+    lock_uri, patience = storage.join(uri, "lock.json"), Patience(job.train.outage_s)
+    with (
+        run_lock(storage, lock_uri, f"training run {uri}", expiry_s=job.train.lock_expiry_s, console=console) as lock,
+        cluster(job.cluster),
+    ):
         check_workers_fit(job.train)
         _begin(run, first)
         with progress_board(console) as board:
             result = fit(run, sets, board, console)
-    failure = storage.join(uri, FAILURE)
-    if storage.exists(failure):
-        said, _, image_ids = storage.read(failure).decode().partition("\n")
-        where = f"; all of them are in {failure}" if image_ids else ""
-        raise JobError(f"{uri}: {said}{where}; train.clip_norm or a lower train.lr may help")
-    best = _publish(run, result, console)
+        patience.call(lambda: _check_finite(run))
+        patience.call(lock.check)
+        best = patience.call(lambda: _publish(run, result, console))
     _print_history(console, storage, uri)
     return best
 
@@ -120,7 +126,7 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 def _settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
     # Threads, TF32 and the compiler round otherwise, no more; `accumulate` stays: batch norm sees its parts.
-    moot = {"out", "name", "num_workers", "max_failures", "outage_s", "num_to_keep", "cache_mib"}
+    moot = {"out", "name", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "cache_mib"}
     moot |= {"threads_per_worker", "cpus_per_worker", "tf32", "compile", "mlflow_uri"}
     fields = TrainConfig.model_fields
     data = sets[0].digest if len(sets) == 1 else json.dumps([prepared.digest for prepared in sets])
@@ -199,6 +205,19 @@ def _plan(
     )
     goes_on = storage.exists(storage.join(uri, "run.json"))
     return run, None if goes_on else _initial_model(run, rows)
+
+
+def _check_finite(run: Run) -> None:
+    """Say so if the loss was no number.
+
+    Raises:
+        JobError: with the step and the rows.
+    """
+    failure = run.storage.join(run.uri, FAILURE)
+    if run.storage.exists(failure):
+        said, _, image_ids = run.storage.read(failure).decode().partition("\n")
+        where = f"; all of them are in {failure}" if image_ids else ""
+        raise JobError(f"{run.uri}: {said}{where}; train.clip_norm or a lower train.lr may help")
 
 
 def _begin(run: Run, first: MultiTaskNet | None) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory, gettempdir, mkdtemp
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
 
+from agr_ray.config import TrainConfig
 from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Row, Snapshot
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.metrics import Labels
@@ -34,6 +38,7 @@ PROGRESS_EVERY_S: Final = 10.0
 MIN_VAL_BATCH: Final = 64
 NUM_SAMPLES: Final = 24
 """Crops on the page of sample predictions."""
+COLLECTIVE_MARGIN_S: Final = 1800.0
 NOT_VALIDATED: Final = 1e30
 """The objective of a checkpoint that is to be gone on from only, never to be the best."""
 
@@ -42,16 +47,17 @@ def work(config: dict[str, Any]) -> None:
     """Be one worker."""
     run: Run = config["run"]
     logging.disable(logging.INFO)  # Ray Train logs every report as a page
-    context = RayContext(run, config["board"])
-    torch.set_num_threads(context.num_threads)
+    patience = Patience(run.job.train.outage_s)
     with TemporaryDirectory() as temporary:
         directory = Path(temporary, "checkpoint")
         checkpoint = ray.train.get_checkpoint()
         kept = "initial" if checkpoint is None else f"{CHECKPOINTS}/{Path(checkpoint.path).name}"
         uri = run.storage.join(run.uri, kept)
-        context.patience.call(lambda: run.storage.download_tree(uri, str(directory)))
+        patience.call(lambda: run.storage.download_tree(uri, str(directory)))
         model = load_checkpoint(directory).model
         resume = None if checkpoint is None else load_train_state(directory)
+    context = RayContext(run, config["board"], patience, epochs_done=resume["epoch"] if resume else 0)
+    torch.set_num_threads(context.num_threads)
     if context.rank == 0:
         begun = "beginning"
         if resume is not None:
@@ -65,7 +71,12 @@ def work(config: dict[str, Any]) -> None:
         if error.image_ids is not None:
             text = "\n".join([str(error), *error.image_ids])
             uri = run.storage.join(run.uri, FAILURE)
-            context.patience.call(lambda: run.storage.write(uri, text.encode()))
+            patience.call(lambda: run.storage.write(uri, text.encode()))
+
+
+def collective_timeout_s(train: TrainConfig) -> float:
+    """Return for how long workers wait for each other, seconds: one may be waiting for storage, with a margin."""
+    return train.outage_s + COLLECTIVE_MARGIN_S
 
 
 class RayContext:
@@ -74,9 +85,11 @@ class RayContext:
     Args:
         run: what is trained.
         board: handle of the `Board` that the driver's terminal shows; None: it has none, and lines are printed.
+        patience: waits for storage.
+        epochs_done: before this process goes on.
     """
 
-    def __init__(self, run: Run, board: Any) -> None:
+    def __init__(self, run: Run, board: Any, patience: Patience, epochs_done: int) -> None:
         self._run = run
         self._board = board
         train = run.job.train
@@ -87,29 +100,35 @@ class RayContext:
         self.num_threads = train.threads_per_worker or max(1, machine_cpus() // context.get_local_world_size())
         # Small tensors are added up on the CPU, whatever the gradients travel by.
         is_gloo = self.world_size == 1 or torch.distributed.get_backend() == "gloo"
-        self._cpu_group: Any = None if is_gloo else torch.distributed.new_group(backend="gloo")
-        # A step takes train.batch_size images, however many workers there are.
-        batch_size = train.batch_size // self.world_size + (self.rank < train.batch_size % self.world_size)
+        timeout = datetime.timedelta(seconds=collective_timeout_s(train))
+        self._cpu_group: Any = None if is_gloo else torch.distributed.new_group(backend="gloo", timeout=timeout)
         # All workers stream or none: those that share a dataset must iterate over it together. So what decides is
         # the same for all. Validation's shares may be as unequal as they like.
         max_rows = max_kept_rows(train, run.transform)
         self._train = ShardBatches(
             ray.train.get_dataset_shard("train"),
-            batch_size,
+            train.batch_size,
             keep=run.num_train_rows / self.world_size <= max_rows,
             shuffle_rows=train.shuffle_rows,
             seed=(train.seed, self.rank),
             sampler=run.sampler,
             device=self.device,
+            rank=self.rank,
+            world_size=self.world_size,
         )
         self._val = ShardBatches(
             ray.train.get_dataset_shard("val"),
-            max(batch_size, MIN_VAL_BATCH),
+            max(train.batch_size // self.world_size, MIN_VAL_BATCH),
             keep=run.num_val_rows <= max_rows,
             device=self.device,
         )
-        self.patience = Patience(train.outage_s)
-        self._logs = RunLogs(run, self.patience) if self.rank == 0 else None
+        self._patience = patience
+        self._logs = RunLogs(run, patience, epochs_done) if self.rank == 0 else None
+        self._sending = threading.Semaphore()
+        """One checkpoint is on its way at a time: the disk holds no more, and a kill costs no more than two epochs."""
+        self._outgoing = Path(gettempdir(), f"agr-ray-{hashlib.sha256(run.uri.encode()).hexdigest()[:16]}")
+        if context.get_local_rank() == 0:
+            shutil.rmtree(self._outgoing, ignore_errors=True)  # what a worker that was killed here has left
         self._samples: Batch | None = None
         self._shown = time.monotonic()
 
@@ -172,7 +191,9 @@ class RayContext:
     ) -> None:
         """Write a checkpoint to the disk, and have Ray Train send it and then delete it there."""
         run = self._run
-        directory = mkdtemp(prefix="agr-ray-checkpoint-")
+        self._sending.acquire()
+        self._outgoing.mkdir(exist_ok=True)
+        directory = mkdtemp(dir=self._outgoing)
         save_checkpoint(
             Path(directory),
             kept.model,
@@ -195,7 +216,10 @@ class RayContext:
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         storage, uri = self._run.storage, self._run.storage.join(self._run.uri, f"{CHECKPOINTS}/{name}")
-        self.patience.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
+        try:
+            self._patience.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
+        finally:
+            self._sending.release()
         filesystem, path = storage.arrow_filesystem(uri)
         return Checkpoint(path, filesystem)
 
@@ -215,14 +239,15 @@ class RayContext:
 class RunLogs:
     """TensorBoard's event files, history.parquet and MLflow, written by one worker after every epoch."""
 
-    def __init__(self, run: Run, patience: Patience) -> None:
+    def __init__(self, run: Run, patience: Patience, epochs_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run = run
         self._patience = patience
         self._events = run.storage.join(run.uri, "tensorboard")
         self._local = TemporaryDirectory()
-        self._writer = SummaryWriter(self._local.name)
+        # Of epochs that are done again, TensorBoard forgets what earlier files say.
+        self._writer = SummaryWriter(self._local.name, purge_step=epochs_done + 1)
         self._tracked, problem = tracked_again(run)
         _warn(problem)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -22,13 +23,15 @@ from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, training_dataset
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet
-from agr_ray.runtime.train_worker import work
+from agr_ray.runtime.train_worker import collective_timeout_s, work
 from agr_ray.runtime.training_run import CHECKPOINTS, OBJECTIVE, Run
 
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0
 CONTROLLER_FAILURES: Final = 3
-"""Ray's default is to ask for ever for what a cluster does not have."""
+"""Without a finished epoch between. Ray's default is to ask for ever for what a cluster does not have."""
+SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
+"""In which Ray Train names the checkpoints that are there whole."""
 
 
 def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> Result:
@@ -41,17 +44,23 @@ def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> 
     # Of one start; Ray tries it again CONTROLLER_FAILURES times.
     start_s = max(MIN_START_S, run.job.train.outage_s / (CONTROLLER_FAILURES + 1))
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{start_s:g}")
-    for attempts_left in reversed(range(CONTROLLER_FAILURES + 1)):
+    patience.call(lambda: _delete_unknown_checkpoints(run))
+    attempts_left, epochs_done = CONTROLLER_FAILURES, patience.call(lambda: _epochs_done(run))
+    while True:
         try:
             with _enough_workers(run):
-                return _trainer(run, sets, board).fit()
+                result = _trainer(run, sets, board).fit()
+            patience.call(lambda: _delete_unknown_checkpoints(run))
+            return result
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
             cause = error.worker_failures[min(error.worker_failures)]
             raise _failed(run, f"training failed: {_last_line(cause)}") from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             # What steers the workers is a process too, which may be killed, and give up because storage is away.
             _check_still_fits(run)
-            if not attempts_left or _could_not_start(error):
+            before, epochs_done = epochs_done, patience.call(lambda: _epochs_done(run))
+            attempts_left = CONTROLLER_FAILURES if epochs_done > before else attempts_left - 1
+            if attempts_left < 0 or _could_not_start(error):
                 raise _failed(run, f"training failed: {_last_line(error)}") from error
             console.print(
                 f"warning: what steers the workers ended ({_last_line(error)}); going on from the last checkpoint",
@@ -59,8 +68,36 @@ def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> 
                 markup=False,
                 soft_wrap=True,
             )
-            patience.call(lambda: run.storage.read(run.storage.join(run.uri, "run.json")))
-    raise AssertionError("the last attempt returns or raises")
+
+
+def _epochs_done(run: Run) -> int:
+    """Return how many epochs the history has."""
+    uri = run.storage.join(run.uri, "history.parquet")
+    return run.storage.read_table(uri, columns=["epoch"]).num_rows if run.storage.exists(uri) else 0
+
+
+def _delete_unknown_checkpoints(run: Run) -> None:
+    """Delete what was sent, or half of it, when the worker that sent it was killed: Ray Train never does.
+
+    Raises:
+        JobError: Ray Train's list of checkpoints is not whole, which it writes in place.
+    """
+    folder = run.storage.join(run.uri, CHECKPOINTS)
+    snapshot = run.storage.join(folder, SNAPSHOT)
+    if not run.storage.exists(snapshot):
+        return
+    known = run.storage.read(snapshot).decode()
+    try:
+        json.loads(known)
+    except json.JSONDecodeError:
+        raise JobError(
+            f"{snapshot} is not whole: the disk was full, or the machine stopped, while it was written; restore it, or "
+            "begin another run with train.name"
+        ) from None
+    found = {info.key.partition("/")[0] for info in run.storage.list(folder) if "/" in info.key}
+    for name in sorted(found):
+        if f'"{name}"' not in known:
+            run.storage.delete_tree(run.storage.join(folder, name))
 
 
 def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.torch.TorchTrainer:
@@ -81,6 +118,7 @@ def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.tor
     return ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"run": run, "board": board},
+        torch_config=ray.train.torch.TorchConfig(timeout_s=int(collective_timeout_s(config))),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]  # typed as Train V1's
             use_gpu=config.use_gpu,

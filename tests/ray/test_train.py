@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.util.state import list_actors
+from rich.console import Console
 from sets import SIDE_PX, prepared_set
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,6 +32,7 @@ from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import training_dataset
 from agr_ray.runtime.evaluate import evaluate
+from agr_ray.runtime.lock import run_lock
 from agr_ray.runtime.prepared import open_prepared
 from agr_ray.runtime.train import train
 from agr_ray.schema import HISTORY
@@ -238,6 +240,16 @@ def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(data: Path) 
 
     with pytest.raises(ConfigError, match=r"train\.name taken: the unfinished run .* has other settings or data"):
         train(train_job(data, name="taken"))
+
+
+def test_a_run_that_another_driver_is_at_work_on_is_refused(data: Path) -> None:
+    lock = data.parent / "runs" / "busy" / "lock.json"
+
+    with (
+        run_lock(Storage(), str(lock), "another driver", expiry_s=1.0, console=Console(quiet=True)),
+        pytest.raises(ConfigError, match=r"busy/lock\.json is held by another driver"),
+    ):
+        train(train_job(data, name="busy"))
 
 
 @pytest.mark.slow

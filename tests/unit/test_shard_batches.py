@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from agr_ray.learn.loop import labels_of
 from agr_ray.learn.sampling import Sampler
 from agr_ray.runtime.prefetch import prefetch
-from agr_ray.runtime.shard_batches import ShardBatches
+from agr_ray.runtime.shard_batches import ShardBatches, share_sizes
 
 NUM = 600
 SETS = np.arange(NUM) % 5 // 4  # one in five is of the second set
@@ -182,3 +183,24 @@ def wait_until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(32, 1), (32, 2), (32, 3), (64, 5), (10, 4)])
+def test_shares_of_a_step_add_up_and_all_run_out_together(batch_size: int, world_size: int) -> None:
+    shares = [list(islice(share_sizes(batch_size, rank, world_size), 50)) for rank in range(world_size)]
+
+    assert {sum(step) for step in zip(*shares, strict=True)} == {batch_size}
+    done = np.cumsum(shares, axis=1)
+    assert np.ptp(done, axis=0).max() <= 1
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_is_streamed_and_what_is_in_memory_come_in_the_same_sizes(rank: int) -> None:
+    batches = ShardBatches(Shard(), 64, keep=True, rank=rank, world_size=3)  # type: ignore[arg-type]  # all it uses
+    epochs = [[batch["age"] for batch in batches.epoch(epoch)] for epoch in (1, 2)]
+
+    sizes = list(islice(share_sizes(64, rank, 3), len(epochs[0])))
+    for epoch in epochs:
+        assert [len(ages) for ages in epoch[:-1]] == sizes[:-1]
+        assert 0 < len(epoch[-1]) <= sizes[-1]
+    np.testing.assert_array_equal(*(np.sort(np.concatenate(epoch)) for epoch in epochs))

@@ -69,7 +69,7 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
     )
     row = dict.fromkeys(HISTORY.names, 1.0) | {"epoch": 4, "step": 9, "num_train_rows": 3, "num_val_rows": 3}
     report = EpochReport(row, True, "epochs", {}, network(), TRANSFORM, dict)
-    logs = RunLogs(run, Patience(0.0))
+    logs = RunLogs(run, Patience(0.0), epochs_done=0)
 
     logs.write(row, [row])
     logs.show(arrays, report)

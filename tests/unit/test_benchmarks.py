@@ -1,0 +1,16 @@
+"""The benchmarks can be imported: they are run by hand, so nothing else says that what they use has changed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_every_benchmark_finds_what_it_imports() -> None:
+    names = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+    assert len(names) > 5
+
+    subprocess.run([sys.executable, "-c", f"import {', '.join(names)}"], cwd=BENCHMARKS, check=True)
