@@ -12,6 +12,7 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.importance import FanovaImportanceEvaluator
+from scipy.stats import rankdata
 
 from agr_ray.report.trials import TrialRow, finite, is_known, is_number, judged, objectives, param_names, values_of
 
@@ -29,7 +30,8 @@ class Importances:
     """What can be said of the parameters' importances."""
 
     shares: Mapping[str, float]
-    """Share of the objective's variance that a parameter alone explains (fANOVA), largest first. Empty: `why_not`."""
+    """Share of the variance of the trials' ranks that a parameter alone explains (fANOVA), largest first; empty:
+    `why_not`. Ranks, as the objective of one trial that diverged would be most of the variance of all."""
     chance: float
     """The largest share that any parameter has when the objectives are shuffled among the trials."""
     compared: str
@@ -65,9 +67,10 @@ def importances(trials: Sequence[TrialRow], logarithmic: frozenset[str] = frozen
     left_out = tuple(name for name in varied if name not in spaces)
     if len(spaces) < 2:
         return _none("Fewer than two parameters were varied in all trials, so that there is nothing to share out.")
-    shares = _shares(rows, values, spaces, seed)
+    ranks = rankdata(values)
+    shares = _shares(rows, ranks, spaces, seed)
     rng = np.random.default_rng(seed)
-    chance = max(max(_shares(rows, rng.permutation(values), spaces, seed).values()) for _ in range(NUM_SHUFFLES))
+    chance = max(max(_shares(rows, rng.permutation(ranks), spaces, seed).values()) for _ in range(NUM_SHUFFLES))
     if max(shares.values()) <= chance:
         return _none(
             f"With these {len(rows)} trials no parameter can be told from chance: shuffling the objectives among the "

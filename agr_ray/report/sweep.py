@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from agr_ray.report.importance import Importances, importances
+from agr_ray.report.importance import NUM_SHUFFLES, Importances, importances
 from agr_ray.report.sweep_figures import (
     contour_svg,
     curves_svg,
@@ -108,6 +108,7 @@ def sweep_page(report: SweepReport) -> str:
         curves=_curves(trials, report.best_number),
         stopped=_stopped(trials),
         found=found,
+        num_shuffles=NUM_SHUFFLES,
         importance=Markup(importances_svg(found, "importance")) if found.shares else None,
         slices=_slices(trials, varied, found, logarithmic, report.best_number),
         held=[(name, values_of(trials, name)[0]) for name in _held(trials)],

@@ -71,11 +71,13 @@ _STYLE: Final[dict[Any, Any]] = {
     "grid.linewidth": 0.5,
     "lines.linewidth": 1.2,
 }
-_WIDTH_INCHES = 4.3
-_HEIGHT_INCHES = 3.0
+_WIDTH_INCHES = 3.7
+_HEIGHT_INCHES = 2.7
 _MAP = "viridis"
 _LONG_LABEL = 16
+_ABOVE_PANEL = 1.03
 _MAX_CATEGORIES = 12
+_FEW_NUMBERS = 4
 _FAR_ABOVE = 4.0
 
 
@@ -156,7 +158,7 @@ def importances_svg(found: Importances, name: str) -> str:
         axes.axvline(found.chance, color=_COLOURS["ink"], linestyle=":", lw=1)
         axes.annotate("chance", (found.chance, 1.0), (2, 1), xycoords=_edge(axes), textcoords="offset points")
         axes.set_yticks(range(len(shares)), [_short(param, 24) for param, _ in shares])
-        axes.set(xlabel="share of the objective's variance", xlim=(0.0, 1.08))
+        axes.set(xlabel="share of the variance of the trials' ranks", xlim=(0.0, 1.08))
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
     return done[0]
@@ -173,11 +175,20 @@ def slice_svg(trials: Sequence[TrialRow], param: str, is_logarithmic: bool, best
             lost = [at(row) for row in having if row.state == state]
             if lost:
                 axes.plot(
-                    lost, [0.985] * len(lost), "|", color=_COLOURS[state], transform=_edge(axes), ms=7, clip_on=False
+                    lost,
+                    [_ABOVE_PANEL] * len(lost),
+                    "|",
+                    color=_COLOURS[state],
+                    transform=_edge(axes),
+                    ms=7,
+                    clip_on=False,
                 )
         _limit(axes, complete, top)
         axes.set_ylabel("objective")
         _scale_x(axes, ticks, is_logarithmic)
+        numbers = values_of(having, param)
+        if ticks is None and len(numbers) <= _FEW_NUMBERS:
+            axes.set_xticks([float(number) for number in numbers], [value_text(number) for number in numbers])
     return done[0]
 
 
@@ -190,7 +201,7 @@ def contour_svg(
 ) -> str:
     """Draw the objective over two parameters that are numbers: a dot a trial; filled where trials are near enough."""
     rows = [row for row in judged(trials) if all(is_known(row, param) for param in pair)]
-    with _panel(name, height_inches=3.2) as (axes, done):
+    with _panel(name, height_inches=2.9) as (axes, done):
         points = np.array([[float(row.params[param]) for param in pair] for row in rows]).reshape(-1, 2)
         values = np.array([row.objective for row in rows], np.float64)
         top = _top(rows)
@@ -218,13 +229,16 @@ def contour_svg(
         bar.outline.set_visible(False)
         axes.set_xlabel(_short(pair[0], 40))
         axes.set_ylabel(_short(pair[1], 28))
-        for one, log in zip((axes.xaxis, axes.yaxis), is_log, strict=True):
-            _scale(axes, one, log)
+        for place, log in enumerate(is_log):
+            low, high = float(points[:, place].min()), float(points[:, place].max())
+            ends = np.exp(_span(math.log(low), math.log(high))) if log else _span(low, high)
+            (axes.set_ylim if place else axes.set_xlim)(*ends)
+            _scale(axes, axes.yaxis if place else axes.xaxis, log)
     return done[0]
 
 
 def smoothed(
-    points: NDArray[np.float64], values: NDArray[np.float64], is_log: Sequence[bool], side: int = 48
+    points: NDArray[np.float64], values: NDArray[np.float64], is_log: Sequence[bool], side: int = 72
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None:
     """Return a grid's x, y and the weighted mean of the values about each place; masked where too few are near.
 
@@ -295,6 +309,13 @@ def front_svg(
             if points:
                 x, y = np.array(points, np.float64).T
                 axes.scatter(x, y, label=label, **({"s": 14} | look))
+        points = [[float(getattr(row, error)) for error in pair] for row in rows]
+        tops = [_fence([point[place] for point in points]) for place in range(2)]
+        for place, limit in enumerate((axes.set_xlim, axes.set_ylim)):
+            limit(*_span(min((point[place] for point in points), default=0.0), tops[place] if points else 1.0))
+        num_beyond = sum(x > tops[0] or y > tops[1] for x, y in points)
+        if num_beyond:
+            _say_beyond(axes, f"{num_beyond} beyond")
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -327,7 +348,7 @@ def _inline(svg: str, name: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r"\s+xmlns(:\w+)?=\"[^\"]*\"", "", body)
-    body = re.sub(r"xlink:href=\"#", 'href="#', body)
+    body = re.sub(r"xlink:href=", "href=", body)
     body = re.sub(r"(<svg[^>]*?)\s+width=\"[^\"]*\"", r"\1", body, count=1)
     body = re.sub(r"(<svg[^>]*?)\s+height=\"[^\"]*\"", r'\1 aria-hidden="true"', body, count=1)
     body = re.sub(r"\bid=\"", f'id="{name}-', body)
@@ -415,7 +436,7 @@ def _scale(axes: Axes, axis: Any, is_logarithmic: bool) -> None:
         LogLocator(subs=(1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0))
     )
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}".replace("e-0", "e-")))
 
 
 def _edge(axes: Axes) -> Any:
@@ -424,12 +445,17 @@ def _edge(axes: Axes) -> Any:
 
 
 def _top(rows: Sequence[TrialRow]) -> float:
-    """Return how high the axis of objectives goes, so that one trial that diverged does not flatten the others."""
-    values = np.array([row.objective for row in rows], np.float64)
-    if not len(values):
+    """Return how high the axis of objectives goes."""
+    return _fence([row.objective for row in rows if row.objective is not None])
+
+
+def _fence(values: Sequence[float]) -> float:
+    """Return the largest value that is not far off, so that one trial that diverged does not flatten the others."""
+    if not values:
         return math.inf
-    low, middle = float(values.min()), float(np.median(values))
-    return min(float(values.max()), middle + max(_FAR_ABOVE * (middle - low), 0.05 * abs(middle)))
+    low, middle = min(values), float(np.median(values))
+    fence = middle + max(_FAR_ABOVE * (middle - low), 0.05 * abs(middle))
+    return max(value for value in values if value <= fence)
 
 
 def _is_below(row: TrialRow, top: float) -> bool:
@@ -445,9 +471,11 @@ def _limit(axes: Axes, rows: Sequence[TrialRow], top: float) -> None:
     axes.set_ylim(*_span(min(values), top))
     num_above = sum(value > top for value in values)
     if num_above:
-        axes.annotate(
-            f"{num_above} above", (1.0, 0.93), xycoords="axes fraction", ha="right", color=_COLOURS["ink"], fontsize=8
-        )
+        _say_beyond(axes, f"{num_above} above")
+
+
+def _say_beyond(axes: Axes, text: str) -> None:
+    axes.annotate(text, (1.0, 0.93), xycoords="axes fraction", ha="right", color=_COLOURS["ink"], fontsize=8)
 
 
 def _span(low: float, high: float) -> tuple[float, float]:
@@ -460,7 +488,7 @@ def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderpad=0.2, columnspacing=1.0
+            handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderpad=0.2, columnspacing=1.0
         )
 
 

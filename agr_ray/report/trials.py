@@ -15,7 +15,7 @@ ParamValue = float | int | str | bool
 ERRORS: Final = ("age_mae_years", "gender_error", "race_error")
 """The errors of which none is given up for another: the axes of the Pareto front."""
 
-_LOGARITHMIC_SPAN = 100.0
+_LOGARITHMIC_SPAN = 20.0
 _LOGARITHMIC_MEDIAN = 0.2
 
 
