@@ -13,7 +13,7 @@ from typing import Any, Final
 import ray.train
 import ray.train.torch
 from ray.data import Dataset
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, UserCallback
 from rich.console import Console
 
 from agr_ray.config import ConfigError, TrainConfig
@@ -31,8 +31,10 @@ CONTROLLER_FAILURES: Final = 3
 """Ray's default is to ask for ever for what a cluster does not have."""
 
 
-def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> Result:
-    """Run the workers to the end of the run; `board` as `RayContext`'s.
+def fit(
+    run: Run, sets: Sequence[PreparedSet], board: Any, console: Console, callbacks: Sequence[UserCallback] = ()
+) -> Result:
+    """Run the workers to the end of the run; `board` as `RayContext`'s, `callbacks` as Ray Train's.
 
     Raises:
         JobError: they failed for good.
@@ -44,7 +46,7 @@ def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> 
     for attempts_left in reversed(range(CONTROLLER_FAILURES + 1)):
         try:
             with _enough_workers(run):
-                return _trainer(run, sets, board).fit()
+                return _trainer(run, sets, board, callbacks).fit()
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
             cause = error.worker_failures[min(error.worker_failures)]
             raise _failed(run, f"training failed: {_last_line(cause)}") from error
@@ -63,7 +65,9 @@ def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> 
     raise AssertionError("the last attempt returns or raises")
 
 
-def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.torch.TorchTrainer:
+def _trainer(
+    run: Run, sets: Sequence[PreparedSet], board: Any, callbacks: Sequence[UserCallback]
+) -> ray.train.torch.TorchTrainer:
     """Return what runs the workers; it goes on where one before it ended."""
     storage, config = run.storage, run.job.train
 
@@ -84,7 +88,8 @@ def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.tor
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]  # typed as Train V1's
             use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
+            resources_per_worker={"CPU": config.cpus_per_worker}
+            | ({"GPU": config.gpus_per_worker} if config.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=CHECKPOINTS,
@@ -97,6 +102,7 @@ def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.tor
                 max_failures=config.max_failures,
                 controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # typed as Train V1's
             ),
+            callbacks=list(callbacks),  # type: ignore[arg-type]  # typed as Train V1's
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets={"train": dataset("train"), "val": dataset("val")},
@@ -114,7 +120,7 @@ def check_workers_fit(config: TrainConfig) -> None:
         "train.num_workers",
         config.min_workers,
         config.cpus_per_worker,
-        1.0 if config.use_gpu else 0.0,
+        config.gpus_per_worker if config.use_gpu else 0.0,
         spare_cpus=spare_cpus(config),
     )
 
