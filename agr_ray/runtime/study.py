@@ -178,15 +178,17 @@ class Study:
                 self.report(trial.number, row["epoch"], objective)
 
     def _add(self, trial: Trial) -> None:
-        values = self._values(trial)
+        values, heard = self._values(trial), self._intermediate(trial)
         state = _STATES[trial.state] if values is not None or trial.state != "complete" else TrialState.FAIL
+        if trial.state == "pruned" and heard:
+            values = [heard[max(heard)]]  # as Optuna does it for one that it has watched
         added: FrozenTrial = create_trial(
             state=state,
             values=values,
             params=dict(trial.params),
             distributions={key: distribution_of(self._config.space[key]) for key in trial.params},
             user_attrs={SWEEP: self._sweep_id, NUMBER: trial.number},
-            intermediate_values=self._intermediate(trial),
+            intermediate_values=heard,
             constraints=dict(self._excesses(trial)) or None,
         )
         self._study.add_trial(added)

@@ -92,6 +92,7 @@ def _trial_job(base: TrainJob, sweep: Sweep, threads_per_worker: int | None) -> 
 def _run_trials(sweep: Sweep, base: TrainJob, max_concurrent: int, console: Console) -> None:
     """Run trials until there is none left, a budget is spent, or somebody interrupts."""
     # The driver says what there is to say, and the records hold what these loggers would write.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
