@@ -524,7 +524,7 @@ class TuneConfig(Section):
 
     space: dict[str, ParameterConfig] = {}
     """What is searched: a table [tune.space] with a line for each dotted key of [model], [loss], [augment], [train] or
-    [predict], such as "train.lr" = {log_uniform = [1e-4, 1e-2]} or "train.batch_size" = {integer = [32, 128], step = 32}
+    [predict], such as "train.lr" = {log_uniform = [1e-4, 1e-2]}, "train.batch_size" = {integer = [32, 128], step = 32}
     or "train.optimizer" = {choice = ["adam", "sgd"]}. All other keys are the recipe's."""
     out: str = "sweeps"
     """Folder or prefix of all sweeps; this one goes into OUT/NAME. Shared storage where there are several nodes."""
@@ -557,8 +557,8 @@ class TuneConfig(Section):
     paper_first: bool = True
     """Whether the first trial has the paper's values (loss weights 1, 0.5, 0.5; train.lr 1e-4) of what is searched."""
     points_to_evaluate: tuple[dict[str, Scalar], ...] = ()
-    """Values of searched keys that the next trials have: [[tune.points_to_evaluate]] tables of "train.lr" = 3e-3 and the
-    like. Keys that one leaves out are drawn."""
+    """Values of searched keys that the next trials have: [[tune.points_to_evaluate]] tables of "train.lr" = 3e-3 and
+    the like. Keys that one leaves out are drawn."""
     random_trials: Annotated[int, Field(ge=0)] = 10
     """Trials whose values are drawn at random before Optuna's sampler (TPE) makes something of those before."""
     seed: int = 0
@@ -821,10 +821,10 @@ class TrainJob(Job):
 class TuneJob(TrainJob):
     """Search for better settings: train under different ones, stop what falls behind, keep the best.
 
-    What is searched is in the recipe's [tune.space]; jobs/recipes/tune_lite.toml is an example. Each trial is a training run in
-    OUT/NAME/trials. In OUT/NAME the sweep ends with best.toml, a recipe for jobs/train.py; best/, the checkpoint;
-    trials.parquet, a row for each trial; and sweep.html, a page that says what mattered. Run the same command again to
-    resume a sweep that was killed; --add 20 makes 20 more trials of one that has finished.
+    What is searched is in the recipe's [tune.space]; jobs/recipes/tune_lite.toml is an example. Each trial is a
+    training run in OUT/NAME/trials. In OUT/NAME the sweep ends with best.toml, a recipe for jobs/train.py; best/, the
+    checkpoint; trials.parquet, a row for each trial; and sweep.html, a page that says what mattered. Run the same
+    command again to resume a sweep that was killed; --add 20 makes 20 more trials of one that has finished.
     """
 
     required = ("train.data", "tune.space")

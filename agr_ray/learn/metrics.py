@@ -329,8 +329,8 @@ def objective(
     """Return what training minimises on validation: the mean over tasks of error / baseline's error.
 
     The error of age is the mean absolute error, that of gender and race 1 - accuracy, or 1 - balanced accuracy, which
-    counts each class the same, however rare: sweeps go by that. 1 is as good as guessing, 0 is perfect. A baseline without error counts as 1 (a year, or all wrong). Tasks without a
-    label are left out; None: all are.
+    counts each class the same, however rare: sweeps go by that. 1 is as good as guessing, 0 is perfect. A baseline
+    without error counts as 1 (a year, or all wrong). Tasks without a label are left out; None: all are.
 
     Args:
         values: `MetricSums.to_json` of the model.

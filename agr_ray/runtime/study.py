@@ -1,11 +1,13 @@
 """A sweep's study in Optuna: what it proposes next, and what it is told.
 
 The trials' records, not the study, are what a sweep resumes from: a study is brought up to date with them when it is
-opened. So it may be lost, be older than they are (in a bucket it is uploaded after each trial), or hold other sweeps' trials.
+opened. So it may be lost, be older than they are (in a bucket it is uploaded after each trial), or hold trials of other
+sweeps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -152,10 +154,8 @@ class Study:
             return RDBStorage(self._config.study)
         path = Path(self._local)
         if self._remote:
-            try:
+            with contextlib.suppress(MissingObject):
                 path.write_bytes(self._storage.read(self._remote))
-            except MissingObject:
-                pass
         path.parent.mkdir(parents=True, exist_ok=True)
         _mend(path)
         return JournalStorage(JournalFileBackend(str(path)))

@@ -4,7 +4,7 @@ A sweep is a folder, OUT/NAME:
 
     sweep.json          configuration, how many trials are wanted, and whether they have been made
     records/0000.json   what became of each trial: learn.trials.Trial
-    trials/0000/        the trial as a training run (runtime.train); of the best alone, or of the front, with checkpoints
+    trials/0000/        the trial as a training run (runtime.train); checkpoints are of the best alone, or of the front
     study.journal       Optuna's study, unless tune.study says where it is
     best.toml  best/    the best trial as a recipe, and its checkpoint
     trials.parquet      schema.TRIALS and the searched keys, a row for each trial

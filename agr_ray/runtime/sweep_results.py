@@ -20,10 +20,10 @@ from agr_ray.runtime.training_run import Run
 
 BEST_RECIPE: Final = "best.toml"
 OBJECTIVE_WORDS: Final = (
-    "The mean, over age, gender and race, of the error on validation divided by the error of guessing the median age "
-    "or the most frequent class of the training images: mean absolute error in years for age, 1 - balanced accuracy for "
-    "gender and race. 1 is no better than guessing, 0 is perfect. A trial's is that of its best epoch, whose checkpoint "
-    "is kept."
+    "The mean, over age, gender and race, of the error on validation divided by the error of guessing the median "
+    "age or the most frequent class of the training images: mean absolute error in years for age, 1 - balanced "
+    "accuracy for gender and race. 1 is no better than guessing, 0 is perfect. A trial's is that of its best epoch, "
+    "whose checkpoint is kept."
 )
 _UNITS: Final = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 

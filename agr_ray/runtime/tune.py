@@ -21,9 +21,9 @@ from agr_ray.runtime.placement import room
 from agr_ray.runtime.sweep import Plan, Sweep, plan_sweep
 from agr_ray.runtime.sweep_results import print_trials, write_results
 from agr_ray.runtime.train import open_sets, plan, settings_digest
+from agr_ray.runtime.training_run import Run
 from agr_ray.runtime.trial import trainable
 from agr_ray.runtime.tune_hooks import Budget, Halving, NextTrials, Watcher
-from agr_ray.runtime.training_run import Run
 from agr_ray.storage import Storage
 
 TRIAL_CPUS: Final = 0.001

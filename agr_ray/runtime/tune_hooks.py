@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,8 @@ def why_failed(trial: RayTrial) -> str:
         return "killed: its process died"
     said = str(error) if error is not None else Path(trial.error_file or os.devnull).read_text()
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return f"raised: {lines[-1]}" if lines else "raised: nothing is known"
+    # Ours say all themselves; of others the class helps.
+    return f"raised: {re.sub(r'^agr_ray[.a-zA-Z_]*: ', '', lines[-1])}" if lines else "raised: nothing is known"
 
 
 def _error(trial: RayTrial) -> BaseException | None:

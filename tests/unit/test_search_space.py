@@ -104,7 +104,7 @@ def test_a_parameter_that_can_not_be_meant_is_refused(tmp_path: Path, parameter:
 
 
 def test_a_sweep_without_a_space_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tune.space is needed"):
+    with pytest.raises(ConfigError, match=r"tune\.space is needed"):
         parse(TuneJob, ["--train.data", "somewhere"], {})
 
 

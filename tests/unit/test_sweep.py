@@ -257,7 +257,7 @@ def test_a_database_keeps_the_study_of_several_sweeps(tmp_path: Path) -> None:
 def test_a_database_that_can_not_be_reached_is_said_without_the_password(tmp_path: Path) -> None:
     job = tune_job(tmp_path, study="nosuchdb://me:secret@nowhere/db")
 
-    with pytest.raises(ConfigError, match="tune.study nosuchdb://nowhere/db: ") as error:
+    with pytest.raises(ConfigError, match=r"tune\.study nosuchdb://nowhere/db: ") as error:
         opened(job)
     assert "secret" not in str(error.value).partition(": ")[0]
 
@@ -266,7 +266,7 @@ def test_a_study_of_other_objectives_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     opened(tune_job(tmp_path, name="one", study=url, study_name="shared"))
 
-    with pytest.raises(ConfigError, match="the study there has 1 objectives and tune.mode pareto has 3"):
+    with pytest.raises(ConfigError, match=r"the study there has 1 objectives and tune\.mode pareto has 3"):
         opened(tune_job(tmp_path, name="two", study=url, study_name="shared", mode="pareto"))
 
 
