@@ -73,8 +73,8 @@ def importances(trials: Sequence[TrialRow], logarithmic: frozenset[str] = frozen
     chance = max(max(_shares(rows, rng.permutation(ranks), spaces, seed).values()) for _ in range(NUM_SHUFFLES))
     if max(shares.values()) <= chance:
         return _none(
-            f"With these {len(rows)} trials no parameter can be told from chance: shuffling the objectives among the "
-            f"trials gives some parameter as large a share."
+            f"From {compared}, no parameter can be told from chance: shuffling the objectives among the trials gives "
+            f"some parameter as large a share."
         )
     ordered = dict(sorted(shares.items(), key=lambda item: -item[1]))
     return Importances(ordered, chance, compared, "", left_out)
@@ -95,7 +95,8 @@ def _comparable(trials: Sequence[TrialRow]) -> tuple[list[TrialRow], NDArray[np.
         if len(early) >= MIN_TRIALS:
             told = f"the objectives of {len(early)} trials after epoch {epoch}, the last that all of them reached"
             return [row for row, _ in early], np.array([value for _, value in early], np.float64), told
-    return rows, objectives(rows), f"the final objectives of {len(rows)} complete trials"
+    picked = ", which early stopping had picked out" if any(row.state == "pruned" for row in trials) else ""
+    return rows, objectives(rows), f"the final objectives of {len(rows)} complete trials{picked}"
 
 
 def _distribution(rows: Sequence[TrialRow], name: str, is_logarithmic: bool) -> BaseDistribution:
