@@ -22,7 +22,8 @@ MIN_TRIALS: Final = 20
 NUM_SHUFFLES: Final = 19
 """Of the objectives among the trials. What is larger than in all of them would be so by chance 1 time in 20."""
 
-_SHALLOW_ABOVE_TRIALS = 64
+_NUM_TREES = 16
+_MAX_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ def _shares(
                 for row, value in zip(rows, values, strict=True)
             ]
         )
-        num_trees = 16 if len(rows) <= _SHALLOW_ABOVE_TRIALS else 8
-        forest = FanovaImportanceEvaluator(n_trees=num_trees, max_depth=8, seed=seed)
+        forest = FanovaImportanceEvaluator(n_trees=_NUM_TREES, max_depth=_MAX_DEPTH, seed=seed)
         found = forest.evaluate(study, params=list(spaces))
     return {name: float(share) for name, share in found.items()}
 

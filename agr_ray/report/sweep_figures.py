@@ -79,6 +79,7 @@ _ABOVE_PANEL = 1.03
 _MAX_CATEGORIES = 12
 _FEW_NUMBERS = 4
 _FAR_ABOVE = 4.0
+_START_ABOVE = 3.0
 
 
 def history_svg(trials: Sequence[TrialRow], name: str) -> str:
@@ -146,7 +147,7 @@ def curves_svg(trials: Sequence[TrialRow], best_number: int | None, name: str) -
         every = [value for row in begun for value in map(finite, row.curve) if value is not None]
         last = [row.objective for row in judged(begun) if row.objective is not None]
         if last:
-            axes.set_ylim(*_span(min(every), min(max(every), _FAR_ABOVE * abs(_fence(last)))))
+            axes.set_ylim(*_span(min(every), min(max(every), _START_ABOVE * abs(_fence(last)))))
         axes.set(xlabel="epoch", ylabel="objective")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         _legend(axes)

@@ -134,7 +134,7 @@ def words(page: str) -> str:
 
 @pytest.fixture(scope="module")
 def large() -> str:
-    return sweep_page(report(many(200), best_number=0, logarithmic=frozenset({"loss.age_weight"})))
+    return sweep_page(report(many(120), best_number=0, logarithmic=frozenset({"loss.age_weight"})))
 
 
 def test_a_large_page_is_whole_and_loads_nothing(large: str) -> None:
@@ -158,13 +158,13 @@ def test_a_large_page_takes_its_colours_from_its_style(large: str) -> None:
 def test_a_large_page_names_what_mattered_and_what_some_trials_lack(large: str) -> None:
     text = words(large)
 
-    assert "Importance by fANOVA, from the final objectives of 120 complete trials" in text
+    assert "Importance by fANOVA, from the final objectives of 72 complete trials" in text
     assert "not all of these trials have it: momentum" in text
-    assert re.search(r"\d+ of 120 complete trials have it", text)
+    assert re.search(r"\d+ of 72 complete trials have it", text)
 
 
 def test_the_same_rows_make_the_same_page() -> None:
-    rows = many(8)
+    rows = many(4)
 
     assert sweep_page(report(rows, 0)) == sweep_page(report(rows[::-1], 0))
 
@@ -360,7 +360,7 @@ def test_importance_finds_the_parameter_that_decides() -> None:
 
 def test_importance_of_noise_is_not_shown() -> None:
     rng = np.random.default_rng(1)
-    rows = [trial(n, float(rng.uniform()), params={"a": float(rng.uniform()), "b": n % 3}) for n in range(40)]
+    rows = [trial(n, float(rng.uniform()), params={"a": float(rng.uniform()), "b": n % 3}) for n in range(24)]
 
     found = importances(rows)
 
