@@ -229,6 +229,13 @@ def test_the_headline_compares_with_the_papers_weights_and_the_guess() -> None:
     assert "most frequent classes 1.0000 15.00 50.0 % 80.0 %" in text
 
 
+def test_the_papers_weights_are_called_best_only_where_they_are() -> None:
+    rows = [trial(0, 0.5, is_reference=True), trial(1, 0.4)]
+
+    assert "no other trial was better" not in sweep_page(report(rows, 0))
+    assert "no other trial was better" in sweep_page(report([rows[0], trial(1, 0.6)], 0))
+
+
 def test_a_reference_that_was_stopped_is_not_compared() -> None:
     rows = [trial(0, 0.5, is_reference=True, state="pruned"), trial(1)]
 
