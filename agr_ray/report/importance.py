@@ -22,7 +22,8 @@ MIN_TRIALS: Final = 20
 NUM_SHUFFLES: Final = 19
 """Of the objectives among the trials. What is larger than in all of them would be so by chance 1 time in 20."""
 
-_SHALLOW_ABOVE_TRIALS = 64
+_NUM_TREES = 16
+_MAX_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def importances(trials: Sequence[TrialRow], logarithmic: frozenset[str] = frozen
     chance = max(max(_shares(rows, rng.permutation(ranks), spaces, seed).values()) for _ in range(NUM_SHUFFLES))
     if max(shares.values()) <= chance:
         return _none(
-            f"With these {len(rows)} trials no parameter can be told from chance: shuffling the objectives among the "
-            f"trials gives some parameter as large a share."
+            f"From {compared}, no parameter can be told from chance: shuffling the objectives among the trials gives "
+            f"some parameter as large a share."
         )
     ordered = dict(sorted(shares.items(), key=lambda item: -item[1]))
     return Importances(ordered, chance, compared, "", left_out)
@@ -95,7 +96,8 @@ def _comparable(trials: Sequence[TrialRow]) -> tuple[list[TrialRow], NDArray[np.
         if len(early) >= MIN_TRIALS:
             told = f"the objectives of {len(early)} trials after epoch {epoch}, the last that all of them reached"
             return [row for row, _ in early], np.array([value for _, value in early], np.float64), told
-    return rows, objectives(rows), f"the final objectives of {len(rows)} complete trials"
+    picked = ", which early stopping had picked out" if any(row.state == "pruned" for row in trials) else ""
+    return rows, objectives(rows), f"the final objectives of {len(rows)} complete trials{picked}"
 
 
 def _distribution(rows: Sequence[TrialRow], name: str, is_logarithmic: bool) -> BaseDistribution:
@@ -126,8 +128,7 @@ def _shares(
                 for row, value in zip(rows, values, strict=True)
             ]
         )
-        num_trees = 16 if len(rows) <= _SHALLOW_ABOVE_TRIALS else 8
-        forest = FanovaImportanceEvaluator(n_trees=num_trees, max_depth=8, seed=seed)
+        forest = FanovaImportanceEvaluator(n_trees=_NUM_TREES, max_depth=_MAX_DEPTH, seed=seed)
         found = forest.evaluate(study, params=list(spaces))
     return {name: float(share) for name, share in found.items()}
 

@@ -28,6 +28,7 @@ from agr_ray.report.trials import (
     GuessErrors,
     ParamValue,
     TrialRow,
+    best_so_far,
     finite,
     is_known,
     is_number,
@@ -165,7 +166,9 @@ def _verdict(trials: Sequence[TrialRow], best: TrialRow | None) -> str:
     if reference is None:
         return f"{told} The paper's own weights were not among the trials."
     if best.is_reference:
-        return f"{told} These are the paper's own weights: no other trial was better."
+        steps = best_so_far(trials)
+        is_best = value is not None and bool(steps) and value <= steps[-1][1]
+        return f"{told} These are the paper's own weights{': no other trial was better' if is_best else ''}."
     theirs = finite(reference.objective)
     if reference.state != "complete" or theirs is None:
         return f"{told} The trial with the paper's own weights was not completed, so that they cannot be compared."

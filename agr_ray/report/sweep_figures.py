@@ -79,6 +79,7 @@ _ABOVE_PANEL = 1.03
 _MAX_CATEGORIES = 12
 _FEW_NUMBERS = 4
 _FAR_ABOVE = 4.0
+_START_ABOVE = 3.0
 
 
 def history_svg(trials: Sequence[TrialRow], name: str) -> str:
@@ -101,11 +102,18 @@ def history_svg(trials: Sequence[TrialRow], name: str) -> str:
             )
         steps = best_so_far(trials)
         if steps:
-            last = max(row.number for row in trials)
-            numbers, values = [*(n for n, _ in steps), last], [*(v for _, v in steps), steps[-1][1]]
-            axes.step(numbers, values, where="post", color=_COLOURS["best"], label="best so far", lw=1.6)
+            at = [*(number for number, _ in steps), max(row.number for row in trials)]
+            axes.step(
+                at,
+                [*(value for _, value in steps), steps[-1][1]],
+                where="post",
+                color=_COLOURS["best"],
+                label="best so far",
+                lw=1.6,
+            )
         _limit(axes, complete, top)
-        axes.set(xlabel="trial", ylabel="objective")
+        numbers = [row.number for row in trials]
+        axes.set(xlabel="trial", ylabel="objective", xlim=(min(numbers) - 1, max(numbers) + 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         _legend(axes)
     return done[0]
@@ -137,9 +145,9 @@ def curves_svg(trials: Sequence[TrialRow], best_number: int | None, name: str) -
                 ends = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
                 axes.plot(*ends[-1], "x", ms=4, mew=1, color=_COLOURS[row.state])
         every = [value for row in begun for value in map(finite, row.curve) if value is not None]
-        last = [value for row in begun if row.state == "complete" for value in [finite(row.objective)] if value]
-        if every and last:
-            axes.set_ylim(*_span(min(every), min(max(every), float(np.percentile(every, 95)), 3.0 * max(last))))
+        last = [row.objective for row in judged(begun) if row.objective is not None]
+        if last:
+            axes.set_ylim(*_span(min(every), min(max(every), _START_ABOVE * abs(_fence(last)))))
         axes.set(xlabel="epoch", ylabel="objective")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         _legend(axes)
@@ -223,7 +231,7 @@ def contour_svg(
         best = [row.number == best_number for row in rows]
         if any(best):
             axes.scatter(
-                points[best, 0], points[best, 1], s=130, facecolors="none", edgecolors=_COLOURS["best"], linewidths=1.8
+                points[best, 0], points[best, 1], s=130, facecolors="none", edgecolors=_COLOURS["ink"], linewidths=1.8
             )
         bar = axes.figure.colorbar(shown, ax=axes, label="objective", extend="max" if values.max() > top else "neither")
         bar.outline.set_visible(False)
@@ -311,8 +319,9 @@ def front_svg(
                 axes.scatter(x, y, label=label, **({"s": 14} | look))
         points = [[float(getattr(row, error)) for error in pair] for row in rows]
         tops = [_fence([point[place] for point in points]) for place in range(2)]
-        for place, limit in enumerate((axes.set_xlim, axes.set_ylim)):
-            limit(*_span(min((point[place] for point in points), default=0.0), tops[place] if points else 1.0))
+        if points:
+            axes.set_xlim(*_span(min(x for x, _ in points), tops[0]))
+            axes.set_ylim(*_span(min(y for _, y in points), tops[1]))
         num_beyond = sum(x > tops[0] or y > tops[1] for x, y in points)
         if num_beyond:
             _say_beyond(axes, f"{num_beyond} beyond")
@@ -487,9 +496,11 @@ def _legend(axes: Axes) -> None:
     """Put the legend above the panel, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(
+        legend = axes.legend(
             handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderpad=0.2, columnspacing=1.0
         )
+        for line in legend.get_lines():
+            line.set_alpha(1.0)
 
 
 def _short(text: str, length: int = _LONG_LABEL) -> str:
