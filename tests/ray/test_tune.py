@@ -130,6 +130,7 @@ def test_there_is_a_page(sweep: Path) -> None:
     assert "train.lr" in page
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_refused_and_gone_on_with_by_add(sweep: Path, data: Path) -> None:
     before = trials(sweep)
     with pytest.raises(ConfigError, match=r"has finished \(3 trials\); --add 10 makes 10 trials more"):
@@ -170,6 +171,7 @@ def test_a_trial_that_diverges_and_one_that_raises_are_rows(data: Path, tmp_path
     assert (complete["state"], complete["is_best"]) == ("complete", True)
 
 
+@pytest.mark.slow
 def test_halving_stops_trials(data: Path) -> None:
     # What learns nothing comes after what learns.
     space = {"train.lr": {"choice": (1e-9, 3e-3)}}
@@ -197,6 +199,7 @@ def test_halving_stops_trials(data: Path) -> None:
     assert not list(sweep.glob("trials/0001/checkpoints"))
 
 
+@pytest.mark.slow
 def test_an_unfinished_trial_goes_on_and_finished_ones_are_not_repeated(sweep: Path, data: Path) -> None:
     job = tune_job(data, "hours", trials=2, max_epochs=1, max_concurrent=1)
     with pytest.raises(JobError, match="no trial came to its end"):
