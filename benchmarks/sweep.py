@@ -8,7 +8,7 @@ sweep's best.toml is trained from the command line as it is, and again with othe
 the trial's figures are compared with. The page is at FOLDER/sweeps/asha/sweep.html.
 
 Printed: wall time of each command, epochs, the best trial of each with its objective (what a sweep goes by, see
-`tune.mode`), and the same figures of the trainings. Give the machine to it alone: two trials run at a time on two cores.
+`tune.mode`), and the same figures of the trainings. Give it the machine alone: on two cores, two trials run at a time.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ def trials(sweep: Path) -> list[dict[str, Any]]:
 def weights(sweep: Path) -> list[str]:
     """Return the trials of which checkpoints are kept."""
     return sorted(folder.parent.name for folder in sweep.glob("trials/*/best"))
+
+
+def wait_until_nothing_is_held() -> None:
+    """Fail unless the workers of stopped trials end, and give back what they had reserved."""
+    deadline = time.monotonic() + 60
+    held: dict[str, float] = {}
+    while time.monotonic() < deadline:
+        free = ray.available_resources()
+        held = {name: has - free.get(name, 0.0) for name, has in ray.cluster_resources().items() if name == "CPU"}
+        if held["CPU"] < 0.01:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"still held: {held}")
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +211,7 @@ def test_halving_stops_trials(data: Path) -> None:
     assert all(row["epochs"] < EPOCHS and "not among the best 1 of 2" in row["why"] for row in pruned)
     assert weights(sweep) == ["0000"]
     assert not list(sweep.glob("trials/0001/checkpoints"))
+    wait_until_nothing_is_held()
 
 
 @pytest.mark.slow
