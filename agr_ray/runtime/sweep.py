@@ -121,6 +121,8 @@ class Sweep:
         self.job = job
         self.config = job.tune
         self.trials: dict[int, Trial] = {}
+        self.problem: Exception | None = None
+        """What went wrong here while Tune called."""
         self._console = console
         self._patience = Patience(job.train.outage_s)
         self._began = time.monotonic()
@@ -197,7 +199,7 @@ class Sweep:
 
     def started(self, number: int) -> None:
         """Take note that a trial runs."""
-        again = number in self._started or bool(self.trials[number].epochs)
+        again = bool(self.trials[number].epochs or self.trials[number].failures)
         self._started[number] = time.monotonic()
         shown = ", ".join(f"{key} {shown_value(value)}" for key, value in self.trials[number].params.items())
         self._say(f"trial {number} {'goes on' if again else 'begins'}: {shown}")

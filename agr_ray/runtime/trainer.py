@@ -14,6 +14,7 @@ import ray.train
 import ray.train.torch
 from ray.data import Dataset
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, UserCallback
+from ray.train.v2._internal import constants
 from rich.console import Console
 
 from agr_ray.config import ConfigError, TrainConfig
@@ -27,6 +28,7 @@ from agr_ray.runtime.training_run import CHECKPOINTS, OBJECTIVE, Run
 
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0
+ADDRESS: Final = "RAY_ADDRESS"
 CONTROLLER_FAILURES: Final = 3
 """Ray's default is to ask for ever for what a cluster does not have."""
 
@@ -45,7 +47,7 @@ def fit(
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{start_s:g}")
     for attempts_left in reversed(range(CONTROLLER_FAILURES + 1)):
         try:
-            with _enough_workers(run):
+            with _enough_workers(run), _said_which_cluster():
                 return _trainer(run, sets, board, callbacks).fit()
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
             cause = error.worker_failures[min(error.worker_failures)]
@@ -131,6 +133,25 @@ def spare_cpus(config: TrainConfig) -> float:
     Workers that are as many as the cluster has room for leave none, so reading must not ask for any.
     """
     return 2.0 if config.min_workers == config.max_workers else 0.0
+
+
+@contextmanager
+def _said_which_cluster() -> Iterator[None]:
+    """Say to all that Ray Train starts which cluster it is of.
+
+    What gives back the workers' resources when a run is killed, as a sweep's trial that falls behind, looks for the
+    cluster by itself. Where a machine runs two it finds neither, and the resources stay reserved until the job ends.
+    """
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
+    constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADDRESS]
+        else:
+            os.environ[ADDRESS] = before
 
 
 def _failed(run: Run, why: str) -> JobError:

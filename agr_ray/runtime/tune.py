@@ -120,7 +120,12 @@ def _run_trials(sweep: Sweep, base: TrainJob, max_concurrent: int, console: Cons
                 verbose=0,
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except ray_tune.TuneError:
+            if sweep.problem is None:
+                raise
+            raise sweep.problem from None
     sweep.storage.delete_tree(sweep.join(TUNE_FOLDER))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ from rich.status import Status
 from agr_ray.config import TuneJob
 from agr_ray.learn.trials import JUDGED_BY
 from agr_ray.runtime.sweep import Sweep
+
+
+@contextmanager
+def kept_problem(sweep: Sweep) -> Iterator[None]:
+    """Keep what goes wrong within: Tune raises its traceback, as text."""
+    try:
+        yield
+    except Exception as error:
+        sweep.problem = error
+        raise
 
 
 class NotPickled:
@@ -38,7 +49,8 @@ class NextTrials(NotPickled, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Return the trial's configuration, or that there is none."""
-        following = self._sweep.next()
+        with kept_problem(self._sweep):
+            following = self._sweep.next()
         if following is None:
             return Searcher.FINISHED
         number, values = following
@@ -140,32 +152,37 @@ class Watcher(NotPickled, ray_tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on."""
-        self._sweep.started(trial.config["number"])
-        self._show(trials)
+        with kept_problem(self._sweep):
+            self._sweep.started(trial.config["number"])
+            self._show(trials)
 
     def on_trial_result(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
     ) -> None:
         """Pass it on."""
-        if "epoch" in result:
-            self._sweep.reported(trial.config["number"], result)
-            self._show(trials)
+        with kept_problem(self._sweep):
+            if "epoch" in result:
+                self._sweep.reported(trial.config["number"], result)
+                self._show(trials)
 
     def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on."""
-        self._sweep.failed_once(trial.config["number"], why_failed(trial))
+        with kept_problem(self._sweep):
+            self._sweep.failed_once(trial.config["number"], why_failed(trial))
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on."""
-        self._sweep.failed(trial.config["number"], why_failed(trial))
-        self._show(trials)
+        with kept_problem(self._sweep):
+            self._sweep.failed(trial.config["number"], why_failed(trial))
+            self._show(trials)
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on, with the reason if the scheduler stopped it."""
-        number = trial.config["number"]
-        pruned = self._scheduler.pruned.get(number, "") if self._scheduler else ""
-        self._sweep.ended(number, pruned)
-        self._show(trials)
+        with kept_problem(self._sweep):
+            number = trial.config["number"]
+            pruned = self._scheduler.pruned.get(number, "") if self._scheduler else ""
+            self._sweep.ended(number, pruned)
+            self._show(trials)
 
     def _show(self, trials: list[RayTrial]) -> None:
         """Draw the line beneath all others, where there is a terminal."""
