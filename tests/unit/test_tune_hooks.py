@@ -1,0 +1,142 @@
+"""What Ray Tune is answered, without a cluster: who is stopped, who is next, and why a trial failed."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import RayActorError, RayTaskError
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from sweeps import complete, opened, row, tune_job
+
+from agr_ray.config import TuneJob
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.tune_hooks import Budget, Halving, NextTrials, last_epoch, why_failed
+
+CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
+
+
+def ray_trial(number: int) -> Any:
+    return SimpleNamespace(trial_id=f"of this command {number}", config={"number": number})
+
+
+def halving(folder: Path, **changes: Any) -> Halving:
+    settings = {"trials": 9, "grace_epochs": 1, "reduction": 2} | changes
+    return Halving(opened(tune_job(folder, **settings)))
+
+
+def told(scheduler: Halving, number: int, epoch: int, objective: float) -> str:
+    trial = ray_trial(number)
+    if epoch == 1:
+        scheduler.on_trial_add(None, trial)
+    return scheduler.on_trial_result(None, trial, row(epoch, objective))
+
+
+# Halving
+
+
+def test_a_trial_that_is_not_among_the_best_is_stopped_and_it_is_said_why(tmp_path: Path) -> None:
+    scheduler = halving(tmp_path)
+
+    assert told(scheduler, 0, 1, 0.8) == CONTINUE
+    assert told(scheduler, 1, 1, 0.9) == STOP
+    assert told(scheduler, 2, 1, 0.7) == CONTINUE
+    assert scheduler.pruned == {1: "after epoch 1 not among the best 1 of 2, at 0.9000"}
+
+
+def test_nobody_is_stopped_before_the_grace_is_over_nor_at_the_last_epoch(tmp_path: Path) -> None:
+    scheduler = halving(tmp_path, grace_epochs=2)  # of 4 epochs: looked at after 2, and at 4 no more
+
+    for number, objective in enumerate([0.5, 0.9]):
+        assert told(scheduler, number, 1, objective) == CONTINUE
+    assert told(scheduler, 0, 2, 0.5) == CONTINUE
+    assert told(scheduler, 0, 4, 0.4) == CONTINUE
+    assert told(scheduler, 1, 4, 0.9) == CONTINUE
+    assert scheduler.pruned == {}
+
+
+def test_a_resumed_sweep_compares_with_the_trials_before(tmp_path: Path) -> None:
+    settings = {"trials": 9, "grace_epochs": 1, "reduction": 2}
+    complete(opened(tune_job(tmp_path, **settings)), [0.8, 0.7, 0.6, 0.5])
+
+    scheduler = halving(tmp_path)
+
+    assert told(scheduler, 1, 1, 0.9) == STOP
+    assert told(scheduler, 2, 1, 0.7) == CONTINUE
+    # Trial 0 goes on, say: what it had reached is not counted twice, under another id.
+    assert told(scheduler, 0, 1, 0.99) == CONTINUE
+
+
+def test_an_epoch_that_measured_nothing_is_not_judged(tmp_path: Path) -> None:
+    scheduler = halving(tmp_path)
+    told(scheduler, 0, 1, 0.8)
+
+    assert scheduler.on_trial_result(None, ray_trial(0), row(2, 0.5, val_balanced_objective=None)) == CONTINUE
+
+
+def test_the_last_epoch_may_be_searched(tmp_path: Path) -> None:
+    def job(parameter: dict[str, Any]) -> TuneJob:
+        return tune_job(tmp_path, space={"train.epochs": parameter})
+
+    assert last_epoch(tune_job(tmp_path)) == 4
+    assert last_epoch(job({"integer": [2, 12]})) == 12
+    assert last_epoch(job({"choice": [3, 8]})) == 8
+
+
+# Who is next
+
+
+def test_the_next_trial_is_the_sweeps(tmp_path: Path) -> None:
+    searcher = NextTrials(opened(tune_job(tmp_path, trials=1)))
+
+    given = searcher.suggest("x")
+
+    assert given["number"] == 0
+    assert given["values"] == {"loss.race_weight": 0.5, "train.lr": 1e-4}
+    assert searcher.suggest("y") == Searcher.FINISHED
+
+
+def test_a_spent_budget_ends_the_sweep(tmp_path: Path) -> None:
+    assert Budget(opened(tune_job(tmp_path, max_hours=1e-9))).stop_all()
+    assert not Budget(opened(tune_job(tmp_path))).stop_all()
+
+
+def test_what_tune_pickles_holds_nothing(tmp_path: Path) -> None:
+    sweep = opened(tune_job(tmp_path))
+
+    for hook in (NextTrials(sweep), Halving(sweep), Budget(sweep)):
+        assert pickle.loads(pickle.dumps(hook)).__dict__ == {}
+
+
+# Why a trial failed
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RayActorError(), "killed: its process died"),
+        (RayTaskError("f", "traceback\nValueError: x is no y\n", ValueError("x")), "raised: ValueError: x is no y"),
+        (
+            RayTaskError("f", "traceback\nagr_ray.runtime.command.JobError: what is wrong\n", JobError("x")),
+            "raised: what is wrong",
+        ),
+    ],
+)
+def test_what_ended_a_trial_is_said_in_a_line(tmp_path: Path, error: Exception, why: str) -> None:
+    path = tmp_path / "error.pkl"
+    path.write_bytes(cloudpickle.dumps(error))
+
+    assert why_failed(SimpleNamespace(pickled_error_file=str(path), error_file=None)) == why
+
+
+def test_an_error_that_was_not_pickled_is_read_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "error.txt"
+    path.write_text("Failure # 1\nTuneError: y\n\n")
+
+    assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=str(path))) == "raised: TuneError: y"
+    assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=None)) == "raised: nothing is known"
