@@ -59,11 +59,7 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
 def best_recipe(sweep: Sweep, best: Trial) -> str:
     """Return the best trial as a recipe that trains it again."""
     job, uri = sweep.job, sweep.join(BEST_RECIPE)
-    data = [sweep.storage.absolute(each) for each in job.train.data_uris]
-    values = values_of(job.tune.space, best.params) | {
-        "train.data": data,
-        "train.name": f"{sweep.plan.name}-best",
-    }
+    values = values_of(job.tune.space, best.params) | {"train.name": f"{sweep.plan.name}-best"}
     again = with_values(base_job(job), values)
     sections: dict[str, Section] = {
         "vision": job.vision,

@@ -5,9 +5,10 @@ The folder's layout, and what a sweep resumes from, are in `runtime.sweep`.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from typing import Final
+from typing import Any, Final
 
 from ray import tune as ray_tune
 from rich.console import Console
@@ -43,6 +44,7 @@ def tune(job: TuneJob) -> str:
     """
     console = Console()
     storage = Storage.from_config(job.storage)
+    job = with_absolute_paths(job, storage)
     check_space(job)
     if job.train.min_workers != job.train.max_workers:
         asked = [job.train.min_workers, job.train.max_workers]
@@ -81,6 +83,29 @@ def tune(job: TuneJob) -> str:
     if sweep.best is None:
         raise JobError(f"{planned.uri}: no trial came to its end; trials.parquet there says why")
     return storage.join(planned.uri, "best")
+
+
+def with_absolute_paths(job: TuneJob, storage: Storage) -> TuneJob:
+    """Return the job with the paths that trials read from as they are here: Tune runs each in a folder of its own."""
+
+    def absolute(weights: Any) -> Any:
+        return weights if weights in ("none", "imagenet") else storage.absolute(weights)
+
+    # As the configuration keeps it: one as its word, several as JSON.
+    uris = [storage.absolute(uri) if uri else uri for uri in job.train.data_uris]
+    data = uris[0] if len(uris) == 1 else json.dumps(uris)
+    space = dict(job.tune.space)
+    searched = space.get("model.weights")
+    if searched is not None and searched.choice is not None:
+        choice = tuple(absolute(weights) for weights in searched.choice)
+        space["model.weights"] = searched.model_copy(update={"choice": choice})
+    return job.model_copy(
+        update={
+            "model": job.model.model_copy(update={"weights": absolute(job.model.weights)}),
+            "train": job.train.model_copy(update={"data": data}),
+            "tune": job.tune.model_copy(update={"space": space}),
+        }
+    )
 
 
 def _trial_job(base: TrainJob, sweep: Sweep, threads_per_worker: int | None) -> TrainJob:

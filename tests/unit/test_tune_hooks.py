@@ -16,7 +16,9 @@ from sweeps import complete, opened, row, tune_job
 
 from agr_ray.config import TuneJob
 from agr_ray.runtime.command import JobError
+from agr_ray.runtime.tune import with_absolute_paths
 from agr_ray.runtime.tune_hooks import Budget, Halving, NextTrials, last_epoch, why_failed
+from agr_ray.storage import Storage
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
@@ -111,6 +113,25 @@ def test_what_tune_pickles_holds_nothing(tmp_path: Path) -> None:
 
     for hook in (NextTrials(sweep), Halving(sweep), Budget(sweep)):
         assert pickle.loads(pickle.dumps(hook)).__dict__ == {}
+
+
+# Paths
+
+
+def test_a_trial_finds_what_is_given_relative_to_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = {"model.weights": {"choice": ["none", "trunk.pt"]}}
+    job = TuneJob(
+        train={"data": ["one", "s3://bucket/two"]}, model={"weights": "imagenet"}, tune={"space": space, "out": "here"}
+    )
+
+    given = with_absolute_paths(job, Storage())
+
+    assert given.train.data_uris == (str(tmp_path / "one"), "s3://bucket/two")
+    assert given.model.weights == "imagenet"
+    assert given.tune.space["model.weights"].choice == ("none", str(tmp_path / "trunk.pt"))
+    assert given.tune.out == "here"
+    assert with_absolute_paths(TuneJob(train={"data": "one"}), Storage()).train.data == str(tmp_path / "one")
 
 
 # Why a trial failed
