@@ -549,17 +549,18 @@ class TuneConfig(Section):
     constraints: dict[TrialError, float] = {}
     """Highest values allowed of age_mae_years, gender_error, race_error (1 - balanced accuracy) and
     worst_group_age_mae_years (the largest age MAE of a group by gender, race or both of ten validation rows and more).
-    A trial beyond one is best only if all are, and Optuna is told by how much."""
+    A trial beyond one is best only if all are, and Optuna is told by how much; ASHA goes by the objective alone."""
     asha: bool = True
     """`scalar` only: stop a trial that after grace_epochs, and after reduction times as many, and so on, is not among
-    the best 1 / reduction of those that got so far (asynchronous successive halving)."""
+    the best 1 / reduction of those that got so far (asynchronous successive halving). train.epochs can't be searched
+    then: schedules of other lengths can't be compared epoch by epoch."""
     grace_epochs: PositiveInt = 2
     """`asha` only: epochs that each trial may make."""
     reduction: Annotated[int, Field(ge=2)] = 3
     """`asha` only: 1 in so many goes on."""
     paper_first: bool = True
     """Whether the first trial has the paper's values (loss weights 1, 0.5, 0.5; train.lr 1e-4) of what is searched."""
-    points_to_evaluate: tuple[dict[str, Scalar], ...] = ()
+    points_to_evaluate: tuple[dict[str, Scalar | tuple[Scalar, ...]], ...] = ()
     """Values of searched keys that the next trials have: [[tune.points_to_evaluate]] tables of "train.lr" = 3e-3 and
     the like. Keys that one leaves out are drawn."""
     random_trials: Annotated[int, Field(ge=0)] = 10

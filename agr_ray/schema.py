@@ -8,7 +8,7 @@ a tensor (`AGE_MISSING`, `CLASS_MISSING`).
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
+from typing import Final, Literal
 
 import pyarrow as pa
 
@@ -265,12 +265,12 @@ HISTORY: Final = pa.schema(
 )
 """One row an epoch."""
 
-TRIAL_STATES: Final = ("complete", "pruned", "failed", "unfinished")
+TrialState = Literal["complete", "pruned", "failed", "unfinished"]
 
 TRIALS: Final = pa.schema(
     [
         pa.field("number", pa.int32(), nullable=False),  # from 0, in the order in which trials were begun
-        pa.field("state", pa.string(), nullable=False),  # one of TRIAL_STATES
+        pa.field("state", pa.string(), nullable=False),  # a TrialState
         pa.field("why", pa.string(), nullable=False),  # it was pruned, or failed; empty: there is nothing to say
         pa.field("epochs", pa.int32(), nullable=False),  # that it has finished
         pa.field("best_epoch", pa.int32()),  # whose checkpoint a training run keeps, and all errors below are of

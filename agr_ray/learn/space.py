@@ -15,6 +15,7 @@ from optuna.trial import Trial
 from pydantic import BaseModel, ValidationError
 
 from agr_ray.config import PAPER_POINT, ConfigError, ParameterConfig, Scalar, TrainJob, TuneConfig, TuneJob
+from agr_ray.learn.trials import ERROR_TASKS
 
 Params = Mapping[str, Scalar]
 Space = Mapping[str, ParameterConfig]
@@ -23,6 +24,7 @@ SEARCHED: Final = ("model", "loss", "augment", "train", "predict")
 """Sections of which keys may be searched."""
 FIXED: Final = {
     "model.preset": "search the keys that it sets, such as model.trunk",
+    "model.tasks": "objectives of other tasks can't be compared",
     "train.data": "a sweep compares trainings on the same data",
     "train.out": "trials lie in the sweep's folder",
     "train.name": "trials are named by their number",
@@ -31,10 +33,19 @@ FIXED: Final = {
         "how many trials the cluster has room for follows from it",
     ),
     **dict.fromkeys(
-        ("train.threads_per_worker", "train.max_failures", "train.outage_s", "train.num_to_keep", "train.cache_mib"),
+        (
+            "train.threads_per_worker",
+            "train.max_failures",
+            "train.outage_s",
+            "train.lock_expiry_s",
+            "train.num_to_keep",
+            "train.cache_mib",
+            "train.tf32",
+            "train.compile",
+            "train.mlflow_uri",
+        ),
         "it decides nothing of what is learnt",
     ),
-    "train.mlflow_uri": "it decides nothing of what is learnt",
 }
 """Keys that can't be searched, and why."""
 _BETWEEN: Final = 0.6180339887
@@ -42,7 +53,7 @@ _BETWEEN: Final = 0.6180339887
 
 
 def check_space(job: TuneJob) -> None:
-    """Try each bound and each choice in the configuration that trials are trained with.
+    """Try each bound, each choice and each point that is given in the configuration that trials are trained with.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -64,13 +75,23 @@ def check_space(job: TuneJob) -> None:
                 where = "" if said.startswith(f"{key}:") else f"{value!r} does not go with the recipe: "
                 raise ConfigError(f'tune.space."{key}": {where}{said.removeprefix(f"{key}: ")}') from None
     for point in job.tune.points_to_evaluate:
-        _check_point(space, point, "tune.points_to_evaluate")
+        _check_point(base, space, point, "tune.points_to_evaluate")
     if job.tune.paper_first:
-        _check_point(
-            space, paper_point(space), "tune.paper_first", "; widen the space, or set tune.paper_first = false"
-        )
+        hint = "; widen the space, or set tune.paper_first = false"
+        _check_point(base, space, paper_point(space), "tune.paper_first", hint)
     if job.tune.mode == "pareto" and len(job.model.tasks) < 2:
         raise ConfigError(f"tune.mode pareto needs two tasks, and model.tasks is {list(job.model.tasks)}")
+    for name in job.tune.constraints:
+        if ERROR_TASKS[name] not in job.model.tasks:
+            raise ConfigError(
+                f"tune.constraints {name} needs the task {ERROR_TASKS[name]}, and model.tasks is "
+                f"{list(job.model.tasks)}"
+            )
+    if "train.epochs" in space and job.tune.asha and job.tune.mode == "scalar":
+        raise ConfigError(
+            'tune.space."train.epochs": can\'t be searched where trials are stopped early: schedules of other lengths '
+            "can't be compared epoch by epoch; set tune.asha = false"
+        )
 
 
 def base_job(job: TuneJob) -> TrainJob:
@@ -175,10 +196,22 @@ def paper_point(space: Space) -> dict[str, Scalar]:
     return {key: value for key, value in PAPER_POINT.items() if key in space}
 
 
-def is_papers(space: Space, params: Params) -> bool:
-    """Say whether a trial has the paper's values of what is searched, the loss weights above all."""
-    point = paper_point(space)
-    return bool(point) and all(params.get(key) == value for key, value in point.items())
+def is_papers(job: TuneJob, params: Params) -> bool:
+    """Say whether a trial is trained with the paper's loss weights and learning rate, some of which are searched."""
+    return bool(paper_point(job.tune.space)) and all(
+        params.get(key, recipes_value(job, key)) == value for key, value in PAPER_POINT.items()
+    )
+
+
+def unlike_papers(job: TuneJob) -> list[str]:
+    """Return the keys of the paper's point that are not searched and have another value in the recipe."""
+    return [key for key, value in PAPER_POINT.items() if key not in job.tune.space and recipes_value(job, key) != value]
+
+
+def recipes_value(job: TrainJob, key: str) -> Any:
+    """Return what the recipe says of a dotted key."""
+    section, _, field = key.partition(".")
+    return getattr(getattr(job, section), field)
 
 
 def points(config: TuneConfig) -> list[dict[str, Scalar]]:
@@ -211,11 +244,21 @@ def _check_condition(space: Space, key: str, parameter: ParameterConfig) -> None
             _check_value(space, other, value, f'tune.space."{key}": when')
 
 
-def _check_point(space: Space, point: Params, where: str, hint: str = "") -> None:
+def _check_point(base: TrainJob, space: Space, point: Mapping[str, Any], where: str, hint: str = "") -> None:
+    """Refuse a point of which a value is never drawn, or that the configuration does not take as a whole."""
+    conditions: dict[str, Any] = {}
     for key, value in point.items():
         if key not in space:
             raise ConfigError(f"{where}: {key} is not searched; searched: {', '.join(space)}")
         _check_value(space, key, value, where, hint)
+        _add_conditions(space, key, conditions)
+    values = conditions | dict(point)
+    params = {key: _encoded(value) for key, value in values.items()}
+    try:
+        with_values(base, {key: value for key, value in values.items() if is_searched(space[key], params, space)})
+    except ConfigError as error:
+        said = ", ".join(f"{key} {value}" for key, value in point.items())
+        raise ConfigError(f"{where}: {said} do not go together with the recipe: {error}") from None
 
 
 def _check_value(space: Space, key: str, value: Any, where: str, hint: str = "") -> None:

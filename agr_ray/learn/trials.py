@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import pyarrow as pa
 
 from agr_ray.config import ParameterConfig, Scalar, TrialError
-from agr_ray.schema import TRIALS
-
-State = Literal["complete", "pruned", "failed", "unfinished"]
+from agr_ray.schema import TRIALS, TrialState
 
 EPOCH_COLUMNS: Final = (
     "epoch",
@@ -29,6 +27,16 @@ EPOCH_COLUMNS: Final = (
 )
 """Of schema.HISTORY: what a record keeps of each epoch."""
 JUDGED_BY: Final = "val_balanced_objective"
+ERROR_TASKS: Final[Mapping[TrialError, str]] = {
+    "age_mae_years": "age",
+    "gender_error": "gender",
+    "race_error": "race",
+    "worst_group_age_mae_years": "age",
+}
+"""Of which task each error is."""
+DIVERGED: Final = "diverged: "
+REFUSED: Final = "refused: "
+"""Why a trial failed that is not tried again: its loss was no number; the configuration does not take its values."""
 NOT_MEASURED: Final = 1e6
 """By how much a trial is beyond a limit of what was not measured."""
 
@@ -40,7 +48,7 @@ class Trial:
     number: int
     params: Mapping[str, Scalar]
     """By dotted key; one whose condition does not hold is left out."""
-    state: State = "unfinished"
+    state: TrialState = "unfinished"
     why: str = ""
     """Why it was pruned or failed."""
     epochs: tuple[Mapping[str, Any], ...] = ()
@@ -49,6 +57,16 @@ class Trial:
     """What ended it before it went on, and at last."""
     wall_s: float = 0.0
     """From its beginnings to its ends, waiting for workers included."""
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether the configuration did not take its values, so that it was never begun."""
+        return self.state == "failed" and self.why.startswith(REFUSED)
+
+    @property
+    def never_learnt(self) -> bool:
+        """Whether it failed before its first epoch, for a reason that may lie outside: it may be tried again."""
+        return self.state == "failed" and not self.epochs and not self.why.startswith((DIVERGED, REFUSED))
 
     @property
     def kept(self) -> Mapping[str, Any] | None:
@@ -123,8 +141,7 @@ def best_trial(trials: Sequence[Trial], constraints: Mapping[TrialError, float])
 
 def error_names(tasks: Sequence[str]) -> list[TrialError]:
     """Return the errors that `pareto` minimises: those of the model's tasks."""
-    names: Mapping[str, TrialError] = {"age": "age_mae_years", "gender": "gender_error", "race": "race_error"}
-    return [names[task] for task in names if task in tasks]
+    return [name for name, task in ERROR_TASKS.items() if task in tasks and name != "worst_group_age_mae_years"]
 
 
 def front(trials: Sequence[Trial], constraints: Mapping[TrialError, float], tasks: Sequence[str]) -> list[Trial]:

@@ -88,7 +88,7 @@ def _none(why_not: str) -> Importances:
 def _comparable(trials: Sequence[TrialRow]) -> tuple[list[TrialRow], NDArray[np.float64], str]:
     """Return trials, a value of each, and what that is in words."""
     rows = judged(trials)
-    begun = [row for row in trials if row.state != "failed" and len(row.curve)]
+    begun = [row for row in trials if row.state in ("complete", "pruned") and len(row.curve)]
     if len(rows) < MIN_TRIALS <= len(begun):
         epoch = min(len(row.curve) for row in begun)
         pairs = [(row, finite(row.curve[epoch - 1])) for row in begun]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -36,9 +36,9 @@ from agr_ray.report.trials import (
     looks_logarithmic,
     measured_errors,
     param_names,
-    pareto_front,
     values_of,
 )
+from agr_ray.schema import TrialState
 
 __all__ = ["GuessErrors", "ParamValue", "SweepReport", "TrialRow", "sweep_page"]
 
@@ -115,7 +115,7 @@ def sweep_page(report: SweepReport) -> str:
         held=[(name, values_of(trials, name)[0]) for name in _held(trials)],
         contours=_contours(trials, report, varied, logarithmic),
         trade_offs=_trade_offs(trials, report.best_number),
-        front=pareto_front(trials),
+        front=_front(trials),
         failures=_failures(trials),
         unjudged=[row.number for row in trials if row.state == "complete" and finite(row.objective) is None],
         trials=trials,
@@ -144,7 +144,7 @@ def _environment() -> Environment:
 
 
 def _counts(trials: Sequence[TrialRow]) -> dict[str, int]:
-    return {state: sum(row.state == state for row in trials) for state in ("complete", "pruned", "failed")}
+    return {state: sum(row.state == state for row in trials) for state in get_args(TrialState)}
 
 
 def _verdict(trials: Sequence[TrialRow], best: TrialRow | None) -> str:
@@ -275,6 +275,13 @@ def _trade_offs(trials: Sequence[TrialRow], best_number: int | None) -> list[Mar
         Markup(front_svg(trials, pair, (_ERROR_LABELS[pair[0]], _ERROR_LABELS[pair[1]]), best_number, f"front-{place}"))
         for place, pair in enumerate(pairs)
     ]
+
+
+def _front(trials: Sequence[TrialRow]) -> list[TrialRow]:
+    """Return the trials of the front in the order of the first error that is measured."""
+    names = measured_errors(trials)
+    rows = [row for row in trials if row.is_on_front]
+    return sorted(rows, key=lambda row: [finite(getattr(row, name)) or 0.0 for name in names])
 
 
 def _failures(trials: Sequence[TrialRow]) -> list[dict[str, Any]]:

@@ -27,7 +27,6 @@ from agr_ray.report.trials import (
     is_known,
     is_number,
     judged,
-    pareto_front,
     values_of,
 )
 
@@ -40,6 +39,7 @@ _COLOURS: Final = {
     "complete": "#010205",
     "pruned": "#010206",
     "failed": "#010207",
+    "unfinished": "#01020b",
     "best": "#010208",
     "reference": "#010209",
     "page": "#01020a",
@@ -71,6 +71,7 @@ _STYLE: Final[dict[Any, Any]] = {
     "grid.linewidth": 0.5,
     "lines.linewidth": 1.2,
 }
+_STATE_WORDS: Final = {"best": "chosen", "pruned": "stopped early", "unfinished": "not finished"}
 _WIDTH_INCHES = 3.7
 _HEIGHT_INCHES = 2.7
 _MAP = "viridis"
@@ -130,7 +131,7 @@ def curves_svg(trials: Sequence[TrialRow], best_number: int | None, name: str) -
             kind = "best" if is_best else row.state
             values = [math.nan if value is None or not math.isfinite(value) else value for value in row.curve]
             epochs = range(1, len(values) + 1)
-            label = "_" if kind in labelled else {"best": "chosen", "pruned": "stopped early"}.get(kind, kind)
+            label = "_" if kind in labelled else _STATE_WORDS.get(kind, kind)
             labelled.add(kind)
             axes.plot(
                 epochs,
@@ -141,7 +142,7 @@ def curves_svg(trials: Sequence[TrialRow], best_number: int | None, name: str) -
                 marker="." if len(values) == 1 else None,
                 label=label,
             )
-            if row.state != "complete":
+            if row.state in ("pruned", "failed"):
                 ends = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
                 axes.plot(*ends[-1], "x", ms=4, mew=1, color=_COLOURS[row.state])
         every = [value for row in begun for value in map(finite, row.curve) if value is not None]
@@ -286,7 +287,6 @@ def front_svg(
     name: str,
 ) -> str:
     """Draw two errors of the complete trials, with those of the front in the foreground."""
-    front = {row.number for row in pareto_front(trials)}
     with _panel(name, width_inches=3.4, height_inches=2.8) as (axes, done):
         rows = [
             row
@@ -294,13 +294,13 @@ def front_svg(
             if row.state == "complete" and all(finite(getattr(row, error)) is not None for error in pair)
         ]
         groups: tuple[tuple[str, Callable[[TrialRow], bool], dict[str, Any]], ...] = (
-            ("dominated", lambda row: row.is_feasible and row.number not in front, {"c": _COLOURS["faint"]}),
+            ("dominated", lambda row: row.is_feasible and not row.is_on_front, {"c": _COLOURS["faint"]}),
             (
                 "breaks a constraint",
                 lambda row: not row.is_feasible,
                 {"facecolors": "none", "edgecolors": _COLOURS["failed"]},
             ),
-            ("front", lambda row: row.number in front, {"c": _COLOURS["complete"], "s": 26}),
+            ("front", lambda row: row.is_on_front, {"c": _COLOURS["complete"], "s": 26}),
             (
                 "paper's weights",
                 lambda row: row.is_reference,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agr_ray.schema import TrialState
+
 ParamValue = float | int | str | bool
 
 ERRORS: Final = ("age_mae_years", "gender_error", "race_error")
-"""The errors of which none is given up for another: the axes of the Pareto front."""
+"""The axes of the Pareto front."""
 
 _LOGARITHMIC_SPAN = 20.0
 _LOGARITHMIC_MEDIAN = 0.2
@@ -25,7 +27,7 @@ class TrialRow:
 
     number: int
     """Of the trial, in the order in which trials were begun. Unique."""
-    state: Literal["complete", "pruned", "failed"]
+    state: TrialState
     why: str
     """Why it was stopped or failed; empty for a complete one."""
     params: Mapping[str, ParamValue]
@@ -48,6 +50,8 @@ class TrialRow:
     """The objective after each epoch, from the first on."""
     is_reference: bool = False
     """Whether it has the paper's own weights."""
+    is_on_front: bool = False
+    """Whether no other complete, feasible trial beats it in all errors: learn.trials.front."""
 
 
 @dataclass(frozen=True)
@@ -86,39 +90,10 @@ def best_so_far(trials: Sequence[TrialRow]) -> list[tuple[int, float]]:
     return steps
 
 
-def dominated(errors: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return (n,) whether another row is nowhere worse and somewhere better.
-
-    Args:
-        errors: (n, k), finite, lower is better. Equal rows do not dominate each other.
-    """
-    one, other = errors[:, None, :], errors[None, :, :]
-    is_better: NDArray[np.bool_] = np.all(other <= one, axis=2) & np.any(other < one, axis=2)
-    return np.asarray(np.any(is_better, axis=1), np.bool_)
-
-
 def measured_errors(trials: Sequence[TrialRow]) -> list[str]:
     """Return those of `ERRORS` that any complete trial has: a model without a head has none of its task's."""
     complete = [row for row in trials if row.state == "complete"]
     return [name for name in ERRORS if any(finite(getattr(row, name)) is not None for row in complete)]
-
-
-def pareto_front(trials: Sequence[TrialRow]) -> list[TrialRow]:
-    """Return the complete, feasible trials that no other such trial dominates in the errors that are measured.
-
-    A trial that lacks one of these errors is not in it. In the order of the first error.
-    """
-    names = measured_errors(trials)
-    rows = [
-        row
-        for row in trials
-        if row.state == "complete" and row.is_feasible and all(finite(getattr(row, name)) is not None for name in names)
-    ]
-    if not names or not rows:
-        return []
-    errors = np.array([[getattr(row, name) for name in names] for row in rows], np.float64)
-    front = [row for row, is_dominated in zip(rows, dominated(errors), strict=True) if not is_dominated]
-    return sorted(front, key=lambda row: [getattr(row, name) for name in names])
 
 
 def param_names(trials: Sequence[TrialRow]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import ray
 
@@ -12,6 +13,8 @@ from agr_ray.config import ConfigError, TrainConfig
 from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.trainer import spare_cpus
 
+TRIAL_CPUS: Final = 0.001
+"""Of the process that waits for a trial's workers."""
 _ROUNDING = 1e-9
 
 
@@ -64,7 +67,8 @@ def trials_that_fit(nodes: Sequence[Mapping[str, float]], config: TrainConfig) -
     """
     slots = 0
     for node in nodes:
-        shares = [node.get("CPU", 0.0) / config.cpus_per_worker]
+        # A trial's own process may be on any node, and a worker needs its CPUs whole; what reads only takes turns.
+        shares = [max(node.get("CPU", 0.0) - TRIAL_CPUS, 0.0) / config.cpus_per_worker]
         if config.use_gpu:
             # A worker takes its share of one GPU.
             shares.append(node.get("GPU", 0.0) * math.floor(1.0 / config.gpus_per_worker + _ROUNDING))

@@ -70,14 +70,11 @@ class Study:
             self._study = optuna.create_study(
                 storage=self._open(), study_name=name, directions=directions, load_if_exists=True
             )
-            self._ids = {
-                each.user_attrs[NUMBER]: each._trial_id
-                for each in self._study.get_trials(deepcopy=False)
-                if each.user_attrs.get(SWEEP) == sweep_id
-            }
+            self._ids = self._known_ids()
         except Exception as error:  # of whatever database driver
-            said = " ".join(str(error).split())
-            raise ConfigError(f"tune.study {_without_password(config.study) or JOURNAL}: {said}") from None
+            address = _without_password(config.study) or JOURNAL
+            said = " ".join(str(error).split()).replace(config.study or JOURNAL, address)
+            raise ConfigError(f"tune.study {address}: {said}") from None
         if len(self._study.directions) != len(directions):
             raise ConfigError(
                 f"tune.study_name {name}: the study there has {len(self._study.directions)} objectives and tune.mode "
@@ -97,12 +94,12 @@ class Study:
                     self._study.tell(frozen[trial_id].number, state=TrialState.FAIL)
                 del self._ids[number]
         for trial in trials:
-            if trial.number not in self._ids:
+            is_over = trial.number in self._ids and frozen[self._ids[trial.number]].state.is_finished()
+            if trial.number not in self._ids or (is_over and trial.state == "unfinished"):  # the latter is tried again
                 self._add(trial)
-            elif trial.state != "unfinished" and not frozen[self._ids[trial.number]].state.is_finished():
+            elif trial.state != "unfinished" and not is_over:
                 self._report(trial)
                 self.tell(trial)
-        self.save()
 
     def ask(self, number: int) -> dict[str, Scalar]:
         """Return the parameters of a new trial.
@@ -121,8 +118,8 @@ class Study:
             raise ConfigError(
                 f"tune.study_name {self._study.study_name}: the study there has trials of another space: {error}"
             ) from None
-        asked.set_user_attr(SWEEP, self._sweep_id)
         asked.set_user_attr(NUMBER, number)
+        asked.set_user_attr(SWEEP, self._sweep_id)  # last: what has it is ours, and has its number
         self._ids[number] = asked._trial_id
         return params
 
@@ -133,8 +130,8 @@ class Study:
         self._live(number).report(objective, epoch)
 
     def tell(self, trial: Trial) -> None:
-        """Tell how a trial ended; one that has not ended is left as it is."""
-        if trial.state == "unfinished":
+        """Tell how a trial ended; one that has not ended, or of which it was told, is left as it is."""
+        if trial.state == "unfinished" or self._frozen(trial.number).state.is_finished():
             return
         live = self._live(trial.number)
         for name, excess in self._excesses(trial).items():
@@ -157,7 +154,8 @@ class Study:
             with contextlib.suppress(MissingObject):
                 path.write_bytes(self._storage.read(self._remote))
         path.parent.mkdir(parents=True, exist_ok=True)
-        _mend(path)
+        if not self._config.study:  # only the sweep's own: in another, somebody may be writing the line
+            _mend(path)
         return JournalStorage(JournalFileBackend(str(path)))
 
     def _sampler(self, number: int) -> BaseSampler:
@@ -170,9 +168,20 @@ class Study:
     def _live(self, number: int) -> optuna.Trial:
         return optuna.Trial(self._study, self._ids[number])
 
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self._study._storage.get_trial(self._ids[number])
+
+    def _known_ids(self) -> dict[int, int]:
+        """Return the ids of this sweep's trials by number; of one that was tried again, the last."""
+        return {
+            each.user_attrs[NUMBER]: each._trial_id
+            for each in self._study.get_trials(deepcopy=False)
+            if each.user_attrs.get(SWEEP) == self._sweep_id and NUMBER in each.user_attrs
+        }
+
     def _report(self, trial: Trial) -> None:
         """Tell of the epochs that the study has not heard of."""
-        heard = self._study._storage.get_trial(self._ids[trial.number]).intermediate_values
+        heard = self._frozen(trial.number).intermediate_values
         for row, objective in zip(trial.epochs, trial.curve, strict=True):
             if row["epoch"] not in heard:
                 self.report(trial.number, row["epoch"], objective)
@@ -192,11 +201,7 @@ class Study:
             constraints=dict(self._excesses(trial)) or None,
         )
         self._study.add_trial(added)
-        self._ids[trial.number] = next(
-            each._trial_id
-            for each in reversed(self._study.get_trials(deepcopy=False))
-            if each.user_attrs.get(SWEEP) == self._sweep_id and each.user_attrs[NUMBER] == trial.number
-        )
+        self._ids[trial.number] = self._known_ids()[trial.number]
 
     def _intermediate(self, trial: Trial) -> dict[int, float]:
         if self._config.mode == "pareto":
@@ -205,7 +210,7 @@ class Study:
         return {row["epoch"]: objective for row, objective in rows if objective is not None}
 
     def _excesses(self, trial: Trial) -> Mapping[str, float]:
-        return excesses(trial, self._config.constraints) if trial.state == "complete" else {}
+        return excesses(trial, self._config.constraints) if trial.state in ("complete", "pruned") else {}
 
     def _values(self, trial: Trial) -> list[float] | None:
         """Return what is minimised, of a complete trial; None: it is another, or was not measured."""
@@ -237,7 +242,7 @@ def _mend(path: Path) -> None:
 
 def _without_password(url: str) -> str:
     scheme, mark, rest = url.partition("://")
-    return f"{scheme}{mark}{rest.rpartition('@')[2]}"
+    return f"{scheme}{mark}{rest.rpartition('@')[2].partition('?')[0]}"  # drivers take one in the query too
 
 
 def study_address(storage: Storage, uri: str, config: TuneConfig) -> str:

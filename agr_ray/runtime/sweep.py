@@ -3,6 +3,7 @@
 A sweep is a folder, OUT/NAME:
 
     sweep.json          configuration, how many trials are wanted, and whether they have been made
+    lock.json           while a driver is at work: nobody else may be
     records/0000.json   what became of each trial: learn.trials.Trial
     trials/0000/        the trial as a training run (runtime.train); checkpoints are of the best alone, or of the front
     study.journal       Optuna's study, unless tune.study says where it is
@@ -11,98 +12,35 @@ A sweep is a folder, OUT/NAME:
     sweep.html          the page
 
 The records are what a sweep is resumed from. A trial whose record says that it has not ended goes on, from the last
-checkpoint of its training run.
+checkpoint of its training run; one that failed before its first epoch is tried again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-import uuid
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
 from rich.console import Console
 
-from agr_ray.config import ConfigError, Scalar, TuneConfig, TuneJob, digest
-from agr_ray.learn.space import values_of
-from agr_ray.learn.trials import Trial, best_trial, front
+from agr_ray.config import ConfigError, Scalar, TuneJob
+from agr_ray.learn.space import base_job, values_of, with_values
+from agr_ray.learn.trials import DIVERGED, REFUSED, Trial, best_trial, front
+from agr_ray.runtime.command import JobError
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.study import Study
+from agr_ray.runtime.sweep_plan import RECORD, Plan
 from agr_ray.runtime.training_run import CHECKPOINTS, FAILURE
 from agr_ray.storage import MissingObject, Storage
 
-RECORD: Final = "sweep.json"
 _WEIGHTS: Final = (CHECKPOINTS, "best", "last", "initial")
 """Of a trial's run: what is deleted of those that are not the best."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which sweep a command begins or goes on with."""
-
-    uri: str
-    name: str
-    sweep_id: str
-    """Drawn once: by it the sweep knows its trials in a study that others share."""
-    settings_digest: str
-    num_trials: int
-    """In all."""
-    added: int
-    """Of --add, until the sweep has finished: the same command again adds none."""
-
-
-def plan_sweep(storage: Storage, job: TuneJob, training_digest: str) -> Plan:
-    """Return the sweep that this configuration names. Nothing is written yet.
-
-    Args:
-        storage: where it is.
-        job: what is searched.
-        training_digest: of what trials have in common, data included.
-
-    Raises:
-        ConfigError: it has finished, and no more is asked for; or it was begun with other settings.
-    """
-    settings = sweep_digest(job.tune, training_digest)
-    name = job.tune.name or f"sweep-{settings}"
-    out = storage.absolute(job.tune.out)
-    number = 1
-    while True:
-        numbered = name if number == 1 else f"{name}-{number}"
-        uri = storage.join(out, numbered)
-        try:
-            record = json.loads(storage.read(storage.join(uri, RECORD)))
-        except MissingObject:
-            if job.add:
-                raise ConfigError(f"add {job.add}: there is no sweep {uri} yet; leave --add out") from None
-            return Plan(uri, numbered, uuid.uuid4().hex, settings, job.tune.trials, 0)
-        if record["finished"] and job.new_run:
-            number += 1
-            continue
-        if record["settings_digest"] != settings:
-            raise ConfigError(
-                f"tune.name {name}: the sweep {uri} has other settings or data (digest {record['settings_digest']}, "
-                f"not {settings}); choose another name, or the same settings"
-            )
-        wanted, added = max(record["trials"], job.tune.trials), record["added"]
-        if job.add and (record["finished"] or job.add != added):
-            wanted, added = wanted + job.add, job.add
-        if record["finished"] and wanted == record["trials"]:
-            raise ConfigError(
-                f"the sweep {uri} has finished ({record['finished']}); --add 10 makes 10 trials more, "
-                "--new-run starts another beside it"
-            )
-        return Plan(uri, numbered, record["id"], settings, wanted, added)
-
-
-def sweep_digest(config: TuneConfig, training_digest: str) -> str:
-    """Return the digest of all that decides what a trial is, and how trials are judged."""
-    moot = {"out", "name", "trials", "max_epochs", "max_hours", "max_concurrent", "max_failures", "study", "study_name"}
-    fields = TuneConfig.model_fields
-    settings = {name: fields[name].default for name in moot} | {"name": training_digest}
-    return digest(config.model_copy(update=settings))
+_FIRST: Final = 3
+"""Trials to end of which one must have made an epoch."""
 
 
 class Sweep:
@@ -122,12 +60,13 @@ class Sweep:
         self.config = job.tune
         self.trials: dict[int, Trial] = {}
         self.problem: Exception | None = None
-        """What went wrong here while Tune called."""
+        """What went wrong here while Tune called: the sweep ends of it."""
         self._console = console
         self._patience = Patience(job.train.outage_s)
         self._began = time.monotonic()
         self._started: dict[int, float] = {}
         self._queue: deque[int] = deque()
+        self._cleaned: set[int] = set()
         records = self.join("records")
         for info in storage.list(records, (".json",)) if storage.exists(records) else ():
             trial = Trial.from_json(json.loads(storage.read(info.uri)))
@@ -153,33 +92,47 @@ class Sweep:
         return sum(trial.state != "unfinished" for trial in self.trials.values())
 
     def begin(self) -> None:
-        """Write sweep.json, settle trials that ended while no driver looked, and queue those that have not ended."""
+        """Write sweep.json, settle trials that ended while no driver looked, and queue those that are to be run."""
         self.write_record("")
         for number, trial in sorted(self.trials.items()):
+            if trial.never_learnt:
+                # It begins as if for the first time: its first weights may have been deleted.
+                self.storage.delete(self.storage.join(self.trial_uri(number), "run.json"))
+                trial = dataclasses.replace(trial, state="unfinished", why="")
             if trial.state == "unfinished":
-                trial = trial.with_epochs(self._history(number))
-                settled = self._settled(trial)
+                settled = self._settled(trial.with_epochs(self._history(number)))
                 self._keep(settled)
                 if settled.state == "unfinished":
                     self._queue.append(number)
         self.study.catch_up(list(self.trials.values()))
+        self._patience.call(self.study.save)
+        self.clean()
         if self.trials:
             gone_on = f", {len(self._queue)} of them go on" if self._queue else ""
             self._say(f"{len(self.trials)} of {self.plan.num_trials} trials were begun before{gone_on}")
 
     def next(self) -> tuple[int, dict[str, Any]] | None:
-        """Return the number and the values of the trial to run next; None: there is none any more."""
-        if self.spent:
-            return None
-        if self._queue:
-            trial = self.trials[self._queue.popleft()]
-        elif len(self.trials) < self.plan.num_trials:
-            number = max(self.trials, default=-1) + 1
-            trial = Trial(number, self.study.ask(number))
-            self._keep(trial)
-        else:
-            return None
-        return trial.number, values_of(self.config.space, trial.params)
+        """Return the number and the values of the trial to run next; None: there is none any more.
+
+        Those whose values the configuration does not take together are over at once: rows that say why.
+        """
+        while not self.spent:
+            if self._queue:
+                trial = self.trials[self._queue.popleft()]
+            elif len(self.trials) < self.plan.num_trials:
+                number = max(self.trials, default=-1) + 1
+                trial = Trial(number, self.study.ask(number))
+                self._keep(trial)
+            else:
+                return None
+            values = values_of(self.config.space, trial.params)
+            try:
+                with_values(base_job(self.job), values)
+            except ConfigError as error:
+                self._end(dataclasses.replace(trial, state="failed", why=f"{REFUSED}{error}"))
+            else:
+                return trial.number, values
+        return None
 
     @property
     def num_left(self) -> int:
@@ -251,30 +204,38 @@ class Sweep:
         """Delete the checkpoints of trials that ended and are neither the best nor on the front of `pareto`.
 
         Args:
-            but: a trial whose workers may still be writing.
+            but: a trial whose workers may still be writing; without one, those that were deleted are deleted again.
         """
+        if but is None:
+            self._cleaned.clear()
         best, trials = self.best, list(self.trials.values())
         kept = {best.number} if best else set()
         if self.config.mode == "pareto":
             kept |= {trial.number for trial in front(trials, self.config.constraints, self.job.model.tasks)}
-        for trial in trials:
-            if trial.state != "unfinished" and trial.number not in kept and trial.number != but:
+        for number in [trial.number for trial in trials if trial.state != "unfinished"]:
+            if number in kept or number == but or number in self._cleaned:
+                continue
+            with contextlib.suppress(OSError):  # workers that end slowly still write there; the next call repeats it
                 for name in _WEIGHTS:
-                    self.storage.delete_tree(self.storage.join(self.trial_uri(trial.number), name))
+                    self.storage.delete_tree(self.storage.join(self.trial_uri(number), name))
+                self._cleaned.add(number)
 
     def _settled(self, trial: Trial) -> Trial:
         """Return the record of a trial that nobody stopped, by what its training run says."""
-        uri = self.trial_uri(trial.number)
+        said = self._said(trial.number, FAILURE)
+        if said is not None:
+            return dataclasses.replace(trial, state="failed", why=DIVERGED + said.partition("\n")[0])
+        record = self._said(trial.number, "run.json")
+        is_complete = record is not None and json.loads(record)["finished"]
+        return dataclasses.replace(trial, state="complete") if is_complete else trial
+
+    def _said(self, number: int, name: str) -> str | None:
+        """Return what a file of a trial's run holds; None: there is none."""
+        uri = self.storage.join(self.trial_uri(number), name)
         try:
-            said = self.storage.read(self.storage.join(uri, FAILURE)).decode().partition("\n")[0]
-            return dataclasses.replace(trial, state="failed", why=f"diverged: {said}")
+            return self._patience.call(lambda: self.storage.read(uri)).decode()
         except MissingObject:
-            pass
-        try:
-            finished = json.loads(self.storage.read(self.storage.join(uri, "run.json")))["finished"]
-        except MissingObject:
-            return trial
-        return dataclasses.replace(trial, state="complete") if finished else trial
+            return None
 
     def _end(self, trial: Trial) -> None:
         before = self.best
@@ -293,6 +254,22 @@ class Sweep:
             f"trial {trial.number} {said} after {len(trial.epochs)} epochs{judged}{why}; "
             f"{self.num_ended} of {self.plan.num_trials} ended{so_far}"
         )
+        self._check_something_works()
+
+    def _check_something_works(self) -> None:
+        """End the sweep, before it has used up its trials, where it is not their values that they fail of.
+
+        Raises:
+            JobError: the first trials to end, or all, failed before their first epoch.
+        """
+        refused = sum(trial.was_refused for trial in self.trials.values())
+        tried = [trial for trial in self.trials.values() if trial.state != "unfinished" and not trial.was_refused]
+        enough = min(_FIRST, self.plan.num_trials - refused)
+        if tried and len(tried) >= enough and all(trial.never_learnt for trial in tried):
+            raise JobError(
+                f"{self.plan.uri}: nothing works: the {len(tried)} trials that have ended failed before their first "
+                f"epoch ({tried[-1].why}); once that is mended, the same command tries them again"
+            )
 
     def _timed(self, number: int) -> Trial:
         trial, started = self.trials[number], self._started.pop(number, None)
@@ -301,10 +278,9 @@ class Sweep:
         return dataclasses.replace(trial, wall_s=trial.wall_s + time.monotonic() - started)
 
     def _history(self, number: int) -> list[dict[str, Any]]:
+        uri = self.storage.join(self.trial_uri(number), "history.parquet")
         try:
-            rows: list[dict[str, Any]] = self.storage.read_table(
-                self.storage.join(self.trial_uri(number), "history.parquet")
-            ).to_pylist()
+            rows: list[dict[str, Any]] = self._patience.call(lambda: self.storage.read_table(uri)).to_pylist()
         except MissingObject:
             return []
         return rows

@@ -10,7 +10,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from agr_ray.config import Section, StorageConfig, TuneJob
+from agr_ray.config import ClusterConfig, Section, StorageConfig, TuneJob
 from agr_ray.learn.recipe import recipe_toml
 from agr_ray.learn.space import base_job, is_papers, values_of, with_values
 from agr_ray.learn.trials import Trial, excesses, front, is_feasible, trials_table
@@ -63,7 +63,8 @@ def best_recipe(sweep: Sweep, best: Trial) -> str:
     again = with_values(base_job(job), values)
     sections: dict[str, Section] = {
         "vision": job.vision,
-        "model": again.model,
+        # What is None has no word in a recipe; `paper` puts nothing in its place, and all its own keys are written.
+        "model": again.model.model_copy(update={"preset": "paper"}),
         "loss": again.loss,
         "augment": again.augment,
         "train": again.train,
@@ -71,6 +72,8 @@ def best_recipe(sweep: Sweep, best: Trial) -> str:
     }
     if job.storage != StorageConfig():
         sections = {"storage": job.storage} | sections
+    if job.cluster != ClusterConfig():
+        sections = {"cluster": job.cluster} | sections
     head = [
         f"Trial {best.number} of the sweep {sweep.plan.uri}: objective {best.objective:.4f} on validation, at epoch "
         f"{best.kept['epoch'] if best.kept else 0} of {len(best.epochs)}.",
@@ -130,6 +133,7 @@ def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> 
     from agr_ray.report.sweep import GuessErrors, SweepReport
 
     job, trials, best = sweep.job, list(sweep.trials.values()), sweep.best
+    on_front = {trial.number for trial in front(trials, job.tune.constraints, job.model.tasks)}
     guess = metrics.get("baseline", {})
 
     def missed(task: str) -> float | None:
@@ -146,7 +150,7 @@ def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> 
         title=f"Sweep {sweep.plan.name}",
         objective_formula=OBJECTIVE_WORDS,
         mode=job.tune.mode,
-        trials=[_row(job, trial) for trial in trials],
+        trials=[_row(job, trial, is_on_front=trial.number in on_front) for trial in trials],
         best_number=None if best is None else best.number,
         recipe_toml=recipe,
         constraints=[f"{name} at most {limit:g}{_UNITS.get(name, '')}" for name, limit in job.tune.constraints.items()],
@@ -157,17 +161,16 @@ def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> 
     )
 
 
-def _row(job: TuneJob, trial: Trial) -> Any:
+def _row(job: TuneJob, trial: Trial, *, is_on_front: bool) -> Any:
     from agr_ray.report.sweep import TrialRow
 
-    is_over = trial.state != "unfinished"
     objective = trial.objective
     if trial.state == "pruned" and trial.curve:
         objective = trial.curve[-1]
     return TrialRow(
         number=trial.number,
-        state=trial.state if trial.state != "unfinished" else "failed",
-        why=trial.why if is_over else "not finished yet",
+        state=trial.state,
+        why=trial.why,
         params=trial.params,
         objective=objective,
         age_mae_years=trial.error("age_mae_years"),
@@ -178,7 +181,8 @@ def _row(job: TuneJob, trial: Trial) -> Any:
         duration_s=trial.wall_s,
         is_feasible=is_feasible(trial, job.tune.constraints),
         curve=trial.curve,
-        is_reference=is_papers(job.tune.space, trial.params),
+        is_reference=is_papers(job, trial.params),
+        is_on_front=is_on_front,
     )
 
 

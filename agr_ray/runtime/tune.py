@@ -8,18 +8,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any, Final
 
+import pyarrow as pa
 from ray import tune as ray_tune
 from rich.console import Console
 
-from agr_ray.config import ConfigError, TrainJob, TuneJob
-from agr_ray.learn.space import base_job, check_space, with_values
+from agr_ray.config import PAPER_POINT, ConfigError, TrainJob, TuneJob
+from agr_ray.learn.space import base_job, check_space, paper_point, recipes_value, unlike_papers, with_values
+from agr_ray.learn.trials import ERROR_TASKS
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.command import JobError
+from agr_ray.runtime.crops import select_crops, usable_statuses
 from agr_ray.runtime.dry_run import dry_run
-from agr_ray.runtime.placement import room
-from agr_ray.runtime.sweep import Plan, Sweep, plan_sweep
+from agr_ray.runtime.lock import RunLock, run_lock
+from agr_ray.runtime.patience import Patience
+from agr_ray.runtime.placement import TRIAL_CPUS, room
+from agr_ray.runtime.prepared import PreparedSet
+from agr_ray.runtime.sweep import Sweep
+from agr_ray.runtime.sweep_plan import Plan, plan_sweep
 from agr_ray.runtime.sweep_results import print_trials, write_results
 from agr_ray.runtime.train import open_sets, plan, settings_digest
 from agr_ray.runtime.training_run import Run
@@ -27,8 +35,6 @@ from agr_ray.runtime.trial import trainable
 from agr_ray.runtime.tune_hooks import Budget, Halving, NextTrials, Watcher
 from agr_ray.storage import Storage
 
-TRIAL_CPUS: Final = 0.001
-"""Of the process that waits for a trial's workers."""
 TUNE_FOLDER: Final = "tune"
 """Of Tune's own files, which nothing is read from again."""
 
@@ -36,11 +42,14 @@ TUNE_FOLDER: Final = "tune"
 def tune(job: TuneJob) -> str:
     """Make a sweep, or go on with one, and return the URI of the best trial's checkpoint.
 
-    With `job.dry_run`, only check everything and print the plan of the first trial.
+    There is none yet where a budget or an interruption ended the sweep before any trial's end, nor with `job.dry_run`:
+    that only checks everything and prints the plan of the first trial.
 
     Raises:
-        ConfigError: the search space, the data or the plan can't be meant, or the sweep has finished already.
-        JobError: no trial came to its end.
+        ConfigError: the search space, the data or the plan can't be meant, the sweep has finished already, or another
+            driver is at work on it.
+        JobError: no trial came to its end, or the first ones failed before their first epoch.
+        LockLost: another driver took the sweep over.
     """
     console = Console()
     storage = Storage.from_config(job.storage)
@@ -58,31 +67,69 @@ def tune(job: TuneJob) -> str:
         raise ConfigError(
             f"train.data {run.data['uri']}: a sweep needs validation, and there is no crop in its val split"
         )
+    _check_labels(job, sets, storage)
     _say(console, f"sweep {planned.uri}")
+    if unlike_papers(job) and paper_point(job.tune.space):
+        said = ", ".join(f"{key} {recipes_value(job, key):g} (not {PAPER_POINT[key]:g})" for key in unlike_papers(job))
+        _say(console, f"warning: {said} is not searched, so no trial is the paper's own to compare with")
     if job.dry_run:
         _dry_run(job, planned, run, console)
         if first is not None:
             dry_run(run, sets, first, console)
         return storage.join(planned.uri, "best")
-    with cluster(job.cluster):
-        has = room(base.train, job.tune.max_concurrent)
-        sweep = Sweep(storage, planned, job, console)
-        sweep.begin()
-        at_once = min(has.num_trials, max(sweep.num_left, 1))
-        _say(console, f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
-        if sweep.num_left and not sweep.spent:
-            _run_trials(sweep, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, console)
-    sweep.clean()
-    finished = "" if sweep.num_ended < planned.num_trials else f"{planned.num_trials} trials"
-    write_results(sweep, run, console)
-    sweep.write_record(finished)
+    lock_uri, patience = storage.join(planned.uri, "lock.json"), Patience(job.train.outage_s)
+    owner = f"sweep {planned.uri}"
+    with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
+        with cluster(job.cluster):
+            has = room(base.train, job.tune.max_concurrent)
+            sweep = Sweep(storage, _planned_again(planned, storage, job, digest), job, console)
+            sweep.begin()
+            at_once = min(has.num_trials, max(sweep.num_left, 1))
+            _say(console, f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
+            if sweep.num_left and not sweep.spent:
+                _run_trials(sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, console)
+        patience.call(lock.check)
+        sweep.clean()
+        finished = "" if sweep.num_ended < sweep.plan.num_trials else f"{sweep.plan.num_trials} trials"
+        write_results(sweep, run, console)
+        sweep.write_record(finished)
     print_trials(sweep, console)
     if not finished:
         why = f"{sweep.spent} is spent" if sweep.spent else "it was interrupted"
         _say(console, f"the sweep is not finished: {why}; the same command goes on")
-    if sweep.best is None:
-        raise JobError(f"{planned.uri}: no trial came to its end; trials.parquet there says why")
-    return storage.join(planned.uri, "best")
+    elif sweep.best is None:
+        raise JobError(f"{sweep.plan.uri}: no trial came to its end; trials.parquet there says why")
+    return sweep.join("best")
+
+
+def _planned_again(planned: Plan, storage: Storage, job: TuneJob, digest: str) -> Plan:
+    """Return the plan as it is now that no other driver can change it.
+
+    Raises:
+        ConfigError: another has finished the sweep since.
+    """
+    again = plan_sweep(storage, job, digest)
+    if again.uri != planned.uri:
+        raise ConfigError(f"the sweep {planned.uri} was finished by another driver just now; give the command again")
+    return again
+
+
+def _check_labels(job: TuneJob, sets: Sequence[PreparedSet], storage: Storage) -> None:
+    """Refuse errors of which validation has no labels: no trial could be judged by them.
+
+    Raises:
+        ConfigError: with the task and what needs it.
+    """
+    needed = {ERROR_TASKS[name]: f"tune.constraints {name}" for name in job.tune.constraints}
+    needed |= dict.fromkeys(job.model.tasks, "tune.mode pareto") if job.tune.mode == "pareto" else {}
+    if not needed:
+        return
+    columns, statuses = ["split", "status", *needed], usable_statuses(use_fallback=True)
+    tables = [storage.read_table(prepared.crops(storage), columns=columns) for prepared in sets]
+    rows = pa.concat_tables([select_crops(table, "val", statuses) for table in tables])
+    for task, what in needed.items():
+        if rows[task].null_count == rows.num_rows:
+            raise ConfigError(f"{what} needs labels of {task}, and no row of validation in train.data has one")
 
 
 def with_absolute_paths(job: TuneJob, storage: Storage) -> TuneJob:
@@ -114,8 +161,11 @@ def _trial_job(base: TrainJob, sweep: Sweep, threads_per_worker: int | None) -> 
     return with_values(base, train)
 
 
-def _run_trials(sweep: Sweep, base: TrainJob, max_concurrent: int, console: Console) -> None:
-    """Run trials until there is none left, a budget is spent, or somebody interrupts."""
+def _run_trials(sweep: Sweep, lock: RunLock, base: TrainJob, max_concurrent: int, console: Console) -> None:
+    """Run trials until there is none left, a budget is spent, or somebody interrupts.
+
+    What goes wrong while Tune calls the sweep, is raised when Tune has ended.
+    """
     # The driver says what there is to say, and the records hold what these loggers would write.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
@@ -140,17 +190,14 @@ def _run_trials(sweep: Sweep, base: TrainJob, max_concurrent: int, console: Cons
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=ray_tune.FailureConfig(max_failures=sweep.config.max_failures),
-                stop=Budget(sweep),
+                stop=Budget(sweep, lock),
                 callbacks=[Watcher(sweep, scheduler, status)],
                 verbose=0,
             ),
         )
-        try:
-            tuner.fit()
-        except ray_tune.TuneError:
-            if sweep.problem is None:
-                raise
-            raise sweep.problem from None
+        tuner.fit()
+    if sweep.problem is not None:
+        raise sweep.problem
     sweep.storage.delete_tree(sweep.join(TUNE_FOLDER))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +20,17 @@ from rich.status import Status
 
 from agr_ray.config import TuneJob
 from agr_ray.learn.trials import JUDGED_BY
+from agr_ray.runtime.lock import RunLock
 from agr_ray.runtime.sweep import Sweep
 
 
 @contextmanager
 def kept_problem(sweep: Sweep) -> Iterator[None]:
-    """Keep what goes wrong within: Tune raises its traceback, as text."""
+    """Keep what goes wrong within, which `Budget` ends the sweep for: Tune would log it and train the trial on."""
     try:
         yield
-    except Exception as error:
-        sweep.problem = error
-        raise
+    except Exception as error:  # raised when Tune has ended
+        sweep.problem = sweep.problem or error
 
 
 class NotPickled:
@@ -49,8 +49,10 @@ class NextTrials(NotPickled, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Return the trial's configuration, or that there is none."""
-        with kept_problem(self._sweep):
-            following = self._sweep.next()
+        following = None
+        if self._sweep.problem is None:
+            with kept_problem(self._sweep):
+                following = self._sweep.next()
         if following is None:
             return Searcher.FINISHED
         number, values = following
@@ -83,14 +85,13 @@ class Halving(NotPickled, ASHAScheduler):
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
-        self._last_epoch = last_epoch(sweep.job)
         self.pruned: dict[int, str] = {}
         """Why each trial was stopped, by number."""
         super().__init__(
             time_attr="epoch",
             metric=JUDGED_BY,
             mode="min",
-            max_t=max(self._last_epoch, sweep.config.grace_epochs),
+            max_t=max(sweep.job.train.epochs, sweep.config.grace_epochs),
             grace_period=sweep.config.grace_epochs,
             reduction_factor=sweep.config.reduction,
         )
@@ -98,7 +99,7 @@ class Halving(NotPickled, ASHAScheduler):
             named = _Named(number)
             super().on_trial_add(None, named)  # type: ignore[arg-type]  # it looks at the id only
             for row in trial.epochs:
-                self._judge(named, row)
+                self._judge(named, row, trial.params)
 
     def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
         """Begin to watch a trial, or go on."""
@@ -106,9 +107,9 @@ class Halving(NotPickled, ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         """Say whether the trial goes on."""
-        if self._judge(_Named(trial.config["number"]), result) != TrialScheduler.STOP:
-            return str(TrialScheduler.CONTINUE)
         number = trial.config["number"]
+        if self._judge(_Named(number), result, trial.config["values"]) != TrialScheduler.STOP:
+            return str(TrialScheduler.CONTINUE)
         self.pruned[number] = (
             f"after epoch {result['epoch']} not among the best 1 of {self._sweep.config.reduction}, at "
             f"{result[JUDGED_BY]:.4f}"
@@ -121,25 +122,29 @@ class Halving(NotPickled, ASHAScheduler):
     def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
         """Do nothing."""
 
-    def _judge(self, named: _Named, row: Mapping[str, Any]) -> str:
-        if row.get(JUDGED_BY) is None or row["epoch"] >= self._last_epoch:
+    def _judge(self, named: _Named, row: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+        if row.get(JUDGED_BY) is None or row["epoch"] >= last_epoch(self._sweep.job, values):
             return str(TrialScheduler.CONTINUE)
         return str(super().on_trial_result(None, named, dict(row)))  # type: ignore[arg-type]  # as above
 
 
 class Budget(NotPickled, ray_tune.Stopper):
-    """Ends the sweep when a budget is spent, as an interruption would."""
+    """Ends the sweep when a budget is spent, as an interruption would, or when something went wrong."""
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: Sweep, lock: RunLock) -> None:
         self._sweep = sweep
+        self._lock = lock
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Stop no single trial."""
         return False
 
     def stop_all(self) -> bool:
-        """Say whether it is."""
-        return bool(self._sweep.spent)
+        """Say whether it is, or something did."""
+        if self._lock.lost:
+            with kept_problem(self._sweep):
+                self._lock.check()
+        return self._sweep.problem is not None or bool(self._sweep.spent)
 
 
 class Watcher(NotPickled, ray_tune.Callback):
@@ -152,37 +157,35 @@ class Watcher(NotPickled, ray_tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on."""
-        with kept_problem(self._sweep):
-            self._sweep.started(trial.config["number"])
-            self._show(trials)
+        self._tell(lambda: self._sweep.started(trial.config["number"]), trials)
 
     def on_trial_result(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
     ) -> None:
         """Pass it on."""
-        with kept_problem(self._sweep):
-            if "epoch" in result:
-                self._sweep.reported(trial.config["number"], result)
-                self._show(trials)
+        if "epoch" in result:
+            self._tell(lambda: self._sweep.reported(trial.config["number"], result), trials)
 
     def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on."""
-        with kept_problem(self._sweep):
-            self._sweep.failed_once(trial.config["number"], why_failed(trial))
+        self._tell(lambda: self._sweep.failed_once(trial.config["number"], why_failed(trial)), trials)
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on."""
-        with kept_problem(self._sweep):
-            self._sweep.failed(trial.config["number"], why_failed(trial))
-            self._show(trials)
+        self._tell(lambda: self._sweep.failed(trial.config["number"], why_failed(trial)), trials)
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on, with the reason if the scheduler stopped it."""
-        with kept_problem(self._sweep):
-            number = trial.config["number"]
-            pruned = self._scheduler.pruned.get(number, "") if self._scheduler else ""
-            self._sweep.ended(number, pruned)
-            self._show(trials)
+        number = trial.config["number"]
+        pruned = self._scheduler.pruned.get(number, "") if self._scheduler else ""
+        self._tell(lambda: self._sweep.ended(number, pruned), trials)
+
+    def _tell(self, event: Callable[[], None], trials: list[RayTrial]) -> None:
+        """Tell the sweep, unless something went wrong before: it is ending, and the same command goes on."""
+        if self._sweep.problem is None:
+            with kept_problem(self._sweep):
+                event()
+                self._show(trials)
 
     def _show(self, trials: list[RayTrial]) -> None:
         """Draw the line beneath all others, where there is a terminal."""
@@ -191,18 +194,15 @@ class Watcher(NotPickled, ray_tune.Callback):
         for each in trials:
             if each.status == RayTrial.RUNNING:
                 trial = sweep.trials[each.config["number"]]
-                running.append(f"trial {trial.number}: epoch {len(trial.epochs)} of {last_epoch(sweep.job)}")
+                whole = last_epoch(sweep.job, trial.params)
+                running.append(f"trial {trial.number}: epoch {len(trial.epochs)} of {whole}")
         best = f"; best: trial {sweep.best.number}, {sweep.best.objective:.4f}" if sweep.best else ""
         self._status.update(f"{sweep.num_ended} of {sweep.plan.num_trials} trials ended{best}; {', '.join(running)}")
 
 
-def last_epoch(job: TuneJob) -> int:
-    """Return how many epochs a trial makes at most."""
-    searched = job.tune.space.get("train.epochs")
-    if searched is None:
-        return job.train.epochs
-    choices = [value for value in searched.choice or () if isinstance(value, int)]
-    return int(max(choices) if choices else searched.high)
+def last_epoch(job: TuneJob, values: Mapping[str, Any]) -> int:
+    """Return how many epochs a trial of these values makes at most."""
+    return int(values.get("train.epochs", job.train.epochs))
 
 
 def why_failed(trial: RayTrial) -> str:

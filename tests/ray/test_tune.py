@@ -18,7 +18,6 @@ from sets import SIDE_PX, prepared_set
 
 from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, TuneConfig, TuneJob, parse
 from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.runtime.command import JobError
 from agr_ray.runtime.prepared import open_prepared
 from agr_ray.runtime.train import settings_digest
 from agr_ray.runtime.tune import tune
@@ -219,8 +218,7 @@ def test_halving_stops_trials(data: Path) -> None:
 @pytest.mark.slow
 def test_an_unfinished_trial_goes_on_and_finished_ones_are_not_repeated(sweep: Path, data: Path) -> None:
     job = tune_job(data, "hours", trials=2, max_epochs=1, max_concurrent=1)
-    with pytest.raises(JobError, match="no trial came to its end"):
-        tune(job)
+    tune(job)
     folder = Path(job.tune.out) / "hours"
     assert [row["state"] for row in trials(folder)] == ["unfinished"]
 
@@ -236,5 +234,5 @@ def test_an_unfinished_trial_goes_on_and_finished_ones_are_not_repeated(sweep: P
 def test_trials_that_do_not_fit_are_refused_with_what_there_is(data: Path) -> None:
     with pytest.raises(ConfigError, match=r"each trial asks for 1 x 1 CPU .* and 2 CPU for reading; .* room for 2"):
         tune(tune_job(data, "large", max_concurrent=5))
-    assert not (data.parent / "sweeps" / "large").exists()
+    assert not list((data.parent / "sweeps" / "large").iterdir())
     assert ray.is_initialized()

@@ -16,6 +16,7 @@ from agr_ray.learn.space import (
     is_papers,
     points,
     suggest,
+    unlike_papers,
     values_of,
     with_values,
 )
@@ -123,6 +124,11 @@ def test_a_study_that_can_not_be_locked_is_refused(tmp_path: Path, study: str) -
         ({"train.learning_rate": LR}, 'tune.space."train.learning_rate": there is no such key; allowed in [train]:'),
         ({"score.batch_size": LR}, "can't be searched; allowed: model.*, loss.*"),
         ({"train.num_workers": {"integer": [1, 2]}}, "how many trials the cluster has room for"),
+        ({"model.tasks": {"choice": [["age"], ["age", "race"]]}}, "objectives of other tasks can't be compared"),
+        ({"train.lock_expiry_s": {"uniform": [1, 2]}}, "it decides nothing of what is learnt"),
+        ({"train.tf32": {"choice": [True, False]}}, "it decides nothing of what is learnt"),
+        ({"train.compile": {"choice": [True, False]}}, "it decides nothing of what is learnt"),
+        ({"train.epochs": {"integer": [2, 8]}}, "can't be searched where trials are stopped early"),
         ({"model.preset": {"choice": ["paper", "lightweight"]}}, "such as model.trunk"),
         ({"loss.age_weight": {"uniform": [-1, 2]}}, 'tune.space."loss.age_weight": -1.0 is not allowed'),
         ({"model.dropout": {"uniform": [0, 1]}}, 'tune.space."model.dropout": 1.0 is not allowed'),
@@ -190,6 +196,50 @@ def test_a_point_outside_the_space_is_refused(point: dict[str, Any], said: str) 
     assert said in refused(space, points_to_evaluate=[point])
 
 
+def test_a_point_is_tried_as_a_whole() -> None:
+    space = {
+        "train.schedule": {"choice": ["plateau", "step"]},
+        "train.plateau_epochs": {"integer": [5, 15]},
+        "train.gamma": {"uniform": [0.1, 0.9], "when": {"train.schedule": "plateau"}},
+    }
+    point = {"train.schedule": "plateau", "train.plateau_epochs": 12}
+
+    said = refused(space, points_to_evaluate=[point])
+
+    assert "train.schedule plateau, train.plateau_epochs 12 do not go together with the recipe: " in said
+    assert "plateau_epochs 12 must be less than early_stopping_epochs 10" in said
+    check_space(tune_job(space, points_to_evaluate=[{**point, "train.schedule": "step"}]))
+    # What a value depends on is drawn, so that it means something.
+    assert "train.gamma 0.5" in refused(space, points_to_evaluate=[{"train.gamma": 0.5, "train.plateau_epochs": 12}])
+
+
+def test_a_point_may_have_lists(tmp_path: Path) -> None:
+    job = parsed(
+        tmp_path,
+        """
+        [tune]
+        paper_first = false
+        [tune.space]
+        "train.input_sides_px" = {choice = [[64, 224], [224]]}
+        [[tune.points_to_evaluate]]
+        "train.input_sides_px" = [64, 224]
+        """,
+    )
+
+    check_space(job)
+    assert points(job.tune) == [{"train.input_sides_px": "[64, 224]"}]
+
+
+def test_constraints_on_errors_of_tasks_that_there_are_none_of_are_refused() -> None:
+    constraints = {"gender_error": 0.1, "worst_group_age_mae_years": 8}
+    job = TuneJob(
+        model={"tasks": ["gender"]}, train={"data": "d"}, tune={"space": {"train.lr": LR}, "constraints": constraints}
+    )
+
+    with pytest.raises(ConfigError, match=r"tune\.constraints worst_group_age_mae_years needs the task age"):
+        check_space(job)
+
+
 def test_the_papers_values_outside_the_space_are_refused() -> None:
     said = refused({"train.lr": {"log_uniform": [1e-3, 1e-2]}})
 
@@ -207,11 +257,25 @@ def test_a_front_needs_two_errors() -> None:
 
 def test_the_papers_point_comes_first_and_knows_itself() -> None:
     space = {"loss.race_weight": {"uniform": [0, 2]}, "train.lr": LR}
-    config = tune_job(space, points_to_evaluate=[{"train.lr": 2e-3}]).tune
+    job = tune_job(space, points_to_evaluate=[{"train.lr": 2e-3}])
 
-    assert points(config) == [{"loss.race_weight": 0.5, "train.lr": 1e-4}, {"train.lr": 2e-3}]
-    assert is_papers(config.space, points(config)[0])
-    assert not is_papers(config.space, {"loss.race_weight": 0.5, "train.lr": 2e-3})
+    assert points(job.tune) == [{"loss.race_weight": 0.5, "train.lr": 1e-4}, {"train.lr": 2e-3}]
+    assert is_papers(job, points(job.tune)[0])
+    assert not is_papers(job, {"loss.race_weight": 0.5, "train.lr": 2e-3})
+
+
+def test_what_is_not_searched_must_be_the_papers_too() -> None:
+    job = TuneJob(train={"data": "d"}, loss={"age_weight": 0.1}, tune={"space": {"train.lr": LR}})
+    point = points(job.tune)[0]
+
+    assert not is_papers(job, point)
+    assert unlike_papers(job) == ["loss.age_weight"]
+    assert is_papers(tune_job({"train.lr": LR}), point)
+    assert unlike_papers(tune_job({"train.lr": LR})) == []
+    # Where a key's condition does not hold, the recipe's value is trained with.
+    conditional = {"train.optimizer": OPTIMIZER, "train.lr": LR | {"when": {"train.optimizer": "sgd"}}}
+    assert is_papers(tune_job(conditional), {"train.optimizer": "adam"})
+    assert not is_papers(tune_job(conditional, {"lr": 1e-3}), {"train.optimizer": "adam"})
 
 
 def test_what_depends_on_another_value_is_drawn_only_with_it() -> None:

@@ -14,7 +14,7 @@ import pytest
 from agr_ray.report.importance import MIN_TRIALS, importances
 from agr_ray.report.sweep import GuessErrors, SweepReport, TrialRow, sweep_page
 from agr_ray.report.sweep_figures import smoothed
-from agr_ray.report.trials import best_so_far, dominated, looks_logarithmic, pareto_front
+from agr_ray.report.trials import best_so_far, looks_logarithmic
 
 NAN = float("nan")
 VOID = {"meta", "br", "wbr", "hr", "img", "input"}
@@ -77,6 +77,7 @@ def many(num: int) -> list[TrialRow]:
                 params=params,
                 is_feasible=number % 7 != 1,
                 is_reference=number == 0,
+                is_on_front=number % 10 == 0,
                 age_mae_years=float(errors[0]),
                 gender_error=float(errors[1]),
                 race_error=float(errors[2]),
@@ -287,7 +288,10 @@ def test_failures_with_one_reason_are_told_once() -> None:
 
 
 def test_a_model_without_a_head_has_a_front_of_the_other_errors() -> None:
-    rows = [trial(n, age_mae_years=5.0 + n, gender_error=0.2 - 0.01 * n, race_error=None) for n in range(3)]
+    rows = [
+        trial(n, age_mae_years=5.0 + n, gender_error=0.2 - 0.01 * n, race_error=None, is_on_front=True)
+        for n in range(3)
+    ]
 
     page = sweep_page(report(rows, 0, mode="pareto"))
 
@@ -302,46 +306,24 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
         sweep_page(report([trial(4)], 9))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_front_is_that_of_brute_force(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number in range(40):
-        age, gender, race = (float(value) for value in rng.integers(0, 6, size=3))  # few values: ties
-        state = str(rng.choice(["complete", "complete", "pruned", "failed"]))
-        rows.append(
-            trial(
-                number,
-                state=state,
-                is_feasible=bool(rng.random() < 0.8),
-                age_mae_years=NAN if rng.random() < 0.05 else age,
-                gender_error=gender,
-                race_error=None if rng.random() < 0.05 else race,
-            )
-        )
+def test_the_front_is_what_the_rows_say() -> None:
+    rows = [trial(n, age_mae_years=9.0 - n, is_on_front=n != 1) for n in range(3)]
 
-    def errors(row: TrialRow) -> tuple[Any, ...]:
-        return row.age_mae_years, row.gender_error, row.race_error
+    page = sweep_page(report(rows, 0, mode="pareto"))
 
-    usable = [
-        row
-        for row in rows
-        if row.state == "complete" and row.is_feasible and all(e is not None and e == e for e in errors(row))
-    ]
-    expected = {
-        row.number
-        for row in usable
-        if not any(
-            errors(other) != errors(row) and all(o <= e for o, e in zip(errors(other), errors(row), strict=True))
-            for other in usable
-        )
-    }
-
-    assert {row.number for row in pareto_front(rows)} == expected
+    assert "2 complete trials hold all constraints" in words(page)
+    table = page[page.index('id="trade-off"') : page.index('id="failures"')]
+    assert re.findall(r'<th scope="row">(\d)</th>', table) == ["2", "0"]
 
 
-def test_equal_rows_do_not_dominate_each_other() -> None:
-    assert dominated(np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 3.0]])).tolist() == [False, False, True]
+def test_a_trial_that_has_not_ended_is_not_called_failed() -> None:
+    rows = [trial(0), trial(1, 0.5, state="unfinished", curve=(0.5,))]
+
+    page = sweep_page(report(rows, 0))
+
+    assert "2 trials: 1 complete, 0 stopped early, 0 failed, 1 not finished." in words(page)
+    assert "No trial failed." in words(page)
+    assert "not finished" in page[page.index('id="trials"') :]
 
 
 def test_the_best_so_far_is_feasible_and_complete() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from agr_ray.config import TrainJob, TuneJob, VisionConfig, parse
-from agr_ray.runtime.sweep import Sweep, plan_sweep
-from agr_ray.runtime.sweep_results import print_trials, write_results
+from agr_ray.config import ClusterConfig, LossConfig, ModelConfig, TrainJob, TuneJob, VisionConfig, parse
+from agr_ray.runtime.sweep import Sweep
+from agr_ray.runtime.sweep_plan import plan_sweep
+from agr_ray.runtime.sweep_results import best_recipe, print_trials, write_results
 from agr_ray.runtime.training_run import Run
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage
@@ -45,6 +47,7 @@ def tune_job(folder: Path, **changes: Any) -> TuneJob:
     settings = {"space": SPACE, "out": str(folder / "sweeps"), "name": "lite", "trials": 6, "random_trials": 6}
     return TuneJob(
         vision=VisionConfig(min_score=0.9),
+        loss=LossConfig(gender_weight=0.7),
         train={"data": str(folder / "data"), "out": str(folder / "runs"), "epochs": 4},
         tune=settings | changes,
     )
@@ -99,6 +102,53 @@ def test_everything_is_written_from_the_trials(tmp_path: Path, console: Console)
     assert job.train.lr == sweep.trials[2].params["train.lr"]
     assert (job.train.name, job.train.out) == ("lite-best", str(tmp_path / "runs"))
     assert "min_score = 0.9" in (folder / "best.toml").read_text()
+
+
+def test_the_recipe_gives_the_same_training_again(tmp_path: Path, console: Console) -> None:
+    job = tune_job(tmp_path)
+    # What the preset sets and the command line takes back has no word in TOML.
+    model = ModelConfig(preset="lightweight", bn_momentum=None)
+    cluster = ClusterConfig(num_cpus=12)
+    sweep = swept(job.model_copy(update={"model": model, "cluster": cluster}), console)
+
+    write_results(sweep, RUN, console)
+
+    again = parse(TrainJob, ["--config", f"{sweep.plan.uri}/best.toml"], {})
+    assert again.model == model.model_copy(update={"preset": "paper"})
+    assert again.cluster == cluster
+    assert "[cluster]" not in best_recipe(swept(tune_job(tmp_path / "other"), console), sweep.trials[2])
+
+
+def test_trials_that_have_not_ended_are_not_shown_as_failed(tmp_path: Path, console: Console) -> None:
+    job = tune_job(tmp_path)
+    sweep = Sweep(STORAGE, plan_sweep(STORAGE, job, "of the data"), job, console)
+    sweep.begin()
+    assert sweep.next() is not None
+
+    write_results(sweep, RUN, console)
+
+    page = (Path(sweep.plan.uri) / "sweep.html").read_text()
+    assert "0 failed, 1 not finished." in page
+
+
+def test_no_trial_is_the_papers_where_the_recipe_is_another(tmp_path: Path, console: Console) -> None:
+    job = tune_job(tmp_path)
+    write_results(swept(job, console), RUN, console)
+    assert "not among the trials" in (tmp_path / "sweeps" / "lite" / "sweep.html").read_text()  # gender's is 0.7
+
+    job = tune_job(tmp_path / "papers").model_copy(update={"loss": LossConfig()})
+    write_results(swept(job, console), RUN, console)
+    assert "of the paper's own weights" in html.unescape((tmp_path / "papers/sweeps/lite/sweep.html").read_text())
+
+
+def test_the_page_has_the_front_of_the_table(tmp_path: Path, console: Console) -> None:
+    sweep = swept(tune_job(tmp_path, mode="pareto"), console)
+
+    write_results(sweep, RUN, console)
+
+    table = pq.read_table(Path(sweep.plan.uri) / "trials.parquet")
+    assert table["is_on_front"].to_pylist() == [False, False, True, False, False, False]
+    assert "1 complete trial holds all constraints" in (Path(sweep.plan.uri) / "sweep.html").read_text()
 
 
 def test_the_terminal_shows_the_best_first_and_why_trials_failed(tmp_path: Path, console: Console) -> None:

@@ -7,14 +7,24 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from agr_ray.config import ModelConfig, SourceConfig, TrainConfig, TrainJob, TuneJob, VisionConfig, parse
+from agr_ray.config import ModelConfig, SourceConfig, TrainConfig, TrainJob, TrialError, TuneJob, VisionConfig, parse
 from agr_ray.learn.metrics import GroupSums, Labels, MetricSums, objective, worst_group_age_mae
 from agr_ray.learn.predict import Predictions
 from agr_ray.learn.recipe import recipe_toml
-from agr_ray.learn.trials import EPOCH_COLUMNS, Trial, best_trial, excesses, front, is_feasible, trials_table
+from agr_ray.learn.trials import (
+    EPOCH_COLUMNS,
+    Trial,
+    best_trial,
+    error_names,
+    excesses,
+    front,
+    is_feasible,
+    trials_table,
+)
 from agr_ray.schema import TRIALS
 
 TASKS = ("age", "gender", "race")
@@ -109,6 +119,34 @@ def test_the_front_is_what_no_other_beats() -> None:
     assert [each.number for each in front(trials, {}, ("age", "race"))] == [0, 3]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_front_is_that_of_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    trials = []
+    for number in range(40):
+        age, gender, race = rng.integers(0, 6, size=3) / 10  # few values: ties
+        state = str(rng.choice(["complete", "complete", "pruned", "failed"]))
+        race = None if rng.random() < 0.05 else race
+        trials.append(trial(number, 0.5, state, age=age, gender=gender, race=race, worst=float(rng.random())))
+    limits: dict[TrialError, float] = {"worst_group_age_mae_years": 0.8}
+
+    def errors(each: Trial) -> list[float | None]:
+        return [each.error(name) for name in error_names(TASKS)]
+
+    usable = [each for each in trials if each.state == "complete" and is_feasible(each, limits) and each.kept]
+    usable = [each for each in usable if None not in errors(each)]
+    expected = [
+        each.number
+        for each in usable
+        if not any(
+            errors(other) != errors(each) and all(o <= e for o, e in zip(errors(other), errors(each), strict=True))  # type: ignore[operator]
+            for other in usable
+        )
+    ]
+
+    assert [each.number for each in front(trials, limits, TASKS)] == expected
+
+
 # The table
 
 
@@ -169,8 +207,6 @@ def test_a_recipe_quotes_what_toml_would_misread() -> None:
 
 def test_the_balanced_objective_counts_each_class_the_same() -> None:
     # Ten women of whom all are right, two men of whom one is: accuracy 11/12, balanced 3/4.
-    import numpy as np
-
     genders = np.array([0] * 10 + [1] * 2)
     p_male = np.array([0.0] * 10 + [1.0, 0.0], np.float32)
     labels = Labels(np.full(12, np.nan, np.float32), genders, np.full(12, -1))
@@ -186,8 +222,6 @@ def test_the_balanced_objective_counts_each_class_the_same() -> None:
 
 
 def test_the_worst_group_is_not_a_small_one() -> None:
-    import numpy as np
-
     # Thirty women off by 2 years, ten men by 4, three more, of a race of their own, by 20.
     genders = np.array([0] * 30 + [1] * 13)
     races = np.array([0] * 40 + [2] * 3)

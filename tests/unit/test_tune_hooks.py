@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import pickle
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray import cloudpickle
 from ray.exceptions import RayActorError, RayTaskError
+from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
-from sweeps import complete, opened, row, tune_job
+from rich.console import Console
+from sweeps import complete, opened, row, train, tune_job
 
 from agr_ray.config import TuneJob
+from agr_ray.learn.trials import Trial
 from agr_ray.runtime.command import JobError
+from agr_ray.runtime.lock import LockLost, LockRecord, RunLock
+from agr_ray.runtime.sweep import Sweep
 from agr_ray.runtime.tune import with_absolute_paths
-from agr_ray.runtime.tune_hooks import Budget, Halving, NextTrials, last_epoch, why_failed
+from agr_ray.runtime.tune_hooks import Budget, Halving, NextTrials, Watcher, last_epoch, why_failed
 from agr_ray.storage import Storage
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 
 def ray_trial(number: int) -> Any:
-    return SimpleNamespace(trial_id=f"of this command {number}", config={"number": number})
+    return SimpleNamespace(
+        trial_id=f"of this command {number}", status=RayTrial.RUNNING, config={"number": number, "values": {}}
+    )
 
 
 def halving(folder: Path, **changes: Any) -> Halving:
@@ -81,13 +89,16 @@ def test_an_epoch_that_measured_nothing_is_not_judged(tmp_path: Path) -> None:
     assert scheduler.on_trial_result(None, ray_trial(0), row(2, 0.5, val_balanced_objective=None)) == CONTINUE
 
 
-def test_the_last_epoch_may_be_searched(tmp_path: Path) -> None:
-    def job(parameter: dict[str, Any]) -> TuneJob:
-        return tune_job(tmp_path, space={"train.epochs": parameter})
+def test_a_trials_own_last_epoch_counts(tmp_path: Path) -> None:
+    scheduler = halving(tmp_path)
+    told(scheduler, 0, 1, 0.5)
+    ends = ray_trial(1)
+    ends.config["values"] = {"train.epochs": 1}
+    scheduler.on_trial_add(None, ends)
 
-    assert last_epoch(tune_job(tmp_path)) == 4
-    assert last_epoch(job({"integer": [2, 12]})) == 12
-    assert last_epoch(job({"choice": [3, 8]})) == 8
+    assert scheduler.on_trial_result(None, ends, row(1, 0.9)) == CONTINUE  # or its checkpoints were not published
+    assert told(scheduler, 2, 1, 0.9) == STOP
+    assert last_epoch(tune_job(tmp_path), {}) == 4
 
 
 # Who is next
@@ -104,14 +115,75 @@ def test_the_next_trial_is_the_sweeps(tmp_path: Path) -> None:
 
 
 def test_a_spent_budget_ends_the_sweep(tmp_path: Path) -> None:
-    assert Budget(opened(tune_job(tmp_path, max_hours=1e-9))).stop_all()
-    assert not Budget(opened(tune_job(tmp_path))).stop_all()
+    assert budget(opened(tune_job(tmp_path, max_hours=1e-9))).stop_all()
+    assert not budget(opened(tune_job(tmp_path))).stop_all()
+
+
+# What became of trials
+
+
+def watcher(sweep: Sweep) -> Watcher:
+    return Watcher(sweep, None, Console(quiet=True).status(""))
+
+
+def budget(sweep: Sweep, *, is_lost: bool = False) -> Budget:
+    lock = RunLock(Storage(), "lock.json", cast(LockRecord, SimpleNamespace(expires_after_s=1.0)), "", time.monotonic())
+    lock.lost = is_lost
+    return Budget(sweep, lock)
+
+
+def test_what_tune_tells_of_a_trial_is_recorded(tmp_path: Path) -> None:
+    sweep = opened(tune_job(tmp_path))
+    hook, told_of = watcher(sweep), [ray_trial(0)]
+    assert sweep.next() is not None
+
+    hook.on_trial_start(1, told_of, told_of[0])
+    hook.on_trial_result(2, told_of, told_of[0], row(1, 0.9))
+    train(sweep, 0, [0.9])
+    hook.on_trial_complete(3, told_of, told_of[0])
+
+    assert (sweep.trials[0].state, sweep.trials[0].objective, sweep.problem) == ("complete", 0.9, None)
+
+
+def test_what_goes_wrong_while_a_trial_ends_ends_the_sweep_and_not_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tune would catch it, call the complete trial failed and train it again.
+    sweep = opened(tune_job(tmp_path))
+    hook, trials = watcher(sweep), [ray_trial(0), ray_trial(1)]
+    assert sweep.next() is not None
+    assert sweep.next() is not None
+    for number in range(2):
+        hook.on_trial_start(1, trials, trials[number])
+        train(sweep, number, [0.9])
+
+    def refuse(trial: Trial) -> None:
+        raise RuntimeError("the database is gone")
+
+    monkeypatch.setattr(sweep.study, "tell", refuse)
+    hook.on_trial_complete(2, trials, trials[0])
+    hook.on_trial_error(3, trials, trials[1])
+
+    assert str(sweep.problem) == "the database is gone"
+    assert budget(sweep).stop_all()
+    assert NextTrials(sweep).suggest("x") == Searcher.FINISHED
+    assert [sweep.trials[number].state for number in range(2)] == ["complete", "unfinished"]
+    monkeypatch.undo()
+    again = opened(tune_job(tmp_path))
+    assert [again.trials[number].state for number in range(2)] == ["complete", "complete"]
+
+
+def test_a_sweep_of_which_another_driver_has_taken_the_lock_ends(tmp_path: Path) -> None:
+    sweep = opened(tune_job(tmp_path))
+
+    assert budget(sweep, is_lost=True).stop_all()
+    assert isinstance(sweep.problem, LockLost)
 
 
 def test_what_tune_pickles_holds_nothing(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path))
 
-    for hook in (NextTrials(sweep), Halving(sweep), Budget(sweep)):
+    for hook in (NextTrials(sweep), Halving(sweep), budget(sweep)):
         assert pickle.loads(pickle.dumps(hook)).__dict__ == {}
 
 
