@@ -25,6 +25,7 @@ OBJECTIVE_WORDS: Final = (
     "accuracy for gender and race. 1 is no better than guessing, 0 is perfect. A trial's is that of its best epoch, "
     "whose checkpoint is kept."
 )
+_LOG_WIDTH: Final = 160
 _UNITS: Final = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 
 
@@ -96,7 +97,7 @@ def print_trials(sweep: Sweep, console: Console) -> None:
         "", "trial", "state", "epochs", "objective", "age MAE, years", "gender error", "race error", title=title
     )
     for key in job.tune.space:
-        table.add_column(key)
+        table.add_column(key.partition(".")[2])
 
     def rank(trial: Trial) -> tuple[bool, float, int]:
         objective = float("inf") if trial.objective is None else trial.objective
@@ -120,7 +121,8 @@ def print_trials(sweep: Sweep, console: Console) -> None:
             *("" if value is None else f"{value:.4f}" for value in figures),
             *(shown_value(trial.params[key]) if key in trial.params else "" for key in job.tune.space),
         )
-    console.print(table)
+    # A log has no width that rich could know of.
+    console.print(table, width=None if console.is_terminal else max(console.width, _LOG_WIDTH))
     for trial in sweep.trials.values():
         if trial.state == "failed":
             _say(console, f"trial {trial.number} failed: {trial.why}")
