@@ -106,7 +106,7 @@ class Sweep:
                     self._queue.append(number)
         self.study.catch_up(list(self.trials.values()))
         self._patience.call(self.study.save)
-        self.clean()
+        self._patience.call(self.clean)
         if self.trials:
             gone_on = f", {len(self._queue)} of them go on" if self._queue else ""
             self._say(f"{len(self.trials)} of {self.plan.num_trials} trials were begun before{gone_on}")

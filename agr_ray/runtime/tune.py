@@ -89,7 +89,7 @@ def tune(job: TuneJob) -> str:
             if sweep.num_left and not sweep.spent:
                 _run_trials(sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, console)
         patience.call(lock.check)
-        sweep.clean()
+        patience.call(sweep.clean)
         finished = "" if sweep.num_ended < sweep.plan.num_trials else f"{sweep.plan.num_trials} trials"
         write_results(sweep, run, console)
         sweep.write_record(finished)
