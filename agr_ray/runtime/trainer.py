@@ -30,6 +30,7 @@ from agr_ray.runtime.training_run import CHECKPOINTS, OBJECTIVE, Run
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0
 ADDRESS: Final = "RAY_ADDRESS"
+STOP_S: Final = 10.0
 CONTROLLER_FAILURES: Final = 3
 """Without a finished epoch between. Ray's default is to ask for ever for what a cluster does not have."""
 SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
@@ -228,7 +229,12 @@ def _enough_workers(run: Run) -> Iterator[None]:
                 small_since = now if small_since is None else small_since
                 if now - small_since > config.outage_s:
                     problem = str(error)
-                    signal.raise_signal(signal.SIGINT)  # which makes Ray Train stop in good order
+                    # The first makes Ray Train stop in good order, where its controller comes to it: one that looks
+                    # for room never does. The third makes it give up.
+                    for _ in range(3):
+                        signal.raise_signal(signal.SIGINT)
+                        if ended.wait(STOP_S):
+                            return
                     return
 
     watcher = threading.Thread(target=watch, daemon=True)
