@@ -160,6 +160,7 @@ def test_a_finished_sweep_is_refused_and_gone_on_with_by_add(sweep: Path, data: 
     assert json.loads((sweep / "sweep.json").read_text())["finished"] == "4 trials"
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_and_one_that_raises_are_rows(data: Path, tmp_path: Path) -> None:
     broken = tmp_path / "no-weights.pt"
     space = {
