@@ -242,7 +242,13 @@ def test_purging_leaves_files_of_others_alone(tmp_path: Path) -> None:
 def test_an_interrupted_up_leaves_nothing_running(tmp_path: Path) -> None:
     command = ["cluster/local.sh", "up", "--folder", str(tmp_path)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **ELSEWHERE}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, **ELSEWHERE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "logs" / "s3.log").exists():
