@@ -55,6 +55,11 @@ def _one_or_several(value: Any) -> Any:
     return json.dumps(value) if len(value) > 1 else "".join(value)
 
 
+def _is_one(value: float) -> bool:
+    """Say whether a knob that came later is at its default, and so left out of what is written and digested."""
+    return value == 1.0
+
+
 OneOrSeveral = Annotated[str, BeforeValidator(_one_or_several)]
 """Text to all sources of settings: they would tear a path at its comma, or take 7 for a number, were it a union."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -309,6 +314,9 @@ class TrainConfig(Section):
     checkpoint, and a step still takes batch_size images."""
     use_gpu: bool = False
     """One GPU for each worker; else the CPU, with gloo."""
+    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0, exclude_if=_is_one)] = 1.0
+    """`use_gpu` only: share of a GPU that Ray reserves for the worker. With 0.5 two runs of one worker each, such as
+    trials of a sweep, take one GPU together, if its memory holds both. Less than 1 needs num_workers 1."""
     cpus_per_worker: PositiveFloat = 1.0
     """Logical CPUs that Ray reserves for a worker."""
     threads_per_worker: PositiveInt | None = None
@@ -435,6 +443,152 @@ class TrainConfig(Section):
             raise ValueError("precision float16 needs use_gpu; on a CPU: auto, float32, bfloat16")
         if self.sync_batch_norm and not self.use_gpu:
             raise ValueError("sync_batch_norm true needs use_gpu: torch has it for GPUs only")
+        if self.gpus_per_worker < 1.0 and (not self.use_gpu or self.max_workers > 1):
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} needs use_gpu and num_workers 1: "
+                "NCCL takes no two workers of one run on one GPU"
+            )
+        return self
+
+
+Scalar = bool | int | float | str
+"""A value as TOML writes it; bool first, because it is an int as well."""
+
+TrialError = Literal["age_mae_years", "gender_error", "race_error", "worst_group_age_mae_years"]
+"""What a sweep's constraints may limit, all on validation: the mean absolute error of age; 1 - balanced accuracy; the
+mean absolute error of age in the worst group by gender, race or both of ten rows and more."""
+
+PAPER_POINT: Mapping[str, Scalar] = {
+    "loss.age_weight": 1.0,
+    "loss.gender_weight": 0.5,
+    "loss.race_weight": 0.5,
+    "train.lr": 1e-4,
+}
+"""What the paper trains with (its eqs 11 and 19)."""
+
+
+class ParameterConfig(Section):
+    """What a sweep tries for one key. Exactly one of uniform, log_uniform, integer and choice."""
+
+    uniform: tuple[float, float] | None = None
+    """Any number from the first to the second, both included."""
+    log_uniform: tuple[PositiveFloat, PositiveFloat] | None = None
+    """The same, each factor as likely as any other: for learning rates and weights over several powers of ten."""
+    integer: tuple[int, int] | None = None
+    """Any whole number from the first to the second, both included."""
+    choice: tuple[Scalar | tuple[Scalar, ...], ...] | None = None
+    """One of these, in no order."""
+    step: PositiveFloat | None = None
+    """`uniform` and `integer` only: distance between the values that are tried, counted from the first; none: any."""
+    when: dict[str, Scalar | tuple[Scalar, ...]] = {}
+    """Other searched keys, and the value or values of each for which this one is searched: {"train.optimizer" = "sgd"}.
+    Where one has another value, this key stays what the recipe says."""
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        kinds = ("uniform", "log_uniform", "integer", "choice")
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {', '.join(kinds)} is needed, not {' and '.join(given) or 'none'}")
+        if self.choice is not None:
+            if len(set(self.choice)) < 2 or len(set(self.choice)) < len(self.choice):
+                raise ValueError(f"choice {list(self.choice)} needs two values or more, each once")
+        elif self.low >= self.high:
+            raise ValueError(f"{given[0]} [{self.low:g}, {self.high:g}]: the first must be less than the second")
+        if self.step is not None:
+            if self.uniform is None and self.integer is None:
+                raise ValueError(f"step {self.step:g} goes with uniform and integer only, not with {given[0]}")
+            if self.integer is not None and self.step != int(self.step):
+                raise ValueError(f"step {self.step:g} of an integer must be whole")
+            if self.step > self.high - self.low:
+                raise ValueError(f"step {self.step:g} is more than {given[0]} [{self.low:g}, {self.high:g}] is wide")
+        return self
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The bounds; None: it is a choice."""
+        return self.uniform or self.log_uniform or self.integer
+
+    @property
+    def low(self) -> float:
+        """The first bound, of what is no choice."""
+        assert self.range is not None
+        return self.range[0]
+
+    @property
+    def high(self) -> float:
+        """The second bound, of what is no choice."""
+        assert self.range is not None
+        return self.range[1]
+
+
+class TuneConfig(Section):
+    """A sweep: trainings under different settings, of which the best is kept."""
+
+    space: dict[str, ParameterConfig] = {}
+    """What is searched: a table [tune.space] with a line for each dotted key of [model], [loss], [augment], [train] or
+    [predict], such as "train.lr" = {log_uniform = [1e-4, 1e-2]}, "train.batch_size" = {integer = [32, 128], step = 32}
+    or "train.optimizer" = {choice = ["adam", "sgd"]}. All other keys are the recipe's."""
+    out: str = "sweeps"
+    """Folder or prefix of all sweeps; this one goes into OUT/NAME. Shared storage where there are several nodes."""
+    name: str = ""
+    """Name of the sweep; empty: `sweep-` and the digest of the configuration. The same name resumes the sweep."""
+    trials: PositiveInt = 20
+    """Trials, pruned and failed ones included. A sweep that has made fewer goes on when this is raised; so does
+    one that has finished, with --add."""
+    max_epochs: PositiveInt | None = None
+    """Epochs of all trials together after which the sweep stops; none: no limit."""
+    max_hours: PositiveFloat | None = None
+    """Hours after which the sweep stops, as if it were interrupted: the same command goes on, for as long again; none:
+    no limit."""
+    mode: Literal["scalar", "pareto"] = "scalar"
+    """`scalar` minimises the mean, over the model's tasks, of the error on validation over the error of guessing the
+    median age or the most frequent class: years for age, 1 - balanced accuracy for gender and race. 1 is no better than
+    guessing, 0 is perfect. `pareto` minimises the three errors at once, stops no trial early, and reports the front:
+    the trials that no other beats in all errors."""
+    constraints: dict[TrialError, float] = {}
+    """Highest values allowed of age_mae_years, gender_error, race_error (1 - balanced accuracy) and
+    worst_group_age_mae_years (the largest age MAE of a group by gender, race or both of ten validation rows and more).
+    A trial beyond one is best only if all are, and Optuna is told by how much; ASHA goes by the objective alone."""
+    asha: bool = True
+    """`scalar` only: stop a trial that after grace_epochs, and after reduction times as many, and so on, is not among
+    the best 1 / reduction of those that got so far (asynchronous successive halving). train.epochs can't be searched
+    then: schedules of other lengths can't be compared epoch by epoch."""
+    grace_epochs: PositiveInt = 2
+    """`asha` only: epochs that each trial may make."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """`asha` only: 1 in so many goes on."""
+    paper_first: bool = True
+    """Whether the first trial has the paper's values (loss weights 1, 0.5, 0.5; train.lr 1e-4) of what is searched."""
+    points_to_evaluate: tuple[dict[str, Scalar | tuple[Scalar, ...]], ...] = ()
+    """Values of searched keys that the next trials have: [[tune.points_to_evaluate]] tables of "train.lr" = 3e-3 and
+    the like. Keys that one leaves out are drawn."""
+    random_trials: Annotated[int, Field(ge=0)] = 10
+    """Trials whose values are drawn at random before Optuna's sampler (TPE) makes something of those before."""
+    seed: int = 0
+    """Seed of what is drawn. Trials at the same time end in another order each time, so only one after the other
+    are the same again."""
+    max_concurrent: PositiveInt | None = None
+    """Trials at the same time; none: as many as the cluster has room for, on one machine as it has cores."""
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """Times that a trial which raises, or a process of which dies, goes on from its last checkpoint. A loss that is no
+    number is not tried again. In a sweep this stands for train.max_failures."""
+    study: str = ""
+    """Where Optuna keeps the study: a file of the local disk that ends in .journal, or sqlite:///FILE or
+    postgresql://USER:PASSWORD@HOST/DB; empty: study.journal in the sweep's folder. Sweeps with the same study and
+    study_name learn from each other's trials."""
+    study_name: str = ""
+    """Name of the study; empty: the sweep's."""
+
+    @model_validator(mode="after")
+    def _keeps_its_study_where_it_can_be_locked(self) -> Self:
+        if self.study and "://" not in self.study and not self.study.endswith(".journal"):
+            raise ValueError(f"study {self.study!r} must be a local file that ends in .journal, or a database's URL")
+        if self.study.startswith(("s3://", "file://")):
+            raise ValueError(
+                f"study {self.study!r} must be a local file that ends in .journal, or a database's URL; "
+                "the default is kept beside the sweep, also in a bucket"
+            )
         return self
 
 
@@ -567,6 +721,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "loss": LossConfig,
     "augment": AugmentConfig,
     "train": TrainConfig,
+    "tune": TuneConfig,
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "gates": GatesConfig,
@@ -585,7 +740,7 @@ class Job(BaseSettings):
         env_prefix="AGR_RAY_",
         env_nested_delimiter="__",
     )
-    required: ClassVar[tuple[str, ...]] = ()
+    required: ClassVar[Sequence[str]] = ()
     """Dotted keys that have no default that could work."""
 
     storage: StorageConfig = StorageConfig()
@@ -624,7 +779,7 @@ class PrepareJob(Job):
 class TrainJob(Job):
     """Train a multi-task network on a prepared set. Run the same command again to resume a run that died."""
 
-    required = ("train.data",)
+    required: ClassVar[Sequence[str]] = ("train.data",)
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -665,6 +820,23 @@ class TrainJob(Job):
                 f"train.input_sides_px {list(sides)} must end with model.input_side_px {self.model.input_side_px}"
             )
         return self
+
+
+class TuneJob(TrainJob):
+    """Search for better settings: train under different ones, stop what falls behind, keep the best.
+
+    What is searched is in the recipe's [tune.space]; jobs/recipes/tune_lite.toml is an example. Each trial is a
+    training run in OUT/NAME/trials. In OUT/NAME the sweep ends with best.toml, a recipe for jobs/train.py; best/, the
+    checkpoint; trials.parquet, a row for each trial; and sweep.html, a page that says what mattered. Run the same
+    command again to resume a sweep that was killed; --add 20 makes 20 more trials of one that has finished.
+    """
+
+    required = ("train.data", "tune.space")
+    vision: VisionConfig = VisionConfig()
+    """Not used: passed on into best.toml, which scoring needs it from."""
+    tune: TuneConfig = TuneConfig()
+    add: Annotated[int, Field(ge=0)] = 0
+    """Trials more, of a sweep that has finished; 0: none."""
 
 
 class EvaluateJob(Job):
@@ -829,6 +1001,7 @@ def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") 
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         owner = SECTIONS[path[0]] if len(path) > 1 and path[0] in SECTIONS else model
+        owner = ParameterConfig if path[:2] == ["tune", "space"] else owner
         known = list(owner.model_fields)
         return f"{key}: there is no such key{_did_you_mean(path[-1], known)}; allowed: {', '.join(known)}"
     message = first["msg"].removeprefix("Value error, ")

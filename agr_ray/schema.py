@@ -8,7 +8,7 @@ a tensor (`AGE_MISSING`, `CLASS_MISSING`).
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
+from typing import Final, Literal
 
 import pyarrow as pa
 
@@ -257,9 +257,36 @@ HISTORY: Final = pa.schema(
         pa.field("epoch_s", pa.float64(), nullable=False),
         pa.field("samples_per_s", pa.float64(), nullable=False),
         pa.field("data_wait_share", pa.float64(), nullable=False),  # of the training part of the epoch
+        pa.field("val_gender_balanced_accuracy", pa.float64()),
+        pa.field("val_race_balanced_accuracy", pa.float64()),
+        pa.field("val_worst_group_age_mae_years", pa.float64()),  # of groups by gender, race and both, not too small
+        pa.field("val_balanced_objective", pa.float64()),  # as val_objective, of balanced errors: what sweeps go by
     ]
 )
 """One row an epoch."""
+
+TrialState = Literal["complete", "pruned", "failed", "unfinished"]
+
+TRIALS: Final = pa.schema(
+    [
+        pa.field("number", pa.int32(), nullable=False),  # from 0, in the order in which trials were begun
+        pa.field("state", pa.string(), nullable=False),  # a TrialState
+        pa.field("why", pa.string(), nullable=False),  # it was pruned, or failed; empty: there is nothing to say
+        pa.field("epochs", pa.int32(), nullable=False),  # that it has finished
+        pa.field("best_epoch", pa.int32()),  # whose checkpoint a training run keeps, and all errors below are of
+        pa.field("objective", pa.float64()),  # val_balanced_objective; lower is better
+        pa.field("age_mae_years", pa.float64()),
+        pa.field("gender_error", pa.float64()),  # 1 - balanced accuracy
+        pa.field("race_error", pa.float64()),  # 1 - balanced accuracy
+        pa.field("worst_group_age_mae_years", pa.float64()),
+        pa.field("is_feasible", pa.bool_(), nullable=False),  # within all constraints
+        pa.field("is_best", pa.bool_(), nullable=False),
+        pa.field("is_on_front", pa.bool_(), nullable=False),  # no other beats it in all three errors
+        pa.field("num_failures", pa.int32(), nullable=False),  # after which it was tried again, or given up
+        pa.field("wall_s", pa.float64(), nullable=False),
+    ]
+)
+"""One row a trial of a sweep; a column for each searched key, named by it, follows. Null there: it was not searched."""
 
 TEMPLATE: Final = "five_point_v1"
 """Name and version of the alignment template of `agr_ray.vision.align`."""

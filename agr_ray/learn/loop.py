@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from agr_ray.config import TrainConfig, TrainJob
 from agr_ray.learn.augment import augment
 from agr_ray.learn.losses import Targets, TaskSums, first_log_variances, label_counts, loss_weights, multi_task_loss
-from agr_ray.learn.metrics import Baseline, GroupSums, Labels, MetricSums, objective
+from agr_ray.learn.metrics import Baseline, GroupSums, Labels, MetricSums, objective, worst_group_age_mae
 from agr_ray.learn.mix import Mix, draw_mix, mix_images
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.precision import allow_tf32, autocast, grad_scaler
@@ -354,6 +354,10 @@ class _Run:
                 "epoch_s": time.perf_counter() - start,
                 "samples_per_s": epoch.num_rows / epoch.train_s,
                 "data_wait_share": epoch.wait_s / epoch.train_s,
+                "val_gender_balanced_accuracy": values["gender"]["balanced_accuracy"],
+                "val_race_balanced_accuracy": values["race"]["balanced_accuracy"],
+                "val_worst_group_age_mae_years": worst_group_age_mae(values["groups"]),
+                "val_balanced_objective": objective(values, values["baseline"], self.model.tasks, balanced=True),
             }
             assert list(row) == HISTORY.names
             self.history.append(row)

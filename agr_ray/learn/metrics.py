@@ -22,6 +22,8 @@ CS_YEARS: Final = 16
 """CS@k, the share of ages predicted to within k years, is given for k = 0 .. CS_YEARS - 1."""
 
 NUM_RESAMPLES: Final = 1000
+MIN_GROUP_ROWS: Final = 10
+"""Rows of a group from which it may be called the worst."""
 _WITHIN_YEARS = 5
 _INTERVAL = 0.95
 _CHUNK_WEIGHTS = 4_000_000
@@ -321,28 +323,44 @@ def predicted_gender(p_male: NDArray[np.floating[Any]]) -> IntArray:
     return (p_male > 0.5).astype(np.int64)
 
 
-def objective(values: Mapping[str, Any], baseline: Mapping[str, Any], tasks: tuple[str, ...]) -> float | None:
+def objective(
+    values: Mapping[str, Any], baseline: Mapping[str, Any], tasks: tuple[str, ...], *, balanced: bool = False
+) -> float | None:
     """Return what training minimises on validation: the mean over tasks of error / baseline's error.
 
-    The error of age is the mean absolute error, that of gender and race 1 - accuracy. 1 is as good as
-    guessing, 0 is perfect. A baseline without error counts as 1 (a year, or all wrong). Tasks without a
-    label are left out; None: all are.
+    The error of age is the mean absolute error, that of gender and race 1 - accuracy, or 1 - balanced accuracy, which
+    counts each class the same, however rare: sweeps go by that. 1 is as good as guessing, 0 is perfect. A baseline
+    without error counts as 1 (a year, or all wrong). Tasks without a label are left out; None: all are.
 
     Args:
         values: `MetricSums.to_json` of the model.
         baseline: the same of the baseline's guesses on the same rows.
         tasks: those that the model has.
+        balanced: whether accuracy is balanced.
     """
+    accuracy = "balanced_accuracy" if balanced else "accuracy"
     ratios = []
     for task in tasks:
         if values[task]["n"] == 0 or baseline[task]["n"] == 0:
             continue
         own, guessed = (
-            table["age"]["mae_years"] if task == "age" else 1.0 - table[task]["accuracy"]
-            for table in (values, baseline)
+            table["age"]["mae_years"] if task == "age" else 1.0 - table[task][accuracy] for table in (values, baseline)
         )
         ratios.append(own / (guessed if guessed > 0.0 else 1.0))
     return sum(ratios) / len(ratios) if ratios else None
+
+
+def worst_group_age_mae(groups: Mapping[str, Any]) -> float | None:
+    """Return the largest mean absolute error of age, years, of a group by gender, race or both.
+
+    Groups of fewer than `MIN_GROUP_ROWS` rows with an age say too little and are left out; None: all are. Age groups
+    are no groups here: whoever errs towards the middle errs most at the ends.
+
+    Args:
+        groups: `GroupSums.to_json`.
+    """
+    ages = [of["age"] for attribute in ("gender", "race", "gender_race") for of in groups[attribute].values()]
+    return max((age["mae_years"] for age in ages if age["n"] >= MIN_GROUP_ROWS), default=None)
 
 
 def _sums(labels: Labels, predictions: Predictions, fallback: NDArray[np.bool_] | None) -> MetricSums:

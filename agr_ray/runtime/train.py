@@ -18,6 +18,7 @@ The same command again resumes at the last epoch that was checkpointed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -29,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from ray.train import Result
+from ray.train import Result, UserCallback
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -57,10 +58,15 @@ from agr_ray.storage import MissingObject, Storage
 from agr_ray.vision.align import DEFAULT_MARGIN
 
 
-def train(job: TrainJob) -> str:
+def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool = False) -> str:
     """Train, or go on training, and return the URI of the best checkpoint.
 
     With `job.dry_run`, only print the plan: nothing is started or written, and there will be no such checkpoint.
+
+    Args:
+        job: what to train.
+        callbacks: of Ray Train, which hear of each epoch.
+        quiet: print nothing but warnings, here and in workers.
 
     Raises:
         ConfigError: there is no such prepared set, the run has finished already or another driver is at work on it, or
@@ -68,13 +74,13 @@ def train(job: TrainJob) -> str:
         JobError: the loss is no number any more, or workers failed more often than `train.max_failures`.
         LockLost: another driver took the run over.
     """
-    console = Console()
+    console = Console(quiet=quiet)
     storage = Storage.from_config(job.storage)
-    sets = [open_prepared(storage, uri, "train.data") for uri in job.train.data_uris]
-    check_sets(sets)
-    settings = _settings_digest(job, sets)
+    sets = open_sets(job, storage)
+    settings = settings_digest(job, sets)
     uri = _run_uri(storage, job, settings)
-    run, first = _plan(job, storage, sets, uri, settings, console)
+    run, first = plan(job, storage, sets, uri, settings, console)
+    run = dataclasses.replace(run, quiet=quiet)
     console.print(f"run {uri}", highlight=False, soft_wrap=True)
     if job.dry_run:
         dry_run(run, sets, first or MultiTaskNet(job.model), console)
@@ -88,12 +94,23 @@ def train(job: TrainJob) -> str:
         check_workers_fit(job.train)
         _begin(run, first)
         with progress_board(console) as board:
-            result = fit(run, sets, board, console)
+            result = fit(run, sets, board, console, callbacks)
         patience.call(lambda: _check_finite(run))
         patience.call(lock.check)
         best = patience.call(lambda: _publish(run, result, console))
     _print_history(console, storage, uri)
     return best
+
+
+def open_sets(job: TrainJob, storage: Storage) -> list[PreparedSet]:
+    """Return the prepared sets that are trained on.
+
+    Raises:
+        ConfigError: there is none, or they don't go together.
+    """
+    sets = [open_prepared(storage, uri, "train.data") for uri in job.train.data_uris]
+    check_sets(sets)
+    return sets
 
 
 def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
@@ -123,18 +140,18 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
         number += 1
 
 
-def _settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
+def settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
     # Threads, TF32 and the compiler round otherwise, no more; `accumulate` stays: batch norm sees its parts.
     moot = {"out", "name", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "cache_mib"}
-    moot |= {"threads_per_worker", "cpus_per_worker", "tf32", "compile", "mlflow_uri"}
+    moot |= {"threads_per_worker", "cpus_per_worker", "gpus_per_worker", "tf32", "compile", "mlflow_uri"}
     fields = TrainConfig.model_fields
     data = sets[0].digest if len(sets) == 1 else json.dumps([prepared.digest for prepared in sets])
     settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": data})
     return digest(job.model, job.loss, job.augment, settings, job.predict)
 
 
-def _plan(
+def plan(
     job: TrainJob, storage: Storage, sets: Sequence[PreparedSet], uri: str, settings: str, console: Console
 ) -> tuple[Run, MultiTaskNet | None]:
     """Look at the labels, and draw or read the first weights; none where the run goes on. Nothing is written yet.

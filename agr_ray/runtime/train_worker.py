@@ -63,7 +63,7 @@ def work(config: dict[str, Any]) -> None:
         if resume is not None:
             middle = f" and {resume['begun']['num_steps']} steps" if "begun" in resume else ""
             begun = f"resuming after epoch {resume['epoch']}{middle}"
-        _say(f"{begun}, {_workers(context.world_size)}")
+        context.say(f"{begun}, {_workers(context.world_size)}")
     try:
         train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
     except NonFiniteLossError as error:
@@ -171,7 +171,7 @@ class RayContext:
         self._logs.write(report.row, report.train_state()["history"])
         if report.finished and self._samples is not None:
             self._logs.show(self._samples, report)
-        _say(_epoch_line(report, self._run.job.train.epochs))
+        self.say(_epoch_line(report, self._run.job.train.epochs))
 
     def must_save(self) -> bool:
         """Ask Ray, which asks the cluster, whether the machine of a worker is about to be taken away."""
@@ -184,7 +184,7 @@ class RayContext:
             ray.train.report(row)
             return
         self._keep(snapshot, row, {}, CheckpointUploadMode.SYNC)
-        _say(f"a machine will be taken away: checkpoint of epoch {snapshot.epoch} after {snapshot.num_steps} steps")
+        self.say(f"a machine will be taken away: checkpoint of epoch {snapshot.epoch} after {snapshot.num_steps} steps")
 
     def _keep(
         self, kept: EpochReport | Snapshot, row: Row, metrics: Mapping[str, Any], mode: CheckpointUploadMode
@@ -233,7 +233,12 @@ class RayContext:
         now = time.monotonic()
         if now - self._shown >= PROGRESS_EVERY_S:
             self._shown = now
-            _say(progress.line())
+            self.say(progress.line())
+
+    def say(self, line: str) -> None:
+        """Write a line, unless the run is a quiet one."""
+        if not self._run.quiet:
+            _say(line)
 
 
 class RunLogs:

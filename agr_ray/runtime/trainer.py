@@ -14,7 +14,8 @@ from typing import Any, Final
 import ray.train
 import ray.train.torch
 from ray.data import Dataset
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, UserCallback
+from ray.train.v2._internal import constants
 from rich.console import Console
 
 from agr_ray.config import ConfigError, TrainConfig
@@ -28,6 +29,7 @@ from agr_ray.runtime.training_run import CHECKPOINTS, OBJECTIVE, Run
 
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0
+ADDRESS: Final = "RAY_ADDRESS"
 STOP_S: Final = 10.0
 CONTROLLER_FAILURES: Final = 3
 """Without a finished epoch between. Ray's default is to ask for ever for what a cluster does not have."""
@@ -35,8 +37,10 @@ SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
 """In which Ray Train names the checkpoints that are there whole."""
 
 
-def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> Result:
-    """Run the workers to the end of the run; `board` as `RayContext`'s.
+def fit(
+    run: Run, sets: Sequence[PreparedSet], board: Any, console: Console, callbacks: Sequence[UserCallback] = ()
+) -> Result:
+    """Run the workers to the end of the run; `board` as `RayContext`'s, `callbacks` as Ray Train's.
 
     Raises:
         JobError: they failed for good.
@@ -49,8 +53,8 @@ def fit(run: Run, sets: Sequence[PreparedSet], board: Any, console: Console) -> 
     attempts_left, epochs_done = CONTROLLER_FAILURES, patience.call(lambda: _epochs_done(run))
     while True:
         try:
-            with _enough_workers(run):
-                result = _trainer(run, sets, board).fit()
+            with _enough_workers(run), _said_which_cluster():
+                result = _trainer(run, sets, board, callbacks).fit()
             patience.call(lambda: _delete_unknown_checkpoints(run))
             return result
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
@@ -101,7 +105,9 @@ def _delete_unknown_checkpoints(run: Run) -> None:
             run.storage.delete_tree(run.storage.join(folder, name))
 
 
-def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.torch.TorchTrainer:
+def _trainer(
+    run: Run, sets: Sequence[PreparedSet], board: Any, callbacks: Sequence[UserCallback]
+) -> ray.train.torch.TorchTrainer:
     """Return what runs the workers; it goes on where one before it ended."""
     storage, config = run.storage, run.job.train
 
@@ -123,7 +129,8 @@ def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.tor
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]  # typed as Train V1's
             use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
+            resources_per_worker={"CPU": config.cpus_per_worker}
+            | ({"GPU": config.gpus_per_worker} if config.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=CHECKPOINTS,
@@ -136,6 +143,7 @@ def _trainer(run: Run, sets: Sequence[PreparedSet], board: Any) -> ray.train.tor
                 max_failures=config.max_failures,
                 controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # typed as Train V1's
             ),
+            callbacks=list(callbacks),  # type: ignore[arg-type]  # typed as Train V1's
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets={"train": dataset("train"), "val": dataset("val")},
@@ -153,7 +161,7 @@ def check_workers_fit(config: TrainConfig) -> None:
         "train.num_workers",
         config.min_workers,
         config.cpus_per_worker,
-        1.0 if config.use_gpu else 0.0,
+        config.gpus_per_worker if config.use_gpu else 0.0,
         spare_cpus=spare_cpus(config),
     )
 
@@ -164,6 +172,25 @@ def spare_cpus(config: TrainConfig) -> float:
     Workers that are as many as the cluster has room for leave none, so reading must not ask for any.
     """
     return 2.0 if config.min_workers == config.max_workers else 0.0
+
+
+@contextmanager
+def _said_which_cluster() -> Iterator[None]:
+    """Say to all that Ray Train starts which cluster it is of.
+
+    What gives back the workers' resources when a run is killed, as a sweep's trial that falls behind, looks for the
+    cluster by itself. Where a machine runs two it finds neither, and the resources stay reserved until the job ends.
+    """
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
+    constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADDRESS]
+        else:
+            os.environ[ADDRESS] = before
 
 
 def _failed(run: Run, why: str) -> JobError:

@@ -44,6 +44,8 @@ class Run:
     """What the checkpoint says of its data."""
     git_commit: str
     settings_digest: str
+    quiet: bool = False
+    """Whether workers print warnings only: of a sweep's trials, of which its driver says how they do."""
 
 
 def settings(job: TrainJob) -> dict[str, Any]:

@@ -24,14 +24,17 @@ from agr_ray.config import (
     SplitConfig,
     TrainConfig,
     TrainJob,
+    TuneJob,
     digest,
     load,
     parse,
 )
 
-JOBS: tuple[type[Job], ...] = (RenderJob, PrepareJob, TrainJob, EvaluateJob, ScoreJob)
+JOBS: tuple[type[Job], ...] = (RenderJob, PrepareJob, TrainJob, TuneJob, EvaluateJob, ScoreJob)
 RECIPES = sorted(Path(__file__).parents[2].glob("jobs/recipes/*.toml"))
 DATA = ("--train.data", "somewhere")
+NEEDED = {"tune.space": '{"train.lr": {"log_uniform": [1e-4, 1e-2]}}'}
+"""What else than "somewhere" a required key takes."""
 
 
 def train_job(*argv: str, environ: dict[str, str] | None = None) -> TrainJob:
@@ -39,7 +42,7 @@ def train_job(*argv: str, environ: dict[str, str] | None = None) -> TrainJob:
 
 
 def needed(job: type[Job]) -> list[str]:
-    return [word for key in job.required for word in (f"--{key}", "somewhere")]
+    return [word for key in job.required for word in (f"--{key}", NEEDED.get(key, "somewhere"))]
 
 
 def complaint(capsys: pytest.CaptureFixture[str], job: type[Job], *argv: str, **environ: str) -> str:
@@ -370,7 +373,9 @@ def test_a_folder_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 @pytest.mark.parametrize("job", JOBS)
 def test_each_required_key_is_asked_for_by_name(capsys: pytest.CaptureFixture[str], job: type[Job]) -> None:
     for key in job.required:
-        others = [word for other in job.required if other != key for word in (f"--{other}", "somewhere")]
+        others = [
+            word for other in job.required if other != key for word in (f"--{other}", NEEDED.get(other, "somewhere"))
+        ]
         said = complaint(capsys, job, *others)
         assert f"{key} is needed" in said
         assert f"--{key}" in said
@@ -431,7 +436,7 @@ def test_help_shows_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"demo", "paper", "utkface_lite"}
+    assert {path.stem for path in RECIPES} >= {"demo", "paper", "tune_lite", "utkface_lite"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -441,7 +446,7 @@ def test_every_recipe_serves_every_job(job: type[Job], path: Path) -> None:
 
     for name, values in tomllib.loads(path.read_text()).items():
         if name in job.model_fields:
-            section = getattr(built, name).model_dump(mode="json")
+            section = getattr(built, name).model_dump(mode="json", exclude_unset=True)
             assert {key: section[key] for key in values} == values
 
 

@@ -16,7 +16,7 @@ import ray
 import torch
 from prepared_sets import SIDE_PX, prepared_set
 
-from agr_ray.config import EvaluateJob, Job, ModelConfig, PrepareJob, RenderJob, ScoreJob, TrainJob
+from agr_ray.config import EvaluateJob, Job, ModelConfig, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
 from agr_ray.models.checkpoint import save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform
 from agr_ray.runtime.command import run
@@ -26,6 +26,7 @@ from agr_ray.runtime.prepare import prepare
 from agr_ray.runtime.render import render
 from agr_ray.runtime.score import score
 from agr_ray.runtime.train import train
+from agr_ray.runtime.tune import tune
 from agr_ray.schema import TEMPLATE
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import encode_jpeg
@@ -35,6 +36,7 @@ JOBS: dict[str, tuple[type[Job], Callable[[Any], object]]] = {
     "render": (RenderJob, render),
     "prepare": (PrepareJob, prepare),
     "train": (TrainJob, train),
+    "tune": (TuneJob, tune),
     "evaluate": (EvaluateJob, evaluate),
     "score": (ScoreJob, score),
 }

@@ -17,7 +17,7 @@ from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, dige
 from agr_ray.models.checkpoint import content_codes
 from agr_ray.runtime.crops import Slice, deal_parts, read_slices, take_turns, training_arrays, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
-from agr_ray.runtime.train import _settings_digest, train
+from agr_ray.runtime.train import settings_digest, train
 from agr_ray.runtime.training_run import Run
 from agr_ray.storage import Storage
 
@@ -219,13 +219,13 @@ def test_the_digest_of_a_run_on_one_set_does_not_know_of_several(one: Path, two:
     plain = TrainConfig(**alone | {name: TrainConfig.model_fields[name].default for name in moot})
     settings = job(one)
 
-    assert _settings_digest(settings, first) == digest(
+    assert settings_digest(settings, first) == digest(
         settings.model, settings.loss, settings.augment, plain, settings.predict
     )
     digests = {
-        _settings_digest(job(one), first),
-        _settings_digest(job(one, two), both),
-        _settings_digest(job(one, two, data_shares=[1, 1]), both),
-        _settings_digest(job(one, two, data_shares=[1, 2]), both),
+        settings_digest(job(one), first),
+        settings_digest(job(one, two), both),
+        settings_digest(job(one, two, data_shares=[1, 1]), both),
+        settings_digest(job(one, two, data_shares=[1, 2]), both),
     }
     assert len(digests) == 4

@@ -1,0 +1,57 @@
+"""One trial of a sweep: a training run in a process of Ray Tune's, which tells Tune of each epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ray.train import Checkpoint
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from agr_ray.config import TrainJob
+from agr_ray.learn.space import with_values
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.sweep import trial_name
+from agr_ray.runtime.train import train
+from agr_ray.runtime.training_run import FAILURE
+from agr_ray.storage import MissingObject, Storage
+
+
+class EpochReports(TuneReportCallback):
+    """Passes epochs on to Tune, and not the checkpoints that are made in the middle of one."""
+
+    def after_report(
+        self, run_context: TrainRunContext, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Pass on what the first worker reports."""
+        if "epoch" in metrics[0]:
+            super().after_report(run_context, metrics, checkpoint)
+
+
+def trainable(base: TrainJob) -> Callable[[dict[str, Any]], None]:
+    """Return what Tune runs for each trial.
+
+    Args:
+        base: the training job, whose train.out is the folder of trials.
+    """
+
+    def run_trial(config: dict[str, Any]) -> None:
+        job = with_values(base, {**config["values"], "train.name": trial_name(config["number"])})
+        storage = Storage.from_config(job.storage)
+        uri = storage.join(job.train.out, job.train.name)
+        try:
+            if json.loads(storage.read(storage.join(uri, "run.json")))["finished"]:
+                return  # before its process died
+        except MissingObject:
+            pass
+        try:
+            reports = EpochReports()  # type: ignore[no-untyped-call]  # Ray leaves it bare
+            train(job, callbacks=[reports], quiet=True)
+        except JobError:
+            # A loss that is no number would be none again; the driver reads the file.
+            if not storage.exists(storage.join(uri, FAILURE)):
+                raise
+
+    return run_trial

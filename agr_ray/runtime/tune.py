@@ -1,0 +1,222 @@
+"""Tune: a sweep on a cluster. Ray Tune runs its trials, Optuna proposes them, `sweep.Sweep` remembers them.
+
+The folder's layout, and what a sweep resumes from, are in `runtime.sweep`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+import pyarrow as pa
+from ray import tune as ray_tune
+from rich.console import Console
+
+from agr_ray.config import PAPER_POINT, ConfigError, TrainJob, TuneJob
+from agr_ray.learn.space import base_job, check_space, paper_point, recipes_value, unlike_papers, with_values
+from agr_ray.learn.trials import ERROR_TASKS
+from agr_ray.runtime.cluster import cluster
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.crops import select_crops, usable_statuses
+from agr_ray.runtime.dry_run import dry_run
+from agr_ray.runtime.lock import RunLock, run_lock
+from agr_ray.runtime.patience import Patience
+from agr_ray.runtime.placement import TRIAL_CPUS, room
+from agr_ray.runtime.prepared import PreparedSet
+from agr_ray.runtime.sweep import Sweep
+from agr_ray.runtime.sweep_plan import Plan, plan_sweep
+from agr_ray.runtime.sweep_results import print_trials, write_results
+from agr_ray.runtime.train import open_sets, plan, settings_digest
+from agr_ray.runtime.training_run import Run
+from agr_ray.runtime.trial import trainable
+from agr_ray.runtime.tune_hooks import Budget, Halving, NextTrials, Watcher
+from agr_ray.storage import Storage
+
+TUNE_FOLDER: Final = "tune"
+"""Of Tune's own files, which nothing is read from again."""
+
+
+def tune(job: TuneJob) -> str:
+    """Make a sweep, or go on with one, and return the URI of the best trial's checkpoint.
+
+    There is none yet where a budget or an interruption ended the sweep before any trial's end, nor with `job.dry_run`:
+    that only checks everything and prints the plan of the first trial.
+
+    Raises:
+        ConfigError: the search space, the data or the plan can't be meant, the sweep has finished already, or another
+            driver is at work on it.
+        JobError: no trial came to its end, or the first ones failed before their first epoch.
+        LockLost: another driver took the sweep over.
+    """
+    console = Console()
+    storage = Storage.from_config(job.storage)
+    job = with_absolute_paths(job, storage)
+    check_space(job)
+    if job.train.min_workers != job.train.max_workers:
+        asked = [job.train.min_workers, job.train.max_workers]
+        raise ConfigError(f"train.num_workers {asked}: a sweep's trials need a fixed number")
+    base = base_job(job).model_copy(update={"new_run": False})
+    sets = open_sets(base, storage)
+    digest = settings_digest(base, sets)
+    planned = plan_sweep(storage, job, digest)
+    run, first = plan(base, storage, sets, storage.join(planned.uri, "trials", "0000"), digest, console)
+    if not run.num_val_rows:
+        raise ConfigError(
+            f"train.data {run.data['uri']}: a sweep needs validation, and there is no crop in its val split"
+        )
+    _check_labels(job, sets, storage)
+    _say(console, f"sweep {planned.uri}")
+    if unlike_papers(job) and paper_point(job.tune.space):
+        said = ", ".join(f"{key} {recipes_value(job, key):g} (not {PAPER_POINT[key]:g})" for key in unlike_papers(job))
+        _say(console, f"warning: {said} is not searched, so no trial is the paper's own to compare with")
+    if job.dry_run:
+        _dry_run(job, planned, run, console)
+        if first is not None:
+            dry_run(run, sets, first, console)
+        return storage.join(planned.uri, "best")
+    lock_uri, patience = storage.join(planned.uri, "lock.json"), Patience(job.train.outage_s)
+    owner = f"sweep {planned.uri}"
+    with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
+        with cluster(job.cluster):
+            has = room(base.train, job.tune.max_concurrent)
+            sweep = Sweep(storage, _planned_again(planned, storage, job, digest), job, console)
+            sweep.begin()
+            at_once = min(has.num_trials, max(sweep.num_left, 1))
+            _say(console, f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
+            if sweep.num_left and not sweep.spent:
+                _run_trials(sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, console)
+        patience.call(lock.check)
+        patience.call(sweep.clean)
+        finished = "" if sweep.num_ended < sweep.plan.num_trials else f"{sweep.plan.num_trials} trials"
+        write_results(sweep, run, console)
+        sweep.write_record(finished)
+    print_trials(sweep, console)
+    if not finished:
+        why = f"{sweep.spent} is spent" if sweep.spent else "it was interrupted"
+        _say(console, f"the sweep is not finished: {why}; the same command goes on")
+    elif sweep.best is None:
+        raise JobError(f"{sweep.plan.uri}: no trial came to its end; trials.parquet there says why")
+    return sweep.join("best")
+
+
+def _planned_again(planned: Plan, storage: Storage, job: TuneJob, digest: str) -> Plan:
+    """Return the plan as it is now that no other driver can change it.
+
+    Raises:
+        ConfigError: another has finished the sweep since.
+    """
+    again = plan_sweep(storage, job, digest)
+    if again.uri != planned.uri:
+        raise ConfigError(f"the sweep {planned.uri} was finished by another driver just now; give the command again")
+    return again
+
+
+def _check_labels(job: TuneJob, sets: Sequence[PreparedSet], storage: Storage) -> None:
+    """Refuse errors of which validation has no labels: no trial could be judged by them.
+
+    Raises:
+        ConfigError: with the task and what needs it.
+    """
+    needed = {ERROR_TASKS[name]: f"tune.constraints {name}" for name in job.tune.constraints}
+    needed |= dict.fromkeys(job.model.tasks, "tune.mode pareto") if job.tune.mode == "pareto" else {}
+    if not needed:
+        return
+    columns, statuses = ["split", "status", *needed], usable_statuses(use_fallback=True)
+    tables = [storage.read_table(prepared.crops(storage), columns=columns) for prepared in sets]
+    rows = pa.concat_tables([select_crops(table, "val", statuses) for table in tables])
+    for task, what in needed.items():
+        if rows[task].null_count == rows.num_rows:
+            raise ConfigError(f"{what} needs labels of {task}, and no row of validation in train.data has one")
+
+
+def with_absolute_paths(job: TuneJob, storage: Storage) -> TuneJob:
+    """Return the job with the paths that trials read from as they are here: Tune runs each in a folder of its own."""
+
+    def absolute(weights: Any) -> Any:
+        return weights if weights in ("none", "imagenet") else storage.absolute(weights)
+
+    # As the configuration keeps it: one as its word, several as JSON.
+    uris = [storage.absolute(uri) if uri else uri for uri in job.train.data_uris]
+    data = uris[0] if len(uris) == 1 else json.dumps(uris)
+    space = dict(job.tune.space)
+    searched = space.get("model.weights")
+    if searched is not None and searched.choice is not None:
+        choice = tuple(absolute(weights) for weights in searched.choice)
+        space["model.weights"] = searched.model_copy(update={"choice": choice})
+    return job.model_copy(
+        update={
+            "model": job.model.model_copy(update={"weights": absolute(job.model.weights)}),
+            "train": job.train.model_copy(update={"data": data}),
+            "tune": job.tune.model_copy(update={"space": space}),
+        }
+    )
+
+
+def _trial_job(base: TrainJob, sweep: Sweep, threads_per_worker: int | None) -> TrainJob:
+    """Return what trials have in common."""
+    train = {"train.out": sweep.join("trials"), "train.max_failures": 0, "train.threads_per_worker": threads_per_worker}
+    return with_values(base, train)
+
+
+def _run_trials(sweep: Sweep, lock: RunLock, base: TrainJob, max_concurrent: int, console: Console) -> None:
+    """Run trials until there is none left, a budget is spent, or somebody interrupts.
+
+    What goes wrong while Tune calls the sweep, is raised when Tune has ended.
+    """
+    # The driver says what there is to say, and the records hold what these loggers would write.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
+    os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    sweep.storage.delete_tree(sweep.join(TUNE_FOLDER))
+    filesystem, path = sweep.storage.arrow_filesystem(sweep.plan.uri)
+    scheduler = Halving(sweep) if sweep.config.asha and sweep.config.mode == "scalar" else None
+    with console.status("") as status:
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(trainable(base), {"CPU": TRIAL_CPUS}),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=NextTrials(sweep),
+                scheduler=scheduler,
+                num_samples=sweep.num_left,
+                max_concurrent_trials=max_concurrent,
+            ),
+            run_config=ray_tune.RunConfig(
+                name=TUNE_FOLDER,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=ray_tune.FailureConfig(max_failures=sweep.config.max_failures),
+                stop=Budget(sweep, lock),
+                callbacks=[Watcher(sweep, scheduler, status)],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    if sweep.problem is not None:
+        raise sweep.problem
+    sweep.storage.delete_tree(sweep.join(TUNE_FOLDER))
+
+
+def _budget(job: TuneJob) -> str:
+    config = job.tune
+    parts = [f"{config.max_epochs} epochs in all at most"] if config.max_epochs else []
+    parts += [f"{config.max_hours:g} hours at most"] if config.max_hours else []
+    halving = f"ASHA stops all but 1 in {config.reduction} from epoch {config.grace_epochs}"
+    parts.append(halving if config.asha and config.mode == "scalar" else "no trial is stopped early")
+    return ", ".join(parts)
+
+
+def _dry_run(job: TuneJob, planned: Plan, run: Run, console: Console) -> None:
+    """Say what would be searched."""
+    _say(console, f"{planned.num_trials} trials of {run.job.train.epochs} epochs; {_budget(job)}")
+    for key, parameter in job.tune.space.items():
+        said = parameter.model_dump(exclude_defaults=True)
+        _say(console, f"  {key}: {', '.join(f'{name} {value}' for name, value in said.items())}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,225 @@
+"""What Ray Tune asks and tells while a sweep runs: which trial is next, whether one goes on, what became of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import cloudpickle
+from ray import tune as ray_tune
+from ray.exceptions import RayActorError
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from rich.status import Status
+
+from agr_ray.config import TuneJob
+from agr_ray.learn.trials import JUDGED_BY
+from agr_ray.runtime.lock import RunLock
+from agr_ray.runtime.sweep import Sweep
+
+
+@contextmanager
+def kept_problem(sweep: Sweep) -> Iterator[None]:
+    """Keep what goes wrong within, which `Budget` ends the sweep for: Tune would log it and train the trial on."""
+    try:
+        yield
+    except Exception as error:  # raised when Tune has ended
+        sweep.problem = sweep.problem or error
+
+
+class NotPickled:
+    """Of what Tune pickles for a resume of its own, which is never done: it holds the sweep's storage and study."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class NextTrials(NotPickled, Searcher):
+    """Hands the sweep's next trial to Tune. What came of it, `Watcher` says."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        super().__init__()
+        self._sweep = sweep
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the trial's configuration, or that there is none."""
+        following = None
+        if self._sweep.problem is None:
+            with kept_problem(self._sweep):
+                following = self._sweep.next()
+        if following is None:
+            return Searcher.FINISHED
+        number, values = following
+        # Not nested: Tune would take a dotted key apart.
+        return {"number": number, "values": values}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Do nothing."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write an empty file: the sweep's records are what it is resumed from."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Stands for a trial of Tune's, whose own id is another in each command."""
+
+    trial_id: int
+
+
+class Halving(NotPickled, ASHAScheduler):
+    """ASHA that remembers earlier commands' trials, knows trials by number, and lets those at their last epoch end.
+
+    Ray's own would stop a trial at its last epoch too, with its best checkpoint not published.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self.pruned: dict[int, str] = {}
+        """Why each trial was stopped, by number."""
+        super().__init__(
+            time_attr="epoch",
+            metric=JUDGED_BY,
+            mode="min",
+            max_t=max(sweep.job.train.epochs, sweep.config.grace_epochs),
+            grace_period=sweep.config.grace_epochs,
+            reduction_factor=sweep.config.reduction,
+        )
+        for number, trial in sorted(sweep.trials.items()):
+            named = _Named(number)
+            super().on_trial_add(None, named)  # type: ignore[arg-type]  # it looks at the id only
+            for row in trial.epochs:
+                self._judge(named, row, trial.params)
+
+    def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
+        """Begin to watch a trial, or go on."""
+        super().on_trial_add(tune_controller, _Named(trial.config["number"]))  # type: ignore[arg-type]  # as above
+
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        """Say whether the trial goes on."""
+        number = trial.config["number"]
+        if self._judge(_Named(number), result, trial.config["values"]) != TrialScheduler.STOP:
+            return str(TrialScheduler.CONTINUE)
+        self.pruned[number] = (
+            f"after epoch {result['epoch']} not among the best 1 of {self._sweep.config.reduction}, at "
+            f"{result[JUDGED_BY]:.4f}"
+        )
+        return str(TrialScheduler.STOP)
+
+    def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
+        """Do nothing: its last epoch has been judged."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
+        """Do nothing."""
+
+    def _judge(self, named: _Named, row: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+        if row.get(JUDGED_BY) is None or row["epoch"] >= last_epoch(self._sweep.job, values):
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(None, named, dict(row)))  # type: ignore[arg-type]  # as above
+
+
+class Budget(NotPickled, ray_tune.Stopper):
+    """Ends the sweep when a budget is spent, as an interruption would, or when something went wrong."""
+
+    def __init__(self, sweep: Sweep, lock: RunLock) -> None:
+        self._sweep = sweep
+        self._lock = lock
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Stop no single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Say whether it is, or something did."""
+        if self._lock.lost:
+            with kept_problem(self._sweep):
+                self._lock.check()
+        return self._sweep.problem is not None or bool(self._sweep.spent)
+
+
+class Watcher(NotPickled, ray_tune.Callback):
+    """Tells the sweep what Tune tells of trials."""
+
+    def __init__(self, sweep: Sweep, scheduler: Halving | None, status: Status) -> None:
+        self._sweep = sweep
+        self._scheduler = scheduler
+        self._status = status
+
+    def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Pass it on."""
+        self._tell(lambda: self._sweep.started(trial.config["number"]), trials)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Pass it on."""
+        if "epoch" in result:
+            self._tell(lambda: self._sweep.reported(trial.config["number"], result), trials)
+
+    def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Pass it on."""
+        self._tell(lambda: self._sweep.failed_once(trial.config["number"], why_failed(trial)), trials)
+
+    def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Pass it on."""
+        self._tell(lambda: self._sweep.failed(trial.config["number"], why_failed(trial)), trials)
+
+    def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Pass it on, with the reason if the scheduler stopped it."""
+        number = trial.config["number"]
+        pruned = self._scheduler.pruned.get(number, "") if self._scheduler else ""
+        self._tell(lambda: self._sweep.ended(number, pruned), trials)
+
+    def _tell(self, event: Callable[[], None], trials: list[RayTrial]) -> None:
+        """Tell the sweep, unless something went wrong before: it is ending, and the same command goes on."""
+        if self._sweep.problem is None:
+            with kept_problem(self._sweep):
+                event()
+                self._show(trials)
+
+    def _show(self, trials: list[RayTrial]) -> None:
+        """Draw the line beneath all others, where there is a terminal."""
+        sweep = self._sweep
+        running = []
+        for each in trials:
+            if each.status == RayTrial.RUNNING:
+                trial = sweep.trials[each.config["number"]]
+                whole = last_epoch(sweep.job, trial.params)
+                running.append(f"trial {trial.number}: epoch {len(trial.epochs)} of {whole}")
+        best = f"; best: trial {sweep.best.number}, {sweep.best.objective:.4f}" if sweep.best else ""
+        self._status.update(f"{sweep.num_ended} of {sweep.plan.num_trials} trials ended{best}; {', '.join(running)}")
+
+
+def last_epoch(job: TuneJob, values: Mapping[str, Any]) -> int:
+    """Return how many epochs a trial of these values makes at most."""
+    return int(values.get("train.epochs", job.train.epochs))
+
+
+def why_failed(trial: RayTrial) -> str:
+    """Return in a line what ended a trial, from what Tune wrote down of it."""
+    error = _error(trial)
+    if isinstance(error, RayActorError):
+        return "killed: its process died"
+    said = str(error) if error is not None else Path(trial.error_file or os.devnull).read_text()
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    # Ours say all themselves; of others the class helps.
+    return f"raised: {re.sub(r'^agr_ray[.a-zA-Z_]*: ', '', lines[-1])}" if lines else "raised: nothing is known"
+
+
+def _error(trial: RayTrial) -> BaseException | None:
+    path = trial.pickled_error_file
+    if not path or not Path(path).exists():
+        return None
+    error = cloudpickle.loads(Path(path).read_bytes())
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, RayActorError) else error

@@ -1,0 +1,399 @@
+"""The page of a sweep: that it says what came of it, whatever came of it. What it looks like has to be looked at."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agr_ray.report.importance import MIN_TRIALS, importances
+from agr_ray.report.sweep import GuessErrors, SweepReport, TrialRow, sweep_page
+from agr_ray.report.sweep_figures import smoothed
+from agr_ray.report.trials import best_so_far, looks_logarithmic
+
+NAN = float("nan")
+VOID = {"meta", "br", "wbr", "hr", "img", "input"}
+
+
+def trial(number: int, objective: float | None = 0.4, **changes: Any) -> TrialRow:
+    row = TrialRow(
+        number=number,
+        state="complete",
+        why="",
+        params={},
+        objective=objective,
+        age_mae_years=6.0,
+        gender_error=0.1,
+        race_error=0.2,
+        worst_group_mae_years=9.0,
+        epochs=2,
+        duration_s=90.0,
+        is_feasible=True,
+        curve=(0.6, objective),
+        is_reference=False,
+    )
+    return replace(row, **changes)
+
+
+def report(trials: list[TrialRow], best_number: int | None = None, **changes: Any) -> SweepReport:
+    made = SweepReport(
+        title="A sweep",
+        objective_formula="the mean of the errors over those of the guess",
+        mode="scalar",
+        trials=trials,
+        best_number=best_number,
+        recipe_toml="[loss]\nage_weight = 2.0\n" if best_number is not None else "",
+        constraints=(),
+        provenance={"seed": "7"},
+    )
+    return replace(made, **changes)
+
+
+def many(num: int) -> list[TrialRow]:
+    """Trials in which the age's weight decides, of all states, with categories and a parameter that some lack."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for number in range(num):
+        age_weight, race_weight = (float(10 ** rng.uniform(-1, 1)) for _ in range(2))
+        optimizer = str(rng.choice(["adam", "sgd"]))
+        params: dict[str, Any] = {"loss.age_weight": age_weight, "loss.race_weight": race_weight}
+        params |= {"optimizer": optimizer, "frozen": bool(rng.integers(2)), "batch_size": int(rng.choice([32, 64]))}
+        if optimizer == "sgd":
+            params["momentum"] = float(rng.uniform(0.5, 0.99))
+        objective = 0.3 + 0.1 * abs(math.log10(age_weight)) + 0.005 * float(rng.normal())
+        state = ("complete", "complete", "complete", "pruned", "failed")[number % 5]
+        errors = rng.uniform(size=3)
+        rows.append(
+            trial(
+                number,
+                objective,
+                state=state,
+                why="" if state == "complete" else "out of memory",
+                params=params,
+                is_feasible=number % 7 != 1,
+                is_reference=number == 0,
+                is_on_front=number % 10 == 0,
+                age_mae_years=float(errors[0]),
+                gender_error=float(errors[1]),
+                race_error=float(errors[2]),
+            )
+        )
+    return rows
+
+
+class Outline(HTMLParser):
+    """Tags that are open, ids, and whatever a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "srcset", "data", "poster", "action"):
+                (self.links if (value or "").startswith("#") else self.fetched).append(value or "")
+            self.links += re.findall(r"url\((#[^)]*)\)", value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def outline(page: str) -> Outline:
+    found = Outline()
+    found.feed(page)
+    found.close()
+    assert found.open == []
+    return found
+
+
+def words(page: str) -> str:
+    return " ".join(" ".join(outline(page).texts).split())
+
+
+@pytest.fixture(scope="module")
+def large() -> str:
+    return sweep_page(report(many(120), best_number=0, logarithmic=frozenset({"loss.age_weight"})))
+
+
+def test_a_large_page_is_whole_and_loads_nothing(large: str) -> None:
+    found = outline(large)
+
+    assert all(link.startswith("data:image/png;base64,") for link in found.fetched)
+    assert not {"link", "iframe", "img", "object", "embed", "base"} & set(found.tags)
+    assert not re.search(r"https?://|<script[^>]*src|@import|url\((?!#)", large)
+    assert len(found.ids) == len(set(found.ids))
+    assert {link[1:] for link in found.links} <= set(found.ids)
+    assert found.tags.count("svg") == 2 + 1 + 6 + 1 + 3  # course, importance, slices, contour, front
+    assert len(large) < 2_000_000
+
+
+def test_a_large_page_takes_its_colours_from_its_style(large: str) -> None:
+    assert "#0102" not in large
+    assert "var(--complete)" in large
+    assert "prefers-color-scheme: dark" in large
+
+
+def test_a_large_page_names_what_mattered_and_what_some_trials_lack(large: str) -> None:
+    text = words(large)
+
+    assert "Importance by fANOVA, from the final objectives of 72 complete trials" in text
+    assert "not all of these trials have it: momentum" in text
+    assert re.search(r"\d+ of 72 complete trials have it", text)
+
+
+def test_the_same_rows_make_the_same_page() -> None:
+    rows = many(4)
+
+    assert sweep_page(report(rows, 0)) == sweep_page(report(rows[::-1], 0))
+
+
+@pytest.mark.parametrize(
+    ("trials", "said"),
+    [
+        ([], "No trial was begun."),
+        ([trial(0, None, state="failed", why="out of memory", curve=(), epochs=0)], "No trial was completed"),
+        ([trial(0, state="pruned", why="ASHA")], "No trial was completed"),
+        ([trial(0, is_feasible=False), trial(1, is_feasible=False)], "None of the 2 complete trials holds all"),
+        ([trial(0)], "No trial was chosen."),
+        ([trial(0, NAN, curve=(NAN, None))], "without an objective that is a finite number"),
+    ],
+)
+def test_a_sweep_without_a_chosen_trial_says_why(trials: list[TrialRow], said: str) -> None:
+    text = words(sweep_page(report(trials)))
+
+    assert said in text
+    assert "No importances are shown." in text
+    assert "there is no best.toml" in text
+
+
+def test_one_trial_makes_a_page() -> None:
+    text = words(sweep_page(report([trial(0, is_reference=True)], 0)))
+
+    assert "1 trial:" in text
+    assert "These are the paper's own weights" in text
+    assert f"{MIN_TRIALS} are the least that says anything" in text
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf, None])
+def test_what_is_not_finite_is_shown_as_missing_and_drawn_nowhere(value: float | None) -> None:
+    odd = trial(
+        2,
+        value,
+        params={"lr": math.inf if value is None else value},
+        age_mae_years=value,
+        gender_error=value,
+        race_error=value,
+        worst_group_mae_years=value,
+        curve=(value, 0.5, value),
+    )
+    rows = [trial(0, 0.5, params={"lr": 0.1}), trial(1, 0.4, params={"lr": 0.2}), odd]
+
+    page = sweep_page(report(rows, 1))
+
+    assert "finite number, and so in no figure: 2." in words(page)
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        assert not re.search(r"\b(nan|inf)\b", svg)
+
+
+def test_the_headline_compares_with_the_papers_weights_and_the_guess() -> None:
+    rows = [trial(0, 0.5, is_reference=True, age_mae_years=8.0), trial(1, 0.4, age_mae_years=6.0)]
+
+    text = words(sweep_page(report(rows, 1, baseline=GuessErrors(1.0, 15.0, 0.5, 0.8))))
+
+    assert "Trial 1 was chosen, with an objective of 0.4000. That is 20.0 % lower than the 0.5000" in text
+    assert "Chosen, trial 1 0.4000 6.00 10.0 % 20.0 % 9.00" in text
+    assert "Paper's own weights, trial 0 0.5000 8.00" in text
+    assert "Change -20.0 % -25.0 % +0.0 %" in text
+    assert "most frequent classes 1.0000 15.00 50.0 % 80.0 %" in text
+
+
+def test_the_papers_weights_are_called_best_only_where_they_are() -> None:
+    rows = [trial(0, 0.5, is_reference=True), trial(1, 0.4)]
+
+    assert "no other trial was better" not in sweep_page(report(rows, 0))
+    assert "no other trial was better" in sweep_page(report([rows[0], trial(1, 0.6)], 0))
+
+
+def test_a_reference_that_was_stopped_is_not_compared() -> None:
+    rows = [trial(0, 0.5, is_reference=True, state="pruned"), trial(1)]
+
+    text = words(sweep_page(report(rows, 1)))
+
+    assert "was not completed, so that they cannot be compared" in text
+    assert "Change" not in text
+
+
+def test_strings_are_text_and_nothing_else() -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>--!> \" ' & $x^2$"
+    rows = [
+        trial(number, 0.4 + 0.01 * number, params={evil: number, "word": evil if number else "plain"})
+        for number in range(3)
+    ]
+    rows.append(trial(3, None, state="failed", why=evil))
+    made = report(
+        rows,
+        0,
+        title=evil,
+        objective_formula=evil,
+        constraints=(evil,),
+        recipe_toml=evil,
+        provenance={evil: evil},
+    )
+
+    found = outline(sweep_page(made))
+
+    assert found.tags.count("script") == 1
+    assert "img" not in found.tags
+    assert evil in "".join(found.texts)
+
+
+def test_control_characters_and_lone_surrogates_can_be_written() -> None:
+    odd = "a\x00\x1b\ud800\n$\\frac$"
+    rows = [trial(number, params={"word": f"{odd}{number}", odd: number}) for number in range(3)]
+
+    sweep_page(report(rows, 0)).encode("utf-8")
+
+
+def test_failures_with_one_reason_are_told_once() -> None:
+    rows = [trial(n, None, state="failed", why=why, curve=()) for n, why in enumerate(["oom", "nan", "oom", " "])]
+
+    text = words(sweep_page(report(rows)))
+
+    assert "Trials 0, 2: oom" in text
+    assert "Trial 1: nan" in text
+    assert "Trial 3: no reason was recorded" in text
+
+
+def test_a_model_without_a_head_has_a_front_of_the_other_errors() -> None:
+    rows = [
+        trial(n, age_mae_years=5.0 + n, gender_error=0.2 - 0.01 * n, race_error=None, is_on_front=True)
+        for n in range(3)
+    ]
+
+    page = sweep_page(report(rows, 0, mode="pareto"))
+
+    assert "3 complete trials hold all constraints" in words(page)
+    assert page.count("<svg") == 2 + 1
+
+
+def test_numbers_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="two trials are number 4"):
+        sweep_page(report([trial(4), trial(4)]))
+    with pytest.raises(ValueError, match="best_number is 9, which is none of the 1 trials"):
+        sweep_page(report([trial(4)], 9))
+
+
+def test_the_front_is_what_the_rows_say() -> None:
+    rows = [trial(n, age_mae_years=9.0 - n, is_on_front=n != 1) for n in range(3)]
+
+    page = sweep_page(report(rows, 0, mode="pareto"))
+
+    assert "2 complete trials hold all constraints" in words(page)
+    table = page[page.index('id="trade-off"') : page.index('id="failures"')]
+    assert re.findall(r'<th scope="row">(\d)</th>', table) == ["2", "0"]
+
+
+def test_a_trial_that_has_not_ended_is_not_called_failed() -> None:
+    rows = [trial(0), trial(1, 0.5, state="unfinished", curve=(0.5,))]
+
+    page = sweep_page(report(rows, 0))
+
+    assert "2 trials: 1 complete, 0 stopped early, 0 failed, 1 not finished." in words(page)
+    assert "No trial failed." in words(page)
+    assert "not finished" in page[page.index('id="trials"') :]
+
+
+def test_the_best_so_far_is_feasible_and_complete() -> None:
+    rows = [
+        trial(0, 0.5),
+        trial(1, 0.1, is_feasible=False),
+        trial(2, 0.2, state="pruned"),
+        trial(3, NAN),
+        trial(4, 0.6),
+        trial(5, 0.3),
+    ]
+
+    assert best_so_far(rows) == [(0, 0.5), (5, 0.3)]
+
+
+def test_importance_finds_the_parameter_that_decides() -> None:
+    found = importances(many(60), frozenset({"loss.age_weight"}))
+
+    assert found.why_not == ""
+    assert next(iter(found.shares)) == "loss.age_weight"
+    assert found.shares["loss.age_weight"] > found.chance > found.shares["frozen"]
+
+
+def test_importance_of_noise_is_not_shown() -> None:
+    rng = np.random.default_rng(1)
+    rows = [trial(n, float(rng.uniform()), params={"a": float(rng.uniform()), "b": n % 3}) for n in range(24)]
+
+    found = importances(rows)
+
+    assert found.shares == {}
+    assert "can be told from chance" in found.why_not
+
+
+def test_stopped_trials_are_compared_where_all_of_them_got_to() -> None:
+    rows = [
+        replace(row, state="complete" if row.number % 5 == 0 else "pruned", curve=(row.objective, 9.0)[: 1 + n % 2])
+        for n, row in enumerate(many(40))
+    ]
+
+    found = importances(rows, frozenset({"loss.age_weight"}))
+
+    assert found.compared == "the objectives of 40 trials after epoch 1, the last that all of them reached"
+    assert next(iter(found.shares)) == "loss.age_weight"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.1, 0.3, 1.0, 3.0, 10.0], True),
+        ([1.0, 3.0, 5.0, 7.0, 100.0], True),
+        ([0.5, 4.0, 6.0, 10.0], False),
+        ([0.0, 0.001, 0.01, 1.0], False),
+        (["a", "b", "c"], False),
+        ([True, False], False),
+    ],
+)
+def test_a_logarithmic_scale_is_seen_from_the_values(values: list[Any], expected: bool) -> None:
+    assert looks_logarithmic(values) is expected
+
+
+def test_the_contour_is_filled_only_where_trials_are_near() -> None:
+    rng = np.random.default_rng(0)
+    points = np.concatenate([0.2 + 0.05 * rng.normal(size=(20, 2)), [[1.0, 1.0]]])
+
+    filled = smoothed(points, np.full(21, 0.7), (False, False))
+
+    assert filled is not None
+    _, _, mean = filled
+    assert mean.mask[-1, -1]  # one trial alone
+    assert 0 < (~mean.mask).sum() < mean.size / 2
+    np.testing.assert_allclose(mean.compressed(), 0.7)
+    assert smoothed(points[:2], np.zeros(2), (False, False)) is None
+    assert smoothed(points * [1.0, 0.0], np.zeros(21), (False, False)) is None

@@ -1,0 +1,189 @@
+"""What a sweep leaves, written from trials that never ran: table, recipe, checkpoint, page."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from agr_ray.config import ClusterConfig, LossConfig, ModelConfig, TrainJob, TuneJob, VisionConfig, parse
+from agr_ray.runtime.sweep import Sweep
+from agr_ray.runtime.sweep_plan import plan_sweep
+from agr_ray.runtime.sweep_results import best_recipe, print_trials, write_results
+from agr_ray.runtime.training_run import Run
+from agr_ray.schema import HISTORY
+from agr_ray.storage import Storage
+
+STORAGE = Storage()
+SPACE = {
+    "loss.age_weight": {"log_uniform": [0.05, 2.0]},
+    "loss.race_weight": {"log_uniform": [0.1, 4.0]},
+    "train.lr": {"log_uniform": [1e-4, 1e-2]},
+}
+GUESSED = {
+    "age": {"mae_years": 15.0},
+    "gender": {"balanced_accuracy": 0.5},
+    "race": {"balanced_accuracy": 0.2},
+}
+RUN = cast(
+    Run,
+    SimpleNamespace(
+        data={"uri": "/faces", "split_manifest_sha256": "ab" * 32},
+        num_train_rows=2100,
+        num_val_rows=600,
+        git_commit="c0ffee",
+    ),
+)
+
+
+def tune_job(folder: Path, **changes: Any) -> TuneJob:
+    settings = {"space": SPACE, "out": str(folder / "sweeps"), "name": "lite", "trials": 6, "random_trials": 6}
+    return TuneJob(
+        vision=VisionConfig(min_score=0.9),
+        loss=LossConfig(gender_weight=0.7),
+        train={"data": str(folder / "data"), "out": str(folder / "runs"), "epochs": 4},
+        tune=settings | changes,
+    )
+
+
+def swept(job: TuneJob, console: Console) -> Sweep:
+    """Return a sweep with four complete trials, of which trial 2 is the best, a pruned one and a failed one."""
+    sweep = Sweep(STORAGE, plan_sweep(STORAGE, job, "of the data"), job, console)
+    sweep.begin()
+    for number, objectives in enumerate([[0.9, 0.8], [0.9, 0.7], [0.8, 0.55], [0.9, 0.85], [0.95], []]):
+        assert sweep.next() is not None
+        sweep.started(number)
+        rows = [
+            dict.fromkeys(HISTORY.names, 0.7)
+            | {"epoch": epoch, "step": epoch, "num_train_rows": 1, "num_val_rows": 1, "val_age_mae_years": 10 * value}
+            | {"val_objective": value, "val_balanced_objective": value}
+            for epoch, value in enumerate(objectives, 1)
+        ]
+        for row in rows:
+            sweep.reported(number, row)
+        folder = Path(sweep.trial_uri(number))
+        (folder / "best").mkdir(parents=True)
+        STORAGE.write_table(pa.Table.from_pylist(rows, schema=HISTORY), str(folder / "history.parquet"))
+        (folder / "run.json").write_text(json.dumps({"finished": "epochs"}))
+        meta = {"metrics": {"epoch": len(objectives), "val": {"baseline": GUESSED}}}
+        (folder / "best" / "meta.json").write_text(json.dumps(meta))
+        if number == 5:
+            sweep.failed(number, "killed: its process died")
+        else:
+            sweep.ended(number, "after epoch 1 not among the best 1 of 3" if number == 4 else "")
+    sweep.clean()
+    return sweep
+
+
+@pytest.fixture
+def console(tmp_path: Path) -> Console:
+    return Console(record=True, width=200, file=(tmp_path / "printed").open("w"))
+
+
+def test_everything_is_written_from_the_trials(tmp_path: Path, console: Console) -> None:
+    sweep = swept(tune_job(tmp_path), console)
+    folder = Path(sweep.plan.uri)
+
+    write_results(sweep, RUN, console)
+
+    assert pq.read_table(folder / "trials.parquet")["state"].to_pylist() == ["complete"] * 4 + ["pruned", "failed"]
+    assert json.loads((folder / "best" / "meta.json").read_text())["metrics"]["epoch"] == 2
+    page = (folder / "sweep.html").read_text()
+    for said in ("Sweep lite", "killed: its process died", "train.lr", "c0ffee", "15.0"):
+        assert said in page
+    job = parse(TrainJob, ["--config", str(folder / "best.toml")], {})
+    assert job.train.lr == sweep.trials[2].params["train.lr"]
+    assert (job.train.name, job.train.out) == ("lite-best", str(tmp_path / "runs"))
+    assert "min_score = 0.9" in (folder / "best.toml").read_text()
+
+
+def test_the_recipe_gives_the_same_training_again(tmp_path: Path, console: Console) -> None:
+    job = tune_job(tmp_path)
+    # What the preset sets and the command line takes back has no word in TOML.
+    model = ModelConfig(preset="lightweight", bn_momentum=None)
+    cluster = ClusterConfig(num_cpus=12)
+    sweep = swept(job.model_copy(update={"model": model, "cluster": cluster}), console)
+
+    write_results(sweep, RUN, console)
+
+    again = parse(TrainJob, ["--config", f"{sweep.plan.uri}/best.toml"], {})
+    assert again.model == model.model_copy(update={"preset": "paper"})
+    assert again.cluster == cluster
+    assert "[cluster]" not in best_recipe(swept(tune_job(tmp_path / "other"), console), sweep.trials[2])
+
+
+def test_trials_that_have_not_ended_are_not_shown_as_failed(tmp_path: Path, console: Console) -> None:
+    job = tune_job(tmp_path)
+    sweep = Sweep(STORAGE, plan_sweep(STORAGE, job, "of the data"), job, console)
+    sweep.begin()
+    assert sweep.next() is not None
+
+    write_results(sweep, RUN, console)
+
+    page = (Path(sweep.plan.uri) / "sweep.html").read_text()
+    assert "0 failed, 1 not finished." in page
+
+
+def test_no_trial_is_the_papers_where_the_recipe_is_another(tmp_path: Path, console: Console) -> None:
+    job = tune_job(tmp_path)
+    write_results(swept(job, console), RUN, console)
+    assert "not among the trials" in (tmp_path / "sweeps" / "lite" / "sweep.html").read_text()  # gender's is 0.7
+
+    job = tune_job(tmp_path / "papers").model_copy(update={"loss": LossConfig()})
+    write_results(swept(job, console), RUN, console)
+    assert "of the paper's own weights" in html.unescape((tmp_path / "papers/sweeps/lite/sweep.html").read_text())
+
+
+def test_the_page_has_the_front_of_the_table(tmp_path: Path, console: Console) -> None:
+    sweep = swept(tune_job(tmp_path, mode="pareto"), console)
+
+    write_results(sweep, RUN, console)
+
+    table = pq.read_table(Path(sweep.plan.uri) / "trials.parquet")
+    assert table["is_on_front"].to_pylist() == [False, False, True, False, False, False]
+    assert "1 complete trial holds all constraints" in (Path(sweep.plan.uri) / "sweep.html").read_text()
+
+
+def test_the_terminal_shows_the_best_first_and_why_trials_failed(tmp_path: Path, console: Console) -> None:
+    print_trials(swept(tune_job(tmp_path), console), console)
+
+    printed = console.export_text()
+    assert (
+        "trial 2 is complete after 2 epochs, objective 0.5500; 3 of 6 ended; best so far: trial 2, 0.5500 (new)"
+        in printed
+    )
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    assert lines[0].split("│")[1].strip() == "*"
+    assert [line.split("│")[2].strip() for line in lines] == ["2", "1", "0", "3", "4", "5"]
+    assert "trial 5 failed: killed: its process died" in printed
+
+
+def test_no_trial_within_the_constraints_is_said(tmp_path: Path, console: Console) -> None:
+    sweep = swept(tune_job(tmp_path, constraints={"age_mae_years": 3}), console)
+
+    write_results(sweep, RUN, console)
+
+    assert "no trial is within tune.constraints; the best is beyond age_mae_years" in console.export_text()
+    assert "age_mae_years at most 3 years" in (Path(sweep.plan.uri) / "sweep.html").read_text()
+
+
+def test_a_sweep_without_a_complete_trial_has_a_table_and_a_page(tmp_path: Path, console: Console) -> None:
+    job = tune_job(tmp_path)
+    sweep = Sweep(STORAGE, plan_sweep(STORAGE, job, "of the data"), job, console)
+    sweep.begin()
+    assert sweep.next() is not None
+    sweep.failed(0, "raised: x")
+
+    write_results(sweep, RUN, console)
+
+    folder = Path(sweep.plan.uri)
+    assert pq.read_table(folder / "trials.parquet")["why"].to_pylist() == ["raised: x"]
+    assert not (folder / "best.toml").exists()
+    assert "No trial was completed" in (folder / "sweep.html").read_text()

@@ -1,0 +1,201 @@
+"""A sweep's command, with trials that never run and no cluster: one driver at a time, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from sweeps import STORAGE, complete, opened, tune_job
+
+from agr_ray.config import ConfigError, LossConfig, ModelConfig, TuneJob
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.lock import LockLost, RunLock, run_lock
+from agr_ray.runtime.placement import Room
+from agr_ray.runtime.prepared import PreparedSet
+from agr_ray.runtime.sweep import Sweep
+from agr_ray.runtime.tune import tune
+
+RUN = SimpleNamespace(
+    data={"uri": "/faces", "split_manifest_sha256": "ab"},
+    num_train_rows=21,
+    num_val_rows=6,
+    git_commit="c0ffee",
+)
+Trials = Callable[[Sweep, RunLock], None]
+
+
+def quick(folder: Path, **changes: Any) -> TuneJob:
+    """Return a job whose lock expires soon."""
+    job = tune_job(folder, **changes)
+    return job.model_copy(update={"train": job.train.model_copy(update={"lock_expiry_s": 0.8})})
+
+
+@pytest.fixture
+def run_trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trials], None]:
+    """Put something else in the place of the cluster and of trials."""
+    name = "agr_ray.runtime.tune"
+    monkeypatch.setattr(f"{name}.open_sets", lambda job, storage: [])
+    monkeypatch.setattr(f"{name}.settings_digest", lambda job, sets: "of the data")
+    monkeypatch.setattr(f"{name}.plan", lambda *args: (RUN, None))
+    monkeypatch.setattr(f"{name}.cluster", lambda config: contextlib.nullcontext())
+    monkeypatch.setattr(f"{name}.room", lambda config, asked: Room(1, None))
+
+    def put(trials: Trials) -> None:
+        monkeypatch.setattr(f"{name}._run_trials", lambda sweep, lock, *rest: trials(sweep, lock))
+
+    return put
+
+
+def all_complete(sweep: Sweep, lock: RunLock) -> None:
+    while sweep.num_left:
+        number = complete(sweep, [0.9])
+        Path(sweep.trial_uri(number), "best", "meta.json").write_text(json.dumps({"metrics": {"val": {}}}))
+
+
+def all_fail(sweep: Sweep, lock: RunLock) -> None:
+    while (following := sweep.next()) is not None:
+        sweep.failed(following[0], "diverged: epoch 1, step 1")
+
+
+def none_ends(sweep: Sweep, lock: RunLock) -> None:
+    assert sweep.next() is not None
+
+
+# One driver at a time
+
+
+def test_a_sweep_that_another_driver_is_at_work_on_is_refused(
+    tmp_path: Path, run_trials: Callable[[Trials], None]
+) -> None:
+    run_trials(all_complete)
+    job = quick(tmp_path)
+    uri = f"{job.tune.out}/sweep"
+    with run_lock(STORAGE, f"{uri}/lock.json", "another", expiry_s=0.4, console=Console(quiet=True)):
+        with pytest.raises(ConfigError, match=r"is held by another .*: that run is alive"):
+            tune(job)
+        assert not Path(uri, "sweep.json").exists()
+
+    assert tune(job) == f"{uri}/best"
+    assert not Path(uri, "lock.json").exists()
+
+
+def test_what_another_driver_did_before_the_lock_was_ours_is_gone_on_with(
+    tmp_path: Path, run_trials: Callable[[Trials], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_trials(all_complete)
+    job = quick(tmp_path)
+    others: list[str] = []
+
+    def begin_another(*args: Any) -> Any:
+        sweep = opened(job)
+        complete(sweep, [0.8])
+        others.append(sweep.plan.sweep_id)
+        return RUN, None
+
+    monkeypatch.setattr("agr_ray.runtime.tune.plan", begin_another)
+    Path(tmp_path, "sweep", "trials", "0000", "best").mkdir(parents=True)
+    Path(tmp_path, "sweep", "trials", "0000", "best", "meta.json").write_text(json.dumps({"metrics": {"val": {}}}))
+
+    tune(job)
+
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert (record["id"], record["finished"]) == (others[0], "3 trials")
+
+
+def test_a_sweep_that_another_driver_has_just_finished_is_not_begun_twice(
+    tmp_path: Path, run_trials: Callable[[Trials], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_trials(all_complete)
+    job = quick(tmp_path, trials=1).model_copy(update={"new_run": True})
+
+    def finish_another(*args: Any) -> Any:
+        sweep = opened(job)
+        complete(sweep, [0.8])
+        sweep.write_record("1 trials")
+        return RUN, None
+
+    monkeypatch.setattr("agr_ray.runtime.tune.plan", finish_another)
+
+    with pytest.raises(ConfigError, match="was finished by another driver just now"):
+        tune(job)
+
+
+def test_a_lock_that_was_lost_keeps_the_results_from_being_written(
+    tmp_path: Path, run_trials: Callable[[Trials], None]
+) -> None:
+    def lose(sweep: Sweep, lock: RunLock) -> None:
+        all_complete(sweep, lock)
+        lock.lost = True
+
+    run_trials(lose)
+
+    with pytest.raises(LockLost):
+        tune(quick(tmp_path))
+    assert not (tmp_path / "sweep" / "trials.parquet").exists()
+
+
+# How it ends
+
+
+def test_a_sweep_of_which_no_trial_came_to_its_end_is_an_error_once_it_is_finished(
+    tmp_path: Path, run_trials: Callable[[Trials], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_trials(none_ends)
+    tune(quick(tmp_path))
+    assert "the sweep is not finished: it was interrupted; the same command goes on" in capsys.readouterr().out
+
+    run_trials(all_fail)
+    with pytest.raises(JobError, match="no trial came to its end"):
+        tune(quick(tmp_path))
+
+
+def test_a_recipe_that_is_not_the_papers_is_said(
+    tmp_path: Path, run_trials: Callable[[Trials], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_trials(all_complete)
+
+    tune(quick(tmp_path).model_copy(update={"loss": LossConfig(age_weight=0.2)}))
+
+    said = "warning: loss.age_weight 0.2 (not 1) is not searched, so no trial is the paper's own to compare with"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mode": "pareto"}, "tune.mode pareto needs labels of race, and no row of validation"),
+        ({"constraints": {"race_error": 0.5}}, "tune.constraints race_error needs labels of race"),
+    ],
+)
+def test_what_validation_has_no_labels_for_is_refused(
+    tmp_path: Path,
+    run_trials: Callable[[Trials], None],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    run_trials(all_complete)
+    rows = [
+        {"split": split, "status": "ok", "age": 30.0, "gender": "male", "race": race}
+        for split, race in (("train", "white"), ("val", None))
+    ]
+    (tmp_path / "crops").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "crops" / "part.parquet")
+    prepared = cast(PreparedSet, SimpleNamespace(crops=lambda storage: f"{tmp_path}/crops"))
+    monkeypatch.setattr("agr_ray.runtime.tune.open_sets", lambda job, storage: [prepared])
+
+    with pytest.raises(ConfigError, match=said):
+        tune(quick(tmp_path, **changes))
+    without = quick(tmp_path, name="without", mode="pareto")
+    assert tune(without.model_copy(update={"model": ModelConfig(tasks=("age", "gender"))})).endswith("without/best")

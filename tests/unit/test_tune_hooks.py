@@ -1,0 +1,235 @@
+"""What Ray Tune is answered, without a cluster: who is stopped, who is next, and why a trial failed."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import RayActorError, RayTaskError
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from rich.console import Console
+from sweeps import complete, opened, row, train, tune_job
+
+from agr_ray.config import TuneJob
+from agr_ray.learn.trials import Trial
+from agr_ray.runtime.command import JobError
+from agr_ray.runtime.lock import LockLost, LockRecord, RunLock
+from agr_ray.runtime.sweep import Sweep
+from agr_ray.runtime.tune import with_absolute_paths
+from agr_ray.runtime.tune_hooks import Budget, Halving, NextTrials, Watcher, last_epoch, why_failed
+from agr_ray.storage import Storage
+
+CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
+
+
+def ray_trial(number: int) -> Any:
+    return SimpleNamespace(
+        trial_id=f"of this command {number}", status=RayTrial.RUNNING, config={"number": number, "values": {}}
+    )
+
+
+def halving(folder: Path, **changes: Any) -> Halving:
+    settings = {"trials": 9, "grace_epochs": 1, "reduction": 2} | changes
+    return Halving(opened(tune_job(folder, **settings)))
+
+
+def told(scheduler: Halving, number: int, epoch: int, objective: float) -> str:
+    trial = ray_trial(number)
+    if epoch == 1:
+        scheduler.on_trial_add(None, trial)
+    return scheduler.on_trial_result(None, trial, row(epoch, objective))
+
+
+# Halving
+
+
+def test_a_trial_that_is_not_among_the_best_is_stopped_and_it_is_said_why(tmp_path: Path) -> None:
+    scheduler = halving(tmp_path)
+
+    assert told(scheduler, 0, 1, 0.8) == CONTINUE
+    assert told(scheduler, 1, 1, 0.9) == STOP
+    assert told(scheduler, 2, 1, 0.7) == CONTINUE
+    assert scheduler.pruned == {1: "after epoch 1 not among the best 1 of 2, at 0.9000"}
+
+
+def test_nobody_is_stopped_before_the_grace_is_over_nor_at_the_last_epoch(tmp_path: Path) -> None:
+    scheduler = halving(tmp_path, grace_epochs=2)  # of 4 epochs: looked at after 2, and at 4 no more
+
+    for number, objective in enumerate([0.5, 0.9]):
+        assert told(scheduler, number, 1, objective) == CONTINUE
+    assert told(scheduler, 0, 2, 0.5) == CONTINUE
+    assert told(scheduler, 0, 4, 0.4) == CONTINUE
+    assert told(scheduler, 1, 4, 0.9) == CONTINUE
+    assert scheduler.pruned == {}
+
+
+def test_a_resumed_sweep_compares_with_the_trials_before(tmp_path: Path) -> None:
+    settings = {"trials": 9, "grace_epochs": 1, "reduction": 2}
+    complete(opened(tune_job(tmp_path, **settings)), [0.8, 0.7, 0.6, 0.5])
+
+    scheduler = halving(tmp_path)
+
+    assert told(scheduler, 1, 1, 0.9) == STOP
+    assert told(scheduler, 2, 1, 0.7) == CONTINUE
+    # Trial 0 goes on, say: what it had reached is not counted twice, under another id.
+    assert told(scheduler, 0, 1, 0.99) == CONTINUE
+
+
+def test_an_epoch_that_measured_nothing_is_not_judged(tmp_path: Path) -> None:
+    scheduler = halving(tmp_path)
+    told(scheduler, 0, 1, 0.8)
+
+    assert scheduler.on_trial_result(None, ray_trial(0), row(2, 0.5, val_balanced_objective=None)) == CONTINUE
+
+
+def test_a_trials_own_last_epoch_counts(tmp_path: Path) -> None:
+    scheduler = halving(tmp_path)
+    told(scheduler, 0, 1, 0.5)
+    ends = ray_trial(1)
+    ends.config["values"] = {"train.epochs": 1}
+    scheduler.on_trial_add(None, ends)
+
+    assert scheduler.on_trial_result(None, ends, row(1, 0.9)) == CONTINUE  # or its checkpoints were not published
+    assert told(scheduler, 2, 1, 0.9) == STOP
+    assert last_epoch(tune_job(tmp_path), {}) == 4
+
+
+# Who is next
+
+
+def test_the_next_trial_is_the_sweeps(tmp_path: Path) -> None:
+    searcher = NextTrials(opened(tune_job(tmp_path, trials=1)))
+
+    given = searcher.suggest("x")
+
+    assert given["number"] == 0
+    assert given["values"] == {"loss.race_weight": 0.5, "train.lr": 1e-4}
+    assert searcher.suggest("y") == Searcher.FINISHED
+
+
+def test_a_spent_budget_ends_the_sweep(tmp_path: Path) -> None:
+    assert budget(opened(tune_job(tmp_path, max_hours=1e-9))).stop_all()
+    assert not budget(opened(tune_job(tmp_path))).stop_all()
+
+
+# What became of trials
+
+
+def watcher(sweep: Sweep) -> Watcher:
+    return Watcher(sweep, None, Console(quiet=True).status(""))
+
+
+def budget(sweep: Sweep, *, is_lost: bool = False) -> Budget:
+    lock = RunLock(Storage(), "lock.json", cast(LockRecord, SimpleNamespace(expires_after_s=1.0)), "", time.monotonic())
+    lock.lost = is_lost
+    return Budget(sweep, lock)
+
+
+def test_what_tune_tells_of_a_trial_is_recorded(tmp_path: Path) -> None:
+    sweep = opened(tune_job(tmp_path))
+    hook, told_of = watcher(sweep), [ray_trial(0)]
+    assert sweep.next() is not None
+
+    hook.on_trial_start(1, told_of, told_of[0])
+    hook.on_trial_result(2, told_of, told_of[0], row(1, 0.9))
+    train(sweep, 0, [0.9])
+    hook.on_trial_complete(3, told_of, told_of[0])
+
+    assert (sweep.trials[0].state, sweep.trials[0].objective, sweep.problem) == ("complete", 0.9, None)
+
+
+def test_what_goes_wrong_while_a_trial_ends_ends_the_sweep_and_not_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tune would catch it, call the complete trial failed and train it again.
+    sweep = opened(tune_job(tmp_path))
+    hook, trials = watcher(sweep), [ray_trial(0), ray_trial(1)]
+    assert sweep.next() is not None
+    assert sweep.next() is not None
+    for number in range(2):
+        hook.on_trial_start(1, trials, trials[number])
+        train(sweep, number, [0.9])
+
+    def refuse(trial: Trial) -> None:
+        raise RuntimeError("the database is gone")
+
+    monkeypatch.setattr(sweep.study, "tell", refuse)
+    hook.on_trial_complete(2, trials, trials[0])
+    hook.on_trial_error(3, trials, trials[1])
+
+    assert str(sweep.problem) == "the database is gone"
+    assert budget(sweep).stop_all()
+    assert NextTrials(sweep).suggest("x") == Searcher.FINISHED
+    assert [sweep.trials[number].state for number in range(2)] == ["complete", "unfinished"]
+    monkeypatch.undo()
+    again = opened(tune_job(tmp_path))
+    assert [again.trials[number].state for number in range(2)] == ["complete", "complete"]
+
+
+def test_a_sweep_of_which_another_driver_has_taken_the_lock_ends(tmp_path: Path) -> None:
+    sweep = opened(tune_job(tmp_path))
+
+    assert budget(sweep, is_lost=True).stop_all()
+    assert isinstance(sweep.problem, LockLost)
+
+
+def test_what_tune_pickles_holds_nothing(tmp_path: Path) -> None:
+    sweep = opened(tune_job(tmp_path))
+
+    for hook in (NextTrials(sweep), Halving(sweep), budget(sweep)):
+        assert pickle.loads(pickle.dumps(hook)).__dict__ == {}
+
+
+# Paths
+
+
+def test_a_trial_finds_what_is_given_relative_to_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = {"model.weights": {"choice": ["none", "trunk.pt"]}}
+    job = TuneJob(
+        train={"data": ["one", "s3://bucket/two"]}, model={"weights": "imagenet"}, tune={"space": space, "out": "here"}
+    )
+
+    given = with_absolute_paths(job, Storage())
+
+    assert given.train.data_uris == (str(tmp_path / "one"), "s3://bucket/two")
+    assert given.model.weights == "imagenet"
+    assert given.tune.space["model.weights"].choice == ("none", str(tmp_path / "trunk.pt"))
+    assert given.tune.out == "here"
+    assert with_absolute_paths(TuneJob(train={"data": "one"}), Storage()).train.data == str(tmp_path / "one")
+
+
+# Why a trial failed
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RayActorError(), "killed: its process died"),
+        (RayTaskError("f", "traceback\nValueError: x is no y\n", ValueError("x")), "raised: ValueError: x is no y"),
+        (
+            RayTaskError("f", "traceback\nagr_ray.runtime.command.JobError: what is wrong\n", JobError("x")),
+            "raised: what is wrong",
+        ),
+    ],
+)
+def test_what_ended_a_trial_is_said_in_a_line(tmp_path: Path, error: Exception, why: str) -> None:
+    path = tmp_path / "error.pkl"
+    path.write_bytes(cloudpickle.dumps(error))
+
+    assert why_failed(SimpleNamespace(pickled_error_file=str(path), error_file=None)) == why
+
+
+def test_an_error_that_was_not_pickled_is_read_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "error.txt"
+    path.write_text("Failure # 1\nTuneError: y\n\n")
+
+    assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=str(path))) == "raised: TuneError: y"
+    assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=None)) == "raised: nothing is known"
