@@ -196,7 +196,7 @@ def slice_svg(trials: Sequence[TrialRow], param: str, is_logarithmic: bool, best
         axes.set_ylabel("objective")
         _scale_x(axes, ticks, is_logarithmic)
         numbers = values_of(having, param)
-        if ticks is None and len(numbers) <= _FEW_NUMBERS:
+        if ticks is None and len(numbers) <= _FEW_NUMBERS and len(numbers) < len(having):  # tried again and again
             axes.set_xticks([float(number) for number in numbers], [value_text(number) for number in numbers])
     return done[0]
 
