@@ -31,7 +31,7 @@ test: $(READY) lint types layers  ## lint, types, layers and every test but the 
 test-all: $(READY) lint types layers  ## every test
 	$(BIN)/python -m pytest
 
-unit: $(READY)  ## the tests that need no Ray, about a minute
+unit: $(READY)  ## the tests that need no Ray, a few minutes
 	$(BIN)/python -m pytest tests/unit -m "not slow"
 
 lint: $(READY)
