@@ -154,6 +154,14 @@ class Watcher(NotPickled, ray_tune.Callback):
         self._sweep = sweep
         self._scheduler = scheduler
         self._status = status
+        self._folder = os.getcwd()
+
+    def on_experiment_end(self, trials: list[RayTrial], **info: Any) -> None:
+        """Enter the current folder anew, where Tune looks next.
+
+        Nodes that share a machine each put a submitted job's folder in the place of the one that is there.
+        """
+        os.chdir(self._folder)
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Pass it on."""

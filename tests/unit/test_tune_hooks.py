@@ -233,3 +233,16 @@ def test_an_error_that_was_not_pickled_is_read_as_text(tmp_path: Path) -> None:
 
     assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=str(path))) == "raised: TuneError: y"
     assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=None)) == "raised: nothing is known"
+
+
+def test_a_folder_that_was_replaced_meanwhile_is_entered_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    hook = watcher(opened(tune_job(tmp_path)))
+    folder.rmdir()
+    folder.mkdir()
+
+    hook.on_experiment_end([])
+
+    assert Path.cwd() == folder
