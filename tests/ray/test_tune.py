@@ -24,7 +24,7 @@ from agr_ray.runtime.tune import tune
 from agr_ray.schema import TRIALS
 from agr_ray.storage import Storage
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]  # a trial costs more than a training
 
 SPLITS = {"train": 40, "val": 14}
 EPOCHS = 2
@@ -144,7 +144,6 @@ def test_there_is_a_page(sweep: Path) -> None:
     assert "train.lr" in page
 
 
-@pytest.mark.slow
 def test_a_finished_sweep_is_refused_and_gone_on_with_by_add(sweep: Path, data: Path) -> None:
     before = trials(sweep)
     with pytest.raises(ConfigError, match=r"has finished \(3 trials\); --add 10 makes 10 trials more"):
@@ -160,7 +159,6 @@ def test_a_finished_sweep_is_refused_and_gone_on_with_by_add(sweep: Path, data: 
     assert json.loads((sweep / "sweep.json").read_text())["finished"] == "4 trials"
 
 
-@pytest.mark.slow
 def test_a_trial_that_diverges_and_one_that_raises_are_rows(data: Path, tmp_path: Path) -> None:
     broken = tmp_path / "no-weights.pt"
     space = {
@@ -186,7 +184,6 @@ def test_a_trial_that_diverges_and_one_that_raises_are_rows(data: Path, tmp_path
     assert (complete["state"], complete["is_best"]) == ("complete", True)
 
 
-@pytest.mark.slow
 def test_halving_stops_trials(data: Path) -> None:
     # What learns nothing stays as good as guessing; what steps too far is much worse.
     space = {"train.lr": {"choice": (1e-9, 0.1)}}
@@ -216,7 +213,6 @@ def test_halving_stops_trials(data: Path) -> None:
     wait_until_nothing_is_held()
 
 
-@pytest.mark.slow
 def test_an_unfinished_trial_goes_on_and_finished_ones_are_not_repeated(sweep: Path, data: Path) -> None:
     job = tune_job(data, "hours", trials=2, max_epochs=1, max_concurrent=1)
     tune(job)
