@@ -51,7 +51,7 @@ def tune(job: TuneJob) -> str:
         JobError: no trial came to its end, or the first ones failed before their first epoch.
         LockLost: another driver took the sweep over.
     """
-    console = Console()
+    console, folder = Console(), os.getcwd()
     storage = Storage.from_config(job.storage)
     job = with_absolute_paths(job, storage)
     check_space(job)
@@ -87,7 +87,9 @@ def tune(job: TuneJob) -> str:
             at_once = min(has.num_trials, max(sweep.num_left, 1))
             _say(console, f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
             if sweep.num_left and not sweep.spent:
-                _run_trials(sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, console)
+                _run_trials(
+                    sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, folder, console
+                )
         patience.call(lock.check)
         patience.call(sweep.clean)
         finished = "" if sweep.num_ended < sweep.plan.num_trials else f"{sweep.plan.num_trials} trials"
@@ -161,7 +163,9 @@ def _trial_job(base: TrainJob, sweep: Sweep, threads_per_worker: int | None) -> 
     return with_values(base, train)
 
 
-def _run_trials(sweep: Sweep, lock: RunLock, base: TrainJob, max_concurrent: int, console: Console) -> None:
+def _run_trials(
+    sweep: Sweep, lock: RunLock, base: TrainJob, max_concurrent: int, folder: str, console: Console
+) -> None:
     """Run trials until there is none left, a budget is spent, or somebody interrupts.
 
     What goes wrong while Tune calls the sweep, is raised when Tune has ended.
@@ -191,7 +195,7 @@ def _run_trials(sweep: Sweep, lock: RunLock, base: TrainJob, max_concurrent: int
                 storage_filesystem=filesystem,
                 failure_config=ray_tune.FailureConfig(max_failures=sweep.config.max_failures),
                 stop=Budget(sweep, lock),
-                callbacks=[Watcher(sweep, scheduler, status)],
+                callbacks=[Watcher(sweep, scheduler, status, folder)],
                 verbose=0,
             ),
         )

@@ -148,13 +148,20 @@ class Budget(NotPickled, ray_tune.Stopper):
 
 
 class Watcher(NotPickled, ray_tune.Callback):
-    """Tells the sweep what Tune tells of trials."""
+    """Tells the sweep what Tune tells of trials.
 
-    def __init__(self, sweep: Sweep, scheduler: Halving | None, status: Status) -> None:
+    Args:
+        sweep: which.
+        scheduler: ASHA; None: no trial is stopped.
+        status: the line beneath all others on a terminal.
+        folder: the current one when the command began.
+    """
+
+    def __init__(self, sweep: Sweep, scheduler: Halving | None, status: Status, folder: str) -> None:
         self._sweep = sweep
         self._scheduler = scheduler
         self._status = status
-        self._folder = os.getcwd()
+        self._folder = folder
 
     def on_experiment_end(self, trials: list[RayTrial], **info: Any) -> None:
         """Enter the current folder anew, where Tune looks next.

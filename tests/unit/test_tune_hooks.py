@@ -123,7 +123,7 @@ def test_a_spent_budget_ends_the_sweep(tmp_path: Path) -> None:
 
 
 def watcher(sweep: Sweep) -> Watcher:
-    return Watcher(sweep, None, Console(quiet=True).status(""))
+    return Watcher(sweep, None, Console(quiet=True).status(""), str(Path.cwd()))
 
 
 def budget(sweep: Sweep, *, is_lost: bool = False) -> Budget:
