@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import matplotlib
 import numpy as np
@@ -29,6 +29,9 @@ from agr_ray.report.trials import (
     judged,
     values_of,
 )
+
+_Group: TypeAlias = tuple[str, Callable[[TrialRow], bool], dict[str, Any]]
+"""Label, which trials it has, and how they are drawn."""
 
 MIN_NEAR: Final = 3.0
 """Trials, weighted by nearness, that a place of the contour must have about it to be filled."""
@@ -293,7 +296,7 @@ def front_svg(
             for row in trials
             if row.state == "complete" and all(finite(getattr(row, error)) is not None for error in pair)
         ]
-        groups: tuple[tuple[str, Callable[[TrialRow], bool], dict[str, Any]], ...] = (
+        groups: tuple[_Group, ...] = (
             ("dominated", lambda row: row.is_feasible and not row.is_on_front, {"c": _COLOURS["faint"]}),
             (
                 "breaks a constraint",
@@ -301,22 +304,13 @@ def front_svg(
                 {"facecolors": "none", "edgecolors": _COLOURS["failed"]},
             ),
             ("front", lambda row: row.is_on_front, {"c": _COLOURS["complete"], "s": 26}),
-            (
-                "paper's weights",
-                lambda row: row.is_reference,
-                {"facecolors": "none", "edgecolors": _COLOURS["reference"], "marker": "D", "s": 60, "linewidths": 1.6},
-            ),
-            (
-                "chosen",
-                lambda row: row.number == best_number,
-                {"facecolors": "none", "edgecolors": _COLOURS["best"], "s": 130, "linewidths": 1.8},
-            ),
+            *_ringed(best_number),
         )
         for label, belongs, look in groups:
             points = [[getattr(row, error) for error in pair] for row in rows if belongs(row)]
             if points:
                 x, y = np.array(points, np.float64).T
-                axes.scatter(x, y, label=label, **({"s": 14} | look))
+                axes.scatter(x, y, label=label, **{"s": 14, **look})
         points = [[float(getattr(row, error)) for error in pair] for row in rows]
         tops = [_fence([point[place] for point in points]) for place in range(2)]
         if points:
@@ -370,15 +364,9 @@ def _inline(svg: str, name: str) -> str:
     return body
 
 
-def _dots(axes: Axes, points: Sequence[tuple[float, float | None, TrialRow]], best_number: int | None = None) -> None:
-    """Draw complete trials: filled, hollow where a constraint is broken, a diamond for the paper's weights."""
-    groups: tuple[tuple[str, Callable[[TrialRow], bool], dict[str, Any]], ...] = (
-        ("complete", lambda row: row.is_feasible, {"c": _COLOURS["complete"], "s": 14}),
-        (
-            "breaks a constraint",
-            lambda row: not row.is_feasible,
-            {"facecolors": "none", "edgecolors": _COLOURS["failed"], "s": 16},
-        ),
+def _ringed(best_number: int | None) -> tuple[_Group, ...]:
+    """Return the groups that are drawn around other marks."""
+    return (
         (
             "paper's weights",
             lambda row: row.is_reference,
@@ -389,6 +377,19 @@ def _dots(axes: Axes, points: Sequence[tuple[float, float | None, TrialRow]], be
             lambda row: row.number == best_number,
             {"facecolors": "none", "edgecolors": _COLOURS["best"], "s": 130, "linewidths": 1.8},
         ),
+    )
+
+
+def _dots(axes: Axes, points: Sequence[tuple[float, float | None, TrialRow]], best_number: int | None = None) -> None:
+    """Draw complete trials: filled, hollow where a constraint is broken, a diamond for the paper's weights."""
+    groups: tuple[_Group, ...] = (
+        ("complete", lambda row: row.is_feasible, {"c": _COLOURS["complete"], "s": 14}),
+        (
+            "breaks a constraint",
+            lambda row: not row.is_feasible,
+            {"facecolors": "none", "edgecolors": _COLOURS["failed"], "s": 16},
+        ),
+        *_ringed(best_number),
     )
     for label, belongs, look in groups:
         chosen = [(x, y) for x, y, row in points if belongs(row)]

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import ray
 from ray._private.utils import get_num_cpus
@@ -19,6 +19,9 @@ from agr_ray.runtime.command import JobError
 
 MIN_LOCAL_CPUS: Final = 8
 """Logical CPUs of a local cluster at least: actors that hold all CPUs leave Ray Data none to read and write with."""
+
+ROUNDING: Final = 1e-9
+"""By how much less than a whole one a division of resources may give."""
 
 
 @contextmanager
@@ -114,11 +117,12 @@ def check_fits(
                 f"the cluster has {has:g}. Ask for fewer workers, or give a local cluster more logical CPUs "
                 "with cluster.num_cpus"
             )
-    places = sum(_places(node["Resources"], cpus_each, gpus_each, num_processes) for node in _nodes())
-    if places < num_processes:
+    num_places = sum(places(node, cpus_each, gpus_each) for node in nodes())
+    if num_places < num_processes:
         one = f"{cpus_each:g} CPU" + (f" and {gpus_each:g} GPU" if gpus_each else "")
         raise ConfigError(
-            f"{purpose} asks for {num_processes} x {one}, each on one node; the cluster's nodes have room for {places}"
+            f"{purpose} asks for {num_processes} x {one}, each on one node; the cluster's nodes have room for "
+            f"{num_places}"
         )
 
 
@@ -132,18 +136,26 @@ def worker_count(num_workers: int | None, *, use_gpu: bool = False, besides: int
     if use_gpu:
         return max(1, int(_resources().get("GPU", 0.0)))
     spare = int(_resources().get("CPU", 1.0)) - 1 - besides
-    return max(1, min(machine_cpus(), spare) if len(_nodes()) == 1 else spare)
+    return max(1, min(machine_cpus(), spare) if len(nodes()) == 1 else spare)
 
 
-def _places(has: Mapping[str, float], cpus_each: float, gpus_each: float, enough: int) -> int:
-    """Return how many processes fit a node."""
-    wanted = (("CPU", cpus_each), ("GPU", gpus_each))
-    return min([int(has.get(kind, 0.0) / each + 1e-9) for kind, each in wanted if each] or [enough])
+def places(has: Mapping[str, float], cpus_each: float, gpus_each: float) -> int:
+    """Return how many processes fit a node; each asks for CPUs or GPUs, and a share of a GPU is one GPU's.
+
+    Args:
+        has: what the node has, by Ray's names.
+        cpus_each: that a process asks for; 0: none.
+        gpus_each: the same, 1 at most.
+    """
+    fits = [has.get("CPU", 0.0) / cpus_each] if cpus_each else []
+    if gpus_each:
+        fits.append(has.get("GPU", 0.0) * int(1.0 / gpus_each + ROUNDING))
+    return int(min(fits) + ROUNDING)
 
 
-def _nodes() -> list[dict[str, Any]]:
-    """Return the nodes that are alive."""
-    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray leaves it bare
+def nodes() -> list[dict[str, float]]:
+    """Return what each node that is alive has, by Ray's names."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray leaves it bare
 
 
 def _resources() -> dict[str, float]:

@@ -14,6 +14,7 @@ from agr_ray.config import ClusterConfig, Section, StorageConfig, TuneJob
 from agr_ray.learn.recipe import recipe_toml
 from agr_ray.learn.space import base_job, is_papers, values_of, with_values
 from agr_ray.learn.trials import Trial, excesses, front, is_feasible, trials_table
+from agr_ray.runtime.command import say
 from agr_ray.runtime.study import study_address
 from agr_ray.runtime.sweep import Sweep, shown_value
 from agr_ray.runtime.training_run import Run
@@ -53,7 +54,7 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
             storage.upload_tree(f"{temporary}/best", sweep.join("best"), overwrite=True)
         if not is_feasible(best, job.tune.constraints):
             beyond = [name for name, excess in excesses(best, job.tune.constraints).items() if excess > 0.0]
-            _say(console, f"warning: no trial is within tune.constraints; the best is beyond {', '.join(beyond)}")
+            say(console, f"warning: no trial is within tune.constraints; the best is beyond {', '.join(beyond)}")
     storage.write(sweep.join("sweep.html"), sweep_page(_report(sweep, run, recipe, metrics)).encode())
 
 
@@ -125,10 +126,10 @@ def print_trials(sweep: Sweep, console: Console) -> None:
     console.print(table, width=None if console.is_terminal else max(console.width, _LOG_WIDTH))
     for trial in sweep.trials.values():
         if trial.state == "failed":
-            _say(console, f"trial {trial.number} failed: {trial.why}")
+            say(console, f"trial {trial.number} failed: {trial.why}")
     if best is not None:
-        _say(console, f"best: trial {best.number}: {sweep.join('best')}, {sweep.join(BEST_RECIPE)}")
-    _say(console, f"page: {sweep.join('sweep.html')}")
+        say(console, f"best: trial {best.number}: {sweep.join('best')}, {sweep.join(BEST_RECIPE)}")
+    say(console, f"page: {sweep.join('sweep.html')}")
 
 
 def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> Any:
@@ -203,7 +204,3 @@ def _provenance(sweep: Sweep, run: Run) -> dict[str, str]:
         "epochs of all trials": str(sum(len(trial.epochs) for trial in trials)),
         "time of all trials": f"{sum(trial.wall_s for trial in trials):.0f} s",
     }
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -42,7 +42,7 @@ from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, sav
 from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
 from agr_ray.runtime.board import progress_board
 from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.command import JobError
+from agr_ray.runtime.command import JobError, say
 from agr_ray.runtime.crops import label_arrays, select_crops, usable_statuses
 from agr_ray.runtime.dry_run import dry_run
 from agr_ray.runtime.guards import check_no_overlaps, check_sets, class_warnings, copies_warnings, detector_warnings
@@ -199,7 +199,7 @@ def plan(
     baseline, counts = Baseline.fit(labels), class_counts(labels)
     warnings = class_warnings(counts, job.model.tasks, sets) + detector_warnings(sets) + copies_warnings(trained, sets)
     for warning in warnings:
-        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"warning: {warning}")
     run = Run(
         job=job,
         storage=storage,
@@ -307,7 +307,7 @@ def _publish(run: Run, result: Result, console: Console) -> str:
                 Path(temporary, name).write_bytes(body)
             problem = tracked.log(state["history"]) or tracked.finish([str(Path(temporary, name)) for name in files])
     if problem:
-        console.print(f"warning: {problem}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"warning: {problem}")
     return best_uri
 
 

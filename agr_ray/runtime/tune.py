@@ -19,7 +19,7 @@ from agr_ray.config import PAPER_POINT, ConfigError, TrainJob, TuneJob
 from agr_ray.learn.space import base_job, check_space, paper_point, recipes_value, unlike_papers, with_values
 from agr_ray.learn.trials import ERROR_TASKS
 from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.command import JobError
+from agr_ray.runtime.command import JobError, say
 from agr_ray.runtime.crops import select_crops, usable_statuses
 from agr_ray.runtime.dry_run import dry_run
 from agr_ray.runtime.lock import RunLock, run_lock
@@ -68,10 +68,10 @@ def tune(job: TuneJob) -> str:
             f"train.data {run.data['uri']}: a sweep needs validation, and there is no crop in its val split"
         )
     _check_labels(job, sets, storage)
-    _say(console, f"sweep {planned.uri}")
+    say(console, f"sweep {planned.uri}")
     if unlike_papers(job) and paper_point(job.tune.space):
         said = ", ".join(f"{key} {recipes_value(job, key):g} (not {PAPER_POINT[key]:g})" for key in unlike_papers(job))
-        _say(console, f"warning: {said} is not searched, so no trial is the paper's own to compare with")
+        say(console, f"warning: {said} is not searched, so no trial is the paper's own to compare with")
     if job.dry_run:
         _dry_run(job, planned, run, console)
         if first is not None:
@@ -85,7 +85,7 @@ def tune(job: TuneJob) -> str:
             sweep = Sweep(storage, _planned_again(planned, storage, job, digest), job, console)
             sweep.begin()
             at_once = min(has.num_trials, max(sweep.num_left, 1))
-            _say(console, f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
+            say(console, f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
             if sweep.num_left and not sweep.spent:
                 _run_trials(
                     sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, folder, console
@@ -98,7 +98,7 @@ def tune(job: TuneJob) -> str:
     print_trials(sweep, console)
     if not finished:
         why = f"{sweep.spent} is spent" if sweep.spent else "it was interrupted"
-        _say(console, f"the sweep is not finished: {why}; the same command goes on")
+        say(console, f"the sweep is not finished: {why}; the same command goes on")
     elif sweep.best is None:
         raise JobError(f"{sweep.plan.uri}: no trial came to its end; trials.parquet there says why")
     return sweep.join("best")
@@ -216,11 +216,7 @@ def _budget(job: TuneJob) -> str:
 
 def _dry_run(job: TuneJob, planned: Plan, run: Run, console: Console) -> None:
     """Say what would be searched."""
-    _say(console, f"{planned.num_trials} trials of {run.job.train.epochs} epochs; {_budget(job)}")
+    say(console, f"{planned.num_trials} trials of {run.job.train.epochs} epochs; {_budget(job)}")
     for key, parameter in job.tune.space.items():
         said = parameter.model_dump(exclude_defaults=True)
-        _say(console, f"  {key}: {', '.join(f'{name} {value}' for name, value in said.items())}")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, f"  {key}: {', '.join(f'{name} {value}' for name, value in said.items())}")
