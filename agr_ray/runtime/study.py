@@ -63,6 +63,7 @@ class Study:
         self._config = config
         self._errors = error_names(tasks)
         self._local, self._remote = _journal_paths(storage, uri, config)
+        self._fetch()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = config.study_name or name
         directions = [optuna.study.StudyDirection.MINIMIZE] * (len(self._errors) if config.mode == "pareto" else 1)
@@ -146,13 +147,16 @@ class Study:
         if self._remote:
             self._storage.write(self._remote, Path(self._local).read_bytes())
 
+    def _fetch(self) -> None:
+        """Download the journal, where the sweep is in a bucket."""
+        if self._remote:
+            with contextlib.suppress(MissingObject):
+                Path(self._local).write_bytes(self._storage.read(self._remote))
+
     def _open(self) -> BaseStorage:
         if not self._local:
             return RDBStorage(self._config.study)
         path = Path(self._local)
-        if self._remote:
-            with contextlib.suppress(MissingObject):
-                path.write_bytes(self._storage.read(self._remote))
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self._config.study:  # only the sweep's own: in another, somebody may be writing the line
             _mend(path)

@@ -28,6 +28,8 @@ COMMAND_TIMEOUT_S = 400.0
 GONE_TIMEOUT_S = 20.0
 CLUSTER_READY_TIMEOUT_S = 120.0
 TRAIN_WORKER, TRAIN_CONTROLLER = "RayTrainWorker", "TrainController"
+TRIAL = "ImplicitFunc"
+"""In the titles of the processes in which Ray Tune waits for a trial's workers."""
 OBJECT_STORE_MIB = 256
 DATA_WORKER = "MapWorker"
 """In the titles of the processes that work on Ray Data's batches: prepare's and score's."""

@@ -15,6 +15,7 @@ import pytest
 from commands import (
     ROOT,
     TRAIN_WORKER,
+    TRIAL,
     Cluster,
     disturb_command,
     job_command,
@@ -39,8 +40,6 @@ TRIALS = 4
 EPOCHS = 3
 TIMEOUT_S = 900.0
 NUM_CPUS = (2, 4, 4)
-TRIAL = "ImplicitFunc"
-"""In the titles of the processes that wait for a trial's workers."""
 SPACE = {"loss.race_weight": {"log_uniform": [0.1, 4.0]}, "train.lr": {"log_uniform": [1e-4, 1e-2]}}
 
 
