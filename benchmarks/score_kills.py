@@ -38,7 +38,7 @@ from commands import (
 from fault_proxy import Faults, run_fault_proxy
 from seaweedfs import S3Server
 
-from agr_ray.runtime.publish import published_runs
+from agr_ray.runtime.scoring.publish import published_runs
 from agr_ray.storage import Storage
 
 KILLERS = ("SIGKILL", "SIGSEGV")

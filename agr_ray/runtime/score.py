@@ -40,13 +40,13 @@ from agr_ray.models.checkpoint import model_digest, read_meta
 from agr_ray.models.network import Transform
 from agr_ray.runtime.checkpoints import local_checkpoint, portable_checkpoint, read_calibration
 from agr_ray.runtime.cluster import check_fits, cluster, configure_ray_data, worker_count
-from agr_ray.runtime.grouping import check_grouping
 from agr_ray.runtime.lock import RunLock, run_lock
 from agr_ray.runtime.parts import print_failed
 from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.planning import Plan, plan, read_plan, scored_ids
 from agr_ray.runtime.progress import progress
-from agr_ray.runtime.publish import (
+from agr_ray.runtime.scoring.grouping import check_grouping
+from agr_ray.runtime.scoring.planning import Plan, plan, read_plan, scored_ids
+from agr_ray.runtime.scoring.publish import (
     Counts,
     Publication,
     add_counts,
@@ -56,7 +56,7 @@ from agr_ray.runtime.publish import (
     publish_demographics,
     published_runs,
 )
-from agr_ray.runtime.scorer import (
+from agr_ray.runtime.scoring.scorer import (
     FoundParts,
     PartScorer,
     Scoring,

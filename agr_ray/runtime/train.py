@@ -40,19 +40,25 @@ from agr_ray.learn.metrics import Baseline, Labels, class_counts
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
-from agr_ray.runtime.board import progress_board
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.command import JobError, say
 from agr_ray.runtime.crops import label_arrays, select_crops, usable_statuses
-from agr_ray.runtime.dry_run import dry_run
-from agr_ray.runtime.guards import check_no_overlaps, check_sets, class_warnings, copies_warnings, detector_warnings
 from agr_ray.runtime.lock import run_lock
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
-from agr_ray.runtime.shard_batches import max_kept_rows
-from agr_ray.runtime.tracking import check_mlflow
-from agr_ray.runtime.trainer import check_workers_fit, fit
-from agr_ray.runtime.training_run import FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
+from agr_ray.runtime.training.board import progress_board
+from agr_ray.runtime.training.dry_run import dry_run
+from agr_ray.runtime.training.guards import (
+    check_no_overlaps,
+    check_sets,
+    class_warnings,
+    copies_warnings,
+    detector_warnings,
+)
+from agr_ray.runtime.training.run import FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
+from agr_ray.runtime.training.shard_batches import max_kept_rows
+from agr_ray.runtime.training.tracking import check_mlflow
+from agr_ray.runtime.training.trainer import check_workers_fit, fit
 from agr_ray.schema import Status
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.vision.align import DEFAULT_MARGIN

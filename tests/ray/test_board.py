@@ -14,7 +14,7 @@ from ray.util.state import list_actors
 from rich.console import Console
 
 from agr_ray.learn.progress import Progress
-from agr_ray.runtime.board import progress_board
+from agr_ray.runtime.training.board import progress_board
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -21,7 +21,7 @@ from agr_ray.learn.predict import average
 from agr_ray.learn.progress import Progress, duration
 from agr_ray.learn.running import running_sums
 from agr_ray.models.network import MultiTaskNet, Outputs, Transform
-from agr_ray.runtime.board import TrainingBars, progress_board
+from agr_ray.runtime.training.board import TrainingBars, progress_board
 
 SIDE = 32
 NUM = 21

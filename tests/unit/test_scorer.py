@@ -22,9 +22,9 @@ from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.runtime import patience, scorer
 from agr_ray.runtime.checkpoints import portable_checkpoint
 from agr_ray.runtime.images import ImageReader
-from agr_ray.runtime.planning import plan
-from agr_ray.runtime.publish import pseudonymised
-from agr_ray.runtime.scorer import (
+from agr_ray.runtime.scoring.planning import plan
+from agr_ray.runtime.scoring.publish import pseudonymised
+from agr_ray.runtime.scoring.scorer import (
     AttributePredictor,
     Found,
     FoundParts,

@@ -18,7 +18,7 @@ from agr_ray.models.checkpoint import content_codes
 from agr_ray.runtime.crops import Slice, deal_parts, read_slices, take_turns, training_arrays, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.runtime.train import settings_digest, train
-from agr_ray.runtime.training_run import Run
+from agr_ray.runtime.training.run import Run
 from agr_ray.storage import Storage
 
 STORAGE = Storage()

@@ -14,8 +14,8 @@ import torch
 
 from agr_ray.learn.loop import labels_of
 from agr_ray.learn.sampling import Sampler
-from agr_ray.runtime.prefetch import prefetch
-from agr_ray.runtime.shard_batches import ShardBatches, share_sizes
+from agr_ray.runtime.training.prefetch import prefetch
+from agr_ray.runtime.training.shard_batches import ShardBatches, share_sizes
 
 NUM = 600
 SETS = np.arange(NUM) % 5 // 4  # one in five is of the second set

@@ -23,8 +23,8 @@ from agr_ray.models.network import MultiTaskNet, Transform
 from agr_ray.runtime.crops import training_arrays
 from agr_ray.runtime.evaluate import add_to_card
 from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.train_worker import RunLogs
-from agr_ray.runtime.training_run import Run
+from agr_ray.runtime.training.run import Run
+from agr_ray.runtime.training.worker import RunLogs
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
 

@@ -18,9 +18,9 @@ from sweeps import STORAGE, complete, opened, tune_job
 from agr_ray.config import ConfigError, LossConfig, ModelConfig, TuneJob
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.lock import LockLost, RunLock, run_lock
-from agr_ray.runtime.placement import Room
 from agr_ray.runtime.prepared import PreparedSet
-from agr_ray.runtime.sweep import Sweep
+from agr_ray.runtime.sweeps.placement import Room
+from agr_ray.runtime.sweeps.sweep import Sweep
 from agr_ray.runtime.tune import tune
 
 RUN = SimpleNamespace(

@@ -31,8 +31,8 @@ from agr_ray.learn.progress import Progress
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.shard_batches import ShardBatches, max_kept_rows
-from agr_ray.runtime.training_run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
+from agr_ray.runtime.training.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
+from agr_ray.runtime.training.shard_batches import ShardBatches, max_kept_rows
 
 PROGRESS_EVERY_S: Final = 10.0
 MIN_VAL_BATCH: Final = 64

@@ -24,8 +24,8 @@ from agr_ray.runtime.command import JobError, say
 from agr_ray.runtime.crops import SplitShares, training_dataset
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet
-from agr_ray.runtime.train_worker import collective_timeout_s, work
-from agr_ray.runtime.training_run import CHECKPOINTS, OBJECTIVE, Run
+from agr_ray.runtime.training.run import CHECKPOINTS, OBJECTIVE, Run
+from agr_ray.runtime.training.worker import collective_timeout_s, work
 
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0

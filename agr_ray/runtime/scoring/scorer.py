@@ -27,7 +27,7 @@ from agr_ray.models.network import Transform
 from agr_ray.runtime.checkpoints import unpacked_checkpoint
 from agr_ray.runtime.images import ImageReader, Photograph, Reject, landmark_columns
 from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.planning import read_part
+from agr_ray.runtime.scoring.planning import read_part
 from agr_ray.runtime.stopwatch import Stopwatch
 from agr_ray.schema import FACE, GENDERS, IMAGES, RACES, SCORE_MANIFEST, Status
 from agr_ray.storage import MissingObject, Storage, StorageUnavailable

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from agr_ray.config import ConfigError, ScoreConfig
 from agr_ray.data.inventory import LISTED, InventoryError, read_inventory
 from agr_ray.data.manifest import IMAGE_SUFFIXES, image_id
-from agr_ray.runtime.grouping import Grouping, make_grouping
+from agr_ray.runtime.scoring.grouping import Grouping, make_grouping
 from agr_ray.schema import IMAGES, SCORE_MANIFEST, Status
 from agr_ray.storage import BadUri, MissingObject, Storage, StorageUnavailable
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from agr_ray.config import ConfigError, TrainConfig
 from agr_ray.runtime.cluster import ROUNDING, machine_cpus, nodes, places
-from agr_ray.runtime.trainer import spare_cpus
+from agr_ray.runtime.training.trainer import spare_cpus
 
 TRIAL_CPUS: Final = 0.001
 """Of the process that waits for a trial's workers."""

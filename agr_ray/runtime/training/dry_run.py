@@ -30,10 +30,10 @@ from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.command import JobError, say
 from agr_ray.runtime.crops import TRAINING_COLUMNS, select_crops, training_arrays, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet
-from agr_ray.runtime.shard_batches import crop_bytes, max_kept_rows
-from agr_ray.runtime.train_worker import MIN_VAL_BATCH
-from agr_ray.runtime.trainer import spare_cpus
-from agr_ray.runtime.training_run import Run
+from agr_ray.runtime.training.run import Run
+from agr_ray.runtime.training.shard_batches import crop_bytes, max_kept_rows
+from agr_ray.runtime.training.trainer import spare_cpus
+from agr_ray.runtime.training.worker import MIN_VAL_BATCH
 
 NUM_STEPS: Final = 20
 _WARM_UP_STEPS: Final = 3

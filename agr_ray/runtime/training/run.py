@@ -17,7 +17,7 @@ from agr_ray.learn.loop import Row
 from agr_ray.learn.metrics import Baseline
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.network import Transform
-from agr_ray.runtime.tracking import TrackedRun
+from agr_ray.runtime.training.tracking import TrackedRun
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage
 

@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from agr_ray.learn.calibration import Calibration
 from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.planning import PARTS_PER_FILE, read_part
-from agr_ray.runtime.scorer import manifest_folder, part_file
+from agr_ray.runtime.scoring.planning import PARTS_PER_FILE, read_part
+from agr_ray.runtime.scoring.scorer import manifest_folder, part_file
 from agr_ray.schema import IMAGES, REJECTS
 from agr_ray.storage import Storage
 from agr_ray.tables.demographics import demographics
