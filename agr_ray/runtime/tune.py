@@ -1,6 +1,6 @@
 """Tune: a sweep on a cluster. Ray Tune runs its trials, Optuna proposes them, `sweep.Sweep` remembers them.
 
-The folder's layout, and what a sweep resumes from, are in `runtime.sweeps.sweep`.
+The folder's layout, and what a sweep resumes from, are in `runtime.tuning.sweep`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from agr_ray.runtime.crops import select_crops, usable_statuses
 from agr_ray.runtime.lock import RunLock, run_lock
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet
-from agr_ray.runtime.sweeps.hooks import Budget, Halving, NextTrials, Watcher
-from agr_ray.runtime.sweeps.placement import TRIAL_CPUS, room
-from agr_ray.runtime.sweeps.plan import Plan, plan_sweep
-from agr_ray.runtime.sweeps.results import print_trials, write_results
-from agr_ray.runtime.sweeps.sweep import Sweep
-from agr_ray.runtime.sweeps.trial import trainable
 from agr_ray.runtime.train import open_sets, plan, settings_digest
 from agr_ray.runtime.training.dry_run import dry_run
 from agr_ray.runtime.training.run import Run
+from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher
+from agr_ray.runtime.tuning.placement import TRIAL_CPUS, room
+from agr_ray.runtime.tuning.plan import Plan, plan_sweep
+from agr_ray.runtime.tuning.results import print_trials, write_results
+from agr_ray.runtime.tuning.sweep import Sweep
+from agr_ray.runtime.tuning.trial import trainable
 from agr_ray.storage import Storage
 
 TUNE_FOLDER: Final = "tune"

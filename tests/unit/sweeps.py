@@ -10,8 +10,8 @@ import pyarrow as pa
 from rich.console import Console
 
 from agr_ray.config import TuneJob
-from agr_ray.runtime.sweeps.plan import Plan, plan_sweep
-from agr_ray.runtime.sweeps.sweep import Sweep
+from agr_ray.runtime.tuning.plan import Plan, plan_sweep
+from agr_ray.runtime.tuning.sweep import Sweep
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage
 

@@ -15,9 +15,9 @@ from sweeps import STORAGE, complete, opened, planned, row, train, tune_job
 
 from agr_ray.config import ConfigError, TrainConfig
 from agr_ray.runtime.command import JobError
-from agr_ray.runtime.sweeps.placement import trials_that_fit
-from agr_ray.runtime.sweeps.study import Study
-from agr_ray.runtime.sweeps.sweep import Sweep
+from agr_ray.runtime.tuning.placement import trials_that_fit
+from agr_ray.runtime.tuning.study import Study
+from agr_ray.runtime.tuning.sweep import Sweep
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
 

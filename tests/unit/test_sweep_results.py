@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from agr_ray.config import ClusterConfig, LossConfig, ModelConfig, TrainJob, TuneJob, VisionConfig, parse
-from agr_ray.runtime.sweeps.plan import plan_sweep
-from agr_ray.runtime.sweeps.results import best_recipe, print_trials, write_results
-from agr_ray.runtime.sweeps.sweep import Sweep
 from agr_ray.runtime.training.run import Run
+from agr_ray.runtime.tuning.plan import plan_sweep
+from agr_ray.runtime.tuning.results import best_recipe, print_trials, write_results
+from agr_ray.runtime.tuning.sweep import Sweep
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage
 

@@ -21,9 +21,9 @@ from agr_ray.config import TuneJob
 from agr_ray.learn.trials import Trial
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.lock import LockLost, LockRecord, RunLock
-from agr_ray.runtime.sweeps.hooks import Budget, Halving, NextTrials, Watcher, last_epoch, why_failed
-from agr_ray.runtime.sweeps.sweep import Sweep
 from agr_ray.runtime.tune import with_absolute_paths
+from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher, last_epoch, why_failed
+from agr_ray.runtime.tuning.sweep import Sweep
 from agr_ray.storage import Storage
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP

@@ -21,7 +21,7 @@ from rich.status import Status
 from agr_ray.config import TuneJob
 from agr_ray.learn.trials import JUDGED_BY
 from agr_ray.runtime.lock import RunLock
-from agr_ray.runtime.sweeps.sweep import Sweep
+from agr_ray.runtime.tuning.sweep import Sweep
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from agr_ray.learn.recipe import recipe_toml
 from agr_ray.learn.space import base_job, is_papers, values_of, with_values
 from agr_ray.learn.trials import Trial, excesses, front, is_feasible, trials_table
 from agr_ray.runtime.command import say
-from agr_ray.runtime.sweeps.study import study_address
-from agr_ray.runtime.sweeps.sweep import Sweep, shown_value
 from agr_ray.runtime.training.run import Run
+from agr_ray.runtime.tuning.study import study_address
+from agr_ray.runtime.tuning.sweep import Sweep, shown_value
 
 BEST_RECIPE: Final = "best.toml"
 OBJECTIVE_WORDS: Final = (

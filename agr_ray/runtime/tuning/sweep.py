@@ -32,9 +32,9 @@ from agr_ray.learn.space import base_job, values_of, with_values
 from agr_ray.learn.trials import DIVERGED, REFUSED, Trial, best_trial, front
 from agr_ray.runtime.command import JobError, say
 from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.sweeps.study import Study
-from agr_ray.runtime.sweeps.plan import RECORD, Plan
 from agr_ray.runtime.training.run import CHECKPOINTS, FAILURE
+from agr_ray.runtime.tuning.plan import RECORD, Plan
+from agr_ray.runtime.tuning.study import Study
 from agr_ray.storage import MissingObject, Storage
 
 _WEIGHTS: Final = (CHECKPOINTS, "best", "last", "initial")

@@ -13,9 +13,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from agr_ray.config import TrainJob
 from agr_ray.learn.space import with_values
 from agr_ray.runtime.command import JobError
-from agr_ray.runtime.sweeps.sweep import trial_name
 from agr_ray.runtime.train import train
 from agr_ray.runtime.training.run import FAILURE
+from agr_ray.runtime.tuning.sweep import trial_name
 from agr_ray.storage import MissingObject, Storage
 
 
