@@ -172,7 +172,8 @@ def test_a_trial_that_diverges_and_one_that_raises_are_rows(data: Path, tmp_path
         {"train.lr": 1e-3, "train.optimizer": "adam", "model.weights": "none"},
     ]
 
-    sweep = Path(tune(tune_job(data, "broken", space, points_to_evaluate=points, paper_first=False))).parent
+    job = tune_job(data, "broken", space, points_to_evaluate=points, paper_first=False, asha=True)
+    sweep = Path(tune(job)).parent
 
     diverged, raised, complete = trials(sweep)
     assert diverged["state"] == raised["state"] == "failed"
