@@ -1,12 +1,14 @@
-"""A submitted sweep of twelve trials whose driver, a worker and a trial are killed, and whether all are accounted for.
+"""A submitted sweep of a dozen trials whose driver, a worker and a trial are killed, and whether all are accounted for.
 
-    python benchmarks/sweep_kills.py --data data/utkface3000 [--recipe RECIPE] [--page sweep.html]
+    python benchmarks/sweep_kills.py --data data/utkface3000 [--trials 12] [--page sweep.html]
 
 Submits `jobs/tune.py` with `ray job submit` to a cluster of three node processes, with data and sweep in a bucket of a
 real S3 server. Trial 1 raises: its weights are not there. Trial 2 diverges. When five trials have ended and two are
-under way, SIGKILL of the driver. The same again, a trial at a time: SIGKILL of a training worker, which the trial
-survives, and twice of the next trial's own process, which it does not. Then checks that what had ended before was not
-repeated, and that the table has each trial once and says what became of it. Prints what happened when, and the table.
+under way, SIGKILL of the driver. The same again, a trial at a time, which tries trial 1 once more, for it had not made
+an epoch, and goes on with the two. Of those that then begin: SIGKILL of a worker of the first after an epoch, which the
+trial survives, and twice of the next one's own process, which it does not. Then checks that whatever else had ended
+before was not repeated, and that the table has each trial once and says what became of it. Prints what happened when,
+and the table.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from commands import (  # noqa: E402
 )
 from seaweedfs import Bucket, run_seaweedfs  # noqa: E402
 
-TRIALS: Final = 12
+RECIPE: Final = "jobs/recipes/tune_lite.toml"
 RAISES, DIVERGES = 1, 2
 ENDED_BEFORE_KILL: Final = 5
 TIMEOUT_S: Final = 2400.0
@@ -52,7 +54,7 @@ def main() -> None:
     """Submit, kill, submit again, kill more, check and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder of a prepared set")
-    parser.add_argument("--recipe", type=Path, default=ROOT / "jobs/recipes/tune_lite.toml", help="(%(default)s)")
+    parser.add_argument("--trials", type=int, default=12, help="9 at least (%(default)s)")
     parser.add_argument("--page", type=Path, help="copy the sweep's page here")
     arguments = parser.parse_args()
     console = Console(width=160, highlight=False)
@@ -60,8 +62,7 @@ def main() -> None:
         bucket = Bucket.create(server, "sweeps")
         bucket.upload(arguments.data, "data")
         with run_cluster(server.environment(), num_cpus=(2, 4, 4)) as cluster:
-            recipe = arguments.recipe.resolve().relative_to(ROOT)
-            KilledSweep(console, bucket, cluster, recipe, Path(temporary) / "log").run()
+            KilledSweep(console, bucket, cluster, arguments.trials, Path(temporary) / "log").run()
         if arguments.page:
             arguments.page.write_bytes(bucket.get(f"sweeps/{NAME}/sweep.html"))
 
@@ -69,8 +70,8 @@ def main() -> None:
 class KilledSweep:
     """One sweep that is disturbed in every way."""
 
-    def __init__(self, console: Console, bucket: Bucket, cluster: Cluster, recipe: Path, log: Path) -> None:
-        self._console, self._bucket, self._cluster, self._recipe, self._log = console, bucket, cluster, recipe, log
+    def __init__(self, console: Console, bucket: Bucket, cluster: Cluster, trials: int, log: Path) -> None:
+        self._console, self._bucket, self._cluster, self._trials, self._log = console, bucket, cluster, trials, log
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -88,12 +89,11 @@ class KilledSweep:
             def wait(when: Callable[[], bool]) -> None:
                 wait_until(when, process, self._log, TIMEOUT_S)
 
-            wait(lambda: self._running() is not None and self._has_processes(TRAIN_WORKER))
+            wait(lambda: self._begun_since(before) and self._has_epoch(self._running()))
             survivor = self._running()
             titled_processes(self._cluster.nodes, TRAIN_WORKER)[0].kill()
             self._say(f"worker of trial {survivor} killed")
             wait(lambda: self._running() != survivor and self._has_epoch(self._running()))
-            wait(lambda: self._has_processes(TRAIN_WORKER))
             victim = self._running()
             self._kill_trial(victim)
             wait(lambda: f"trial {victim} goes on" in self._log.read_text() and self._has_processes(TRIAL))
@@ -112,16 +112,16 @@ class KilledSweep:
             "train.lr": {"log_uniform": [1e-4, 1e30]},
             "model.weights": {"choice": ["none", f"{self._bucket.uri}/{WEIGHTS}"]},
         }
-        points: list[dict[str, Any]] = [{"train.lr": 3e-3, "model.weights": "none"} for _ in range(TRIALS)]
+        points: list[dict[str, Any]] = [{"train.lr": 3e-3, "model.weights": "none"} for _ in range(self._trials)]
         points[RAISES]["model.weights"] = f"{self._bucket.uri}/{WEIGHTS}"
         points[DIVERGES]["train.lr"] = 1e30
         options = {
-            "--config": self._recipe,
+            "--config": RECIPE,
             "--train.data": f"{self._bucket.uri}/data",
             "--train.out": f"{self._bucket.uri}/runs",
             "--tune.out": f"{self._bucket.uri}/sweeps",
             "--tune.name": NAME,
-            "--tune.trials": TRIALS,
+            "--tune.trials": self._trials,
             "--tune.space": json.dumps(space),
             "--tune.points_to_evaluate": json.dumps(points),
             "--tune.paper_first": "false",
@@ -142,6 +142,9 @@ class KilledSweep:
     def _has_epoch(self, trial: int | None) -> bool:
         key = f"sweeps/{NAME}/trials/{trial:04d}/history.parquet"
         return trial is not None and key in self._bucket.keys(key)
+
+    def _begun_since(self, before: list[dict[str, Any]]) -> bool:
+        return (self._running() or 0) >= len(before)
 
     def _running(self) -> int | None:
         """Return the trial that began or went on last; None: none has."""
@@ -167,12 +170,12 @@ class KilledSweep:
             words = [row["number"], row["state"], row["epochs"], objective, row["num_failures"], row["why"]]
             table.add_row(*map(str, words), states.get(row["number"], ""))
         self._console.print(table)
-        ended = [record for record in before if record["state"] != "unfinished"]
+        ended = [record for record in before if record["state"] != "unfinished" and record["number"] != RAISES]
         now = self._records()
         why = {row["number"]: row["why"] for row in rows}
         failed = [row["number"] for row in rows if row["state"] == "failed"]
         checks = {
-            "each trial is there once": [row["number"] for row in rows] == list(range(TRIALS)),
+            "each trial is there once": [row["number"] for row in rows] == list(range(self._trials)),
             "all have ended": all(row["state"] != "unfinished" for row in rows),
             "what had ended was not repeated": all(record == now[record["number"]] for record in ended),
             "two went on": sum(record["state"] == "unfinished" for record in before) == 2,
