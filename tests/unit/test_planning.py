@@ -15,7 +15,7 @@ from inventories import entry, write_inventory
 
 from agr_ray.config import ConfigError, ScoreConfig
 from agr_ray.data.manifest import image_id
-from agr_ray.runtime import planning
+from agr_ray.runtime.scoring import planning
 from agr_ray.runtime.scoring.planning import (
     PARTS_PER_FILE,
     Plan,

@@ -19,9 +19,10 @@ from sets import checkpoint
 from agr_ray.config import GatesConfig, PredictConfig, ScoreConfig, VisionConfig
 from agr_ray.data.rendered import render_chip
 from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.runtime import patience, scorer
+from agr_ray.runtime import patience
 from agr_ray.runtime.checkpoints import portable_checkpoint
 from agr_ray.runtime.images import ImageReader
+from agr_ray.runtime.scoring import scorer
 from agr_ray.runtime.scoring.planning import plan
 from agr_ray.runtime.scoring.publish import pseudonymised
 from agr_ray.runtime.scoring.scorer import (
