@@ -37,6 +37,7 @@ from commands import (  # noqa: E402
     job_command,
     run_cluster,
     start_command,
+    submit_command,
     titled_processes,
     wait_until,
 )
@@ -57,6 +58,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12, help="9 at least (%(default)s)")
     parser.add_argument("--page", type=Path, help="copy the sweep's page here")
     arguments = parser.parse_args()
+    if arguments.trials < ENDED_BEFORE_KILL + 4:
+        parser.error(f"--trials {arguments.trials}: 9 at least, or none begins after the driver was killed")
     console = Console(width=160, highlight=False)
     with tempfile.TemporaryDirectory(prefix="sweep-") as temporary, run_seaweedfs(Path(temporary)) as server:
         bucket = Bucket.create(server, "sweeps")
@@ -89,7 +92,7 @@ class KilledSweep:
             def wait(when: Callable[[], bool]) -> None:
                 wait_until(when, process, self._log, TIMEOUT_S)
 
-            wait(lambda: self._begun_since(before) and self._has_epoch(self._running()))
+            wait(lambda: self._running() >= len(before) and self._has_epoch(self._running()))
             survivor = self._running()
             titled_processes(self._cluster.nodes, TRAIN_WORKER)[0].kill()
             self._say(f"worker of trial {survivor} killed")
@@ -127,8 +130,8 @@ class KilledSweep:
             "--tune.paper_first": "false",
             "--train.lock_expiry_s": 10,
         } | {f"--tune.{key}": value for key, value in tune.items()}
-        submit = ["ray", "job", "submit", "--address", self._cluster.dashboard, "--working-dir", str(ROOT), "--"]
-        return [*submit, *job_command("tune", *(word for option in options.items() for word in option))]
+        command = job_command("tune", *(word for option in options.items() for word in option))
+        return submit_command(self._cluster, command)
 
     def _records(self) -> list[dict[str, Any]]:
         prefix = f"sweeps/{NAME}/records/"
@@ -139,28 +142,24 @@ class KilledSweep:
         ended = len(self._records()) - len(unfinished)
         return ended >= ENDED_BEFORE_KILL and len(unfinished) == 2 and all(map(self._has_epoch, unfinished))
 
-    def _has_epoch(self, trial: int | None) -> bool:
-        key = f"sweeps/{NAME}/trials/{trial:04d}/history.parquet"
-        return trial is not None and key in self._bucket.keys(key)
+    def _has_epoch(self, trial: int) -> bool:
+        return bool(self._bucket.keys(f"sweeps/{NAME}/trials/{trial:04d}/history.parquet"))
 
-    def _begun_since(self, before: list[dict[str, Any]]) -> bool:
-        return (self._running() or 0) >= len(before)
-
-    def _running(self) -> int | None:
-        """Return the trial that began or went on last; None: none has."""
+    def _running(self) -> int:
+        """Return the trial that began or went on last; -1: none has."""
         found = re.findall(r"trial (\d+) (?:begins|goes on)", self._log.read_text(errors="replace"))
-        return int(found[-1]) if found else None
+        return int(found[-1]) if found else -1
 
     def _has_processes(self, title: str) -> bool:
         return bool(titled_processes(self._cluster.nodes, title))
 
-    def _kill_trial(self, number: int | None) -> None:
+    def _kill_trial(self, number: int) -> None:
         for process in titled_processes(self._cluster.nodes, TRIAL):
             process.kill()
             process.wait(60)
         self._say(f"trial {number} killed")
 
-    def _check(self, before: list[dict[str, Any]], survivor: int | None, victim: int | None) -> None:
+    def _check(self, before: list[dict[str, Any]], survivor: int, victim: int) -> None:
         """Print the table, and raise unless each trial is accounted for."""
         rows = pq.read_table(io.BytesIO(self._bucket.get(f"sweeps/{NAME}/trials.parquet"))).to_pylist()
         table = Table("trial", "state", "epochs", "objective", "failures", "why", "before the driver was killed")
@@ -181,8 +180,8 @@ class KilledSweep:
             "two went on": sum(record["state"] == "unfinished" for record in before) == 2,
             "one raised": why[RAISES].startswith("raised: ") and WEIGHTS in why[RAISES],
             "one diverged": why[DIVERGES].startswith("diverged: "),
-            "one was killed": victim is not None and why[victim] == "killed: its process died",
-            "one survived": survivor is not None and rows[survivor]["num_failures"] == 1,
+            "one was killed": why[victim] == "killed: its process died",
+            "one survived": rows[survivor]["num_failures"] == 1,
             "no other failed": failed == [RAISES, DIVERGES, victim],
             "there is a best": sum(row["is_best"] for row in rows) == 1,
             "and its recipe": f"sweeps/{NAME}/best.toml" in self._bucket.keys(f"sweeps/{NAME}/best"),

@@ -86,6 +86,11 @@ def job_command(name: str, *arguments: object) -> list[str]:
     return ["python", f"jobs/{name}.py", *map(str, arguments)]
 
 
+def submit_command(cluster: Cluster, command: list[str]) -> list[str]:
+    """Return what submits a command to the cluster, with the repository, and waits until it has ended."""
+    return ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *command]
+
+
 def run_command(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository to its end, whatever it returns."""
     return subprocess.run(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Cluster, job_command, job_environment, run_command, succeed
+from commands import ROOT, Cluster, job_command, job_environment, run_command, submit_command, succeed
 from seaweedfs import Bucket, S3Server
 from servers import free_ports
 
@@ -153,9 +153,8 @@ def test_a_submitted_job_runs_the_code_it_was_submitted_with(
         *("--source.uri", f"{filled.uri}/faces", "--prepare.out", f"{filled.uri}/submitted"),
     )
     script = f"python -c 'import agr_ray; print(agr_ray.__file__)' && {' '.join(prepare)}"
-    submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--"]
 
-    printed = succeed([*submit, "sh", "-c", script], cluster.environment)
+    printed = succeed(submit_command(cluster, ["sh", "-c", script]), cluster.environment)
 
     assert "succeeded" in printed
     assert "/working_dir_files/" in printed  # where Ray unpacks what was submitted

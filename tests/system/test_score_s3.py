@@ -25,6 +25,7 @@ from commands import (
     kill_command,
     kill_node,
     run_cluster,
+    submit_command,
     succeed,
     titled_processes,
 )
@@ -376,9 +377,8 @@ def test_a_job_submitted_to_three_nodes_scores_each_photograph_once(
     task: Task, three_nodes: Cluster, tmp_path: Path
 ) -> None:
     assert len(three_nodes.nodes) == 3
-    submit = ["ray", "job", "submit", "--address", three_nodes.dashboard, "--working-dir", str(ROOT), "--"]
 
-    printed = succeed([*submit, *task.command(None)], three_nodes.environment)
+    printed = succeed(submit_command(three_nodes, task.command(None)), three_nodes.environment)
 
     assert "succeeded" in printed
     assert_each_once(task, tmp_path, task.expected())

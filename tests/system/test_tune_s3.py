@@ -22,6 +22,7 @@ from commands import (
     kill_command,
     run_cluster,
     run_command,
+    submit_command,
     succeed,
     titled_processes,
 )
@@ -166,10 +167,9 @@ def test_a_sweep_in_a_bucket_through_job_submit(
     bucket = Bucket.create(s3_server, BUCKET)
     bucket.upload(root / "data", "data")
     run = SweepRun(bucket.uri, "submitted")
-    words = ["python", "jobs/tune.py", *map(str, run.options(max_concurrent=2))]
+    command = job_command("tune", *run.options(max_concurrent=2))
 
-    submit = ["ray", "job", "submit", "--address", nodes.dashboard, "--working-dir", str(ROOT), "--"]
-    printed = succeed([*submit, *words], nodes.environment)
+    printed = succeed(submit_command(nodes, command), nodes.environment)
 
     assert "4 of 4 ended" in printed
     rows = trials(Storage(), run)
