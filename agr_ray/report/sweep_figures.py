@@ -289,7 +289,10 @@ def front_svg(
     best_number: int | None,
     name: str,
 ) -> str:
-    """Draw two errors of the complete trials, with those of the front in the foreground."""
+    """Draw two errors of the complete trials, with those of the front in the foreground.
+
+    Trials that are far off are beyond the panel, but for the chosen one and the front.
+    """
     with _panel(name, width_inches=3.4, height_inches=2.8) as (axes, done):
         rows = [
             row
@@ -312,7 +315,11 @@ def front_svg(
                 x, y = np.array(points, np.float64).T
                 axes.scatter(x, y, label=label, **{"s": 14, **look})
         points = [[float(getattr(row, error)) for error in pair] for row in rows]
-        tops = [_fence([point[place] for point in points]) for place in range(2)]
+        wanted = [row for row in rows if row.is_on_front or row.number == best_number]
+        tops = [
+            max([_fence([getattr(row, error) for row in rows]), *(getattr(row, error) for row in wanted)])
+            for error in pair
+        ]
         if points:
             axes.set_xlim(*_span(min(x for x, _ in points), tops[0]))
             axes.set_ylim(*_span(min(y for _, y in points), tops[1]))

@@ -13,7 +13,7 @@ import pytest
 
 from agr_ray.report.importance import MIN_TRIALS, importances
 from agr_ray.report.sweep import GuessErrors, SweepReport, TrialRow, sweep_page
-from agr_ray.report.sweep_figures import smoothed
+from agr_ray.report.sweep_figures import front_svg, smoothed
 from agr_ray.report.trials import best_so_far, looks_logarithmic
 
 NAN = float("nan")
@@ -314,6 +314,20 @@ def test_the_front_is_what_the_rows_say() -> None:
     assert "2 complete trials hold all constraints" in words(page)
     table = page[page.index('id="trade-off"') : page.index('id="failures"')]
     assert re.findall(r'<th scope="row">(\d)</th>', table) == ["2", "0"]
+
+
+def test_the_panel_of_a_front_holds_all_of_it_and_the_chosen_trial() -> None:
+    near = [trial(n, age_mae_years=9.0 + 0.1 * n, gender_error=0.2) for n in range(3)]
+    far = trial(3, age_mae_years=30.0, gender_error=0.1)
+
+    def drawn(row: TrialRow, best_number: int | None) -> str:
+        return front_svg(
+            [*near, row], ("age_mae_years", "gender_error"), ("age MAE, years", "gender error"), best_number, "front"
+        )
+
+    assert "1 beyond" in drawn(far, None)
+    assert "beyond" not in drawn(far, 3)
+    assert "beyond" not in drawn(replace(far, is_on_front=True), None)
 
 
 def test_a_trial_that_has_not_ended_is_not_called_failed() -> None:
