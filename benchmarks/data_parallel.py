@@ -27,12 +27,12 @@ from typing import Final
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from agr_ray.config import LossConfig, ModelConfig, TrainConfig
+from agr_ray.console import make_console
 from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
 from agr_ray.learn.optimise import build_optimizer
 from agr_ray.models.network import MultiTaskNet
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--samples-per-s-per-gpu", type=float, default=1000.0, help="on paper (%(default)s)")
     parser.add_argument("--batch-per-gpu", type=int, default=64, help="on paper (%(default)s)")
     arguments = parser.parse_args()
-    console = Console(width=120, highlight=False)
+    console = make_console()
     config = ModelConfig(trunk=arguments.trunk, input_side_px=arguments.side)
     num_parameters = sum(p.numel() for p in MultiTaskNet(config).parameters())
     groups = {size: measure(size, config, arguments.batch, arguments.steps) for size in (1, arguments.workers)}
@@ -78,7 +78,6 @@ def main() -> None:
         f"gradients: DDP hands over {several.sent_bytes:,.0f} bytes a step in each process; {num_parameters:,} "
         f"parameters of 4 bytes are {4 * num_parameters:,}; all-reduce of so many alone: "
         f"{several.all_reduce_s * 1000:.0f} ms",
-        soft_wrap=True,
     )
     compute_s = arguments.batch_per_gpu / arguments.samples_per_s_per_gpu
     console.print(paper_table(4 * num_parameters, compute_s, arguments.link_gbit_s))

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 
 from agr_ray.config import ScoreConfig
+from agr_ray.console import make_console
 from agr_ray.runtime.scoring.planning import photograph_id, plan, scored_ids
 from agr_ray.storage import Storage
 
@@ -86,7 +86,7 @@ def show(measured: dict[str, float], num_rows: int, file_format: str) -> None:
     table.add_row("peak memory, MiB", f"{measured['peak_mib']:.0f}", f"{LIMIT_MIB}")
     for name in ("num_listed", "num_excluded", "num_scored", "num_duplicates", "num_to_do", "num_parts"):
         table.add_row(name.replace("_", " ").removeprefix("num "), f"{measured[name]:,.0f}", "")
-    Console().print(table)
+    make_console().print(table)
 
 
 def generate(folder: Path, num_rows: int, file_format: str) -> None:

@@ -32,9 +32,9 @@ from typing import Any
 import duckdb
 import pyarrow.dataset
 from memory import described, peak, watched_memory
-from rich.console import Console
 from rich.table import Table
 
+from agr_ray.console import make_console
 from agr_ray.data.rendered import render_photograph
 from agr_ray.runtime.scoring.publish import published_runs
 from agr_ray.storage import Storage
@@ -65,7 +65,7 @@ MAX_GROWTH = 0.2
 def main() -> None:
     """Fill, score four times, check and print."""
     arguments = parse_arguments(__doc__)
-    console = Console(width=120, highlight=False)
+    console = make_console()
     pictures = make_pictures(arguments.chips, arguments.photographs)
     started = time.perf_counter()
     with filled_server(pictures, arguments.num) as server:

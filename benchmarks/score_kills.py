@@ -38,6 +38,7 @@ from commands import (
 from fault_proxy import Faults, run_fault_proxy
 from seaweedfs import S3Server
 
+from agr_ray.console import make_console
 from agr_ray.runtime.scoring.publish import published_runs
 from agr_ray.storage import Storage
 
@@ -50,7 +51,7 @@ REFUSED_SHARE = 0.05
 def main() -> None:
     """Fill, disturb, finish, check and print."""
     arguments = parse_arguments(__doc__)
-    console = Console(width=120, highlight=False)
+    console = make_console()
     pictures = make_pictures(arguments.chips, arguments.photographs)
     with tempfile.TemporaryDirectory(prefix="kills-") as temporary, filled_server(pictures, arguments.num) as server:
         for name in KILLERS:

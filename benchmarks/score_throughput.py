@@ -43,6 +43,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from agr_ray.config import ClusterConfig, ModelConfig, PredictConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.console import make_console
 from agr_ray.learn.augment import prepare_eval
 from agr_ray.learn.inference import for_inference
 from agr_ray.learn.predict import Predictions, average, predict, to_nchw
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="folder of a trained checkpoint, for the agreement only")
     arguments = parser.parse_args()
     paths = sorted(path for path in arguments.photographs.iterdir() if path.is_file())
-    console = Console(width=120, highlight=False)
+    console = make_console()
     with tempfile.TemporaryDirectory(prefix="score-") as temporary:
         folder = Path(temporary)
         in_new_process(make_checkpoint, paths, folder / "checkpoint")

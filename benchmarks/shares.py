@@ -32,10 +32,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from agr_ray.config import EvaluateConfig
+from agr_ray.console import make_console
 from agr_ray.learn.calibration import CalibratedPredictions, Calibration, true_age_group
 from agr_ray.learn.metrics import Labels, predicted_gender
 from agr_ray.learn.predict import Predictions
@@ -74,11 +74,11 @@ def main() -> None:
     calibration_set, test = read(arguments.calibration), read(arguments.test)
     calibration = Calibration.fit(*calibration_set, coverage=EvaluateConfig().coverage, risk=arguments.risk)
     faces = scored_faces(calibration.apply(test.predictions))
-    console = Console(width=120)
+    console = make_console()
     said = f"{len(calibration_set.labels.age):,} calibration and {len(test.labels.age):,} test images"
-    console.print(f"{said}; {arguments.mixtures} mixtures of {arguments.faces:,} faces", highlight=False)
+    console.print(f"{said}; {arguments.mixtures} mixtures of {arguments.faces:,} faces")
     for note in calibration.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}")
     reasons = {}
     for title, shifted in (("each breakdown shifted on its own", None), ("all shifted at once", ATTRIBUTES)):
         figures = Table("breakdown", "raw error", "corrected", "of raw", "intervals hold", "their width", title=title)
@@ -94,7 +94,7 @@ def main() -> None:
                 reasons[breakdown] = reason
         console.print(figures)
     for breakdown, reason in reasons.items():
-        console.print(f"{','.join(breakdown)}: not corrected: {reason}", highlight=False, soft_wrap=True)
+        console.print(f"{','.join(breakdown)}: not corrected: {reason}")
 
 
 def read(path: Path) -> Scored:

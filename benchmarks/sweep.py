@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
+
+from agr_ray.console import make_console
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("val_balanced_objective", "val_age_mae_years", "val_gender_balanced_accuracy", "val_race_balanced_accuracy")
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12, help="of each sweep (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="of further trainings (1 2)")
     arguments, more = parser.parse_known_args()
-    console = Console(width=120, highlight=False)
+    console = make_console()
 
     sweeps = {name: sweep(arguments, name, more) for name in ("asha", "whole")}
     table = Table("", "wall time, s", "epochs", "complete", "stopped", "failed", "best trial", "its objective")

@@ -28,6 +28,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from agr_ray.console import make_console
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "system"))
 from commands import (  # noqa: E402
@@ -60,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.trials < ENDED_BEFORE_KILL + 4:
         parser.error(f"--trials {arguments.trials}: 9 at least, or none begins after the driver was killed")
-    console = Console(width=160, highlight=False)
+    console = make_console()
     with tempfile.TemporaryDirectory(prefix="sweep-") as temporary, run_seaweedfs(Path(temporary)) as server:
         bucket = Bucket.create(server, "sweeps")
         bucket.upload(arguments.data, "data")

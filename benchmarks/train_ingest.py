@@ -35,12 +35,12 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from agr_ray.config import AugmentConfig, ClusterConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
+from agr_ray.console import make_console
 from agr_ray.learn.loop import Batch, LocalContext
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="in an epoch of (a) and (c) (40)")
     parser.add_argument("--use-gpu", action="store_true", help="one GPU; else all CPUs")
     arguments = parser.parse_args()
-    console = Console(width=120, highlight=False)
+    console = make_console()
     with tempfile.TemporaryDirectory(prefix="ingest-") as out:
         job = TrainJob(
             cluster=ClusterConfig(address="local"),

@@ -10,11 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from rich.console import Console
-from rich.table import Table
 from torchvision.ops import box_iou
 
 from agr_ray.config import ClusterConfig, EvaluateJob, PrepareJob, RenderJob, ScoreJob, TrainJob, parse
+from agr_ray.console import make_console, make_table
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.command import one_line_errors
 from agr_ray.runtime.evaluate import evaluate
@@ -30,11 +29,11 @@ MIN_IOU = 0.5
 
 def demo(out: str) -> None:
     """Run every job in turn, then print where everything is and how well it went."""
-    console = Console()
+    console = make_console()
     started = time.perf_counter()
 
     def step(title: str, job_class: Any, work: Callable[[Any], Any], *arguments: str) -> Any:
-        console.rule(f"{title} ({time.perf_counter() - started:.0f} s)")
+        console.print(f"--- {title} ({time.perf_counter() - started:.0f} s)")
         return work(parse(job_class, [*RECIPE, *arguments]))
 
     with cluster(ClusterConfig()):
@@ -57,11 +56,11 @@ def demo(out: str) -> None:
             *("--score.out", f"{out}/scored"),
         )
     images = f"{out}/scored/images/run={scored['run_id']}"
-    console.rule("result")
+    console.print("--- result")
     found, drawn = _found_faces(
         Storage().read_table(images), Storage().read_table(f"{out}/faces/photographs/faces.parquet")
     )
-    table = Table("on faces that training never saw", "model", "baseline")
+    table = make_table("on faces that training never saw", "model", "baseline")
     for label, task, name, scale, unit in (
         ("age MAE", "age", "mae_years", 1, "years"),
         ("gender accuracy", "gender", "accuracy", 100, "%"),
@@ -76,8 +75,8 @@ def demo(out: str) -> None:
         ("metrics", f"{checkpoint}-eval-*/metrics.json"),
         ("scores", images),
     ):
-        console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
-    console.print(f"{time.perf_counter() - started:.0f} s in all", highlight=False)
+        console.print(f"{label}: {path}")
+    console.print(f"{time.perf_counter() - started:.0f} s in all")
 
 
 def _found_faces(images: pa.Table, truth: pa.Table) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ray.exceptions import RayTaskError
-from rich.console import Console
 
 from agr_ray.config import ConfigError, Job, load
 from agr_ray.runtime.lock import LockLost
@@ -43,11 +42,6 @@ def one_line_errors() -> Iterator[None]:
         _fail(error)
     except (JobError, LockLost) as error:
         _fail(error, status=1)
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line as it is: what is in it is no markup, and a terminal's width is no reason to break it."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _fail(error: Exception, status: int = 2) -> None:

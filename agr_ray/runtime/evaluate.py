@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 import torch
 from ray.data import ActorPoolStrategy
 from rich.console import Console
-from rich.table import Table
 
 from agr_ray.config import ConfigError, EvaluateConfig, EvaluateJob, PredictConfig
 from agr_ray.config import digest as digest_of
+from agr_ray.console import make_console, make_table
 from agr_ray.learn.calibration import NEVER_SURE, Calibration, coverage_report
 from agr_ray.learn.metrics import Baseline, Labels, metrics_report, predicted_gender
 from agr_ray.learn.predict import Predictions, predict
@@ -61,7 +61,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such checkpoint or set, the split is empty, or training saw images of it.
     """
-    console = Console()
+    console = make_console()
     config = job.evaluate
     storage = Storage.from_config(job.storage)
     prepared = open_prepared(storage, config.data, "evaluate.data")
@@ -170,7 +170,7 @@ def add_to_card(
     try:
         storage.write(uri, with_measured(card, metrics).encode())
     except (StorageError, StorageUnavailable) as error:
-        console.print(f"warning: the model card was not brought up to date: {error}", highlight=False, soft_wrap=True)
+        console.print(f"warning: the model card was not brought up to date: {error}")
 
 
 class CropPredictor:
@@ -266,7 +266,7 @@ def _found_calibration(directory: Path, config: PredictConfig, console: Console)
     """Return the checkpoint's calibration; None, with a warning where there is one, if it can't be used."""
     calibration, reason = read_calibration(directory, config, "evaluate.checkpoint")
     if calibration is None and (directory / CALIBRATION).exists():
-        console.print(f"warning: {reason}", soft_wrap=True)
+        console.print(f"warning: {reason}")
     return calibration
 
 
@@ -336,7 +336,8 @@ def _training_baseline(meta: dict[str, Any]) -> Baseline | None:
 
 def _print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
     said = metrics["evaluation"]
-    table = Table("metric", "model", "95 % interval", "baseline", title=f"{said['source']}, split {said['split']}")
+    console.print(f"{said['source']}, split {said['split']}")
+    table = make_table("metric", "model", "95 % interval", "baseline")
     for task, name, label, scale, unit in HEADLINES:
         value, guess = metrics[task][name], metrics["baseline"][task][name]
         between = metrics["intervals"].get(task, {}).get(name)
@@ -353,14 +354,13 @@ def _print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
     console.print(
         f"{metrics['n']:,} labelled images, {metrics['n_fallback']:,} of them without a detected face; "
         f"seen in training: {overlap}",
-        highlight=False,
     )
     without_crop = {name: count for name, count in said["statuses"].items() if name not in CROP_STATUSES}
     if without_crop:
         reasons = ", ".join(f"{name} {count:,}" for name, count in without_crop.items())
-        console.print(f"not measured, because there is no crop of them: {reasons}", highlight=False)
-    console.print(f"split manifest SHA-256 {said['split_manifest_sha256']}", highlight=False, soft_wrap=True)
-    console.print(f"{out}/metrics.json, {out}/predictions.parquet", highlight=False, soft_wrap=True)
+        console.print(f"not measured, because there is no crop of them: {reasons}")
+    console.print(f"split manifest SHA-256 {said['split_manifest_sha256']}")
+    console.print(f"{out}/metrics.json, {out}/predictions.parquet")
 
 
 def _print_fitted(console: Console, calibration: Calibration, uri: str) -> None:
@@ -373,10 +373,10 @@ def _print_fitted(console: Console, calibration: Calibration, uri: str) -> None:
         if part is not None:
             parts.append(f"{task} temperature {part.temperature:.2f}, abstains {_below(part.abstain_below)}")
     said = "; ".join(parts) or "nothing could be fitted"
-    console.print(f"calibrated on {calibration.n:,} images: {said}", highlight=False, soft_wrap=True)
+    console.print(f"calibrated on {calibration.n:,} images: {said}")
     for note in calibration.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    console.print(uri, highlight=False, soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(uri)
 
 
 def _below(abstain_below: float) -> str:
@@ -391,10 +391,8 @@ def _print_calibration(console: Console, measured: dict[str, Any]) -> None:
     if seen:
         console.print(
             f"warning: {seen:,} of these images were calibrated on, which flatters what follows; measure on others",
-            highlight=False,
-            soft_wrap=True,
         )
-    table = Table("calibrated", "promised", "measured", "95 % interval", "images")
+    table = make_table("calibrated", "promised", "measured", "95 % interval", "images")
     remarks = []
     age = measured["age"]
     if age is not None:
@@ -415,7 +413,7 @@ def _print_calibration(console: Console, measured: dict[str, Any]) -> None:
             )
     console.print(table)
     for remark in remarks:
-        console.print(remark, highlight=False, soft_wrap=True)
+        console.print(remark)
     if age is not None:
         members = (item for group in age["groups"].values() for item in group.items())
         failed = [
@@ -425,7 +423,7 @@ def _print_calibration(console: Console, measured: dict[str, Any]) -> None:
         ]
         if failed:
             said = ", ".join(failed)
-            console.print(f"age intervals hold less than promised for: {said}", highlight=False, soft_wrap=True)
+            console.print(f"age intervals hold less than promised for: {said}")
 
 
 def _per_cent(share: float | None) -> str:

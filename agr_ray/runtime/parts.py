@@ -59,7 +59,7 @@ def keep_only(storage: Storage, folder: str, ids: pa.Array) -> None:
 def print_failed(console: Console, counts: Mapping[str, int]) -> None:
     """Say what can be done where rows failed."""
     if counts.get(Status.FAILED):
-        console.print(f"{counts[Status.FAILED]:,} failed: the same command tries them again", highlight=False)
+        console.print(f"{counts[Status.FAILED]:,} failed: the same command tries them again")
 
 
 def without(table: pa.Table, ids: pa.Array) -> pa.Table:

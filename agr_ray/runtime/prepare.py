@@ -14,10 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from agr_ray.config import ConfigError, PrepareConfig, PrepareJob, SourceConfig, VisionConfig
+from agr_ray.console import make_console, make_table
 from agr_ray.data import folder, utkface
 from agr_ray.data.manifest import SourceRow, build_manifest, content_hashes, labels_digest
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
@@ -42,7 +41,7 @@ def prepare(job: PrepareJob) -> PreparedSet:
         ConfigError: the folder holds a set of other settings, the labels can't be used, or the plan can't fit.
         StorageUnavailable: source or output can't be reached.
     """
-    console = Console()
+    console = make_console()
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.prepare.out).rstrip("/")
     settings = _settings(job)
@@ -283,10 +282,11 @@ def _check_unchanged(before: pa.Table, table: pa.Table, earlier: PreparedSet | N
 
 
 def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> None:
-    summary = Table("status", "images", "first reasons", title=prepared.uri)
+    console.print(prepared.uri)
+    summary = make_table("status", "images", "first reasons")
     for status, count in prepared.counts.items():
         errors = Counter(rows.filter(pc.equal(rows["status"], status))["error"].drop_null().to_pylist())
-        summary.add_row(status, f"{count:,}", escape("\n".join(f"{n} x {error}" for error, n in errors.most_common(3))))
+        summary.add_row(status, f"{count:,}", "\n".join(f"{n} x {error}" for error, n in errors.most_common(3)))
     console.print(summary)
     print_failed(console, prepared.counts)
     shares = ", ".join(f"{name} {count:,}" for name, count in prepared.splits.items())

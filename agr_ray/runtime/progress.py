@@ -12,10 +12,11 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from agr_ray.console import text_column
 
 LOG_EVERY_S = 10.0
 
@@ -31,12 +32,12 @@ def progress(console: Console, label: str, total: int | None) -> Iterator[Update
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        text_column("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[remark]}"),
+        text_column("{task.fields[remark]}"),
     )
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(label, total=total, remark="")
@@ -54,6 +55,6 @@ def _log_lines(console: Console, label: str, total: int | None) -> Update:
         last = now
         of_total = f" of {total:,}" if total else ""
         line = f"{label}: {done:,}{of_total}, {done / (now - started):.1f}/s {remark}".rstrip()
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
 
     return update

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import TaskPoolStrategy
-from rich.console import Console
 
 from agr_ray.config import ConfigError, RenderJob
+from agr_ray.console import make_console
 from agr_ray.data.rendered import chip_labels_table, photograph_labels_table, render_chip, render_photograph
 from agr_ray.runtime.cluster import cluster, configure_ray_data, worker_count
 from agr_ray.runtime.progress import progress
@@ -36,7 +36,7 @@ def render(job: RenderJob) -> str:
         ConfigError: the folder holds faces of another seed or number, or something else.
         StorageUnavailable: it can't be written.
     """
-    console = Console()
+    console = make_console()
     config, storage = job.render, Storage.from_config(job.storage)
     out = storage.absolute(config.out).rstrip("/")
     marker, settings = storage.join(out, "render.json"), config.model_dump(mode="json", exclude={"out"})
@@ -78,7 +78,7 @@ def render(job: RenderJob) -> str:
                     update(len(keys), "")
             storage.write_table(pa.concat_tables(drawn).sort_by("key"), storage.join(target, table_name))
     _mark(storage, marker, settings, finished=True)
-    console.print(f"{config.num_chips:,} chips and {config.num_photographs:,} photographs in {out}", highlight=False)
+    console.print(f"{config.num_chips:,} chips and {config.num_photographs:,} photographs in {out}")
     return out
 
 

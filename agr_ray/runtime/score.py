@@ -32,9 +32,9 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 from rich.console import Console
-from rich.table import Table
 
 from agr_ray.config import ConfigError, ScoreJob, digest
+from agr_ray.console import make_console, make_table
 from agr_ray.learn.calibration import Calibration
 from agr_ray.models.checkpoint import model_digest, read_meta
 from agr_ray.models.network import Transform
@@ -111,7 +111,7 @@ def score(job: ScoreJob) -> dict[str, Any]:
         ConfigError: there is no such checkpoint or input, another run is at work, or the plan can't fit.
         StorageUnavailable: input or output can't be reached.
     """
-    console = Console()
+    console = make_console()
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.score.out).rstrip("/")
     key = _check(job, storage, out)
@@ -322,7 +322,6 @@ def _score_parts(job: ScoreJob, scoring: Scoring, run: Run, lock: RunLock, conso
     console.print(
         f"{run.plan.num_listed:,} listed, {left_out}{run.plan.num_scored:,} scored before, {num_images:,} to do"
         f"{done_before}",
-        highlight=False,
     )
     if not todo:
         return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}
@@ -345,7 +344,7 @@ def _score_parts(job: ScoreJob, scoring: Scoring, run: Run, lock: RunLock, conso
             said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
             update(counts.total(), f"{num_faces:,} faces; {said}")
     score_s = time.perf_counter() - started
-    console.print(f"{total:,} photographs in {score_s:.1f} s: {total / score_s:.1f} images/s", highlight=False)
+    console.print(f"{total:,} photographs in {score_s:.1f} s: {total / score_s:.1f} images/s")
     return {"score_s": score_s, "num_workers": num_workers, "worker_s": stopwatch.take()}
 
 
@@ -414,7 +413,8 @@ def _totals(counts: Counts, plan: Plan) -> dict[str, Any]:
 
 
 def _print_summary(console: Console, totals: Mapping[str, Any], timings: Mapping[str, Any], run: str) -> None:
-    table = Table("", "number", title=run)
+    console.print(run)
+    table = make_table("", "number")
     rows = [("photographs", totals["num_images"])]
     rows += [(f"  {status}", count) for status, count in totals["counts"].items()]
     rows += [("faces", totals["num_faces"]), ("  flagged", totals["num_flagged"])]
@@ -428,7 +428,7 @@ def _print_summary(console: Console, totals: Mapping[str, Any], timings: Mapping
         total_s = sum(stages.values())
         most_first = sorted(stages.items(), key=lambda stage: -stage[1])
         said = ", ".join(f"{name} {spent_s / total_s:.0%}" for name, spent_s in most_first)
-        console.print(f"where the workers' time went: {said}", highlight=False)
+        console.print(f"where the workers' time went: {said}")
 
 
 def _digest(value: Any) -> str:

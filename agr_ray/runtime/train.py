@@ -32,16 +32,16 @@ import pyarrow.compute as pc
 import torch
 from ray.train import Result, UserCallback
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
+from agr_ray.console import make_console, make_table
 from agr_ray.learn.metrics import Baseline, Labels, class_counts
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
 from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.command import JobError, say
+from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import label_arrays, select_crops, usable_statuses
 from agr_ray.runtime.lock import run_lock
 from agr_ray.runtime.patience import Patience
@@ -80,14 +80,14 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
         JobError: the loss is no number any more, or workers failed more often than `train.max_failures`.
         LockLost: another driver took the run over.
     """
-    console = Console(quiet=quiet)
+    console = make_console(quiet=quiet)
     storage = Storage.from_config(job.storage)
     sets = open_sets(job, storage)
     settings = settings_digest(job, sets)
     uri = _run_uri(storage, job, settings)
     run, first = plan(job, storage, sets, uri, settings, console)
     run = dataclasses.replace(run, quiet=quiet)
-    console.print(f"run {uri}", highlight=False, soft_wrap=True)
+    console.print(f"run {uri}")
     if job.dry_run:
         dry_run(run, sets, first or MultiTaskNet(job.model), console)
         return storage.join(uri, "best")
@@ -205,7 +205,7 @@ def plan(
     baseline, counts = Baseline.fit(labels), class_counts(labels)
     warnings = class_warnings(counts, job.model.tasks, sets) + detector_warnings(sets) + copies_warnings(trained, sets)
     for warning in warnings:
-        say(console, f"warning: {warning}")
+        console.print(f"warning: {warning}")
     run = Run(
         job=job,
         storage=storage,
@@ -313,7 +313,7 @@ def _publish(run: Run, result: Result, console: Console) -> str:
                 Path(temporary, name).write_bytes(body)
             problem = tracked.log(state["history"]) or tracked.finish([str(Path(temporary, name)) for name in files])
     if problem:
-        say(console, f"warning: {problem}")
+        console.print(f"warning: {problem}")
     return best_uri
 
 
@@ -342,10 +342,11 @@ def _git_commit() -> str:
 def _print_history(console: Console, storage: Storage, uri: str) -> None:
     history = storage.read_table(storage.join(uri, "history.parquet")).to_pylist()
     best = min(history, key=lambda row: row[OBJECTIVE] if row[OBJECTIVE] is not None else -row["epoch"])
-    table = Table("", "epoch", "age MAE, years", "gender", "race", "objective", title="validation")
+    console.print("validation")
+    table = make_table("", "epoch", "age MAE, years", "gender", "race", "objective")
     for label, row in (("best", best), ("last", history[-1])):
         shown = [row["val_age_mae_years"], row["val_gender_accuracy"], row["val_race_accuracy"], row[OBJECTIVE]]
         table.add_row(label, str(row["epoch"]), *("" if value is None else f"{value:.3f}" for value in shown))
     console.print(table)
     total_s = sum(row["epoch_s"] for row in history)
-    console.print(f"{len(history)} epochs in {total_s / 60:.1f} minutes; checkpoint: {uri}/best", soft_wrap=True)
+    console.print(f"{len(history)} epochs in {total_s / 60:.1f} minutes; checkpoint: {uri}/best")

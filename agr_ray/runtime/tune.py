@@ -16,10 +16,11 @@ from ray import tune as ray_tune
 from rich.console import Console
 
 from agr_ray.config import PAPER_POINT, ConfigError, TrainJob, TuneJob
+from agr_ray.console import make_console
 from agr_ray.learn.space import base_job, check_space, paper_point, recipes_value, unlike_papers, with_values
 from agr_ray.learn.trials import ERROR_TASKS
 from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.command import JobError, say
+from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import select_crops, usable_statuses
 from agr_ray.runtime.lock import RunLock, run_lock
 from agr_ray.runtime.patience import Patience
@@ -51,7 +52,7 @@ def tune(job: TuneJob) -> str:
         JobError: no trial came to its end, or the first ones failed before their first epoch.
         LockLost: another driver took the sweep over.
     """
-    console, folder = Console(), os.getcwd()
+    console, folder = make_console(), os.getcwd()
     storage = Storage.from_config(job.storage)
     job = with_absolute_paths(job, storage)
     check_space(job)
@@ -68,10 +69,10 @@ def tune(job: TuneJob) -> str:
             f"train.data {run.data['uri']}: a sweep needs validation, and there is no crop in its val split"
         )
     _check_labels(job, sets, storage)
-    say(console, f"sweep {planned.uri}")
+    console.print(f"sweep {planned.uri}")
     if unlike_papers(job) and paper_point(job.tune.space):
         said = ", ".join(f"{key} {recipes_value(job, key):g} (not {PAPER_POINT[key]:g})" for key in unlike_papers(job))
-        say(console, f"warning: {said} is not searched, so no trial is the paper's own to compare with")
+        console.print(f"warning: {said} is not searched, so no trial is the paper's own to compare with")
     if job.dry_run:
         _dry_run(job, planned, run, console)
         if first is not None:
@@ -85,7 +86,7 @@ def tune(job: TuneJob) -> str:
             sweep = Sweep(storage, _planned_again(planned, storage, job, digest), job, console)
             sweep.begin()
             at_once = min(has.num_trials, max(sweep.num_left, 1))
-            say(console, f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
+            console.print(f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
             if sweep.num_left and not sweep.spent:
                 _run_trials(
                     sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, folder, console
@@ -98,7 +99,7 @@ def tune(job: TuneJob) -> str:
     print_trials(sweep, console)
     if not finished:
         why = f"{sweep.spent} is spent" if sweep.spent else "it was interrupted"
-        say(console, f"the sweep is not finished: {why}; the same command goes on")
+        console.print(f"the sweep is not finished: {why}; the same command goes on")
     elif sweep.best is None:
         raise JobError(f"{sweep.plan.uri}: no trial came to its end; trials.parquet there says why")
     return sweep.join("best")
@@ -218,7 +219,7 @@ def _budget(job: TuneJob) -> str:
 
 def _dry_run(job: TuneJob, planned: Plan, run: Run, console: Console) -> None:
     """Say what would be searched."""
-    say(console, f"{planned.num_trials} trials of {run.job.train.epochs} epochs; {_budget(job)}")
+    console.print(f"{planned.num_trials} trials of {run.job.train.epochs} epochs; {_budget(job)}")
     for key, parameter in job.tune.space.items():
         said = parameter.model_dump(exclude_defaults=True)
-        say(console, f"  {key}: {', '.join(f'{name} {value}' for name, value in said.items())}")
+        console.print(f"  {key}: {', '.join(f'{name} {value}' for name, value in said.items())}")

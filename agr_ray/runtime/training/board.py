@@ -19,6 +19,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from agr_ray.console import text_column
 from agr_ray.learn.progress import Progress, duration
 
 LOOK_EVERY_S: Final = 0.5
@@ -45,10 +46,10 @@ class TrainingBars:
 
     def __init__(self) -> None:
         self._bars = bars.Progress(
-            bars.TextColumn("{task.description}"),
+            text_column("{task.description}"),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.fields[left]}"),
+            text_column("{task.fields[left]}"),
         )
         self._figures = Text("starting workers")
         self._tasks: tuple[bars.TaskID, bars.TaskID] | None = None

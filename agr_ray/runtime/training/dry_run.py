@@ -27,7 +27,7 @@ from agr_ray.learn.optimise import build_optimizer
 from agr_ray.learn.precision import autocast, compute_dtype
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.runtime.cluster import machine_cpus
-from agr_ray.runtime.command import JobError, say
+from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import TRAINING_COLUMNS, select_crops, training_arrays, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet
 from agr_ray.runtime.training.run import Run
@@ -85,7 +85,7 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, console:
     """
     job, config = run.job, run.job.train
     for line in plan_lines(run, model):
-        say(console, line)
+        console.print(line)
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
     batch_size = math.ceil(config.batch_size / config.min_workers)
     largest = max(_sides(job))
@@ -96,15 +96,15 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, console:
         at_a_time = math.ceil(batch_size / config.accumulate)
         memory = count_memory(model, job, largest, at_a_time, device)
         for line in memory_lines(run, memory, at_a_time, largest, device):
-            say(console, line)
+            console.print(line)
         speeds = {side: time_steps(run, model, crops, side, device) for side in _sides(job)}
     except NonFiniteLossError as error:
         raise JobError(f"dry run: {error}; train.clip_norm or a lower train.lr may help") from None
     finally:
         torch.set_num_threads(threads)
     for line in time_lines(run, speeds, device):
-        say(console, line)
-    console.print("dry run: nothing was written", highlight=False)
+        console.print(line)
+    console.print("dry run: nothing was written")
 
 
 def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from agr_ray.config import ConfigError, TrainConfig
 from agr_ray.runtime.cluster import check_fits
-from agr_ray.runtime.command import JobError, say
+from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, training_dataset
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet
@@ -67,8 +67,7 @@ def fit(
             attempts_left = CONTROLLER_FAILURES if epochs_done > before else attempts_left - 1
             if attempts_left < 0 or _could_not_start(error):
                 raise _failed(run, f"training failed: {_last_line(error)}") from error
-            say(
-                console,
+            console.print(
                 f"warning: what steers the workers ended ({_last_line(error)}); going on from the last checkpoint",
             )
 

@@ -17,6 +17,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from rich.status import Status
+from rich.text import Text
 
 from agr_ray.config import TuneJob
 from agr_ray.learn.trials import JUDGED_BY
@@ -212,7 +213,8 @@ class Watcher(NotPickled, ray_tune.Callback):
                 whole = last_epoch(sweep.job, trial.params)
                 running.append(f"trial {trial.number}: epoch {len(trial.epochs)} of {whole}")
         best = f"; best: trial {sweep.best.number}, {sweep.best.objective:.4f}" if sweep.best else ""
-        self._status.update(f"{sweep.num_ended} of {sweep.plan.num_trials} trials ended{best}; {', '.join(running)}")
+        line = f"{sweep.num_ended} of {sweep.plan.num_trials} trials ended{best}; {', '.join(running)}"
+        self._status.update(Text(line))  # rich takes a str for markup here, whatever the console is told
 
 
 def last_epoch(job: TuneJob, values: Mapping[str, Any]) -> int:

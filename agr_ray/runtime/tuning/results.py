@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from rich.console import Console
-from rich.table import Table
 
 from agr_ray.config import ClusterConfig, Section, StorageConfig, TuneJob
+from agr_ray.console import make_table
 from agr_ray.learn.recipe import recipe_toml
 from agr_ray.learn.space import base_job, is_papers, values_of, with_values
 from agr_ray.learn.trials import Trial, excesses, front, is_feasible, trials_table
-from agr_ray.runtime.command import say
 from agr_ray.runtime.training.run import Run
 from agr_ray.runtime.tuning.study import study_address
 from agr_ray.runtime.tuning.sweep import Sweep, shown_value
@@ -26,7 +25,6 @@ OBJECTIVE_WORDS: Final = (
     "accuracy for gender and race. 1 is no better than guessing, 0 is perfect. A trial's is that of its best epoch, "
     "whose checkpoint is kept."
 )
-_LOG_WIDTH: Final = 160
 _UNITS: Final = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 
 
@@ -54,7 +52,7 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
             storage.upload_tree(f"{temporary}/best", sweep.join("best"), overwrite=True)
         if not is_feasible(best, job.tune.constraints):
             beyond = [name for name, excess in excesses(best, job.tune.constraints).items() if excess > 0.0]
-            say(console, f"warning: no trial is within tune.constraints; the best is beyond {', '.join(beyond)}")
+            console.print(f"warning: no trial is within tune.constraints; the best is beyond {', '.join(beyond)}")
     storage.write(sweep.join("sweep.html"), sweep_page(_report(sweep, run, recipe, metrics)).encode())
 
 
@@ -94,11 +92,9 @@ def print_trials(sweep: Sweep, console: Console) -> None:
     tasks, constraints = job.model.tasks, job.tune.constraints
     on_front = {trial.number for trial in front(list(sweep.trials.values()), constraints, tasks)}
     title = "trials, on validation" + ("; + is on the front" if job.tune.mode == "pareto" else "")
-    table = Table(
-        "", "trial", "state", "epochs", "objective", "age MAE, years", "gender error", "race error", title=title
-    )
-    for key in job.tune.space:
-        table.add_column(key.partition(".")[2])
+    console.print(title)
+    headings = ["", "trial", "state", "epochs", "objective", "age MAE, years", "gender error", "race error"]
+    table = make_table(*headings, *(key.partition(".")[2] for key in job.tune.space))
 
     def rank(trial: Trial) -> tuple[bool, float, int]:
         objective = float("inf") if trial.objective is None else trial.objective
@@ -122,14 +118,13 @@ def print_trials(sweep: Sweep, console: Console) -> None:
             *("" if value is None else f"{value:.4f}" for value in figures),
             *(shown_value(trial.params[key]) if key in trial.params else "" for key in job.tune.space),
         )
-    # A log has no width that rich could know of.
-    console.print(table, width=None if console.is_terminal else max(console.width, _LOG_WIDTH))
+    console.print(table)
     for trial in sweep.trials.values():
         if trial.state == "failed":
-            say(console, f"trial {trial.number} failed: {trial.why}")
+            console.print(f"trial {trial.number} failed: {trial.why}")
     if best is not None:
-        say(console, f"best: trial {best.number}: {sweep.join('best')}, {sweep.join(BEST_RECIPE)}")
-    say(console, f"page: {sweep.join('sweep.html')}")
+        console.print(f"best: trial {best.number}: {sweep.join('best')}, {sweep.join(BEST_RECIPE)}")
+    console.print(f"page: {sweep.join('sweep.html')}")
 
 
 def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> Any:

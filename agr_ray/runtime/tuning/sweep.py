@@ -30,7 +30,7 @@ from rich.console import Console
 from agr_ray.config import ConfigError, Scalar, TuneJob
 from agr_ray.learn.space import base_job, values_of, with_values
 from agr_ray.learn.trials import DIVERGED, REFUSED, Trial, best_trial, front
-from agr_ray.runtime.command import JobError, say
+from agr_ray.runtime.command import JobError
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.training.run import CHECKPOINTS, FAILURE
 from agr_ray.runtime.tuning.plan import RECORD, Plan
@@ -294,7 +294,7 @@ class Sweep:
         self._patience.call(lambda: self.storage.write(self.join(*name.split("/")), body))
 
     def _say(self, line: str) -> None:
-        say(self._console, line)
+        self._console.print(line)
 
 
 def trial_name(number: int) -> str:

@@ -1,0 +1,158 @@
+"""What is printed is what was meant: no text is taken for markup, cut off or broken."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from rich.console import Console
+from test_progress import PROGRESS
+
+from agr_ray.console import make_console, make_table
+from agr_ray.runtime import prepare, score
+from agr_ray.runtime import progress as log_progress
+from agr_ray.runtime.prepared import PreparedSet
+from agr_ray.runtime.progress import progress
+from agr_ray.runtime.training.board import TrainingBars
+from agr_ray.schema import Status
+
+ROOT = Path(__file__).parents[2]
+ODD = "/data/[bold]x[/nope]/[1]/:key:/" + "0123456789" * 12
+"""A path that rich would read as markup and as an emoji, and would break at 80 columns."""
+
+
+class Terminal(io.StringIO):
+    """What is printed on a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _usual_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_only_one_place_makes_consoles_tables_and_texts_of_bars() -> None:
+    makers = re.compile(r"(?<![\w.])(?:\w+\.)?(?:Console|TextColumn)\(|(?<![\w.])Table\(|from_markup")
+    folders = ("agr_ray", "jobs", "cluster", "benchmarks")
+
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line in path.read_text().splitlines()
+        if makers.search(line) and not (folder == "benchmarks" and "Table(" in line)  # their words are their own
+    ]
+
+    assert sorted({line.partition(":")[0] for line in found}) == ["agr_ray/console.py"], found
+
+
+@pytest.mark.parametrize("file", [io.StringIO, Terminal])
+def test_a_line_is_printed_as_it_is(file: type[io.StringIO]) -> None:
+    out = file()
+
+    make_console(out).print(f"warning: {ODD}: no such file\nrun [1] [/]")
+
+    assert out.getvalue() == f"warning: {ODD}: no such file\nrun [1] [/]\n"
+
+
+def test_a_table_in_a_log_has_each_row_in_one_line() -> None:
+    out = io.StringIO()
+    table = make_table("[red]status", "reasons")
+    table.add_row("ok", f"3 x {ODD}")
+
+    make_console(out).print(table)
+
+    assert "[red]status" in out.getvalue()
+    assert f"3 x {ODD}" in out.getvalue()
+
+
+def test_a_table_on_a_narrow_terminal_loses_nothing() -> None:
+    out = Terminal()
+    table = make_table("status", "reasons")
+    table.add_row("ok", ODD)
+
+    make_console(out).print(table)
+
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).splitlines()
+    cells = [line.split("│")[2].strip() for line in lines if line.count("│") == 3]
+    assert max(map(len, lines)) <= 80
+    assert "".join(cells) == ODD
+
+
+def test_scoring_s_summary_names_its_run_in_one_line() -> None:
+    out = io.StringIO()
+    totals = {
+        "num_images": 3,
+        "num_faces": 2,
+        "num_flagged": 0,
+        "num_abstained": 0,
+        "counts": {"ok": 2, "unreadable": 1},
+    }
+
+    score._print_summary(make_console(out), totals, {"worker_s": {}}, f"{ODD} run=5")
+
+    assert f"{ODD} run=5" in out.getvalue().splitlines()
+
+
+def test_preparing_s_summary_holds_its_folder_and_reasons() -> None:
+    out = io.StringIO()
+    prepared = PreparedSet(
+        format_version=1,
+        finished=True,
+        settings={},
+        split_manifest_sha256="0" * 64,
+        labels_sha256="0" * 64,
+        splits={"train": 1},
+        counts={"ok": 1, "bad_label": 1},
+        uri=ODD,
+    )
+    rows = pa.table({"status": [Status.OK, Status.BAD_LABEL], "error": [None, f"age {ODD} is not a number"]})
+
+    prepare._print_summary(make_console(out), prepared, rows)
+
+    assert ODD in out.getvalue().splitlines()
+    assert f"1 x age {ODD} is not a number" in out.getvalue()
+
+
+def test_progress_on_a_terminal_shows_labels_and_remarks_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    out = Terminal()
+
+    with progress(make_console(out), "reading [/nope]", 4) as update:
+        update(2, "[bold]part[1] :key:")
+
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "reading [/nope]" in shown
+    assert "[bold]part[1] :key:" in shown
+
+
+def test_progress_in_a_log_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_progress, "LOG_EVERY_S", 0.0)
+    out = io.StringIO()
+
+    with progress(make_console(out), f"reading {ODD}", 4) as update:
+        update(2, "[/nope]")
+
+    (line,) = out.getvalue().splitlines()
+    assert line.startswith(f"reading {ODD}: 2 of 4, ")
+    assert line.endswith("[/nope]")
+
+
+def test_training_s_bars_show_texts_as_they_are() -> None:
+    bars = TrainingBars()
+    bars.show(PROGRESS)
+    bars._bars.update(bars._bars.task_ids[0], description="[/nope]")
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+
+    with console.capture() as captured:
+        console.print(bars)
+
+    assert captured.get().startswith("[/nope]")
