@@ -221,11 +221,10 @@ DEMOGRAPHIC_COUNTS: Final = (
 )
 """The group's counts in DEMOGRAPHICS."""
 
-ALL_GROUPS: Final = "all"
-"""In a grouping column: the sum over its other values."""
-
 DEMOGRAPHICS: Final = pa.schema(
     [
+        # The sum over all groups, whose grouping columns are null; they may be null in a group, too.
+        pa.field("is_total", pa.bool_(), nullable=False),
         pa.field("breakdown", pa.string(), nullable=False),  # names of DEMOGRAPHIC_CLASSES, parted by commas
         *(pa.field(name, pa.string()) for name in DEMOGRAPHIC_CLASSES),  # null: not broken down by it
         pa.field("n", pa.int64()),  # faces predicted so; null: suppressed, as every count below

@@ -185,7 +185,8 @@ def table_of(
     drawn = faces.take(pa.array(chosen.ravel())).append_column(KEY, pa.array(np.repeat(names, num_faces)))
     zeros = dict.fromkeys(DEMOGRAPHIC_COUNTS, np.zeros(num, np.int64))
     groups = pa.table({KEY: names} | zeros | dict.fromkeys(("num_images", "num_faces"), np.full(num, num_faces)))
-    return demographics(count_faces(drawn, [KEY]), groups, calibration.rows, attributes, seed)
+    table = demographics(count_faces(drawn, [KEY]), groups, calibration.rows, attributes, seed)
+    return table.filter(pc.invert(table["is_total"]))
 
 
 def compared(table: pa.Table, shares: FloatArray, breakdown: tuple[str, ...]) -> tuple[list[str], str | None]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from agr_ray.schema import ABSTAINED, DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
 from agr_ray.tables.prevalence import IntArray, Shares, confusion_counts, true_shares, why_not
@@ -37,7 +38,7 @@ def demographics(
     attributes: Sequence[str] = tuple(DEMOGRAPHIC_CLASSES),
     seed: int = 0,
 ) -> pa.Table:
-    """Break the faces of each group down by each attribute, and by all of them.
+    """Break the faces of each group, and of all groups together, down by each attribute, and by all of them.
 
     `share` is of the faces that got a class in all of the breakdown's attributes. `share_corrected` is of all faces
     that passed the gates, those that the model abstained on included; `share_low` and `share_high` are its 90 %
@@ -58,7 +59,8 @@ def demographics(
 
     Returns:
         The grouping columns as strings, then `schema.DEMOGRAPHICS`: every cell of every group, zeros included, in the
-        order of `groups` and of the schema. Nothing is suppressed yet.
+        order of `groups` and of the schema; last the total over all groups, which `is_total` marks. Without grouping
+        columns the one group is the total. Nothing is suppressed yet.
 
     Raises:
         ValueError: counts of a group that is not among `groups` or one that is there twice, a class or attribute that
@@ -73,6 +75,9 @@ def demographics(
     if taken:
         raise ValueError(f"grouping column {taken[0]}: the tables have a column of that name already")
     faces = _faces(counts, groups, keys, predicted)
+    if keys:
+        faces = np.concatenate([faces, faces.sum(axis=0, keepdims=True)])
+        groups = _with_total(groups, keys)
     breakdowns = [_Breakdown((name,)) for name in predicted] + ([_Breakdown(predicted)] if len(predicted) > 1 else [])
     parts = [_broken_down(faces, breakdown, predicted, calibration, seed) for breakdown in breakdowns]
     table = pa.concat_tables(parts) if parts else pa.table({"group": pa.array([], pa.int64()), **_empty()})
@@ -80,10 +85,18 @@ def demographics(
     order = pa.array(np.argsort(group, kind="stable"))
     table, group = table.take(order), pa.array(np.sort(group))
     columns = {key: groups.column(key).cast(pa.string()).take(group) for key in keys}
+    table = table.append_column("is_total", pc.equal(group, groups.num_rows - 1))
     for field in DEMOGRAPHICS:
         from_groups = field.name in DEMOGRAPHIC_COUNTS and field.name != "num_abstained"
         columns[field.name] = groups.column(field.name).take(group) if from_groups else table.column(field.name)
     return pa.table(columns, schema=pa.schema([*(pa.field(key, pa.string()) for key in keys), *DEMOGRAPHICS]))
+
+
+def _with_total(groups: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """Return the groups and, last, the sums over all of them; its `keys` are null."""
+    counts = [name for name in groups.column_names if name not in keys]
+    total = dict.fromkeys(keys) | {name: pc.sum(groups.column(name), min_count=0).as_py() for name in counts}
+    return pa.concat_tables([groups, pa.Table.from_pylist([total], schema=groups.schema)])
 
 
 def _faces(counts: pa.Table, groups: pa.Table, keys: Sequence[str], attributes: Sequence[str]) -> IntArray:
@@ -175,4 +188,4 @@ def _nullable(values: np.ndarray) -> pa.Array:
 
 
 def _empty() -> dict[str, pa.Array]:
-    return {field.name: pa.array([], field.type) for field in DEMOGRAPHICS}
+    return {field.name: pa.array([], field.type) for field in DEMOGRAPHICS if field.name != "is_total"}

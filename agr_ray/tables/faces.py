@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agr_ray.learn.metrics import age_group
-from agr_ray.schema import ABSTAINED, AGE_GROUPS, ALL_GROUPS, FACE, FACES, REJECTS, Status
+from agr_ray.schema import ABSTAINED, AGE_GROUPS, FACE, FACES, REJECTS, Status
 
 _SCORED = pa.array([str(Status.OK), str(Status.NO_FACE)])
 
@@ -87,22 +87,6 @@ def sum_counts(tables: Sequence[pa.Table], keys: Sequence[str]) -> pa.Table:
     added = table.group_by([*keys], use_threads=False).aggregate([(name, "sum") for name in names])
     sums = {name: pc.fill_null(added[f"{name}_sum"], 0) for name in names}  # null: of no row, without keys
     return pa.table({key: added[key] for key in keys} | sums)
-
-
-def with_totals(table: pa.Table, keys: Sequence[str], classes: Sequence[str] = ()) -> pa.Table:
-    """Add the sums over all groups to counts: rows whose `keys` are all `ALL_GROUPS`, one for each of `classes`.
-
-    Groups that have that name in the first of `keys` are renamed.
-    """
-    if not keys:
-        return table
-    first = table[keys[0]]
-    own = pc.if_else(pc.equal(first, ALL_GROUPS), f"{ALL_GROUPS} (a group)", first)
-    table = table.set_column(table.column_names.index(keys[0]), keys[0], own)
-    total = sum_counts([table.drop_columns([*keys])], classes)
-    for index, key in enumerate(keys):
-        total = total.add_column(index, key, pa.array([ALL_GROUPS] * total.num_rows, pa.string()))
-    return pa.concat_tables([table, total.select(table.column_names)])
 
 
 def _zeros(num_rows: int) -> pa.Array:

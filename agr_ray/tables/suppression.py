@@ -8,7 +8,7 @@ of one total and its parts:
 - images = without a face + rejected + with a face; faces found = images with a face + further faces;
 - a cell of one attribute = the cells of the joint breakdown that lie in it + its faces without a joint class;
 - abstentions, those on each attribute added up = faces abstained on in the joint breakdown + further abstentions;
-- a count of the group `schema.ALL_GROUPS` = that count of all other groups.
+- a count of the total over all groups = that count of all groups.
 
 Further faces and abstentions, and faces without a joint class, are never shown, nor protected; where there are none,
 that is taken to be known.
@@ -36,7 +36,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csc_array, eye_array, hstack
 from scipy.sparse.linalg import splu
 
-from agr_ray.schema import ALL_GROUPS, DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
+from agr_ray.schema import DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
@@ -97,7 +97,8 @@ def suppress(table: pa.Table, min_cell: int) -> pa.Table:
     """
     if min_cell <= 1 or table.num_rows == 0:
         return table
-    keys = [name for name in table.column_names if name not in DEMOGRAPHICS.names]
+    # A group may have no value in any grouping column, as the total has none.
+    keys = [*(name for name in table.column_names if name not in DEMOGRAPHICS.names), "is_total"]
     counts = _counts(table, keys)
     hidden = _hide(counts, _lines(table, keys, counts), min_cell)
     return _publish(table, counts, hidden)
@@ -207,9 +208,10 @@ def _joint_sums(table: pa.Table, groups: IntArray) -> list[tuple[int, list[int]]
 
 
 def _group_sums(table: pa.Table, keys: list[str], counts: _Counts) -> list[tuple[int, list[int]]]:
-    """Return each count of the group that is `ALL_GROUPS` in all grouping columns, and that count of the others."""
-    if not keys:
-        return []
+    """Return each count of the total over all groups, and that count of the groups.
+
+    `keys` are the grouping columns and, last, is_total.
+    """
     group_keys = _first_rows(table.select(keys), counts.group)
     breakdown_keys = _first_rows(table.select([*keys, "breakdown"]), counts.breakdown)
     cell_keys = [tuple(row.values()) for row in table.select([*keys, "breakdown", *DEMOGRAPHIC_CLASSES]).to_pylist()]
@@ -220,11 +222,11 @@ def _group_sums(table: pa.Table, keys: list[str], counts: _Counts) -> list[tuple
     ]
     sums = []
     for names, variables in kinds:
-        totals: dict[tuple[str | None, ...], int] = {}
-        parts: dict[tuple[str | None, ...], list[int]] = defaultdict(list)
+        totals: dict[tuple[str | bool | None, ...], int] = {}
+        parts: dict[tuple[str | bool | None, ...], list[int]] = defaultdict(list)
         for name, variable in zip(names, variables.tolist(), strict=True):
             group, rest = name[: len(keys)], name[len(keys) :]
-            if all(value == ALL_GROUPS for value in group):
+            if group[-1]:
                 totals[rest] = variable
             else:
                 parts[rest].append(variable)
@@ -367,14 +369,14 @@ def _publish(table: pa.Table, counts: _Counts, hidden: BoolArray) -> pa.Table:
 
 def _numbered(table: pa.Table, names: list[str]) -> tuple[IntArray, IntArray]:
     """Number the distinct values of some columns in order of appearance: (rows,) numbers, and each one's first row."""
-    number_of: dict[tuple[str | None, ...], int] = {}
+    number_of: dict[tuple[str | bool | None, ...], int] = {}
     columns = [table.column(name).to_pylist() for name in names]
     values = zip(*columns, strict=True) if columns else [()] * table.num_rows
     numbers = np.array([number_of.setdefault(value, len(number_of)) for value in values], np.int64)
     return numbers, np.unique(numbers, return_index=True)[1]
 
 
-def _first_rows(columns: pa.Table, numbers: IntArray) -> list[tuple[str | None, ...]]:
+def _first_rows(columns: pa.Table, numbers: IntArray) -> list[tuple[str | bool | None, ...]]:
     """Return the values of the first row of each number."""
     first = np.unique(numbers, return_index=True)[1]
     return [tuple(row.values()) for row in columns.take(pa.array(first)).to_pylist()]

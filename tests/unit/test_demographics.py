@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from agr_ray.schema import ABSTAINED, AGE_GROUPS, ALL_GROUPS, DEMOGRAPHIC_CLASSES, DEMOGRAPHICS, GENDERS, RACES
+from agr_ray.schema import ABSTAINED, AGE_GROUPS, DEMOGRAPHIC_CLASSES, DEMOGRAPHICS, GENDERS, RACES
 from agr_ray.tables.demographics import demographics
-from agr_ray.tables.faces import with_totals
 
 SIZES = tuple(len(names) for names in DEMOGRAPHIC_CLASSES.values())
 ATTRIBUTES = tuple(DEMOGRAPHIC_CLASSES)
@@ -26,8 +25,8 @@ def cell(age_group: str | None, gender: str | None, race: str | None, n: int, **
     return keys | {"age_group": age_group, "gender": gender, "race": race, "n": n}
 
 
-def rows_of(table: pa.Table, breakdown: str, **labels: Any) -> list[dict[str, Any]]:
-    chosen = ({"breakdown": breakdown} | labels).items()
+def rows_of(table: pa.Table, breakdown: str, **values: Any) -> list[dict[str, Any]]:
+    chosen = ({"breakdown": breakdown} | values).items()
     return [row for row in table.to_pylist() if all(row[name] == value for name, value in chosen)]
 
 
@@ -104,7 +103,7 @@ def test_corrected_shares_are_closer_over_100_mixtures_and_intervals_cover() -> 
         groups = pa.Table.from_pylist([group_row(1500, mixture=str(mixture)) for mixture in range(25)])
         table = demographics(pa.Table.from_pylist(cells), groups, calibration_rows(3000, rng), seed=seed)
         for breakdown in (*ATTRIBUTES, ",".join(ATTRIBUTES)):
-            rows = rows_of(table, breakdown)
+            rows = rows_of(table, breakdown, is_total=False)
             summed = tuple(1 + i for i, name in enumerate(ATTRIBUTES) if name not in breakdown.split(","))
             truth = shares.sum(axis=summed).ravel()
             raw, corrected, low, high = (
@@ -127,9 +126,15 @@ def test_groups_keep_apart_and_one_without_faces_says_so() -> None:
 
     table = demographics(pa.Table.from_pylist(cells), groups, calibration_rows(3000, rng))
 
-    assert table["day"].unique().to_pylist() == ["tue", "mon", None]
+    firsts = [row for row in table.to_pylist() if (row["breakdown"], row["gender"]) == ("gender", "female")]
+    assert [(row["day"], row["is_total"]) for row in firsts] == [
+        ("tue", False),
+        ("mon", False),
+        (None, False),
+        (None, True),
+    ]
     for row in table.to_pylist():
-        if row["day"] == "mon":
+        if row["day"] == "mon" or row["is_total"]:
             assert row["correction"] is None
             assert row["share_low"] <= row["share_corrected"] <= row["share_high"]
         else:
@@ -170,16 +175,36 @@ def test_a_classifier_that_guesses_is_not_corrected() -> None:
     assert all("ill-conditioned" in row["correction"] for row in table.to_pylist())
 
 
-def test_a_group_that_is_called_all_is_not_the_total() -> None:
-    cells = pa.Table.from_pylist([cell(None, "male", None, 5, day=ALL_GROUPS), cell(None, "male", None, 3, day="mon")])
-    groups = pa.Table.from_pylist([group_row(5, day=ALL_GROUPS), group_row(3, day="mon")])
+def test_no_name_of_a_group_makes_it_the_total() -> None:
+    days = ["all", "all (a group)", "total", "", "None", "null", None]
+    cells = [cell(None, "male", None, 2**i, day=day) for i, day in enumerate(days)]
+    groups = [group_row(2**i, day=day) for i, day in enumerate(days)]
 
+    table = demographics(pa.Table.from_pylist(cells), pa.Table.from_pylist(groups), None, attributes=["gender"])
+
+    numbers = [
+        (row["day"], row["is_total"], row["n"], row["num_faces"]) for row in rows_of(table, "gender", gender="male")
+    ]
+    assert numbers == [*((day, False, 2**i, 2**i) for i, day in enumerate(days)), (None, True, 127, 127)]
+
+
+def test_without_groups_all_rows_are_the_total() -> None:
     table = demographics(
-        with_totals(cells, ["day"], ATTRIBUTES), with_totals(groups, ["day"]), None, attributes=["gender"]
+        pa.table({"gender": ["male"], "n": [5]}), pa.Table.from_pylist([group_row(5)]), None, attributes=["gender"]
     )
 
-    numbers = [(row["day"], row["n"], row["num_faces"]) for row in rows_of(table, "gender", gender="male")]
-    assert numbers == [("all (a group)", 5, 5), ("mon", 3, 3), (ALL_GROUPS, 8, 8)]
+    assert [(row["is_total"], row["n"]) for row in table.to_pylist()] == [(True, 0), (True, 5)]
+
+
+def test_a_run_without_images_has_a_total_of_none() -> None:
+    groups = pa.Table.from_pylist([group_row(1, day="mon")]).slice(0, 0)
+    cells = pa.Table.from_pylist([cell(None, "male", None, 1, day="mon")]).slice(0, 0)
+
+    table = demographics(cells, groups, None, attributes=["gender"])
+
+    assert [(row["day"], row["is_total"], row["n"], row["num_images"]) for row in table.to_pylist()] == [
+        (None, True, 0, 0)
+    ] * 2
 
 
 @pytest.mark.parametrize(

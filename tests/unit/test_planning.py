@@ -281,6 +281,16 @@ def test_groups_may_have_names_that_sql_knows(tmp_path: Path) -> None:
         planned(tmp_path, group_by=("order", "Order"), **config)
 
 
+@pytest.mark.parametrize(
+    "name", ["age", "flags", "face_index", "uri", "n", "is_total", "Share", "run", "file_row_number"]
+)
+def test_a_group_named_like_a_column_of_a_table_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    config = {"input": manifest(tmp_path / "m.parquet", [{"uri": "s3://b/a"}]), "group_by": (name,)}
+
+    with pytest.raises(ConfigError, match=rf"^score\.group_by {name}: the tables have a column of that name"):
+        planned(tmp_path, key_pattern=f"(?P<{name}>.)$", **config)
+
+
 def test_more_groups_than_a_table_should_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "MAX_GROUPS", 2)
     touch(tmp_path / "photos", "a.jpg", "b.jpg", "c.jpg")

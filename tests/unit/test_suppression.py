@@ -12,9 +12,8 @@ import pyarrow.compute as pc
 import pytest
 from scipy.optimize import LinearConstraint, milp
 
-from agr_ray.schema import ABSTAINED, ALL_GROUPS, DEMOGRAPHIC_CLASSES
+from agr_ray.schema import ABSTAINED, DEMOGRAPHIC_CLASSES
 from agr_ray.tables.demographics import demographics
-from agr_ray.tables.faces import with_totals
 from agr_ray.tables.suppression import suppress
 
 ATTRIBUTES = ("gender", "race")
@@ -22,6 +21,7 @@ GROUP_COUNTS = ("num_images", "num_no_face", "num_rejected", "num_faces", "num_f
 MAY_BE_SMALL = ("num_no_face", "num_rejected", "num_flagged", "num_abstained")
 CORRECTED = ("share_corrected", "share_low", "share_high")
 # Every face of a group is in one of these, which are all that tables are made of.
+TOTAL = ("the total",)
 INNER_CELLS = list(product(*((*DEMOGRAPHIC_CLASSES[name], ABSTAINED) for name in ATTRIBUTES)))
 
 
@@ -37,15 +37,14 @@ def made_table(
         said["num_faces"] = sum(numbers.values()) + said["num_flagged"]
         said["num_images"] = said["num_faces"] + said["num_no_face"] + said["num_rejected"] - said.pop("further", 0)
         groups.append(named | said)
-    counted = with_totals(pa.Table.from_pylist(counts), keys, ATTRIBUTES)
-    return demographics(counted, with_totals(pa.Table.from_pylist(groups), keys), None, ATTRIBUTES)
+    return demographics(pa.Table.from_pylist(counts), pa.Table.from_pylist(groups), None, ATTRIBUTES)
 
 
 def random_table(seed: int) -> tuple[pa.Table, tuple[str, ...]]:
     """Return a table of one to six groups of few faces, some of which are abstained on."""
     rng = np.random.default_rng(seed)
     keys = [(), ("day",), ("day",), ("day", "camera")][seed % 4]
-    groups = list(product(*(["a", "b", "c"][: rng.integers(1, 4)] for _ in keys)))
+    groups = list(product(*(["a", None, "all"][: rng.integers(1, 4)] for _ in keys)))
     mean = rng.choice([0.3, 1.5, 5.0]) * rng.gamma(0.5, 2.0, len(INNER_CELLS))
     cells = {}
     for group in groups:
@@ -62,12 +61,13 @@ def found_out(table: pa.Table, keys: tuple[str, ...]) -> list[Any]:
     images. A hidden count is not 0, as zeros are shown; a hidden cell may be, and is not counted if it is found to be.
     """
     rows = table.to_pylist()
-    groups = sorted({tuple(row[key] for key in keys) for row in rows} - {(ALL_GROUPS,) * len(keys)}) if keys else [()]
+    named = [group_of(row, keys) for row in rows]
+    groups = list(dict.fromkeys(group for group in named if group != TOTAL)) if keys else [TOTAL]
     own = [*INNER_CELLS, "flagged", "no face", "rejected", "with a face"]
     number = {(group, name): i for i, (group, name) in enumerate(product(groups, own))}
 
     def vector(group: tuple[str, ...], names: list[Any]) -> np.ndarray:
-        chosen = groups if keys and set(group) == {ALL_GROUPS} else [group]
+        chosen = groups if group == TOTAL else [group]
         made = np.zeros(len(number))
         made[[number[each, name] for each in chosen for name in names]] = 1.0
         return made
@@ -75,13 +75,13 @@ def found_out(table: pa.Table, keys: tuple[str, ...]) -> list[Any]:
     sums: dict[Any, tuple[np.ndarray, int | None]] = {}
     with_class: dict[Any, np.ndarray] = defaultdict(lambda: np.zeros(len(number)))
     for row in rows:
-        group = tuple(row[key] for key in keys)
+        group = group_of(row, keys)
         asked = [row[name] for name in ATTRIBUTES]
         inner = [cell for cell in INNER_CELLS if all(a in (None, b) for a, b in zip(asked, cell, strict=True))]
         sums["n", group, row["breakdown"], *asked] = (vector(group, inner), row["n"])
         with_class[group, row["breakdown"]] += vector(group, inner)
     for row in rows:
-        group, breakdown = tuple(row[key] for key in keys), row["breakdown"]
+        group, breakdown = group_of(row, keys), row["breakdown"]
         within = [i for i, name in enumerate(ATTRIBUTES) if name in breakdown.split(",")]
         for name, members in {
             "num_images": ["no face", "rejected", "with a face"],
@@ -121,6 +121,11 @@ def found_out(table: pa.Table, keys: tuple[str, ...]) -> list[Any]:
     for name in [name for name, values in seen.items() if len(values) == 1]:
         seen[name] |= {solve(sign * hidden[name])[name] for sign in (1.0, -1.0)}
     return [name for name, values in seen.items() if len(values) == 1 and values != {0}]
+
+
+def group_of(row: dict[str, Any], keys: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return what names a row's group."""
+    return TOTAL if row["is_total"] else tuple(row[key] for key in keys)
 
 
 def rows_of(table: pa.Table, breakdown: str) -> pa.Table:
@@ -171,9 +176,9 @@ def test_small_counts_are_hidden_and_nothing_that_rests_on_them_is_shown(seed: i
         assert after["n"] is not None or after["share"] is None
         assert not after["share"] or after["n"] / after["share"] > 4.5
         shown = after["n"] is not None and after["num_abstained"] is not None
-        shown_everywhere[tuple(after[key] for key in (*keys, "breakdown"))] &= shown
+        shown_everywhere[*group_of(after, keys), after["breakdown"]] &= shown
     for _, after in rows:
-        if not shown_everywhere[tuple(after[key] for key in (*keys, "breakdown"))]:
+        if not shown_everywhere[*group_of(after, keys), after["breakdown"]]:
             assert [after[name] for name in CORRECTED] == [None] * 3
             assert after["correction"] == "suppressed"
 

@@ -11,10 +11,12 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from agr_ray.config import ConfigError, ScoreConfig
-from agr_ray.schema import DEMOGRAPHICS, IMAGES
+from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES
 from agr_ray.storage import Storage, StorageUnavailable
 
 _BATCH_ROWS = 65_536
+_TAKEN = {*DEMOGRAPHICS.names, *IMAGES.names, *FACES.names, "run", "file_row_number"}
+"""Columns of the tables, of their folders (`run=ID/`) and of DuckDB's Parquet reader; capitals do not count."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def check_grouping(config: ScoreConfig) -> dict[str, int]:
         said = " ".join(str(error).split())
         raise ConfigError(f"score.key_pattern {config.key_pattern!r}: no regular expression of RE2: {said}") from None
     for name in config.group_by:
-        if name in DEMOGRAPHICS.names or name in IMAGES.names:
+        if name.lower() in _TAKEN:
             raise ConfigError(f"score.group_by {name}: the tables have a column of that name; choose another")
         if [other.lower() for other in config.group_by].count(name.lower()) > 1:
             raise ConfigError(f"score.group_by {name}: is named twice (capitals do not count)")

@@ -25,7 +25,7 @@ from agr_ray.runtime.scoring.scorer import manifest_folder, part_file
 from agr_ray.schema import IMAGES, REJECTS
 from agr_ray.storage import Storage
 from agr_ray.tables.demographics import demographics
-from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts, with_totals
+from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts
 from agr_ray.tables.suppression import suppress
 
 SUCCESS: Final = "_SUCCESS"
@@ -156,10 +156,9 @@ def publish_demographics(
     publication: Publication, counts: Counts, calibration: Calibration | None, min_cell: int
 ) -> None:
     """Write the run's demographic tables."""
-    keys = publication.group_by
     table = demographics(
-        with_totals(counts.cells, keys, CELL_COLUMNS),
-        with_totals(counts.groups, keys),
+        counts.cells,
+        counts.groups,
         None if calibration is None else calibration.rows,
         ["age_group" if name == "age" else name for name in publication.attributes],
     )
