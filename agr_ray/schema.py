@@ -88,6 +88,10 @@ BOX: Final = pa.list_(pa.float32(), 4)
 LANDMARKS: Final = pa.list_(pa.float32(), 2 * len(LANDMARK_NAMES))
 """x, y of each of `LANDMARK_NAMES` in turn, in pixels of the original image, upright."""
 
+ROTATION_DEGREES: Final = pa.field("rotation_degrees", pa.int32())
+"""Clockwise turn (0, 90, 180 or 270) after which the faces were found upright; not 0 only with `vision.try_rotations`.
+Boxes and landmarks are in pixels of the image before this turn. Null where the image was not decoded."""
+
 LABEL_FIELDS: Final = (
     pa.field("age", pa.float32()),  # years
     pa.field("gender", pa.string()),  # one of GENDERS
@@ -130,6 +134,7 @@ CROPS: Final = pa.schema(
         pa.field("detector", pa.string()),
         pa.field("detector_score", pa.float32()),
         pa.field("num_faces", pa.int32()),  # faces found, of which the one nearest the centre is the labelled one
+        ROTATION_DEGREES,
         pa.field("box", BOX),
         pa.field("landmarks", LANDMARKS),
         *QUALITY_FIELDS,
@@ -185,6 +190,7 @@ IMAGES: Final = pa.schema(
         pa.field("error", pa.string()),
         pa.field("width_px", pa.int32()),
         pa.field("height_px", pa.int32()),
+        ROTATION_DEGREES,
         pa.field("faces", pa.list_(FACE)),  # left to right; empty unless status is ok
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("model_digest", pa.string(), nullable=False),
@@ -196,6 +202,9 @@ IMAGES: Final = pa.schema(
 )
 """One row an input image of a scoring run, whatever happened to it."""
 
+PHOTOGRAPH_COLUMNS: Final = ("width_px", "height_px", ROTATION_DEGREES.name)
+"""Columns of image rows that are null where the image was not decoded."""
+
 FACES: Final = pa.schema(
     [
         *(field for field in IMAGES if field.name not in ("size_bytes", "status", "error", "faces")),
@@ -205,7 +214,7 @@ FACES: Final = pa.schema(
 )
 """One row a face of a scoring run."""
 
-REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in ("width_px", "height_px", "faces")])
+REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in (*PHOTOGRAPH_COLUMNS, "faces")])
 """One row an input image of a scoring run that could not be scored."""
 
 DEMOGRAPHIC_CLASSES: Final = {"age_group": AGE_GROUPS, "gender": GENDERS, "race": RACES}

@@ -29,10 +29,21 @@ NUM_DOWNLOADS = 8
 
 @dataclass(frozen=True)
 class Photograph:
-    """A decoded image and its faces, in the pixels of `image.rgb`; multiply by `image.scale` for the original's."""
+    """A decoded image and its faces."""
 
     image: DecodedImage
+    upright_rgb: NDArray[np.uint8]
+    """`image.rgb`, turned clockwise by `rotation_degrees`: what to cut crops from."""
     faces: Faces
+    """In pixels of `upright_rgb`."""
+    rotation_degrees: int
+    """0, 90, 180 or 270: the turn after which faces were found; 0 where none were."""
+
+    @property
+    def original_faces(self) -> Faces:
+        """Return the faces in pixels of the original image, as `image` is turned (after its EXIF orientation)."""
+        height, width = self.image.rgb.shape[:2]
+        return self.faces.turned_back(self.rotation_degrees, width, height).scaled(self.image.scale)
 
 
 @dataclass(frozen=True)
@@ -88,8 +99,22 @@ class ImageReader:
             decoded = [body if isinstance(body, Reject) else self._decode(body) for body in bodies]
         images = [image for image in decoded if isinstance(image, DecodedImage)]
         with self._stopwatch.stage("detect"):
-            faces = iter(self._detector.detect([image.rgb for image in images]))
-        return [Photograph(image, next(faces)) if isinstance(image, DecodedImage) else image for image in decoded]
+            photographs = iter(self._detect(images))
+        return [next(photographs) if isinstance(each, DecodedImage) else each for each in decoded]
+
+    def _detect(self, images: Sequence[DecodedImage]) -> list[Photograph]:
+        """Find the faces of each image, in the rotation whose best face scores highest where the first shows none."""
+        faces = self._detector.detect([image.rgb for image in images])
+        photographs = [Photograph(image, image.rgb, found, 0) for image, found in zip(images, faces, strict=True)]
+        if not self._vision.try_rotations:
+            return photographs
+        faceless = [index for index, found in enumerate(faces) if not len(found)]
+        for degrees in (90, 180, 270):
+            turned = [np.ascontiguousarray(np.rot90(images[index].rgb, -degrees // 90)) for index in faceless]
+            for index, rgb, found in zip(faceless, turned, self._detector.detect(turned), strict=True):
+                if len(found) and found.scores[0] > max(photographs[index].faces.scores, default=-np.inf):
+                    photographs[index] = Photograph(images[index], rgb, found, degrees)
+        return photographs
 
     def _download(self, uri: str, etag: str | None) -> bytes | Reject:
         try:
@@ -105,7 +130,7 @@ class ImageReader:
                 body,
                 max_bytes=self._vision.max_mib * MIB,
                 max_pixels=self._vision.max_pixels,
-                max_side_px=self._vision.max_side_px,
+                max_side_px=None if self._vision.small_faces else self._vision.max_side_px,
             )
         except ImageError as error:
             return Reject(error.status, str(error))

@@ -130,12 +130,12 @@ class CropMaker:
         """Return what an image adds to its row. The face nearest the centre is the labelled one."""
         if isinstance(seen, Reject):
             return {"status": str(seen.status), "error": seen.error}
-        rgb, faces = seen.image.rgb, seen.faces
+        rgb, faces = seen.upright_rgb, seen.faces
         found: dict[str, Any] = {"status": str(Status.FALLBACK)}
         if len(faces):
             index = faces.nearest_centre(rgb.shape[1], rgb.shape[0])
             crop = align(rgb, faces.boxes_xyxy[index], faces.landmarks[index], self._config.crop_side_px)
-            original = faces.scaled(seen.image.scale)
+            original = seen.original_faces
             found = {
                 "status": str(Status.OK),
                 "detector_score": float(original.scores[index]),
@@ -149,6 +149,7 @@ class CropMaker:
             "template": TEMPLATE,
             "detector": self._reader.detector_name,
             "num_faces": len(faces),
+            "rotation_degrees": seen.rotation_degrees,
             "sharpness": sharpness(crop),
         }
 

@@ -47,6 +47,16 @@ class Faces:
         scale = np.float32(factor)
         return Faces(self.boxes_xyxy * scale, self.scores, self.landmarks * scale)
 
+    def turned_back(self, degrees: int, width: float, height: float) -> Faces:
+        """Return the same faces in an image of `width` x `height`, which was turned to find them.
+
+        `degrees` is the clockwise turn that led from that image to the one in which the faces were found: 0, 90, 180
+        or 270.
+        """
+        boxes = _turned_back(self.boxes_xyxy.reshape(-1, 2, 2), degrees, width, height)
+        boxes_xyxy = np.concatenate([boxes.min(axis=1), boxes.max(axis=1)], axis=1)
+        return Faces(boxes_xyxy, self.scores, _turned_back(self.landmarks, degrees, width, height))
+
     def nearest_centre(self, width: float, height: float) -> int:
         """Return the index of the face whose box's centre is nearest the centre of a `width` x `height` image.
 
@@ -55,6 +65,13 @@ class Faces:
         """
         centres = (self.boxes_xyxy[:, :2] + self.boxes_xyxy[:, 2:]) / 2
         return int(np.hypot(centres[:, 0] - width / 2, centres[:, 1] - height / 2).argmin())
+
+
+def _turned_back(points: NDArray[np.float32], degrees: int, width: float, height: float) -> NDArray[np.float32]:
+    """Turn points (..., 2) counter-clockwise by `degrees`, into an image of `width` x `height`."""
+    x, y = points[..., 0], points[..., 1]
+    turned = {0: (x, y), 90: (y, height - x), 180: (width - x, height - y), 270: (width - y, x)}
+    return np.stack(turned[degrees], axis=-1).astype(np.float32)
 
 
 NO_FACES: Final = Faces.sorted_by_score(np.zeros((0, 4)), np.zeros(0))

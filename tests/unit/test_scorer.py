@@ -73,6 +73,27 @@ def scoring(tmp_path: Path) -> Scoring:
     )
 
 
+def test_a_sideways_face_has_its_rotation_in_its_row_and_its_box_in_original_pixels(scoring: Scoring) -> None:
+    photograph = np.full((300, 500, 3), 128, np.uint8)
+    photograph[20:220, 20:220] = np.asarray(render_chip(0, 16).image_rgb)
+    sideways = np.ascontiguousarray(np.rot90(photograph, -1))  # clockwise: the face is at the top right
+    (Path(scoring.work).parent / "photographs" / "2.jpg").write_bytes(encode_jpeg(sideways))
+    work = str(Path(scoring.work).parent / "second")
+    photographs = ScoreConfig(input=str(Path(scoring.work).parent / "photographs"))
+    plan(scoring.storage, photographs, manifest_folder(scoring.storage, work))
+    vision = VisionConfig(detector="haar", try_rotations=True)
+    scoring = dataclasses.replace(scoring, work=work, vision=vision)
+
+    list(PartScorer(scoring)({"part": np.array([0])}))
+
+    rows = {Path(row["uri"]).stem: row for row in scoring.storage.read_table(scoring.part_uri(0)).to_pylist()}
+    assert {name: row["rotation_degrees"] for name, row in rows.items()} == dict.fromkeys("01345", 0) | {"2": 270}
+    assert (rows["2"]["width_px"], rows["2"]["height_px"]) == (300, 500)
+    (face,) = rows["2"]["faces"]
+    x0, y0, x1, y1 = face["box"]
+    assert ((x0 + x1) / 2, (y0 + y1) / 2) == pytest.approx((180, 120), abs=30)
+
+
 def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
     scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:

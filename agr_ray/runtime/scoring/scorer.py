@@ -252,12 +252,12 @@ class FaceFinder:
 
     def _faces(self, photograph: Photograph) -> tuple[dict[str, Any], list[NDArray[np.uint8]]]:
         """Return what a photograph adds to its row, and its faces' crops, both from left to right."""
-        original = photograph.faces.scaled(photograph.image.scale)
+        original = photograph.original_faces
         transform = self._scoring.transform
         faces, crops = [], []
         for index in np.argsort(original.boxes_xyxy[:, 0], kind="stable").tolist():
             box, landmarks = photograph.faces.boxes_xyxy[index], photograph.faces.landmarks[index]
-            crop = align(photograph.image.rgb, box, landmarks, transform.crop_side_px, transform.margin)
+            crop = align(photograph.upright_rgb, box, landmarks, transform.crop_side_px, transform.margin)
             face = {
                 "box": original.boxes_xyxy[index].tolist(),
                 "detector_score": float(original.scores[index]),
@@ -270,6 +270,7 @@ class FaceFinder:
             "status": str(Status.OK if faces else Status.NO_FACE),
             "width_px": photograph.image.width_px,
             "height_px": photograph.image.height_px,
+            "rotation_degrees": photograph.rotation_degrees,
             "faces": faces,
         }, crops
 
