@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 
 from agr_ray.config import ConfigError, PredictConfig, digest
 from agr_ray.learn.calibration import Calibration
@@ -19,7 +23,10 @@ from agr_ray.models.checkpoint import (
     read_calibration_json,
 )
 from agr_ray.schema import TEMPLATE
-from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage import MissingObject, Storage, StorageFailed
+
+_DOWNLOADS: Final = 5
+_PAUSE_S: Final = 0.5
 
 
 @contextmanager
@@ -32,7 +39,7 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
     with TemporaryDirectory() as temporary:
         directory = Path(temporary, "checkpoint")
         try:
-            storage.download_tree(storage.absolute(uri), str(directory), marker=META)
+            _download(storage, storage.absolute(uri), directory)
             meta = load_checkpoint(directory).meta
         except MissingObject:
             raise ConfigError(f"{key} {uri}: there is no checkpoint there (a folder with {META})") from None
@@ -44,6 +51,58 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
                 f"{key} {uri}: was trained on crops aligned to template {template}; this version aligns to {TEMPLATE}"
             )
         yield directory
+
+
+def _download(storage: Storage, uri: str, directory: Path) -> None:
+    """Copy a checkpoint as it is at one moment: again if it is replaced meanwhile, of which files would be mixed.
+
+    Raises:
+        MissingObject: there is none.
+    """
+    marker = storage.join(uri, META)
+    for attempt in range(1, _DOWNLOADS + 1):
+        etag = ""
+        try:
+            etag = storage.read_with_etag(marker)[1]
+            storage.download_tree(uri, str(directory), marker=META)
+            if storage.read_with_etag(marker)[1] == etag:
+                return
+        except (MissingObject, OSError):
+            # Being replaced, if it was there at first; else it may have been looked for in between.
+            if attempt == _DOWNLOADS or (not etag and attempt > 1):
+                raise
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(_PAUSE_S)
+    raise StorageFailed(f"{uri} was replaced {_DOWNLOADS} times while it was read")
+
+
+def publish_checkpoint(storage: Storage, directory: Path, uri: str) -> bool:
+    """Publish a local checkpoint at `uri`, unless the same model is there: then that keeps its calibration and card.
+
+    Returns:
+        Whether another model was there, with a calibration, which is gone.
+    """
+    with TemporaryDirectory() as temporary:
+        earlier = Path(temporary)
+        for name in (META, WEIGHTS, CALIBRATION):
+            with contextlib.suppress(MissingObject):
+                (earlier / name).write_bytes(storage.read(storage.join(uri, name)))
+        try:
+            if model_digest(earlier) == model_digest(directory):
+                return False
+        except CheckpointError:  # nothing is there, or not the whole of a checkpoint
+            pass
+        was_calibrated = (earlier / CALIBRATION).exists()
+    storage.upload_tree(str(directory), uri, overwrite=True)
+    return was_calibrated
+
+
+def calibration_hint(uri: str) -> str:
+    """Return what to say where a calibrated checkpoint was replaced by another model."""
+    return (
+        f"warning: {uri} holds another model now, without the calibration of the one before; calibrate it: "
+        f"jobs/evaluate.py --evaluate.checkpoint {uri} --evaluate.data DATA --evaluate.split val --calibrate"
+    )
 
 
 def read_calibration(directory: Path, config: PredictConfig, key: str) -> tuple[Calibration | None, str]:

@@ -89,6 +89,21 @@ class RunLock:
         self.lost = False
         """Whether a heartbeat has found that the lock is not ours. Once lost it stays so."""
 
+    @property
+    def uri(self) -> str:
+        """Where the lock is."""
+        return self._uri
+
+    @property
+    def token(self) -> str:
+        """What the lock object holds as long as it is ours."""
+        return self._record.token
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between two heartbeats."""
+        return self._record.expires_after_s / _HEARTBEATS_PER_EXPIRY
+
     def check(self) -> None:
         """Return only if the lock is ours now and will be for half its expiry at least, else renew it first.
 
@@ -105,6 +120,11 @@ class RunLock:
                 f"the lock {self._uri} is no longer ours: it was deleted, or another run took it over after "
                 f"{self._record.expires_after_s:g} s without a heartbeat of ours; nothing more is published"
             )
+
+    def confirm(self) -> None:
+        """Do what `check` does, but ask storage now, however recent the last heartbeat is."""
+        self.renew(self._storage)
+        self.check()
 
     def renew(self, storage: Storage) -> None:
         """Write a heartbeat, or set `lost`.

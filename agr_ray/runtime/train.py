@@ -40,10 +40,11 @@ from agr_ray.learn.metrics import Baseline, Labels, class_counts
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
+from agr_ray.runtime.checkpoints import calibration_hint, publish_checkpoint
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import label_arrays, select_crops, usable_statuses
-from agr_ray.runtime.lock import run_lock
+from agr_ray.runtime.lock import RunLock, run_lock
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.runtime.training.board import progress_board
@@ -55,7 +56,7 @@ from agr_ray.runtime.training.guards import (
     copies_warnings,
     detector_warnings,
 )
-from agr_ray.runtime.training.run import FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
+from agr_ray.runtime.training.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
 from agr_ray.runtime.training.shard_batches import max_kept_rows
 from agr_ray.runtime.training.tracking import check_mlflow
 from agr_ray.runtime.training.trainer import check_workers_fit, fit
@@ -98,12 +99,12 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
         cluster(job.cluster),
     ):
         check_workers_fit(job.train)
+        lock.check()
         _begin(run, first)
         with progress_board(console) as board:
-            result = fit(run, sets, board, console, callbacks)
+            result = fit(run, sets, lock, board, console, callbacks)
         patience.call(lambda: _check_finite(run))
-        patience.call(lock.check)
-        best = patience.call(lambda: _publish(run, result, console))
+        best = patience.call(lambda: _publish(run, result, lock, console))
     _print_history(console, storage, uri)
     return best
 
@@ -287,8 +288,12 @@ def _first_weights(config: ModelConfig, storage: Storage) -> dict[str, Tensor] |
         return first_weights(config.model_copy(update={"weights": str(path)}))
 
 
-def _publish(run: Run, result: Result, console: Console) -> str:
-    """Copy the best and the last checkpoint out of Ray's folder, mark the run as finished, return the best's URI."""
+def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:
+    """Copy the best and the last checkpoint out of Ray's folder, mark the run as finished, return the best's URI.
+
+    Raises:
+        LockLost: the run's lock is no longer ours; what was written until then was still ours to write.
+    """
     from agr_ray.report.curves import curves_png  # here, because matplotlib takes a while to import
 
     last = result.checkpoint
@@ -296,13 +301,21 @@ def _publish(run: Run, result: Result, console: Console) -> str:
     assert last is not None
     assert best is not None
     for name, checkpoint in (("best", best), ("last", last)):
-        with checkpoint.as_directory() as directory:
-            run.storage.upload_tree(directory, run.storage.join(run.uri, name), overwrite=True)
-            state = load_train_state(Path(directory))
+        # Not by Ray's `as_directory`, whose copy other users of this machine can read.
+        with TemporaryDirectory() as temporary:
+            directory = Path(temporary, name)
+            kept = run.storage.join(run.uri, CHECKPOINTS, Path(checkpoint.path).name)
+            run.storage.download_tree(kept, str(directory))
+            lock.check()
+            if publish_checkpoint(run.storage, directory, run.storage.join(run.uri, name)):
+                console.print(calibration_hint(run.storage.join(run.uri, name)))
+            state = load_train_state(directory)
     # Again, for a run that was killed between its last checkpoint and its last line of history.
+    lock.check()
     write_history(run, state["history"])
     curves = curves_png(state["history"], run.uri)
     run.storage.write(run.storage.join(run.uri, "history.png"), curves)
+    lock.check()
     _write_record(run, state["finished"])
     best_uri = run.storage.join(run.uri, "best")
     tracked, problem = tracked_again(run)

@@ -83,7 +83,7 @@ def tune(job: TuneJob) -> str:
     with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
         with cluster(job.cluster):
             has = room(base.train, job.tune.max_concurrent)
-            sweep = Sweep(storage, _planned_again(planned, storage, job, digest), job, console)
+            sweep = Sweep(storage, _planned_again(planned, storage, job, digest), job, console, lock)
             sweep.begin()
             at_once = min(has.num_trials, max(sweep.num_left, 1))
             console.print(f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
@@ -91,7 +91,7 @@ def tune(job: TuneJob) -> str:
                 _run_trials(
                     sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, folder, console
                 )
-        patience.call(lock.check)
+        patience.call(lock.confirm)
         patience.call(sweep.clean)
         finished = "" if sweep.num_ended < sweep.plan.num_trials else f"{sweep.plan.num_trials} trials"
         write_results(sweep, run, console)
@@ -180,6 +180,7 @@ def _run_trials(
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    lock.check()
     sweep.storage.delete_tree(sweep.join(TUNE_FOLDER))
     filesystem, path = sweep.storage.arrow_filesystem(sweep.plan.uri)
     scheduler = Halving(sweep) if sweep.config.asha and sweep.config.mode == "scalar" else None
@@ -205,6 +206,7 @@ def _run_trials(
         tuner.fit()
     if sweep.problem is not None:
         raise sweep.problem
+    lock.check()
     sweep.storage.delete_tree(sweep.join(TUNE_FOLDER))
 
 

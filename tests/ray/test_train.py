@@ -32,7 +32,7 @@ from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import training_dataset
 from agr_ray.runtime.evaluate import evaluate
-from agr_ray.runtime.lock import run_lock
+from agr_ray.runtime.lock import LockLost, run_lock
 from agr_ray.runtime.prepared import open_prepared
 from agr_ray.runtime.train import train
 from agr_ray.schema import HISTORY
@@ -250,6 +250,52 @@ def test_a_run_that_another_driver_is_at_work_on_is_refused(data: Path) -> None:
         pytest.raises(ConfigError, match=r"busy/lock\.json is held by another driver"),
     ):
         train(train_job(data, name="busy"))
+
+
+class _Thief(threading.Thread):
+    """Takes a run's lock over once the run has an epoch behind it, as another driver does after an outage."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(daemon=True)
+        self._run_folder = run
+        self.taken_s = 0.0
+        self.epochs_before = 0
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if (self._run_folder / "history.parquet").exists():
+                self.epochs_before = pq.read_metadata(self._run_folder / "history.parquet").num_rows
+                lock = self._run_folder / "lock.json"
+                record = json.loads(lock.read_text()) | {"token": "another", "owner": "another driver"}
+                Storage().write(str(lock), json.dumps(record).encode())
+                self.taken_s = time.monotonic()
+                return
+            time.sleep(0.05)
+
+
+def test_a_driver_that_has_lost_its_lock_stops_within_some_heartbeats(data: Path) -> None:
+    folder = data.parent / "runs" / "stolen"
+    thief = _Thief(folder)
+    thief.start()
+
+    with pytest.raises(LockLost, match=r"stolen/lock\.json is no longer ours"):
+        train(train_job(data, name="stolen", epochs=2000, early_stopping_epochs=0, lock_expiry_s=4.0, num_to_keep=2))
+
+    stopped_s = time.monotonic() - thief.taken_s
+    left = _contents(folder)
+    time.sleep(5.0)
+    assert _contents(folder) == left
+    assert stopped_s < 20.0
+    # One more may have been on its way when the lock was taken.
+    assert len(history(folder)) <= thief.epochs_before + 2
+    assert json.loads((folder / "run.json").read_text())["finished"] == ""
+    assert "another driver" in (folder / "lock.json").read_text()
+
+
+def _contents(folder: Path) -> list[tuple[str, int]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder)), path.stat().st_mtime_ns) for path in files]
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def test_the_killed_controller_of_the_workers_is_started_again(
         three_nodes, tmp_path, lambda: titled_processes(three_nodes.nodes, TRAIN_CONTROLLER)[0].kill()
     )
 
-    assert "what steers the workers ended" in printed
+    assert "the Ray Train controller ended" in printed
     run.check(like=undisturbed)
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import optuna
 import pyarrow as pa
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from rich.console import Console
 from sweeps import STORAGE, complete, opened, planned, row, train, tune_job
 
 from agr_ray.config import ConfigError, TrainConfig
 from agr_ray.runtime.command import JobError
+from agr_ray.runtime.lock import LockLost, run_lock
 from agr_ray.runtime.tuning.placement import trials_that_fit
-from agr_ray.runtime.tuning.study import Study
+from agr_ray.runtime.tuning.study import MemoryJournal, Study
 from agr_ray.runtime.tuning.sweep import Sweep
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
@@ -390,6 +391,22 @@ def test_a_line_that_a_kill_cut_off_does_not_spoil_the_journal(tmp_path: Path) -
     assert [each.value for each in study(second).trials] == [0.9, 0.8]
 
 
+def test_a_journal_in_memory_is_the_files_own_format(tmp_path: Path) -> None:
+    """That of a sweep in a bucket, which lies on no disk: read from a file that a kill cut off, and read by Optuna."""
+    sweep = opened(tune_job(tmp_path))
+    complete(sweep, [0.9])
+    journal = MemoryJournal((tmp_path / "sweep" / "study.journal").read_bytes() + b'{"op_code": 4, "wor')
+    loaded = optuna.load_study(study_name="sweep", storage=JournalStorage(journal))
+    loaded.add_trial(optuna.trial.create_trial(value=0.7))
+
+    (tmp_path / "copy.journal").write_bytes(journal.to_bytes())
+
+    again = optuna.load_study(
+        study_name="sweep", storage=JournalStorage(JournalFileBackend(str(tmp_path / "copy.journal")))
+    )
+    assert [each.value for each in again.trials] == [0.9, 0.7]
+
+
 def test_a_journal_that_others_may_be_writing_is_left_as_it_is(tmp_path: Path) -> None:
     journal = tmp_path / "shared.journal"
     job = tune_job(tmp_path, study=str(journal))
@@ -522,3 +539,30 @@ def test_trials_that_fit(nodes: list[dict[str, float]], config: dict[str, Any], 
 def test_a_share_of_a_gpu_is_for_one_worker() -> None:
     with pytest.raises(ValueError, match="NCCL takes no two workers of one run on one GPU"):
         TrainConfig(use_gpu=True, gpus_per_worker=0.5, num_workers=2)
+
+
+def test_a_sweep_whose_lock_was_lost_writes_and_deletes_nothing_more(tmp_path: Path) -> None:
+    job = tune_job(tmp_path)
+    uri = f"{tmp_path}/sweep/lock.json"
+    with run_lock(STORAGE, uri, "this driver", expiry_s=60.0, console=Console(quiet=True)) as lock:
+        sweep = Sweep(STORAGE, planned(job), job, Console(quiet=True), lock)
+        sweep.begin()
+        complete(sweep, [0.9])
+        assert sweep.next() is not None
+        train(sweep, 1, [0.5])  # better: the first trial's checkpoint would be deleted
+        before = [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+        lock.lost = True
+
+        with pytest.raises(LockLost):
+            sweep.reported(1, row(1, 0.5))
+        with pytest.raises(LockLost):
+            sweep.next()
+        with pytest.raises(LockLost):
+            sweep.ended(1)
+        with pytest.raises(LockLost):
+            sweep.clean()
+        with pytest.raises(LockLost):
+            sweep.write_record("3 trials")
+
+    after = [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert after == before

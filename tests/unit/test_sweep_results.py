@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,9 +13,13 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rich.console import Console
 
 from agr_ray.config import ClusterConfig, LossConfig, ModelConfig, TrainJob, TuneJob, VisionConfig, parse
+from agr_ray.models.checkpoint import CALIBRATION, model_digest, save_checkpoint
+from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.runtime.checkpoints import local_checkpoint
 from agr_ray.runtime.training.run import Run
 from agr_ray.runtime.tuning.plan import plan_sweep
 from agr_ray.runtime.tuning.results import best_recipe, print_trials, write_results
@@ -187,3 +193,73 @@ def test_a_sweep_without_a_complete_trial_has_a_table_and_a_page(tmp_path: Path,
     assert pq.read_table(folder / "trials.parquet")["why"].to_pylist() == ["raised: x"]
     assert not (folder / "best.toml").exists()
     assert "No trial was completed" in (folder / "sweep.html").read_text()
+
+
+# The checkpoint
+
+
+def published_best(folder: Path, console: Console) -> tuple[Sweep, Path]:
+    """Return a sweep whose trials left real checkpoints, and its best/, published and calibrated."""
+    sweep = swept(tune_job(folder), console)
+    for number in (2, 3):
+        save(Path(sweep.trial_uri(number), "best"), seed=number)
+    write_results(sweep, RUN, console)
+    best = Path(sweep.plan.uri, "best")
+    (best / CALIBRATION).write_text("{}")
+    return sweep, best
+
+
+def save(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    model = MultiTaskNet(ModelConfig(trunk="mobilenet_v3_small", input_side_px=32))
+    save_checkpoint(folder, model, Transform(32, 32), metrics={"epoch": 2, "val": {"baseline": GUESSED}})
+
+
+def test_the_same_best_trial_keeps_its_calibration(tmp_path: Path, console: Console) -> None:
+    sweep, best = published_best(tmp_path, console)
+    before = [(path.name, path.stat().st_mtime_ns) for path in sorted(best.iterdir())]
+
+    write_results(sweep, RUN, console)
+
+    assert [(path.name, path.stat().st_mtime_ns) for path in sorted(best.iterdir())] == before
+    assert CALIBRATION in [path.name for path in best.iterdir()]
+    assert "calibrate it" not in console.export_text()
+
+
+def test_a_new_best_model_says_that_it_must_be_calibrated(tmp_path: Path, console: Console) -> None:
+    sweep, best = published_best(tmp_path, console)
+    save(Path(sweep.trial_uri(2), "best"), seed=7)
+
+    write_results(sweep, RUN, console)
+
+    assert not (best / CALIBRATION).exists()
+    said = console.export_text()
+    assert said.count(f"warning: {best} holds another model now, without the calibration of the one before") == 1
+    assert f"--evaluate.checkpoint {best} --evaluate.data DATA --evaluate.split val --calibrate" in said
+
+
+def test_a_reader_never_gets_a_checkpoint_that_was_replaced_meanwhile(tmp_path: Path) -> None:
+    """A publisher replaces a checkpoint again and again; each copy that is read is one of its models."""
+    one, two, uri = tmp_path / "one", tmp_path / "two", str(tmp_path / "best")
+    save(one, seed=1)
+    save(two, seed=2)
+    models = [model_digest(one), model_digest(two)]
+    STORAGE.upload_tree(str(one), uri)
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            for source in (two, one):
+                STORAGE.upload_tree(str(source), uri, overwrite=True)
+                stop.wait(0.3)
+
+    publisher = threading.Thread(target=replace, daemon=True)
+    publisher.start()
+    try:
+        for _ in range(5):
+            with local_checkpoint(STORAGE, uri, "score.checkpoint") as directory:
+                assert model_digest(directory) in models
+    finally:
+        stop.set()
+        publisher.join()

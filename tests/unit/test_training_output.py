@@ -22,12 +22,15 @@ from agr_ray.models.checkpoint import CARD, read_meta, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform
 from agr_ray.runtime.crops import training_arrays
 from agr_ray.runtime.evaluate import add_to_card
+from agr_ray.runtime.lock import LockLost
 from agr_ray.runtime.patience import Patience
+from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.run import Run
 from agr_ray.runtime.training.worker import RunLogs
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
 
+STORAGE = Storage()
 TRANSFORM = Transform(SIDE_PX, SIDE_PX)
 JOB = TrainJob(model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX))
 
@@ -69,7 +72,9 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
     )
     row = dict.fromkeys(HISTORY.names, 1.0) | {"epoch": 4, "step": 9, "num_train_rows": 3, "num_val_rows": 3}
     report = EpochReport(row, True, "epochs", {}, network(), TRANSFORM, dict)
-    logs = RunLogs(run, Patience(0.0), epochs_done=0)
+    STORAGE.write(f"{run.uri}/lock.json", b"token")
+    fence = Fence(STORAGE, f"{run.uri}/lock.json", "token", 1.0)
+    logs = RunLogs(run, fence, Patience(0.0), epochs_done=0)
 
     logs.write(row, [row])
     logs.show(arrays, report)
@@ -80,6 +85,12 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
     assert image.step == 4
     assert image.width > image.height > 100
     assert [event.value for event in events.Scalars("val/age_mae_years")] == [1.0]
+
+    STORAGE.write(f"{run.uri}/lock.json", b"another")
+    before = (tmp_path / "run" / "history.parquet").stat().st_mtime_ns
+    with pytest.raises(LockLost):
+        logs.write(row, [row])
+    assert (tmp_path / "run" / "history.parquet").stat().st_mtime_ns == before
 
 
 def measured() -> dict[str, Any]:

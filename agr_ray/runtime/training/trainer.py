@@ -22,8 +22,10 @@ from agr_ray.config import ConfigError, TrainConfig
 from agr_ray.runtime.cluster import check_fits
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, training_dataset
+from agr_ray.runtime.lock import RunLock
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.prepared import PreparedSet
+from agr_ray.runtime.training.fence import Fence, StopWhenLost
 from agr_ray.runtime.training.run import CHECKPOINTS, OBJECTIVE, Run
 from agr_ray.runtime.training.worker import collective_timeout_s, work
 
@@ -38,37 +40,46 @@ SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
 
 
 def fit(
-    run: Run, sets: Sequence[PreparedSet], board: Any, console: Console, callbacks: Sequence[UserCallback] = ()
+    run: Run,
+    sets: Sequence[PreparedSet],
+    lock: RunLock,
+    board: Any,
+    console: Console,
+    callbacks: Sequence[UserCallback] = (),
 ) -> Result:
     """Run the workers to the end of the run; `board` as `RayContext`'s, `callbacks` as Ray Train's.
 
     Raises:
         JobError: they failed for good.
+        LockLost: the run's lock is no longer ours; the workers have been stopped.
     """
     patience = Patience(run.job.train.outage_s)
     # Of one start; Ray tries it again CONTROLLER_FAILURES times.
     start_s = max(MIN_START_S, run.job.train.outage_s / (CONTROLLER_FAILURES + 1))
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{start_s:g}")
-    patience.call(lambda: _delete_unknown_checkpoints(run))
+    fence = Fence.of(lock, run.storage)
+    patience.call(lambda: _delete_unknown_checkpoints(run, lock))
     attempts_left, epochs_done = CONTROLLER_FAILURES, patience.call(lambda: _epochs_done(run))
     while True:
         try:
             with _enough_workers(run), _said_which_cluster():
-                result = _trainer(run, sets, board, callbacks).fit()
-            patience.call(lambda: _delete_unknown_checkpoints(run))
+                result = _trainer(run, sets, fence, board, callbacks).fit()
+            patience.call(lambda: _delete_unknown_checkpoints(run, lock))
             return result
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
+            patience.call(lock.confirm)
             cause = error.worker_failures[min(error.worker_failures)]
             raise _failed(run, f"training failed: {_last_line(cause)}") from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
-            # What steers the workers is a process too, which may be killed, and give up because storage is away.
+            # Ray Train's controller is a process too, which may be killed, and give up because storage is away.
+            patience.call(lock.confirm)
             _check_still_fits(run)
             before, epochs_done = epochs_done, patience.call(lambda: _epochs_done(run))
             attempts_left = CONTROLLER_FAILURES if epochs_done > before else attempts_left - 1
             if attempts_left < 0 or _could_not_start(error):
                 raise _failed(run, f"training failed: {_last_line(error)}") from error
             console.print(
-                f"warning: what steers the workers ended ({_last_line(error)}); going on from the last checkpoint",
+                f"warning: the Ray Train controller ended ({_last_line(error)}); resuming from the last checkpoint",
             )
 
 
@@ -78,11 +89,12 @@ def _epochs_done(run: Run) -> int:
     return run.storage.read_table(uri, columns=["epoch"]).num_rows if run.storage.exists(uri) else 0
 
 
-def _delete_unknown_checkpoints(run: Run) -> None:
+def _delete_unknown_checkpoints(run: Run, lock: RunLock) -> None:
     """Delete what was sent, or half of it, when the worker that sent it was killed: Ray Train never does.
 
     Raises:
         JobError: Ray Train's list of checkpoints is not whole, which it writes in place.
+        LockLost: the run's lock is no longer ours.
     """
     folder = run.storage.join(run.uri, CHECKPOINTS)
     snapshot = run.storage.join(folder, SNAPSHOT)
@@ -99,11 +111,12 @@ def _delete_unknown_checkpoints(run: Run) -> None:
     found = {info.key.partition("/")[0] for info in run.storage.list(folder) if "/" in info.key}
     for name in sorted(found):
         if f'"{name}"' not in known:
+            lock.check()
             run.storage.delete_tree(run.storage.join(folder, name))
 
 
 def _trainer(
-    run: Run, sets: Sequence[PreparedSet], board: Any, callbacks: Sequence[UserCallback]
+    run: Run, sets: Sequence[PreparedSet], fence: Fence, board: Any, callbacks: Sequence[UserCallback]
 ) -> ray.train.torch.TorchTrainer:
     """Return what runs the workers; it goes on where one before it ended."""
     storage, config = run.storage, run.job.train
@@ -121,7 +134,7 @@ def _trainer(
     filesystem, path = storage.arrow_filesystem(run.uri)
     return ray.train.torch.TorchTrainer(
         work,
-        train_loop_config={"run": run, "board": board},
+        train_loop_config={"run": run, "fence": fence, "board": board},
         torch_config=ray.train.torch.TorchConfig(timeout_s=int(collective_timeout_s(config))),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]  # typed as Train V1's
@@ -140,7 +153,7 @@ def _trainer(
                 max_failures=config.max_failures,
                 controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # typed as Train V1's
             ),
-            callbacks=list(callbacks),  # type: ignore[arg-type]  # typed as Train V1's
+            callbacks=[*callbacks, StopWhenLost(fence)],  # type: ignore[list-item]  # typed as Train V1's
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets={"train": dataset("train"), "val": dataset("val")},

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import logging
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir, mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +29,8 @@ from agr_ray.learn.progress import Progress
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.patience import Patience
+from agr_ray.runtime.training.fence import Fence
+from agr_ray.runtime.training.outgoing import delete_leftovers, outgoing_folder
 from agr_ray.runtime.training.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
 from agr_ray.runtime.training.shard_batches import ShardBatches, max_kept_rows
 
@@ -46,6 +46,7 @@ NOT_VALIDATED: Final = 1e30
 def work(config: dict[str, Any]) -> None:
     """Be one worker."""
     run: Run = config["run"]
+    fence: Fence = config["fence"]
     logging.disable(logging.INFO)  # Ray Train logs every report as a page
     patience = Patience(run.job.train.outage_s)
     with TemporaryDirectory() as temporary:
@@ -56,7 +57,7 @@ def work(config: dict[str, Any]) -> None:
         patience.call(lambda: run.storage.download_tree(uri, str(directory)))
         model = load_checkpoint(directory).model
         resume = None if checkpoint is None else load_train_state(directory)
-    context = RayContext(run, config["board"], patience, epochs_done=resume["epoch"] if resume else 0)
+    context = RayContext(run, fence, config["board"], patience, epochs_done=resume["epoch"] if resume else 0)
     torch.set_num_threads(context.num_threads)
     if context.rank == 0:
         begun = "beginning"
@@ -71,6 +72,7 @@ def work(config: dict[str, Any]) -> None:
         if error.image_ids is not None:
             text = "\n".join([str(error), *error.image_ids])
             uri = run.storage.join(run.uri, FAILURE)
+            patience.call(fence.check)
             patience.call(lambda: run.storage.write(uri, text.encode()))
 
 
@@ -84,13 +86,15 @@ class RayContext:
 
     Args:
         run: what is trained.
+        fence: whether the run is still ours to write to.
         board: handle of the `Board` that the driver's terminal shows; None: it has none, and lines are printed.
         patience: waits for storage.
         epochs_done: before this process goes on.
     """
 
-    def __init__(self, run: Run, board: Any, patience: Patience, epochs_done: int) -> None:
+    def __init__(self, run: Run, fence: Fence, board: Any, patience: Patience, epochs_done: int) -> None:
         self._run = run
+        self._fence = fence
         self._board = board
         train = run.job.train
         context = ray.train.get_context()
@@ -123,12 +127,11 @@ class RayContext:
             device=self.device,
         )
         self._patience = patience
-        self._logs = RunLogs(run, patience, epochs_done) if self.rank == 0 else None
+        self._logs = RunLogs(run, fence, patience, epochs_done) if self.rank == 0 else None
         self._sending = threading.Semaphore()
         """One checkpoint is on its way at a time: the disk holds no more, and a kill costs no more than two epochs."""
-        self._outgoing = Path(gettempdir(), f"agr-ray-{hashlib.sha256(run.uri.encode()).hexdigest()[:16]}")
         if context.get_local_rank() == 0:
-            shutil.rmtree(self._outgoing, ignore_errors=True)  # what a worker that was killed here has left
+            delete_leftovers(run.uri)
         self._samples: Batch | None = None
         self._shown = time.monotonic()
 
@@ -192,10 +195,9 @@ class RayContext:
         """Write a checkpoint to the disk, and have Ray Train send it and then delete it there."""
         run = self._run
         self._sending.acquire()
-        self._outgoing.mkdir(exist_ok=True)
-        directory = mkdtemp(dir=self._outgoing)
+        directory = outgoing_folder(run.uri)
         save_checkpoint(
-            Path(directory),
+            directory,
             kept.model,
             kept.transform,
             train_state=kept.train_state(),
@@ -208,7 +210,7 @@ class RayContext:
         )
         ray.train.report(
             row,
-            checkpoint=Checkpoint.from_directory(directory),
+            checkpoint=Checkpoint.from_directory(str(directory)),
             checkpoint_upload_mode=mode,
             checkpoint_upload_fn=self._upload,
             delete_local_checkpoint_after_upload=True,
@@ -217,6 +219,7 @@ class RayContext:
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         storage, uri = self._run.storage, self._run.storage.join(self._run.uri, f"{CHECKPOINTS}/{name}")
         try:
+            self._patience.call(self._fence.check)
             self._patience.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
         finally:
             self._sending.release()
@@ -244,10 +247,11 @@ class RayContext:
 class RunLogs:
     """TensorBoard's event files, history.parquet and MLflow, written by one worker after every epoch."""
 
-    def __init__(self, run: Run, patience: Patience, epochs_done: int) -> None:
+    def __init__(self, run: Run, fence: Fence, patience: Patience, epochs_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run = run
+        self._fence = fence
         self._patience = patience
         self._events = run.storage.join(run.uri, "tensorboard")
         self._local = TemporaryDirectory()
@@ -258,6 +262,7 @@ class RunLogs:
 
     def write(self, row: Row, history: list[Row]) -> None:
         """Add the row of an epoch."""
+        self._patience.call(self._fence.check)
         self._patience.call(lambda: write_history(self._run, history))
         for name, value in row.items():
             if value is not None and name != "epoch":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from agr_ray.console import make_table
 from agr_ray.learn.recipe import recipe_toml
 from agr_ray.learn.space import base_job, is_papers, values_of, with_values
 from agr_ray.learn.trials import Trial, excesses, front, is_feasible, trials_table
+from agr_ray.runtime.checkpoints import calibration_hint, publish_checkpoint
 from agr_ray.runtime.training.run import Run
 from agr_ray.runtime.tuning.study import study_address
 from agr_ray.runtime.tuning.sweep import Sweep, shown_value
@@ -40,6 +42,7 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
 
     storage, job, trials = sweep.storage, sweep.job, list(sweep.trials.values())
     table = trials_table(trials, job.tune.space, job.tune.constraints, job.model.tasks)
+    sweep.check_lock()
     storage.write_table(table, sweep.join("trials.parquet"))
     best, recipe, metrics = sweep.best, "", {}
     if best is not None:
@@ -49,10 +52,13 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
         metrics = json.loads(storage.read(storage.join(source, "meta.json")))["metrics"]["val"]
         with TemporaryDirectory() as temporary:
             storage.download_tree(source, f"{temporary}/best")
-            storage.upload_tree(f"{temporary}/best", sweep.join("best"), overwrite=True)
+            sweep.check_lock()
+            if publish_checkpoint(storage, Path(temporary, "best"), sweep.join("best")):
+                console.print(calibration_hint(sweep.join("best")))
         if not is_feasible(best, job.tune.constraints):
             beyond = [name for name, excess in excesses(best, job.tune.constraints).items() if excess > 0.0]
             console.print(f"warning: no trial is within tune.constraints; the best is beyond {', '.join(beyond)}")
+    sweep.check_lock()
     storage.write(sweep.join("sweep.html"), sweep_page(_report(sweep, run, recipe, metrics)).encode())
 
 

@@ -8,18 +8,17 @@ sweeps.
 from __future__ import annotations
 
 import contextlib
-import os
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from agr_ray.config import ConfigError, Scalar, TuneConfig
@@ -62,8 +61,8 @@ class Study:
         self._sweep_id = sweep_id
         self._config = config
         self._errors = error_names(tasks)
-        self._local, self._remote = _journal_paths(storage, uri, config)
-        self._fetch()
+        self._uri = "" if config.study else storage.join(uri, JOURNAL)
+        self._journal = MemoryJournal(self._saved())
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = config.study_name or name
         directions = [optuna.study.StudyDirection.MINIMIZE] * (len(self._errors) if config.mode == "pareto" else 1)
@@ -144,19 +143,22 @@ class Study:
 
     def save(self) -> None:
         """Upload the journal, where the sweep is in a bucket."""
-        if self._remote:
-            self._storage.write(self._remote, Path(self._local).read_bytes())
+        if "://" in self._uri:
+            self._storage.write(self._uri, self._journal.to_bytes())
 
-    def _fetch(self) -> None:
-        """Download the journal, where the sweep is in a bucket."""
-        if self._remote:
+    def _saved(self) -> bytes:
+        """Return the journal in the bucket; empty: there is none."""
+        if "://" in self._uri:
             with contextlib.suppress(MissingObject):
-                Path(self._local).write_bytes(self._storage.read(self._remote))
+                return self._storage.read(self._uri)
+        return b""
 
     def _open(self) -> BaseStorage:
-        if not self._local:
+        if "://" in self._config.study:
             return RDBStorage(self._config.study)
-        path = Path(self._local)
+        if "://" in self._uri:
+            return JournalStorage(self._journal)
+        path = Path(self._config.study or self._uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self._config.study:  # only the sweep's own: in another, somebody may be writing the line
             _mend(path)
@@ -227,12 +229,29 @@ class Study:
         return found if len(found) == len(errors) else None
 
 
-def _journal_paths(storage: Storage, uri: str, config: TuneConfig) -> tuple[str, str]:
-    """Return the local file of the journal, and the object that it is a copy of; empty: there is none."""
-    if config.study:
-        return (config.study, "") if "://" not in config.study else ("", "")
-    kept = storage.join(uri, JOURNAL)
-    return (os.path.join(mkdtemp(prefix="agr-ray-study-"), JOURNAL), kept) if "://" in kept else (kept, "")
+class MemoryJournal(BaseJournalBackend):
+    """A journal that is kept in memory, and so leaves nothing on the disk when the driver is killed.
+
+    Args:
+        body: what `to_bytes` or a `JournalFileBackend` wrote: a JSON document a line. A last line without an end is
+            that of a writer which was killed, and is dropped.
+    """
+
+    def __init__(self, body: bytes = b"") -> None:
+        self._lines = body[: body.rfind(b"\n") + 1].splitlines()
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Yield the entries from this number on."""
+        for line in self._lines[log_number_from:]:
+            yield json.loads(line)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Add entries."""
+        self._lines += [json.dumps(log, separators=(",", ":")).encode() for log in logs]
+
+    def to_bytes(self) -> bytes:
+        """Return the journal as `JournalFileBackend` writes it."""
+        return b"".join(line + b"\n" for line in self._lines)
 
 
 def _mend(path: Path) -> None:

@@ -31,6 +31,7 @@ from agr_ray.config import ConfigError, Scalar, TuneJob
 from agr_ray.learn.space import base_job, values_of, with_values
 from agr_ray.learn.trials import DIVERGED, REFUSED, Trial, best_trial, front
 from agr_ray.runtime.command import JobError
+from agr_ray.runtime.lock import RunLock
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.training.run import CHECKPOINTS, FAILURE
 from agr_ray.runtime.tuning.plan import RECORD, Plan
@@ -51,9 +52,12 @@ class Sweep:
         plan: which it is.
         job: its configuration.
         console: to which it says how trials do.
+        lock: on the sweep; it is checked before each write. None: nobody else can write, as in tests.
     """
 
-    def __init__(self, storage: Storage, plan: Plan, job: TuneJob, console: Console) -> None:
+    def __init__(
+        self, storage: Storage, plan: Plan, job: TuneJob, console: Console, lock: RunLock | None = None
+    ) -> None:
         self.storage = storage
         self.plan = plan
         self.job = job
@@ -62,6 +66,7 @@ class Sweep:
         self.problem: Exception | None = None
         """What went wrong here while Tune called: the sweep ends of it."""
         self._console = console
+        self._lock = lock
         self._patience = Patience(job.train.outage_s)
         self._began = time.monotonic()
         self._started: dict[int, float] = {}
@@ -72,6 +77,15 @@ class Sweep:
             trial = Trial.from_json(json.loads(storage.read(info.uri)))
             self.trials[trial.number] = trial
         self.study = Study(storage, plan.uri, plan.sweep_id, job.tune, job.model.tasks, plan.name)
+
+    def check_lock(self) -> None:
+        """Return only if the sweep is still ours to write to.
+
+        Raises:
+            LockLost: another driver has taken it over.
+        """
+        if self._lock is not None:
+            self._lock.check()
 
     def join(self, *parts: str) -> str:
         """Return the URI of something in the sweep's folder."""
@@ -97,6 +111,7 @@ class Sweep:
         for number, trial in sorted(self.trials.items()):
             if trial.never_learnt:
                 # It begins as if for the first time: its first weights may have been deleted.
+                self.check_lock()
                 self.storage.delete(self.storage.join(self.trial_uri(number), "run.json"))
                 trial = dataclasses.replace(trial, state="unfinished", why="")
             if trial.state == "unfinished":
@@ -105,7 +120,7 @@ class Sweep:
                 if settled.state == "unfinished":
                     self._queue.append(number)
         self.study.catch_up(list(self.trials.values()))
-        self._patience.call(self.study.save)
+        self._patience.call(self._save_study)
         self._patience.call(self.clean)
         if self.trials:
             gone_on = f", {len(self._queue)} of them go on" if self._queue else ""
@@ -117,6 +132,7 @@ class Sweep:
         Those whose values the configuration does not take together are over at once: rows that say why.
         """
         while not self.spent:
+            self.check_lock()
             if self._queue:
                 trial = self.trials[self._queue.popleft()]
             elif len(self.trials) < self.plan.num_trials:
@@ -161,6 +177,7 @@ class Sweep:
         """Take note of an epoch: of schema.HISTORY as a trial reports it."""
         trial = self.trials[number].with_epochs([row])
         if len(trial.epochs) > len(self.trials[number].epochs):
+            self.check_lock()
             self.study.report(number, int(row["epoch"]), trial.curve[-1])
         self.trials[number] = trial
 
@@ -215,6 +232,7 @@ class Sweep:
         for number in [trial.number for trial in trials if trial.state != "unfinished"]:
             if number in kept or number == but or number in self._cleaned:
                 continue
+            self.check_lock()
             with contextlib.suppress(OSError):  # workers that end slowly still write there; the next call repeats it
                 for name in _WEIGHTS:
                     self.storage.delete_tree(self.storage.join(self.trial_uri(number), name))
@@ -241,7 +259,7 @@ class Sweep:
         before = self.best
         self._keep(trial)
         self.study.tell(trial)
-        self._patience.call(self.study.save)
+        self._patience.call(self._save_study)
         self._patience.call(lambda: self.clean(but=trial.number))
         best = self.best
         judged = "" if trial.objective is None else f", objective {trial.objective:.4f}"
@@ -291,7 +309,12 @@ class Sweep:
 
     def _write(self, name: str, said: Mapping[str, Any]) -> None:
         body = (json.dumps(said, indent=2) + "\n").encode()
+        self._patience.call(self.check_lock)
         self._patience.call(lambda: self.storage.write(self.join(*name.split("/")), body))
+
+    def _save_study(self) -> None:
+        self.check_lock()
+        self.study.save()
 
     def _say(self, line: str) -> None:
         self._console.print(line)

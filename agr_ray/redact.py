@@ -1,0 +1,63 @@
+"""Take secrets out of text that people will read: messages, logs, records."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+from urllib.parse import unquote
+
+HIDDEN: Final = "***"
+
+_URL: Final = re.compile(r"(?i)\b(?!s3://|file://)([a-z][a-z0-9+.-]*://)(?!/)([^\s'\"<>]*)@")
+_NAMES: Final = r"[\w.-]*(?:password|passwd|passwort|pwd|secret|token|credential|signature|api_?key|access_?key)[\w.-]*"
+_ASSIGNED: Final = re.compile(rf"(?i)({_NAMES}(?:=['\"]?|['\"]\s*:\s*['\"]?))([^\s&'\",;}}]+)")
+_SECRET_VARIABLE: Final = re.compile(r"(?i)password|passwd|secret|token|credential|api_?key|access_?key")
+_SHORTEST: Final = 3
+"""Characters of a part of a secret that is looked for outside its URL: hiding shorter ones would garble the text."""
+_SHORTEST_VARIABLE: Final = 8
+"""The same of an environment variable: shorter ones, such as a MAX_TOKENS, are no secrets."""
+
+
+def redacted(text: str, *uris: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return the text with `***` in place of passwords and tokens.
+
+    Hidden are the passwords of URLs (a user alone too, which may be a token), the values of parameters whose names say
+    that they are secret, and the values of environment variables of such names.
+
+    Args:
+        text: to be shown.
+        uris: of the configuration: what their passwords consist of is hidden wherever else it occurs.
+        environ: the environment.
+    """
+    secrets = [
+        value for name, value in environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_VARIABLE
+    ]
+    secrets += [part for uri in uris for part in _secret_parts(uri)]
+    text = _URL.sub(_without_password, text)
+    text = _ASSIGNED.sub(rf"\g<1>{HIDDEN}", text)
+    return _without(text, secrets)
+
+
+def _without_password(found: re.Match[str]) -> str:
+    scheme, user_info = found.groups()
+    user, colon, _ = user_info.partition(":")
+    return f"{scheme}{user}:{HIDDEN}@" if colon else f"{scheme}{HIDDEN}@"
+
+
+def _secret_parts(uri: str) -> Iterable[str]:
+    """Return the secrets in a URL, whole, decoded, and in the parts that a parser which misreads it may quote."""
+    user_info = [found[2] for found in _URL.finditer(uri)]
+    whole = [user.partition(":")[2] or user for user in user_info] + [found[2] for found in _ASSIGNED.finditer(uri)]
+    for secret in whole:
+        yield secret
+        yield unquote(secret)
+        yield from re.split(r"[@:/?#%\[\]]", secret)
+
+
+def _without(text: str, secrets: Iterable[str]) -> str:
+    for secret in sorted(set(secrets), key=len, reverse=True):
+        if len(secret) >= _SHORTEST:
+            text = text.replace(secret, HIDDEN)
+    return text
