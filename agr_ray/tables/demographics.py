@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agr_ray.schema import ABSTAINED, DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
-from agr_ray.tables.prevalence import IntArray, Shares, confusion_counts, true_shares, why_not
+from agr_ray.tables.prevalence import IntArray, Shares, confusion_counts, true_shares, why_not, why_not_together
 
 
 class _Breakdown(NamedTuple):
@@ -175,6 +175,10 @@ def _corrected(
         reason = why_not(confusions[-1], [" ".join(cell) for cell in _Breakdown(factor).cells])
         if reason is not None:
             return _no_shares(num_groups, len(breakdown.cells)), [f"{','.join(factor)}: {reason}"] * num_groups
+    reason = why_not_together(confusions)
+    if reason is not None:
+        reason = f"{','.join(breakdown.attributes)}: {reason}"
+        return _no_shares(num_groups, len(breakdown.cells)), [reason] * num_groups
     counts = outcomes.reshape(num_groups, -1)
     return true_shares(counts, confusions, seed), [None if total else "no faces" for total in counts.sum(axis=1)]
 

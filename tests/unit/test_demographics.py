@@ -158,6 +158,26 @@ def test_a_class_with_few_labelled_images_is_named_where_it_matters_only() -> No
     assert {row["correction"] for name in ("age_group", "gender") for row in rows_of(table, name)} == {None}
 
 
+def test_the_joint_breakdown_is_not_corrected_where_the_product_of_conditions_is_too_large() -> None:
+    rng = np.random.default_rng(9)
+    calibration = calibration_rows(6000, rng)
+    for name in ("age_group", "race"):  # each alone is within the limit
+        classes = np.arange(len(DEMOGRAPHIC_CLASSES[name]))
+        rates = 0.6 ** np.abs(np.subtract.outer(classes, classes))
+        rates /= rates.sum(axis=1, keepdims=True)
+        calibration[f"{name}_pred"] = np.array([rng.choice(classes, p=rates[truth]) for truth in calibration[name]])
+    calibration["gender_pred"] = calibration["gender"]
+    cells = counted(said_of(drawn_truth(np.full(SIZES, 1 / np.prod(SIZES)), 500, rng), rng))
+
+    table = demographics(pa.Table.from_pylist(cells), pa.Table.from_pylist([group_row(500)]), calibration)
+
+    assert {row["correction"] for name in ATTRIBUTES for row in rows_of(table, name)} == {None}
+    joint = rows_of(table, ",".join(ATTRIBUTES))
+    assert {(row["share_corrected"], row["share_low"], row["share_high"]) for row in joint} == {(None, None, None)}
+    (reason,) = {row["correction"] for row in joint}
+    assert reason.startswith("age_group,gender,race: confusion matrices too ill-conditioned together: ")
+
+
 def test_a_classifier_that_guesses_is_not_corrected() -> None:
     rng = np.random.default_rng(8)
     calibration = calibration_rows(3000, rng)

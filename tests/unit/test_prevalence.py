@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agr_ray.tables.prevalence import MIN_CALIBRATION_ROWS, Shares, confusion_counts, true_shares, why_not
+from agr_ray.tables.prevalence import (
+    MIN_CALIBRATION_ROWS,
+    Shares,
+    confusion_counts,
+    true_shares,
+    why_not,
+    why_not_together,
+)
 
 RACES = np.array(  # outcomes: the five classes and, last, abstained
     [
@@ -145,6 +152,36 @@ def test_what_cannot_be_corrected_is_told_why(confusion: list[list[int]], reason
 
     assert said is not None
     assert said.startswith(reason)
+
+
+def blurred(size: int, blur: float) -> NDArray[Any]:
+    """Return rates of a classifier of ordered classes that errs to their neighbours, and of 5 % abstentions."""
+    rates = blur ** np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+    told = 0.95 * rates / rates.sum(axis=1, keepdims=True)
+    return np.hstack([told, np.full((size, 1), 0.05)])
+
+
+@pytest.mark.parametrize(("blurs", "is_allowed"), [((0.3, 0.3), True), ((0.68, 0.65), False)])
+def test_parts_that_do_alone_are_refused_where_together_they_make_shares_worse(
+    blurs: tuple[float, float], is_allowed: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    rates = [blurred(size, blur) for size, blur in zip((9, 10), blurs, strict=True)]
+    error, raw_error = [], []
+    for seed in range(3):
+        confusions = [np.rint(300 * each).astype(np.int64) for each in rates]
+        assert [why_not(each, [""] * len(each)) for each in confusions] == [None, None]
+        said = why_not_together(confusions)
+        shares = rng.dirichlet(np.full(90, 0.5), size=5)
+        counts = drawn_counts(rates, shares, 1000, rng)
+        error.append(np.abs(true_shares(counts, confusions, seed).share - shares).mean())
+        raw_error.append(np.abs(seen_shares(counts, (9, 10)) - shares).mean())
+        assert (said is None) == is_allowed
+        if said is not None:
+            assert said.startswith("confusion matrices too ill-conditioned together: ")
+            assert said.endswith(", at most 30 is allowed")
+
+    assert (np.mean(error) < np.mean(raw_error)) == is_allowed
 
 
 def test_a_usable_confusion_needs_no_excuse() -> None:
