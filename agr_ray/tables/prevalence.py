@@ -125,6 +125,8 @@ def why_not_together(confusions: Sequence[IntArray]) -> str | None:
 def true_shares(counts: IntArray, confusions: Sequence[IntArray], seed: int = 0) -> Shares:
     """Estimate the true shares of classes in each group.
 
+    To the last bit, those of a group depend on no other group's counts, which suppression may have to hide.
+
     Args:
         counts: (g, product of the outcomes) faces by outcome.
         confusions: (c, o) counts for each part of the class; errors in one part are taken to be independent of the
@@ -146,7 +148,14 @@ def true_shares(counts: IntArray, confusions: Sequence[IntArray], seed: int = 0)
     for start in range(0, len(chosen), chunk):
         groups = chosen[start : start + chunk]
         outcomes = counts[groups] / num_faces[groups, None]
-        drawn = rng.multinomial(num_faces[groups], outcomes, size=(NUM_RESAMPLES, len(groups)))
+        # Each group has the same random numbers: how many one takes depends on its counts.
+        drawn = np.stack(
+            [
+                np.random.default_rng([seed, 1]).multinomial(num, shares_of_group, size=NUM_RESAMPLES)
+                for num, shares_of_group in zip(num_faces[groups], outcomes, strict=True)
+            ],
+            axis=1,
+        )
         estimates = (drawn / num_faces[groups, None]) @ inverses
         low, high = np.clip(np.percentile(estimates, PERCENTILES, axis=0), 0.0, 1.0)
         # A class of which none was seen has no spread to resample: the exact binomial bound for 0 of n.
@@ -159,11 +168,14 @@ def true_shares(counts: IntArray, confusions: Sequence[IntArray], seed: int = 0)
 def _maximise(outcomes: FloatArray, rates: FloatArray) -> FloatArray:
     """Find the most likely shares by EM, from equal ones: (g, o) shares of outcomes, (c, o) rates to (g, c)."""
     shares = np.full((len(outcomes), len(rates)), 1.0 / len(rates))
+    moves = np.ones(len(outcomes), bool)
     for _ in range(_MAX_STEPS):
         better = shares * ((outcomes / (shares @ rates)) @ rates.T)
-        change = np.abs(better - shares).max(initial=0.0)
-        shares = better
-        if change < _TOLERANCE:
+        change = np.abs(better - shares).max(axis=1)
+        # Each row stops by itself, and the others do not wait for it with less precision.
+        shares = np.where(moves[:, None], better, shares)
+        moves &= change >= _TOLERANCE
+        if not moves.any():
             break
     shares /= shares.sum(axis=1, keepdims=True)
     return shares

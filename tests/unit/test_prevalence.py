@@ -139,6 +139,22 @@ def test_no_faces_have_no_shares_and_change_no_other_group() -> None:
         assert (mine[0] == its[0]).all()
 
 
+def test_shares_of_a_group_tell_nothing_of_the_counts_of_others() -> None:
+    rng = np.random.default_rng(4)
+    counts = drawn_counts([GENDERS, RACES], rng.dirichlet(np.full(10, 0.5), size=6), 200, rng)
+    confusions = [drawn_confusion(each, 1500, rng) for each in (GENDERS, RACES)]
+    made = true_shares(counts, confusions)
+
+    for group, cell in ((0, 0), (0, 7), (3, 2), (4, 2)):
+        changed = counts.copy()
+        changed[group, cell] += 1  # which an attacker would try, were the count hidden
+
+        other = true_shares(changed, confusions)
+
+        for mine, its in zip(made, other, strict=True):
+            assert np.array_equal(np.delete(mine, group, axis=0), np.delete(its, group, axis=0))
+
+
 @pytest.mark.parametrize(
     ("confusion", "reason"),
     [
