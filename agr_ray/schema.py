@@ -58,6 +58,8 @@ class Status(StrEnum):
     """The key was listed and is gone."""
     CHANGED = "changed"
     """The object is not the one that was listed: its etag differs."""
+    ARCHIVED = "archived"
+    """The object is in an archive, such as S3 Glacier: it must be restored before it can be read."""
     FAILED = "failed"
     """Storage kept failing, or the image kept killing its worker."""
     BAD_LABEL = "bad_label"
@@ -75,6 +77,7 @@ IMAGE_STATUSES: Final = (
     Status.NOT_AN_IMAGE,
     Status.MISSING,
     Status.CHANGED,
+    Status.ARCHIVED,
     Status.FAILED,
 )
 """The statuses of scoring's image rows: input rows = ok + no_face + the rest, the rejects."""

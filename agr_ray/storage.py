@@ -40,6 +40,7 @@ from agr_ray.schema import Status
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
+    from types_boto3_s3.type_defs import ObjectTypeDef
 
 T = TypeVar("T")
 
@@ -95,6 +96,12 @@ class ObjectTooLarge(StorageError):
     status = Status.TOO_LARGE
 
 
+class ArchivedObject(StorageError):
+    """The object is in an archive and must be restored before it can be read."""
+
+    status = Status.ARCHIVED
+
+
 class StorageFailed(StorageError):
     """Storage kept failing on this object after all retries, or denies access to it."""
 
@@ -123,6 +130,11 @@ class ObjectInfo:
     etag: str
     """S3's ETag without its quotes; `size-mtime_ns` for a local file."""
     size_bytes: int
+    storage_class: str | None = None
+    """S3's storage class, such as STANDARD or GLACIER; ` restored` follows it while a restored copy can be read.
+
+    None: a local file, or a server that does not say.
+    """
 
 
 class _Clients:
@@ -535,7 +547,12 @@ class Storage:
         prefix = _as_prefix(key)
         paginator = self._s3().get_paginator("list_objects_v2")
         pages = iter(
-            paginator.paginate(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": self.list_page_keys})
+            paginator.paginate(
+                Bucket=bucket,
+                Prefix=prefix,
+                OptionalObjectAttributes=["RestoreStatus"],
+                PaginationConfig={"PageSize": self.list_page_keys},
+            )
         )
         while True:
             with self._s3_errors(uri, listing=True):
@@ -547,7 +564,9 @@ class Storage:
                 if directories or not found.endswith("/"):
                     # SeaweedFS stores `d//e` as `d/e` and yet lists it under the prefix `d//`.
                     relative = found[len(prefix) :] if found.startswith(prefix) else found
-                    yield ObjectInfo(root + found, relative, entry["ETag"].strip('"'), entry["Size"])
+                    yield ObjectInfo(
+                        root + found, relative, entry["ETag"].strip('"'), entry["Size"], _storage_class(entry)
+                    )
 
     def _read_s3(self, uri: str, etag: str | None, max_bytes: int | None) -> tuple[bytes, str]:
         from botocore.exceptions import HTTPClientError, IncompleteReadError
@@ -601,6 +620,10 @@ class Storage:
             ) from error
         if code in ("NoSuchKey", "NoSuchVersion") or (http == 404 and not writing):
             raise MissingObject(f"{uri} does not exist") from error
+        if code in ("InvalidObjectState", "ObjectNotInActiveTierError"):
+            storage_class = error.response.get("StorageClass")
+            where = f"archived in storage class {storage_class}" if storage_class else "archived"
+            raise ArchivedObject(f"{uri} is {where}: restore it before it can be read") from error
         if code in ("PreconditionFailed", "ConditionalRequestConflict") or http == 412:
             if creating:
                 raise FileExistsError(f"{uri} exists and is not overwritten") from error
@@ -720,6 +743,15 @@ def _s3_path(uri: str) -> str:
     """Return `bucket/key`, as pyarrow and s3fs name objects."""
     bucket, key = _bucket_and_key(uri, key_needed=False)
     return f"{bucket}/{key}".rstrip("/")
+
+
+def _storage_class(entry: ObjectTypeDef) -> str | None:
+    """Return the storage class of a listed object, and whether a restored copy of it can be read."""
+    storage_class = entry.get("StorageClass")
+    # An archived object keeps its class and its ETag while a restored copy exists: only the expiry tells.
+    if storage_class and entry.get("RestoreStatus", {}).get("RestoreExpiryDate"):
+        return f"{storage_class} restored"
+    return storage_class
 
 
 def _as_prefix(key: str) -> str:

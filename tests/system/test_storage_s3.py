@@ -24,6 +24,7 @@ from agr_ray.data.manifest import build_manifest
 from agr_ray.data.utkface import source_rows
 from agr_ray.schema import Status
 from agr_ray.storage import (
+    ArchivedObject,
     ChangedObject,
     MissingObject,
     ObjectTooLarge,
@@ -334,6 +335,35 @@ def test_access_denied_to_one_object_is_data_and_to_a_listing_is_not(s3_environm
         assert not isinstance(caught.value, ServerFailed)  # asked again, it would say the same
         with pytest.raises(StorageUnavailable, match="AccessDenied"):
             list(storage.list("s3://bucket/in"))
+
+
+@pytest.mark.parametrize(
+    ("said", "named"), [("<StorageClass>GLACIER</StorageClass>", "class GLACIER"), ("", "archived")]
+)
+def test_an_archived_object_is_archived_and_asked_for_once(s3_environment: S3Server, said: str, named: str) -> None:
+    body = f"<Error><Code>InvalidObjectState</Code><Message>no</Message>{said}</Error>"
+    with canned_server([raw_answer("403 Forbidden", body.encode())]) as (endpoint, requests):
+        storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=2)
+        with pytest.raises(ArchivedObject, match=named) as caught:
+            storage.read("s3://bucket/a.jpg")
+
+    assert caught.value.status is Status.ARCHIVED
+    assert len(requests) == 1
+
+
+def test_a_listing_tells_storage_classes_and_restored_copies(s3_environment: S3Server) -> None:
+    restored = "<RestoreStatus><RestoreExpiryDate>2030-01-01T00:00:00Z</RestoreExpiryDate></RestoreStatus>"
+    running = "<RestoreStatus><IsRestoreInProgress>true</IsRestoreInProgress></RestoreStatus>"
+    classes = ["<StorageClass>GLACIER</StorageClass>" + more for more in (restored, running, "")]
+    entries = [
+        f"<Contents><Key>{key}.jpg</Key><ETag>&quot;e&quot;</ETag><Size>1</Size>{more}</Contents>"
+        for key, more in zip("abcde", [*classes, "<StorageClass>STANDARD</StorageClass>", ""], strict=True)
+    ]
+    body = f"<ListBucketResult>{''.join(entries)}<IsTruncated>false</IsTruncated></ListBucketResult>".encode()
+    with canned_server([raw_answer("200 OK", body)]) as (endpoint, _):
+        infos = list(Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=1).list("s3://bucket"))
+
+    assert [info.storage_class for info in infos] == ["GLACIER restored", "GLACIER", "GLACIER", "STANDARD", None]
 
 
 def test_a_tree_goes_up_and_down_whole(storage: Storage, s3_root: str, tree: Path, tmp_path: Path) -> None:
