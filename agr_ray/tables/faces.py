@@ -39,17 +39,16 @@ def select_rejects(images: pa.Table) -> pa.Table:
 def count_faces(faces: pa.Table, keys: Sequence[str]) -> pa.Table:
     """Count the faces without a flag by the columns `keys`, age_group, gender and race.
 
-    A gender or race on which the model abstains counts as `schema.ABSTAINED`; an attribute that was not predicted is
-    null.
+    An attribute on which the model abstains, or that is null or NaN, counts as `schema.ABSTAINED`: every face counts.
 
     Returns:
         `keys`, age_group, gender, race, n (int64).
     """
     accepted = faces.filter(pc.equal(pc.list_value_length(faces["flags"]), 0))
     columns = {key: accepted[key] for key in keys}
-    columns["age_group"] = _age_groups(accepted["age"])
+    columns["age_group"] = pc.fill_null(_age_groups(accepted["age"]), ABSTAINED)
     for name in ("gender", "race"):
-        columns[name] = pc.if_else(_abstains(accepted, name), pa.scalar(ABSTAINED), accepted[name])
+        columns[name] = pc.if_else(_abstains(accepted, name), ABSTAINED, pc.fill_null(accepted[name], ABSTAINED))
     counted = pa.table(columns).group_by([*keys, "age_group", "gender", "race"]).aggregate([([], "count_all")])
     return counted.rename_columns({"count_all": "n"})
 
@@ -102,7 +101,7 @@ def _abstains(faces: pa.Table, attribute: str) -> pa.Array:
 
 
 def _age_groups(ages: pa.ChunkedArray) -> pa.Array:
-    """Return the names of the ages' groups; null: no age."""
-    known = np.asarray(pc.is_valid(ages))
-    codes = age_group(np.asarray(pc.fill_null(ages, 0.0)).astype(np.float64))
+    """Return the names of the ages' groups; null: no age, or NaN, which is in no group."""
+    known = np.asarray(pc.fill_null(pc.is_finite(ages), False))
+    codes = age_group(np.where(known, np.asarray(pc.fill_null(ages, 0.0)), 0.0).astype(np.float64))
     return pa.array(np.asarray(AGE_GROUPS)[codes], mask=~known)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import math
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from agr_ray.schema import FACES, IMAGES, REJECTS
+from agr_ray.tables.demographics import demographics
 from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts
 
 
@@ -76,7 +78,25 @@ def test_flagged_faces_are_not_counted_and_abstained_attributes_count_as_such(im
     counted = count_faces(explode_faces(images), ()).to_pylist()
 
     cells = {(row["age_group"], row["gender"], row["race"]): row["n"] for row in counted}
-    assert cells == {("0-10", "male", "asian"): 1, ("0-10", "male", "abstained"): 1, ("81+", None, None): 1}
+    assert cells == {
+        ("0-10", "male", "asian"): 1,
+        ("0-10", "male", "abstained"): 1,
+        ("81+", "abstained", "abstained"): 1,
+    }
+
+
+def test_a_face_without_an_age_is_in_no_age_group_and_counts() -> None:
+    faces = [face(math.nan, "male", "asian"), face(None, "male", "asian"), face(30.0, "male", "asian")]
+    images = pa.Table.from_pylist([image("three", faces=faces)], schema=IMAGES)
+
+    counted = count_faces(explode_faces(images), ())
+
+    rows = [(row["age_group"], row["gender"], row["n"]) for row in counted.to_pylist()]
+    assert sorted(rows) == [("21-30", "male", 1), ("abstained", "male", 2)]
+    groups = count_images(images, explode_faces(images), ())
+    joint = demographics(counted, groups, None).to_pylist()[-1]
+    assert joint["num_faces"] == 3
+    assert joint["num_abstained"] == 2
 
 
 def test_images_and_faces_are_counted_by_group(images: pa.Table) -> None:
