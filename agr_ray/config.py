@@ -13,18 +13,19 @@ import hashlib
 import json
 import operator
 import os
-import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -38,6 +39,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from agr_ray.redact import redacted
 from agr_ray.schema import SPLITS
 
 
@@ -60,11 +62,42 @@ def _is_one(value: float) -> bool:
     return value == 1.0
 
 
+def _plain_name(value: str) -> str:
+    """Refuse the name of a run that is no single folder, or that no file system takes."""
+    is_plain = value == value.strip() and value.isprintable() and "/" not in value and value not in (".", "..")
+    if not is_plain or len(value.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            f"{value[:_LONGEST_NAME]!r} must be the name of one folder: no slash, no control character, no blank at "
+            f"either end, {_LONGEST_NAME} bytes at most"
+        )
+    return value
+
+
+def _without_login(value: str | None) -> str | None:
+    """Refuse keys in a server's address, which is shown in messages and written into records."""
+    if value is not None and "@" in value:
+        raise ValueError(
+            f"{redacted(value)!r} must be an address without user and password: keys come from the usual AWS variables"
+        )
+    return value
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+Address = Annotated[str | None, AfterValidator(_without_login)]
 OneOrSeveral = Annotated[str, BeforeValidator(_one_or_several)]
 """Text to all sources of settings: they would tear a path at its comma, or take 7 for a number, were it a union."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+MAX_INT = 2**31 - 1
+"""Largest whole number of any knob: torch, OpenCV and Ray take no larger ones in places."""
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=1e9)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e9)]
+AnyInt = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""NumPy, torch and Optuna all take these."""
+Timeout = Annotated[float, Field(ge=0.1, le=1e6)]
+"""Seconds; longer ones overflow the clocks of sockets and threads."""
+_LONGEST_NAME = 200
 Split = Literal["train", "val", "test", "all"]
 
 
@@ -81,11 +114,11 @@ class Section(BaseModel):
 class StorageConfig(Section):
     """Where `s3://` is. Keys come from the usual AWS variables, profiles or instance roles."""
 
-    endpoint_url: str | None = None
+    endpoint_url: Address = None
     """Address of an S3-compatible server; none: AWS_ENDPOINT_URL if set, else AWS itself."""
     region: str | None = None
     """Region of the buckets; none: the usual AWS variables."""
-    timeout_s: PositiveFloat = 30.0
+    timeout_s: Timeout = 30.0
     """Seconds to connect, and between two packets, before a request is tried again."""
     max_attempts: PositiveInt = 6
     """Times that a throttled, timed-out or failed request is tried in all, with back-off between."""
@@ -130,7 +163,7 @@ class SplitConfig(Section):
     """Share of the images that validation gets."""
     test: Fraction = 0.15
     """Share of the images that the held-back test part gets; training gets what val and test leave."""
-    seed: int = 0
+    seed: Seed = 0
     """Which of the possible splits is drawn."""
     sample: PositiveInt | None = None
     """Draw a stratified sample of so many images first and leave the rest out (the paper: 20000); none: use all."""
@@ -152,7 +185,7 @@ class VisionConfig(Section):
 
     detector: Literal["mtcnn", "haar", "none"] = "mtcnn"
     """`mtcnn` finds faces and five landmarks; `haar` boxes only, with no weights; `none` takes whole chips."""
-    min_face_px: Annotated[int, Field(ge=12)] = 40
+    min_face_px: Annotated[int, Field(ge=12, le=MAX_INT)] = 40
     """Shorter side of the smallest face looked for, pixels of the photograph where it is no larger than `max_side_px`.
     In larger photographs it grows with their longer side: by default, 1/32 of it (94 px of 3,000, 188 px of 6,000).
     `small_faces` keeps it in original pixels whatever their size."""
@@ -242,11 +275,11 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """L = age_weight L_age + gender_weight L_gender + race_weight L_race (paper eqs 11 and 21)."""
 
-    age_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    age_weight: NonNegativeFloat = 1.0
     """Weight of the age loss."""
-    gender_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    gender_weight: NonNegativeFloat = 0.5
     """Weight of the gender loss."""
-    race_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    race_weight: NonNegativeFloat = 0.5
     """Weight of the race loss."""
     weighting: Literal["fixed", "uncertainty"] = "fixed"
     """`fixed`: by the weights above, as the paper does; `uncertainty`: by weights that are learnt, one for each task,
@@ -260,7 +293,7 @@ class LossConfig(Section):
     """Scaled age: years that count as an error of 1. An `l1` loss is divided by it, `mse` and `huber` by its square."""
     age_sigma_years: PositiveFloat = 2.0
     """`distribution` head only: width of the Gaussian target, years (DLDL-v2)."""
-    age_expectation_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    age_expectation_weight: NonNegativeFloat = 1.0
     """`distribution` head only: weight of `age_loss` of the expectation beside the divergence."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of a gender or race label spread over all classes."""
@@ -301,10 +334,10 @@ class AugmentConfig(Section):
     equalize: bool = False
     """Histogram equalisation (paper eq. 17) of each crop's luminance, colour kept. Not random: it is part of the
     network's input, kept with the checkpoint, and done in validation, evaluation and scoring too."""
-    mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    mixup_alpha: NonNegativeFloat = 0.0
     """Each image is blended with another of its batch, by a share drawn from Beta(this, this), and learns the labels of
     both, each by its share; 0: none. With cutmix_alpha too, an image is blended or cut with even chances."""
-    cutmix_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    cutmix_alpha: NonNegativeFloat = 0.0
     """As mixup_alpha, but a box of the other image, of a share so drawn, replaces what was there; 0: none."""
 
 
@@ -322,7 +355,7 @@ class TrainConfig(Section):
     balance does, which then evens out each set by itself. Empty: each row once, as many of each set as there are."""
     out: str = "runs"
     """Folder or prefix of all runs; this one goes into OUT/NAME. Shared storage where there are several nodes."""
-    name: str = ""
+    name: Name = ""
     """Name of the run; empty: `train-` and the digest of the configuration. The same name resumes the run."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Data-parallel processes, each with its own model replica and share of the batch. Two numbers, [FEWEST, MOST]:
@@ -335,9 +368,9 @@ class TrainConfig(Section):
     trials of a sweep, take one GPU together, if its memory holds both. Less than 1 needs num_workers 1."""
     cpus_per_worker: PositiveFloat = 1.0
     """Logical CPUs that Ray reserves for a worker."""
-    threads_per_worker: PositiveInt | None = None
+    threads_per_worker: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Threads that a worker computes with; none: the machine's CPUs shared out among its workers."""
-    batch_size: PositiveInt = 32
+    batch_size: Annotated[int, Field(gt=0, le=2**20)] = 32
     """Images in one optimiser step over all workers together."""
     accumulate: PositiveInt = 1
     """Parts in which a worker takes its share of batch_size, one after the other, adding up their gradients, where its
@@ -352,10 +385,10 @@ class TrainConfig(Section):
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Factor of the learning rate for each stage of the trunk, counted from the heads, which learn at the full rate:
     the last stage at lr * this, the one before at lr * this^2. A stage begins where the image gets smaller. 1: off."""
-    freeze_epochs: Annotated[int, Field(ge=0)] = 0
+    freeze_epochs: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     """Epochs at the beginning in which the heads alone learn: the trunk's weights and its batch norms' statistics stand
     still. It wants first weights (model.weights) worth keeping. 0: none; epochs: throughout."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Weight decay: L2 for adam and sgd, decoupled for adamw."""
     schedule: Literal["step", "one_cycle", "cosine", "plateau", "constant"] = "step"
     """`step` is the paper's (eq. 20); `one_cycle` warms up and anneals over all epochs; `cosine` anneals; `plateau`
@@ -368,7 +401,7 @@ class TrainConfig(Section):
     """`step` and `plateau` only: factor of each cut."""
     warmup: Fraction = 0.3
     """`one_cycle` and `cosine`: share of all steps in which the learning rate rises."""
-    clip_norm: Annotated[float, Field(ge=0.0)] = 0.0
+    clip_norm: NonNegativeFloat = 0.0
     """Largest gradient norm, longer ones are scaled down; 0: no limit."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay for each step of the moving average of weights that is validated and kept; 0: the weights themselves."""
@@ -395,20 +428,20 @@ class TrainConfig(Section):
     """`balance` only: a row is drawn by (rows that share its label) to minus this: 1 evens out, 0 not at all."""
     use_fallback: bool = True
     """Whether chips in which no face was found are trained on. They are always evaluated."""
-    early_stopping_epochs: Annotated[int, Field(ge=0)] = 10
+    early_stopping_epochs: Annotated[int, Field(ge=0, le=MAX_INT)] = 10
     """Stop after so many epochs without a better objective on validation; 0: never."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of first weights, shuffling and augmentation."""
-    max_failures: Annotated[int, Field(ge=-1)] = 3
+    max_failures: Annotated[int, Field(ge=-1, le=MAX_INT)] = 3
     """Times that a failed worker group is started again from the last checkpoint; -1: without end."""
-    outage_s: Annotated[float, Field(ge=0.0)] = 300.0
+    outage_s: Annotated[float, Field(ge=0.0, le=1e6)] = 300.0
     """How long storage that has gone away, or a cluster that has become too small, is waited for, seconds."""
-    lock_expiry_s: PositiveFloat = 120.0
+    lock_expiry_s: Timeout = 120.0
     """Seconds for which the lock on the run must stand still before the same command takes it over from a driver that
     was killed on another machine; of one on this machine it is known at once. A heartbeat comes every quarter of it."""
     num_to_keep: PositiveInt = 1
     """Checkpoints of the best epochs that are kept in NAME/checkpoints, beside the last."""
-    cache_mib: Annotated[int, Field(ge=0)] = 4096
+    cache_mib: Annotated[int, Field(ge=0, le=MAX_INT)] = 4096
     """Memory of each worker in which its share of the training crops stays decoded after the first epoch, MiB, if it
     fits; as much again for validation."""
     shuffle_rows: PositiveInt = 2048
@@ -490,7 +523,7 @@ class ParameterConfig(Section):
     """Any number from the first to the second, both included."""
     log_uniform: tuple[PositiveFloat, PositiveFloat] | None = None
     """The same, each factor as likely as any other: for learning rates and weights over several powers of ten."""
-    integer: tuple[int, int] | None = None
+    integer: tuple[AnyInt, AnyInt] | None = None
     """Any whole number from the first to the second, both included."""
     choice: tuple[Scalar | tuple[Scalar, ...], ...] | None = None
     """One of these, in no order."""
@@ -547,7 +580,7 @@ class TuneConfig(Section):
     or "train.optimizer" = {choice = ["adam", "sgd"]}. All other keys are the recipe's."""
     out: str = "sweeps"
     """Folder or prefix of all sweeps; this one goes into OUT/NAME. Shared storage where there are several nodes."""
-    name: str = ""
+    name: Name = ""
     """Name of the sweep; empty: `sweep-` and the digest of the configuration. The same name resumes the sweep."""
     trials: PositiveInt = 20
     """Trials, pruned and failed ones included. A sweep that has made fewer goes on when this is raised; so does
@@ -572,21 +605,21 @@ class TuneConfig(Section):
     then: schedules of other lengths can't be compared epoch by epoch."""
     grace_epochs: PositiveInt = 2
     """`asha` only: epochs that each trial may make."""
-    reduction: Annotated[int, Field(ge=2)] = 3
+    reduction: Annotated[int, Field(ge=2, le=MAX_INT)] = 3
     """`asha` only: 1 in so many goes on."""
     paper_first: bool = True
     """Whether the first trial has the paper's values (loss weights 1, 0.5, 0.5; train.lr 1e-4) of what is searched."""
     points_to_evaluate: tuple[dict[str, Scalar | tuple[Scalar, ...]], ...] = ()
     """Values of searched keys that the next trials have: [[tune.points_to_evaluate]] tables of "train.lr" = 3e-3 and
     the like. Keys that one leaves out are drawn."""
-    random_trials: Annotated[int, Field(ge=0)] = 10
+    random_trials: Annotated[int, Field(ge=0, le=MAX_INT)] = 10
     """Trials whose values are drawn at random before Optuna's sampler (TPE) makes something of those before."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of what is drawn. Trials at the same time end in another order each time, so only one after the other
     are the same again."""
     max_concurrent: PositiveInt | None = None
     """Trials at the same time; none: as many as the cluster has room for, on one machine as it has cores."""
-    max_failures: Annotated[int, Field(ge=0)] = 1
+    max_failures: Annotated[int, Field(ge=0, le=MAX_INT)] = 1
     """Times that a trial which raises, or a process of which dies, goes on from its last checkpoint. A loss that is no
     number is not tried again. In a sweep this stands for train.max_failures."""
     study: str = ""
@@ -598,12 +631,13 @@ class TuneConfig(Section):
 
     @model_validator(mode="after")
     def _keeps_its_study_where_it_can_be_locked(self) -> Self:
-        if self.study and "://" not in self.study and not self.study.endswith(".journal"):
-            raise ValueError(f"study {self.study!r} must be a local file that ends in .journal, or a database's URL")
-        if self.study.startswith(("s3://", "file://")):
+        allowed = "a local file that ends in .journal, or a database's URL"
+        scheme, is_url, _ = self.study.partition("://")
+        if self.study and not is_url and not self.study.endswith(".journal"):
+            raise ValueError(f"study {_shown(self.study)} must be {allowed}")
+        if scheme in ("s3", "file") and is_url:
             raise ValueError(
-                f"study {self.study!r} must be a local file that ends in .journal, or a database's URL; "
-                "the default is kept beside the sweep, also in a bucket"
+                f"study {scheme}://... must be {allowed}; the default is kept beside the sweep in any storage"
             )
         return self
 
@@ -661,7 +695,7 @@ class ScoreConfig(Section):
     ["**/*.jpg", "2026/**"]. Empty: keys that end as image files do; of a manifest all."""
     exclude: tuple[str, ...] = ()
     """Globs of keys that are left out, even if included."""
-    min_bytes: Annotated[int, Field(ge=0)] = 0
+    min_bytes: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     """Objects of fewer bytes are left out. Those over vision.max_mib are not: they become rows, too_large."""
     out: str = ""
     """Folder or prefix of the results: images/, faces/, rejects/ and demographics/, each with run=ID/*.parquet."""
@@ -681,7 +715,7 @@ class ScoreConfig(Section):
     """Regular expression (RE2) with named groups, searched in each URI, such as /(?P<date>[0-9-]{10})/."""
     metadata: str = ""
     """Parquet file or folder of a column uri and further ones about the images, joined for group_by."""
-    min_cell: Annotated[int, Field(ge=0)] = 0
+    min_cell: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     """Cells of fewer faces than this are hidden in demographic tables, and those from which they follow; 0: none.
     It protects nobody unless aggregate_only."""
     aggregate_only: bool = False
@@ -690,9 +724,9 @@ class ScoreConfig(Section):
     """With aggregate_only: private folder or prefix, outside out, of the HMACs of what the next run must skip."""
     pseudonymise: str = ""
     """File of a secret key of 32 bytes or more: published URIs and ids are HMACs (SHA-256) under it; empty: plain."""
-    outage_s: Annotated[float, Field(ge=0.0)] = 300.0
+    outage_s: Annotated[float, Field(ge=0.0, le=1e6)] = 300.0
     """Seconds that a running job waits for storage that has gone away before it gives up, resumably."""
-    lock_expiry_s: PositiveFloat = 120.0
+    lock_expiry_s: Timeout = 120.0
     """Seconds for which the lock on out must stand still before another run takes it over, such as that of a run that
     was killed; a heartbeat comes every quarter of it."""
     limit: PositiveInt | None = None
@@ -702,9 +736,9 @@ class ScoreConfig(Section):
 class GatesConfig(Section):
     """Limits beyond which a scored face is flagged: it keeps its row, and is not counted in demographic tables."""
 
-    min_side_px: Annotated[float, Field(ge=0.0)] = 0.0
+    min_side_px: NonNegativeFloat = 0.0
     """Shorter side of a face's box, pixels of the original image, below which it is `small`; 0: no limit."""
-    min_sharpness: Annotated[float, Field(ge=0.0)] = 0.0
+    min_sharpness: NonNegativeFloat = 0.0
     """Variance of the Laplacian at 112 pixels a side below which a face is `blurred`; 0: no limit."""
     max_turn_degrees: Annotated[float, Field(gt=0.0, le=180.0)] = 180.0
     """Yaw or pitch, either way, degrees, above which a face is `turned`; 180: no limit."""
@@ -717,11 +751,11 @@ class RenderConfig(Section):
 
     out: str = ""
     """Folder or prefix of chips/ with labels.parquet, and photographs/ with faces.parquet."""
-    num_chips: Annotated[int, Field(ge=0)] = 2000
+    num_chips: Annotated[int, Field(ge=0, le=MAX_INT)] = 2000
     """Single faces of 200 x 200 pixels."""
-    num_photographs: Annotated[int, Field(ge=0)] = 40
+    num_photographs: Annotated[int, Field(ge=0, le=MAX_INT)] = 40
     """Photographs with one to six faces."""
-    seed: int = 0
+    seed: Seed = 0
     """Which faces are drawn: the same seed and index always give the same face."""
 
 
@@ -851,7 +885,7 @@ class TuneJob(TrainJob):
     vision: VisionConfig = VisionConfig()
     """Not used: passed on into best.toml, which scoring needs it from."""
     tune: TuneConfig = TuneConfig()
-    add: Annotated[int, Field(ge=0)] = 0
+    add: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     """Trials more, of a sweep that has finished; 0: none."""
 
 
@@ -874,6 +908,9 @@ class ScoreJob(Job):
 
 
 J = TypeVar("J", bound=Job)
+_PREFIX = "agr_ray_"
+_LONGEST_SHOWN = 100
+"""Characters of a refused value in a message."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -885,26 +922,44 @@ class _Parser(argparse.ArgumentParser):
             flag = unknown.split()[0].partition("=")[0]
             known = [option for action in self._actions for option in action.option_strings]
             message = f"{flag}: there is no such option{_did_you_mean(flag, known)}"
-        print(f"error: {message} (--help lists every option)", file=sys.stderr)
+        print(f"error: {one_line(message)} (--help lists every option)", file=sys.stderr)
         raise SystemExit(2)
 
 
-def load(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> J:
+def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # as other readers
+    """Return the bytes of a recipe on the local disk.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', error)}") from None
+
+
+Reader = Callable[[str, StorageConfig], bytes]
+"""Reads a recipe: its path or URI, and how storage is reached. Raises ConfigError."""
+
+
+def load(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ, read: Reader = read_local) -> J:
     """Build a job's configuration, or print one line on stderr and exit with status 2.
 
     Args:
         job: the class to build.
         argv: the command line, without the program's name.
         environ: the environment; only variables that begin with `AGR_RAY_` are read.
+        read: reads the recipe.
     """
     try:
-        return parse(job, argv, environ)
+        return parse(job, argv, environ, read)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> J:
+def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ, read: Reader = read_local) -> J:
     """Do what `load` does, but raise `ConfigError` instead of exiting (bad options and `--help` still exit)."""
     parser = _Parser(
         usage="%(prog)s [--config FILE] [--SECTION.KEY VALUE ...]",
@@ -913,7 +968,12 @@ def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.env
         "AGR_RAY_SECTION__KEY. Paths are local, file:// or s3://.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="recipe: a TOML file of [section] tables, read first")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="recipe: a TOML file of [section] tables, a path or a URI, read first; how storage is reached for it is "
+        "taken from the command line and the environment",
+    )
     source: CliSettingsSource[Any] = CliSettingsSource(
         job,
         root_parser=parser,
@@ -925,27 +985,16 @@ def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.env
     )
     arguments = parser.parse_args([_underscored(argument) for argument in argv])
     try:
-        from_command_line = source(parsed_args=arguments)()
-        _check_variables(environ, job)
-        from_environment = EnvSettingsSource(
-            job, env_prefix="AGR_RAY_", env_nested_delimiter="__", env_parse_none_str=""
-        )
-        from_environment.env_vars = {key.lower(): value for key, value in environ.items()}
-        layers = [_read_recipe(arguments.config, job), from_environment(), from_command_line]
-        values: dict[str, Any] = {}
-        for layer in layers:
-            values = _merged(values, layer)
-        built = job(**values)
+        from_environment = _read_environment(environ, job)
+        try:
+            from_command_line = source(parsed_args=arguments)()
+        except SettingsError as error:
+            raise ConfigError(redacted(str(error).splitlines()[0], environ=environ)) from None
+        above = _merged(from_environment, from_command_line)
+        storage = StorageConfig(**above.get("storage", {})) if arguments.config else StorageConfig()
+        built = job(**_merged(_read_recipe(arguments.config, job, storage, read), above))
     except ValidationError as error:
-        raise ConfigError(_describe(error, job)) from None
-    except SettingsError as error:
-        said = str(error).splitlines()[0]
-        named = re.search(r'field "(\w+)"', said)
-        if named and "EnvSettingsSource" in said:  # which does not name the variable
-            prefix = f"agr_ray_{named[1]}"
-            given = ", ".join(f"{key}={value!r}" for key, value in environ.items() if key.lower().startswith(prefix))
-            said = f"of {given}, one is no JSON, as which lists and tables are written, such as '[\"age\"]'"
-        raise ConfigError(said) from None
+        raise ConfigError(redacted(_describe(error, job), environ=environ)) from None
     for key in job.required:
         section, _, field = key.partition(".")
         if not getattr(getattr(built, section), field):
@@ -968,13 +1017,77 @@ def _underscored(argument: str) -> str:
     return f"--{negation}{name.removeprefix('no-').replace('-', '_')}{equals}{value}"
 
 
-def _check_variables(environ: Mapping[str, str], job: type[Job]) -> None:
-    """Refuse a variable of ours that names no section: nobody would read it."""
-    known = [*SECTIONS, *job.model_fields, *TrainJob.model_fields]
-    for name in environ:
-        section = name.lower().removeprefix("agr_ray_").partition("__")[0]
-        if name.lower().startswith("agr_ray_") and section not in known:
-            raise ConfigError(f"{name}: there is no section {section}{_did_you_mean(section, known)}")
+def one_line(text: str) -> str:
+    """Return a message as the one line that ends a job, without passwords."""
+    return redacted(" ".join(text.split()))
+
+
+_EVERY_SECTION = create_model(
+    "_EverySection",
+    __base__=BaseModel,
+    **cast(Any, {name: (section, section()) for name, section in SECTIONS.items()}),
+)
+_EVERY_JOB: Sequence[type[Job]] = (RenderJob, PrepareJob, TuneJob, EvaluateJob, ScoreJob)
+_FLAGS: Mapping[str, Any] = {
+    name: (field.annotation, field)
+    for each in _EVERY_JOB
+    for name, field in each.model_fields.items()
+    if name not in SECTIONS
+}
+"""What jobs have beside sections, such as new_run."""
+_EVERYTHING = create_model("_Everything", __base__=_EVERY_SECTION, **cast(Any, _FLAGS))
+"""All that a variable may name, whichever job reads it."""
+
+
+def _read_environment(environ: Mapping[str, str], job: type[Job]) -> dict[str, Any]:
+    """Return the values for this job of all variables of ours; check those for other jobs too.
+
+    Raises:
+        ConfigError: a variable names nothing that any job has, is not JSON where that is needed, or has a value that
+            is not allowed.
+    """
+    values: dict[str, Any] = {}
+    for name, value in environ.items():
+        if name.lower().startswith(_PREFIX):
+            values = _merged(values, _read_variable(name, value))
+    others = {name: value for name, value in values.items() if name not in job.model_fields}
+    try:
+        _EVERYTHING(**others)
+    except ValidationError as error:
+        raise ConfigError(redacted(_describe(error, _EVERYTHING), environ=environ)) from None
+    return {name: value for name, value in values.items() if name in job.model_fields}
+
+
+def _read_variable(name: str, value: str) -> dict[str, Any]:
+    """Return what one variable sets."""
+    top, _, below = name.lower().removeprefix(_PREFIX).partition("__")
+    known = list(_EVERYTHING.model_fields)
+    if top not in known:
+        raise ConfigError(f"{name}: there is no section {top}{_did_you_mean(top, known)}; allowed: {', '.join(known)}")
+    if top in SECTIONS and not below:
+        # Whole sections are not shown: they may hold passwords anywhere.
+        try:
+            section = json.loads(value)
+        except ValueError:
+            section = None
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"{name}: its value is not a JSON object, as which a whole section is written, such as "
+                f'{{"key": "value"}}; {name}__KEY sets one key'
+            )
+        return {top: section}
+    if below and top not in SECTIONS:
+        raise ConfigError(f"{name}: {top} has no keys; set {_PREFIX.upper()}{top.upper()}")
+    source = EnvSettingsSource(
+        cast(Any, _EVERYTHING), env_prefix=_PREFIX.upper(), env_nested_delimiter="__", env_parse_none_str=""
+    )
+    source.env_vars = {name.lower(): value}
+    try:
+        return source()
+    except SettingsError:
+        raise ConfigError(
+            f"{name}: {redacted(value)!r} is not JSON, as which lists and tables are written, such as '[\"age\"]'"
+        ) from None
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -985,17 +1098,14 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _read_recipe(path: str | None, job: type[Job]) -> dict[str, Any]:
+def _read_recipe(path: str | None, job: type[Job], storage: StorageConfig, read: Reader) -> dict[str, Any]:
     """Return the recipe's values for this job; check the sections that belong to other jobs."""
     if path is None:
         return {}
     try:
-        with open(path, "rb") as file:
-            recipe = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
+        recipe = tomllib.loads(read(path, storage).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"--config {path}: not valid TOML: {redacted(str(error))}") from None
     for name, values in recipe.items():
         if name not in SECTIONS:
             hint = _did_you_mean(name, list(SECTIONS))
@@ -1006,7 +1116,7 @@ def _read_recipe(path: str | None, job: type[Job]) -> dict[str, Any]:
             try:
                 SECTIONS[name](**values)
             except ValidationError as error:
-                raise ConfigError(f"{path}: {_describe(error, SECTIONS[name], prefix=name)}") from None
+                raise ConfigError(f"{path}: {redacted(_describe(error, SECTIONS[name], prefix=name))}") from None
     return {name: values for name, values in recipe.items() if name in job.model_fields}
 
 
@@ -1024,7 +1134,15 @@ def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") 
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
     message = message[:1].lower() + message[1:]
-    return f"{key}: {first['input']!r} is not allowed: {message}"
+    return f"{key}: {_shown(first['input'])} is not allowed: {message}"
+
+
+def _shown(value: Any) -> str:
+    """Return a refused value as a message has it; tables are not shown, which may hold a password."""
+    if isinstance(value, dict):
+        return "a table"
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from ray.exceptions import RayTaskError
 
-from agr_ray.config import ConfigError, Job, load
+from agr_ray.config import ConfigError, Job, StorageConfig, load, one_line, read_local
 from agr_ray.runtime.lock import LockLost
-from agr_ray.storage import StorageError, StorageUnavailable
+from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 
 J = TypeVar("J", bound=Job)
 
@@ -22,9 +22,25 @@ class JobError(Exception):
 
 def run(job_class: type[J], work: Callable[[J], object]) -> None:
     """Read the command line and do the work."""
-    job = load(job_class, sys.argv[1:])
+    job = load(job_class, sys.argv[1:], read=read_recipe)
     with one_line_errors():
         work(job)
+
+
+def read_recipe(path: str, storage: StorageConfig) -> bytes:
+    """Return the bytes of a recipe at any path or URI.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    if "://" not in path:
+        return read_local(path, storage)
+    try:
+        return Storage.from_config(storage).read(path)
+    except MissingObject:
+        raise ConfigError(f"--config {path}: No such file") from None
+    except (StorageError, StorageUnavailable, ConfigError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
 
 
 @contextmanager
@@ -45,5 +61,5 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _fail(error: Exception, status: int = 2) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {one_line(str(error))}", file=sys.stderr)
     raise SystemExit(status)

@@ -315,8 +315,17 @@ def test_a_bad_command_line_is_one_line_and_status_2(
     [
         ({"AGR_RAY_TRAIN__LRR": "1"}, "train.lrr: there is no such key; did you mean lr?; allowed: data, data_shares"),
         ({"AGR_RAY_TRIAN__LR": "1"}, "TRIAN"),
+        ({"AGR_RAY_TRAIN": "5"}, "AGR_RAY_TRAIN: its value is not a JSON object"),
+        ({"AGR_RAY_SCORE": "5"}, "AGR_RAY_SCORE: its value is not a JSON object"),
+        ({"AGR_RAY_SCORE": '{"limti": 5}'}, "score.limti: there is no such key; did you mean limit?"),
+        ({"AGR_RAY_SCORE__LIMTI": "5"}, "score.limti: there is no such key; did you mean limit?"),
+        ({"AGR_RAY_SCORE__LIMIT": "-5"}, "score.limit: '-5' is not allowed"),
+        ({"AGR_RAY_SCORE__LIMIT__X": "5"}, "score.limit: a table is not allowed"),
+        ({"AGR_RAY_ADD": "some"}, "add: 'some' is not allowed"),
+        ({"AGR_RAY_ADD__X": "5"}, "AGR_RAY_ADD__X: add has no keys; set AGR_RAY_ADD"),
+        ({"AGR_RAY_CONFIG": "x.toml"}, "AGR_RAY_CONFIG: there is no section config"),
         ({"AGR_RAY_TRAIN__LR": "fast"}, "train.lr: 'fast' is not allowed"),
-        ({"AGR_RAY_MODEL__TASKS": "[broken"}, "AGR_RAY_MODEL__TASKS='[broken', one is no JSON"),
+        ({"AGR_RAY_MODEL__TASKS": "[broken"}, "AGR_RAY_MODEL__TASKS: '[broken' is not JSON, as which lists"),
     ],
     ids=str,
 )

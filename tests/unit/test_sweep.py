@@ -435,7 +435,7 @@ def test_a_database_keeps_the_study_of_several_sweeps(tmp_path: Path) -> None:
 def test_a_database_that_can_not_be_reached_is_said_without_the_password(tmp_path: Path) -> None:
     job = tune_job(tmp_path, study="nosuchdb://me:secret@nowhere/db?password=secret")
 
-    with pytest.raises(ConfigError, match=r"tune\.study nosuchdb://nowhere/db: ") as error:
+    with pytest.raises(ConfigError, match=r"tune\.study nosuchdb://me:\*\*\*@nowhere/db\?password=\*\*\*: ") as error:
         opened(job)
     assert "secret" not in str(error.value)
 

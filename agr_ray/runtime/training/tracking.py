@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from agr_ray.config import ConfigError
+from agr_ray.redact import redacted
 
 EXPERIMENT: Final = "agr_ray"
 TAG: Final = "agr_ray.run"
@@ -26,7 +27,7 @@ def check_mlflow(mlflow_uri: str) -> None:
     """
     if mlflow_uri and importlib.util.find_spec("mlflow") is None:
         raise ConfigError(
-            f"train.mlflow_uri {mlflow_uri}: needs the package mlflow, which is not installed: "
+            f"train.mlflow_uri {redacted(mlflow_uri)}: needs the package mlflow, which is not installed: "
             "pip install 'mlflow>=3', on every node; or leave the key empty"
         )
 
@@ -50,6 +51,7 @@ class TrackedRun:
 
         self._client = MlflowClient(tracking_uri=mlflow_uri)
         self._failure = MlflowException
+        self._uri = mlflow_uri
         try:
             experiment = self._client.get_experiment_by_name(EXPERIMENT)
             number = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
@@ -67,7 +69,7 @@ class TrackedRun:
                 for first in range(0, len(params), _PARAMS_AT_ONCE):
                     self._client.log_batch(self._id, params=params[first : first + _PARAMS_AT_ONCE])
         except MlflowException as error:
-            raise ConfigError(f"train.mlflow_uri {mlflow_uri}: {_one_line(error)}") from None
+            raise ConfigError(f"train.mlflow_uri {redacted(mlflow_uri)}: {self._said(error)}") from None
 
     def log(self, history: Sequence[Mapping[str, Any]]) -> str:
         """Log the epochs that are not there yet, and return what went wrong, for a warning; empty: nothing.
@@ -91,7 +93,7 @@ class TrackedRun:
                     self._client.log_batch(self._id, metrics=metrics)
                     self._logged = int(row["epoch"])
         except self._failure as error:
-            return f"MLflow: {_one_line(error)}"
+            return f"MLflow: {self._said(error)}"
         return ""
 
     def finish(self, files: Sequence[str]) -> str:
@@ -101,8 +103,12 @@ class TrackedRun:
                 self._client.log_artifact(self._id, path)
             self._client.set_terminated(self._id)
         except self._failure as error:
-            return f"MLflow: {_one_line(error)}"
+            return f"MLflow: {self._said(error)}"
         return ""
+
+    def _said(self, error: Exception) -> str:
+        """Return what MLflow said, in a line, which may quote the server's address with its password."""
+        return redacted(" ".join(str(error).split()), self._uri)
 
 
 def flat(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -112,7 +118,3 @@ def flat(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         for section, values in settings.items()
         for key, value in values.items()
     }
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

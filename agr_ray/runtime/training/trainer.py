@@ -19,6 +19,7 @@ from ray.train.v2._internal import constants
 from rich.console import Console
 
 from agr_ray.config import ConfigError, TrainConfig
+from agr_ray.redact import redacted
 from agr_ray.runtime.cluster import check_fits
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, training_dataset
@@ -275,4 +276,4 @@ def _check_still_fits(run: Run) -> None:
 def _last_line(error: Exception) -> str:
     """Return what went wrong, of an error whose text is a traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return redacted(lines[-1].strip()) if lines else type(error).__name__

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from agr_ray.config import TuneJob
 from agr_ray.learn.trials import JUDGED_BY
+from agr_ray.redact import redacted
 from agr_ray.runtime.lock import RunLock
 from agr_ray.runtime.tuning.sweep import Sweep
 
@@ -230,7 +231,9 @@ def why_failed(trial: RayTrial) -> str:
     said = str(error) if error is not None else Path(trial.error_file or os.devnull).read_text()
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     # Ours say all themselves; of others the class helps.
-    return f"raised: {re.sub(r'^agr_ray[.a-zA-Z_]*: ', '', lines[-1])}" if lines else "raised: nothing is known"
+    return (
+        f"raised: {redacted(re.sub(r'^agr_ray[.a-zA-Z_]*: ', '', lines[-1]))}" if lines else "raised: nothing is known"
+    )
 
 
 def _error(trial: RayTrial) -> BaseException | None:

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from agr_ray.config import ConfigError, Scalar, TuneConfig
 from agr_ray.learn.space import distribution_of, points, suggest
 from agr_ray.learn.trials import Trial, error_names, excesses
+from agr_ray.redact import redacted
 from agr_ray.storage import MissingObject, Storage
 
 JOURNAL: Final = "study.journal"
@@ -72,9 +73,8 @@ class Study:
             )
             self._ids = self._known_ids()
         except Exception as error:  # of whatever database driver
-            address = _without_password(config.study) or JOURNAL
-            said = " ".join(str(error).split()).replace(config.study or JOURNAL, address)
-            raise ConfigError(f"tune.study {address}: {said}") from None
+            said = redacted(" ".join(str(error).split()), config.study)
+            raise ConfigError(f"tune.study {redacted(config.study) or JOURNAL}: {said}") from None
         if len(self._study.directions) != len(directions):
             raise ConfigError(
                 f"tune.study_name {name}: the study there has {len(self._study.directions)} objectives and tune.mode "
@@ -263,11 +263,6 @@ def _mend(path: Path) -> None:
             path.write_bytes(whole)
 
 
-def _without_password(url: str) -> str:
-    scheme, mark, rest = url.partition("://")
-    return f"{scheme}{mark}{rest.rpartition('@')[2].partition('?')[0]}"  # drivers take one in the query too
-
-
 def study_address(storage: Storage, uri: str, config: TuneConfig) -> str:
     """Return where the study is, without a password."""
-    return _without_password(config.study) or storage.join(uri, JOURNAL)
+    return redacted(config.study) or storage.join(uri, JOURNAL)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+from ray import tune as ray_tune
 from ray.train import Checkpoint
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -33,11 +34,14 @@ class EpochReports(TuneReportCallback):
 def trainable(base: TrainJob) -> Callable[[dict[str, Any]], None]:
     """Return what Tune runs for each trial.
 
+    The job goes through Ray's object store, because Tune writes the function itself into the sweep's folder, and the
+    job may hold passwords.
+
     Args:
         base: the training job, whose train.out is the folder of trials.
     """
 
-    def run_trial(config: dict[str, Any]) -> None:
+    def run_trial(config: dict[str, Any], base: TrainJob) -> None:
         job = with_values(base, {**config["values"], "train.name": trial_name(config["number"])})
         storage = Storage.from_config(job.storage)
         uri = storage.join(job.train.out, job.train.name)
@@ -54,4 +58,4 @@ def trainable(base: TrainJob) -> Callable[[dict[str, Any]], None]:
             if not storage.exists(storage.join(uri, FAILURE)):
                 raise
 
-    return run_trial
+    return cast(Callable[[dict[str, Any]], None], ray_tune.with_parameters(run_trial, base=base))
