@@ -199,8 +199,10 @@ class VisionConfig(Section):
     try_rotations: bool = False
     """Where no face is found, turn the photograph by 90, 180 and 270 degrees too, for sideways ones without EXIF.
     A photograph without a face takes three times as long, others no longer. Column: `rotation_degrees`."""
-    max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 178_956_970
-    """Images of more pixels are not decoded: status too_large. Pillow refuses more than the default."""
+    max_pixels: PositiveInt = 180_000_000
+    """Images of more pixels to decode are not decoded: status too_large. A JPEG counts as it is while being decoded,
+    shrunk to near `max_side_px` (200 megapixels take 22 MiB), unless it is progressive. At the limit, a PNG takes
+    0.8 GiB (16 bits a channel: 1.5), a WebP 2.6. Raise it only for workers with that memory to spare."""
     max_mib: PositiveInt = 64
     """Files of more MiB are not read: status too_large."""
 

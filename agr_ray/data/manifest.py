@@ -17,7 +17,11 @@ import pyarrow as pa
 from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, MANIFEST, Status
 from agr_ray.storage import ObjectInfo, Storage, StorageError
 
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".mpo")
+IMAGE_SUFFIXES: Final = (
+    *(".jpg", ".jpeg", ".jfif", ".mpo"),
+    *(".heic", ".heif", ".avif"),
+    *(".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+)
 """Files of a source with one of these endings, in either case, are its images and become rows; others do not."""
 
 CONFLICT_PREFIX: Final = "conflict:"

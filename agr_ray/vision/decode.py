@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import io
+import random
+import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cache
+from typing import Final, cast
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 from torch.nn import functional
 
 from agr_ray.schema import Status
+from agr_ray.vision.containers import ORIENTATION_TAG, format_of, pixels_of
+from agr_ray.vision.pixels import brighten_dim_16_bit, is_16_bit_colour, rgb_of
 
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 """What a store of photographs holds. Pillow reads dozens more, each one more parser for hostile bytes.
-JPEG includes MPO."""
+JPEG includes MPO; HEIF is what iPhones call HEIC."""
 
 MAX_BYTES: Final = 64 * 2**20
-MAX_PIXELS: Final = 150_000_000
-"""Above 178,956,970 a limit has no effect: Pillow itself refuses such files."""
-
-_ORIENTATION_TAG: Final = 0x0112
+MAX_PIXELS: Final = 180_000_000
 
 # The bytes behind EXIF orientations 2 to 8: how many quarter turns (counter-clockwise, as np.rot90) after an
 # optional left-right flip.
@@ -57,6 +60,12 @@ _DECODING_ERRORS: Final = (
     struct.error,
     zlib.error,
 )
+
+
+_NUM_CONTINUATIONS: Final = 4
+_CONTINUATION_BYTES: Final = 2000
+
+_Opener = Callable[[io.BytesIO], ImageFile.ImageFile]
 
 
 class ImageError(Exception):
@@ -99,58 +108,116 @@ def decode_image(
     """Decode one photograph to upright 8-bit RGB.
 
     The longer side of the result is at most `max_side_px` (None: as it is); nothing is enlarged. Large JPEGs
-    are shrunk while they are decoded. Transparency is laid on white; 16-bit files are scaled to 8 bits;
-    of an animation or a multi-page file the first frame is taken; embedded ICC profiles are ignored.
+    are shrunk while they are decoded. Transparency is laid on white; samples of more than 8 bits are scaled to 8;
+    of an animation or a multi-page file the first frame is taken; embedded ICC profiles are ignored. Metadata that is
+    broken, or too long, does not matter.
+
+    `max_pixels` limits the pixels that decoding takes memory for: of a JPEG that is shrunk meanwhile, those that are
+    left, unless it is progressive, and so held whole.
 
     Raises:
         ImageError: with the status NOT_AN_IMAGE, UNREADABLE (corrupt or truncated: never a half-grey image)
-            or TOO_LARGE (over `max_bytes` or `max_pixels`, seen before anything is decoded).
+            or TOO_LARGE (over `max_bytes` or `max_pixels`, seen before anything is decoded). Equal reasons have equal
+            messages.
     """
     if not data:
         raise ImageError(Status.NOT_AN_IMAGE, "the file is empty")
     if len(data) > max_bytes:
-        raise ImageError(Status.TOO_LARGE, f"{len(data)} bytes; at most {max_bytes} are read")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of bombs, odd metadata and palettes: none changes the result
-        return _decode(data, max_pixels, max_side_px)
-
-
-def _decode(data: bytes, max_pixels: int, max_side_px: int | None) -> DecodedImage:
-    Image.init()  # registers the formats that Pillow does not load at once; does nothing the second time
+        raise ImageError(Status.TOO_LARGE, f"the file has more than {max_bytes} bytes")
+    format_name = format_of(data)
+    if format_name is None:
+        raise ImageError(Status.NOT_AN_IMAGE, f"not one of {', '.join(FORMATS)}")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and palettes: neither changes the result
+            return _decode(data, format_name, max_pixels, max_side_px)
     except Image.DecompressionBombError as error:
-        raise ImageError(Status.TOO_LARGE, str(error)) from error
+        raise ImageError(Status.TOO_LARGE, f"{format_name}: a part of it has too many pixels") from error
     except _DECODING_ERRORS as error:
-        if _claims_to_be_an_image(data):
-            raise ImageError(Status.UNREADABLE, _reason(error)) from error
-        raise ImageError(Status.NOT_AN_IMAGE, f"not one of {', '.join(FORMATS)}") from error
-    with image:
+        raise ImageError(Status.UNREADABLE, f"{format_name}: {_reason(error)}") from error
+
+
+def _decode(data: bytes, format_name: str, max_pixels: int, max_side_px: int | None) -> DecodedImage:
+    pixels = pixels_of(data, format_name)
+    with _open(pixels.data, format_name) as image:
         width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(Status.TOO_LARGE, f"{width} x {height} pixels; at most {max_pixels} pixels are decoded")
-        try:
-            if image.format == "PNG":  # decoding alone does not look at its checksums
-                Image.open(io.BytesIO(data), formats=FORMATS).verify()
-            if max_side_px is not None:
-                image.draft(None, _bounded(width, height, max_side_px))  # JPEG only: decode at 1/2, 1/4 or 1/8
-            drafted_size = image.size
+        if max_side_px is not None:
+            image.draft(None, _bounded(width, height, max_side_px))  # JPEG only: decode at 1/2, 1/4 or 1/8
+        num_pixels = width * height if pixels.is_decoded_whole else image.width * image.height
+        if num_pixels > max_pixels:
+            raise ImageError(Status.TOO_LARGE, f"{format_name}: more than {max_pixels} pixels to decode")
+        drafted_size, has_16_bits = image.size, is_16_bit_colour(image)
+        if format_name == "JPEG" and not pixels.is_decoded_whole:
+            _load_sequential_jpeg(image, pixels.data)
+        else:
             image.load()
-            if image.size == drafted_size[::-1]:  # Pillow turns a TIFF upright itself
-                width, height = height, width
-            orientation = _orientation(image)
-            size = (width, height) if max_side_px is None else _bounded(width, height, max_side_px)
-            rgb = _resized(_to_rgb(image), size)
-        except Image.DecompressionBombError as error:
-            raise ImageError(Status.TOO_LARGE, str(error)) from error
-        except _DECODING_ERRORS as error:
-            raise ImageError(Status.UNREADABLE, _reason(error)) from error
+        if image.size == drafted_size[::-1]:  # Pillow turns a TIFF upright itself
+            width, height = height, width
+        orientation = _orientation(image) if pixels.orientation is None else pixels.orientation
+        size = (width, height) if max_side_px is None else _bounded(width, height, max_side_px)
+        if has_16_bits:
+            brighten_dim_16_bit(image, lambda: _open(pixels.data, format_name))
+        reduction = max(1, image.width // (2 * size[0]))
+        rgb = _resized(rgb_of(image, reduction, pixels.significant_bits), size)
     if orientation in _FLIP_AND_TURNS:
         flip, quarter_turns = _FLIP_AND_TURNS[orientation]
         rgb = np.ascontiguousarray(np.rot90(rgb[:, ::-1] if flip else rgb, quarter_turns))
         if quarter_turns % 2:
             width, height = height, width
     return DecodedImage(rgb, width, height)
+
+
+def _load_sequential_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Load a drafted JPEG; where only its end marker is missing, supply it.
+
+    libjpeg makes up the blocks that it misses, so that they depend on what follows the data. If none is missing, all
+    continuations give the same picture.
+
+    Raises:
+        OSError: blocks are missing.
+    """
+    try:
+        image.load()
+    except OSError:
+        data = data.rstrip(b"\xff")
+        whole = _drafted_like(image, data + b"\xff\xd9")
+        expected = whole.tobytes()
+        for seed in range(_NUM_CONTINUATIONS):
+            noise = random.Random(seed).randbytes(_CONTINUATION_BYTES).replace(b"\xff", b"\0")
+            if _drafted_like(image, data + noise + b"\xff\xd9").tobytes() != expected:
+                raise
+        image.im = whole.im
+        image.tile = []
+
+
+def _drafted_like(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
+    again = _open(data, "JPEG")
+    again.draft(None, image.size)
+    again.load()
+    return again
+
+
+def _open(data: bytes, format_name: str) -> ImageFile.ImageFile:
+    """Open a file of a known format without Pillow's own limit of pixels."""
+    return _opener(format_name)(io.BytesIO(data))
+
+
+@cache
+def _opener(format_name: str) -> _Opener:
+    """Return Pillow's reader of a format, with one thread: each worker has one CPU."""
+    if format_name == "HEIF":
+        import pi_heif
+
+        pi_heif.options.DECODE_THREADS = 1
+        # What belongs to a photograph and is not it.
+        pi_heif.options.THUMBNAILS = pi_heif.options.DEPTH_IMAGES = pi_heif.options.AUX_IMAGES = False
+        return cast(_Opener, pi_heif.HeifImageFile)
+    if format_name == "AVIF":
+        from PIL import AvifImagePlugin
+
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    Image.init()  # registers the formats that Pillow does not load at once
+    return cast(_Opener, Image.OPEN[format_name][0])
 
 
 def encode_jpeg(rgb: NDArray[np.uint8], quality: int = 95) -> bytes:
@@ -184,9 +251,6 @@ def _resized(rgb_image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]
 
     What Pillow's resize gives, but torch takes a quarter of its time.
     """
-    whole_steps = rgb_image.width // (2 * size[0])
-    if whole_steps > 1:
-        rgb_image = rgb_image.reduce(whole_steps)
     if rgb_image.size == size:
         return np.array(rgb_image, dtype=np.uint8)
     rgb_nchw = torch.from_numpy(np.asarray(rgb_image, dtype=np.uint8)).permute(2, 0, 1)[None]
@@ -197,40 +261,16 @@ def _resized(rgb_image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, or 1 where the metadata is broken: that alone spoils no photograph."""
     try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+        # pi-heif takes the orientation out of EXIF.
+        return int(image.info.get("original_orientation") or image.getexif().get(ORIENTATION_TAG, 1))
     except _DECODING_ERRORS:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode of Pillow's to RGB.
-
-    Raises:
-        ValueError: where the mode has no defined white, such as floating point.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # Pillow's own conversion clips at 255 instead of scaling.
-        values: NDArray[Any] = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values * 255 + 32_767) // 65_535).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    if image.mode in ("1", "L", "P", "CMYK", "YCbCr", "LAB", "RGBX", "RGB"):
-        return image.convert("RGB")
-    raise ValueError(f"pixels of mode {image.mode} are not a photograph's")
-
-
-def _claims_to_be_an_image(data: bytes) -> bool:
-    """Return whether the first bytes are the signature of a format that is read."""
-    return (
-        data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
-        or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
-        or (data[:2] == b"BM" and data[6:10] == b"\0\0\0\0")
-        or data[4:12] == b"ftypavif"
-    )
-
-
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
+    """Return an error's message without what differs from file to file: numbers, bytes, addresses of objects."""
+    message = str(error) or type(error).__name__
+    if "truncated" in message.lower():
+        return "truncated"
+    message = re.sub(r"\([^()]*\)|<[^<>]*>|b'[^']*'|b\"[^\"]*\"", "", message)
+    return " ".join(re.sub(r"\b(?:0x[0-9a-fA-F]+|[0-9]+)", "N", message).split())[:200]

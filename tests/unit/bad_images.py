@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -162,3 +163,106 @@ def oriented_jpeg(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = orientation
     return encoded(image, "JPEG", quality=95, exif=exif)
+
+
+def png(width: int, height: int, bits: int, colour_type: int, rows: bytes, *chunks: bytes) -> bytes:
+    """Return a PNG of uncompressed `rows`, each with its filter byte, with further `chunks` before its pixels."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    pixels = png_chunk(b"IDAT", zlib.compress(rows))
+    signature = b"\x89PNG\r\n\x1a\n"
+    return signature + png_chunk(b"IHDR", header) + b"".join(chunks) + pixels + png_chunk(b"IEND", b"")
+
+
+def png_chunk(kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
+    """Return a PNG's chunk, with its right checksum unless another is given."""
+    if checksum is None:
+        checksum = zlib.crc32(kind + body)
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+
+def png_samples(values: np.ndarray, *chunks: bytes) -> bytes:
+    """Return a PNG of 16-bit samples, (height, width, channels), as they are."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png(width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], rows, *chunks)
+
+
+def with_png_chunks(*chunks: bytes) -> bytes:
+    """Return a PNG of `gradient_rgb` with further chunks between its header and its pixels."""
+    data = encoded(Image.fromarray(gradient_rgb()), "PNG")
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+def with_jpeg_segments(*segments: tuple[int, bytes]) -> bytes:
+    """Return a JPEG of `gradient_rgb` that begins with segments, each a marker and a body."""
+    data = jpeg()
+    begin = b"".join(b"\xff" + bytes([code]) + struct.pack(">H", len(body) + 2) + body for code, body in segments)
+    return data[:2] + begin + data[2:]
+
+
+def tiff_with_tag(tag: int, offset: bytes) -> bytes:
+    """Return a TIFF of `gradient_rgb` in which the value of a text tag is said to be at `offset`."""
+    data = encoded(Image.fromarray(gradient_rgb()), "TIFF", tiffinfo={tag: "x" * 300})
+    start = struct.unpack_from("<I", data, 4)[0]
+    for position in range(start + 2, start + 2 + 12 * struct.unpack_from("<H", data, start)[0], 12):
+        if struct.unpack_from("<H", data, position)[0] == tag:
+            return data[: position + 8] + offset + data[position + 12 :]
+    raise AssertionError(f"the TIFF has no tag {tag}")
+
+
+def bmp_32_bit(alpha: int) -> bytes:
+    """Return a BMP of `gradient_rgb` with a fourth channel that its header calls alpha, the same everywhere."""
+    rgb = gradient_rgb()
+    height, width = rgb.shape[:2]
+    bgra = np.dstack([rgb[::-1, :, ::-1], np.full((height, width), alpha, np.uint8)]).tobytes()
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(bgra), 0, 0, 0, 0) + masks + b"BGRs"
+    header += bytes(108 - len(header))
+    return b"BM" + struct.pack("<IHHI", 14 + len(header) + len(bgra), 0, 0, 14 + len(header)) + header + bgra
+
+
+def heic(name: str = "plain") -> bytes:
+    """Return a HEIC of `gradient_rgb` from tests/unit/heic; no library that the tests use writes any."""
+    return (Path(__file__).parent / "heic" / f"{name}.heic").read_bytes()
+
+
+def webp(**options: object) -> bytes:
+    """Return a WebP of `gradient_rgb`."""
+    return encoded(Image.fromarray(gradient_rgb()), "WEBP", quality=95, **options)
+
+
+def animated_webp() -> bytes:
+    """Return a WebP of two frames: `gradient_rgb`, and red."""
+    return webp(save_all=True, append_images=[Image.new("RGB", (120, 80), "red")], duration=50)
+
+
+def mpo() -> bytes:
+    """Return the two pictures that some cameras put into one JPEG."""
+    picture = Image.fromarray(gradient_rgb())
+    return encoded(picture, "MPO", save_all=True, append_images=[picture], quality=95)
+
+
+def exif_bytes(orientation: int) -> bytes:
+    """Return EXIF, without the heading that JPEG has."""
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    return exif.tobytes().removeprefix(b"Exif\0\0")
+
+
+def hex_profile(orientation: int) -> bytes:
+    """Return EXIF as ImageMagick writes it into a PNG's text."""
+    profile = b"Exif\0\0" + exif_bytes(orientation)
+    return f"\nexif\n{len(profile):8}\n{profile.hex()}\n".encode()
+
+
+def xmp(orientation: int) -> bytes:
+    """Return the part of an XMP packet that counts."""
+    return f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+
+
+def avif_with_broken_exif() -> bytes:
+    """Return an AVIF of `gradient_rgb` whose EXIF is not even TIFF."""
+    marker = b"MM\0*\0\0\0\x08"
+    data = encoded(Image.fromarray(gradient_rgb()), "AVIF", quality=95, exif=b"Exif\0\0" + marker + bytes(40))
+    assert marker in data
+    return data.replace(marker, b"\xff" * len(marker))
