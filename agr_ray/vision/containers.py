@@ -19,8 +19,12 @@ ORIENTATION_TAG: Final = 0x0112
 _MAX_TEXT_BYTES: Final = 2**20  # of metadata that may hold an orientation
 _XMP_ORIENTATION: Final = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
+_MAX_SCANS: Final = 200
+"""Of a progressive JPEG, which usually has ten: each goes over all of its pixels, however few bytes it has."""
+
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE: Final = 3  # colour type
+_BMP_HEADERS: Final = (12, 40, 52, 56, 64, 108, 124)  # their lengths in bytes, one for each version
 _HEIF_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _AVIF_BRANDS: Final = (b"avif", b"avis")
 _TIFF_SIGNATURES: Final = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
@@ -66,7 +70,7 @@ def format_of(data: bytes) -> str | None:
         return "TIFF"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":
+    if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADERS:
         return "BMP"
     if data[4:8] == b"ftyp":
         # The first brand is the major one; mif1 and msf1 are shared by both formats.
@@ -127,6 +131,8 @@ def _jpeg(data: bytes) -> Pixels:
         position = end
         if code == 0xDA:
             is_whole = is_progressive or not body or body[0] < num_components
+            if is_whole and data.count(b"\xff\xda", position) > _MAX_SCANS:
+                raise BrokenFileError(f"has more than {_MAX_SCANS} scans")
             break
     return Pixels(
         b"".join([*pieces, data[position:]]),

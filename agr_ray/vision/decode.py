@@ -21,7 +21,7 @@ from PIL import Image, ImageFile
 from torch.nn import functional
 
 from agr_ray.schema import Status
-from agr_ray.vision.containers import ORIENTATION_TAG, format_of, pixels_of
+from agr_ray.vision.containers import ORIENTATION_TAG, BrokenFileError, format_of, pixels_of
 from agr_ray.vision.pixels import brighten_dim_16_bit, is_16_bit_colour, rgb_of
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
@@ -270,6 +270,8 @@ def _orientation(image: Image.Image) -> int:
 def _reason(error: BaseException) -> str:
     """Return an error's message without what differs from file to file: numbers, bytes, addresses of objects."""
     message = str(error) or type(error).__name__
+    if isinstance(error, BrokenFileError):
+        return message
     if "truncated" in message.lower():
         return "truncated"
     message = re.sub(r"\([^()]*\)|<[^<>]*>|b'[^']*'|b\"[^\"]*\"", "", message)

@@ -517,3 +517,16 @@ def test_a_limit_above_that_of_pillow_holds() -> None:
     assert status_of(bomb) is Status.TOO_LARGE
     image = decode_image(bomb, max_pixels=400_000_000, max_side_px=100)
     assert (image.width_px, image.rgb.max()) == (20_000, 0)
+
+
+def test_a_progressive_jpeg_of_endless_scans_is_refused() -> None:
+    data = bad_images.encoded(Image.fromarray(bad_images.gradient_rgb()), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match="more than 200 scans"):
+        decode_image(data[:-2] + data[last:-2] * 300 + data[-2:])
+
+
+def test_reserved_bytes_of_a_bmp_do_not_matter() -> None:
+    data = bad_images.encoded(Image.fromarray(bad_images.gradient_rgb()), "BMP")
+    assert (decode_image(data[:6] + b"GIMP" + data[10:]).rgb == bad_images.gradient_rgb()).all()
+    assert status_of(b"BMW is a maker of cars, and this is no photograph of one.") is Status.NOT_AN_IMAGE

@@ -126,7 +126,7 @@ def test_small_faces_are_found_in_large_photographs_by_one_switch(
 def test_switches_without_an_effect_are_refused() -> None:
     with pytest.raises(ValueError, match="max_side_px"):
         VisionConfig(small_faces=True, max_side_px=2000)
-    with pytest.raises(ValueError, match="detector none"):
+    with pytest.raises(ValueError, match="detector = none"):
         VisionConfig(detector="none", try_rotations=True)
 
 
