@@ -89,9 +89,11 @@ OneOrSeveral = Annotated[str, BeforeValidator(_one_or_several)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_INT = 2**31 - 1
 """Largest whole number of any knob: torch, OpenCV and Ray take no larger ones in places."""
+MAX_FLOAT = 1e38
+"""The same of any other number: networks compute in float32, which ends there."""
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
-PositiveFloat = Annotated[float, Field(gt=0.0, le=1e9)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e9)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=MAX_FLOAT)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=MAX_FLOAT)]
 AnyInt = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """NumPy, torch and Optuna all take these."""
