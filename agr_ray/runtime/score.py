@@ -115,6 +115,9 @@ def score(job: ScoreJob) -> dict[str, Any]:
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.score.out).rstrip("/")
     key = _check(job, storage, out)
+    storage.probe(job.score.input, "score.input")
+    storage.probe(job.score.checkpoint, "score.checkpoint")
+    storage.probe(out, "score.out", write=True)
     if job.score.min_cell and not job.score.aggregate_only:
         console.print("warning: score.min_cell hides table cells, and images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
