@@ -119,7 +119,12 @@ MANIFEST: Final = pa.schema(
 )
 """One row an image of a labelled source."""
 
-SCORE_MANIFEST: Final = pa.schema([MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")])
+SCORE_MANIFEST: Final = pa.schema(
+    [
+        *(MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")),
+        pa.field("storage_class", pa.string()),  # S3's, as it was listed; null: not known, or a local file
+    ]
+)
 """One row an image to score."""
 
 QUALITY_FIELDS: Final = (
@@ -210,7 +215,7 @@ PHOTOGRAPH_COLUMNS: Final = ("width_px", "height_px", ROTATION_DEGREES.name)
 
 FACES: Final = pa.schema(
     [
-        *(field for field in IMAGES if field.name not in ("size_bytes", "status", "error", "faces")),
+        *(field for field in IMAGES if field.name not in ("size_bytes", "storage_class", "status", "error", "faces")),
         pa.field("face_index", pa.int32(), nullable=False),  # from 0, left to right
         *FACE,
     ]

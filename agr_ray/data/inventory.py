@@ -32,20 +32,22 @@ LISTED: Final = pa.schema(
         pa.field("key", pa.string(), nullable=False),  # below what was listed
         pa.field("etag", pa.string()),  # without quotes
         pa.field("size_bytes", pa.int64()),
+        pa.field("storage_class", pa.string()),  # S3's; null: not known, or a local file
     ]
 )
 """One row an object that was listed."""
 
 _BATCH_ROWS = 65_536
 _NEEDED: Final = {"key": pa.string(), "size": pa.int64(), "e_tag": pa.string()}
-_VERSIONS: Final = {"is_latest": pa.bool_(), "is_delete_marker": pa.bool_()}
-"""Only in inventories of all versions."""
+_OPTIONAL: Final = {"is_latest": pa.bool_(), "is_delete_marker": pa.bool_(), "storage_class": pa.string()}
+"""The first two are only in inventories of all versions."""
 _CSV_NAMES: Final = {
     "Key": "key",
     "Size": "size",
     "ETag": "e_tag",
     "IsLatest": "is_latest",
     "IsDeleteMarker": "is_delete_marker",
+    "StorageClass": "storage_class",
 }
 """Fields of `fileSchema` by the names that Parquet gives them."""
 
@@ -148,8 +150,8 @@ def _read_data_file(storage: Storage, uri: str, file: _DataFile) -> bytes:
 
 
 def _read_csv(body: bytes, fields: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    """Yield the columns of `_NEEDED` and `_VERSIONS` that there are, keys decoded."""
-    types = {name: type_ for name, type_ in (_NEEDED | _VERSIONS).items() if name in fields}
+    """Yield the columns of `_NEEDED` and `_OPTIONAL` that there are, keys decoded."""
+    types = {name: type_ for name, type_ in (_NEEDED | _OPTIONAL).items() if name in fields}
     if not body:
         return
     with pa.CompressedInputStream(pa.BufferReader(body), "gzip") as lines:
@@ -164,11 +166,11 @@ def _read_csv(body: bytes, fields: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
 
 
 def _read_parquet(body: bytes, _: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    """Yield the columns of `_NEEDED` and `_VERSIONS` that there are."""
+    """Yield the columns of `_NEEDED` and `_OPTIONAL` that there are."""
     file = pq.ParquetFile(pa.BufferReader(body))
     names = tuple(file.schema_arrow.names)
     _check_fields(names)
-    yield from file.iter_batches(_BATCH_ROWS, columns=[name for name in (*_NEEDED, *_VERSIONS) if name in names])
+    yield from file.iter_batches(_BATCH_ROWS, columns=[name for name in (*_NEEDED, *_OPTIONAL) if name in names])
 
 
 def _objects(rows: pa.RecordBatch, bucket: str) -> pa.RecordBatch:
@@ -183,5 +185,8 @@ def _objects(rows: pa.RecordBatch, bucket: str) -> pa.RecordBatch:
         "key": kept.column("key"),
         "etag": pc.utf8_trim(kept.column("e_tag"), characters='"'),
         "size_bytes": kept.column("size"),
+        "storage_class": (
+            kept.column("storage_class") if "storage_class" in rows.schema.names else pa.nulls(kept.num_rows)
+        ),
     }
     return pa.record_batch([columns[field.name].cast(field.type) for field in LISTED], schema=LISTED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -54,12 +54,6 @@ def keep_only(storage: Storage, folder: str, ids: pa.Array) -> None:
             storage.delete(part.uri)
         elif kept.num_rows < rows.num_rows:
             storage.write_table(kept, part.uri)
-
-
-def print_failed(console: Console, counts: Mapping[str, int]) -> None:
-    """Say what can be done where rows failed."""
-    if counts.get(Status.FAILED):
-        console.print(f"{counts[Status.FAILED]:,} failed: the same command tries them again")
 
 
 def without(table: pa.Table, ids: pa.Array) -> pa.Table:

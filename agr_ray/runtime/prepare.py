@@ -22,9 +22,9 @@ from agr_ray.data.manifest import SourceRow, build_manifest, content_hashes, lab
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.images import MIB, ImageReader, Photograph, Reject, landmark_columns
-from agr_ray.runtime.parts import finished_ids, keep_only, print_failed, read_parts, without, write_parts
+from agr_ray.runtime.parts import finished_ids, keep_only, read_parts, without, write_parts
 from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet, find_prepared
-from agr_ray.runtime.progress import progress
+from agr_ray.runtime.progress import print_failed, progress
 from agr_ray.schema import CROPS, MANIFEST, SPLITS, TEMPLATE, Status
 from agr_ray.storage import Storage
 from agr_ray.vision.align import DEFAULT_MARGIN, align, align_chip
@@ -44,8 +44,6 @@ def prepare(job: PrepareJob) -> PreparedSet:
     console = make_console()
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.prepare.out).rstrip("/")
-    storage.probe(job.source.uri, "source.uri")
-    storage.probe(out, "prepare.out", write=True)
     settings = _settings(job)
     earlier = _earlier_set(storage, out, settings)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from agr_ray.console import text_column
+from agr_ray.schema import Status
 
 LOG_EVERY_S = 10.0
 
@@ -42,6 +43,12 @@ def progress(console: Console, label: str, total: int | None) -> Iterator[Update
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(label, total=total, remark="")
         yield lambda done, remark: bars.update(task, completed=done, remark=remark)
+
+
+def print_failed(console: Console, counts: Mapping[str, int]) -> None:
+    """Say what can be done where rows failed."""
+    if counts.get(Status.FAILED):
+        console.print(f"{counts[Status.FAILED]:,} failed: the same command tries them again")
 
 
 def _log_lines(console: Console, label: str, total: int | None) -> Update:

@@ -15,8 +15,13 @@ from sets import checkpoint, iou
 
 from agr_ray.config import ConfigError, GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.data.rendered import RenderedPhotograph, render_photograph
-from agr_ray.runtime.score import score
+from agr_ray.models.checkpoint import load_checkpoint
+from agr_ray.runtime.checkpoints import portable_checkpoint
+from agr_ray.runtime.score import _wave, remote_predictors, score
+from agr_ray.runtime.scoring.planning import plan
+from agr_ray.runtime.scoring.scorer import Scoring, manifest_folder
 from agr_ray.schema import GENDERS, IMAGES, RACES
+from agr_ray.storage import Storage
 from agr_ray.vision.decode import encode_jpeg
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -237,7 +242,7 @@ def test_a_killed_run_is_planned_again_where_another_has_published_since(
     out = folder / "twice"
     job = job.model_copy(update={"score": job.score.model_copy(update={"out": str(out)})})
     limited = job.model_copy(update={"score": job.score.model_copy(update={"limit": 3})})
-    monkeypatch.setattr("agr_ray.runtime.score.finish", die)
+    monkeypatch.setattr("agr_ray.runtime.scoring.driver.promote", die)
     with pytest.raises(KeyboardInterrupt):
         score(job)
     monkeypatch.undo()
@@ -246,14 +251,14 @@ def test_a_killed_run_is_planned_again_where_another_has_published_since(
     assert score(job)["num_images"] == len(drawn) + len(FILES) - 3
 
     uris = pq.read_table(out / "images", columns=["uri"])["uri"].to_pylist()
-    published = {json.loads(path.read_text())["run_id"] for path in (out / "_SUCCESS").iterdir()}
+    listed = [folder / "photographs" / key for key in (*drawn, *FILES)]
+    assert sorted(uris) == sorted(map(str, listed))
+    published = [json.loads(path.read_text())["run_id"] for path in (out / "_SUCCESS").iterdir()]
     assert len(published) == 2
     with duckdb.connect() as database:
         database.execute((out / "views.sql").read_text())
-        ((num_rows,),) = database.sql(
-            f"SELECT count(*) FROM read_parquet('{out}/images/*/*') SEMI JOIN runs USING (run_id)"
-        ).fetchall()
-    assert num_rows == len(drawn) + len(FILES) == len(set(uris))
+        seen = database.sql("SELECT uri FROM images").fetchall()
+    assert sorted(seen) == sorted((uri,) for uri in uris)
 
 
 def die(*_: Any) -> None:
@@ -283,5 +288,40 @@ def test_aggregates_alone_name_no_photograph_and_are_not_made_twice(job: ScoreJo
     assert (first["num_images"], second["num_images"]) == (11, 0)
     assert {path.name for path in (folder / "aggregates").iterdir()} == {"_SUCCESS", "demographics", "views.sql"}
     ledger = pq.read_table(folder / "ledger")
-    assert ledger.column_names == ["image_id", "status", "run"]
+    assert ledger.column_names == ["image_id", "status", "storage_class", "run"]
     assert len(ledger) == 11
+
+
+def test_predictors_in_other_processes_give_what_one_process_gives(
+    job: ScoreJob, published: Path, folder: Path, drawn: Any, tmp_path: Path
+) -> None:
+    storage, model = Storage(), folder / "model"
+    scoring = Scoring(
+        storage=storage,
+        work=str(tmp_path),
+        vision=job.vision,
+        gates=job.gates,
+        predict=job.predict,
+        attributes=("age", "gender", "race"),
+        batch_size=2,
+        outage_s=0.0,
+        transform=load_checkpoint(model).transform,
+        checkpoint=portable_checkpoint(model),
+        calibration=None,
+        provenance={"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1},
+        use_gpu=False,
+    )
+    made = plan(storage, job.score, manifest_folder(storage, str(tmp_path)))
+    parts = range(made.num_parts)
+
+    with remote_predictors(scoring, 2, gpus_each=0.0) as predictors:
+        summaries = list(_wave(scoring, predictors, parts, 2))
+
+    assert sorted(each["part"] for each in summaries) == list(parts)
+    rows = [row for part in parts for row in storage.read_table(scoring.part_uri(part)).to_pylist()]
+    others = images(published, folder)
+    assert len(rows) == len(others) == len(drawn) + len(FILES)
+    for row in rows:
+        other = others[row["uri"].removeprefix(f"{folder / 'photographs'}/")]
+        assert [face["age"] for face in row["faces"]] == pytest.approx([face["age"] for face in other["faces"]])
+        assert [face["box"] for face in row["faces"]] == [face["box"] for face in other["faces"]]

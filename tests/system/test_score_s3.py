@@ -124,7 +124,10 @@ class Task:
         return len(self.parts()) >= PARTS_BEFORE_KILL
 
     def is_publishing(self) -> bool:
-        return bool(self.bucket.keys(f"{self.prefix}/out/images/"))
+        """Whether files are being made for readers, or moved to where they see them."""
+        return bool(self.bucket.keys(f"{self.prefix}/out/images/")) or any(
+            "/staged/images/" in key for key in self.bucket.keys(f"{self.prefix}/out-work/")
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """Return what the published runs say of themselves, oldest first."""
@@ -135,7 +138,10 @@ class Task:
         """Copy what is published into `folder` and open it: views.sql's views, and `rows`, all images of all runs."""
         self.bucket.download(f"{self.prefix}/out", folder)
         with duckdb.connect() as database:
-            database.execute((folder / "views.sql").read_text().replace(self.out, str(folder)))
+            sql = (folder / "views.sql").read_text().replace(self.out, str(folder))
+            secret, create_runs, views = sql.partition("CREATE OR REPLACE VIEW runs")  # a copy needs no secret
+            assert "CREATE OR REPLACE SECRET" in secret
+            database.execute(create_runs + views)
             database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet('{folder}/images/run=*/*.parquet')")
             yield database
 
@@ -393,10 +399,19 @@ def score_job(model: str, bucket: Bucket, prefix: str) -> ScoreJob:
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_no_photograph_at_all_is_an_empty_published_run(bucket: Bucket, model: str, tmp_path: Path) -> None:
+def test_an_input_without_a_photograph_is_refused_unless_an_empty_run_is_allowed(
+    bucket: Bucket, model: str, tmp_path: Path
+) -> None:
     bucket.put("nothing/in/notes.txt", b"no photograph")
+    job = score_job(model, bucket, "nothing")
+    misspelt = job.score.model_copy(update={"input": f"{bucket.uri}/nothing/inn"})
+    with pytest.raises(ConfigError, match=r"^score\.input s3://scoring/nothing/inn: nothing is there"):
+        score(job.model_copy(update={"score": misspelt}))
+    with pytest.raises(ConfigError, match=r"^score\.input .*: none of its 1 keys .*: 1 end in \.txt"):
+        score(job)
+    assert bucket.keys("nothing/out") == []
 
-    record = score(score_job(model, bucket, "nothing"))
+    record = score(job.model_copy(update={"score": job.score.model_copy(update={"allow_empty": True})}))
 
     task = Task(bucket, "nothing", model)
     assert [record] == task.records()
@@ -404,7 +419,8 @@ def test_no_photograph_at_all_is_an_empty_published_run(bucket: Bucket, model: s
     with task.published(tmp_path) as database:
         for view in ("images", "faces", "rejects"):
             assert database.sql(f"SELECT count(*) FROM {view}").fetchall() == [(0,)]
-        assert set(IMAGES.names) <= set(database.sql("SELECT * FROM images").columns)
+        columns = database.sql("SELECT * FROM images").columns
+    assert [name for name in IMAGES.names if name not in columns] == []
     assert not bucket.keys("nothing/out-work/")
 
 

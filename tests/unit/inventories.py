@@ -20,6 +20,7 @@ CSV_FIELDS = {
     "key": "Key",
     "version_id": "VersionId",
     "is_latest": "IsLatest",
+    "storage_class": "StorageClass",
     "is_delete_marker": "IsDeleteMarker",
     "size": "Size",
     "e_tag": "ETag",
@@ -29,7 +30,7 @@ CSV_FIELDS = {
 def entry(key: str, **changes: Any) -> dict[str, Any]:
     """Return an object as an inventory of all versions lists it."""
     fresh = {"bucket": "photos", "key": key, "version_id": "v", "is_latest": True, "is_delete_marker": False}
-    return fresh | {"size": len(key), "e_tag": "e" * 32} | changes
+    return fresh | {"size": len(key), "e_tag": "e" * 32, "storage_class": "STANDARD"} | changes
 
 
 def csv_text(value: Any) -> str:

@@ -20,15 +20,16 @@ def objects(uri: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("file_format", ["CSV", "Parquet"])
 def test_objects_of_all_data_files_come_in_order_under_their_own_keys(tmp_path: Path, file_format: str) -> None:
-    files = [[entry(key) for key in ODD_KEYS], [entry("last.jpg", e_tag='"quoted-2"')]]
+    files = [[entry(key) for key in ODD_KEYS], [entry("last.jpg", e_tag='"quoted-2"', storage_class="GLACIER")]]
     uri = write_inventory(Storage(), str(tmp_path), files, file_format)
 
     found = objects(uri)
 
     assert [row["key"] for row in found] == [*ODD_KEYS, "last.jpg"]
     assert [row["uri"] for row in found] == [f"s3://photos/{key}" for key in [*ODD_KEYS, "last.jpg"]]
-    assert found[0] == {"uri": "s3://photos/a b.jpg", "key": "a b.jpg", "etag": "e" * 32, "size_bytes": 7}
-    assert found[-1]["etag"] == "quoted-2"
+    first = {"uri": "s3://photos/a b.jpg", "key": "a b.jpg", "etag": "e" * 32, "size_bytes": 7}
+    assert found[0] == first | {"storage_class": "STANDARD"}
+    assert (found[-1]["etag"], found[-1]["storage_class"]) == ("quoted-2", "GLACIER")
 
 
 @pytest.mark.parametrize("file_format", ["CSV", "Parquet"])

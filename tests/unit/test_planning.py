@@ -18,6 +18,7 @@ from agr_ray.data.manifest import image_id
 from agr_ray.runtime.scoring import planning
 from agr_ray.runtime.scoring.planning import (
     PARTS_PER_FILE,
+    SCORED,
     Plan,
     glob_expression,
     photograph_id,
@@ -38,7 +39,8 @@ def touch(folder: Path, *keys: str) -> None:
 
 
 def batches(ids: list[str]) -> Iterator[pa.RecordBatch]:
-    yield pa.RecordBatch.from_pydict({"image_id": ids})
+    rows = [{"image_id": each, "is_archived": False} for each in ids]
+    yield pa.RecordBatch.from_pylist(rows, schema=SCORED)
 
 
 def manifest(path: Path, rows: list[dict[str, Any]]) -> str:

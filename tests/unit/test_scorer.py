@@ -28,10 +28,8 @@ from agr_ray.runtime.scoring.publish import pseudonymised
 from agr_ray.runtime.scoring.scorer import (
     AttributePredictor,
     Found,
-    FoundParts,
     PartScorer,
     Scoring,
-    WrittenParts,
     flags,
     manifest_folder,
 )
@@ -116,11 +114,11 @@ def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
         except Killed:
             num_attempts += 1
 
-    rows = {Path(row["uri"]).stem: row for row in scoring.storage.read_table(scoring.part_uri(0)).to_pylist()}
-    assert {name: row["status"] for name, row in rows.items()} == {
-        name: "failed" if name == "2" else "no_face" for name in "012345"
-    }
-    assert rows["2"]["error"] == "killed its worker 3 times"
+    rows = scoring.storage.read_table(scoring.part_uri(0)).to_pylist()
+    assert [(Path(row["uri"]).stem, row["status"]) for row in rows] == [
+        (name, "failed" if name == "2" else "no_face") for name in "012345"
+    ]
+    assert rows[2]["error"] == "killed its worker 3 times"
     assert deaths == {4: 1, 1: scorer.MAX_DEATHS}  # in its batch, then three times alone
     assert not any(path.is_file() for path in Path(scoring.work, "attempts").rglob("*"))
 
@@ -153,10 +151,9 @@ def test_what_a_server_half_up_refuses_is_asked_for_again_once_it_gives_the_mani
     list(PartScorer(scoring)({"part": np.array([0])}))
 
     rows = scoring.storage.read_table(scoring.part_uri(0)).to_pylist()
-    assert {Path(row["uri"]).stem: row["status"] for row in rows} == {
-        name: "failed" if name == "3" else "no_face" for name in "012345"
-    }
-    assert len(rows) == 6
+    assert [(Path(row["uri"]).stem, row["status"]) for row in rows] == [
+        (name, "failed" if name == "3" else "no_face") for name in "012345"
+    ]
     assert asked == dict.fromkeys("012345", 2)
 
 
@@ -187,7 +184,7 @@ def test_only_the_attributes_asked_for_are_filled_in(scoring: Scoring) -> None:
     side_px = scoring.stored_side_px
     crops = np.random.default_rng(0).integers(0, 256, (3, side_px, side_px, 3), np.uint8)
 
-    filled = AttributePredictor(scoring).fill(Found(images, crops))
+    filled = AttributePredictor(scoring).fill(Found(np.arange(3), images, crops))
 
     assert filled.schema.equals(IMAGES)
     made = [face for row in filled.to_pylist() for face in row["faces"]]
@@ -197,43 +194,101 @@ def test_only_the_attributes_asked_for_are_filled_in(scoring: Scoring) -> None:
     assert all(face["race"] is None and face["race_probs"] is None and face["abstain"] == [] for face in made)
 
 
-def test_finding_and_predicting_apart_write_what_one_process_writes(scoring: Scoring) -> None:
-    chips = [encode_jpeg(render_chip(0, index).image_rgb) for index in range(6)]
-    for number, chip in enumerate(chips):
-        Path(scoring.work).parent.joinpath("photographs", f"{number}.jpg").write_bytes(chip)
-    rows = scoring.manifest_rows(0)
-    scoring = dataclasses.replace(scoring, work=f"{scoring.work}-2")
-    photographs = str(Path(scoring.work).parent / "photographs")
-    plan(scoring.storage, ScoreConfig(input=photographs), manifest_folder(scoring.storage, scoring.work))
-    assert rows.num_rows == scoring.manifest_rows(0).num_rows == 6
-    part = {"part": np.array([0])}
+class Deferred:
+    """Predicts when it is asked for the answer, as a process that has other work does."""
 
-    (together,) = PartScorer(scoring)(part)
-    one = scoring.storage.read_table(scoring.part_uri(0)).drop("scored_at")
-    writer = WrittenParts(scoring)
-    (apart,) = (summary for found in FoundParts(scoring)(part) for summary in writer(found))
-    other = scoring.storage.read_table(scoring.part_uri(0)).drop("scored_at")
+    def __init__(self, scoring: Scoring) -> None:
+        self._predictor = AttributePredictor(scoring)
+        self.num_pending = 0
+        self.sizes: list[tuple[int, int]] = []
 
-    assert together["num_faces"] == apart["num_faces"] >= [3]
-    for left, right in zip(one.to_pylist(), other.to_pylist(), strict=True):
-        assert [face.pop("age") for face in left["faces"]] == pytest.approx([f.pop("age") for f in right["faces"]])
-        assert [face.pop("p_male") for face in left["faces"]] == pytest.approx(
-            [f.pop("p_male") for f in right["faces"]]
-        )
+    def submit(self, found: Found) -> Any:
+        self.num_pending += 1
+        self.sizes.append((len(found.crops), self.num_pending))
+
+        def wait() -> pa.Table:
+            self.num_pending -= 1
+            return self._predictor.fill(found)
+
+        return wait
+
+
+def chips_for(scoring: Scoring, refused: str = "") -> Scoring:
+    """Plan anew over six rendered chips, most of which have a face."""
+    photographs = Path(scoring.work).parent / "photographs"
+    for number in range(6):
+        (photographs / f"{number}.jpg").write_bytes(encode_jpeg(render_chip(0, number).image_rgb))
+    scoring = dataclasses.replace(scoring, work=f"{scoring.work}-chips{refused}")
+    plan(scoring.storage, ScoreConfig(input=str(photographs)), manifest_folder(scoring.storage, scoring.work))
+    return scoring
+
+
+def assert_equal_rows(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    for left, right in zip(one, other, strict=True):
+        for name in ("age", "p_male"):
+            assert [face.pop(name) for face in left["faces"]] == pytest.approx(
+                [face.pop(name) for face in right["faces"]]
+            )
         assert left == right
-    assert not list(Path(scoring.work, "attempts").iterdir())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 6])
+@pytest.mark.parametrize("make_predictor", [None, Deferred])
+def test_one_refused_photograph_is_back_in_its_place_with_its_faces(
+    scoring: Scoring, monkeypatch: pytest.MonkeyPatch, make_predictor: Any, batch_size: int
+) -> None:
+    scoring = dataclasses.replace(chips_for(scoring), batch_size=batch_size)
+    list(PartScorer(scoring)({"part": np.array([0])}))
+    undisturbed = scoring.storage.read_table(scoring.part_uri(0)).drop("scored_at").to_pylist()
+    read = Storage.read
+    refusals = 0
+
+    def refuse_one_once(storage: Storage, uri: str, **kwargs: Any) -> bytes:
+        nonlocal refusals
+        if uri.endswith("/2.jpg") and not refusals:
+            refusals += 1
+            raise ServerFailed(f"{uri}: SlowDown")
+        return read(storage, uri, **kwargs)
+
+    monkeypatch.setattr(Storage, "read", refuse_one_once)
+    scorer_ = PartScorer(scoring, make_predictor(scoring) if make_predictor else None)
+    list(scorer_({"part": np.array([0])}))
+
+    rows = scoring.storage.read_table(scoring.part_uri(0)).drop("scored_at").to_pylist()
+    manifest = scoring.manifest_rows(0)["image_id"].to_pylist()
+    assert refusals == 1
+    assert [row["image_id"] for row in rows] == manifest
+    assert sum(len(row["faces"]) for row in rows) >= 3
+    assert_equal_rows(rows, undisturbed)
+
+
+def test_few_crops_are_held_however_many_faces_a_part_has(scoring: Scoring, monkeypatch: pytest.MonkeyPatch) -> None:
+    scoring = chips_for(scoring)
+    monkeypatch.setattr(scorer, "MAX_CROPS", 1)
+    predictor = Deferred(scoring)
+
+    list(PartScorer(scoring, predictor)({"part": np.array([0])}))
+
+    rows = scoring.storage.read_table(scoring.part_uri(0)).to_pylist()
+    num_faces = [len(row["faces"]) for row in rows]
+    assert sum(num_faces) > scorer.MAX_PENDING + 1
+    assert sum(size for size, _ in predictor.sizes) == sum(num_faces)
+    assert max(size for size, _ in predictor.sizes) == max(num_faces)
+    assert max(pending for _, pending in predictor.sizes) == scorer.MAX_PENDING + 1
 
 
 def test_a_pseudonym_hides_all_that_names_an_image() -> None:
     rows = [image_row("a", []) | {"etag": "e", "size_bytes": 7, "status": "missing", "error": "s3://bucket/a is gone"}]
     images = pa.Table.from_pylist([*rows, image_row("b", [])], schema=IMAGES)
 
+    started_at = datetime.datetime(2025, 12, 31, tzinfo=datetime.UTC)
     (one, other), (again, _), (elsewhere, _) = (
-        pseudonymised(images, key).to_pylist() for key in (b"1" * 32, b"1" * 32, b"2" * 32)
+        pseudonymised(images, key, started_at).to_pylist() for key in (b"1" * 32, b"1" * 32, b"2" * 32)
     )
 
     assert "bucket" not in str(one)
     assert (one["etag"], one["size_bytes"], one["error"]) == (None, None, None)
+    assert [one["scored_at"], other["scored_at"]] == [started_at, started_at]
     assert one == again
     assert len({one["uri"], other["uri"], elsewhere["uri"]}) == 3
     assert len({one["image_id"], other["image_id"], elsewhere["image_id"], "a", "b"}) == 5

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Final
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from agr_ray.config import ConfigError, ScoreConfig
-from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES
-from agr_ray.storage import Storage, StorageUnavailable
+from agr_ray.data.inventory import LISTED
+from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, REJECTS
+from agr_ray.storage import BadUri, Storage, StorageUnavailable
+
+RESERVED: Final = frozenset(
+    {
+        "run",
+        "file_row_number",
+        "listed_order",
+        *(name for schema in (DEMOGRAPHICS, IMAGES, FACES, REJECTS, LISTED) for name in schema.names),
+    }
+)
+"""Names that no grouping column may have, in any case: columns of tables that it is added to on its way into the
+demographic tables, columns of the statements that plan a run, and `run`, a column that readers see in run=ID/."""
 
 _BATCH_ROWS = 65_536
-_TAKEN = {*DEMOGRAPHICS.names, *IMAGES.names, *FACES.names, "run", "file_row_number"}
-"""Columns of the tables, of their folders (`run=ID/`) and of DuckDB's Parquet reader; capitals do not count."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ def check_grouping(config: ScoreConfig) -> dict[str, int]:
         said = " ".join(str(error).split())
         raise ConfigError(f"score.key_pattern {config.key_pattern!r}: no regular expression of RE2: {said}") from None
     for name in config.group_by:
-        if name.lower() in _TAKEN:
+        if name.lower() in RESERVED:
             raise ConfigError(f"score.group_by {name}: the tables have a column of that name; choose another")
         if [other.lower() for other in config.group_by].count(name.lower()) > 1:
             raise ConfigError(f"score.group_by {name}: is named twice (capitals do not count)")
@@ -69,7 +81,7 @@ def make_grouping(storage: Storage, config: ScoreConfig, folder: str) -> Groupin
     """Prepare the grouping; a copy of what is needed of score.metadata goes into the local `folder`.
 
     Raises:
-        ConfigError: as `check_grouping`, or the metadata lack a column.
+        ConfigError: as `check_grouping`, or the metadata lack a column or have several rows for one URI.
         StorageUnavailable: the metadata can't be read.
     """
     captured = check_grouping(config)
@@ -82,14 +94,17 @@ def make_grouping(storage: Storage, config: ScoreConfig, folder: str) -> Groupin
     if joined:
         path = f"{folder}/metadata.parquet"
         _copy_metadata(storage, config.metadata, joined, path)
-        firsts = ", ".join(f'any_value("{name}") AS "{name}"' for name in joined)
-        join = f"LEFT JOIN (SELECT uri, {firsts} FROM read_parquet('{path}') GROUP BY uri) AS metadata USING (uri)"
+        _check_unique(config.metadata, path)
+        join = f"LEFT JOIN read_parquet('{path}') AS metadata USING (uri)"
     select = "".join(f', {columns[name]} AS "{name}"' for name in config.group_by)
     return Grouping(config.group_by, select, join)
 
 
 def _copy_metadata(storage: Storage, uri: str, names: list[str], path: str) -> None:
-    """Write the columns uri and `names`, as strings, of a Parquet file or folder to a local file."""
+    """Write the columns uri, in its canonical form, and `names`, as strings, of a Parquet file or folder locally.
+
+    Rows whose uri is null or malformed are left out: they belong to no photograph.
+    """
     if not storage.exists(uri):
         raise ConfigError(f"score.metadata {uri}: there is no such Parquet file or folder")
     fs, found = storage.arrow_filesystem(storage.absolute(uri))
@@ -103,8 +118,30 @@ def _copy_metadata(storage: Storage, uri: str, names: list[str], path: str) -> N
         with pq.ParquetWriter(path, schema) as writer:
             for batch in metadata.to_batches(columns=schema.names, batch_size=_BATCH_ROWS):
                 columns = [batch.column(name).cast(pa.string()) for name in schema.names]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
+                columns[0] = pa.array([_canonical(storage, each) for each in columns[0].to_pylist()], pa.string())
+                rows = pa.record_batch(columns, schema=schema)
+                writer.write_batch(rows.filter(pc.is_valid(columns[0])))
     except pa.ArrowNotImplementedError as error:
         raise ConfigError(f"score.metadata {uri}: a grouping column must be of a simple type: {error}") from None
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageUnavailable(f"{uri} can't be read: {' '.join(str(error).split())}") from error
+
+
+def _canonical(storage: Storage, uri: str | None) -> str | None:
+    """Return the URI as listings give it; None for a null or malformed one."""
+    try:
+        return None if uri is None else storage.object_uri(uri)
+    except BadUri:
+        return None
+
+
+def _check_unique(uri: str, path: str) -> None:
+    """Refuse metadata in which a photograph has several rows: which one is right is not known."""
+    with duckdb.connect() as database:
+        twice = database.execute(
+            "SELECT uri, count(*) FROM read_parquet(?) GROUP BY uri HAVING count(*) > 1 ORDER BY uri LIMIT 1", [path]
+        ).fetchone()
+    if twice:
+        raise ConfigError(
+            f"score.metadata {uri}: has {twice[1]} rows for {twice[0]}; one row for each photograph is allowed"
+        )

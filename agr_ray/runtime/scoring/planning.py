@@ -16,8 +16,9 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby, islice
 from typing import Any, Final
 
@@ -37,6 +38,8 @@ from agr_ray.storage import BadUri, MissingObject, Storage, StorageUnavailable
 PLAN: Final = "plan.json"
 RETRIED: Final = (str(Status.FAILED), str(Status.MISSING), str(Status.CHANGED))
 """What says nothing of the content that was listed: the next run tries it again, if it is still listed."""
+MAX_ENDINGS: Final = 10
+"""Endings of left-out keys that are counted in a plan."""
 MAX_GROUPS: Final = 10_000
 """Of score.group_by: each makes up to a hundred rows of demographics, which are worked out together."""
 PARTS_PER_FILE: Final = 256
@@ -51,9 +54,17 @@ _BATCH_ROWS = 65_536
 _LISTED_ROWS = 8192  # at a time: a trial of a few keys should not list many
 _BUFFER_BYTES = 2**23
 _FILES_AHEAD = 16
+_ENDING = r"(?P<ending>(?:\.[^./]{1,10})?)$"
 _GLOB_TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^]/]*\]|.", re.DOTALL)
-_IDS = pa.schema([SCORE_MANIFEST.field("image_id")])
-_SCORED = pa.schema([IMAGES.field(name) for name in ("image_id", "status")])
+SCORED: Final = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("is_archived", pa.bool_(), nullable=False),
+        pa.field("storage_class", pa.string()),
+    ]
+)
+"""One row a photograph that was scored before."""
+_STATUSES = pa.schema([IMAGES.field(name) for name in ("image_id", "status", "storage_class")])
 _SPOOLED = pa.schema([*SCORE_MANIFEST, pa.field("scored_id", pa.string())])
 
 
@@ -73,6 +84,10 @@ class Plan:
     """Rows of the manifest."""
     num_parts: int
     rows_per_part: int
+    endings_left_out: dict[str, int]
+    """How many keys of which ending, lower case, were left out; empty: without one. The most frequent come first."""
+    num_grouped: dict[str, int]
+    """Rows of the manifest that have a value, by column of score.group_by."""
 
 
 @dataclass(slots=True)
@@ -81,6 +96,8 @@ class _Counter:
 
     listed: int = 0
     kept: int = 0
+    endings: Counter[str] = field(default_factory=Counter)
+    """Of keys that were left out."""
 
 
 def plan(
@@ -94,16 +111,18 @@ def plan(
 ) -> Plan:
     """Write the manifest of a run to the new folder or prefix `out`, whole or not at all, and return its counts.
 
-    The rows are the input's, filtered, each URI and etag once, without those in `scored`, in the input's order: the
-    same input gives the same manifest. No row at all is a manifest of no parts.
+    The rows are the input's, filtered, each URI and etag once, without those in `scored`, in the input's order or, with
+    `scored_as`, in the order of what it makes of their ids, which says nothing of their keys. The same input gives the
+    same manifest. No row at all is a manifest of no parts.
 
     Args:
         storage: of the input and of `out`.
         config: names the input, the filters, the limit and the rows of a part (rows_per_file).
         out: nothing whole is there yet (`read_plan` returns None).
-        scored: ids of the photographs to skip, as batches with a column `image_id` (`scored_ids`).
+        scored: photographs to skip, as `SCORED` (`scored_ids`).
         scored_as: makes the id in `scored` from our image_id, where they differ (an HMAC); none: they are the same.
-        progress: called with the objects listed and a remark, now and then.
+        progress: called with the objects listed and a remark, every few thousand rows and before the manifest is
+            written; what it raises ends the planning.
 
     Raises:
         ConfigError: the input is not what its kind says, or a pattern can't be understood.
@@ -123,9 +142,9 @@ def plan(
             lambda _: report(counter.listed, "listing"),
         )
         known = _spool(
-            (batch.select(_IDS.names) for batch in scored),
+            scored,
             f"{folder}/scored.parquet",
-            _IDS,
+            SCORED,
             lambda num_rows: report(counter.listed, f"{num_rows:,} scored before"),
         )
         os.mkdir(f"{folder}/manifest")
@@ -133,7 +152,7 @@ def plan(
             num_fresh, num_to_do = _select(database, listed, known)
             report(counter.listed, f"{num_to_do:,} to do")
             grouping = make_grouping(storage, config, folder)
-            _check_groups(database, listed, grouping)
+            num_grouped = _check_groups(database, listed, grouping)
             schema = pa.schema([*SCORE_MANIFEST, *grouping.fields])
             rows = _rows_to_do(database, listed, grouping)
             _write_parts(rows, schema, f"{folder}/manifest", config.rows_per_file)
@@ -145,7 +164,10 @@ def plan(
             num_to_do=num_to_do,
             num_parts=-(-num_to_do // config.rows_per_file),
             rows_per_part=config.rows_per_file,
+            endings_left_out=dict(counter.endings.most_common(MAX_ENDINGS)),
+            num_grouped=num_grouped,
         )
+        report(counter.listed, f"{num_to_do:,} to do")
         with open(f"{folder}/manifest/{PLAN}", "w", encoding="utf-8") as file:
             json.dump(asdict(made), file, indent=2)
         storage.upload_tree(f"{folder}/manifest", out, marker=PLAN)
@@ -184,22 +206,34 @@ def photograph_id(uri: str, etag: str | None) -> str:
 
 
 def scored_ids(storage: Storage, folders: Iterable[str]) -> Iterator[pa.RecordBatch]:
-    """Yield the `image_id` of each row in the Parquet files below the folders whose status is not in `RETRIED`.
+    """Yield the photographs that need not be scored again, as `SCORED`: rows whose status is not in `RETRIED`.
+
+    An archived one is skipped only while it is listed in the storage class in which it could not be read.
 
     Several files are read at a time, for there are many small ones, and few batches are held. A folder that does
     not exist holds none.
 
+    Args:
+        storage: of the folders.
+        folders: of Parquet files that have the columns image_id, status and storage_class.
+
     Raises:
         StorageUnavailable: a file can't be read.
     """
+    is_archived = pc.field("status") == str(Status.ARCHIVED)
+    columns = {
+        "image_id": pc.field("image_id"),
+        "is_archived": is_archived,
+        "storage_class": pc.field("storage_class"),
+    }
     for folder in folders:
         if storage.exists(folder):
             fs, _ = storage.arrow_filesystem(folder)
             paths = [storage.arrow_filesystem(info.uri)[1] for info in storage.list(folder, (".parquet",))]
-            rows = pyarrow.dataset.dataset(paths, schema=_SCORED, filesystem=fs, format="parquet")
+            rows = pyarrow.dataset.dataset(paths, schema=_STATUSES, filesystem=fs, format="parquet")
             try:
                 yield from rows.to_batches(
-                    columns=_IDS.names,
+                    columns=columns,
                     filter=~pc.field("status").isin(RETRIED),
                     batch_readahead=_FILES_AHEAD,
                     fragment_readahead=_FILES_AHEAD,
@@ -247,7 +281,7 @@ def _list_prefix(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
             f"score.input {uri} is a file: allowed are a folder, a bucket prefix, a .parquet manifest and the "
             "manifest.json of an S3 Inventory (score.input_kind)"
         )
-    listed = storage.list_readable(uri)
+    listed = storage.list(uri)
     while infos := [*islice(listed, _LISTED_ROWS)]:
         columns = {name: [getattr(info, name) for info in infos] for name in LISTED.names}
         yield pa.RecordBatch.from_pydict(columns, schema=LISTED)
@@ -287,7 +321,7 @@ def _manifest_rows(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
         names = file.schema_arrow.names
         if "uri" not in names:
             raise ConfigError(f"score.input {uri}: a manifest needs the column uri and has {', '.join(names)}")
-        given = [name for name in ("uri", "etag", "size_bytes") if name in names]
+        given = [name for name in ("uri", "etag", "size_bytes", "storage_class") if name in names]
         for batch in file.iter_batches(_BATCH_ROWS, columns=given):
             columns = {field.name: pa.nulls(batch.num_rows, field.type) for field in LISTED}
             columns |= {name: batch.column(name).cast(LISTED.field(name).type) for name in given}
@@ -366,7 +400,8 @@ def _kept(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows that are kept, and stop at the limit: a trial must not list a whole bucket."""
     for batch in batches:
-        indices = pc.indices_nonzero(keeps(batch))
+        kept = keeps(batch)
+        indices = pc.indices_nonzero(kept)
         if limit is not None and counter.kept + len(indices) >= limit:
             indices = indices.slice(0, limit - counter.kept)
             counter.listed += indices[-1].as_py() + 1
@@ -375,6 +410,10 @@ def _kept(
             return
         counter.listed += batch.num_rows
         counter.kept += len(indices)
+        left_out = batch.column("key").filter(pc.invert(kept))
+        counter.endings.update(pc.utf8_lower(pc.extract_regex(left_out, _ENDING).field("ending")).to_pylist())
+        if len(counter.endings) > 100 * MAX_ENDINGS:
+            counter.endings = Counter(dict(counter.endings.most_common(10 * MAX_ENDINGS)))
         yield batch.take(indices)
 
 
@@ -386,7 +425,7 @@ def _with_ids(batch: pa.RecordBatch, scored_as: Callable[[str], str] | None) -> 
     uris, etags = batch.column("uri"), batch.column("etag")
     ids = [photograph_id(uri, etag) for uri, etag in zip(uris.to_pylist(), etags.to_pylist(), strict=True)]
     scored = pa.nulls(len(ids)) if scored_as is None else pa.array([scored_as(each) for each in ids])
-    columns = [pa.array(ids), uris, etags, batch.column("size_bytes"), scored]
+    columns = [pa.array(ids), uris, etags, batch.column("size_bytes"), batch.column("storage_class"), scored]
     return pa.record_batch([column.cast(field.type) for column, field in zip(columns, _SPOOLED, strict=True)], _SPOOLED)
 
 
@@ -424,6 +463,7 @@ def _select(database: duckdb.DuckDBPyConnection, listed: str, scored: str) -> tu
         SELECT min(file_row_number) AS position, count(*) AS num_rows
         FROM read_parquet(?, file_row_number = true) AS listed
         ANTI JOIN read_parquet(?) AS scored ON coalesce(listed.scored_id, listed.image_id) = scored.image_id
+            AND (NOT scored.is_archived OR listed.storage_class IS NOT DISTINCT FROM scored.storage_class)
         GROUP BY listed.image_id
         """,
         [listed, scored],
@@ -433,34 +473,42 @@ def _select(database: duckdb.DuckDBPyConnection, listed: str, scored: str) -> tu
 
 
 _TO_DO: Final = """
-    SELECT image_id, uri, etag, size_bytes{grouping.select}
-    FROM read_parquet(?, file_row_number = true)
-    SEMI JOIN (SELECT position AS file_row_number FROM to_do) USING (file_row_number)
+    SELECT image_id, uri, etag, size_bytes, storage_class{grouping.select}
+    FROM (
+        SELECT *, coalesce(scored_id, format('{{:020d}}', file_row_number)) AS listed_order
+        FROM read_parquet(?, file_row_number = true)
+        SEMI JOIN (SELECT position AS file_row_number FROM to_do) USING (file_row_number)
+    ) AS listed
     {grouping.join}
 """
 
 
-def _check_groups(database: duckdb.DuckDBPyConnection, listed: str, grouping: Grouping) -> None:
+def _check_groups(database: duckdb.DuckDBPyConnection, listed: str, grouping: Grouping) -> dict[str, int]:
     """Refuse a grouping that makes a table as long as the bucket, before anything is scored.
+
+    Returns:
+        How many photographs to score have a value, by grouping column.
 
     Raises:
         ConfigError: there are more than `MAX_GROUPS`.
     """
     if not grouping.names:
-        return
-    names = ", ".join(f'"{name}"' for name in grouping.names)
-    sql = f"SELECT count(*) FROM (SELECT DISTINCT {names} FROM ({_TO_DO.format(grouping=grouping)}))"
-    ((num_groups,),) = database.execute(sql, [listed]).fetchall()
+        return {}
+    names = [f'"{name}"' for name in grouping.names]
+    counted = ", ".join(f"count({name})" for name in names)
+    sql = f"SELECT count(DISTINCT row({', '.join(names)})), {counted} FROM ({_TO_DO.format(grouping=grouping)})"
+    ((num_groups, *num_known),) = database.execute(sql, [listed]).fetchall()
     if num_groups > MAX_GROUPS:
         raise ConfigError(
             f"score.group_by {', '.join(grouping.names)}: makes {num_groups:,} groups of these photographs; at most "
             f"{MAX_GROUPS:,} are allowed"
         )
+    return dict(zip(grouping.names, num_known, strict=True))
 
 
 def _rows_to_do(database: duckdb.DuckDBPyConnection, listed: str, grouping: Grouping) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of `to_do` as schema.SCORE_MANIFEST with the grouping columns, in the order of the input."""
-    rows = database.sql(f"{_TO_DO.format(grouping=grouping)} ORDER BY file_row_number", params=[listed])
+    """Yield the rows of `to_do` as schema.SCORE_MANIFEST with the grouping columns, in their order."""
+    rows = database.sql(f"{_TO_DO.format(grouping=grouping)} ORDER BY listed.listed_order", params=[listed])
     yield from rows.to_arrow_reader(_BATCH_ROWS)
 
 

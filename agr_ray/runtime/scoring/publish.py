@@ -1,17 +1,22 @@
 """The parts of a finished scoring run -> what readers see: images/, faces/, rejects/ and demographics/.
 
 Each file of the run's manifest becomes one file in each of the first three, under a name that only depends on its
-number: publishing that was killed can be done again. Nothing is published before `_SUCCESS/run=ID.json`, which is
-written last; `views.sql` reads the published runs only.
+number, so a killed job can publish again. All files are written beside the run's work first. Only when they are whole
+do they move into OUT: on a local disk each table's folder in one step, on S3 file by file, within the server. Then
+`_SUCCESS/run=ID.json` is written, which makes the run published. What a job that was killed in between has left in OUT
+is deleted by the next job, whatever it scores; `views.sql` never shows it.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import hmac
 import json
+import re
+import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -22,7 +27,7 @@ from agr_ray.learn.calibration import Calibration
 from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.scoring.planning import PARTS_PER_FILE, read_part
 from agr_ray.runtime.scoring.scorer import manifest_folder, part_file
-from agr_ray.schema import IMAGES, REJECTS
+from agr_ray.schema import IMAGES, REJECTS, Status
 from agr_ray.storage import Storage
 from agr_ray.tables.demographics import demographics
 from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts
@@ -30,7 +35,13 @@ from agr_ray.tables.suppression import suppress
 
 SUCCESS: Final = "_SUCCESS"
 CELL_COLUMNS: Final = ("age_group", "gender", "race")
-LEDGER_COLUMNS: Final = ("image_id", "status")
+LEDGER_COLUMNS: Final = ("image_id", "status", "storage_class")
+TABLES: Final = ("demographics", "rejects", "faces", "images")
+"""In the order in which they are published."""
+LEDGER: Final = "ledger"
+_RUN_FOLDER = re.compile(r"run=(\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8})/")
+INCONCLUSIVE: Final = (str(Status.CHANGED), str(Status.FAILED), str(Status.ARCHIVED))
+"""Statuses that say nothing of an image's content: an earlier row of it holds on."""
 _NUM_READS: Final = 8
 
 
@@ -53,6 +64,7 @@ class Publication:
     work: str
     out: str
     run_id: str
+    started_at: datetime.datetime
     num_parts: int
     attributes: tuple[str, ...]
     group_by: tuple[str, ...]
@@ -81,10 +93,9 @@ class Publication:
         )
         kept = images.select(IMAGES.names)
         if self.key:
-            kept = pseudonymised(kept, self.key)
+            kept = pseudonymised(kept, self.key, self.started_at)
         if self.aggregate_only:
-            folder = self.storage.join(self.ledger, f"run={self.run_id}")
-            self._write(kept.select(LEDGER_COLUMNS), folder, "ledger", file)
+            self._write(kept.select(LEDGER_COLUMNS), LEDGER, file)
         else:
             kept = kept.sort_by("uri")
             for name, table in (
@@ -92,15 +103,26 @@ class Publication:
                 ("faces", explode_faces(kept)),
                 ("rejects", select_rejects(kept)),
             ):
-                self._write(table, self.folder(name), name, file)
+                self._write(table, name, file)
         return counts
 
-    def folder(self, table: str) -> str:
-        """Return the run's folder of a table."""
-        return self.storage.join(self.out, table, f"run={self.run_id}")
+    @property
+    def targets(self) -> dict[str, str]:
+        """Return where each of the run's tables goes, in the order in which they are published."""
+        folder = f"run={self.run_id}"
+        if self.aggregate_only:
+            return {
+                LEDGER: self.storage.join(self.ledger, folder),
+                "demographics": self.storage.join(self.out, "demographics", folder),
+            }
+        return {name: self.storage.join(self.out, name, folder) for name in TABLES}
 
-    def _write(self, table: pa.Table, folder: str, name: str, file: int) -> None:
-        self.storage.write_table(table, self.storage.join(folder, f"{name}-{file:05d}.parquet"))
+    def staged(self, table: str) -> str:
+        """Return where a table is written before it is published."""
+        return self.storage.join(self.work, "staged", table)
+
+    def _write(self, table: pa.Table, name: str, file: int) -> None:
+        self.storage.write_table(table, self.storage.join(self.staged(name), f"{name}-{file:05d}.parquet"))
 
     def _image_rows(self, file: int) -> pa.Table:
         """Return the image rows of a file's parts, with the grouping columns of the manifest."""
@@ -117,15 +139,18 @@ class Publication:
         # A part has the rows of its row group, in their order.
         if images["image_id"].combine_chunks() != manifest["image_id"].combine_chunks():
             raise RuntimeError(f"{self.work}: the parts of manifest file {file} do not hold its rows")
+        run_ids = pa.array([self.run_id] * images.num_rows, pa.string())
+        images = images.set_column(IMAGES.get_field_index("run_id"), IMAGES.field("run_id"), run_ids)
         for name in self.group_by:
             images = images.append_column(name, manifest[name])
         return images
 
 
-def pseudonymised(images: pa.Table, key: bytes) -> pa.Table:
+def pseudonymised(images: pa.Table, key: bytes, scored_at: datetime.datetime) -> pa.Table:
     """Replace all that names or identifies an image: URI and id by HMACs, etag and size by null.
 
-    Errors, which quote them, are null too: why an image was rejected is left to its status.
+    Errors, which quote them, are null too: the status alone says why an image was rejected. All rows get one
+    `scored_at`, the start of the run, because the exact times give back the order of the keys.
     """
     aliases = [pseudonym(uri, key) for uri in images["uri"].to_pylist()]
     columns = {
@@ -134,6 +159,7 @@ def pseudonymised(images: pa.Table, key: bytes) -> pa.Table:
         "etag": pa.nulls(images.num_rows, pa.string()),
         "size_bytes": pa.nulls(images.num_rows, pa.int64()),
         "error": pa.nulls(images.num_rows, pa.string()),
+        "scored_at": pa.array([scored_at] * images.num_rows, IMAGES.field("scored_at").type),
     }
     return pa.table({name: columns.get(name, images[name]) for name in images.column_names}, schema=images.schema)
 
@@ -155,7 +181,7 @@ def add_counts(counts: Sequence[Counts], group_by: Sequence[str]) -> Counts:
 def publish_demographics(
     publication: Publication, counts: Counts, calibration: Calibration | None, min_cell: int
 ) -> None:
-    """Write the run's demographic tables."""
+    """Write the run's demographic tables beside its work."""
     table = demographics(
         counts.cells,
         counts.groups,
@@ -164,7 +190,7 @@ def publish_demographics(
     )
     if min_cell:
         table = suppress(table, min_cell)
-    uri = publication.storage.join(publication.folder("demographics"), "demographics.parquet")
+    uri = publication.storage.join(publication.staged("demographics"), "demographics.parquet")
     publication.storage.write_table(table, uri)
 
 
@@ -176,12 +202,42 @@ def published_runs(storage: Storage, out: str) -> Iterator[dict[str, Any]]:
             yield json.loads(storage.read(info.uri))
 
 
-def finish(storage: Storage, out: str, record: dict[str, Any]) -> None:
-    """Declare a run published: the last step."""
-    has_images = storage.exists(storage.join(out, "images"))
-    storage.write(storage.join(out, "views.sql"), views_sql(out, has_images=has_images).encode())
+def promote(publication: Publication, record: dict[str, Any], check: Callable[[], None]) -> None:
+    """Move the run's files to where readers see them, and declare it published: the last step.
+
+    Args:
+        publication: whose files are all written.
+        record: goes into `_SUCCESS/run=ID.json`.
+        check: called before each step; raises where the run may not publish any more.
+    """
+    storage = publication.storage
+    for name, target in publication.targets.items():
+        check()
+        storage.move_tree(publication.staged(name), target)
+    check()
+    has_images = storage.exists(storage.join(publication.out, "images"))
+    sql = views_sql(storage, publication.out, has_images=has_images)
+    storage.write(storage.join(publication.out, "views.sql"), sql.encode())
+    check()
     body = json.dumps(record, indent=2) + "\n"
-    storage.write(_success_uri(storage, out, record["run_id"]), body.encode())
+    storage.write(_success_uri(storage, publication.out, record["run_id"]), body.encode())
+
+
+def delete_unpublished(storage: Storage, out: str) -> list[str]:
+    """Delete from OUT what jobs that were killed while they published have left there; return their runs' ids.
+
+    Call it only while no other job can publish. Folders that are not named as runs are left alone.
+    """
+    left: list[str] = []
+    for table in TABLES:
+        folder = storage.join(out, table)
+        if storage.exists(folder):
+            named = (_RUN_FOLDER.match(info.key) for info in storage.list(folder))
+            for run_id in dict.fromkeys(match[1] for match in named if match):
+                if not is_published(storage, out, run_id):
+                    storage.delete_tree(storage.join(folder, f"run={run_id}"))
+                    left.append(run_id)
+    return list(dict.fromkeys(left))
 
 
 def is_published(storage: Storage, out: str, run_id: str) -> bool:
@@ -193,11 +249,11 @@ def _success_uri(storage: Storage, out: str, run_id: str) -> str:
     return storage.join(out, SUCCESS, f"run={run_id}.json")
 
 
-def views_sql(out: str, *, has_images: bool) -> str:
+def views_sql(storage: Storage, out: str, *, has_images: bool) -> str:
     """Return DuckDB's views over all published runs; without `has_images`, all of them were aggregate_only."""
     quoted = out.replace("'", "''")
     sql = f"""-- Views over the published runs, for DuckDB: duckdb -init views.sql
-CREATE OR REPLACE VIEW runs AS
+{_secret_sql(storage, out)}CREATE OR REPLACE VIEW runs AS
     SELECT * FROM read_json('{quoted}/{SUCCESS}/run=*.json', union_by_name = true);
 CREATE OR REPLACE VIEW demographics AS
     SELECT * FROM read_parquet('{quoted}/demographics/run=*/*.parquet', union_by_name = true, hive_partitioning = true)
@@ -205,17 +261,39 @@ CREATE OR REPLACE VIEW demographics AS
 """
     if not has_images:
         return sql
+    says_nothing = ", ".join(f"'{status}'" for status in INCONCLUSIVE)
     return f"""{sql}
--- Each image counts as it was last scored; that a listing was older than the image (changed) says nothing of it.
--- One that was deleted from its bucket stays until a run has met it as missing: scoring does not look for keys that
--- are gone.
+-- Each image counts as it was last scored. A status that says nothing of the content ({", ".join(INCONCLUSIVE)})
+-- never hides an earlier row. An image that was deleted from its bucket stays until a run has met it as missing:
+-- scoring does not look for keys that are gone.
 CREATE OR REPLACE VIEW images AS
     SELECT i.* FROM read_parquet('{quoted}/images/run=*/*.parquet', union_by_name = true) AS i
     SEMI JOIN runs USING (run_id)
-    QUALIFY row_number() OVER (PARTITION BY i.uri ORDER BY i.status = 'changed', i.scored_at DESC, i.run_id DESC) = 1;
+    QUALIFY row_number() OVER (
+        PARTITION BY i.uri ORDER BY i.status IN ({says_nothing}), i.scored_at DESC, i.run_id DESC
+    ) = 1;
 CREATE OR REPLACE VIEW faces AS
     SELECT f.* FROM read_parquet('{quoted}/faces/run=*/*.parquet', union_by_name = true) AS f
     SEMI JOIN images USING (image_id, run_id);
 CREATE OR REPLACE VIEW rejects AS
     SELECT {", ".join(REJECTS.names)} FROM images WHERE status NOT IN ('ok', 'no_face');
+"""
+
+
+def _secret_sql(storage: Storage, out: str) -> str:
+    """Return what DuckDB needs to know of the S3 server of `out`; nothing for a local folder."""
+    connection = storage.s3_connection(out)
+    if connection is None:
+        return ""
+    settings = {"REGION": connection.region, "SCOPE": out}
+    if connection.endpoint_url:
+        address = urllib.parse.urlsplit(connection.endpoint_url)
+        settings |= {"ENDPOINT": address.netloc, "URL_STYLE": "path"}
+    quoted = "".join(f",\n    {name} '{value.replace(chr(39), chr(39) * 2)}'" for name, value in settings.items())
+    plain = ",\n    USE_SSL false" if (connection.endpoint_url or "").startswith("http://") else ""
+    return f"""-- Keys come from where AWS tools look for them (AWS_ACCESS_KEY_ID, AWS_PROFILE, a role); none is here.
+CREATE OR REPLACE SECRET agr_ray (
+    TYPE s3,
+    PROVIDER credential_chain{quoted}{plain}
+);
 """

@@ -1,20 +1,23 @@
 """What a scoring worker does: a part of a run's manifest -> photographs -> faces -> attributes -> image rows.
 
-`FaceFinder` needs CPUs, `AttributePredictor` likes a GPU. Where there is none, one process is both.
+`FaceFinder` needs CPUs, `AttributePredictor` likes a GPU. Without a GPU one process is both; with one, each
+`PartScorer` sends its crops to a predictor in another process, a few batches ahead.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
@@ -36,8 +39,20 @@ from agr_ray.vision.quality import sharpness
 
 MAX_DEATHS: Final = 3
 """Times that an image may kill its worker before its row says `failed`."""
+KILLED_ITS_WORKER: Final = f"killed its worker {MAX_DEATHS} times"
+"""The error of such an image."""
 PREDICT_BATCH: Final = {"cpu": 32, "cuda": 256}
 """Faces that go through the network at a time, at most: what a CPU's cache holds, and what fills a GPU."""
+MAX_CROPS: Final = 256
+"""Faces found at a time, at most, but for those of one photograph: 56 MB of crops of 224 pixels with their margins."""
+MAX_PENDING: Final = 2
+"""Batches of found faces whose attributes a worker waits for while it finds more: what keeps a GPU busy."""
+
+_SCORED = pa.array([str(Status.OK), str(Status.NO_FACE)])
+_NUMBER = re.compile(r"\d+")
+
+_Row = tuple[int, dict[str, Any]]
+"""A row and its place in the part."""
 
 
 @dataclass(frozen=True)
@@ -94,74 +109,68 @@ def part_file(storage: Storage, work: str, part: int) -> str:
 
 
 class Found(NamedTuple):
-    """Photographs and their faces."""
+    """Photographs of one part and their faces."""
 
+    positions: NDArray[np.int64]
+    """(n,) the rows' places in the part, from 0."""
     images: pa.Table
-    """schema.IMAGES; attributes are null."""
+    """(n rows) schema.IMAGES; attributes are null."""
     crops: NDArray[np.uint8]
     """(faces of all images in their order, S, S, 3), S being the template's side and its margins."""
 
 
-class PartScorer:
-    """Parts -> image rows, written; one worker process does everything."""
+class Predictor(Protocol):
+    """Fills in the attributes of found faces, here or in another process."""
 
-    def __init__(self, scoring: Scoring) -> None:
+    def submit(self, found: Found) -> Callable[[], pa.Table]:
+        """Begin to predict; what is returned waits for the image rows with their attributes, in the rows' order."""
+        ...
+
+
+class PartScorer:
+    """Turns parts into image rows and writes them. One worker process's own."""
+
+    def __init__(self, scoring: Scoring, predictor: Predictor | None = None) -> None:
+        """Without a `predictor`, attributes are predicted in this process."""
+        self._scoring = scoring
         self._finder = FaceFinder(scoring)
-        self._predictor = AttributePredictor(scoring)
+        self._predictor = predictor or AttributePredictor(scoring, self._finder.stopwatch)
+        self._patience = Patience(scoring.outage_s)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
-        """Score the parts whose numbers are in `part`; yield a summary of each.
+        """Score the parts whose numbers are in `part`; yield a summary of each."""
+        for part in batch["part"].tolist():
+            yield self.score(part)
 
-        Attributes are predicted batch by batch, so that no more crops are held than a batch of photographs has faces.
+    def score(self, part: int) -> dict[str, list[Any]]:
+        """Score and write one part, its rows in the order of the manifest; return its summary.
+
+        Crops are held for at most `MAX_PENDING` + 1 batches of faces, however many faces the part has.
         """
-        for part in batch["part"].tolist():
-            images = [self._predictor.fill(found) for found in self._finder.find(part)]
-            yield self._predictor.write(part, pa.concat_tables(images), self._finder.stopwatch.take())
+        positions: list[NDArray[np.int64]] = []
+        filled: list[pa.Table] = []
+        pending: deque[Callable[[], pa.Table]] = deque()
+        for found in self._finder.find(part):
+            positions.append(found.positions)
+            pending.append(self._predictor.submit(found))
+            if len(pending) > MAX_PENDING:
+                filled.append(self._wait(pending.popleft()))
+        filled += [self._wait(each) for each in pending]
+        # Rows that storage refused at first were read last.
+        in_order = np.argsort(np.concatenate(positions), kind="stable")
+        return self._write(part, pa.concat_tables(filled).take(in_order))
 
+    def _wait(self, predicted: Callable[[], pa.Table]) -> pa.Table:
+        with self._finder.stopwatch.stage("wait for predictions"):
+            return predicted()
 
-class FoundParts:
-    """Parts -> found faces as bytes, for a predictor in another process. All crops of a part travel together."""
-
-    def __init__(self, scoring: Scoring) -> None:
-        self._finder = FaceFinder(scoring)
-
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
-        """Yield one row a part: its number, image rows, crops and seconds by stage."""
-        for part in batch["part"].tolist():
-            found = together(list(self._finder.find(part)))
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, IMAGES) as writer:
-                writer.write_table(found.images)
-            yield pa.table(
-                {
-                    "part": [part],
-                    "images": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
-                    "crops": pa.array([found.crops.tobytes()], pa.large_binary()),
-                    "seconds": [json.dumps(self._finder.stopwatch.take())],
-                }
-            )
-
-
-class WrittenParts:
-    """What `FoundParts` gives -> image rows, written."""
-
-    def __init__(self, scoring: Scoring) -> None:
-        self._predictor = AttributePredictor(scoring)
-        self._side_px = scoring.stored_side_px
-
-    def __call__(self, batch: pa.Table) -> Iterator[dict[str, list[Any]]]:
-        """Write each part; yield a summary of each."""
-        for row in batch.to_pylist():
-            with pa.ipc.open_stream(row["images"]) as reader:
-                images = reader.read_all()
-            crops = np.frombuffer(row["crops"], np.uint8).reshape(-1, self._side_px, self._side_px, 3)
-            filled = self._predictor.fill(Found(images, crops))
-            yield self._predictor.write(row["part"], filled, json.loads(row["seconds"]))
-
-
-def together(found: Sequence[Found]) -> Found:
-    """Return batches as one, at least one."""
-    return Found(pa.concat_tables([each.images for each in found]), np.concatenate([each.crops for each in found]))
+    def _write(self, part: int, images: pa.Table) -> dict[str, list[Any]]:
+        """Write a part's rows, forget that it was begun, and return its summary, a row of columns."""
+        scoring = self._scoring
+        with self._finder.stopwatch.stage("write"):
+            self._patience.call(lambda: scoring.storage.write_table(images, scoring.part_uri(part)))
+            self._patience.call(lambda: scoring.storage.delete(scoring.attempts_uri(part)))
+        return summary(part, images, self._finder.stopwatch.take())
 
 
 class FaceFinder:
@@ -176,24 +185,26 @@ class FaceFinder:
     def find(self, part: int) -> Iterator[Found]:
         """Find the faces of all images of a part, a batch at a time; one that kills its worker is given up.
 
+        Each row of the part comes once, most in the manifest's order. A server that has just been started again may
+        refuse what it will give a moment later. So photographs that it refused are asked for once more, after all
+        others, when it gives the part's manifest.
+
         That the part is begun is noted in storage until it is written. Where an earlier attempt at it has died, images
         are taken one at a time, and which one is at work is noted beforehand: an image that has killed its worker
         `MAX_DEATHS` times, before its attributes were there, is given up.
-
-        A server that has just been started again may refuse what it will give a moment later. So photographs that it
-        refused are asked for once more, after all others, and when it gives the part's manifest.
         """
         scoring = self._scoring
-        rows = self._patience.call(lambda: scoring.manifest_rows(part)).select(SCORE_MANIFEST.names).to_pylist()
+        table = self._patience.call(lambda: scoring.manifest_rows(part)).select(SCORE_MANIFEST.names)
+        rows = list(enumerate(table.to_pylist()))
         attempts = self._patience.call(lambda: Attempts.begin(scoring.storage, scoring.attempts_uri(part)))
         find = partial(self._find_carefully, attempts) if attempts.has_died else self._find
-        refused: list[dict[str, Any]] = []
+        refused: list[_Row] = []
         yield from find(rows, refused)
         if refused:
             self._patience.call(lambda: scoring.manifest_rows(part))
             yield from find(refused, None)
 
-    def _find(self, rows: list[dict[str, Any]], refused: list[dict[str, Any]] | None) -> Iterator[Found]:
+    def _find(self, rows: Sequence[_Row], refused: list[_Row] | None) -> Iterator[Found]:
         size = self._scoring.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         ahead = self._fetch(batches[0])
@@ -201,47 +212,54 @@ class FaceFinder:
             fetched = ahead
             if index + 1 < len(batches):
                 ahead = self._fetch(batches[index + 1])
-            yield self._find_batch(batch, fetched, refused)
+            yield from self._find_batch(batch, fetched, refused)
 
-    def _find_carefully(
-        self, attempts: Attempts, rows: list[dict[str, Any]], refused: list[dict[str, Any]] | None
-    ) -> Iterator[Found]:
-        for row in rows:
+    def _find_carefully(self, attempts: Attempts, rows: Sequence[_Row], refused: list[_Row] | None) -> Iterator[Found]:
+        for position, row in rows:
             if attempts.deaths[row["image_id"]] >= MAX_DEATHS:
-                error = f"killed its worker {MAX_DEATHS} times"
-                yield self._found([row | self._common() | _rejected(Reject(Status.FAILED, error))], [])
+                reject = Reject(Status.FAILED, KILLED_ITS_WORKER)
+                yield self._found([(position, row | self._common() | _rejected(reject))], [])
                 continue
             self._patience.call(lambda row=row: attempts.suspect(row["image_id"]))  # type: ignore[misc]
-            yield self._find_batch([row], self._fetch([row]), refused)
+            yield from self._find_batch([(position, row)], self._fetch([(position, row)]), refused)
         self._patience.call(lambda: attempts.suspect(""))
 
-    def _fetch(self, rows: list[dict[str, Any]]) -> Any:
-        return self._reader.fetch([row["uri"] for row in rows], [row["etag"] for row in rows])
+    def _fetch(self, rows: Sequence[_Row]) -> Any:
+        return self._reader.fetch([row["uri"] for _, row in rows], [row["etag"] for _, row in rows])
 
-    def _find_batch(self, rows: list[dict[str, Any]], fetched: Any, refused: list[dict[str, Any]] | None) -> Found:
-        """Find the faces of a batch; with `refused`, rows that may be had later go there and are left out."""
+    def _find_batch(self, rows: Sequence[_Row], fetched: Any, refused: list[_Row] | None) -> Iterator[Found]:
+        """Find the faces of a batch, in pieces of about `MAX_CROPS` faces.
+
+        With `refused`, rows that a later request may get are appended to it and left out.
+        """
         try:
             seen = self._reader.read(fetched)
         except StorageUnavailable:
             seen = self._patience.call(lambda: self._reader.read(self._fetch(rows)))
         common = self._common()
-        made, crops = [], []
-        with self.stopwatch.stage("align"):
-            for row, each in zip(rows, seen, strict=True):
-                if isinstance(each, Reject) and each.may_pass and refused is not None:
-                    refused.append(row)
-                elif isinstance(each, Reject):
-                    made.append(row | common | _rejected(each))
-                else:
+        images: list[_Row] = []
+        crops: list[NDArray[np.uint8]] = []
+        for (position, row), each in zip(rows, seen, strict=True):
+            if isinstance(each, Reject) and each.may_pass and refused is not None:
+                refused.append((position, row))
+                continue
+            if isinstance(each, Reject):
+                columns = _rejected(each)
+            else:
+                with self.stopwatch.stage("align"):
                     columns, aligned = self._faces(each)
-                    made.append(row | common | columns)
-                    crops += aligned
-        return self._found(made, crops)
+                crops += aligned
+            images.append((position, row | common | columns))
+            if len(crops) >= MAX_CROPS:
+                yield self._found(images, crops)
+                images, crops = [], []
+        yield self._found(images, crops)
 
-    def _found(self, rows: list[dict[str, Any]], crops: list[NDArray[np.uint8]]) -> Found:
+    def _found(self, rows: Sequence[_Row], crops: Sequence[NDArray[np.uint8]]) -> Found:
         side_px = self._scoring.stored_side_px
         stacked = np.stack(crops) if crops else np.empty((0, side_px, side_px, 3), np.uint8)
-        return Found(pa.Table.from_pylist(rows, schema=IMAGES), stacked)
+        positions = np.array([position for position, _ in rows], np.int64)
+        return Found(positions, pa.Table.from_pylist([row for _, row in rows], schema=IMAGES), stacked)
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -276,25 +294,20 @@ class FaceFinder:
 
 
 class AttributePredictor:
-    """Predicts, calibrates and writes. One worker's own."""
+    """Predicts and calibrates in this process. One worker's own."""
 
-    def __init__(self, scoring: Scoring) -> None:
+    def __init__(self, scoring: Scoring, stopwatch: Stopwatch | None = None) -> None:
         self._device = "cuda" if scoring.use_gpu else "cpu"
         with unpacked_checkpoint(dict(scoring.checkpoint)) as directory:
             loaded = load_checkpoint(directory, device=self._device)
         self._model = for_inference(loaded.model, scoring.predict.precision)
         self._scoring = scoring
-        self._stopwatch = Stopwatch()
-        self._patience = Patience(scoring.outage_s)
+        self._stopwatch = stopwatch or Stopwatch()
 
-    def write(self, part: int, images: pa.Table, seconds: Mapping[str, float]) -> dict[str, list[Any]]:
-        """Write a part's rows, forget that it was begun, and return its summary, a row of columns."""
-        scoring = self._scoring
-        with self._stopwatch.stage("write"):
-            self._patience.call(lambda: scoring.storage.write_table(images, scoring.part_uri(part)))
-            self._patience.call(lambda: scoring.storage.delete(scoring.attempts_uri(part)))
-        self._stopwatch.add(seconds)
-        return summary(part, images, self._stopwatch.take())
+    def submit(self, found: Found) -> Callable[[], pa.Table]:
+        """Predict now, so that the crops can be freed."""
+        filled = self.fill(found)
+        return lambda: filled
 
     def fill(self, found: Found) -> pa.Table:
         """Return the image rows with the attributes of their faces."""
@@ -395,8 +408,25 @@ def summary(part: int, images: pa.Table, seconds: Mapping[str, float]) -> dict[s
         "part": [part],
         "num_faces": [num_faces],
         "counts": [json.dumps(counts)],
+        "reasons": [json.dumps(reject_reasons(images))],
         "seconds": [json.dumps(dict(seconds))],
     }
+
+
+def reject_reasons(images: pa.Table) -> Counter[str]:
+    """Count rejected rows by status and error, without what differs between equal errors: the URI and numbers.
+
+    Args:
+        images: columns uri, status and error.
+    """
+    rejected = images.filter(pc.invert(pc.is_in(images["status"], value_set=_SCORED)))
+    rows = zip(*(rejected[name].to_pylist() for name in ("uri", "status", "error")), strict=True)
+    return Counter(f"{status}: {_NUMBER.sub('#', _without(error or '', uri))}" for uri, status, error in rows)
+
+
+def _without(error: str, uri: str) -> str:
+    """Return an error without the URI that it may begin with or quote."""
+    return " ".join(error.replace(uri, "").strip(" :").split())
 
 
 def uncalibrated(predictions: Predictions) -> CalibratedPredictions:

@@ -1,0 +1,618 @@
+"""What a scoring job does, from its configuration to a published run, whoever its workers are.
+
+    OUT-work/lock.json                   keeps two jobs apart
+    OUT-work/CONFIGURATION/plan.json     names the unpublished plan, at most one for each configuration and model
+    OUT-work/CONFIGURATION/PLAN/
+        manifest/                        what it scores: `planning`
+        parts/                           image rows; part N is row group N of the manifest
+        attempts/                        `scorer.Attempts` at parts under way
+        staged/                          what is about to be published: `publish`
+    OUT/                                 what readers see: `publish`
+
+The manifest never changes once plan.json names its plan. So whatever is killed, the same command sees from the names
+of the parts what is left to do, and a part that is made twice replaces itself. Each job publishes under a run id of its
+own, so that one which was stopped, has lost the lock and wakes up touches nobody else's files in OUT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import random
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+from rich.console import Console
+
+from agr_ray.config import ConfigError, ScoreConfig, ScoreJob, digest
+from agr_ray.console import make_table
+from agr_ray.learn.calibration import Calibration
+from agr_ray.models.checkpoint import model_digest, read_meta
+from agr_ray.models.network import Transform
+from agr_ray.runtime.checkpoints import local_checkpoint, portable_checkpoint, read_calibration
+from agr_ray.runtime.lock import LockLost, RunLock, run_lock
+from agr_ray.runtime.patience import Patience
+from agr_ray.runtime.progress import print_failed, progress
+from agr_ray.runtime.scoring.grouping import check_grouping
+from agr_ray.runtime.scoring.planning import Plan, plan, read_plan, scored_ids
+from agr_ray.runtime.scoring.publish import (
+    Counts,
+    Publication,
+    add_counts,
+    delete_unpublished,
+    promote,
+    pseudonym,
+    publish_demographics,
+    published_runs,
+)
+from agr_ray.runtime.scoring.scorer import KILLED_ITS_WORKER, Scoring, manifest_folder, parts_folder, reject_reasons
+from agr_ray.runtime.stopwatch import Stopwatch
+from agr_ray.schema import SCHEMA_VERSION, Status
+from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
+
+MIN_KEY_BYTES: Final = 32
+MANY_REFUSED: Final = 100
+"""Photographs refused for one reason that end a run even where far more were scored before."""
+EARLY_IMAGES: Final = 500
+"""Photographs, from all over the input, after which a run that storage refuses to serve ends early."""
+_RESOURCE_KNOBS: Final = {
+    "checkpoint",  # the model's digest says more
+    "num_workers",
+    "use_gpu",
+    "batch_size",
+    "rows_per_file",
+    "outage_s",
+    "lock_expiry_s",
+    "max_refused",
+    "allow_empty",
+}
+_PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
+
+
+class Workers(Protocol):
+    """Who scores the parts and publishes the files: Ray's workers, or this process."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Be ready for work until the block ends."""
+        ...
+
+    def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+        """Score the parts in any order; yield `scorer.summary` of each, a value for each of its columns."""
+        ...
+
+    def publish(self, publication: Publication) -> Iterator[Counts]:
+        """Write the files of all parts; yield what each holds."""
+        ...
+
+    @property
+    def num_workers(self) -> int:
+        """How many score at a time."""
+        ...
+
+
+class TooManyRefused(ConfigError):
+    """Most photographs are refused for one reason. The message is one line that quotes it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What predicts."""
+
+    checkpoint: Mapping[str, bytes]
+    digest: str
+    tasks: tuple[str, ...]
+    transform: Transform
+    calibration: Calibration | None
+    calibration_digest: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan that is not published yet, by this job or one that was killed."""
+
+    plan_id: str
+    started_at: str
+    plan_s: float
+    plan: Plan
+
+
+class _Refusals:
+    """Notices that most photographs are refused for one reason, which is a fault of the set-up."""
+
+    def __init__(self, config: ScoreConfig, plan: Plan) -> None:
+        self._config = config
+        self._plan = plan
+        self._reasons: Counter[str] = Counter()
+        self._num_images = 0
+
+    def add(self, reasons: Mapping[str, int], num_images: int) -> None:
+        """Count a part's rejected rows by reason."""
+        self._reasons.update(reasons)
+        self._num_images += num_images
+
+    def check(self, *, at_end: bool) -> None:
+        """Refuse to go on where too many are refused: at the end for any reason, before it for storage's.
+
+        Raises:
+            TooManyRefused: it quotes the reason.
+        """
+        if not self._reasons:
+            return
+        ((reason, num_refused),) = self._reasons.most_common(1)
+        most = self._config.max_refused
+        if num_refused <= most * self._num_images:
+            return
+        if at_end:
+            num_inputs = self._plan.num_to_do + self._plan.num_scored
+            is_fatal = num_refused > most * num_inputs or num_refused >= MANY_REFUSED
+        else:
+            is_storages = reason.startswith(f"{Status.FAILED}:")
+            is_fatal = is_storages and num_refused >= MANY_REFUSED and self._num_images >= EARLY_IMAGES
+        if is_fatal:
+            raise TooManyRefused(
+                f"score.input {self._config.input}: {num_refused:,} of {self._num_images:,} photographs were refused "
+                f"for one reason: {reason}. Nothing is published; mend it and run the same command, or allow it with "
+                f"--score.max_refused 1 (now {most:g})"
+            )
+
+
+def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, Any]:
+    """Score what is not scored yet, publish, and return the run's record, `_SUCCESS/run=ID.json`.
+
+    Raises:
+        ConfigError: there is no such checkpoint or input, the input has nothing to score, most of it is refused for
+            one reason, another run is at work, or the plan can't fit.
+        LockLost: another job has taken the output over.
+        StorageUnavailable: input or output can't be reached.
+    """
+    storage = Storage.from_config(job.storage)
+    out = storage.absolute(job.score.out).rstrip("/")
+    key = _check(job, storage, out)
+    if job.score.min_cell and not job.score.aggregate_only:
+        console.print("warning: score.min_cell hides table cells, and images/ and faces/ still hold every face")
+    with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
+        model = _model(directory, job, console)
+    attributes = tuple(name for name in job.score.attributes if name in model.tasks)
+    settings = digest(job.vision, job.predict, job.gates)
+    config_digest = _digest([settings, attributes, model.calibration_digest])
+    identity = _digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key)])
+    works = storage.join(f"{out}-work", identity)
+    lock_uri = storage.join(f"{out}-work", "lock.json")
+    patience = Patience(job.score.outage_s)
+    held = run_lock(storage, lock_uri, identity, expiry_s=job.score.lock_expiry_s, console=console)
+    with held as lock, _lost_lock_first(lock):
+
+        def check() -> None:
+            patience.call(lock.check)
+
+        left = delete_unpublished(storage, out)
+        if left:
+            console.print(f"deleted what a killed job had left unpublished: {', '.join(left)}")
+        skipped = _scored_folders(storage, out, job, model, config_digest, key)
+        run = _resumed(storage, works, skipped, console)
+        if run is None:
+            run = _opened(job, storage, works, skipped, key, check, console)
+        _print_plan(job.score, run.plan, console)
+        run_id = _new_id(_now())
+        work = storage.join(works, run.plan_id)
+        scoring = Scoring(
+            storage=storage,
+            work=work,
+            vision=job.vision,
+            gates=job.gates,
+            predict=job.predict,
+            attributes=attributes,
+            batch_size=job.score.batch_size,
+            outage_s=job.score.outage_s,
+            transform=model.transform,
+            checkpoint=model.checkpoint,
+            calibration=model.calibration,
+            provenance={
+                "run_id": run.plan_id,  # until it is published
+                "model_digest": model.digest,
+                "config_digest": config_digest,
+                "schema_version": SCHEMA_VERSION,
+            },
+            use_gpu=job.score.use_gpu,
+        )
+        publication = Publication(
+            storage=storage,
+            work=work,
+            out=out,
+            run_id=run_id,
+            started_at=datetime.datetime.fromisoformat(run.started_at),
+            num_parts=run.plan.num_parts,
+            attributes=attributes,
+            group_by=job.score.group_by,
+            aggregate_only=job.score.aggregate_only,
+            ledger=storage.absolute(job.score.ledger) if job.score.ledger else "",
+            key=key,
+            outage_s=job.score.outage_s,
+        )
+        with workers.session() if run.plan.num_parts else nullcontext():
+            try:
+                timings = _score_parts(job, scoring, run, workers, check, console)
+            except TooManyRefused:
+                # Refused rows are not to be kept: once the cause is mended, the same command reads them again.
+                patience.call(lambda: storage.delete(_plan_uri(storage, works)))
+                raise
+            check()
+            started = time.perf_counter()
+            counts = _publish_files(publication, workers, check, console)
+        patience.call(lambda: publish_demographics(publication, counts, model.calibration, job.score.min_cell))
+        totals = _totals(counts, run.plan)
+        timings |= {"plan_s": run.plan_s, "publish_s": time.perf_counter() - started}
+        record: dict[str, Any] = {
+            "run_id": run_id,
+            "started_at": run.started_at,
+            **({} if key else {"input": storage.absolute(job.score.input)}),
+            "model_digest": model.digest,
+            "config_digest": config_digest,
+            "key_id": _key_id(key),
+            "schema_version": SCHEMA_VERSION,
+            "calibrated": model.calibration is not None,
+            "aggregate_only": job.score.aggregate_only,
+            "group_by": list(job.score.group_by),
+            "min_cell": job.score.min_cell,
+            **({} if job.score.min_cell else totals),  # from totals, a suppressed cell could be worked out
+            "timings": timings,
+            "published_at": _now().isoformat(timespec="milliseconds"),
+        }
+        patience.call(lambda: promote(publication, record, lock.check))
+        try:
+            lock.check()
+            storage.delete_tree(works)
+        except (LockLost, StorageError, StorageUnavailable) as error:
+            # The run is published, whatever becomes of its work: no later run needs this folder to be gone.
+            console.print(f"warning: the run's work {works} can't be deleted: {error}")
+    title = f"{out} run={run_id}"
+    if job.score.min_cell:
+        console.print(f"published {title}; score.min_cell withholds its totals")
+    else:
+        _print_summary(console, totals, title)
+    _print_timings(console, timings)
+    return record
+
+
+@contextmanager
+def _lost_lock_first(lock: RunLock) -> Iterator[None]:
+    """Turn any failure of a job that has lost its lock into that: another job may have deleted its work meanwhile."""
+    try:
+        yield
+    except Exception:
+        with suppress(StorageError, StorageUnavailable):
+            lock.check()
+        raise
+
+
+# Before any work
+
+
+def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
+    """Refuse what can't work; return the secret key, empty where none is asked for."""
+    config = job.score
+    if job.vision.detector == "none":
+        raise ConfigError("vision.detector 'none' finds no face in a photograph; allowed in scoring: mtcnn, haar")
+    if re.fullmatch(r"s3://[^/]*", out):
+        raise ConfigError(
+            f"score.out {config.out}: is a whole bucket; name a prefix in it, such as {out}/scores: a run's unfinished "
+            "work lies beside it, at PREFIX-work"
+        )
+    key = b""
+    if config.pseudonymise:
+        try:
+            key = storage.read(config.pseudonymise)
+        except MissingObject:
+            raise ConfigError(f"score.pseudonymise {config.pseudonymise}: there is no such file") from None
+        if len(key) < MIN_KEY_BYTES:
+            raise ConfigError(
+                f"score.pseudonymise {config.pseudonymise}: holds {len(key)} bytes, and a key has {MIN_KEY_BYTES} at "
+                "least; `head -c 32 /dev/urandom > FILE` makes one"
+            )
+    if config.aggregate_only:
+        for name in ("pseudonymise", "ledger"):
+            if not getattr(config, name):
+                raise ConfigError(f"score.aggregate_only needs score.{name}: what the next run must skip is kept there")
+        if f"{storage.absolute(config.ledger).rstrip('/')}/".startswith(f"{out}/"):
+            raise ConfigError(f"score.ledger {config.ledger}: lies in score.out {out}, which others may read")
+    elif config.ledger:
+        raise ConfigError(f"score.ledger {config.ledger}: only score.aggregate_only keeps one")
+    check_grouping(config)
+    return key
+
+
+def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
+    """Return what a run scores and publishes, wherever its command is started: its paths are absolute."""
+    selection = config.model_dump(mode="json", exclude=_RESOURCE_KNOBS)
+    paths = {name: storage.absolute(selection[name]).rstrip("/") for name in _PATHS if selection[name]}
+    return selection | paths
+
+
+def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
+    """Read what predicts, and warn where it does not fit the job well."""
+    meta = read_meta(directory)
+    detector = meta["data"].get("detector")
+    if detector not in (None, job.vision.detector):
+        console.print(f"warning: trained on crops found by {detector}, scoring with {job.vision.detector}")
+    calibration, reason = read_calibration(directory, job.predict, "score.checkpoint")
+    if calibration is None:
+        console.print(f"warning: no age_low and age_high, no abstention, no corrected shares: {reason}")
+    return Model(
+        checkpoint=portable_checkpoint(directory),
+        digest=model_digest(directory),
+        tasks=tuple(meta["model"]["tasks"]),
+        transform=Transform.from_json(meta["transform"]),
+        calibration=calibration,
+        calibration_digest="" if calibration is None else _digest(calibration.to_json()),
+    )
+
+
+def _scored_folders(
+    storage: Storage, out: str, job: ScoreJob, model: Model, config_digest: str, key: bytes
+) -> list[str]:
+    """Return the folders whose `image_id` need not be scored again: same model, configuration and key."""
+    wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": _key_id(key)}
+    folders = []
+    for record in published_runs(storage, out):
+        if all(record[name] == value for name, value in wanted.items()):
+            if record["aggregate_only"] and not job.score.aggregate_only:
+                raise ConfigError(
+                    f"score.out {job.score.out}: run={record['run_id']} there is aggregate_only; go on with "
+                    "score.aggregate_only and its score.ledger, or choose another score.out"
+                )
+            root = storage.absolute(job.score.ledger) if record["aggregate_only"] else storage.join(out, "images")
+            folder = storage.join(root, f"run={record['run_id']}")
+            if record["aggregate_only"] and not storage.exists(folder):
+                raise ConfigError(
+                    f"score.ledger {job.score.ledger}: has no run={record['run_id']}, which is published in {out}; "
+                    "without it, its photographs would be scored and counted again"
+                )
+            folders.append(folder)
+    return folders
+
+
+# The run
+
+
+def _plan_uri(storage: Storage, works: str) -> str:
+    return storage.join(works, "plan.json")
+
+
+def _resumed(storage: Storage, works: str, skipped: list[str], console: Console) -> Planned | None:
+    """Return the unpublished run of this configuration, if it was planned to the end and none was published since."""
+    try:
+        record = json.loads(storage.read(_plan_uri(storage, works)))
+    except MissingObject:
+        return None
+    if record["skipped"] != skipped:
+        console.print("a run was published since this one was planned: it is planned again, so that no row is twice")
+        return None
+    made = read_plan(storage, manifest_folder(storage, storage.join(works, record["plan_id"])))
+    assert made is not None
+    return Planned(record["plan_id"], record["started_at"], record["plan_s"], made)
+
+
+def _opened(
+    job: ScoreJob,
+    storage: Storage,
+    works: str,
+    skipped: list[str],
+    key: bytes,
+    check: Callable[[], None],
+    console: Console,
+) -> Planned:
+    """Plan a new run.
+
+    Raises:
+        ConfigError: there is nothing in the input that could be scored.
+    """
+    try:
+        storage.delete_tree(works)  # of a run that was killed while it was planned, or after it was published
+    except (StorageError, StorageUnavailable) as error:
+        console.print(f"warning: old work {works} can't be deleted: {error}")
+    started_at, started = _now(), time.perf_counter()
+    plan_id = _new_id(started_at)
+    with progress(console, "listing", None) as update:
+
+        def report(done: int, remark: str) -> None:
+            check()
+            update(done, remark)
+
+        made = plan(
+            storage,
+            job.score,
+            manifest_folder(storage, storage.join(works, plan_id)),
+            scored_ids(storage, skipped),
+            scored_as=(lambda image: pseudonym(image, key)) if key else None,
+            progress=report,
+        )
+    _check_input(job.score, storage, made)
+    run = Planned(plan_id, started_at.isoformat(timespec="milliseconds"), time.perf_counter() - started, made)
+    record = {"plan_id": plan_id, "started_at": run.started_at, "plan_s": run.plan_s, "skipped": skipped}
+    check()
+    storage.write(_plan_uri(storage, works), json.dumps(record, indent=2).encode())
+    return run
+
+
+def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:
+    """Refuse an input in which there is no photograph at all, scored before or not, unless that is allowed.
+
+    Raises:
+        ConfigError: it says what there is.
+    """
+    if config.allow_empty or plan.num_to_do or plan.num_scored:
+        return
+    where = f"score.input {storage.absolute(config.input)}"
+    if not plan.num_listed:
+        raise ConfigError(f"{where}: nothing is there; check its spelling, or allow it with --score.allow_empty true")
+    raise ConfigError(
+        f"{where}: none of its {plan.num_listed:,} keys is read as a photograph: {_endings(plan)}; score.include says "
+        "which keys are read, such as --score.include '[\"**\"]' for all"
+    )
+
+
+def _endings(plan: Plan) -> str:
+    """Say how many keys of which ending were left out."""
+    said = [
+        f"{number:,} {f'end in {ending}' if ending else 'have no ending'}"
+        for ending, number in plan.endings_left_out.items()
+    ]
+    return ", ".join(said)
+
+
+def _print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
+    """Say what is to be done, and what may have been meant otherwise."""
+    left_out = f"{plan.num_excluded:,} left out by name or size, " if plan.num_excluded else ""
+    line = f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} scored before, {plan.num_to_do:,} to do"
+    console.print(line)
+    if plan.endings_left_out and not config.include:
+        console.print(f"left out: {_endings(plan)}; score.include names the keys that are read")
+    for name, number in plan.num_grouped.items():
+        if number < plan.num_to_do / 2:
+            source = (
+                "score.key_pattern captures it"
+                if f"(?P<{name}>" in config.key_pattern
+                else (f"score.metadata {config.metadata} has it, joined by the column uri")
+            )
+            console.print(
+                f"warning: score.group_by {name}: known of {number:,} of {plan.num_to_do:,} photographs, null of the "
+                f"others; {source}",
+            )
+
+
+def _score_parts(
+    job: ScoreJob, scoring: Scoring, run: Planned, workers: Workers, check: Callable[[], None], console: Console
+) -> dict[str, Any]:
+    """Make the parts that are not there yet; return the seconds that it took.
+
+    Raises:
+        TooManyRefused: most photographs are refused for one reason.
+    """
+    refusals = _Refusals(job.score, run.plan)
+    done = _finished_parts(scoring, refusals, check)
+    todo = [part for part in range(run.plan.num_parts) if part not in done]
+    if done:
+        console.print(f"{len(done)} of {run.plan.num_parts} parts done before")
+    if not todo:
+        refusals.check(at_end=True)
+        return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}
+    # Not in the order of the keys: so the first parts stand for all, and one costly folder is shared by all workers.
+    random.Random(run.plan_id).shuffle(todo)
+    counts: Counter[str] = Counter()
+    stopwatch = Stopwatch()
+    num_faces = 0
+    started = time.perf_counter()
+    total = sum(_rows_of(part, run.plan) for part in todo)
+    with progress(console, "scoring", total) as update:
+        for each in workers.score(scoring, todo):
+            check()
+            statuses = json.loads(each["counts"])
+            counts.update(statuses)
+            stopwatch.add(json.loads(each["seconds"]))
+            num_faces += each["num_faces"]
+            refusals.add(json.loads(each["reasons"]), sum(statuses.values()))
+            refusals.check(at_end=False)
+            said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
+            update(counts.total(), "" if job.score.min_cell else f"{num_faces:,} faces; {said}")
+    refusals.check(at_end=True)
+    score_s = time.perf_counter() - started
+    console.print(f"{total:,} photographs in {score_s:.1f} s: {total / score_s:.1f} images/s")
+    return {"score_s": score_s, "num_workers": workers.num_workers, "worker_s": stopwatch.take()}
+
+
+def _finished_parts(scoring: Scoring, refusals: _Refusals, check: Callable[[], None]) -> set[int]:
+    """Return the parts that an earlier job has made, and count what is refused in them.
+
+    Those that hold a photograph which storage refused are left out: it may give it now.
+    """
+    storage, folder = scoring.storage, parts_folder(scoring.storage, scoring.work)
+    if not storage.exists(folder):
+        return set()
+    patience = Patience(scoring.outage_s)
+    numbers = [int(Path(info.key).stem.removeprefix("part-")) for info in storage.list(folder, (".parquet",))]
+    done = set()
+    for number in numbers:
+        images = patience.call(
+            lambda number=number: storage.read_table(scoring.part_uri(number), ["uri", "status", "error"])  # type: ignore[misc]
+        )
+        check()
+        rows = zip(images["status"].to_pylist(), images["error"].to_pylist(), strict=True)
+        if not any(status == Status.FAILED and error != KILLED_ITS_WORKER for status, error in rows):
+            refusals.add(reject_reasons(images), images.num_rows)
+            done.add(number)
+    return done
+
+
+def _rows_of(part: int, plan: Plan) -> int:
+    """Return how many rows a part has."""
+    return min(plan.rows_per_part, plan.num_to_do - part * plan.rows_per_part)
+
+
+def _publish_files(publication: Publication, workers: Workers, check: Callable[[], None], console: Console) -> Counts:
+    """Write every file that readers will see but the demographics; return what is in them."""
+    if not publication.num_parts:
+        return publication.publish_file(0)
+    counts: list[Counts] = []
+    with progress(console, "publishing", publication.num_files) as update:
+        for each in workers.publish(publication):
+            check()
+            counts.append(each)
+            update(len(counts), "files")
+    return add_counts(counts, publication.group_by)
+
+
+def _totals(counts: Counts, plan: Plan) -> dict[str, Any]:
+    """Return the run's counts over all groups, and those of its planning."""
+    names = [name for name in counts.groups.column_names if name.startswith("num_")]
+    totals = {name: int(np.sum(counts.groups[name].to_numpy())) for name in names}
+    return totals | {"counts": dict(sorted(counts.statuses.items())), "plan": dataclasses.asdict(plan)}
+
+
+def _print_summary(console: Console, totals: Mapping[str, Any], title: str) -> None:
+    console.print(title)
+    table = make_table("", "number")
+    rows = [("photographs", totals["num_images"])]
+    rows += [(f"  {status}", count) for status, count in totals["counts"].items()]
+    rows += [("faces", totals["num_faces"]), ("  flagged", totals["num_flagged"])]
+    rows += [("  with an attribute too uncertain to tell", totals["num_abstained"])]
+    for label, number in rows:
+        table.add_row(label, f"{number:,}")
+    console.print(table)
+    print_failed(console, totals["counts"])
+
+
+def _print_timings(console: Console, timings: Mapping[str, Any]) -> None:
+    stages: dict[str, float] = timings["worker_s"]
+    if stages:
+        total_s = sum(stages.values())
+        most_first = sorted(stages.items(), key=lambda stage: -stage[1])
+        said = ", ".join(f"{name} {spent_s / total_s:.0%}" for name, spent_s in most_first)
+        console.print(f"where the workers' time went: {said}")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _key_id(key: bytes) -> str:
+    """Return what tells keys apart without giving them away."""
+    return hashlib.sha256(b"agr_ray key id" + key).hexdigest()[:12] if key else ""
+
+
+def _new_id(now: datetime.datetime) -> str:
+    """Return an id that no other job makes, and that sorts by time."""
+    return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{secrets.token_hex(4)}"
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)

@@ -1,0 +1,445 @@
+"""What a scoring job does from its command to what readers see, without Ray."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "ray"))
+from sets import checkpoint
+from this_process import ThisProcess
+
+from agr_ray.config import ConfigError, GatesConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.console import make_console
+from agr_ray.data.rendered import render_chip
+from agr_ray.runtime.lock import LockLost
+from agr_ray.runtime.scoring import driver, grouping
+from agr_ray.runtime.scoring.driver import TooManyRefused, score_input
+from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, REJECTS
+from agr_ray.storage import ArchivedObject, ServerFailed, Storage, StorageFailed
+from agr_ray.vision.decode import encode_jpeg
+
+NAMES = [f"{number}.jpg" for number in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def workers(model: Path) -> ThisProcess:
+    return ThisProcess.of(model)
+
+
+class Bucket:
+    """A folder of photographs and its output."""
+
+    def __init__(self, folder: Path, model: Path, workers: ThisProcess) -> None:
+        self.folder = folder
+        self.input, self.out = folder / "in", folder / "out"
+        self._model = model
+        self._workers = workers
+        self.printed = ""
+        self.put(*NAMES)
+
+    def put(self, *keys: str, seed: int = 0) -> None:
+        for number, key in enumerate(keys):
+            path = self.input / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode_jpeg(render_chip(seed, number).image_rgb))
+
+    def job(self, **changes: Any) -> ScoreJob:
+        settings = {"checkpoint": str(self._model), "input": str(self.input), "out": str(self.out), "rows_per_file": 2}
+        gates = changes.pop("gates", GatesConfig())
+        score = ScoreConfig(**settings | {"batch_size": 2, "outage_s": 0.0} | changes)
+        return ScoreJob(vision=VisionConfig(detector="haar"), gates=gates, score=score)
+
+    def score(self, **changes: Any) -> dict[str, Any]:
+        log = io.StringIO()
+        try:
+            return score_input(self.job(**changes), self._workers, make_console(log))
+        finally:
+            self.printed = log.getvalue()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what someone sees who reads the whole folder."""
+        return pq.read_table(self.out / "images", partitioning=None).to_pylist() if self.out.exists() else []
+
+    def statuses(self) -> list[tuple[str, str]]:
+        return sorted((os.path.basename(row["uri"]), row["status"]) for row in self.rows())
+
+    def query(self, sql: str) -> list[Any]:
+        with duckdb.connect() as database:
+            database.execute((self.out / "views.sql").read_text())
+            return database.sql(sql).fetchall()
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, model: Path, workers: ThisProcess) -> Bucket:
+    return Bucket(tmp_path, model, workers)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, refuses: Callable[[str], bool], error: type[Exception]) -> None:
+    """Have storage refuse photographs."""
+    read = Storage.read
+
+    def read_or_refuse(storage: Storage, uri: str, **kwargs: Any) -> bytes:
+        if uri.endswith(".jpg") and refuses(os.path.basename(uri)):
+            raise error(f"{uri}: AccessDenied: request {abs(hash(uri))} was denied")
+        return read(storage, uri, **kwargs)
+
+    monkeypatch.setattr(Storage, "read", read_or_refuse)
+
+
+# The same command finishes
+
+
+@pytest.mark.parametrize("name", sorted({*DEMOGRAPHICS.names, *FACES.names, *IMAGES.names, *REJECTS.names, "run"}))
+@pytest.mark.parametrize("spell", [str, str.upper])
+def test_a_group_named_as_a_column_is_refused_before_anything_is_scored(
+    bucket: Bucket, name: str, spell: Callable[[str], str]
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^score\.group_by {spell(name)}: the tables have a column of that name"):
+        grouping.check_grouping(bucket.job(group_by=(spell(name),), metadata="m.parquet").score)
+
+
+@pytest.mark.parametrize(
+    "name", ["key", "position", "listed_order", "file_row_number", "scored_id", "num_rows", "listed"]
+)
+def test_a_group_named_as_planning_names_its_own_columns_is_refused_or_works(bucket: Bucket, name: str) -> None:
+    try:
+        record = bucket.score(group_by=(name,), key_pattern=rf"(?P<{name}>\d)\.jpg$")
+    except ConfigError as error:
+        assert str(error).startswith(f"score.group_by {name}: the tables have a column of that name")  # noqa: PT017
+        return
+    assert record["num_images"] == len(NAMES)
+    sql = f"SELECT \"{name}\", num_images FROM demographics WHERE NOT is_total AND breakdown = 'gender' GROUP BY ALL"
+    assert sorted(bucket.query(sql)) == [(str(number), 1) for number in range(len(NAMES))]
+
+
+def test_work_that_cannot_be_deleted_fails_neither_this_run_nor_the_next(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete_tree = Storage.delete_tree
+
+    def refuse_work(storage: Storage, uri: str) -> None:
+        if "out-work" in uri:
+            raise StorageFailed(f"{uri}: MissingContentMD5")
+        delete_tree(storage, uri)
+
+    monkeypatch.setattr(Storage, "delete_tree", refuse_work)
+    assert bucket.score()["num_images"] == len(NAMES)
+    assert "warning: the run's work" in bucket.printed
+    assert "MissingContentMD5" in bucket.printed
+
+    bucket.put("6.jpg", seed=1)
+    assert bucket.score()["num_images"] == 1
+    assert bucket.score()["num_images"] == 0
+    assert [name for name, _ in bucket.statuses()] == [*NAMES, "6.jpg"]
+
+
+# One driver for each output
+
+
+def test_one_relative_path_from_two_folders_is_two_inputs(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = Bucket(bucket.folder / "elsewhere", bucket._model, bucket._workers)
+    (elsewhere.input / "5.jpg").unlink()
+    monkeypatch.chdir(bucket.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "promote", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bucket.score(input="in")
+
+    monkeypatch.chdir(elsewhere.folder)
+    bucket.score(input="in")
+
+    assert [row["uri"] for row in bucket.rows()] == [str(elsewhere.input / name) for name in NAMES[:5]]
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("out", ["s3://results", "s3://results/"])
+def test_a_whole_bucket_as_output_is_refused(bucket: Bucket, out: str) -> None:
+    with pytest.raises(ConfigError, match=r"^score\.out s3://results/?: is a whole bucket; name a prefix"):
+        bucket.score(out=out)
+
+
+def test_a_job_that_loses_its_lock_while_it_plans_stops_and_leaves_no_plan(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = driver.plan
+
+    def plan_and_lose(*args: Any, progress: Any, **kwargs: Any) -> Any:
+        progress(0, "")
+        lock = bucket.folder / "out-work" / "lock.json"
+        record = json.loads(lock.read_text())
+        lock.write_text(json.dumps(record | {"token": "of another job"}))
+        until = datetime.datetime.now() + datetime.timedelta(seconds=10)
+        while datetime.datetime.now() < until:
+            progress(1, "")
+        return plan(*args, progress=progress, **kwargs)
+
+    monkeypatch.setattr(driver, "plan", plan_and_lose)
+    with pytest.raises(LockLost):
+        bucket.score(lock_expiry_s=0.4)
+    assert not list((bucket.folder / "out-work").rglob("plan.json"))
+
+
+# Readers see what was published, once
+
+
+@pytest.mark.parametrize("next_run", [{}, {"gates": GatesConfig(min_side_px=9)}, {"limit": 4}])
+@pytest.mark.parametrize("killed_before", ["views.sql", "_SUCCESS", "images", "demographics"])
+def test_what_a_killed_publication_left_is_gone_after_the_next_job_of_any_recipe(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, killed_before: str, next_run: dict[str, Any]
+) -> None:
+    write, move = Storage.write, Storage.move_tree
+
+    def write_or_die(storage: Storage, uri: str, data: bytes, **kwargs: Any) -> str:
+        return interrupt() if killed_before in uri else write(storage, uri, data, **kwargs)  # type: ignore[return-value]
+
+    def move_or_die(storage: Storage, source: str, target: str) -> None:
+        return interrupt() if killed_before in target else move(storage, source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", write_or_die)
+        patch.setattr(Storage, "move_tree", move_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            bucket.score()
+
+    record = bucket.score(**next_run)
+
+    num_images = next_run.get("limit", len(NAMES))
+    assert [name for name, _ in bucket.statuses()] == NAMES[:num_images]
+    assert [row["run_id"] for row in bucket.rows()] == [record["run_id"]] * num_images
+    for table in ("images", "faces", "rejects", "demographics"):
+        assert [path.name for path in (bucket.out / table).iterdir()] == [f"run={record['run_id']}"]
+
+
+def test_a_newer_row_that_says_nothing_of_the_content_hides_no_older_one(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.score()
+    before = bucket.query("SELECT uri, status FROM images ORDER BY uri")
+    num_faces = bucket.query("SELECT count(*) FROM faces")
+    assert num_faces != [(0,)]
+    refuse(monkeypatch, lambda name: name in NAMES[:3], StorageFailed)
+
+    bucket.score(gates=GatesConfig(min_side_px=9), max_refused=1.0)
+
+    assert sorted(status for _, status in bucket.statuses()).count("failed") == 3
+    assert bucket.query("SELECT uri, status FROM images ORDER BY uri") == before
+    assert bucket.query("SELECT count(*) FROM faces") == num_faces
+    assert bucket.query("SELECT * FROM rejects") == []
+
+
+# Nothing done is no success
+
+
+def test_an_input_where_nothing_is_is_refused_unless_that_is_allowed(bucket: Bucket) -> None:
+    empty = bucket.folder / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match=r"^score\.input .*empty: nothing is there; .*--score\.allow_empty true"):
+        bucket.score(input=str(empty))
+    assert not bucket.out.exists()
+
+    assert bucket.score(input=str(empty), allow_empty=True)["num_images"] == 0
+
+
+def test_an_input_without_a_photograph_says_which_endings_it_has_and_how_to_include_them(bucket: Bucket) -> None:
+    odd = bucket.folder / "odd"
+    for key in ("a.txt", "b.TXT", "uploads/ab12cd", "c.d/x"):
+        (odd / key).parent.mkdir(parents=True, exist_ok=True)
+        (odd / key).write_bytes((bucket.input / NAMES[0]).read_bytes())
+    with pytest.raises(
+        ConfigError, match=r"none of its 4 keys .*: 2 end in \.txt, 2 have no ending; score\.include says which"
+    ):
+        bucket.score(input=str(odd))
+
+    assert bucket.score(input=str(odd), include=("**",))["num_images"] == 4
+
+
+def test_how_many_keys_of_which_ending_were_left_out_is_said(bucket: Bucket) -> None:
+    for key in ("a.txt", "b.md", "c.md", "d"):
+        (bucket.input / key).write_text("no photograph")
+
+    record = bucket.score()
+
+    assert "left out: 2 end in .md, 1 end in .txt, 1 have no ending; score.include" in bucket.printed
+    assert record["plan"]["endings_left_out"] == {".md": 2, ".txt": 1, "": 1}
+
+
+@pytest.mark.parametrize("error", [StorageFailed, ServerFailed])
+def test_a_run_of_which_most_is_refused_publishes_nothing_and_the_same_command_repeats_it_once_mended(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    with monkeypatch.context() as patch:
+        refuse(patch, lambda name: name in NAMES[:4], error)
+        with pytest.raises(TooManyRefused, match=r"^score\.input .*: 4 of 6 photographs .*: failed: AccessDenied"):
+            bucket.score()
+    assert not bucket.out.exists()
+
+    assert bucket.score()["counts"].keys() <= {"ok", "no_face"}
+    assert [name for name, _ in bucket.statuses()] == NAMES
+
+
+def test_a_few_refused_photographs_are_rows_and_the_rest_are_published(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        refuse(patch, lambda name: name in NAMES[2:4], StorageFailed)
+        record = bucket.score()
+        assert record["counts"]["failed"] == 2
+        # The only ones that are left to do are refused again, but not most of the input.
+        assert bucket.score()["counts"] == {"failed": 2}
+
+    assert bucket.score()["num_images"] == 2
+
+
+def test_files_that_are_no_photographs_are_refused_as_a_whole(bucket: Bucket) -> None:
+    for name in NAMES[:5]:
+        (bucket.input / name).write_text("no photograph")
+    with pytest.raises(TooManyRefused, match=r"5 of 6 photographs .*: not_an_image: "):
+        bucket.score()
+    assert bucket.score(max_refused=1.0)["counts"]["not_an_image"] == 5
+
+
+def test_a_refused_run_that_was_killed_before_its_end_is_refused_too(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, lambda _: True, StorageFailed)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver._Refusals, "check", lambda *_, **__: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            bucket.score()
+    with pytest.raises(TooManyRefused, match="6 of 6"):
+        bucket.score()
+
+
+def test_an_archived_photograph_is_tried_again_only_in_another_storage_class(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def manifest(*classes: str | None) -> str:
+        infos = list(Storage().list(str(bucket.input)))
+        rows = [
+            {"uri": info.uri, "etag": info.etag, "storage_class": storage_class}
+            for info, storage_class in zip(infos, classes, strict=True)
+        ]
+        path = bucket.folder / f"{'-'.join(map(str, classes))}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        return str(path)
+
+    cold = manifest("GLACIER", None, *["STANDARD"] * 4)
+    with monkeypatch.context() as patch:
+        refuse(patch, lambda name: name in NAMES[:2], ArchivedObject)
+        assert bucket.score(input=cold)["counts"]["archived"] == 2
+        assert bucket.score(input=cold)["num_images"] == 0
+
+    assert bucket.score(input=manifest("STANDARD", None, *["STANDARD"] * 4))["num_images"] == 1
+    assert bucket.score(input=manifest("STANDARD", "STANDARD_IA", *["GLACIER"] * 4))["num_images"] == 1
+    assert bucket.query("SELECT count(*) FROM images WHERE status = 'archived'") == [(0,)]
+
+
+# Groups from a table
+
+
+def metadata(bucket: Bucket, rows: list[dict[str, Any]]) -> str:
+    path = bucket.folder / "metadata.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def test_metadata_join_by_any_form_of_a_uri(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bucket.folder)
+    forms = [
+        f"in/{NAMES[0]}",
+        f"{bucket.input}/../in/{NAMES[1]}",
+        f"file://{bucket.input}/{NAMES[2]}",
+        None,
+        "gs://b/k",
+    ]
+    table = metadata(bucket, [{"uri": uri, "day": "monday"} for uri in forms])
+
+    bucket.score(metadata=table, group_by=("day",))
+
+    groups = "SELECT DISTINCT day, num_images FROM demographics WHERE NOT is_total ORDER BY day"
+    assert bucket.query(groups) == [("monday", 3), (None, 3)]
+    assert "warning" not in bucket.printed.replace("warning: no age_low", "")
+
+
+def test_metadata_that_join_little_are_warned_of(bucket: Bucket) -> None:
+    table = metadata(bucket, [{"uri": f"/elsewhere/{name}", "day": "monday"} for name in NAMES])
+    bucket.score(metadata=table, group_by=("day",))
+    assert "warning: score.group_by day: known of 0 of 6 photographs" in bucket.printed
+
+
+def test_metadata_with_two_rows_for_a_photograph_are_refused(bucket: Bucket) -> None:
+    path = bucket.input / NAMES[0]
+    table = metadata(bucket, [{"uri": str(path), "day": "monday"}, {"uri": f"file://{path}", "day": "tuesday"}])
+    with pytest.raises(ConfigError, match=rf"^score\.metadata .*: has 2 rows for {path}"):
+        bucket.score(metadata=table, group_by=("day",))
+
+
+# Privacy
+
+
+def test_pseudonymised_rows_tell_neither_the_order_of_the_keys_nor_the_input(bucket: Bucket) -> None:
+    keys = [f"{number:03d}.jpg" for number in range(40)]
+    for key in keys:
+        (bucket.input / key).write_bytes(encode_jpeg(np.full((16, 16, 3), 99, np.uint8)) + key.encode())
+    key_file = bucket.folder / "key"
+    key_file.write_bytes(bytes(range(32)))
+
+    record = bucket.score(pseudonymise=str(key_file))
+
+    rows = bucket.rows()
+    assert [row["scored_at"] for row in rows] == [rows[0]["scored_at"]] * len(rows)
+    assert str(bucket.input) not in "".join(path.read_text() for path in (bucket.out / "_SUCCESS").iterdir())
+    assert "input" not in record
+    # Nor in which part, and so in which file, an image was.
+    parts = [record for record in bucket.rows() if record]
+    assert len(parts) == len(keys) + len(NAMES)
+
+
+def test_parts_of_a_pseudonymised_run_are_not_in_the_order_of_the_keys(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put(*(f"{number:03d}.jpg" for number in range(20)))
+    key_file = bucket.folder / "key"
+    key_file.write_bytes(bytes(range(32)))
+    planned: list[str] = []
+    read_part = driver.Scoring.manifest_rows
+    monkeypatch.setattr(
+        driver.Scoring,
+        "manifest_rows",
+        lambda scoring, part: planned.extend(read_part(scoring, part)["uri"].to_pylist()) or read_part(scoring, part),
+    )
+
+    bucket.score(pseudonymise=str(key_file), rows_per_file=100)
+
+    assert len(planned) == 26
+    assert planned != sorted(planned)
+
+
+def test_totals_that_min_cell_withholds_are_not_printed(bucket: Bucket) -> None:
+    record = bucket.score(min_cell=10)
+
+    assert "num_faces" not in record
+    assert "faces" not in bucket.printed.replace("images/ and faces/ still hold every face", "")
+    assert "no_face" not in bucket.printed
+    assert "withholds its totals" in bucket.printed
