@@ -89,9 +89,11 @@ OneOrSeveral = Annotated[str, BeforeValidator(_one_or_several)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_INT = 2**31 - 1
 """Largest whole number of any knob: torch, OpenCV and Ray take no larger ones in places."""
+MAX_FLOAT = 1e38
+"""The same of any other number: networks compute in float32, which ends there."""
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
-PositiveFloat = Annotated[float, Field(gt=0.0, le=1e9)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e9)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=MAX_FLOAT)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=MAX_FLOAT)]
 AnyInt = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """NumPy, torch and Optuna all take these."""
@@ -117,11 +119,24 @@ class StorageConfig(Section):
     endpoint_url: Address = None
     """Address of an S3-compatible server; none: AWS_ENDPOINT_URL if set, else AWS itself."""
     region: str | None = None
-    """Region of the buckets; none: the usual AWS variables."""
+    """Region of the buckets; none: the usual AWS variables. A bucket of AWS in another region is found."""
+    anonymous: bool = False
+    """Send no credentials, as public buckets allow."""
+    requester_pays: bool = False
+    """Agree to pay for requests and transfer, as requester-pays buckets demand."""
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    """Where a URL names the bucket: in its `path`, or in its host name, `virtual`. `auto`: as AWS's profile says, else
+    `virtual` on AWS and `path` elsewhere."""
     timeout_s: Timeout = 30.0
     """Seconds to connect, and between two packets, before a request is tried again."""
     max_attempts: PositiveInt = 6
     """Times that a throttled, timed-out or failed request is tried in all, with back-off between."""
+
+    @model_validator(mode="after")
+    def _someone_pays(self) -> Self:
+        if self.anonymous and self.requester_pays:
+            raise ValueError("storage.requester_pays: needs credentials, and storage.anonymous sends none; unset one")
+        return self
 
 
 class ClusterConfig(Section):

@@ -10,8 +10,8 @@ Trouble comes in two kinds. A `StorageError` concerns one object and carries the
 `StorageUnavailable` concerns the set-up (keys, bucket, endpoint, folder) and should end the run: it is not a
 `StorageError`, so that code which turns bad objects into rows can't swallow it.
 
-Three clients share the work, each at what it does best: boto3 lists keys with ETags, reads objects and makes
-conditional puts; pyarrow reads and writes Parquet; s3fs moves trees of files.
+boto3 lists, reads and writes S3, for pyarrow and Ray too (`s3_filesystem.py`); s3fs downloads trees of files. Both take
+their settings from `connection.py`.
 """
 
 from __future__ import annotations
@@ -23,24 +23,29 @@ import os
 import re
 import shutil
 import stat
+import sys
+import tempfile
 import time
 import urllib.parse
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
 from agr_ray.config import ConfigError, StorageConfig
+from agr_ray.connection import AddressingStyle, Connection
 from agr_ray.schema import Status
 
 if TYPE_CHECKING:
+    from botocore.exceptions import ClientError
     from types_boto3_s3 import S3Client
     from types_boto3_s3.type_defs import ObjectTypeDef
 
@@ -54,6 +59,22 @@ _NUM_COPIES: Final = 16
 DEFAULT_MARKER: Final = "meta.json"
 """The file of a tree that is written last, and whose presence says that the tree is whole."""
 
+_NO_MULTI_DELETE_CODES: Final = frozenset(
+    {
+        "BadDigest",
+        "InvalidDigest",
+        "InvalidRequest",
+        "MalformedXML",
+        "MethodNotAllowed",
+        "MissingContentLength",
+        "MissingContentMD5",
+        "NotImplemented",
+    }
+)
+_PROBE_ATTEMPTS: Final = 2
+_PROBE_TIMEOUT_S: Final = 10.0
+_PROBE_NAME: Final = ".agr-ray-probe"
+_UNZIP_STEP_BYTES: Final = 64 * 1024
 _TEMPORARY = ".tmp-"
 """How the names of unfinished local files and folders begin; they are never listed."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/")
@@ -142,12 +163,28 @@ class ObjectInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class S3Connection:
-    """What another program needs to know, beside keys, to reach what a `Storage` reaches."""
+class ObjectRange:
+    """Some bytes of an object."""
+
+    data: bytes
+    offset: int
+    """Of the first of them."""
+    total_bytes: int
+    """Of the whole object."""
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class S3Address:
+    """What another program needs to know, beside keys, to reach a bucket."""
 
     endpoint_url: str | None
     """None: AWS itself."""
     region: str
+    addressing_style: str
+    """`virtual`, `path` or `auto`."""
+    anonymous: bool
+    """Whether requests are not signed."""
 
 
 class _Clients:
@@ -183,6 +220,13 @@ class Storage:
     """For a connection, and for each wait on a socket."""
     max_attempts: int = StorageConfig.model_fields["max_attempts"].default
     """For each request, the first included."""
+    anonymous: bool = False
+    """Send no credentials, as public buckets allow."""
+    requester_pays: bool = False
+    """Agree to pay for requests, as requester-pays buckets demand."""
+    addressing_style: AddressingStyle = "auto"
+    """`path`: the bucket is in the URL's path; `virtual`: in its host name; `auto`: as AWS's profile says, else path
+    for a server of one's own and virtual for AWS."""
     list_page_keys: int = 1000
     """Keys that a listing asks for at a time. S3 gives no more than 1000."""
     _clients: _Clients = field(default_factory=_Clients, init=False, repr=False, compare=False)
@@ -198,7 +242,50 @@ class Storage:
     @classmethod
     def from_config(cls, config: StorageConfig) -> Storage:
         """Return the storage that a configuration describes."""
-        return cls(config.endpoint_url, config.region, config.timeout_s, config.max_attempts)
+        return cls(
+            endpoint_url=config.endpoint_url,
+            region=config.region,
+            request_timeout_s=config.timeout_s,
+            max_attempts=config.max_attempts,
+            anonymous=config.anonymous,
+            requester_pays=config.requester_pays,
+            addressing_style=config.addressing_style,
+        )
+
+    def probe(self, uri: str, key: str, *, write: bool = False) -> None:
+        """Make a cheap request with every S3 client, so that a wrong setting is known before any work.
+
+        `key` is the setting that `uri` comes from. With `write`, an object is also put below `uri` and deleted again.
+        A local path is not looked at, and a server that is only too busy is left for later.
+
+        Raises:
+            BadUri, StorageUnavailable: one line that names the key and what is wrong.
+        """
+        try:
+            if not _is_s3(uri):
+                return
+            bucket, prefix = _bucket_and_key(uri, key_needed=False)
+        except BadUri as error:
+            raise BadUri(f"{key}: {error}") from None
+        attempts = min(self.max_attempts, _PROBE_ATTEMPTS)
+        quick = replace(self, request_timeout_s=min(self.request_timeout_s, _PROBE_TIMEOUT_S), max_attempts=attempts)
+        try:
+            with quick._s3_errors(uri, listing=True):
+                quick._s3().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+            fs, _ = quick.fsspec_filesystem(uri)
+            with quick._foreign_errors(uri), quick._s3_errors(uri, listing=True):
+                try:
+                    fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+                except OSError as error:
+                    raise error.__cause__ or error from None  # what botocore said, before s3fs translated it
+            if write:
+                probe = quick.join(uri, _PROBE_NAME)
+                quick.write(probe, b"")
+                quick.delete(probe)
+        except ServerFailed:
+            return
+        except (StorageError, StorageUnavailable) as error:
+            raise StorageUnavailable(f"{key}: {error}") from error
 
     # URIs
 
@@ -236,21 +323,50 @@ class Storage:
 
     # Objects
 
-    def list(self, uri: str, suffixes: Sequence[str] | None = None) -> Iterator[ObjectInfo]:
+    def list(
+        self,
+        uri: str,
+        suffixes: Sequence[str] | None = None,
+        *,
+        on_unreadable: Callable[[str], None] | None = None,
+    ) -> Iterator[ObjectInfo]:
         """Yield the objects below the folder or prefix `uri`, in the order of their keys' UTF-8 bytes.
 
         `suffixes` are compared regardless of case. Directories, and the empty objects whose key ends in `/` that
         stand for them, are skipped. Links are followed, except to a folder that holds them. A local file whose
         name is not UTF-8 gets a percent-encoded `file://` URI and key, so that it fits into a table.
 
+        A local subfolder that this user may not list, such as `lost+found`, is an error, unless `on_unreadable` is
+        given: then it is skipped, and `on_unreadable` is called with its path.
+
         Raises:
             StorageUnavailable: no such local folder or bucket, or it can't be listed.
         """
         wanted = None if suffixes is None else tuple(suffix.lower() for suffix in suffixes)
-        listed = self._list_s3(uri) if _is_s3(uri) else _list_local(_local_path(uri))
+        listed = self._list_s3(uri) if _is_s3(uri) else _list_local(_local_path(uri), on_unreadable)
         for info in listed:
             if wanted is None or info.key.lower().endswith(wanted):
                 yield info
+
+    def list_readable(self, uri: str, suffixes: Sequence[str] | None = None) -> Iterator[ObjectInfo]:
+        """Yield what `list` does, but skip local subfolders that this user may not list, such as `lost+found`.
+
+        A warning on stderr names each, and the last one counts them. Only photographs are listed so: a folder of
+        results that can't be listed is an error.
+
+        Raises:
+            StorageUnavailable: as `list` does; `uri` itself can't be listed.
+        """
+        num_skipped = 0
+
+        def skip(folder: str) -> None:
+            nonlocal num_skipped
+            num_skipped += 1
+            _warn(f"skipping folder {folder}: this user may not list it")
+
+        yield from self.list(uri, suffixes, on_unreadable=skip)
+        if num_skipped > 1:
+            _warn(f"{num_skipped} folders below {uri} were skipped")
 
     def read(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> bytes:
         """Return the object's bytes; with `etag`, only if it is still the object that was listed with it.
@@ -261,6 +377,11 @@ class Storage:
         """
         return self._read(uri, etag, max_bytes)[0]
 
+    def read_range(self, uri: str, start: int, length: int, *, etag: str | None = None) -> ObjectRange:
+        """Return bytes of an S3 object from `start`, or the last `-start` bytes; fails as `read` does."""
+        byte_range = f"bytes=-{-start}" if start < 0 else f"bytes={start}-{start + length - 1}"
+        return self._try_often(uri, lambda: self._get_s3(uri, etag, byte_range=byte_range))
+
     def read_with_etag(self, uri: str) -> tuple[bytes, str]:
         """Return the object's bytes and the ETag that it had with them; fails as `read` does."""
         return self._read(uri, None, None)
@@ -268,9 +389,13 @@ class Storage:
     def _read(self, uri: str, etag: str | None, max_bytes: int | None) -> tuple[bytes, str]:
         if not _is_s3(uri):
             return _read_local(_local_path(uri), etag, max_bytes)
+        found = self._try_often(uri, lambda: self._get_s3(uri, etag, max_bytes=max_bytes))
+        return found.data, found.etag
+
+    def _try_often(self, uri: str, read: Callable[[], ObjectRange]) -> ObjectRange:
         for attempt in range(1, self.max_attempts + 1):
             try:
-                return self._read_s3(uri, etag, max_bytes)
+                return read()
             except _BrokenBody as error:
                 # botocore retries requests but not bodies that break off.
                 if attempt == self.max_attempts:
@@ -278,8 +403,10 @@ class Storage:
                 time.sleep(min(0.1 * 2**attempt, 5.0))
         raise AssertionError("the last attempt returns or raises")
 
-    def write(self, uri: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+    def write(self, uri: str, data: bytes | IO[bytes], *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write the object whole or not at all, making local folders as needed, and return its ETag.
+
+        S3 gets it in one request (objects up to 5 GB), so that a writer that dies leaves nothing there.
 
         With `if_absent`, or with the ETag that the object must still have as `if_match`, of several writers at once
         exactly one succeeds: on S3 by If-None-Match and If-Match, locally by a hard link and by flock, which holds
@@ -295,8 +422,9 @@ class Storage:
         if if_absent and if_match is not None:
             raise ValueError("if_absent and if_match exclude each other")
         if not _is_s3(uri):
+            whole = data if isinstance(data, bytes) else data.read()
             return _write_local(
-                _local_path(uri), lambda path: Path(path).write_bytes(data), if_absent=if_absent, if_match=if_match
+                _local_path(uri), lambda path: Path(path).write_bytes(whole), if_absent=if_absent, if_match=if_match
             )
         bucket, key = _bucket_and_key(uri)
         client = self._s3()
@@ -331,17 +459,23 @@ class Storage:
         """Say whether there is an object or a folder at `uri`; on S3 a folder is a prefix with something below it."""
         if not _is_s3(uri):
             return os.path.exists(_local_path(uri))
+        size, is_folder = self.look_up(uri)
+        return size is not None or is_folder
+
+    def look_up(self, uri: str) -> tuple[int | None, bool]:
+        """Return the size of the S3 object `uri`, None if there is none, and then whether something is below it."""
         bucket, key = _bucket_and_key(uri, key_needed=False)
         client = self._s3()
         if key:
             # A listing rather than HEAD, whose bare 404 and 403 do not say what is wrong.
             with self._s3_errors(uri, listing=True):
                 page = client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
-            if any(entry.get("Key") == key for entry in page.get("Contents", [])):
-                return True
+            for entry in page.get("Contents", []):
+                if entry["Key"] == key:
+                    return entry["Size"], False
         with self._s3_errors(uri, listing=True):
             page = client.list_objects_v2(Bucket=bucket, Prefix=_as_prefix(key), MaxKeys=1)
-        return not key or bool(page.get("Contents"))
+        return None, not key or bool(page.get("Contents"))
 
     def delete(self, uri: str, *, if_match: str | None = None) -> None:
         """Delete one object or local file; it need not exist.
@@ -392,14 +526,13 @@ class Storage:
         if not overwrite and self.exists(self.join(uri, marker)):
             raise FileExistsError(f"{uri} exists and is not overwritten")
         self.delete(self.join(uri, marker))
-        fs, _ = self.fsspec_filesystem(uri)
         for key in {info.key for info in self.list(uri)} - set(names):
             self.delete(self.join(uri, key))  # of the tree that is replaced
         names.remove(marker)
         for name in [*names, marker]:
             target = self.join(uri, name)
-            with self._foreign_errors(target):
-                fs.put_file(str(source / name), _s3_path(target))
+            with open(source / name, "rb") as file:
+                self.write(target, file)
 
     def download_tree(self, uri: str, local_dir: str, *, marker: str = DEFAULT_MARKER) -> None:
         """Copy the tree at `uri` to the local folder `local_dir`, which appears whole or not at all.
@@ -435,14 +568,25 @@ class Storage:
             return
         bucket, _ = _bucket_and_key(uri)  # never a whole bucket
         infos = self._list_s3(uri, directories=True)
-        while some := list(islice(infos, _KEYS_PER_DELETE)):
-            with self._s3_errors(uri, writing=True):
+        while some := [_bucket_and_key(info.uri)[1] for info in islice(infos, _KEYS_PER_DELETE)]:
+            for key in self._delete_many(uri, bucket, some):
+                self.delete(f"s3://{bucket}/{key}")
+
+    def _delete_many(self, uri: str, bucket: str, keys: Sequence[str]) -> Sequence[str]:
+        """Delete the keys in one request, and return those that must be deleted one by one."""
+        from botocore.exceptions import ClientError
+
+        with self._s3_errors(uri, writing=True):
+            try:
                 answer = self._s3().delete_objects(
-                    Bucket=bucket,
-                    Delete={"Objects": [{"Key": _bucket_and_key(info.uri)[1]} for info in some], "Quiet": True},
+                    Bucket=bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
                 )
-            for error in answer.get("Errors", []):
-                raise StorageFailed(f"s3://{bucket}/{error['Key']}: can't be deleted: {error['Code']}")
+            except ClientError as error:
+                if _does_not_delete_many(error):
+                    return keys
+                raise
+        # A single delete says what is wrong with it, if it still is.
+        return [error["Key"] for error in answer.get("Errors", []) if error.get("Code") != "NoSuchKey"]
 
     def move_tree(self, source: str, target: str) -> None:
         """Move everything below the folder or prefix `source` to `target`, where nothing may be.
@@ -497,21 +641,36 @@ class Storage:
         if not _is_s3(uri):
             _write_local(_local_path(uri), lambda path: pq.write_table(table, path, compression="zstd"))
             return
-        fs, path = self.arrow_filesystem(uri)
-        with self._foreign_errors(uri):
-            pq.write_table(table, path, filesystem=fs, compression="zstd")
+        with tempfile.TemporaryFile() as file:
+            pq.write_table(table, file, compression="zstd")
+            file.seek(0)
+            self.write(uri, file)
 
     # The clients
 
-    def s3_connection(self, uri: str) -> S3Connection | None:
-        """Return how the S3 server of `uri` is reached; None for a local path."""
-        return S3Connection(*self._endpoint_and_region()) if _is_s3(uri) else None
+    def s3_address(self, uri: str) -> S3Address | None:
+        """Return where the bucket of `uri` is; None for a local path.
+
+        Raises:
+            StorageUnavailable: there is no such bucket, or it can't be reached.
+        """
+        if not _is_s3(uri):
+            return None
+        client = self._s3()
+        with self._s3_errors(uri, listing=True):
+            answer = client.head_bucket(Bucket=_bucket_and_key(uri, key_needed=False)[0])
+        endpoint = client.meta.endpoint_url
+        on_aws = (urllib.parse.urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        region = answer.get("BucketRegion") or client.meta.region_name
+        return S3Address(None if on_aws else endpoint, region, self.addressing_style, self.anonymous)
 
     def arrow_filesystem(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         """Return pyarrow's filesystem for `uri`, for Parquet and for Ray, and the path of `uri` in it."""
         if not _is_s3(uri):
             return pyarrow.fs.LocalFileSystem(), _local_path(uri)
-        return self._clients.get("arrow", self._make_arrow), _s3_path(uri)
+        from agr_ray.s3_filesystem import S3Handler
+
+        return pyarrow.fs.PyFileSystem(S3Handler(self)), _s3_path(uri)
 
     def fsspec_filesystem(self, uri: str) -> tuple[Any, str]:
         """Return an fsspec filesystem for `uri` (s3fs, or fsspec's local one), and the path of `uri` in it."""
@@ -524,72 +683,61 @@ class Storage:
     def _s3(self) -> S3Client:
         return self._clients.get("boto3", self._make_boto3)
 
+    @property
+    def _connection(self) -> Connection:
+        return Connection(
+            endpoint_url=self.endpoint_url,
+            region=self.region,
+            anonymous=self.anonymous,
+            requester_pays=self.requester_pays,
+            addressing_style=self.addressing_style,
+            request_timeout_s=self.request_timeout_s,
+            max_attempts=self.max_attempts,
+        )
+
     def _make_boto3(self) -> S3Client:
         import boto3
+        import botocore.session
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
         try:
-            session = boto3.Session(region_name=self._configured_region())
-            return session.client(
-                "s3",
-                endpoint_url=self.endpoint_url,
-                region_name=session.region_name or "us-east-1",
-                config=Config(
-                    connect_timeout=self.request_timeout_s,
-                    read_timeout=self.request_timeout_s,
-                    retries={"total_max_attempts": self.max_attempts, "mode": "standard"},
-                    max_pool_connections=64,
-                ),
+            session = botocore.session.Session()
+            arguments = self._connection.prepare(session)
+            config = Config(**self._connection.config(session))
+            return boto3.Session(botocore_session=session).client("s3", config=config, **arguments)
+        except (BotoCoreError, ValueError) as error:
+            raise StorageUnavailable(f"S3 can't be used as configured: {error}") from error
+
+    def _make_s3fs(self) -> Any:
+        import s3fs
+        from aiobotocore.session import AioSession
+        from botocore.exceptions import BotoCoreError
+
+        class S3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
+            protocol = "agr-ray-s3"  # not s3, whose settings fsspec would add from its own files and variables
+            cachable = False
+            retries = 2  # of bodies that break off: the client itself tries requests again
+
+        try:
+            session = AioSession()
+            return S3(
+                session=session,
+                client_kwargs=self._connection.prepare(session),
+                config_kwargs=self._connection.config(session),
+                # Others write to the same prefixes: a remembered listing would be wrong.
+                use_listings_cache=False,
             )
         except (BotoCoreError, ValueError) as error:
             raise StorageUnavailable(f"S3 can't be used as configured: {error}") from error
 
-    def _configured_region(self) -> str | None:
-        # boto3 itself knows AWS_DEFAULT_REGION and the profile, but not AWS_REGION.
-        return self.region or os.environ.get("AWS_REGION") or None
-
-    def _endpoint_and_region(self) -> tuple[str | None, str]:
-        """Return what boto3 made of configuration, variables and profile, for the other clients to follow.
-
-        The endpoint is None for AWS itself, which they find better by themselves.
-        """
-        meta = self._s3().meta
-        host = urllib.parse.urlsplit(meta.endpoint_url).hostname or ""
-        on_aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
-        return (None if on_aws else meta.endpoint_url), meta.region_name
-
-    def _make_arrow(self) -> pyarrow.fs.S3FileSystem:
-        endpoint, region = self._endpoint_and_region()
-        address = urllib.parse.urlsplit(endpoint) if endpoint else None
-        return pyarrow.fs.S3FileSystem(
-            region=region,
-            scheme=address.scheme if address else "https",
-            endpoint_override=address.netloc + address.path.rstrip("/") if address else None,
-            request_timeout=self.request_timeout_s,
-            connect_timeout=self.request_timeout_s,
-            retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=self.max_attempts),
-        )
-
-    def _make_s3fs(self) -> Any:
-        import s3fs
-
-        endpoint, region = self._endpoint_and_region()
-        return s3fs.S3FileSystem(
-            client_kwargs={"region_name": region} | ({"endpoint_url": endpoint} if endpoint else {}),
-            config_kwargs={
-                "connect_timeout": self.request_timeout_s,
-                "read_timeout": self.request_timeout_s,
-                "retries": {"total_max_attempts": self.max_attempts, "mode": "standard"},
-            },
-            # Others write to the same prefixes: a remembered listing would be wrong.
-            use_listings_cache=False,
-            skip_instance_cache=True,
-        )
-
     # S3
 
-    def _list_s3(self, uri: str, *, directories: bool = False) -> Iterator[ObjectInfo]:
+    def list_entries(self, uri: str, *, recursive: bool) -> Iterator[ObjectInfo]:
+        """Yield what is below an S3 prefix, the folders in it too, whose keys end in `/`."""
+        return self._list_s3(uri, directories=True, delimiter="" if recursive else "/")
+
+    def _list_s3(self, uri: str, *, directories: bool = False, delimiter: str = "") -> Iterator[ObjectInfo]:
         bucket, key = _bucket_and_key(uri, key_needed=False)
         root = f"s3://{bucket}/"
         prefix = _as_prefix(key)
@@ -598,6 +746,7 @@ class Storage:
             paginator.paginate(
                 Bucket=bucket,
                 Prefix=prefix,
+                Delimiter=delimiter,
                 OptionalObjectAttributes=["RestoreStatus"],
                 PaginationConfig={"PageSize": self.list_page_keys},
             )
@@ -607,6 +756,8 @@ class Storage:
                 page = next(pages, None)
             if page is None:
                 return
+            for folder in page.get("CommonPrefixes", []):
+                yield ObjectInfo(root + folder["Prefix"], folder["Prefix"].removeprefix(prefix), "", 0)
             for entry in page.get("Contents", []):
                 found = entry["Key"]
                 if directories or not found.endswith("/"):
@@ -616,18 +767,23 @@ class Storage:
                         root + found, relative, entry["ETag"].strip('"'), entry["Size"], _storage_class(entry)
                     )
 
-    def _read_s3(self, uri: str, etag: str | None, max_bytes: int | None) -> tuple[bytes, str]:
-        from botocore.exceptions import HTTPClientError, IncompleteReadError
+    def _get_s3(
+        self, uri: str, etag: str | None, *, max_bytes: int | None = None, byte_range: str | None = None
+    ) -> ObjectRange:
+        from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
         from botocore.exceptions import ReadTimeoutError as BodyTimeout
         from urllib3.exceptions import HTTPError
 
         bucket, key = _bucket_and_key(uri)
-        client = self._s3()
+        get: Any = self._s3().get_object
+        conditions = ({"IfMatch": f'"{etag}"'} if etag else {}) | ({"Range": byte_range} if byte_range else {})
         with self._s3_errors(uri):
-            if etag is None:
-                response = client.get_object(Bucket=bucket, Key=key)
-            else:
-                response = client.get_object(Bucket=bucket, Key=key, IfMatch=f'"{etag}"')
+            try:
+                response = get(Bucket=bucket, Key=key, **conditions)
+            except ClientError as error:
+                if byte_range and error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+                    return ObjectRange(b"", 0, 0, "")  # no bytes are in that range of an empty object
+                raise
         with contextlib.closing(response["Body"]) as body:
             found = response["ETag"].strip('"')
             if etag is not None and found != etag:  # a server that ignores If-Match
@@ -636,9 +792,15 @@ class Storage:
             if max_bytes is not None and size > max_bytes:
                 raise ObjectTooLarge(f"{uri} has {size} bytes, and {max_bytes} are allowed")
             try:
-                return body.read(), found
+                data = body.read()
             except (HTTPClientError, IncompleteReadError, BodyTimeout, HTTPError, OSError) as error:
                 raise _BrokenBody(str(error)) from error
+        if byte_range:
+            offset, total = _content_range(response.get("ContentRange"), len(data))
+            return ObjectRange(data, offset, total, found)
+        if response.get("ContentEncoding", "").lower() in ("gzip", "x-gzip"):
+            data = _unzipped(uri, data, max_bytes)
+        return ObjectRange(data, 0, len(data), found)
 
     @contextlib.contextmanager
     def _s3_errors(
@@ -736,6 +898,47 @@ class _BrokenBody(Exception):
     """A body broke off while it was read."""
 
 
+def _does_not_delete_many(error: ClientError) -> bool:
+    """Say whether a server refuses a request for many deletions because of its form, not of what it would delete.
+
+    Older MinIO wants the header Content-MD5; Google's S3 does not know the request at all.
+    """
+    code = error.response.get("Error", {}).get("Code", "")
+    http = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return code in _NO_MULTI_DELETE_CODES or http in (405, 411, 501)
+
+
+def _content_range(header: str | None, num_bytes: int) -> tuple[int, int]:
+    """Return the offset and the whole size that `bytes 5-9/20` tells; without it, the server sent the whole object."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", header or "")
+    return (int(match[1]), int(match[2])) if match else (0, num_bytes)
+
+
+def _unzipped(uri: str, data: bytes, max_bytes: int | None) -> bytes:
+    """Return what was stored with `Content-Encoding: gzip`; as it is if it is not gzip, whatever its header says.
+
+    Of a damaged body the readable beginning is returned, so that the image in it counts as damaged.
+
+    Raises:
+        ObjectTooLarge: it grows beyond `max_bytes`; no more than that is held.
+    """
+    unzipped = bytearray()
+    while data.startswith(b"\x1f\x8b"):  # a gzip body can have several members
+        decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        while data and not decoder.eof:
+            # A step at a time, because a damaged body gives up all of a call's bytes.
+            limit = _UNZIP_STEP_BYTES if max_bytes is None else min(_UNZIP_STEP_BYTES, max_bytes - len(unzipped) + 1)
+            try:
+                unzipped += decoder.decompress(data, limit)
+            except zlib.error:
+                return bytes(unzipped)
+            if max_bytes is not None and len(unzipped) > max_bytes:
+                raise ObjectTooLarge(f"{uri} has more than {max_bytes} bytes without its gzip encoding")
+            data = decoder.unconsumed_tail
+        data = decoder.unused_data
+    return bytes(unzipped) or data
+
+
 # Parsing
 
 
@@ -814,17 +1017,27 @@ def _local_etag(info: os.stat_result) -> str:
     return f"{info.st_size}-{info.st_mtime_ns}"
 
 
-def _list_local(root: str) -> Iterator[ObjectInfo]:
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+def _list_local(root: str, on_unreadable: Callable[[str], None] | None) -> Iterator[ObjectInfo]:
     try:
         info = os.stat(root)
+        is_folder = stat.S_ISDIR(info.st_mode)
+        if is_folder:
+            os.scandir(root).close()
+            os.stat(os.path.join(root, "."))
     except OSError as error:
         raise StorageUnavailable(f"folder {root} can't be listed: {error.strerror}") from error
-    if not stat.S_ISDIR(info.st_mode):
+    if not is_folder:
         raise StorageUnavailable(f"{root} is not a folder")
-    return _walk(root, "", ((info.st_dev, info.st_ino),))
+    return _walk(root, "", ((info.st_dev, info.st_ino),), on_unreadable)
 
 
-def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
+def _walk(
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...], on_unreadable: Callable[[str], None] | None
+) -> Iterator[ObjectInfo]:
     try:
         with os.scandir(folder) as entries:
             # A folder sorts as its name and a slash: so the walk follows the order of whole keys, as S3's does.
@@ -833,9 +1046,14 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Itera
                 for entry in entries
                 if not entry.name.startswith(_TEMPORARY)
             )
+        if ordered:
+            os.stat(os.path.join(folder, "."))  # refused where names can be listed and nothing can be reached
     except FileNotFoundError:
         return  # deleted while the walk was under way
     except OSError as error:
+        if on_unreadable is not None and isinstance(error, PermissionError):
+            on_unreadable(folder)
+            return
         raise StorageUnavailable(f"folder {folder} can't be listed: {error.strerror}") from error
     for name, path in ordered:
         try:
@@ -845,7 +1063,7 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Itera
         if name.endswith("/"):
             identity = (info.st_dev, info.st_ino)
             if identity not in above:
-                yield from _walk(path, prefix + name, (*above, identity))
+                yield from _walk(path, prefix + name, (*above, identity), on_unreadable)
         elif stat.S_ISREG(info.st_mode):
             yield _local_info(path, prefix + name, info)
 

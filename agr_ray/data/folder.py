@@ -117,7 +117,7 @@ def source_rows(
             raise LabelTableError(f"{labels_uri}: row {number}: {key_column} {key!r} is not a path below the folder")
         labels[key].add(parse_label(row, gender_codes=gender_codes, race_codes=race_codes))
 
-    for info in storage.list(uri):
+    for info in storage.list_readable(uri):
         if info.key in labels or info.key.lower().endswith(IMAGE_SUFFIXES):
             yield SourceRow.listed(info, _only_label(labels.pop(info.key, set()), labels_uri))
     for key, found in labels.items():

@@ -53,5 +53,5 @@ def source_rows(storage: Storage, uri: str) -> Iterator[SourceRow]:
     Raises:
         StorageUnavailable: the folder or bucket can't be listed.
     """
-    for info in storage.list(uri, IMAGE_SUFFIXES):
+    for info in storage.list_readable(uri, IMAGE_SUFFIXES):
         yield SourceRow.listed(info, parse_name(info.key.rpartition("/")[2]))

@@ -64,6 +64,10 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     console = make_console()
     config = job.evaluate
     storage = Storage.from_config(job.storage)
+    for uri, name in ((config.data, "data"), (config.checkpoint, "checkpoint")):
+        storage.probe(uri, f"evaluate.{name}")
+    if config.out:
+        storage.probe(config.out, "evaluate.out", write=True)
     prepared = open_prepared(storage, config.data, "evaluate.data")
     checkpoint = storage.absolute(config.checkpoint).rstrip("/")
     with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as directory:

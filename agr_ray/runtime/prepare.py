@@ -44,6 +44,8 @@ def prepare(job: PrepareJob) -> PreparedSet:
     console = make_console()
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.prepare.out).rstrip("/")
+    storage.probe(job.source.uri, "source.uri")
+    storage.probe(out, "prepare.out", write=True)
     settings = _settings(job)
     earlier = _earlier_set(storage, out, settings)
 

@@ -83,6 +83,7 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
     """
     console = make_console(quiet=quiet)
     storage = Storage.from_config(job.storage)
+    storage.probe(job.train.out, "train.out", write=not job.dry_run)
     sets = open_sets(job, storage)
     settings = settings_digest(job, sets)
     uri = _run_uri(storage, job, settings)
@@ -115,6 +116,8 @@ def open_sets(job: TrainJob, storage: Storage) -> list[PreparedSet]:
     Raises:
         ConfigError: there is none, or they don't go together.
     """
+    for uri in job.train.data_uris:
+        storage.probe(uri, "train.data")
     sets = [open_prepared(storage, uri, "train.data") for uri in job.train.data_uris]
     check_sets(sets)
     return sets

@@ -59,6 +59,7 @@ def tune(job: TuneJob) -> str:
     if job.train.min_workers != job.train.max_workers:
         asked = [job.train.min_workers, job.train.max_workers]
         raise ConfigError(f"train.num_workers {asked}: a sweep's trials need a fixed number")
+    storage.probe(job.tune.out, "tune.out", write=not job.dry_run)
     base = base_job(job).model_copy(update={"new_run": False})
     sets = open_sets(base, storage)
     digest = settings_digest(base, sets)

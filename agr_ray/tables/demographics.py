@@ -48,7 +48,7 @@ def demographics(
     breakdowns it belongs to uncorrected, and `correction` names it.
 
     Args:
-        counts: grouping columns, age_group, gender, race and n: faces that passed the gates. A gender or race may be
+        counts: grouping columns, age_group, gender, race and n: faces that passed the gates. An attribute may be
             `ABSTAINED`; attributes that were not predicted are not read.
         groups: the same grouping columns, one row a group, with num_images, num_no_face, num_rejected, num_faces,
             num_flagged; num_abstained is counted anew for each breakdown.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.server
 import os
 import pickle
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
@@ -493,6 +495,75 @@ def test_arrow_filesystem_writes_what_boto_lists(storage: Storage, s3_root: str)
     (info,) = storage.list(f"{s3_root}/crops", [".parquet"])
 
     assert storage.read(info.uri, etag=info.etag)[:4] == b"PAR1"
+
+
+def test_ray_train_copies_lists_and_deletes_checkpoints(storage: Storage, s3_root: str, tmp_path: Path) -> None:
+    from ray.train._internal import storage as ray_storage
+
+    fs, path = pickle.loads(pickle.dumps(storage.arrow_filesystem(f"{s3_root}/run")))
+    source = tmp_path / "source"
+    (source / "deep" / "er").mkdir(parents=True)
+    (source / "meta.json").write_text("{}")
+    (source / "deep" / "er" / "weights").write_bytes(os.urandom(20 * 1024**2))
+    (source / "empty").write_bytes(b"")
+
+    ray_storage._create_directory(fs, path)
+    for name in ("checkpoint_0", "checkpoint_1"):
+        ray_storage._pyarrow_fs_copy_files(str(source), f"{path}/{name}", destination_filesystem=fs)
+    listed = sorted(ray_storage._list_at_fs_path(fs, path))
+    ray_storage._pyarrow_fs_copy_files(f"{path}/checkpoint_1", str(tmp_path / "back"), source_filesystem=fs)
+    ray_storage._delete_fs_path(fs, f"{path}/checkpoint_0")
+
+    assert listed == ["checkpoint_0", "checkpoint_1"]
+    for name in ("meta.json", "deep/er/weights", "empty"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+    assert [info.key for info in storage.list(s3_root)] == [
+        f"run/checkpoint_1/{name}" for name in ("deep/er/weights", "empty", "meta.json")
+    ]
+    assert not ray_storage._exists_at_fs_path(fs, f"{path}/checkpoint_0")
+    assert ray_storage._list_at_fs_path(fs, f"{path}/none") == []
+
+
+def test_arrow_filesystem_says_what_is_there(storage: Storage, s3_root: str) -> None:
+    for key in ("a", "f/b", "f/g/c"):
+        storage.write(f"{s3_root}/{key}", b"x")
+    fs, path = storage.arrow_filesystem(s3_root)
+    folder, file, nothing = pafs.FileType.Directory, pafs.FileType.File, pafs.FileType.NotFound
+
+    found = [fs.get_file_info(f"{path}/{name}").type for name in ("a", "f", "f/b", "none", "f/", "fo")]
+    flat = [(info.path, info.type) for info in fs.get_file_info(pafs.FileSelector(path))]
+    deep = [(info.path, info.type) for info in fs.get_file_info(pafs.FileSelector(path, recursive=True))]
+
+    assert found == [file, folder, file, nothing, folder, nothing]
+    assert flat == [(f"{path}/f", folder), (f"{path}/a", file)]
+    assert deep == [
+        *((f"{path}/{name}", folder) for name in ("f", "f/g")),
+        *((f"{path}/{name}", file) for name in ("a", "f/b", "f/g/c")),
+    ]
+    with pytest.raises(FileNotFoundError):
+        fs.get_file_info(pafs.FileSelector(f"{path}/none"))
+    with pytest.raises(FileNotFoundError):
+        fs.open_input_file(f"{path}/none")
+
+
+def test_a_table_that_is_replaced_while_it_is_read_is_not_mixed(storage: Storage, s3_root: str) -> None:
+    uri = f"{s3_root}/t.parquet"
+    storage.write_table(pa.table({"a": range(10**5)}), uri)
+    fs, path = storage.arrow_filesystem(uri)
+    with pq.ParquetFile(path, filesystem=fs) as file:
+        storage.write_table(pa.table({"a": range(1, 10**5)}), uri)
+        with pytest.raises(ChangedObject):
+            file.read()
+
+
+def test_a_file_that_is_not_closed_is_not_published(storage: Storage, s3_root: str) -> None:
+    fs, path = storage.arrow_filesystem(f"{s3_root}/half")
+    stream = fs.open_output_stream(path)
+    stream.write(b"half")
+    del stream
+    gc.collect()
+
+    assert not storage.exists(f"{s3_root}/half")
 
 
 def test_a_manifest_of_a_bucket_counts_every_image(storage: Storage, s3_root: str) -> None:

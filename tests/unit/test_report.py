@@ -33,6 +33,10 @@ def test_curves_are_a_picture_of_the_size_it_says(num_epochs: int) -> None:
     assert decoded(curves_png(history(num_epochs), "runs/one")).shape == (800, 1500, 3)
 
 
+def test_the_path_of_a_run_is_no_formula() -> None:
+    assert decoded(curves_png(history(2), "/data/$x_{$/[1]")).shape == (800, 1500, 3)
+
+
 def test_curves_change_with_what_was_measured() -> None:
     one, other = (decoded(curves_png(history(3, val_age_mae_years=mae), "runs/one")) for mae in (5.0, 7.0))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import pickle
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +23,7 @@ from agr_ray.storage import (
     StorageUnavailable,
 )
 
+_NOBODY = 65534
 ODD_NAMES = ["a b.jpg", "ünï/日本.jpg", "p%20q%.jpg", "h#h.jpg", "e=1/f+g.jpg", "q?x&y.jpg", "back\\slash.jpg"]
 
 
@@ -85,6 +88,58 @@ def test_listing_what_is_not_a_folder_is_refused(storage: Storage, tmp_path: Pat
 
     with pytest.raises(StorageUnavailable, match=name):
         list(storage.list(str(tmp_path / name)))
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """Yield a folder of a user to whom permissions apply: root may list everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        if os.geteuid() == 0:
+            os.chown(folder, _NOBODY, _NOBODY)
+            os.seteuid(_NOBODY)
+        try:
+            yield Path(folder)
+        finally:
+            if os.getuid() == 0:
+                os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400], ids=["not listed", "listed and not entered"])
+def test_an_unreadable_subfolder_among_others_is_skipped_and_named(
+    storage: Storage, unprivileged: Path, capsys: pytest.CaptureFixture[str], mode: int
+) -> None:
+    for name in ("a", "lost+found", "z/deep", "z/shut"):
+        (unprivileged / name).mkdir(parents=True)
+        (unprivileged / name / "1.jpg").write_bytes(b"x")
+    for name in ("lost+found", "z/shut"):
+        (unprivileged / name).chmod(mode)
+    uri = str(unprivileged)
+
+    keys = [info.key for info in storage.list_readable(uri, [".jpg"])]
+    with pytest.raises(StorageUnavailable, match=r"lost\+found can't be listed"):
+        list(storage.list(uri))
+    for name in ("lost+found", "z/shut"):
+        (unprivileged / name).chmod(0o700)
+
+    assert keys == ["a/1.jpg", "z/deep/1.jpg"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: skipping folder {uri}/lost+found: this user may not list it",
+        f"warning: skipping folder {uri}/z/shut: this user may not list it",
+        f"warning: 2 folders below {uri} were skipped",
+    ]
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400])
+def test_an_unreadable_root_is_an_error(storage: Storage, unprivileged: Path, mode: int) -> None:
+    root = unprivileged / "photos"
+    root.mkdir()
+    (root / "1.jpg").write_bytes(b"x")
+    root.chmod(mode)
+
+    with pytest.raises(StorageUnavailable, match="photos can't be listed"):
+        list(storage.list_readable(str(root)))
+    root.chmod(0o700)
 
 
 def test_reading_a_missing_file_is_data_with_a_status(storage: Storage, tmp_path: Path) -> None:

@@ -178,6 +178,9 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.score.out).rstrip("/")
     key = _check(job, storage, out)
+    storage.probe(job.score.input, "score.input")
+    storage.probe(job.score.checkpoint, "score.checkpoint")
+    storage.probe(out, "score.out", write=True)
     if job.score.min_cell and not job.score.aggregate_only:
         console.print("warning: score.min_cell hides table cells, and images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:

@@ -281,7 +281,7 @@ def _list_prefix(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
             f"score.input {uri} is a file: allowed are a folder, a bucket prefix, a .parquet manifest and the "
             "manifest.json of an S3 Inventory (score.input_kind)"
         )
-    listed = storage.list(uri)
+    listed = storage.list_readable(uri)
     while infos := [*islice(listed, _LISTED_ROWS)]:
         columns = {name: [getattr(info, name) for info in infos] for name in LISTED.names}
         yield pa.RecordBatch.from_pydict(columns, schema=LISTED)

@@ -282,18 +282,20 @@ CREATE OR REPLACE VIEW rejects AS
 
 def _secret_sql(storage: Storage, out: str) -> str:
     """Return what DuckDB needs to know of the S3 server of `out`; nothing for a local folder."""
-    connection = storage.s3_connection(out)
-    if connection is None:
+    address = storage.s3_address(out)
+    if address is None:
         return ""
-    settings = {"REGION": connection.region, "SCOPE": out}
-    if connection.endpoint_url:
-        address = urllib.parse.urlsplit(connection.endpoint_url)
-        settings |= {"ENDPOINT": address.netloc, "URL_STYLE": "path"}
-    quoted = "".join(f",\n    {name} '{value.replace(chr(39), chr(39) * 2)}'" for name, value in settings.items())
-    plain = ",\n    USE_SSL false" if (connection.endpoint_url or "").startswith("http://") else ""
+    settings = {"REGION": address.region, "SCOPE": out}
+    if address.endpoint_url:
+        settings["ENDPOINT"] = urllib.parse.urlsplit(address.endpoint_url).netloc
+        settings["URL_STYLE"] = "vhost" if address.addressing_style == "virtual" else "path"
+    lines = ["TYPE s3", *([] if address.anonymous else ["PROVIDER credential_chain"])]
+    lines += [f"{name} '{value.replace(chr(39), chr(39) * 2)}'" for name, value in settings.items()]
+    if (address.endpoint_url or "").startswith("http://"):
+        lines.append("USE_SSL false")
+    text = ",\n".join(f"    {line}" for line in lines)
     return f"""-- Keys come from where AWS tools look for them (AWS_ACCESS_KEY_ID, AWS_PROFILE, a role); none is here.
 CREATE OR REPLACE SECRET agr_ray (
-    TYPE s3,
-    PROVIDER credential_chain{quoted}{plain}
+{text}
 );
 """

@@ -1,0 +1,224 @@
+"""S3 as pyarrow's filesystem, through the same client as everything else.
+
+pyarrow has an S3 client of its own. It resolves regions, profiles and proxies by other rules than boto3, keeps
+temporary credentials until they expire, and can't ask for requester-pays. So Parquet files, and whatever Ray reads and
+writes, go through `Storage` instead: pyarrow sees what boto3 sees.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+import pyarrow.fs
+
+from agr_ray.storage import MissingObject
+
+if TYPE_CHECKING:
+    from agr_ray.storage import Storage
+
+_TAIL_BYTES: Final = 64 * 1024
+"""Read at the end of a file when it is opened: a Parquet file's footer is there, and a small file is whole."""
+_STREAM_BYTES: Final = 8 * 1024**2
+"""Read at a time from a file that is read from beginning to end."""
+_SPOOL_BYTES: Final = 8 * 1024**2
+"""Of a file that is being written, kept in memory; a longer one goes to a local temporary file."""
+
+
+class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow has no types
+    """What pyarrow's `PyFileSystem` calls. Paths are `bucket/key`; folders are prefixes, and need not be made.
+
+    It pickles with its storage, which holds no credentials, and connects anew in each process.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, S3Handler) and self._storage == other._storage
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._storage)
+
+    def get_type_name(self) -> str:
+        """Return the name that pyarrow shows."""
+        return "agr-ray-s3"
+
+    def normalize_path(self, path: str) -> str:
+        """Return the path as it is: keys are literal."""
+        return path
+
+    # Looking
+
+    def get_file_info(self, paths: Sequence[str]) -> list[pyarrow.fs.FileInfo]:
+        """Say of each path whether it is a file, a folder or nothing."""
+        return [self._info(path) for path in paths]
+
+    def get_file_info_selector(self, selector: Any) -> list[pyarrow.fs.FileInfo]:
+        """List a folder: folders first, each before those in it."""
+        base = selector.base_dir.rstrip("/")
+        folders: dict[str, None] = {}
+        files = []
+        exists = False
+        for info in self._storage.list_entries(_uri(base), recursive=selector.recursive):
+            exists = True
+            parts = info.key.split("/")
+            folders |= dict.fromkeys("/".join(parts[:count]) for count in range(1, len(parts)) if parts[count - 1])
+            if parts[-1]:
+                files.append(pyarrow.fs.FileInfo(f"{base}/{info.key}", pyarrow.fs.FileType.File, size=info.size_bytes))
+        if not exists and not selector.allow_not_found:
+            info = self._info(base)
+            if info.type == pyarrow.fs.FileType.File:
+                raise NotADirectoryError(base)
+            if info.type == pyarrow.fs.FileType.NotFound:
+                raise FileNotFoundError(base)
+        return [pyarrow.fs.FileInfo(f"{base}/{name}", pyarrow.fs.FileType.Directory) for name in folders] + files
+
+    def _info(self, path: str) -> pyarrow.fs.FileInfo:
+        size, is_folder = self._storage.look_up(_uri(path))
+        if size is not None:
+            return pyarrow.fs.FileInfo(path, pyarrow.fs.FileType.File, size=size)
+        kind = pyarrow.fs.FileType.Directory if is_folder else pyarrow.fs.FileType.NotFound
+        return pyarrow.fs.FileInfo(path, kind)
+
+    # Changing
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """Do nothing: a prefix exists with the first object below it."""
+
+    def delete_dir(self, path: str) -> None:
+        """Delete everything below the path."""
+        self._storage.delete_tree(_uri(path))
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool) -> None:
+        """Delete everything below the path."""
+        self._storage.delete_tree(_uri(path))
+
+    def delete_root_dir_contents(self) -> None:
+        """Refuse."""
+        raise NotImplementedError("all buckets are not deleted at once")
+
+    def delete_file(self, path: str) -> None:
+        """Delete one object."""
+        self._storage.delete(_uri(path))
+
+    def copy_file(self, src: str, dest: str) -> None:
+        """Copy one object."""
+        try:
+            self._storage.copy(_uri(src), _uri(dest))
+        except MissingObject as error:
+            raise FileNotFoundError(str(error)) from error
+
+    def move(self, src: str, dest: str) -> None:
+        """Copy one object, and delete the first."""
+        self.copy_file(src, dest)
+        self.delete_file(src)
+
+    # Reading and writing
+
+    def open_input_stream(self, path: str) -> pa.PythonFile:
+        """Open for reading from beginning to end."""
+        return pa.PythonFile(io.BufferedReader(self._reader(path), _STREAM_BYTES), mode="r")
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        """Open for reading anywhere."""
+        return pa.PythonFile(self._reader(path), mode="r")
+
+    def open_output_stream(self, path: str, metadata: object) -> pa.PythonFile:
+        """Open a new object for writing; it appears whole when it is closed."""
+        return pa.PythonFile(_Writer(self._storage, _uri(path)), mode="w")
+
+    def open_append_stream(self, path: str, metadata: object) -> pa.PythonFile:
+        """Refuse: objects can't grow."""
+        raise NotImplementedError("S3 can't append to an object")
+
+    def _reader(self, path: str) -> _Reader:
+        try:
+            return _Reader(self._storage, _uri(path))
+        except MissingObject as error:
+            raise FileNotFoundError(str(error)) from error
+
+
+def _uri(path: str) -> str:
+    return f"s3://{path}"
+
+
+class _Reader(io.RawIOBase):
+    """One object as a file. Every read is of the object that was opened, or fails with ChangedObject."""
+
+    def __init__(self, storage: Storage, uri: str) -> None:
+        super().__init__()
+        self._storage = storage
+        self._uri = uri
+        self._tail = storage.read_range(uri, -_TAIL_BYTES, _TAIL_BYTES)
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._tail.total_bytes}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(self._tail.total_bytes - self._position, 0)
+        size = rest if size is None or size < 0 else min(size, rest)
+        start = self._position
+        if not size:
+            return b""
+        self._position += size
+        if start >= self._tail.offset:
+            return self._tail.data[start - self._tail.offset :][:size]
+        return self._storage.read_range(self._uri, start, size, etag=self._tail.etag).data
+
+
+class _Writer:
+    """One object that is being written. It is sent in one request, so a writer that dies leaves nothing in S3.
+
+    It is no `IOBase`, because that closes itself, and so would publish half an object, when it is dropped.
+    """
+
+    def __init__(self, storage: Storage, uri: str) -> None:
+        self._storage = storage
+        self._uri = uri
+        self._file = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115  # closed in `close`
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if not self._file.closed:
+            with self._file:
+                self._file.seek(0)
+                self._storage.write(self._uri, self._file)
