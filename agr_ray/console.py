@@ -6,6 +6,8 @@ emoji, and no line is broken, except in a table on a terminal that is too narrow
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import IO, Final
 
 from rich.console import Console
@@ -17,7 +19,13 @@ LOG_WIDTH: Final = 10_000
 
 
 def make_console(file: IO[str] | None = None, *, quiet: bool = False) -> Console:
-    """Return a console on a file (None: standard output) that prints text as it is; `quiet`: it prints nothing."""
+    """Return a console on a file (None: standard output) that prints text as it is; `quiet`: it prints nothing.
+
+    Characters that the file's encoding lacks are escaped from now on, instead of ending the job.
+    """
+    stream = sys.stdout if file is None else file
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
     console = Console(file=file, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = LOG_WIDTH

@@ -63,6 +63,19 @@ def test_a_line_is_printed_as_it_is(file: type[io.StringIO]) -> None:
     assert out.getvalue() == f"warning: {ODD}: no such file\nrun [1] [/]\n"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "expected"), [("ascii", "/data/\\udcff/\\xe9"), ("utf-8", "/data/\\udcff/\u00e9")]
+)
+def test_characters_that_the_log_cannot_hold_are_escaped(encoding: str, expected: str) -> None:
+    log = io.BytesIO()
+    file = io.TextIOWrapper(log, encoding)
+
+    make_console(file).print("/data/\udcff/\u00e9")
+
+    file.flush()
+    assert log.getvalue().decode(encoding) == f"{expected}\n"
+
+
 def test_a_table_in_a_log_has_each_row_in_one_line() -> None:
     out = io.StringIO()
     table = make_table("[red]status", "reasons")
