@@ -17,6 +17,7 @@ their settings from `connection.py`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -77,6 +78,15 @@ _PROBE_NAME: Final = ".agr-ray-probe"
 _UNZIP_STEP_BYTES: Final = 64 * 1024
 _TEMPORARY = ".tmp-"
 """How the names of unfinished local files and folders begin; they are never listed."""
+_LIVE = "live"
+"""The file in an unfinished folder that its writer keeps locked."""
+_cleaned: set[tuple[int, str]] = set()
+"""Processes, and folders in which they have deleted stale temporaries."""
+_NOT_SUPPORTED: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+"""How file systems say that they do not know an operation."""
+_AT_FDCWD: Final = -100
+_RENAME_NOREPLACE: Final = 1
+"""Linux's own numbers, which Python does not name."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/")
 _UNAVAILABLE_CODES: Final = frozenset(
     {
@@ -409,9 +419,10 @@ class Storage:
         S3 gets it in one request (objects up to 5 GB), so that a writer that dies leaves nothing there.
 
         With `if_absent`, or with the ETag that the object must still have as `if_match`, of several writers at once
-        exactly one succeeds: on S3 by If-None-Match and If-Match, locally by a hard link and by flock, which holds
-        between writers and deleters that all give `if_match`. On S3 a condition can fail because of our own first
-        attempt, whose answer was lost: read the object to know.
+        exactly one succeeds. On S3 If-None-Match and If-Match see to that. On disks it is a hard link or, where there
+        are none, a rename that replaces nothing; and flock, which holds between writers and deleters that all give
+        `if_match`. On S3 a condition can fail because of our own first attempt, whose answer was lost: read the object
+        to know.
 
         Raises:
             FileExistsError: `if_absent`, and the object exists.
@@ -551,14 +562,16 @@ class Storage:
             raise FileExistsError(f"{local_dir} exists and is not overwritten")
         fs, _ = self.fsspec_filesystem(uri)
         with _temporary_beside(target) as temporary:
+            fresh = os.path.join(temporary, "fresh")
+            os.mkdir(fresh)
             for info in self.list(uri):
                 if info.key.startswith("/") or ".." in info.key.split("/"):
                     raise StorageFailed(f"{info.uri} would be written outside {local_dir}")
-                path = Path(temporary, info.key)
+                path = Path(fresh, info.key)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with self._foreign_errors(info.uri):
                     fs.get_file(_s3_path(info.uri), str(path))
-            os.rename(temporary, target)
+            os.rename(fresh, target)
 
     def delete_tree(self, uri: str) -> None:
         """Delete everything below the folder or prefix `uri`, which need not exist."""
@@ -1104,28 +1117,67 @@ def _write_local(
 ) -> str:
     """Let `write` fill a temporary file beside `path`, put it in its place in one step, and return its etag."""
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
     try:
         os.makedirs(folder, exist_ok=True)
-        write(temporary)
-        _sync(temporary)
-        etag = _local_etag(os.stat(temporary))
-        if if_absent:
-            os.link(temporary, path)
-        elif if_match is not None:
-            with _unchanged_local(path, if_match):
+        with _temporary_file(folder) as temporary:
+            write(temporary)
+            _sync(temporary)
+            etag = _local_etag(os.stat(temporary))
+            if if_absent:
+                _move_to_free_name(temporary, path)
+            elif if_match is not None:
+                with _unchanged_local(path, if_match):
+                    os.replace(temporary, path)
+            else:
                 os.replace(temporary, path)
-        else:
-            os.replace(temporary, path)
-        _sync(folder)
+            _sync(folder)
     except OSError as error:
         if if_absent and isinstance(error, FileExistsError) and os.path.lexists(path):
             raise FileExistsError(f"{path} exists and is not overwritten") from error
         raise StorageUnavailable(f"{path} can't be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
     return etag
+
+
+def _move_to_free_name(temporary: str, path: str) -> None:
+    """Give a file a name that no other file has, in one step.
+
+    exFAT, FAT and some network drives have no hard links. There, Linux can rename without replacing; where it can't
+    either, the name is first taken by an empty file.
+
+    Raises:
+        FileExistsError: another file has the name.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        if not _rename_without_replacing(temporary, path):
+            _take_name_and_replace(temporary, path)
+
+
+def _rename_without_replacing(temporary: str, path: str) -> bool:
+    """Return whether the system and the file system can do it, and so have done it."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_SUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), path)
+
+
+def _take_name_and_replace(temporary: str, path: str) -> None:
+    # The lock keeps away whoever reads the empty file and would replace it, as `_unchanged_local` does.
+    with open(path, "x+b") as taken:
+        with contextlib.suppress(OSError):  # where there are no such locks, the name alone must do
+            fcntl.flock(taken, fcntl.LOCK_EX)
+        now = os.stat(path)
+        if not os.path.samestat(os.fstat(taken.fileno()), now) or now.st_size:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -1158,20 +1210,89 @@ def _sync(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network drives can't do it for folders.
+        if error.errno not in _NOT_SUPPORTED or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)
 
 
+# Temporary files and folders: a live writer holds a lock on its own, which the system releases when the writer dies.
+
+
+@contextlib.contextmanager
+def _temporary_file(folder: str) -> Iterator[str]:
+    """Yield an empty new file in `folder`; if it has not been moved away at the end, it is deleted."""
+    _delete_stale_temporaries(folder)
+    while True:
+        path = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
+        with open(path, "x+b") as file:
+            if not _lock_as_live(file, path):
+                continue  # another process took it for stale before it was locked
+            try:
+                yield path
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            return
+
+
 @contextlib.contextmanager
 def _temporary_beside(path: str) -> Iterator[str]:
-    """Yield a new folder beside `path`; what has not been moved away at the end is deleted."""
+    """Yield a new folder beside `path`; what has not been moved out of it at the end is deleted."""
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
-    os.makedirs(temporary)
+    os.makedirs(folder, exist_ok=True)
+    _delete_stale_temporaries(folder)
+    while True:
+        temporary = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
+        lock = os.path.join(temporary, _LIVE)
+        os.mkdir(temporary)
+        try:
+            file = open(lock, "x+b")  # noqa: SIM115  # closed below; deleted with its folder by another, it is made again
+        except FileNotFoundError:
+            continue
+        with file:
+            if not _lock_as_live(file, lock):
+                continue
+            try:
+                yield temporary
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            return
+
+
+def _lock_as_live(file: IO[bytes], path: str) -> bool:
+    """Lock a new temporary file; return false if another process has deleted it meanwhile."""
+    with contextlib.suppress(OSError):  # without locks, nobody can tell that it is stale, and it is never deleted
+        fcntl.flock(file, fcntl.LOCK_EX)
     try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _delete_stale_temporaries(folder: str) -> None:
+    """Delete what killed writers have left in `folder`; once for each process, because folders can be large."""
+    if (os.getpid(), folder) in _cleaned:
+        return
+    _cleaned.add((os.getpid(), folder))
+    with os.scandir(folder) as entries:
+        temporaries = [
+            (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries if entry.name.startswith(_TEMPORARY)
+        ]
+    for path, is_folder in temporaries:
+        # Any failure means that it is alive, or not ours to delete.
+        with contextlib.suppress(OSError):
+            if is_folder and not os.listdir(path):
+                os.rmdir(path)  # its writer died, or makes another, before it was locked
+                continue
+            with open(os.path.join(path, _LIVE) if is_folder else path, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if is_folder:
+                    shutil.rmtree(path)
+                else:
+                    os.unlink(path)
 
 
 def _publish_local_tree(source: Path, target: str, *, overwrite: bool) -> None:

@@ -27,8 +27,14 @@ from agr_ray.config import ConfigError, PositiveFloat
 from agr_ray.storage import ChangedObject, MissingObject, Storage, StorageError, StorageUnavailable
 
 _HEARTBEATS_PER_EXPIRY: Final = 4
+_EMPTY_EXPIRES_S: Final = 10.0
 _LOOKS_PER_HEARTBEAT: Final = 5
 """How often a lock is looked at while it is watched, and how soon a heartbeat that failed is tried again."""
+
+
+def clock_s() -> float:
+    """Return seconds that go on while the machine sleeps, as other machines' do; `time.monotonic` stands still then."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class LockLost(Exception):
@@ -113,7 +119,7 @@ class RunLock:
             LockLost: it is another run's, or gone.
             StorageFailed, StorageUnavailable: it has not been renewed for half its expiry and can't be.
         """
-        while not self.lost and time.monotonic() - self._confirmed_s > self._record.expires_after_s / 2:
+        while not self.lost and clock_s() - self._confirmed_s > self._record.expires_after_s / 2:
             self.renew(self._storage)
         if self.lost:
             raise LockLost(
@@ -134,7 +140,7 @@ class RunLock:
         """
         with self._mutex:
             while not self.lost:
-                started_s = time.monotonic()  # of before: another's watch may begin as soon as the object is written
+                started_s = clock_s()  # of before: another's watch may begin as soon as the object is written
                 with contextlib.suppress(ChangedObject, MissingObject):
                     self._etag = storage.write(self._uri, self._record.to_bytes(), if_match=self._etag)
                     self._confirmed_s = started_s
@@ -219,7 +225,7 @@ def _acquire(storage: Storage, uri: str, record: LockRecord, console: Console) -
     stale: tuple[LockRecord, str] | None = None
     why_stale = ""
     while True:
-        started_s = time.monotonic()
+        started_s = clock_s()
         try:
             if stale is None:
                 etag = storage.write(uri, record.to_bytes(), if_absent=True)
@@ -250,6 +256,7 @@ def _wait_until_stale(storage: Storage, uri: str, found: LockRecord, etag: str) 
         ConfigError: it moved.
         MissingObject: it went away.
     """
+    # By a clock that stands still while this machine sleeps, so that a holder beside us has time to wake up.
     read_s = time.monotonic()
     look_every_s = found.expires_after_s / _HEARTBEATS_PER_EXPIRY / _LOOKS_PER_HEARTBEAT
     while time.monotonic() - read_s <= found.expires_after_s:
@@ -264,6 +271,10 @@ def _wait_until_stale(storage: Storage, uri: str, found: LockRecord, etag: str) 
 
 def _read(storage: Storage, uri: str) -> tuple[LockRecord, str]:
     data, etag = storage.read_with_etag(uri)
+    if not data:
+        # Where files have no links and can't be renamed without replacing, a lock is empty while it is being made.
+        beginner = _record("a run that is just beginning, or died then", _EMPTY_EXPIRES_S)
+        return beginner.model_copy(update={"host": "an unknown host", "pid": 0}), etag
     try:
         return LockRecord.model_validate_json(data), etag
     except ValidationError as error:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from agr_ray.config import ConfigError
-from agr_ray.runtime.lock import LockLost, LockRecord, RunLock, run_lock
+from agr_ray.runtime.lock import LockLost, LockRecord, RunLock, clock_s, run_lock
 from agr_ray.storage import Storage
 
 ALIVE_S = 2.0
@@ -29,6 +30,8 @@ from rich.console import Console
 from agr_ray.config import ConfigError
 from agr_ray.runtime.lock import run_lock
 from agr_ray.storage import Storage
+from refused_calls import refuse
+refuse(sys.argv[3:])
 try:
     with run_lock(Storage(), sys.argv[1], "the other run", expiry_s=float(sys.argv[2]), console=Console()):
         print("held", flush=True)
@@ -48,11 +51,12 @@ def uri(tmp_path: Path) -> str:
     return str(tmp_path / "work" / "lock.json")
 
 
-def start_holder(uri: str, expiry_s: float) -> subprocess.Popen[str]:
-    """Start a process that holds the lock until its stdin is closed."""
+def start_holder(uri: str, expiry_s: float, refused: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start a process that holds the lock until its stdin is closed; the system refuses it these calls."""
     pipe = subprocess.PIPE
-    command = [sys.executable, "-c", HOLDER, uri, str(expiry_s)]
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    command = [sys.executable, "-c", HOLDER, uri, str(expiry_s), *refused]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def record(expiry_s: float, heartbeat_at: str = "2026-11-24T00:00:00Z") -> LockRecord:
@@ -183,7 +187,7 @@ def test_a_lost_lock_is_noticed_and_not_released(storage: Storage, uri: str, by:
 
 def test_a_run_that_slept_through_its_expiry_looks_before_it_goes_on(storage: Storage, uri: str) -> None:
     etag = storage.write(uri, record(ALIVE_S).to_bytes())
-    slept = time.monotonic() - ALIVE_S
+    slept = clock_s() - ALIVE_S
     still_ours = RunLock(storage, uri, record(ALIVE_S), etag, confirmed_s=slept)
 
     still_ours.check()
@@ -193,6 +197,58 @@ def test_a_run_that_slept_through_its_expiry_looks_before_it_goes_on(storage: St
     storage.write(uri, b'{"token": "of another run"}')
     with pytest.raises(LockLost):
         taken_over.check()
+
+
+def test_a_run_whose_machine_slept_looks_before_it_goes_on(
+    storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The machine's own clocks: of these only the one that counts sleep goes on.
+    slept_s = 0.0
+    clock_gettime = time.clock_gettime
+    monkeypatch.setattr(
+        time, "clock_gettime", lambda clock: clock_gettime(clock) + (slept_s if clock == time.CLOCK_BOOTTIME else 0.0)
+    )
+    with run_lock(storage, uri, "run 5", expiry_s=600.0, console=Console()) as lock:
+        etag = storage.write(uri, record(DEAD_S).to_bytes())  # another run's, while we slept
+        lock.check()
+        slept_s = 601.0
+        with pytest.raises(LockLost):
+            lock.check()
+
+    assert storage.read_with_etag(uri)[1] == etag
+
+
+@pytest.mark.parametrize("refused", [["link"], ["link", "renameat2"]], ids=["no links", "no conditional renames"])
+def test_a_lock_works_without_hard_links(storage: Storage, uri: str, refused: list[str]) -> None:
+    holders = [start_holder(uri, ALIVE_S, refused) for _ in range(3)]
+    outcomes = []
+    for holder in holders:
+        holder.stdout.readline()
+    wait_until(lambda: sum(holder.poll() is not None for holder in holders) == 2)
+    held = LockRecord.model_validate_json(storage.read(uri))
+    for holder in holders:
+        outcomes.append((holder.wait(30) if holder.poll() is not None else None, holder.pid))
+    (owner,) = [pid for code, pid in outcomes if code is None]
+    assert held.pid == owner
+    for holder in holders:
+        if holder.pid == owner:
+            holder.communicate("", timeout=30)
+
+    assert [code for code, _ in outcomes if code is not None] == [1, 1]
+    assert os.listdir(Path(uri).parent) == []
+
+
+def test_an_empty_lock_of_a_run_that_died_while_it_made_it_is_taken_over(
+    storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agr_ray.runtime.lock._EMPTY_EXPIRES_S", DEAD_S)
+    storage.write(uri, b"")
+    console = Console(file=io.StringIO())
+
+    with run_lock(storage, uri, "run 5", expiry_s=ALIVE_S, console=console) as lock:
+        lock.check()
+
+    assert "taken over from a run that is just beginning, or died then" in console.file.getvalue()
 
 
 def test_a_lock_outlives_an_outage_of_storage(storage: Storage, uri: str) -> None:

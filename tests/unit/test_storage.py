@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -217,6 +219,94 @@ def test_of_conditional_writers_at_once_only_one_succeeds(storage: Storage, tmp_
 
     assert [str(number) for number in outcomes] == [Path(path).read_text()]
     assert os.listdir(tmp_path) == ["lock"]
+
+
+RACE = """
+import sys, threading
+from pathlib import Path
+from refused_calls import refuse
+from agr_ray.storage import Storage
+
+refuse(sys.argv[2:])
+path, winners, start = sys.argv[1], [], threading.Barrier(8)
+
+def write(number):
+    start.wait()
+    try:
+        Storage().write(path, str(number).encode(), if_absent=True)
+        winners.append(str(number))
+    except FileExistsError:
+        pass
+
+threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert winners == [Path(path).read_text()], winners
+"""
+
+
+def run_python(code: str, *arguments: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("refused", [["link"], ["link", "renameat2"]], ids=["no links", "no conditional renames"])
+def test_without_hard_links_too_only_one_of_many_writers_succeeds(tmp_path: Path, refused: list[str]) -> None:
+    run_python(RACE, str(tmp_path / "lock"), *refused)
+
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from agr_ray import storage
+
+def stop(path):
+    print("writing", flush=True)
+    sys.stdin.read()  # alive until it is killed
+
+if sys.argv[2] == "file":
+    storage._write_local(sys.argv[1], stop)
+else:
+    with storage._temporary_beside(sys.argv[1]) as temporary:
+        Path(temporary, "weights").write_bytes(b"x")
+        stop(temporary)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "tree"])
+def test_what_a_killed_writer_left_is_deleted_and_a_live_ones_is_not(
+    storage: Storage, tmp_path: Path, kind: str
+) -> None:
+    def start() -> tuple[subprocess.Popen[bytes], str]:
+        before = set(os.listdir(tmp_path))
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path / "target"), kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout.readline() == b"writing\n"
+        (name,) = set(os.listdir(tmp_path)) - before
+        return process, name
+
+    live, live_name = start()
+    dead, dead_name = start()
+    try:
+        dead.kill()
+        dead.wait()
+        (tmp_path / ".tmp-empty").mkdir()
+        assert sorted(os.listdir(tmp_path)) == sorted([live_name, dead_name, ".tmp-empty"])
+
+        storage.write(str(tmp_path / "other"), b"x")
+
+        assert sorted(os.listdir(tmp_path)) == sorted([live_name, "other"])
+    finally:
+        live.kill()
+        live.wait()
 
 
 def test_a_file_is_replaced_and_deleted_only_if_it_is_still_the_one_that_was_read(

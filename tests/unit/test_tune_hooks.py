@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,7 +19,7 @@ from sweeps import complete, opened, row, train, tune_job
 from agr_ray.config import TuneJob
 from agr_ray.learn.trials import Trial
 from agr_ray.runtime.command import JobError
-from agr_ray.runtime.lock import LockLost, LockRecord, RunLock
+from agr_ray.runtime.lock import LockLost, LockRecord, RunLock, clock_s
 from agr_ray.runtime.tune import with_absolute_paths
 from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher, last_epoch, why_failed
 from agr_ray.runtime.tuning.sweep import Sweep
@@ -129,7 +128,7 @@ def watcher(sweep: Sweep) -> Watcher:
 
 
 def budget(sweep: Sweep, *, is_lost: bool = False) -> Budget:
-    lock = RunLock(Storage(), "lock.json", cast(LockRecord, SimpleNamespace(expires_after_s=1.0)), "", time.monotonic())
+    lock = RunLock(Storage(), "lock.json", cast(LockRecord, SimpleNamespace(expires_after_s=1.0)), "", clock_s())
     lock.lost = is_lost
     return Budget(sweep, lock)
 
