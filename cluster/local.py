@@ -19,6 +19,7 @@ ports ask for a certificate that only you can read. `up` makes these in the fold
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import secrets
 import shlex
@@ -27,7 +28,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -126,12 +128,16 @@ class LocalCluster:
         """Start everything, or nothing: what had been started when something failed is ended again.
 
         Raises:
-            RuntimeError: it runs already, the folder holds other things, SeaweedFS is not installed, or a process did
-                not come up.
+            RuntimeError: it runs already, the folder holds other things, another command is at work in it, SeaweedFS is
+                not installed, or a process did not come up.
         """
+        self.claims.claim()
+        with self._alone():
+            self._up(num_nodes, cpus, object_store_mib)
+
+    def _up(self, num_nodes: int, cpus: int, object_store_mib: int) -> None:
         if running := self.running():
             raise RuntimeError(f"{', '.join(running)} run already: cluster/local.sh down ends them")
-        self.claims.claim()
         self.forget()  # what a machine that went down left
         try:
             variables = self._start(num_nodes, cpus, object_store_mib)
@@ -213,12 +219,26 @@ class LocalCluster:
         """End what runs. The bucket's data stay, unless it is to `purge`.
 
         Raises:
-            RuntimeError: there is something to purge that `up` did not make.
+            RuntimeError: there is something to purge that `up` did not make, or another command is at work.
         """
-        ended = self.end()
-        print(f"ended {', '.join(ended)}" if ended else "nothing runs")
-        if purge:
-            self._purge()
+        with self._alone():
+            ended = self.end()
+            print(f"ended {', '.join(ended)}" if ended else "nothing runs")
+            if purge:
+                self._purge()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other commands out of the folder, if there is one, until the block or this process ends."""
+        with ExitStack() as stack:
+            if self.folder.exists():
+                descriptor = os.open(self.folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RuntimeError(f"{self.folder}: another `up` or `down` is at work there") from None
+            yield
 
     def _purge(self) -> None:
         if not self.claims.is_claimed():

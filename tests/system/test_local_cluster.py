@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -370,6 +371,20 @@ def test_links_within_the_data_are_not_followed(claimed: Path) -> None:
 
     assert content(important) == before
     assert not claimed.exists()
+
+
+@pytest.mark.parametrize("arguments", [("up", 1), ("down", "--purge")])
+def test_only_one_command_is_at_work_in_a_folder(claimed: Path, arguments: tuple[object, ...]) -> None:
+    before = content(claimed)
+    descriptor = os.open(claimed, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        done = local(claimed, *arguments)
+    finally:
+        os.close(descriptor)
+
+    assert (done.returncode, done.stderr) == (1, f"error: {claimed}: another `up` or `down` is at work there\n")
+    assert content(claimed) == before
 
 
 def test_up_does_not_write_into_what_others_added(claimed: Path) -> None:
