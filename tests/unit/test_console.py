@@ -12,10 +12,11 @@ from rich.console import Console
 from test_progress import PROGRESS
 
 from agr_ray.console import make_console, make_table
-from agr_ray.runtime import prepare, score
+from agr_ray.runtime import prepare
 from agr_ray.runtime import progress as log_progress
 from agr_ray.runtime.prepared import PreparedSet
 from agr_ray.runtime.progress import progress
+from agr_ray.runtime.scoring import driver
 from agr_ray.runtime.training.board import TrainingBars
 from agr_ray.schema import Status
 
@@ -110,7 +111,7 @@ def test_scoring_s_summary_names_its_run_in_one_line() -> None:
         "counts": {"ok": 2, "unreadable": 1},
     }
 
-    score._print_summary(make_console(out), totals, {"worker_s": {}}, f"{ODD} run=5")
+    driver._print_summary(make_console(out), totals, f"{ODD} run=5")
 
     assert f"{ODD} run=5" in out.getvalue().splitlines()
 
