@@ -684,6 +684,9 @@ class EvaluateConfig(Section):
     """`calibrate` only: share of true ages that the intervals age_low to age_high are to hold."""
     abstain_risk: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """`calibrate` only: highest share of errors wanted where the model does not abstain, in gender and in race."""
+    lock_expiry_s: Timeout = 120.0
+    """Seconds for which the lock beside `out`, and with `calibrate` beside the checkpoint, must stand still before
+    another evaluation takes it over; a heartbeat comes every quarter of it."""
 
 
 class PredictConfig(Section):
@@ -779,6 +782,9 @@ class RenderConfig(Section):
     """Photographs with one to six faces."""
     seed: Seed = 0
     """Which faces are drawn: the same seed and index always give the same face."""
+    lock_expiry_s: Timeout = 120.0
+    """Seconds for which the lock in `out` must stand still before another run takes it over; a heartbeat comes every
+    quarter of it."""
 
 
 SECTIONS: Mapping[str, type[Section]] = {

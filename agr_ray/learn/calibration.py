@@ -115,6 +115,8 @@ class Calibration:
     """Of the prepared set it was fitted on."""
     content_codes: tuple[int, ...] = ()
     """`models.checkpoint.content_codes` of the images, to tell whether a measured image is among them."""
+    num_seen_in_training: int | None = None
+    """Images that training saw too: each makes the model look surer than it is. None: it is not known."""
 
     @classmethod
     def fit(
@@ -128,6 +130,7 @@ class Calibration:
         predict_digest: str = "",
         split_manifest_sha256: str = "",
         content_codes: tuple[int, ...] = (),
+        num_seen_in_training: int | None = None,
     ) -> Self:
         """Fit every part on n images that training never saw. A missing label leaves the image out of its part only.
 
@@ -173,6 +176,20 @@ class Calibration:
             predict_digest=predict_digest,
             split_manifest_sha256=split_manifest_sha256,
             content_codes=content_codes,
+            num_seen_in_training=num_seen_in_training,
+        )
+
+    @property
+    def overlap_warning(self) -> str:
+        """What is wrong with it if training saw images that it was fitted on, or may have; empty: nothing is."""
+        if self.num_seen_in_training == 0:
+            return ""
+        if self.num_seen_in_training is None:
+            return f"it is not known whether training saw the {self.n:,} images that the calibration was fitted on"
+        return (
+            f"the model was trained on {self.num_seen_in_training:,} of the {self.n:,} images that its calibration was "
+            "fitted on: intervals are too narrow, probabilities too sure, and it abstains too rarely; calibrate on "
+            "images that training never saw"
         )
 
     def apply(self, predictions: Predictions) -> CalibratedPredictions:
@@ -202,7 +219,8 @@ class Calibration:
             rows = {name: np.asarray(said["rows"][name], np.int64) for name in ROW_NAMES}
             fields = {name: value for name, value in said.items() if name != "format_version"}
             lists = {name: tuple(said[name]) for name in ("notes", "content_codes")}
-            made = cls(**fields | parts | lists | {"age": age, "rows": rows})
+            seen = {"num_seen_in_training": said["num_seen_in_training"]}
+            made = cls(**fields | parts | lists | seen | {"age": age, "rows": rows})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"expected what jobs/evaluate.py --calibrate writes, found otherwise: {error}") from None
         if age is not None and len(age.half_widths_years) != len(AGE_GROUPS):

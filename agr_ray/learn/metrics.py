@@ -24,6 +24,8 @@ CS_YEARS: Final = 16
 NUM_RESAMPLES: Final = 1000
 MIN_GROUP_ROWS: Final = 10
 """Rows of a group from which it may be called the worst."""
+_MIN_UNITS = 2
+"""Rows, or persons, that an interval needs."""
 _WITHIN_YEARS = 5
 _INTERVAL = 0.95
 _CHUNK_WEIGHTS = 4_000_000
@@ -267,7 +269,10 @@ def intervals(
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> dict[str, dict[str, list[float] | None]]:
-    """Return 95 % percentile bootstrap intervals of the headline metrics; None where there is no row.
+    """Return 95 % percentile bootstrap intervals of the headline metrics.
+
+    None where fewer than two rows (or persons) count: resampling one says nothing of others, and would give an interval
+    without width.
 
     Arguments as `metrics_report`. Resampling draws a weight for every row (or person), so that all
     resamples of all metrics are one matrix product.
@@ -282,12 +287,22 @@ def intervals(
     rng = np.random.default_rng(seed)
     sums = dict(zip(columns, _resampled_sums(values, num_resamples, rng).T, strict=True))
 
+    num_units = dict(zip(columns, np.count_nonzero(values, axis=0), strict=True))
+
     def share(part: str, whole: str) -> FloatArray:
+        if num_units[whole] < _MIN_UNITS:
+            return np.full(num_resamples, np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(sums[part] / sums[whole], np.float64)
 
+    def recall(task: str, k: int) -> FloatArray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(sums[f"{task}_right_{k}"] / sums[f"{task}_true_{k}"], np.float64)
+
     def balanced(task: str, num_classes: int) -> FloatArray:
-        recalls = np.stack([share(f"{task}_right_{k}", f"{task}_true_{k}") for k in range(num_classes)])
+        if num_units[task] < _MIN_UNITS:
+            return np.full(num_resamples, np.nan)
+        recalls = np.stack([recall(task, k) for k in range(num_classes)])
         present = np.isfinite(recalls)
         num_present = present.sum(axis=0)
         mean: FloatArray = np.where(present, recalls, 0.0).sum(axis=0) / np.where(num_present, num_present, np.nan)

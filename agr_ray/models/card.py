@@ -89,6 +89,7 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
         f"{metrics['n']:,} labelled images of {said['data']}, {metrics['n_fallback']:,} without a detected face. "
         + overlap,
         "",
+        *_calibration_warning(metrics),
         *_headline_table(metrics),
         "",
         *_group_table(metrics.get("groups") or {}),
@@ -98,6 +99,11 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
     if earlier.search(card):
         return earlier.sub(lambda found: section + ("\n" if found.end() < len(card) else ""), card)
     return card.rstrip() + "\n\n" + section
+
+
+def _calibration_warning(metrics: Mapping[str, Any]) -> list[str]:
+    warning = (metrics.get("calibration") or {}).get("warning")
+    return [f"**Calibration: {warning}.**", ""] if warning else []
 
 
 def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
@@ -145,6 +151,7 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
         ("split manifest, SHA-256", data.get("split_manifest_sha256")),
         ("images by split", _splits(data.get("splits") or {})),
         ("trained on", _count(data.get("num_train_rows"))),
+        ("validated on", _count(data.get("num_val_rows"))),
         ("of them without a detected face", _count(data.get("num_train_fallback"))),
         ("faces found by", data.get("detector")),
     ]
@@ -159,11 +166,16 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
             "split manifest, SHA-256",
             "faces found by",
             "images by split",
-            "images",
+            "trained on",
             "share",
         )
         rows_of_sets = [
-            (*(of[key] for key in keys), _splits(of["splits"]), _count(of["num_train_rows"]), _share(of["share"], 1))
+            (
+                *(of[key] for key in keys),
+                _splits(of["splits"]),
+                _count(of["num_train_rows"]),
+                _share(of["share"], 1),
+            )
             for of in sets
         ]
         lines += _table(header, rows_of_sets)

@@ -25,7 +25,7 @@ from agr_ray.models.checkpoint import (
 from agr_ray.schema import TEMPLATE
 from agr_ray.storage import MissingObject, Storage, StorageFailed
 
-_DOWNLOADS: Final = 5
+_REPLACED_WITHIN_S: Final = 15.0
 _PAUSE_S: Final = 0.5
 
 
@@ -54,13 +54,17 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
 
 
 def _download(storage: Storage, uri: str, directory: Path) -> None:
-    """Copy a checkpoint as it is at one moment: again if it is replaced meanwhile, of which files would be mixed.
+    """Copy a checkpoint as it is at one moment: again if it is replaced meanwhile, which would mix files of two.
+
+    On S3 a checkpoint has no marker while it is replaced.
 
     Raises:
-        MissingObject: there is none.
+        MissingObject: there is none, or an upload of it did not end.
+        StorageFailed: it is replaced again and again.
     """
-    marker = storage.join(uri, META)
-    for attempt in range(1, _DOWNLOADS + 1):
+    marker, weights = storage.join(uri, META), storage.join(uri, WEIGHTS)
+    until_s, is_first = time.monotonic() + _REPLACED_WITHIN_S, True
+    while True:
         etag = ""
         try:
             etag = storage.read_with_etag(marker)[1]
@@ -68,12 +72,14 @@ def _download(storage: Storage, uri: str, directory: Path) -> None:
             if storage.read_with_etag(marker)[1] == etag:
                 return
         except (MissingObject, OSError):
-            # Being replaced, if it was there at first; else it may have been looked for in between.
-            if attempt == _DOWNLOADS or (not etag and attempt > 1):
+            is_being_replaced = bool(etag) or is_first or storage.exists(weights)
+            if not is_being_replaced or time.monotonic() > until_s:
                 raise
+        if time.monotonic() > until_s:
+            raise StorageFailed(f"{uri} was replaced again and again for {_REPLACED_WITHIN_S:g} s while it was read")
         shutil.rmtree(directory, ignore_errors=True)
+        is_first = False
         time.sleep(_PAUSE_S)
-    raise StorageFailed(f"{uri} was replaced {_DOWNLOADS} times while it was read")
 
 
 def publish_checkpoint(storage: Storage, directory: Path, uri: str) -> bool:

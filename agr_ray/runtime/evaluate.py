@@ -7,9 +7,11 @@ checkpoint's calibration makes of them is a section of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +32,7 @@ from agr_ray.models.card import HEADLINES, model_card, with_measured
 from agr_ray.models.checkpoint import (
     CALIBRATION,
     CARD,
+    META,
     TRAIN_STATE,
     CheckpointError,
     content_codes,
@@ -45,13 +48,16 @@ from agr_ray.runtime.checkpoints import (
     unpacked_checkpoint,
 )
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
+from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import decoded_crops, label_arrays, part_dataset, select_crops, usable_statuses
+from agr_ray.runtime.lock import RunLock, run_lock
 from agr_ray.runtime.prepared import PreparedSet, open_prepared
 from agr_ray.runtime.progress import progress
 from agr_ray.schema import CROP_STATUSES, GENDERS, PREDICTION_FIELDS, PREDICTIONS, RACES, Status
-from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
+from agr_ray.storage import ChangedObject, MissingObject, Storage, StorageError, StorageFailed, StorageUnavailable
 
 FORMAT_VERSION: Final = 1
+_CARD_ATTEMPTS: Final = 20
 _KEPT_COLUMNS: Final = tuple(field.name for field in PREDICTIONS if field not in PREDICTION_FIELDS)
 
 
@@ -85,53 +91,108 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
             )
             raise ConfigError(f"{said}; --evaluate.allow_overlap true measures all the same")
         calibration = None if config.calibrate else _found_calibration(directory, job.predict, console)
-        with cluster(job.cluster):
-            table = _predict(job, storage, prepared, chosen.num_rows, portable_checkpoint(directory), console)
-    labels, predictions = _arrays(table)
-    if config.calibrate:
-        calibration = Calibration.fit(
-            labels,
-            predictions,
-            coverage=config.coverage,
-            risk=config.abstain_risk,
-            model_digest=digest,
-            predict_digest=digest_of(job.predict),
-            split_manifest_sha256=prepared.split_manifest_sha256,
-            content_codes=tuple(content_codes(chosen["content_hash"].to_pylist()).tolist()),
-        )
-        text = json.dumps(calibration.to_json(), allow_nan=False) + "\n"
-        storage.write(storage.join(checkpoint, CALIBRATION), text.encode())
-    metrics = _measure(table, labels, predictions, meta)
-    if calibration is not None:
-        metrics["calibration"] = coverage_report(labels, predictions, calibration) | {
-            "num_calibrated_on": calibration.n,
-            "num_seen_in_calibration": _num_among(chosen, set(calibration.content_codes)),
-            "calibrated_on_split_manifest_sha256": calibration.split_manifest_sha256,
-            "notes": list(calibration.notes),
-        }
-    metrics["evaluation"] = {
-        "format_version": FORMAT_VERSION,
-        "checkpoint": checkpoint,
-        "model_digest": digest,
-        "data": prepared.uri,
-        "source": prepared.source,
-        "split": config.split,
-        "split_manifest_sha256": prepared.split_manifest_sha256,
-        "trained_on_split_manifest_sha256": meta["data"].get("split_manifest_sha256"),
-        "num_seen_in_training": num_seen,
-        "statuses": statuses,
-        "predict": job.predict.model_dump(mode="json"),
-    }
-    storage.write_table(table, storage.join(out, "predictions.parquet"))
-    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    storage.write(storage.join(out, "metrics.json"), text.encode())
-    add_to_card(storage, checkpoint, meta, metrics, console)
+        with ExitStack() as stack:
+            # Beside them, not in them: a checkpoint is copied as a whole.
+            written = [checkpoint, out] if config.calibrate else [out]
+            owner, expiry_s = f"evaluation {out}", config.lock_expiry_s
+            held = (run_lock(storage, f"{uri}.lock", owner, expiry_s=expiry_s, console=console) for uri in written)
+            locks = [stack.enter_context(lock) for lock in held]
+            stack.enter_context(cluster(job.cluster))
+            packed = portable_checkpoint(directory)
+            table = _predict(job, storage, prepared, chosen.num_rows, packed, locks, console)
+            labels, predictions = _arrays(table)
+            _check_finite(predictions, checkpoint)
+            if config.calibrate:
+                calibration = Calibration.fit(
+                    labels,
+                    predictions,
+                    coverage=config.coverage,
+                    risk=config.abstain_risk,
+                    model_digest=digest,
+                    predict_digest=digest_of(job.predict),
+                    split_manifest_sha256=prepared.split_manifest_sha256,
+                    content_codes=tuple(content_codes(chosen["content_hash"].to_pylist()).tolist()),
+                    num_seen_in_training=num_seen,
+                )
+                _check_unchanged(storage, checkpoint, directory)
+                text = json.dumps(calibration.to_json(), allow_nan=False) + "\n"
+                _check(locks)
+                storage.write(storage.join(checkpoint, CALIBRATION), text.encode())
+            metrics = _measure(table, labels, predictions, meta)
+            if calibration is not None:
+                metrics["calibration"] = coverage_report(labels, predictions, calibration) | {
+                    "num_calibrated_on": calibration.n,
+                    "num_seen_in_calibration": _num_among(chosen, set(calibration.content_codes)),
+                    "num_seen_in_training": calibration.num_seen_in_training,
+                    "warning": calibration.overlap_warning,
+                    "calibrated_on_split_manifest_sha256": calibration.split_manifest_sha256,
+                    "notes": list(calibration.notes),
+                }
+            metrics["evaluation"] = {
+                "format_version": FORMAT_VERSION,
+                "checkpoint": checkpoint,
+                "model_digest": digest,
+                "data": prepared.uri,
+                "source": prepared.source,
+                "split": config.split,
+                "split_manifest_sha256": prepared.split_manifest_sha256,
+                "trained_on_split_manifest_sha256": meta["data"].get("split_manifest_sha256"),
+                "num_seen_in_training": num_seen,
+                "statuses": statuses,
+                "predict": job.predict.model_dump(mode="json"),
+            }
+            _check(locks)
+            storage.write_table(table, storage.join(out, "predictions.parquet"))
+            text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+            _check(locks)
+            storage.write(storage.join(out, "metrics.json"), text.encode())
+            _check(locks)
+            add_to_card(storage, checkpoint, meta, metrics, console)
     _print_summary(console, metrics, out)
     if config.calibrate and calibration is not None:
         _print_fitted(console, calibration, storage.join(checkpoint, CALIBRATION))
     if calibration is not None:
         _print_calibration(console, metrics["calibration"])
     return metrics
+
+
+def _check(locks: Sequence[RunLock]) -> None:
+    """Return only if all locks are ours.
+
+    Raises:
+        LockLost: one is not.
+    """
+    for lock in locks:
+        lock.check()
+
+
+def _check_finite(predictions: Predictions, checkpoint: str) -> None:
+    """Refuse to measure NaN, which metrics would count as some class.
+
+    Raises:
+        JobError: the network predicts something that is not finite.
+    """
+    bad = np.zeros(1, bool)
+    for values in predictions:
+        if values is not None:
+            bad = bad | ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if bad.any():
+        raise JobError(
+            f"evaluate.checkpoint {checkpoint}: its predictions for {bad.sum():,} of {len(bad):,} images are not "
+            "finite; the model is damaged, or its training has diverged"
+        )
+
+
+def _check_unchanged(storage: Storage, checkpoint: str, directory: Path) -> None:
+    """Refuse to write into a checkpoint that another one has replaced since it was read.
+
+    Raises:
+        JobError: it has been.
+    """
+    with contextlib.suppress(MissingObject):
+        if storage.read(storage.join(checkpoint, META)) == (directory / META).read_bytes():
+            return
+    raise JobError(f"evaluate.checkpoint {checkpoint}: was replaced while it was measured; evaluate it again")
 
 
 def _out(storage: Storage, job: EvaluateJob, checkpoint: str, model: str, prepared: PreparedSet) -> str:
@@ -168,11 +229,15 @@ def add_to_card(
     """
     uri = storage.join(checkpoint, CARD)
     try:
-        card = storage.read(uri).decode()
-    except MissingObject:
-        card = model_card(meta)
-    try:
-        storage.write(uri, with_measured(card, metrics).encode())
+        for _ in range(_CARD_ATTEMPTS):  # several evaluations of one checkpoint may come here at once
+            with contextlib.suppress(ChangedObject, MissingObject, FileExistsError):
+                if storage.exists(uri):
+                    card, etag = storage.read_with_etag(uri)
+                    storage.write(uri, with_measured(card.decode(), metrics).encode(), if_match=etag)
+                else:
+                    storage.write(uri, with_measured(model_card(meta), metrics).encode(), if_absent=True)
+                return
+        raise StorageFailed(f"{uri} was changed {_CARD_ATTEMPTS} times while it was being written")
     except (StorageError, StorageUnavailable) as error:
         console.print(f"warning: the model card was not brought up to date: {error}")
 
@@ -275,7 +340,13 @@ def _found_calibration(directory: Path, config: PredictConfig, console: Console)
 
 
 def _predict(
-    job: EvaluateJob, storage: Storage, prepared: PreparedSet, num_rows: int, checkpoint: Any, console: Console
+    job: EvaluateJob,
+    storage: Storage,
+    prepared: PreparedSet,
+    num_rows: int,
+    checkpoint: Any,
+    locks: Sequence[RunLock],
+    console: Console,
 ) -> pa.Table:
     """Return the predictions of the split, sorted by key."""
     config = job.evaluate
@@ -295,6 +366,7 @@ def _predict(
     with progress(console, "predicting", num_rows) as update:
         for table in predictions.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(table, pa.Table)
+            _check(locks)
             tables.append(table)
             update(sum(each.num_rows for each in tables), "")
     made = pa.concat_tables(tables).sort_by("key")
@@ -391,6 +463,8 @@ def _below(abstain_below: float) -> str:
 
 def _print_calibration(console: Console, measured: dict[str, Any]) -> None:
     """Say what was measured beside what was promised."""
+    if measured["warning"]:
+        console.print(f"warning: {measured['warning']}")
     seen = measured["num_seen_in_calibration"]
     if seen:
         console.print(

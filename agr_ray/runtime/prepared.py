@@ -110,7 +110,10 @@ def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
 
 
 def describe_sets(
-    sets: Sequence[PreparedSet], num_train_rows: Sequence[int], shares: Sequence[float] = ()
+    sets: Sequence[PreparedSet],
+    num_train_rows: Sequence[int],
+    num_val_rows: Sequence[int],
+    shares: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Return what a checkpoint says of the sets that it learns from: where, what, split how, and how much of each.
 
@@ -119,12 +122,13 @@ def describe_sets(
 
     Args:
         sets: in the order of `train.data`.
-        num_train_rows: rows of each that are trained on.
+        num_train_rows: crops of each that are trained on.
+        num_val_rows: crops of each that are validated on; `splits` counts images, of which some have no crop.
         shares: `train.data_shares`.
     """
     if len(sets) == 1:
-        return _describe_set(sets[0], num_train_rows[0])
-    each = [_describe_set(*pair) for pair in zip(sets, num_train_rows, strict=True)]
+        return _describe_set(sets[0], num_train_rows[0], num_val_rows[0])
+    each = [_describe_set(*of) for of in zip(sets, num_train_rows, num_val_rows, strict=True)]
     parts = shares or num_train_rows
     lines = "".join(f"{sha256}\n" for sha256 in sorted(prepared.split_manifest_sha256 for prepared in sets))
     return {
@@ -132,11 +136,12 @@ def describe_sets(
         "split_manifest_sha256": hashlib.sha256(lines.encode()).hexdigest(),
         "splits": {name: sum(prepared.splits[name] for prepared in sets) for name in sets[0].splits},
         "num_train_rows": sum(num_train_rows),
+        "num_val_rows": sum(num_val_rows),
         "sets": [said | {"share": part / sum(parts)} for said, part in zip(each, parts, strict=True)],
     }
 
 
-def _describe_set(prepared: PreparedSet, num_train_rows: int) -> dict[str, Any]:
+def _describe_set(prepared: PreparedSet, num_train_rows: int, num_val_rows: int) -> dict[str, Any]:
     return {
         "uri": prepared.uri,
         "source": prepared.source,
@@ -144,4 +149,5 @@ def _describe_set(prepared: PreparedSet, num_train_rows: int) -> dict[str, Any]:
         "split_manifest_sha256": prepared.split_manifest_sha256,
         "splits": prepared.splits,
         "num_train_rows": num_train_rows,
+        "num_val_rows": num_val_rows,
     }

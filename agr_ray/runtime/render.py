@@ -20,6 +20,7 @@ from agr_ray.config import ConfigError, RenderJob
 from agr_ray.console import make_console
 from agr_ray.data.rendered import chip_labels_table, photograph_labels_table, render_chip, render_photograph
 from agr_ray.runtime.cluster import cluster, configure_ray_data, worker_count
+from agr_ray.runtime.lock import run_lock
 from agr_ray.runtime.progress import progress
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import encode_jpeg
@@ -27,6 +28,7 @@ from agr_ray.vision.decode import encode_jpeg
 MAX_FACES: Final = 6
 SIZES_PX: Final = ((960, 640), (1280, 960), (800, 1000), (1600, 1200))
 BATCH: Final = 20
+LOCK: Final = "lock.json"
 
 
 def render(job: RenderJob) -> str:
@@ -39,7 +41,10 @@ def render(job: RenderJob) -> str:
     console = make_console()
     config, storage = job.render, Storage.from_config(job.storage)
     out = storage.absolute(config.out).rstrip("/")
-    marker, settings = storage.join(out, "render.json"), config.model_dump(mode="json", exclude={"out"})
+    marker, settings = (
+        storage.join(out, "render.json"),
+        config.model_dump(mode="json", exclude={"out", "lock_expiry_s"}),
+    )
     if storage.exists(marker):
         found = json.loads(storage.read(marker))
         if found.get("settings") != settings:
@@ -47,10 +52,15 @@ def render(job: RenderJob) -> str:
         if found["finished"]:
             console.print(f"{out} is there already")
             return out
-    elif storage.exists(out) and any(True for _ in storage.list(out)):
+    elif storage.exists(out) and any(info.key != LOCK for info in storage.list(out)):
         raise ConfigError(f"render.out {out}: exists and holds no rendered faces; choose another folder")
-    _mark(storage, marker, settings, finished=False)
-    with cluster(job.cluster):
+    with (
+        run_lock(
+            storage, storage.join(out, LOCK), f"rendering {out}", expiry_s=config.lock_expiry_s, console=console
+        ) as lock,
+        cluster(job.cluster),
+    ):
+        _mark(storage, marker, settings, finished=False)
         for folder, num, draw, table_name in (
             ("chips", config.num_chips, partial(_draw_chips, seed=config.seed), "labels.parquet"),
             ("photographs", config.num_photographs, partial(_draw_photographs, seed=config.seed), "faces.parquet"),
@@ -73,11 +83,14 @@ def render(job: RenderJob) -> str:
             with progress(console, f"drawing {folder}", num) as update:
                 for table in tables:
                     assert isinstance(table, pa.Table)
+                    lock.check()
                     drawn.append(table)
                     keys.update(table["key"].to_pylist())  # a photograph has a row for each face
                     update(len(keys), "")
+            lock.check()
             storage.write_table(pa.concat_tables(drawn).sort_by("key"), storage.join(target, table_name))
-    _mark(storage, marker, settings, finished=True)
+        lock.check()
+        _mark(storage, marker, settings, finished=True)
     console.print(f"{config.num_chips:,} chips and {config.num_photographs:,} photographs in {out}")
     return out
 

@@ -93,19 +93,18 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
     if job.dry_run:
         dry_run(run, sets, first or MultiTaskNet(job.model), console)
         return storage.join(uri, "best")
-    tracked(run)  # a server that refuses is better known now
     lock_uri, patience = storage.join(uri, "lock.json"), Patience(job.train.outage_s)
-    with (
-        run_lock(storage, lock_uri, f"training run {uri}", expiry_s=job.train.lock_expiry_s, console=console) as lock,
-        cluster(job.cluster),
-    ):
-        check_workers_fit(job.train)
-        lock.check()
-        _begin(run, first)
-        with progress_board(console) as board:
-            result = fit(run, sets, lock, board, console, callbacks)
-        patience.call(lambda: _check_finite(run))
-        best = patience.call(lambda: _publish(run, result, lock, console))
+    owner = f"training run {uri}"
+    with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
+        tracked(run)  # before the cluster: a server that refuses ends the job at once
+        with cluster(job.cluster):
+            check_workers_fit(job.train)
+            lock.check()
+            _begin(run, first)
+            with progress_board(console) as board:
+                result = fit(run, sets, lock, board, console, callbacks)
+            patience.call(lambda: _check_finite(run))
+            best = patience.call(lambda: _publish(run, result, lock, console))
     _print_history(console, storage, uri)
     return best
 
@@ -183,7 +182,9 @@ def plan(
                 f"train.data {prepared.uri}: no crop in its train split; its splits are {prepared.splits}"
             )
     rows = pa.concat_tables(trained)
-    data = describe_sets(sets, [table.num_rows for table in trained], job.train.data_shares)
+    validated = [select_crops(table, "val", usable_statuses(use_fallback=True)) for table in crops]
+    num_val_rows = [table.num_rows for table in validated]
+    data = describe_sets(sets, [table.num_rows for table in trained], num_val_rows, job.train.data_shares)
     where = data["uri"]
     for task in job.model.tasks:
         if rows[task].null_count == rows.num_rows:
@@ -195,7 +196,7 @@ def plan(
         )
     check_no_overlaps(trained, crops, sets, storage)
     transform = Transform(job.model.input_side_px, sets[0].crop_side_px, DEFAULT_MARGIN, equalize=job.augment.equalize)
-    if job.train.schedule == "plateau" and not data["splits"]["val"]:
+    if job.train.schedule == "plateau" and not sum(num_val_rows):
         raise ConfigError(f"train.schedule plateau needs validation, and {where} has no crop in its val split")
     max_rows, shares = max_kept_rows(job.train, transform), job.train.data_shares
     if (job.train.balance != "none" or shares) and rows.num_rows > max_rows * job.train.min_workers:
@@ -218,7 +219,7 @@ def plan(
         baseline=baseline,
         sampler=Sampler.fit(labels, job.train.balance, job.train.balance_power, set_index, shares),
         num_train_rows=rows.num_rows,
-        num_val_rows=data["splits"]["val"],
+        num_val_rows=sum(num_val_rows),
         train_images=content_codes(rows["content_hash"].to_pylist()),
         data=data
         | {

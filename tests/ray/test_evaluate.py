@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from sets import checkpoint, prepared_set
 
 from agr_ray.config import ConfigError, EvaluateConfig, EvaluateJob, PredictConfig
+from agr_ray.runtime.command import JobError
 from agr_ray.runtime.evaluate import evaluate
+from agr_ray.runtime.lock import LockLost, run_lock
 from agr_ray.schema import GENDERS, PREDICTIONS, RACES
+from agr_ray.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -153,6 +161,79 @@ def test_overlap_that_is_allowed_is_reported_beside_the_checkpoint(model: Path, 
     assert (written.parent / "predictions.parquet").exists()
 
 
+def test_a_calibration_on_images_of_training_says_so_wherever_it_is_used(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = data.parent / "flattered"
+    shutil.copytree(model, own)
+    fitted = evaluate(evaluate_job(own, data, split="all", calibrate=True, allow_overlap=True))
+    said = json.loads((own / "calibration.json").read_text())
+    first = capsys.readouterr().out
+    measured = evaluate(evaluate_job(own, data))
+    second = capsys.readouterr().out
+
+    warning = "the model was trained on 20 of the 57 images that its calibration was fitted on"
+    assert (said["n"], said["num_seen_in_training"]) == (57, 20)
+    assert fitted["calibration"]["num_seen_in_training"] == measured["calibration"]["num_seen_in_training"] == 20
+    assert [first.count(f"warning: {warning}"), second.count(f"warning: {warning}")] == [1, 1]
+    assert measured["calibration"]["warning"].startswith(warning)
+    assert (own / "model_card.md").read_text().count(f"**Calibration: {warning}") == 2
+
+
+def test_an_evaluation_that_another_is_writing_is_refused(model: Path, data: Path) -> None:
+    out = data.parent / "contested"
+    with (
+        run_lock(Storage(), f"{out}.lock", "another evaluation", expiry_s=1.0, console=Console(quiet=True)),
+        pytest.raises(ConfigError, match=r"contested\.lock is held by another evaluation"),
+    ):
+        evaluate(evaluate_job(model, data, out=str(out)))
+    assert not out.exists()
+
+
+def test_a_checkpoint_that_another_evaluation_calibrates_is_refused(model: Path, data: Path) -> None:
+    with (
+        run_lock(Storage(), f"{model}.lock", "another evaluation", expiry_s=1.0, console=Console(quiet=True)),
+        pytest.raises(ConfigError, match=r"model\.lock is held by another evaluation"),
+    ):
+        evaluate(evaluate_job(model, data, split="val", calibrate=True, out=str(data.parent / "unwritten")))
+    assert not (model / "calibration.json").exists()
+
+
+def test_an_evaluation_whose_lock_was_taken_writes_nothing(model: Path, data: Path) -> None:
+    own, out = data.parent / "taken", data.parent / "taken-out"
+    shutil.copytree(model, own)
+    lock = Path(f"{own}.lock")
+    thief = threading.Thread(target=_take, args=(lock,), daemon=True)
+    thief.start()
+
+    with pytest.raises(LockLost, match=r"taken\.lock is no longer ours"):
+        evaluate(evaluate_job(own, data, split="val", calibrate=True, out=str(out), lock_expiry_s=0.4))
+
+    thief.join()
+    assert not (own / "calibration.json").exists()
+    assert not out.exists()
+
+
+def _take(lock: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not lock.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    Storage().write(str(lock), lock.read_bytes().replace(json.loads(lock.read_text())["token"].encode(), b"another"))
+
+
+def test_a_model_that_predicts_nan_is_refused(model: Path, data: Path) -> None:
+    own, out = data.parent / "diverged", data.parent / "diverged-out"
+    shutil.copytree(model, own)
+    weights = load_file(own / "weights.safetensors")
+    save_file(
+        {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}, own / "weights.safetensors"
+    )
+
+    with pytest.raises(JobError, match=r"diverged: its predictions for 31 of 31 images are not finite"):
+        evaluate(evaluate_job(own, data, out=str(out)))
+    assert not out.exists()
+
+
 def test_another_prepared_source_is_measured_as_a_whole(data: Path) -> None:
     # Trained on nothing that it says: then overlap isn't known, and the baseline is these labels' own.
     silent = checkpoint(data.parent / "silent")
@@ -190,6 +271,7 @@ def test_a_checkpoint_calibrated_on_one_split_is_reported_on_another(
     )
     printed = " ".join(capsys.readouterr().out.split())
 
+    assert (said["num_seen_in_training"], fitted["calibration"]["warning"]) == (0, "")
     assert (said["n"], said["coverage"], said["model_digest"]) == (6, 0.5, fitted["evaluation"]["model_digest"])
     assert len(said["rows"]["race_pred"]) == len(said["content_codes"]) == 6
     assert fitted["calibration"]["num_seen_in_calibration"] == 6

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from agr_ray.config import ConfigError, RenderConfig, RenderJob
 from agr_ray.data.rendered import render_chip
+from agr_ray.runtime.lock import run_lock
 from agr_ray.runtime.render import render
+from agr_ray.storage import Storage
 from agr_ray.vision.decode import encode_jpeg
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -75,3 +78,13 @@ def test_a_killed_run_is_drawn_to_its_end_and_a_foreign_folder_left_alone(faces:
 def test_other_faces_go_into_another_folder(faces: Path) -> None:
     with pytest.raises(ConfigError, match="other settings"):
         render(job(faces, seed=6))
+
+
+def test_a_folder_that_another_renders_into_is_refused(tmp_path: Path) -> None:
+    lock = tmp_path / "lock.json"
+    with (
+        run_lock(Storage(), str(lock), "another", expiry_s=1.0, console=Console(quiet=True)),
+        pytest.raises(ConfigError, match=r"lock\.json is held by another"),
+    ):
+        render(job(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == []

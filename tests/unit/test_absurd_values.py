@@ -101,15 +101,15 @@ def test_the_extremes_of_every_kind_of_number_are_known() -> None:
     }
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_extreme_values_end_in_one_line_or_reach_the_cluster(
-    job: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def prepared_for(monkeypatch: pytest.MonkeyPatch, job: str, inputs: Path, tmp: Path) -> tuple[str, ...]:
+    """Let the job's cluster end it, and return the arguments that bring it there."""
+
     def reached(**_: Any) -> None:
         raise Reached
 
     for name in [name for name in os.environ if name.startswith("AGR_RAY_")]:
         monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp)
     monkeypatch.setattr(ray, "init", reached)
     arguments: dict[str, tuple[str, ...]] = {
         "render": (),
@@ -119,10 +119,23 @@ def test_extreme_values_end_in_one_line_or_reach_the_cluster(
         "evaluate": ("--evaluate.checkpoint", f"{inputs}/checkpoint", "--evaluate.data", f"{inputs}/prepared"),
         "score": ("--score.checkpoint", f"{inputs}/checkpoint", "--score.input", f"{inputs}/faces"),
     }
+    return arguments[job]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_extreme_values_end_in_one_line_or_reach_the_cluster(
+    job: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     surprises = []
     for number, (_, section, field, value) in enumerate(knob for knob in KNOBS if knob[0] == job):
         out = "train" if job == "train" else job
-        argv = [*arguments[job], f"--{out}.out", str(tmp_path / str(number)), f"--{section}.{field}", json.dumps(value)]
+        argv = [
+            *prepared_for(monkeypatch, job, inputs, tmp_path),
+            f"--{out}.out",
+            str(tmp_path / str(number)),
+            f"--{section}.{field}",
+            json.dumps(value),
+        ]
         outcome = _outcome(job, argv, monkeypatch)
         said = capsys.readouterr().err
         is_one_line = outcome == "refused" and said.count("\n") == 1 and "error: " in said
@@ -143,3 +156,41 @@ def _outcome(job: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     except Exception as error:
         return repr(error)
     return "done"
+
+
+PATHS = {
+    "render": ("render.out",),
+    "prepare": ("source.uri", "source.labels", "prepare.out"),
+    "train": ("train.data", "train.out", "train.name", "model.weights"),
+    "tune": ("train.data", "tune.out", "tune.name", "tune.study"),
+    "evaluate": ("evaluate.checkpoint", "evaluate.data", "evaluate.out"),
+    "score": ("score.checkpoint", "score.input", "score.out", "score.metadata", "score.pseudonymise", "score.ledger"),
+}
+ABSURD_PATHS = (
+    "s3://",
+    "s3:///x",
+    "s3:/b/x",
+    "ftp://h/x",
+    "file://host/x",
+    "x" * 5000,
+    "/dev/null",
+    "/dev/null/x",
+    "[",
+)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_absurd_paths_end_in_one_line_or_reach_the_cluster(
+    job: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    surprises = []
+    for key in PATHS[job]:
+        for number, path in enumerate(ABSURD_PATHS):
+            out = "train" if job == "train" else job
+            argv = [*prepared_for(monkeypatch, job, inputs, tmp_path), f"--{out}.out", str(tmp_path / f"{key}{number}")]
+            outcome = _outcome(job, [*argv, f"--{key}", path], monkeypatch)
+            said = capsys.readouterr().err
+            is_one_line = outcome in ("refused", "status 1") and said.count("\n") == 1 and said.startswith("error: ")
+            if outcome not in ("reached", "done") and not is_one_line:
+                surprises.append((key, path[:50], outcome, said[-300:]))
+    assert surprises == []

@@ -237,3 +237,15 @@ def test_objective_is_the_mean_of_errors_relative_to_guessing() -> None:
     assert objective(values, baseline, ("age", "gender", "race")) == pytest.approx((37 / 30 + 1 + 1) / 3)
     assert objective(values, baseline, ("gender",)) == pytest.approx(1.0)
     assert objective(MetricSums().to_json(), MetricSums().to_json(), ("age",)) is None
+
+
+def test_one_row_or_one_person_has_no_interval() -> None:
+    labels = Labels(np.full(3, 30, np.float32), np.array([1, -1, -1]), np.array([-1, -1, -1]))
+    guess = Predictions(np.array([31, 35, 50], np.float32), np.array([0.9, 0.9, 0.9], np.float32), None)
+
+    apart, together = intervals(labels, guess), intervals(labels, guess, clusters=np.array([4, 4, 4]))
+
+    assert apart["age"]["mae_years"] is not None
+    assert apart["gender"] == {"accuracy": None, "balanced_accuracy": None}
+    assert apart["race"] == {"accuracy": None, "balanced_accuracy": None}
+    assert list(together["age"].values()) == [None] * 4

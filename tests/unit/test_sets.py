@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
-from agr_ray.models.checkpoint import content_codes
+from agr_ray.models.card import model_card
+from agr_ray.models.checkpoint import LABELS, content_codes
+from agr_ray.models.network import Transform
 from agr_ray.runtime.crops import Slice, deal_parts, read_slices, take_turns, training_arrays, usable_statuses
 from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.runtime.train import settings_digest, train
 from agr_ray.runtime.training.run import Run
+from agr_ray.schema import CROPS
 from agr_ray.storage import Storage
 
 STORAGE = Storage()
@@ -119,9 +123,60 @@ def test_what_is_said_of_one_set_is_as_before_there_could_be_several(
     assert run.sampler is None
     assert set(run.data) == {
         *("uri", "source", "detector", "template", "split_manifest_sha256", "splits", "num_train_rows"),
+        "num_val_rows",
         *("num_train_fallback", "train_labels", "baseline"),
     }
     assert (run.data["uri"], run.data["split_manifest_sha256"]) == (str(two), "0" * 64)
+
+
+def with_validation(folder: Path) -> Path:
+    """Turn the test split into validation, and add images to it and to training of which there is no crop."""
+    part = folder / "crops" / "part-0.parquet"
+    rows = pq.read_table(part).to_pylist()
+    for row in rows:
+        row["split"] = "val" if row["split"] == "test" else row["split"]
+    rows[0]["status"] = "fallback"
+    lost = [(split, status) for split in ("train", "val") for status in ("unreadable", "failed", "too_large")]
+    for split, status in lost:
+        key = f"{split}-{status}.jpg"
+        rows.append(rows[1] | {"image_id": key, "key": key, "split": split, "status": status, "crop": None})
+    pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), part)
+    record = json.loads((folder / "prepare.json").read_text()) | {"splits": {"train": 5, "val": 4, "test": 0}}
+    (folder / "prepare.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_images_without_a_crop_are_no_rows_of_training_or_validation(
+    one: Path, two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = (with_validation(one), with_validation(two))
+
+    alone, both = planned(monkeypatch, folders[1]), planned(monkeypatch, *folders)
+    without = planned(monkeypatch, *folders, use_fallback=False, batch_size=2)
+
+    assert (alone.num_train_rows, alone.num_val_rows) == (2, 1)
+    assert (both.num_train_rows, both.num_val_rows) == (4, 2)
+    assert (without.num_train_rows, without.num_val_rows) == (2, 2)
+    for run in (alone, both, without):
+        assert (run.data["num_train_rows"], run.data["num_val_rows"]) == (run.num_train_rows, run.num_val_rows)
+        assert sum(run.data["train_labels"]["gender"].values()) == run.num_train_rows
+    assert [each["num_val_rows"] for each in both.data["sets"]] == [1, 1]
+    card = model_card(
+        {"model": {"tasks": ["age"], "trunk": "resnet18", "age_head": "linear", "weights": "none"}}
+        | {"transform": Transform(SIDE_PX, SIDE_PX).to_json(), "labels": LABELS, "data": dict(both.data)}
+    )
+    assert "| trained on | 4 |" in card
+    assert "| validated on | 2 |" in card
+
+
+def test_a_val_split_without_a_crop_is_no_validation(two: Path) -> None:
+    part = with_validation(two) / "crops" / "part-0.parquet"
+    table = pq.read_table(part)
+    rows = [row | {"status": "failed" if row["split"] == "val" else row["status"]} for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), part)
+
+    with pytest.raises(ConfigError, match=r"train\.schedule plateau needs validation, and .* has no crop in its val"):
+        train(job(two, schedule="plateau"))
 
 
 def test_labels_of_all_sets_and_images_of_all_sets_are_what_is_learnt_from(
@@ -147,8 +202,8 @@ def test_a_dry_run_says_what_each_set_gives(one: Path, two: Path, capsys: pytest
     train(job(one, two, data_shares=[3, 1], epochs=1, threads_per_worker=1))
 
     said = capsys.readouterr().out
-    assert f"data: {one} + {two}: 4 crops to train on, 0 images to validate on" in said
-    assert f"of them {one}: 2 crops to train on, 75.0 % of those drawn; 0 images to validate on" in said
+    assert f"data: {one} + {two}: 4 crops to train on, 0 to validate on" in said
+    assert f"of them {one}: 2 crops to train on, 75.0 % of those drawn; 0 to validate on" in said
     assert f"of them {two}: 2 crops to train on, 25.0 % of those drawn" in said
     assert "images a step each; with reading" in said
     assert "training labels, race: white 2, black 0" in said
@@ -197,7 +252,7 @@ def test_what_is_said_of_several_sets_is_joined_and_each_ones_own(one: Path, two
     sets = opened(one, two)
     sets[1] = sets[1].model_copy(update={"split_manifest_sha256": "1" * 64})
 
-    said, swapped = describe_sets(sets, [30, 10]), describe_sets(sets[::-1], [10, 30])
+    said, swapped = describe_sets(sets, [30, 10], [3, 1]), describe_sets(sets[::-1], [10, 30], [1, 3])
 
     assert (said["uri"], said["source"], said["detector"]) == (f"{one} + {two}", "one + two", "none")
     assert said["splits"] == {"train": 4, "val": 0, "test": 2}

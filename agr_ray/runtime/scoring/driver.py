@@ -264,6 +264,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             "key_id": _key_id(key),
             "schema_version": SCHEMA_VERSION,
             "calibrated": model.calibration is not None,
+            "calibration_warning": model.calibration.overlap_warning if model.calibration else "",
             "aggregate_only": job.score.aggregate_only,
             "group_by": list(job.score.group_by),
             "min_cell": job.score.min_cell,
@@ -350,6 +351,8 @@ def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
     calibration, reason = read_calibration(directory, job.predict, "score.checkpoint")
     if calibration is None:
         console.print(f"warning: no age_low and age_high, no abstention, no corrected shares: {reason}")
+    elif calibration.overlap_warning:
+        console.print(f"warning: {calibration.overlap_warning}")
     return Model(
         checkpoint=portable_checkpoint(directory),
         digest=model_digest(directory),

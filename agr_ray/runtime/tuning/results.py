@@ -194,8 +194,8 @@ def _provenance(sweep: Sweep, run: Run) -> dict[str, str]:
     job, trials = sweep.job, sweep.trials.values()
     return {
         "data": str(run.data["uri"]),
-        "training images": str(run.num_train_rows),
-        "validation images": str(run.num_val_rows),
+        "crops trained on": str(run.num_train_rows),
+        "crops validated on": str(run.num_val_rows),
         "SHA-256 of the split manifest": str(run.data["split_manifest_sha256"]),
         "seed of the search": str(job.tune.seed),
         "seed of each training": str(job.train.seed),
