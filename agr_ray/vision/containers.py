@@ -24,6 +24,9 @@ _MAX_SCANS: Final = 200
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE: Final = 3  # colour type
+_ITEM_ENTRY: Final = re.compile(rb"(.{4})infe(?:\x02.{3}.{4}|\x03.{3}.{6}|[^\x02\x03].{3})", re.DOTALL)
+"""The box of an item of a HEIF file up to the item's type, which is text, as all that follows is."""
+
 _BMP_HEADERS: Final = (12, 40, 52, 56, 64, 108, 124)  # their lengths in bytes, one for each version
 _HEIF_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _AVIF_BRANDS: Final = (b"avif", b"avis")
@@ -273,6 +276,12 @@ def _heif(data: bytes) -> Pixels:
     It obeys the boxes irot and imir, which EXIF only repeats. Some programs write EXIF alone.
     """
     start, end = _box(data, b"meta")
+    for entry in _ITEM_ENTRY.finditer(data, start, end):
+        length = int.from_bytes(entry[1], "big")
+        try:
+            data[entry.end() : entry.start() + length].decode()
+        except UnicodeDecodeError as error:  # pi-heif 1.4 crashes at it
+            raise BrokenFileError("the name of an item is not UTF-8") from error
     is_turned = any(data.find(kind, start, end) >= 0 for kind in (b"irot", b"imir"))
     return Pixels(data, orientation=1 if is_turned else None)
 

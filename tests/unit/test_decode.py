@@ -530,3 +530,8 @@ def test_reserved_bytes_of_a_bmp_do_not_matter() -> None:
     data = bad_images.encoded(Image.fromarray(bad_images.gradient_rgb()), "BMP")
     assert (decode_image(data[:6] + b"GIMP" + data[10:]).rgb == bad_images.gradient_rgb()).all()
     assert status_of(b"BMW is a maker of cars, and this is no photograph of one.") is Status.NOT_AN_IMAGE
+
+
+def test_a_heic_with_an_item_of_no_name_does_not_crash_its_process() -> None:
+    data = bad_images.heic("turned_by_exif").replace(b"Exif", b"Exi\xff", 1)
+    assert status_of(data) is Status.UNREADABLE

@@ -298,3 +298,20 @@ def image_row(name: str, faces: list[dict[str, Any]]) -> dict[str, Any]:
     scored_at = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     row = {"image_id": name, "uri": f"s3://bucket/{name}", "status": "ok", "detector": "haar", "scored_at": scored_at}
     return row | PROVENANCE | {"faces": faces}
+
+
+def test_photographs_of_phones_are_scored_beside_the_others(scoring: Scoring) -> None:
+    folder = Path(scoring.work).parent / "photographs"
+    heic = (Path(__file__).parent / "heic" / "plain.heic").read_bytes()
+    (folder / "phone.HEIC").write_bytes(heic)
+    (folder / "cut.heif").write_bytes(heic[:-500])
+    work = str(folder.parent / "second")
+    plan(scoring.storage, ScoreConfig(input=str(folder)), manifest_folder(scoring.storage, work))
+    scoring = dataclasses.replace(scoring, work=work)
+
+    list(PartScorer(scoring)({"part": np.array([0])}))
+
+    rows = {Path(row["uri"]).name: row for row in scoring.storage.read_table(scoring.part_uri(0)).to_pylist()}
+    statuses = {f"{number}.jpg": "no_face" for number in range(6)} | {"phone.HEIC": "no_face", "cut.heif": "unreadable"}
+    assert {name: row["status"] for name, row in rows.items()} == statuses
+    assert (rows["phone.HEIC"]["width_px"], rows["cut.heif"]["rotation_degrees"]) == (120, None)
