@@ -274,5 +274,7 @@ def _reason(error: BaseException) -> str:
         return message
     if "truncated" in message.lower():
         return "truncated"
-    message = re.sub(r"\([^()]*\)|<[^<>]*>|b'[^']*'|b\"[^\"]*\"", "", message)
-    return " ".join(re.sub(r"\b(?:0x[0-9a-fA-F]+|[0-9]+)", "N", message).split())[:200]
+    if isinstance(error, LookupError):  # the message is the key
+        message = f"{type(error).__name__}: {message}"
+    message = re.sub(r"\([^()]*\)|<[^<>]*>|b'[^']*'|b\"[^\"]*\"|(?<=property )'[^']*'", "", message)
+    return " ".join(re.sub(r"0x[0-9a-fA-F]+|[0-9]+", "N", message).split())[:200]

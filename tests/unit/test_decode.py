@@ -18,12 +18,14 @@ import pytest
 from PIL import Image, ImageCms
 
 from agr_ray.schema import Status
+from agr_ray.vision import decode
 from agr_ray.vision.decode import DecodedImage, ImageError, decode_crop, decode_image, encode_jpeg
 
 MEASURE = """
 import resource
 from pathlib import Path
 import numpy as np
+from agr_ray.vision import decode
 from agr_ray.vision.decode import DecodedImage, ImageError, decode_image
 
 files = sorted(Path().glob("*.image"))
@@ -535,3 +537,18 @@ def test_reserved_bytes_of_a_bmp_do_not_matter() -> None:
 def test_a_heic_with_an_item_of_no_name_does_not_crash_its_process() -> None:
     data = bad_images.heic("turned_by_exif").replace(b"Exif", b"Exi\xff", 1)
     assert status_of(data) is Status.UNREADABLE
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError("cannot read <_io.BytesIO object at 0x7f00aa>"), "cannot read"),
+        (OSError("image file is truncated (12 bytes not processed)"), "truncated"),
+        (OSError("Image size 12x277 exceeds 0xFF"), "Image size NxN exceeds N"),
+        (SyntaxError("broken file (chunk b'\\x00\\x01')"), "broken file"),
+        (KeyError(258), "KeyError: N"),
+        (struct.error(), "error"),
+    ],
+)
+def test_messages_hold_nothing_that_differs_from_file_to_file(error: Exception, expected: str) -> None:
+    assert decode._reason(error) == expected
