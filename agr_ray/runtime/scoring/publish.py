@@ -250,13 +250,19 @@ def _success_uri(storage: Storage, out: str, run_id: str) -> str:
 
 
 def views_sql(storage: Storage, out: str, *, has_images: bool) -> str:
-    """Return DuckDB's views over all published runs; without `has_images`, all of them were aggregate_only."""
-    quoted = out.replace("'", "''")
+    """Return DuckDB's views over all published runs; without `has_images`, all of them were aggregate_only.
+
+    Columns come from the files only: DuckDB would also take them from any folder named `name=value` above `out`.
+    """
+    quoted = re.sub(r"([*?\[])", r"[\1]", out).replace("'", "''")  # what DuckDB would read as a pattern
     sql = f"""-- Views over the published runs, for DuckDB: duckdb -init views.sql
 {_secret_sql(storage, out)}CREATE OR REPLACE VIEW runs AS
-    SELECT * FROM read_json('{quoted}/{SUCCESS}/run=*.json', union_by_name = true);
+    SELECT * FROM read_json('{quoted}/{SUCCESS}/run=*.json', union_by_name = true, hive_partitioning = false);
 CREATE OR REPLACE VIEW demographics AS
-    SELECT * FROM read_parquet('{quoted}/demographics/run=*/*.parquet', union_by_name = true, hive_partitioning = true)
+    SELECT * EXCLUDE (filename), regexp_extract(filename, '.*/run=([^/]+)/', 1) AS run
+    FROM read_parquet(
+        '{quoted}/demographics/run=*/*.parquet', union_by_name = true, hive_partitioning = false, filename = true
+    )
     WHERE run IN (SELECT run_id FROM runs);
 """
     if not has_images:
@@ -267,13 +273,15 @@ CREATE OR REPLACE VIEW demographics AS
 -- never hides an earlier row. An image that was deleted from its bucket stays until a run has met it as missing:
 -- scoring does not look for keys that are gone.
 CREATE OR REPLACE VIEW images AS
-    SELECT i.* FROM read_parquet('{quoted}/images/run=*/*.parquet', union_by_name = true) AS i
+    SELECT i.*
+    FROM read_parquet('{quoted}/images/run=*/*.parquet', union_by_name = true, hive_partitioning = false) AS i
     SEMI JOIN runs USING (run_id)
     QUALIFY row_number() OVER (
         PARTITION BY i.uri ORDER BY i.status IN ({says_nothing}), i.scored_at DESC, i.run_id DESC
     ) = 1;
 CREATE OR REPLACE VIEW faces AS
-    SELECT f.* FROM read_parquet('{quoted}/faces/run=*/*.parquet', union_by_name = true) AS f
+    SELECT f.*
+    FROM read_parquet('{quoted}/faces/run=*/*.parquet', union_by_name = true, hive_partitioning = false) AS f
     SEMI JOIN images USING (image_id, run_id);
 CREATE OR REPLACE VIEW rejects AS
     SELECT {", ".join(REJECTS.names)} FROM images WHERE status NOT IN ('ok', 'no_face');

@@ -1,0 +1,67 @@
+"""views.sql reads the published runs of its own folder, whatever that folder and those above it are called."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from agr_ray.runtime.scoring.publish import views_sql
+from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES
+from agr_ray.storage import Storage
+
+RUNS = ("20260101T000000.000Z-00000000", "20260102T000000.000Z-00000000")
+
+
+def published(out: Path, run_id: str, *, finished: bool) -> None:
+    """Write a run of one image with one face."""
+    image = {
+        "image_id": run_id,
+        "uri": f"s3://bucket/{run_id}",
+        "status": "ok",
+        "faces": [{"gender": "male", "flags": [], "abstain": []}],
+        "run_id": run_id,
+        "model_digest": "model",
+        "config_digest": "config",
+        "detector": "mtcnn",
+        "scored_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+        "schema_version": 1,
+    }
+    face = {name: value for name, value in image.items() if name in FACES.names} | {"face_index": 0}
+    cell = {"is_total": True, "breakdown": "gender", "gender": "male", "n": 1, "suppressed": False}
+    for name, row, schema in (("images", image, IMAGES), ("faces", face, FACES), ("demographics", cell, DEMOGRAPHICS)):
+        folder = out / name / f"run={run_id}"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist([row], schema=schema), folder / f"{name}-00000.parquet")
+    if finished:
+        (out / "_SUCCESS").mkdir(exist_ok=True)
+        (out / "_SUCCESS" / f"run={run_id}.json").write_text(json.dumps({"run_id": run_id}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["out", "[1]", "a[bold]b[/nope]", "50%", "what?", "2*2", "it's", "run=7/out", "status=prod/gender=x/out", "{a,b}"],
+)
+def test_views_read_the_runs_of_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    published(out, RUNS[0], finished=True)
+    published(out, RUNS[1], finished=False)
+    with duckdb.connect() as database:
+        database.execute(views_sql(Storage(), str(out), has_images=True))
+
+        runs = database.sql("SELECT run_id FROM runs").fetchall()
+        cells = database.sql("SELECT run, gender, n FROM demographics").fetchall()
+        images = database.sql("SELECT run_id, status FROM images").fetchall()
+        faces = database.sql("SELECT run_id, gender FROM faces").fetchall()
+        columns = [row[0] for row in database.sql("DESCRIBE images").fetchall()]
+
+    assert runs == [(RUNS[0],)]
+    assert cells == [(RUNS[0], "male", 1)]
+    assert images == [(RUNS[0], "ok")]
+    assert faces == [(RUNS[0], None)]
+    assert columns == IMAGES.names
