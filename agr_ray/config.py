@@ -245,6 +245,9 @@ class PrepareConfig(Section):
     """Images that a worker takes at a time."""
     rows_per_file: PositiveInt = 1024
     """Crop rows in one Parquet file: what a killed run may have to do again, for each worker."""
+    lock_expiry_s: PositiveFloat = 120.0
+    """Seconds for which the lock on out must stand still before the same command takes it over from a job that was
+    killed on another machine; of one on this machine it is known at once. A heartbeat comes every quarter of it."""
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -19,41 +19,10 @@ from rich.console import Console
 
 from agr_ray.runtime.cluster import configure_ray_data
 from agr_ray.runtime.progress import progress
-from agr_ray.schema import MANIFEST, Status
 from agr_ray.storage import Storage
 
 MakeRows = Callable[[pa.Table], pa.Table]
 """Input rows -> output rows, one for one; both have `image_id`, the output has `status` too."""
-
-
-def finished_ids(storage: Storage, folder: str) -> pa.Array:
-    """Return the `image_id` of every row in the folder's parts that need not be made again: all but those that failed.
-
-    None if there is no part yet.
-    """
-    rows = read_parts(storage, folder)
-    return rows.filter(pc.not_equal(rows["status"], Status.FAILED))["image_id"].combine_chunks()
-
-
-def read_parts(storage: Storage, folder: str) -> pa.Table:
-    """Return `image_id` and `status` of every row in the folder's parts."""
-    # A job killed within its first part leaves a folder with nothing that Parquet readers see.
-    if not storage.exists(folder) or next(storage.list(folder, (".parquet",)), None) is None:
-        return pa.schema([MANIFEST.field(name) for name in ("image_id", "status")]).empty_table()
-    return storage.read_table(folder, columns=["image_id", "status"])
-
-
-def keep_only(storage: Storage, folder: str, ids: pa.Array) -> None:
-    """Take every row but those of these `image_id` out of the folder's parts: rows that are to be made again."""
-    if not without(read_parts(storage, folder), ids).num_rows:
-        return
-    for part in list(storage.list(folder, (".parquet",))):
-        rows = storage.read_table(part.uri)
-        kept = rows.filter(pc.is_in(rows["image_id"], value_set=ids))
-        if not kept.num_rows:
-            storage.delete(part.uri)
-        elif kept.num_rows < rows.num_rows:
-            storage.write_table(kept, part.uri)
 
 
 def without(table: pa.Table, ids: pa.Array) -> pa.Table:
@@ -72,12 +41,13 @@ def write_parts(
     max_rows_per_part: int,
     label: str,
     console: Console,
+    check: Callable[[], None],
 ) -> Counter[str]:
     """Turn rows into parts on the cluster that is connected, showing progress; return the new rows by status.
 
     `make_worker` is called once in each worker process, and what it returns gets `batch_size` rows at a time.
     `max_rows_per_part` is what a kill may cost each worker; where rows are few, parts are smaller, so that every
-    worker gets several.
+    worker gets several. `check` is called after each part, and ends the work by raising.
     """
     configure_ray_data()
     part_rows = max(1, min(max_rows_per_part, -(-rows.num_rows // (4 * num_workers))))
@@ -94,6 +64,7 @@ def write_parts(
     with progress(console, label, rows.num_rows) as update:
         for batch in statuses.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(batch, pa.Table)
+            check()
             counts.update(batch["status"].to_pylist())
             update(counts.total(), ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items())))
     return counts

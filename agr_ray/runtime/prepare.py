@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,25 +20,35 @@ from agr_ray.console import make_console, make_table
 from agr_ray.data import folder, utkface
 from agr_ray.data.manifest import SourceRow, build_manifest, content_hashes, labels_digest
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
+from agr_ray.data.standing import apply_edits, find_standing
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.images import MIB, ImageReader, Photograph, Reject, landmark_columns
-from agr_ray.runtime.parts import finished_ids, keep_only, read_parts, without, write_parts
+from agr_ray.runtime.lock import RunLock, run_lock
+from agr_ray.runtime.parts import without, write_parts
 from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet, find_prepared
 from agr_ray.runtime.progress import print_failed, progress
-from agr_ray.schema import CROPS, MANIFEST, SPLITS, TEMPLATE, Status
+from agr_ray.schema import CROP_STATUSES, CROPS, MANIFEST, SPLITS, TEMPLATE, Status
 from agr_ray.storage import Storage
+from agr_ray.tables.rejects import reject_reasons
 from agr_ray.vision.align import DEFAULT_MARGIN, align, align_chip
 from agr_ray.vision.decode import encode_jpeg
 from agr_ray.vision.quality import sharpness
+
+LOCK: Final = "lock.json"
+"""Keeps two jobs out of one set."""
 
 
 def prepare(job: PrepareJob) -> PreparedSet:
     """Make the prepared set that the job describes, or finish it; of one that is whole, do nothing again.
 
-    Images that the source has gained since are added; those that were there keep their split.
+    Where the source has changed since, the set follows: images that it gained are added, those that are gone are taken
+    out, those that were replaced are cropped again, and corrected labels are copied into the crops' rows. Images keep
+    their split.
 
     Raises:
-        ConfigError: the folder holds a set of other settings, the labels can't be used, or the plan can't fit.
+        ConfigError: the folder holds a set of other settings, the labels or no image can be used, another job is at
+            work on the set, or the plan can't fit.
+        LockLost: another job has taken the set over.
         StorageUnavailable: source or output can't be reached.
     """
     console = make_console()
@@ -46,10 +56,18 @@ def prepare(job: PrepareJob) -> PreparedSet:
     out = storage.absolute(job.prepare.out).rstrip("/")
     storage.probe(job.source.uri, "source.uri")
     storage.probe(out, "prepare.out", write=True)
-    settings = _settings(job)
-    earlier = _earlier_set(storage, out, settings)
+    lock_uri = storage.join(out, LOCK)
+    owner = f"jobs/prepare.py from {job.source.uri}"
+    _check_out(storage, out, _settings(job))  # before the lock leaves a file there
+    with run_lock(storage, lock_uri, owner, expiry_s=job.prepare.lock_expiry_s, console=console) as lock:
+        return _prepare(job, storage, out, lock, console)
 
-    table = _manifest(job, storage, earlier, console)
+
+def _prepare(job: PrepareJob, storage: Storage, out: str, lock: RunLock, console: Console) -> PreparedSet:
+    """Make or finish the set while the lock is held."""
+    settings = _settings(job)
+    earlier = _check_out(storage, out, settings)
+    table = _manifest(job, storage, earlier, lock.check, console)
     split_text = split_manifest_text(table)
     prepared = PreparedSet(
         format_version=FORMAT_VERSION,
@@ -62,19 +80,27 @@ def prepare(job: PrepareJob) -> PreparedSet:
         uri=out,
     )
     crops = prepared.crops(storage)
-    finished = _finished(storage, crops, table)
+    standing = find_standing(storage, crops, table)
     # In the order of the ids, which are hashes: the parts are well mixed, whatever the order of the keys means.
-    todo = without(table, finished).sort_by("image_id")
-    console.print(f"{table.num_rows:,} images: {table.num_rows - todo.num_rows:,} done before, {todo.num_rows:,} to do")
+    todo = without(table, standing.image_ids).sort_by("image_id")
+    console.print(f"{table.num_rows:,} images: {len(standing.image_ids):,} done before, {todo.num_rows:,} to do")
+    if standing.edits:
+        console.print(
+            f"the source has changed: {standing.num_relabelled:,} rows get other labels or another split, "
+            f"{standing.num_dropped:,} rows are of images that are gone or are read again"
+        )
     started = time.perf_counter()
+    is_same = earlier is not None and earlier.finished and prepared.digest == earlier.digest
+    if todo.num_rows or standing.edits or not is_same:
+        lock.check()
+        prepared.write(storage)
+        storage.write_table(table, prepared.manifest(storage))
+        storage.write(storage.join(out, "splits.tsv"), split_text.encode())
+        apply_edits(storage, standing, table, lock.check)
     if todo.num_rows:
         with cluster(job.cluster):
             num_workers = worker_count(job.prepare.num_workers)
             check_fits("prepare.num_workers", num_workers, 1.0)
-            prepared.write(storage)
-            storage.write_table(table, prepared.manifest(storage))
-            storage.write(storage.join(out, "splits.tsv"), split_text.encode())
-            keep_only(storage, crops, finished)
             started = time.perf_counter()
             write_parts(
                 todo,
@@ -86,30 +112,52 @@ def prepare(job: PrepareJob) -> PreparedSet:
                 max_rows_per_part=job.prepare.rows_per_file,
                 label="cropping",
                 console=console,
+                check=lock.check,
             )
     elapsed_s = time.perf_counter() - started
 
-    rows = storage.read_table(crops, columns=["image_id", "status", "error"])
-    if rows.num_rows != table.num_rows or pc.count_distinct(rows["image_id"]).as_py() != table.num_rows:
+    lock.check()
+    rows = storage.read_table(crops, columns=["image_id", "uri", "status", "error"])
+    if sorted(rows["image_id"].to_pylist()) != sorted(table["image_id"].to_pylist()):
         raise RuntimeError(f"{crops} holds {rows.num_rows} rows for {table.num_rows} images")
     counts = dict(sorted(Counter(rows["status"].to_pylist()).items()))
     prepared = prepared.model_copy(update={"finished": True, "counts": counts})
-    prepared.write(storage)
+    _check_usable(job, rows, CROP_STATUSES)
+    if not is_same or todo.num_rows or standing.edits:
+        prepared.write(storage)
     _print_summary(console, prepared, rows)
     if todo.num_rows:
         console.print(f"{todo.num_rows:,} images in {elapsed_s:.0f} s: {todo.num_rows / elapsed_s:.1f} images/s")
     return prepared
 
 
-def _finished(storage: Storage, crops: str, table: pa.Table) -> pa.Array:
-    """Return the ids of the manifest's images whose crop row stands: not of those that failed, or came in late."""
-    rows = read_parts(storage, crops)
-    missing = rows.filter(pc.equal(rows["status"], Status.MISSING))["image_id"].combine_chunks()
-    came = table.filter(pc.and_(pc.equal(table["status"], Status.OK), pc.is_in(table["image_id"], value_set=missing)))
-    finished = without(table, came["image_id"].combine_chunks())
-    return finished.filter(pc.is_in(finished["image_id"], value_set=finished_ids(storage, crops)))[
-        "image_id"
-    ].combine_chunks()
+def _check_usable(job: PrepareJob, rows: pa.Table, usable: Sequence[str]) -> None:
+    """Refuse a source of which nothing can be used, or most of which storage refuses for one reason.
+
+    Args:
+        job: names the source.
+        rows: columns uri, status and error.
+        usable: statuses of images that can be used.
+
+    Raises:
+        ConfigError: it quotes the most frequent reason.
+    """
+    reasons = reject_reasons(rows, usable)
+    if not reasons:
+        return
+    ((reason, number),) = reasons.most_common(1)
+    where = f"source.uri {job.source.uri}"
+    if reasons.total() == rows.num_rows:
+        raise ConfigError(
+            f"{where}: none of its {rows.num_rows:,} images can be used; {number:,} for one reason: {reason}"
+        )
+    refused = {each: count for each, count in reasons.items() if each.startswith(f"{Status.FAILED}:")}
+    reason, number = max(refused.items(), key=lambda each: each[1], default=("", 0))
+    if number > rows.num_rows / 2:
+        raise ConfigError(
+            f"{where}: storage refuses {number:,} of its {rows.num_rows:,} images for one reason: {reason}; "
+            "mend it and run the same command"
+        )
 
 
 class CropMaker:
@@ -156,36 +204,48 @@ class CropMaker:
         }
 
 
-def _manifest(job: PrepareJob, storage: Storage, earlier: PreparedSet | None, console: Console) -> pa.Table:
-    """Return the source's manifest with its splits.
+def _manifest(
+    job: PrepareJob, storage: Storage, earlier: PreparedSet | None, check: Callable[[], None], console: Console
+) -> pa.Table:
+    """Return the source's manifest with its splits. Content that had a split keeps it.
 
     Raises:
-        ConfigError: there is no image, the labels can't be used, or an image prepared earlier has changed.
+        ConfigError: there is no image, none can be used, the labels can't be used, or images that must be in one split
+            were dealt to two before.
     """
     # A run killed at its very start has left prepare.json and no manifest.
     has_manifest = earlier is not None and storage.exists(earlier.manifest(storage))
     before = storage.read_table(earlier.manifest(storage)) if earlier and has_manifest else None
     try:
         with progress(console, "listing and hashing", None) as update:
+
+            def report(done: int, total: int) -> None:
+                check()
+                update(done, f"of {total:,}")
+
             table = build_manifest(
                 _source_rows(job.source, storage),
                 source=job.source.name or job.source.kind,
                 storage=storage,
                 max_bytes=job.vision.max_mib * MIB,
                 known_hashes=content_hashes(before) if before is not None else None,
-                progress=lambda done, total: update(done, f"of {total:,}"),
+                progress=report,
             )
         if not table.num_rows:
             raise ConfigError(f"source.uri {job.source.uri}: there is no image below it")
+        _check_usable(job, table, [Status.OK])
         if before is not None:
-            table = _with_column(table, "split", _lookup(before, "split"))
+            table = _with_earlier_splits(table, before)
         drawn = None if before is None else _drawn(before)
         table = assign_splits(table, job.split.fractions, job.split.seed, job.split.sample, drawn)
         check_no_leak(table)
-    except (folder.LabelTableError, SplitLeakError) as error:
+    except SplitLeakError as error:
+        more = (
+            "" if before is None else f"; what joins them is new: prepare the source anew, not into {job.prepare.out}"
+        )
+        raise ConfigError(f"source.uri {job.source.uri}: {error}{more}") from error
+    except folder.LabelTableError as error:
         raise ConfigError(str(error)) from error
-    if before is not None:
-        _check_unchanged(before, table, earlier)
     return table
 
 
@@ -222,7 +282,7 @@ def _settings(job: PrepareJob) -> dict[str, Any]:
     }
 
 
-def _earlier_set(storage: Storage, out: str, settings: dict[str, Any]) -> PreparedSet | None:
+def _check_out(storage: Storage, out: str, settings: dict[str, Any]) -> PreparedSet | None:
     """Return the set that is at `out` already, None if there is nothing.
 
     Raises:
@@ -230,7 +290,7 @@ def _earlier_set(storage: Storage, out: str, settings: dict[str, Any]) -> Prepar
     """
     earlier = find_prepared(storage, out, "prepare.out")
     if earlier is None:
-        if storage.exists(out) and any(True for _ in storage.list(out)):
+        if storage.exists(out) and any(info.key != LOCK for info in storage.list(out)):
             raise ConfigError(f"prepare.out {out}: exists and is no prepared set; choose another folder")
         return None
     old, new = _flat(earlier.settings), _flat(settings)
@@ -257,31 +317,13 @@ def _drawn(before: pa.Table) -> dict[str, bool]:
     return {group: split is not None for group, split in splits}
 
 
-def _lookup(table: pa.Table, column: str) -> dict[str, Any]:
-    return dict(zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True))
-
-
-def _with_column(table: pa.Table, column: str, by_key: dict[str, Any]) -> pa.Table:
-    """Fill the column's nulls from `by_key`."""
-    values = pa.array([by_key.get(key) for key in table["key"].to_pylist()], MANIFEST.field(column).type)
-    index = table.schema.get_field_index(column)
-    return table.set_column(index, MANIFEST.field(column), pc.coalesce(table[column], values))
-
-
-def _check_unchanged(before: pa.Table, table: pa.Table, earlier: PreparedSet | None) -> None:
-    """Raise where an image that was prepared would now have another content, label or split."""
-    # One that could not be read, was not there or was still being written may come in late.
-    late = pa.array([Status.FAILED, Status.MISSING, Status.CHANGED])
-    before = before.filter(pc.invert(pc.is_in(before["status"], value_set=late)))
-    for column in ("uri", "content_hash", "group_id", "split", "age", "gender", "race"):
-        now = _lookup(table, column)
-        for key, value in _lookup(before, column).items():
-            if now.get(key) != value:
-                where = earlier.uri if earlier else ""
-                raise ConfigError(
-                    f"prepare.out {where}: {key} was prepared with {column} {value}, and has {now.get(key)} now; "
-                    "prepare the changed source into another folder"
-                )
+def _with_earlier_splits(table: pa.Table, before: pa.Table) -> pa.Table:
+    """Give content that had a split the same again, where the source does not give one itself."""
+    known = before.filter(pc.is_valid(before["split"]))
+    split_of = dict(zip(known["content_hash"].to_pylist(), known["split"].to_pylist(), strict=True))
+    values = pa.array([split_of.get(each) for each in table["content_hash"].to_pylist()], pa.string())
+    index = table.schema.get_field_index("split")
+    return table.set_column(index, MANIFEST.field("split"), pc.coalesce(table["split"], values))
 
 
 def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> None:

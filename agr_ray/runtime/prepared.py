@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 from agr_ray.config import ConfigError
@@ -105,7 +106,14 @@ def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
     if found is None:
         raise ConfigError(f"{key} {uri}: no prepared set, it holds no prepare.json; jobs/prepare.py makes one")
     if not found.finished:
-        raise ConfigError(f"{key} {uri}: preparing has not finished; run jobs/prepare.py again to go on")
+        raise ConfigError(f"{key} {uri}: preparing has not finished; the same jobs/prepare.py command resumes it")
+    ids = storage.read_table(found.crops(storage), columns=["image_id"])["image_id"]
+    num_images, num_expected = pc.count_distinct(ids).as_py(), sum(found.counts.values())
+    if not len(ids) == num_images == num_expected:
+        raise ConfigError(
+            f"{key} {uri}: holds {len(ids):,} crop rows, {num_images:,} of them of different images, and should hold "
+            f"{num_expected:,}; the same jobs/prepare.py command mends it"
+        )
     return found
 
 

@@ -296,9 +296,13 @@ def test_a_lost_part_is_made_again_and_images_that_came_are_added(
     assert third.split_manifest_sha256 != first.split_manifest_sha256
 
     write_labels(faces, [chip_label(key, chip, age=chip.age_years + 1) for key, chip in (chips | more).items()])
-    with pytest.raises(ConfigError, match=r"was prepared with age .*; prepare the changed source into another folder"):
-        prepare(job)
-    assert crop_rows(out) == after
+    fourth = prepare(job)
+    assert "the source has changed: 26 rows get other labels" in capsys.readouterr().out
+    relabelled = crop_rows(out)
+    assert [row["age"] for row in relabelled.values()] == pytest.approx([row["age"] + 1 for row in after.values()])
+    assert [row["crop"] for row in relabelled.values()] == [row["crop"] for row in after.values()]
+    assert fourth.split_manifest_sha256 == third.split_manifest_sha256
+    assert fourth.labels_sha256 != third.labels_sha256
 
 
 def test_the_manifest_has_the_rejects_too(prepared: PreparedSet, rows: dict[str, dict[str, Any]]) -> None:

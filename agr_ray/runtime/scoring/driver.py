@@ -55,10 +55,11 @@ from agr_ray.runtime.scoring.publish import (
     publish_demographics,
     published_runs,
 )
-from agr_ray.runtime.scoring.scorer import KILLED_ITS_WORKER, Scoring, manifest_folder, parts_folder, reject_reasons
+from agr_ray.runtime.scoring.scorer import KILLED_ITS_WORKER, SCORED, Scoring, manifest_folder, parts_folder
 from agr_ray.runtime.stopwatch import Stopwatch
 from agr_ray.schema import SCHEMA_VERSION, Status
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
+from agr_ray.tables.rejects import reject_reasons
 
 MIN_KEY_BYTES: Final = 32
 MANY_REFUSED: Final = 100
@@ -554,7 +555,7 @@ def _finished_parts(scoring: Scoring, refusals: _Refusals, check: Callable[[], N
         check()
         rows = zip(images["status"].to_pylist(), images["error"].to_pylist(), strict=True)
         if not any(status == Status.FAILED and error != KILLED_ITS_WORKER for status, error in rows):
-            refusals.add(reject_reasons(images), images.num_rows)
+            refusals.add(reject_reasons(images, SCORED), images.num_rows)
             done.add(number)
     return done
 

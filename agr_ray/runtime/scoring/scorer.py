@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
@@ -34,6 +32,7 @@ from agr_ray.runtime.scoring.planning import read_part
 from agr_ray.runtime.stopwatch import Stopwatch
 from agr_ray.schema import FACE, GENDERS, IMAGES, RACES, SCORE_MANIFEST, Status
 from agr_ray.storage import MissingObject, Storage, StorageUnavailable
+from agr_ray.tables.rejects import reject_reasons
 from agr_ray.vision.align import align, crop_side_px
 from agr_ray.vision.quality import sharpness
 
@@ -48,8 +47,8 @@ MAX_CROPS: Final = 256
 MAX_PENDING: Final = 2
 """Batches of found faces whose attributes a worker waits for while it finds more: what keeps a GPU busy."""
 
-_SCORED = pa.array([str(Status.OK), str(Status.NO_FACE)])
-_NUMBER = re.compile(r"\d+")
+SCORED: Final = (str(Status.OK), str(Status.NO_FACE))
+"""Statuses of images that are no rejects."""
 
 _Row = tuple[int, dict[str, Any]]
 """A row and its place in the part."""
@@ -408,25 +407,9 @@ def summary(part: int, images: pa.Table, seconds: Mapping[str, float]) -> dict[s
         "part": [part],
         "num_faces": [num_faces],
         "counts": [json.dumps(counts)],
-        "reasons": [json.dumps(reject_reasons(images))],
+        "reasons": [json.dumps(reject_reasons(images, SCORED))],
         "seconds": [json.dumps(dict(seconds))],
     }
-
-
-def reject_reasons(images: pa.Table) -> Counter[str]:
-    """Count rejected rows by status and error, without what differs between equal errors: the URI and numbers.
-
-    Args:
-        images: columns uri, status and error.
-    """
-    rejected = images.filter(pc.invert(pc.is_in(images["status"], value_set=_SCORED)))
-    rows = zip(*(rejected[name].to_pylist() for name in ("uri", "status", "error")), strict=True)
-    return Counter(f"{status}: {_NUMBER.sub('#', _without(error or '', uri))}" for uri, status, error in rows)
-
-
-def _without(error: str, uri: str) -> str:
-    """Return an error without the URI that it may begin with or quote."""
-    return " ".join(error.replace(uri, "").strip(" :").split())
 
 
 def uncalibrated(predictions: Predictions) -> CalibratedPredictions:

@@ -1,0 +1,145 @@
+"""Which crop rows of a prepared set still stand, now that its source has been read again.
+
+A row stands while its image has the bytes that were cropped. Its labels, group and split are taken from the manifest,
+so a corrected label needs no new crop. Rows of images that are gone, that changed or that failed are taken out, and so
+is each row after the first of an image that several parts hold. What is left equals what a fresh run would make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from agr_ray.schema import CROPS, MANIFEST, Status
+from agr_ray.storage import Storage
+
+COPIED: Final = tuple(name for name in MANIFEST.names if name not in ("status", "error"))
+"""Columns of crop rows that are the manifest's."""
+RETRIED: Final = (str(Status.FAILED), str(Status.MISSING), str(Status.CHANGED))
+"""Statuses of crop rows whose image may be readable now."""
+
+
+@dataclass(frozen=True)
+class PartEdit:
+    """What is to become of one Parquet part of the crops."""
+
+    uri: str
+    keeps: NDArray[np.bool_]
+    """(rows,) whether each row stands."""
+    is_stale: bool
+    """Whether columns of the manifest differ in a row that stands."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a prepared set holds of a manifest."""
+
+    image_ids: pa.Array
+    """Of the rows that stand; each once."""
+    edits: tuple[PartEdit, ...]
+    """Of parts that must change."""
+    num_relabelled: int
+    """Rows that stand and get other labels, group or split."""
+    num_dropped: int
+    """Rows that are taken out."""
+
+
+def find_standing(storage: Storage, folder: str, manifest: pa.Table) -> Standing:
+    """Compare the crop rows in a folder's parts with the manifest.
+
+    Args:
+        storage: of the folder.
+        folder: of Parquet parts of schema.CROPS; it need not exist.
+        manifest: schema.MANIFEST, each image_id once.
+
+    Raises:
+        StorageFailed: a part is no Parquet file of these columns.
+    """
+    seen: set[int] = set()
+    edits: list[PartEdit] = []
+    num_relabelled = num_dropped = 0
+    uris = [info.uri for info in storage.list(folder, (".parquet",))] if storage.exists(folder) else []
+    for uri in uris:
+        rows = storage.read_table(uri, columns=[*MANIFEST.names])
+        indices = pc.index_in(rows["image_id"], value_set=manifest["image_id"].combine_chunks()).combine_chunks()
+        truth = manifest.take(indices)
+        keeps = np.asarray(_stands(rows, truth))
+        for place, index in enumerate(indices.to_pylist()):
+            if keeps[place]:
+                keeps[place] = index not in seen
+                seen.add(index)
+        differs = np.asarray(_differs(rows, truth)) & keeps
+        num_relabelled += int(differs.sum())
+        num_dropped += int((~keeps).sum())
+        if differs.any() or not keeps.all():
+            edits.append(PartEdit(uri, keeps, bool(differs.any())))
+    ids = manifest["image_id"].combine_chunks().take(pa.array(sorted(seen), pa.int64()))
+    return Standing(ids, tuple(edits), num_relabelled, num_dropped)
+
+
+def apply_edits(storage: Storage, standing: Standing, manifest: pa.Table, check: Callable[[], None]) -> None:
+    """Rewrite the parts that must change, each whole or not at all; can be repeated after a kill.
+
+    Args:
+        storage: of the parts.
+        standing: what `find_standing` made of the same manifest.
+        manifest: schema.MANIFEST.
+        check: called before each part; raises where this job may not write any more.
+    """
+    for edit in standing.edits:
+        check()
+        if not edit.keeps.any():
+            storage.delete(edit.uri)
+            continue
+        rows = storage.read_table(edit.uri).filter(pa.array(edit.keeps))
+        if edit.is_stale:
+            indices = pc.index_in(rows["image_id"], value_set=manifest["image_id"].combine_chunks())
+            truth = manifest.take(indices.combine_chunks())
+            columns = {name: truth[name] for name in COPIED} | {"error": _errors(rows, truth)}
+            rows = pa.table({name: columns.get(name, rows[name]) for name in CROPS.names}, schema=CROPS)
+        storage.write_table(rows, edit.uri)
+
+
+def _stands(rows: pa.Table, truth: pa.Table) -> pa.Array:
+    """Say of each crop row whether its image is in the manifest as it was when the row was made."""
+    same_bytes = pc.and_(
+        pc.equal(truth["status"], str(Status.OK)),
+        pc.and_(
+            pc.equal(rows["content_hash"], truth["content_hash"]),
+            pc.invert(pc.is_in(rows["status"], value_set=pa.array(RETRIED))),
+        ),
+    )
+    # An image that the manifest rejects has a row that says the same, and nothing else.
+    same_reject = pc.and_(
+        pc.not_equal(truth["status"], str(Status.OK)),
+        pc.and_(pc.equal(rows["status"], truth["status"]), _equal(rows["error"], truth["error"])),
+    )
+    was_read = pc.invert(pc.is_in(rows["status"], value_set=pa.array([str(Status.BAD_LABEL)])))
+    stands = pc.or_(pc.and_(same_bytes, was_read), same_reject)
+    return pc.fill_null(stands, False).combine_chunks()
+
+
+def _differs(rows: pa.Table, truth: pa.Table) -> pa.Array:
+    """Say of each crop row whether a column that is the manifest's is another now."""
+    differs = pc.invert(_equal(rows["error"], _errors(rows, truth)))
+    for name in COPIED:
+        differs = pc.or_(differs, pc.invert(_equal(rows[name], truth[name])))
+    return differs.combine_chunks()
+
+
+def _errors(rows: pa.Table, truth: pa.Table) -> pa.ChunkedArray:
+    """Return the errors of crop rows: the manifest's, but where reading the image gave one of its own."""
+    has_crop = pc.is_in(rows["status"], value_set=pa.array([str(Status.OK), str(Status.FALLBACK)]))
+    return pc.if_else(has_crop, truth["error"], rows["error"])
+
+
+def _equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Compare columns; two nulls are equal, and so are two NaN."""
+    both_null = pc.and_(pc.is_null(one, nan_is_null=True), pc.is_null(other, nan_is_null=True))
+    return pc.or_(pc.fill_null(pc.equal(one, other), False), both_null)
