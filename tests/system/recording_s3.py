@@ -54,6 +54,8 @@ class Fake:
     """Requests signed for another one are redirected to it; empty: any will do."""
     no_multi_delete: str = ""
     """With this code it refuses to delete many objects at once."""
+    refused_client: str = ""
+    """Requests of this one, `boto3` or `s3fs`, are refused as if its keys were wrong."""
     undeletable: tuple[str, ...] = ()
     """Keys that it will not delete."""
     encoding: str = ""
@@ -91,12 +93,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         fake.requests.append(request)
         if path == "/" and b"AssumeRole" in body:
             self._assume_role()
+        elif request.client == fake.refused_client:
+            self._error(403, "InvalidAccessKeyId")
         elif fake.region and request.region not in ("", fake.region):
             self._error(301, "PermanentRedirect", {"x-amz-bucket-region": fake.region})
         else:
             self._s3(request)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _go  # noqa: N815  # the base class's names
+
+    def do_CONNECT(self) -> None:
+        """Record where a client would go through this proxy, and do not let it."""
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.fake.requests.append(Request(self.command, self.path, "", "", headers, b""))
+        self._answer(502, b"")
 
     def _assume_role(self) -> None:
         self.fake.sts_keys += 1

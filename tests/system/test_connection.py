@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from botocore.exceptions import BotoCoreError
 from cryptography import x509
 from recording_s3 import Fake, Request, recording_s3
 
-from agr_ray.config import StorageConfig
+from agr_ray.config import EvaluateJob, Job, PrepareJob, ScoreJob, StorageConfig, TrainJob, TuneJob
 from agr_ray.storage import ObjectTooLarge, Storage, StorageUnavailable
 
 pytestmark = pytest.mark.timeout(60)
@@ -190,6 +191,54 @@ def test_every_client_goes_through_the_proxy(aws: pytest.MonkeyPatch, tmp_path: 
     assert [each.host for each in requests] == ["s3.test"] * len(requests)
 
 
+@pytest.mark.parametrize(
+    ("variables", "host"),
+    [
+        ({}, "bucket.s3.amazonaws.com"),
+        ({"AWS_REGION": "eu-west-1"}, "bucket.s3.eu-west-1.amazonaws.com"),
+        ({"AWS_DEFAULT_REGION": "eu-west-1"}, "bucket.s3.eu-west-1.amazonaws.com"),
+        ({"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "us-west-2"}, "bucket.s3.eu-west-1.amazonaws.com"),
+        ({"AWS_REGION": "us-west-2", "AWS_USE_FIPS_ENDPOINT": "true"}, "bucket.s3-fips.us-west-2.amazonaws.com"),
+        (
+            {"AWS_REGION": "us-west-2", "AWS_USE_DUALSTACK_ENDPOINT": "true"},
+            "bucket.s3.dualstack.us-west-2.amazonaws.com",
+        ),
+        ({"AWS_REGION": "cn-north-1"}, "bucket.s3.cn-north-1.amazonaws.com.cn"),
+    ],
+)
+def test_every_client_goes_to_the_same_host_of_aws(
+    aws: pytest.MonkeyPatch, variables: dict[str, str], host: str
+) -> None:
+    for name, value in variables.items():
+        aws.setenv(name, value)
+    with recording_s3() as fake:
+        aws.setenv("HTTPS_PROXY", fake.endpoint_url)
+        storage = storage_at()
+        fs, path = storage.fsspec_filesystem(f"s3://{BUCKET}/in")
+        filesystem, _ = storage.arrow_filesystem(f"s3://{BUCKET}/in")
+        for ask in (
+            lambda: list(storage.list(f"s3://{BUCKET}/in")),
+            lambda: fs.ls(path),
+            lambda: filesystem.get_file_info(path),
+        ):
+            with pytest.raises((StorageUnavailable, OSError, BotoCoreError)):
+                ask()
+        asked = [(each.method, each.host) for each in fake.requests]
+
+    assert list(dict.fromkeys(asked)) == [("CONNECT", f"{host}:443")]
+    assert len(asked) >= 3
+
+
+@pytest.mark.parametrize(("asked", "sent"), [("", False), ("when_required", False), ("when_supported", True)])
+def test_a_server_of_ones_own_gets_no_new_checksums_unasked(aws: pytest.MonkeyPatch, asked: str, sent: bool) -> None:
+    if asked:
+        aws.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", asked)
+    with recording_s3() as fake:
+        storage_at(fake).write(f"s3://{BUCKET}/a", b"x")
+
+    assert [any(name.startswith("x-amz-checksum") for name in each.headers) for each in fake.sent()] == [sent]
+
+
 def test_settings_of_fsspec_do_not_reach_s3fs_alone(aws: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code = (
         "import pickle, sys; storage, folder = pickle.load(sys.stdin.buffer);"
@@ -264,6 +313,52 @@ def test_a_probe_asks_with_every_client_and_writes_only_if_told_to(tmp_path: Pat
 
     assert [each.method for each in fake.sent()] == ["GET", "GET", "PUT", "DELETE"]
     assert fake.objects == {}
+
+
+@pytest.mark.parametrize("client", ["boto3", "s3fs"])
+def test_a_probe_finds_the_one_client_that_is_refused(client: str) -> None:
+    said = r"train\.data: bucket 'bucket' .* InvalidAccessKeyId"
+    with recording_s3(refused_client=client) as fake, pytest.raises(StorageUnavailable, match=said) as caught:
+        storage_at(fake).probe(f"s3://{BUCKET}/in", "train.data")
+
+    assert "\n" not in str(caught.value)
+
+
+S3, DISK = f"s3://{BUCKET}/x", "/nonexistent/agr-ray"
+
+
+@pytest.mark.parametrize(
+    ("job", "section", "key", "others"),
+    [
+        (PrepareJob, "source", "uri", {"prepare": {"out": DISK}}),
+        (PrepareJob, "prepare", "out", {"source": {"uri": DISK}}),
+        (TrainJob, "train", "data", {}),
+        (TrainJob, "train", "out", {"train": {"data": DISK}}),
+        (TuneJob, "tune", "out", {"train": {"data": DISK}}),
+        (EvaluateJob, "evaluate", "data", {"evaluate": {"checkpoint": DISK}}),
+        (EvaluateJob, "evaluate", "checkpoint", {"evaluate": {"data": DISK}}),
+        (EvaluateJob, "evaluate", "out", {"evaluate": {"data": DISK, "checkpoint": DISK}}),
+        (ScoreJob, "score", "input", {"score": {"checkpoint": DISK, "out": DISK}}),
+        (ScoreJob, "score", "checkpoint", {"score": {"input": DISK, "out": DISK}}),
+        (ScoreJob, "score", "out", {"score": {"input": DISK, "checkpoint": DISK}}),
+    ],
+)
+def test_every_job_probes_each_input_and_output_before_any_work(
+    job: type[Job], section: str, key: str, others: dict[str, dict[str, str]]
+) -> None:
+    import importlib
+
+    name = job.__name__.removesuffix("Job").lower()
+    work = getattr(importlib.import_module(f"agr_ray.runtime.{name}"), name)
+    with recording_s3(refused_client="s3fs") as fake:
+        sections = {**others, section: {**others.get(section, {}), key: S3}}
+        if job is TuneJob:
+            sections["tune"]["space"] = {"train.lr": {"log_uniform": [1e-4, 1e-3]}}
+        made = job(**sections, storage={"endpoint_url": fake.endpoint_url, "max_attempts": 1})
+        with pytest.raises(StorageUnavailable, match=rf"^{section}\.{key}: .*InvalidAccessKeyId"):
+            work(made)
+
+    assert [(each.client, each.method) for each in fake.sent()] == [("boto3", "GET"), ("s3fs", "GET")]
 
 
 def test_a_probe_names_the_key_and_the_client_that_is_refused() -> None:
