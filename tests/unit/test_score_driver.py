@@ -6,6 +6,7 @@ import datetime
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -437,9 +438,13 @@ def test_parts_of_a_pseudonymised_run_are_not_in_the_order_of_the_keys(
 
 
 def test_totals_that_min_cell_withholds_are_not_printed(bucket: Bucket) -> None:
-    record = bucket.score(min_cell=10)
+    table = metadata(bucket, [{"uri": str(bucket.input / NAMES[0]), "day": "monday"}])
+    record = bucket.score(min_cell=10, metadata=table, group_by=("day",))
 
     assert "num_faces" not in record
+    printed = bucket.printed.replace(str(bucket.folder), "").replace(record["run_id"], "")
+    lines = [line for line in printed.splitlines() if not line.startswith("where the workers' time went")]
+    assert re.findall(r"\d+", "".join(lines)) == []
     assert "faces" not in bucket.printed.replace("images/ and faces/ still hold every face", "")
     assert "no_face" not in bucket.printed
     assert "withholds its totals" in bucket.printed

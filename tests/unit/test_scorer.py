@@ -18,6 +18,7 @@ from sets import checkpoint
 
 from agr_ray.config import GatesConfig, PredictConfig, ScoreConfig, VisionConfig
 from agr_ray.data.rendered import render_chip
+from agr_ray.learn.predict import Predictions
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.runtime import patience
 from agr_ray.runtime.checkpoints import portable_checkpoint
@@ -192,6 +193,31 @@ def test_only_the_attributes_asked_for_are_filled_in(scoring: Scoring) -> None:
     assert [face["box"][0] for face in made] == [0.0, 1.0, 2.0]
     assert all(face["age"] is not None and face["gender"] == GENDERS[int(face["p_male"] > 0.5)] for face in made)
     assert all(face["race"] is None and face["race_probs"] is None and face["abstain"] == [] for face in made)
+
+
+def test_a_network_that_gives_nan_names_no_gender_and_no_race(
+    scoring: Scoring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions = Predictions(
+        age=np.array([30.0, np.nan], np.float32),
+        p_male=np.array([0.9, np.nan], np.float32),
+        race_probs=np.array([[0.1, 0.6, 0.1, 0.1, 0.1], [np.nan] * 5], np.float32),
+    )
+    monkeypatch.setattr(scorer, "predict", lambda *_: predictions)
+    scoring = dataclasses.replace(scoring, attributes=("age", "gender", "race"))
+    side_px = scoring.stored_side_px
+    faces = [{"box": [float(x), 0.0, 9.0, 9.0], "flags": []} for x in range(2)]
+    images = pa.Table.from_pylist([image_row("a", faces)], schema=IMAGES)
+
+    (row,) = (
+        AttributePredictor(scoring)
+        .fill(Found(np.arange(1), images, np.zeros((2, side_px, side_px, 3), np.uint8)))
+        .to_pylist()
+    )
+
+    assert [face["gender"] for face in row["faces"]] == ["male", None]
+    assert [face["race"] for face in row["faces"]] == ["black", None]
+    assert [face["abstain"] for face in row["faces"]] == [[], ["gender", "race"]]
 
 
 class Deferred:

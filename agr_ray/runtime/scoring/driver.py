@@ -269,7 +269,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             "aggregate_only": job.score.aggregate_only,
             "group_by": list(job.score.group_by),
             "min_cell": job.score.min_cell,
-            **({} if job.score.min_cell else totals),  # from totals, a suppressed cell could be worked out
+            **({} if job.score.min_cell else totals),
             "timings": timings,
             "published_at": _now().isoformat(timespec="milliseconds"),
         }
@@ -478,23 +478,23 @@ def _endings(plan: Plan) -> str:
 
 
 def _print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
-    """Say what is to be done, and what may have been meant otherwise."""
-    left_out = f"{plan.num_excluded:,} left out by name or size, " if plan.num_excluded else ""
-    line = f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} scored before, {plan.num_to_do:,} to do"
-    console.print(line)
+    """Say what is to be done, and what may have been meant otherwise; with score.min_cell, without counts."""
+    if not config.min_cell:
+        left_out = f"{plan.num_excluded:,} left out by name or size, " if plan.num_excluded else ""
+        console.print(
+            f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} scored before, {plan.num_to_do:,} to do"
+        )
     if plan.endings_left_out and not config.include:
         console.print(f"left out: {_endings(plan)}; score.include names the keys that are read")
     for name, number in plan.num_grouped.items():
         if number < plan.num_to_do / 2:
+            of = "few" if config.min_cell else f"{number:,} of {plan.num_to_do:,}"
             source = (
                 "score.key_pattern captures it"
                 if f"(?P<{name}>" in config.key_pattern
                 else (f"score.metadata {config.metadata} has it, joined by the column uri")
             )
-            console.print(
-                f"warning: score.group_by {name}: known of {number:,} of {plan.num_to_do:,} photographs, null of the "
-                f"others; {source}",
-            )
+            console.print(f"warning: score.group_by {name}: known of {of} photographs, null of the others; {source}")
 
 
 def _score_parts(
@@ -520,7 +520,9 @@ def _score_parts(
     num_faces = 0
     started = time.perf_counter()
     total = sum(_rows_of(part, run.plan) for part in todo)
-    with progress(console, "scoring", total) as update:
+    hides = bool(job.score.min_cell)  # from totals, a suppressed cell could be worked out
+    num_parts = 0
+    with progress(console, "scoring", len(todo) if hides else total) as update:
         for each in workers.score(scoring, todo):
             check()
             statuses = json.loads(each["counts"])
@@ -530,10 +532,12 @@ def _score_parts(
             refusals.add(json.loads(each["reasons"]), sum(statuses.values()))
             refusals.check(at_end=False)
             said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
-            update(counts.total(), "" if job.score.min_cell else f"{num_faces:,} faces; {said}")
+            num_parts += 1
+            update(*((num_parts, "parts") if hides else (counts.total(), f"{num_faces:,} faces; {said}")))
     refusals.check(at_end=True)
     score_s = time.perf_counter() - started
-    console.print(f"{total:,} photographs in {score_s:.1f} s: {total / score_s:.1f} images/s")
+    if not hides:
+        console.print(f"{total:,} photographs in {score_s:.1f} s: {total / score_s:.1f} images/s")
     return {"score_s": score_s, "num_workers": workers.num_workers, "worker_s": stopwatch.take()}
 
 

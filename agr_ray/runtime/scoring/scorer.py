@@ -341,16 +341,16 @@ class AttributePredictor:
                 columns["age_low"] = pa.array(made.age_low, pa.float32())
                 columns["age_high"] = pa.array(made.age_high, pa.float32())
         if made.p_male is not None and "gender" in asked:
+            is_nan = np.asarray(np.isnan(made.p_male))
             columns["p_male"] = pa.array(made.p_male, pa.float32())
-            columns["gender"] = pa.array(np.asarray(GENDERS)[predicted_gender(made.p_male)])
-            if made.abstain_gender is not None:
-                abstained["gender"] = made.abstain_gender
+            columns["gender"] = pa.array(np.asarray(GENDERS)[predicted_gender(made.p_male)], mask=is_nan)
+            abstained["gender"] = is_nan if made.abstain_gender is None else is_nan | made.abstain_gender
         if made.race_probs is not None and "race" in asked:
             flat = pa.array(made.race_probs.ravel(), pa.float32())
             columns["race_probs"] = pa.FixedSizeListArray.from_arrays(flat, len(RACES))
-            columns["race"] = pa.array(np.asarray(RACES)[made.race_probs.argmax(axis=1)])
-            if made.abstain_race is not None:
-                abstained["race"] = made.abstain_race
+            is_nan = np.asarray(np.isnan(made.race_probs).any(axis=1))
+            columns["race"] = pa.array(np.asarray(RACES)[made.race_probs.argmax(axis=1)], mask=is_nan)
+            abstained["race"] = is_nan if made.abstain_race is None else is_nan | made.abstain_race
         names = [[name for name, chosen in abstained.items() if chosen[face]] for face in range(len(crops))]
         columns["abstain"] = pa.array(names, pa.list_(pa.string()))
         return columns
