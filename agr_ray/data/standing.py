@@ -61,13 +61,14 @@ def find_standing(storage: Storage, folder: str, manifest: pa.Table) -> Standing
     Raises:
         StorageFailed: a part is no Parquet file of these columns.
     """
+    index_of = {image_id: index for index, image_id in enumerate(manifest["image_id"].to_pylist())}
     seen: set[int] = set()
     edits: list[PartEdit] = []
     num_relabelled = num_dropped = 0
     uris = [info.uri for info in storage.list(folder, (".parquet",))] if storage.exists(folder) else []
     for uri in uris:
         rows = storage.read_table(uri, columns=[*MANIFEST.names])
-        indices = pc.index_in(rows["image_id"], value_set=manifest["image_id"].combine_chunks()).combine_chunks()
+        indices = pa.array([index_of.get(each) for each in rows["image_id"].to_pylist()], pa.int64())
         truth = manifest.take(indices)
         keeps = np.asarray(_stands(rows, truth))
         for place, index in enumerate(indices.to_pylist()):

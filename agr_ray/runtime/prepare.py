@@ -22,6 +22,7 @@ from agr_ray.data.manifest import SourceRow, build_manifest, content_hashes, lab
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
 from agr_ray.data.standing import apply_edits, find_standing
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
+from agr_ray.runtime.command import JobError
 from agr_ray.runtime.images import MIB, ImageReader, Photograph, Reject, landmark_columns
 from agr_ray.runtime.lock import RunLock, run_lock
 from agr_ray.runtime.parts import without, write_parts
@@ -119,7 +120,10 @@ def _prepare(job: PrepareJob, storage: Storage, out: str, lock: RunLock, console
     lock.check()
     rows = storage.read_table(crops, columns=["image_id", "uri", "status", "error"])
     if sorted(rows["image_id"].to_pylist()) != sorted(table["image_id"].to_pylist()):
-        raise RuntimeError(f"{crops} holds {rows.num_rows} rows for {table.num_rows} images")
+        raise JobError(
+            f"{crops} holds {rows.num_rows:,} rows for {table.num_rows:,} images: another job has written there; "
+            "run the same command again"
+        )
     counts = dict(sorted(Counter(rows["status"].to_pylist()).items()))
     prepared = prepared.model_copy(update={"finished": True, "counts": counts})
     _check_usable(job, rows, CROP_STATUSES)
@@ -236,7 +240,7 @@ def _manifest(
         _check_usable(job, table, [Status.OK])
         if before is not None:
             table = _with_earlier_splits(table, before)
-        drawn = None if before is None else _drawn(before)
+        drawn = None if before is None else _drawn(table, before)
         table = assign_splits(table, job.split.fractions, job.split.seed, job.split.sample, drawn)
         check_no_leak(table)
     except SplitLeakError as error:
@@ -310,11 +314,16 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _drawn(before: pa.Table) -> dict[str, bool]:
-    """Return whether each group of the manifest as it was is in a split."""
-    known = before.filter(pc.equal(before["status"], str(Status.OK)))
-    splits = zip(known["group_id"].to_pylist(), known["split"].to_pylist(), strict=True)
-    return {group: split is not None for group, split in splits}
+def _drawn(table: pa.Table, before: pa.Table) -> dict[str, bool]:
+    """Return whether each group of the manifest that has content of the earlier one was in a split there."""
+    known = before.filter(pc.is_valid(before["content_hash"]))
+    splits = zip(known["content_hash"].to_pylist(), known["split"].to_pylist(), strict=True)
+    was_drawn = {content: split is not None for content, split in splits}
+    drawn: dict[str, bool] = {}
+    for group, content in zip(table["group_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True):
+        if group is not None and content in was_drawn:
+            drawn[group] = drawn.get(group, False) or was_drawn[content]
+    return drawn
 
 
 def _with_earlier_splits(table: pa.Table, before: pa.Table) -> pa.Table:

@@ -250,6 +250,30 @@ def test_a_corrected_label_is_copied_without_a_new_crop(source: Source, label: s
     source.check()
 
 
+def test_a_sampled_image_keeps_its_split_when_its_subject_changes_and_images_come(source: Source) -> None:
+    def prepare_sample() -> dict[str, str | None]:
+        job = source.job()
+        prepare(job.model_copy(update={"split": SplitConfig(val=0.3, test=0.3, sample=3)}))
+        return {row["key"]: row["split"] for row in source.rows()}
+
+    before = prepare_sample()
+    assert sum(split is not None for split in before.values()) == 3
+    lines = (source.folder / "in" / "labels.csv").read_text().splitlines()
+    lines = [f"{line}," for line in lines[1:]]
+    subjects = {key: f"subject {key}" for key, split in before.items() if split}
+    for number in range(2):
+        source.put(f"new{number}")
+    rows = [f"{line}{subjects.get(line.split(',')[0], '')}" for line in lines] + [
+        f"new{n}.jpg,20,male,white," for n in (0, 1)
+    ]
+    (source.folder / "in" / "labels.csv").write_text("\n".join(["key,age,gender,race,subject", *rows]) + "\n")
+
+    after = prepare_sample()
+
+    assert [after[key] for key in before] == list(before.values())
+    assert [after[f"new{number}.jpg"] for number in range(2)] == [None, None]
+
+
 def test_an_image_that_was_being_written_is_cropped_by_the_next_run(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
