@@ -141,7 +141,7 @@ class Disturbance:
             return 0
 
     def _is_publishing(self) -> bool:
-        return bool(self._keys("all/images/"))
+        return bool(self._keys("all/images/")) or any("/staged/images/" in key for key in self._keys("all-work/"))
 
     def _keys(self, prefix: str) -> list[str]:
         pages = self._server.client().get_paginator("list_objects_v2").paginate(Bucket=TABLES, Prefix=prefix)
