@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 from agr_ray.config import ConfigError, PredictConfig, digest
@@ -22,6 +21,7 @@ from agr_ray.models.checkpoint import (
     model_digest,
     read_calibration_json,
 )
+from agr_ray.runtime.scratch import scratch_folder
 from agr_ray.schema import TEMPLATE
 from agr_ray.storage import MissingObject, Storage, StorageFailed
 
@@ -36,7 +36,7 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
     Raises:
         ConfigError: naming the configuration's `key`: there is none, or one that this code can't use.
     """
-    with TemporaryDirectory() as temporary:
+    with scratch_folder() as temporary:
         directory = Path(temporary, "checkpoint")
         try:
             _download(storage, storage.absolute(uri), directory)
@@ -88,7 +88,7 @@ def publish_checkpoint(storage: Storage, directory: Path, uri: str) -> bool:
     Returns:
         Whether another model was there, with a calibration, which is gone.
     """
-    with TemporaryDirectory() as temporary:
+    with scratch_folder() as temporary:
         earlier = Path(temporary)
         for name in (META, WEIGHTS, CALIBRATION):
             with contextlib.suppress(MissingObject):
@@ -149,7 +149,7 @@ def portable_checkpoint(directory: Path) -> dict[str, bytes]:
 @contextmanager
 def unpacked_checkpoint(files: dict[str, bytes]) -> Iterator[Path]:
     """Put what `portable_checkpoint` gave into a local folder, and delete it afterwards."""
-    with TemporaryDirectory() as temporary:
+    with scratch_folder() as temporary:
         for name, body in files.items():
             Path(temporary, name).write_bytes(body)
         yield Path(temporary)

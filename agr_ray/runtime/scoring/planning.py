@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +31,7 @@ from agr_ray.config import ConfigError, ScoreConfig
 from agr_ray.data.inventory import LISTED, InventoryError, read_inventory
 from agr_ray.data.manifest import IMAGE_SUFFIXES, image_id
 from agr_ray.runtime.scoring.grouping import Grouping, make_grouping
+from agr_ray.runtime.scratch import scratch_folder
 from agr_ray.schema import IMAGES, SCORE_MANIFEST, Status
 from agr_ray.storage import BadUri, MissingObject, Storage, StorageUnavailable
 
@@ -133,7 +133,7 @@ def plan(
     keeps = _filter(config, kind)
     counter = _Counter()
     report = progress or (lambda _done, _remark: None)
-    with tempfile.TemporaryDirectory(prefix="agr-ray-plan-") as folder:
+    with scratch_folder() as folder:
         kept = _kept(_listed(storage, uri, kind), keeps, config.limit, counter)
         listed = _spool(
             (_with_ids(batch, scored_as) for batch in kept),
