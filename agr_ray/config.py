@@ -63,21 +63,21 @@ def _is_one(value: float) -> bool:
 
 
 def _plain_name(value: str) -> str:
-    """Refuse the name of a run that is no single folder, or that no file system takes."""
+    """Reject a run name that is not a single folder name valid on every file system."""
     is_plain = value == value.strip() and value.isprintable() and "/" not in value and value not in (".", "..")
     if not is_plain or len(value.encode()) > _LONGEST_NAME:
         raise ValueError(
-            f"{value[:_LONGEST_NAME]!r} must be the name of one folder: no slash, no control character, no blank at "
+            f"{value[:_LONGEST_NAME]!r} must be a single folder name: no slash, no control character, no space at "
             f"either end, {_LONGEST_NAME} bytes at most"
         )
     return value
 
 
 def _without_login(value: str | None) -> str | None:
-    """Refuse keys in a server's address, which is shown in messages and written into records."""
+    """Reject credentials in a server's URL, because URLs appear in messages and records."""
     if value is not None and "@" in value:
         raise ValueError(
-            f"{redacted(value)!r} must be an address without user and password: keys come from the usual AWS variables"
+            f"{redacted(value)!r} must be a URL without user and password; keys come from the usual AWS variables"
         )
     return value
 
@@ -88,15 +88,15 @@ OneOrSeveral = Annotated[str, BeforeValidator(_one_or_several)]
 """Text to all sources of settings: they would tear a path at its comma, or take 7 for a number, were it a union."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_INT = 2**31 - 1
-"""Largest whole number of any knob: torch, OpenCV and Ray take no larger ones in places."""
+"""Largest integer that any knob accepts: some parts of torch, OpenCV and Ray accept no larger one."""
 MAX_FLOAT = 1e38
-"""The same of any other number: networks compute in float32, which ends there."""
+"""Largest value of any other number: networks compute in float32, and this is its maximum."""
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=MAX_FLOAT)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=MAX_FLOAT)]
 AnyInt = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-"""NumPy, torch and Optuna all take these."""
+"""NumPy, torch and Optuna all accept seeds in this range."""
 Timeout = Annotated[float, Field(ge=0.1, le=1e6)]
 """Seconds; longer ones overflow the clocks of sockets and threads."""
 _LONGEST_NAME = 200
@@ -119,14 +119,14 @@ class StorageConfig(Section):
     endpoint_url: Address = None
     """Address of an S3-compatible server; none: AWS_ENDPOINT_URL if set, else AWS itself."""
     region: str | None = None
-    """Region of the buckets; none: the usual AWS variables. A bucket of AWS in another region is found."""
+    """Region of the buckets. None: from the usual AWS variables. AWS buckets in other regions are found anyway."""
     anonymous: bool = False
-    """Send no credentials, as public buckets allow."""
+    """Send unsigned requests, without credentials; for public buckets."""
     requester_pays: bool = False
-    """Agree to pay for requests and transfer, as requester-pays buckets demand."""
+    """Agree to pay for requests and data transfer; requester-pays buckets require it."""
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
-    """Where a URL names the bucket: in its `path`, or in its host name, `virtual`. `auto`: as AWS's profile says, else
-    `virtual` on AWS and `path` elsewhere."""
+    """Where URLs name the bucket: `path` puts it in the path, `virtual` in the host name. `auto` follows the AWS
+    profile; without a setting there, it means `virtual` on AWS and `path` elsewhere."""
     timeout_s: Timeout = 30.0
     """Seconds to connect, and between two packets, before a request is tried again."""
     max_attempts: PositiveInt = 6
@@ -135,7 +135,7 @@ class StorageConfig(Section):
     @model_validator(mode="after")
     def _someone_pays(self) -> Self:
         if self.anonymous and self.requester_pays:
-            raise ValueError("storage.requester_pays: needs credentials, and storage.anonymous sends none; unset one")
+            raise ValueError("storage.requester_pays: needs credentials, but storage.anonymous sends none; unset one")
         return self
 
 
@@ -201,32 +201,32 @@ class VisionConfig(Section):
     detector: Literal["mtcnn", "haar", "none"] = "mtcnn"
     """`mtcnn` finds faces and five landmarks; `haar` boxes only, with no weights; `none` takes whole chips."""
     min_face_px: Annotated[int, Field(ge=12, le=MAX_INT)] = 40
-    """Shorter side of the smallest face looked for, pixels of the photograph where it is no larger than `max_side_px`.
-    In larger photographs it grows with their longer side: by default, 1/32 of it (94 px of 3,000, 188 px of 6,000).
-    `small_faces` keeps it in original pixels whatever their size."""
+    """Shorter side of the smallest face to detect, in pixels of a photograph no larger than `max_side_px`.
+    In larger photographs it grows with their longer side: by default, it is 1/32 of it (94 px for 3,000, 188 px for
+    6,000). With `small_faces` it is always in original pixels."""
     min_score: Fraction = 0.95
     """`mtcnn` only: probability below which a face is not counted."""
     max_side_px: PositiveInt = 1280
     """Photographs are shrunk to this longer side before detection, pixels; boxes stay in original pixels."""
     small_faces: bool = False
-    """Search photographs at full size, so that `min_face_px` counts original pixels; `max_side_px` must be left alone.
-    A photograph of 24 megapixels takes about seven times as long (4.4 s, not 0.6) and 200 MiB more memory."""
+    """Detect faces at full size, so that `min_face_px` is in original pixels; cannot be combined with `max_side_px`.
+    A 24-megapixel photograph takes about seven times as long (4.4 s instead of 0.6 s) and 200 MiB more memory."""
     try_rotations: bool = False
-    """Where no face is found, turn the photograph by 90, 180 and 270 degrees too, for sideways ones without EXIF.
-    A photograph without a face takes three times as long, others no longer. Column: `rotation_degrees`."""
+    """If no face is found, also try the photograph rotated by 90, 180 and 270 degrees; for sideways photographs
+    without EXIF. A photograph without a face takes three times as long; others do not. Column: `rotation_degrees`."""
     max_pixels: PositiveInt = 180_000_000
-    """Images of more pixels to decode are not decoded: status too_large. A JPEG counts as it is while being decoded,
-    shrunk to near `max_side_px` (200 megapixels take 22 MiB), unless it is progressive. At the limit, a PNG takes
-    0.8 GiB (16 bits a channel: 1.5), a WebP 2.6. Raise it only for workers with that memory to spare."""
+    """Images that decode to more pixels get the status too_large. A baseline JPEG is shrunk to near `max_side_px` while
+    it is decoded, and only the shrunk size counts (200 megapixels take 22 MiB). At the limit, decoding takes 0.8 GiB
+    for a PNG (1.5 GiB with 16-bit channels) and 2.6 GiB for a WebP. Raise it only if workers have memory to spare."""
     max_mib: PositiveInt = 64
     """Files of more MiB are not read: status too_large."""
 
     @model_validator(mode="after")
     def _has_only_knobs_with_an_effect(self) -> Self:
         if self.small_faces and self.max_side_px != type(self).model_fields["max_side_px"].default:
-            raise ValueError(f"max_side_px = {self.max_side_px} has no effect with small_faces; leave one of them out")
+            raise ValueError(f"max_side_px = {self.max_side_px} has no effect with small_faces; remove one of them")
         if self.try_rotations and self.detector == "none":
-            raise ValueError("try_rotations has no effect with detector = none, which looks for no face; leave it out")
+            raise ValueError("try_rotations has no effect with detector = none, which detects no faces; remove it")
         return self
 
 
@@ -246,8 +246,8 @@ class PrepareConfig(Section):
     rows_per_file: PositiveInt = 1024
     """Crop rows in one Parquet file: what a killed run may have to do again, for each worker."""
     lock_expiry_s: PositiveFloat = 120.0
-    """Seconds for which the lock on out must stand still before the same command takes it over from a job that was
-    killed on another machine; of one on this machine it is known at once. A heartbeat comes every quarter of it."""
+    """Seconds without a heartbeat after which the same command takes over the lock on `out` from a job that was killed
+    on another machine. A job killed on this machine is detected at once. The heartbeat interval is a quarter of it."""
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -651,13 +651,13 @@ class TuneConfig(Section):
 
     @model_validator(mode="after")
     def _keeps_its_study_where_it_can_be_locked(self) -> Self:
-        allowed = "a local file that ends in .journal, or a database's URL"
+        allowed = "a local file whose name ends in .journal, or a database URL"
         scheme, is_url, _ = self.study.partition("://")
         if self.study and not is_url and not self.study.endswith(".journal"):
             raise ValueError(f"study {_shown(self.study)} must be {allowed}")
         if scheme in ("s3", "file") and is_url:
             raise ValueError(
-                f"study {scheme}://... must be {allowed}; the default is kept beside the sweep in any storage"
+                f"study {scheme}://... must be {allowed}; the default is stored beside the sweep, in any storage"
             )
         return self
 
@@ -688,8 +688,8 @@ class EvaluateConfig(Section):
     abstain_risk: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """`calibrate` only: highest share of errors wanted where the model does not abstain, in gender and in race."""
     lock_expiry_s: Timeout = 120.0
-    """Seconds for which the lock beside `out`, and with `calibrate` beside the checkpoint, must stand still before
-    another evaluation takes it over; a heartbeat comes every quarter of it."""
+    """Seconds without a heartbeat after which another evaluation takes over the lock beside `out` and, with
+    `calibrate`, the one beside the checkpoint. The heartbeat interval is a quarter of it."""
 
 
 class PredictConfig(Section):
@@ -753,10 +753,10 @@ class ScoreConfig(Section):
     """Seconds for which the lock on out must stand still before another run takes it over, such as that of a run that
     was killed; a heartbeat comes every quarter of it."""
     max_refused: Fraction = 0.5
-    """Highest share of the photographs that one reason (access denied, not an image and so on) may keep from being
-    scored. Beyond it the run ends with an error that quotes the reason, and nothing is published. 1: no limit."""
+    """Largest share of the photographs that may be rejected for the same reason (access denied, not an image, ...).
+    Above it the run fails with an error that quotes the reason, and nothing is published. 1: no limit."""
     allow_empty: bool = False
-    """Publish an empty run where the input has no photograph at all; else that is an error."""
+    """Publish an empty run if the input has no photographs; otherwise that is an error."""
     limit: PositiveInt | None = None
     """Score only the first so many keys that include and exclude leave, scored before or not; none: all."""
 
@@ -786,7 +786,7 @@ class RenderConfig(Section):
     seed: Seed = 0
     """Which faces are drawn: the same seed and index always give the same face."""
     lock_expiry_s: Timeout = 120.0
-    """Seconds for which the lock in `out` must stand still before another run takes it over; a heartbeat comes every
+    """Seconds without a heartbeat after which another run takes over the lock in `out`. The heartbeat interval is a
     quarter of it."""
 
 
@@ -941,7 +941,7 @@ class ScoreJob(Job):
 J = TypeVar("J", bound=Job)
 _PREFIX = "agr_ray_"
 _LONGEST_SHOWN = 100
-"""Characters of a refused value in a message."""
+"""Maximum length of a rejected value in a message, in characters."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -961,7 +961,7 @@ def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # a
     """Return the bytes of a recipe on the local disk.
 
     Raises:
-        ConfigError: it can't be read.
+    ConfigError: the file can't be read.
     """
     try:
         with open(path, "rb") as file:
@@ -971,7 +971,7 @@ def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # a
 
 
 Reader = Callable[[str, StorageConfig], bytes]
-"""Reads a recipe: its path or URI, and how storage is reached. Raises ConfigError."""
+"""Reads a recipe, given its path or URI and the storage settings. Raises ConfigError."""
 
 
 def load(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ, read: Reader = read_local) -> J:
@@ -1002,8 +1002,8 @@ def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.env
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="recipe: a TOML file of [section] tables, a path or a URI, read first; how storage is reached for it is "
-        "taken from the command line and the environment",
+        help="path or URI of a recipe, a TOML file of [section] tables, which is read first; the storage settings for "
+        "reading it come from the command line and the environment",
     )
     source: CliSettingsSource[Any] = CliSettingsSource(
         job,
@@ -1065,17 +1065,17 @@ _FLAGS: Mapping[str, Any] = {
     for name, field in each.model_fields.items()
     if name not in SECTIONS
 }
-"""What jobs have beside sections, such as new_run."""
+"""Settings of jobs outside any section, such as new_run."""
 _EVERYTHING = create_model("_Everything", __base__=_EVERY_SECTION, **cast(Any, _FLAGS))
-"""All that a variable may name, whichever job reads it."""
+"""Everything that an environment variable may set, in any job."""
 
 
 def _read_environment(environ: Mapping[str, str], job: type[Job]) -> dict[str, Any]:
-    """Return the values for this job of all variables of ours; check those for other jobs too.
+    """Return the values that our environment variables set for this job; check those for other jobs too.
 
     Raises:
-        ConfigError: a variable names nothing that any job has, is not JSON where that is needed, or has a value that
-            is not allowed.
+    ConfigError: a variable names no setting of any job, is not JSON although JSON is required, or has an invalid
+    value.
     """
     values: dict[str, Any] = {}
     for name, value in environ.items():
@@ -1096,14 +1096,14 @@ def _read_variable(name: str, value: str) -> dict[str, Any]:
     if top not in known:
         raise ConfigError(f"{name}: there is no section {top}{_did_you_mean(top, known)}; allowed: {', '.join(known)}")
     if top in SECTIONS and not below:
-        # Whole sections are not shown: they may hold passwords anywhere.
+        # Whole sections are never shown, because any part of them may be a password.
         try:
             section = json.loads(value)
         except ValueError:
             section = None
         if not isinstance(section, dict):
             raise ConfigError(
-                f"{name}: its value is not a JSON object, as which a whole section is written, such as "
+                f"{name}: its value is not a JSON object; a whole section is written as one, such as "
                 f'{{"key": "value"}}; {name}__KEY sets one key'
             )
         return {top: section}
@@ -1117,7 +1117,7 @@ def _read_variable(name: str, value: str) -> dict[str, Any]:
         return source()
     except SettingsError:
         raise ConfigError(
-            f"{name}: {redacted(value)!r} is not JSON, as which lists and tables are written, such as '[\"age\"]'"
+            f"{name}: {redacted(value)!r} is not JSON; lists and tables are written as JSON, such as '[\"age\"]'"
         ) from None
 
 
@@ -1169,7 +1169,7 @@ def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") 
 
 
 def _shown(value: Any) -> str:
-    """Return a refused value as a message has it; tables are not shown, which may hold a password."""
+    """Return a rejected value as messages show it. Tables are hidden, because they may hold a password."""
     if isinstance(value, dict):
         return "a table"
     text = repr(value)

@@ -1,8 +1,8 @@
-"""How S3 is reached: the one place from which every client takes its settings.
+"""Connection settings for S3, shared by every client.
 
-boto3 and s3fs both stand on botocore. So a botocore session resolves whatever is not set here (credentials and their
-renewal, assumed roles, endpoints, proxies, certificates, FIPS and dual-stack addresses), and both clients are made
-from such a session in the same way. A bucket in another region is found by botocore, which follows S3's answer.
+boto3 and s3fs are both built on botocore. Both clients are created from the same kind of botocore session, which
+resolves everything that is not set here: credentials and their renewal, assumed roles, endpoints, proxies,
+certificates, FIPS and dual-stack endpoints. botocore also follows S3's redirects to buckets in other regions.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Connection:
     max_attempts: int
 
     def prepare(self, session: Any) -> dict[str, Any]:
-        """Prepare a botocore session, and return the arguments with which it makes an S3 client, but for `config`.
+        """Prepare a botocore session, and return the arguments for creating its S3 client, except `config`.
 
         Raises:
-            BotoCoreError: AWS's variables or profile can't be used.
+        BotoCoreError: the AWS variables or the profile are invalid.
         """
         region = self.region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or DEFAULT_REGION
-        # For the session too, because it makes the STS client that assumes roles.
+        # Set on the session too, because it creates the STS client that assumes roles.
         session.set_config_variable("region", region)
         if self.requester_pays:
             session.register("before-call.s3", _pay)
@@ -56,7 +56,7 @@ class Connection:
         if self.addressing_style != "auto":
             config["s3"] = {"addressing_style": self.addressing_style}
         if self._is_custom(session):
-            # Older servers know nothing of the checksums that AWS would like to have.
+            # Older servers do not support the checksums that AWS clients send by default.
             for name in ("request_checksum_calculation", "response_checksum_validation"):
                 if not _is_set(session, name):
                     config[name] = "when_required"

@@ -1,7 +1,7 @@
-"""What a person sees on the terminal or in a log: the only place that makes a rich console or table.
+"""Output on the terminal and in logs: the only module that creates rich consoles and tables.
 
-Paths, keys and messages hold whatever users put there. They are printed as they are: `[bold]` is no markup, `:key:` no
-emoji, and no line is broken, except in a table on a terminal that is too narrow for it.
+Paths, keys and messages contain arbitrary user text. They are printed verbatim: `[bold]` is not markup, `:key:` is not
+an emoji, and lines are not wrapped, except in a table that is too wide for the terminal.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from rich.progress import ProgressColumn, TextColumn
 from rich.table import Column, Table
 
 LOG_WIDTH: Final = 10_000
-"""Characters of a line in a file or pipe, whose reader has no width that rich could know."""
+"""Line width in characters for files and pipes, which have no terminal width."""
 
 
 def make_console(file: IO[str] | None = None, *, quiet: bool = False) -> Console:
-    """Return a console on a file (None: standard output) that prints text as it is; `quiet`: it prints nothing.
+    """Return a console that prints text verbatim to a file (None: standard output); with `quiet` it prints nothing.
 
-    Characters that the file's encoding lacks are escaped from now on, instead of ending the job.
+    From this call on, the file escapes characters that its encoding lacks, instead of raising an error.
     """
     stream = sys.stdout if file is None else file
     if isinstance(stream, io.TextIOWrapper):
@@ -33,13 +33,13 @@ def make_console(file: IO[str] | None = None, *, quiet: bool = False) -> Console
 
 
 def make_table(*headings: str) -> Table:
-    """Return a table that breaks what is too long for a terminal, where rich's own would cut it off.
+    """Return a table that wraps cells too long for the terminal; rich's default truncates them.
 
-    It has no title, which rich would break at the table's width: print that as a line before it.
+    It has no title, because rich would wrap one at the table's width: print the title as a line before the table.
     """
     return Table(*(Column(heading, overflow="fold") for heading in headings))
 
 
 def text_column(text_format: str) -> ProgressColumn:
-    """Return a column of progress bars that shows a task's text as it is."""
+    """Return a progress-bar column that shows a task's text verbatim."""
     return TextColumn(text_format, markup=False)

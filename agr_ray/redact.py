@@ -15,20 +15,20 @@ _NAMES: Final = r"[\w.-]*(?:password|passwd|passwort|pwd|secret|token|credential
 _ASSIGNED: Final = re.compile(rf"(?i)({_NAMES}(?:=['\"]?|['\"]\s*:\s*['\"]?))([^\s&'\",;}}]+)")
 _SECRET_VARIABLE: Final = re.compile(r"(?i)password|passwd|secret|token|credential|api_?key|access_?key")
 _SHORTEST: Final = 3
-"""Characters of a part of a secret that is looked for outside its URL: hiding shorter ones would garble the text."""
+"""Minimum length of a secret's parts that are hidden outside its URL: hiding shorter ones would garble the text."""
 _SHORTEST_VARIABLE: Final = 8
-"""The same of an environment variable: shorter ones, such as a MAX_TOKENS, are no secrets."""
+"""Minimum length of an environment variable's secret: shorter values, such as MAX_TOKENS, are not secrets."""
 
 
 def redacted(text: str, *uris: str, environ: Mapping[str, str] = os.environ) -> str:
     """Return the text with `***` in place of passwords and tokens.
 
-    Hidden are the passwords of URLs (a user alone too, which may be a token), the values of parameters whose names say
-    that they are secret, and the values of environment variables of such names.
+    It hides passwords in URLs (also a user name without a password, which may be a token), values of parameters with
+    secret-looking names, and values of environment variables with such names.
 
     Args:
-        text: to be shown.
-        uris: of the configuration: what their passwords consist of is hidden wherever else it occurs.
+    text: the text to show.
+    uris: URIs of the configuration; their passwords, and parts of them, are hidden everywhere in the text.
         environ: the environment.
     """
     secrets = [
@@ -47,7 +47,7 @@ def _without_password(found: re.Match[str]) -> str:
 
 
 def _secret_parts(uri: str) -> Iterable[str]:
-    """Return the secrets in a URL, whole, decoded, and in the parts that a parser which misreads it may quote."""
+    """Return the secrets in a URL: raw, decoded, and in the fragments that a confused URL parser may quote."""
     user_info = [found[2] for found in _URL.finditer(uri)]
     whole = [user.partition(":")[2] or user for user in user_info] + [found[2] for found in _ASSIGNED.finditer(uri)]
     for secret in whole:

@@ -32,7 +32,7 @@ LISTED: Final = pa.schema(
         pa.field("key", pa.string(), nullable=False),  # below what was listed
         pa.field("etag", pa.string()),  # without quotes
         pa.field("size_bytes", pa.int64()),
-        pa.field("storage_class", pa.string()),  # S3's; null: not known, or a local file
+        pa.field("storage_class", pa.string()),  # S3's storage class; null: unknown, or a local file
     ]
 )
 """One row an object that was listed."""
@@ -40,7 +40,7 @@ LISTED: Final = pa.schema(
 _BATCH_ROWS = 65_536
 _NEEDED: Final = {"key": pa.string(), "size": pa.int64(), "e_tag": pa.string()}
 _OPTIONAL: Final = {"is_latest": pa.bool_(), "is_delete_marker": pa.bool_(), "storage_class": pa.string()}
-"""The first two are only in inventories of all versions."""
+"""The first two exist only in inventories of all versions."""
 _CSV_NAMES: Final = {
     "Key": "key",
     "Size": "size",
@@ -150,7 +150,7 @@ def _read_data_file(storage: Storage, uri: str, file: _DataFile) -> bytes:
 
 
 def _read_csv(body: bytes, fields: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    """Yield the columns of `_NEEDED` and `_OPTIONAL` that there are, keys decoded."""
+    """Yield the columns of `_NEEDED` and `_OPTIONAL` that exist, with keys decoded."""
     types = {name: type_ for name, type_ in (_NEEDED | _OPTIONAL).items() if name in fields}
     if not body:
         return
@@ -166,7 +166,7 @@ def _read_csv(body: bytes, fields: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
 
 
 def _read_parquet(body: bytes, _: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    """Yield the columns of `_NEEDED` and `_OPTIONAL` that there are."""
+    """Yield the columns of `_NEEDED` and `_OPTIONAL` that exist."""
     file = pq.ParquetFile(pa.BufferReader(body))
     names = tuple(file.schema_arrow.names)
     _check_fields(names)

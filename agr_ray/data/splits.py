@@ -129,7 +129,7 @@ def _groups(manifest: pa.Table) -> list[_Group]:
             continue
         members[group].append((age, gender, race))
         if split is not None and given.setdefault(group, split) != split:
-            raise SplitLeakError(f"group {group!r} is given two splits: {given[group]} and {split}")
+            raise SplitLeakError(f"group {group!r} has two splits: {given[group]} and {split}")
     return [
         _Group(group, len(labels), _stratum(labels), _conflicts(group, labels), given.get(group))
         for group, labels in sorted(members.items())

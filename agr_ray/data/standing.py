@@ -1,8 +1,8 @@
-"""Which crop rows of a prepared set still stand, now that its source has been read again.
+"""Find which crop rows of a prepared set are still valid after its source has been read again.
 
-A row stands while its image has the bytes that were cropped. Its labels, group and split are taken from the manifest,
-so a corrected label needs no new crop. Rows of images that are gone, that changed or that failed are taken out, and so
-is each row after the first of an image that several parts hold. What is left equals what a fresh run would make.
+A row is valid while its image still has the bytes that were cropped. Labels, group and split come from the manifest,
+so a corrected label needs no new crop. Rows of images that are gone, changed or failed are dropped. If several parts
+hold the same image, only its first row is kept. The remaining rows equal those of a fresh run.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from agr_ray.schema import CROPS, MANIFEST, Status
 from agr_ray.storage import Storage
 
 COPIED: Final = tuple(name for name in MANIFEST.names if name not in ("status", "error"))
-"""Columns of crop rows that are the manifest's."""
+"""Columns of crop rows that are copied from the manifest."""
 RETRIED: Final = (str(Status.FAILED), str(Status.MISSING), str(Status.CHANGED))
-"""Statuses of crop rows whose image may be readable now."""
+"""Statuses of crop rows whose image may have become readable."""
 
 
 @dataclass(frozen=True)
 class PartEdit:
-    """What is to become of one Parquet part of the crops."""
+    """How to update one Parquet part of the crops."""
 
     uri: str
     keeps: NDArray[np.bool_]
-    """(rows,) whether each row stands."""
+    """(rows,) whether each row is valid."""
     is_stale: bool
-    """Whether columns of the manifest differ in a row that stands."""
+    """Whether any valid row differs from the manifest in the manifest's columns."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a prepared set holds of a manifest."""
+    """The rows of a prepared set, compared with a manifest."""
 
     image_ids: pa.Array
-    """Of the rows that stand; each once."""
+    """Image ids of the valid rows, each once."""
     edits: tuple[PartEdit, ...]
-    """Of parts that must change."""
+    """Parts that must be rewritten."""
     num_relabelled: int
-    """Rows that stand and get other labels, group or split."""
+    """Valid rows whose labels, group or split change."""
     num_dropped: int
-    """Rows that are taken out."""
+    """Rows that are dropped."""
 
 
 def find_standing(storage: Storage, folder: str, manifest: pa.Table) -> Standing:
@@ -85,13 +85,13 @@ def find_standing(storage: Storage, folder: str, manifest: pa.Table) -> Standing
 
 
 def apply_edits(storage: Storage, standing: Standing, manifest: pa.Table, check: Callable[[], None]) -> None:
-    """Rewrite the parts that must change, each whole or not at all; can be repeated after a kill.
+    """Rewrite the parts that must change, each atomically; safe to repeat after a kill.
 
     Args:
         storage: of the parts.
-        standing: what `find_standing` made of the same manifest.
+        standing: result of `find_standing` for the same manifest.
         manifest: schema.MANIFEST.
-        check: called before each part; raises where this job may not write any more.
+        check: called before each part; raises if this job may no longer write.
     """
     for edit in standing.edits:
         check()
@@ -108,7 +108,7 @@ def apply_edits(storage: Storage, standing: Standing, manifest: pa.Table, check:
 
 
 def _stands(rows: pa.Table, truth: pa.Table) -> pa.Array:
-    """Say of each crop row whether its image is in the manifest as it was when the row was made."""
+    """Return whether each crop row's image is unchanged in the manifest since the row was made."""
     same_bytes = pc.and_(
         pc.equal(truth["status"], str(Status.OK)),
         pc.and_(
@@ -116,7 +116,7 @@ def _stands(rows: pa.Table, truth: pa.Table) -> pa.Array:
             pc.invert(pc.is_in(rows["status"], value_set=pa.array(RETRIED))),
         ),
     )
-    # An image that the manifest rejects has a row that says the same, and nothing else.
+    # An image that the manifest rejects has one row with the same rejection.
     same_reject = pc.and_(
         pc.not_equal(truth["status"], str(Status.OK)),
         pc.and_(pc.equal(rows["status"], truth["status"]), _equal(rows["error"], truth["error"])),
@@ -127,7 +127,7 @@ def _stands(rows: pa.Table, truth: pa.Table) -> pa.Array:
 
 
 def _differs(rows: pa.Table, truth: pa.Table) -> pa.Array:
-    """Say of each crop row whether a column that is the manifest's is another now."""
+    """Return whether any of the manifest's columns has changed, for each crop row."""
     differs = pc.invert(_equal(rows["error"], _errors(rows, truth)))
     for name in COPIED:
         differs = pc.or_(differs, pc.invert(_equal(rows[name], truth[name])))
@@ -135,12 +135,12 @@ def _differs(rows: pa.Table, truth: pa.Table) -> pa.Array:
 
 
 def _errors(rows: pa.Table, truth: pa.Table) -> pa.ChunkedArray:
-    """Return the errors of crop rows: the manifest's, but where reading the image gave one of its own."""
+    """Return the errors of crop rows: the manifest's, unless reading the image raised its own error."""
     has_crop = pc.is_in(rows["status"], value_set=pa.array([str(Status.OK), str(Status.FALLBACK)]))
     return pc.if_else(has_crop, truth["error"], rows["error"])
 
 
 def _equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Compare columns; two nulls are equal, and so are two NaN."""
+    """Compare columns; two nulls are equal, and so are two NaNs."""
     both_null = pc.and_(pc.is_null(one, nan_is_null=True), pc.is_null(other, nan_is_null=True))
     return pc.or_(pc.fill_null(pc.equal(one, other), False), both_null)

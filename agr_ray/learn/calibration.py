@@ -116,7 +116,7 @@ class Calibration:
     content_codes: tuple[int, ...] = ()
     """`models.checkpoint.content_codes` of the images, to tell whether a measured image is among them."""
     num_seen_in_training: int | None = None
-    """Images that training saw too: each makes the model look surer than it is. None: it is not known."""
+    """Images that were also used in training; they make calibration overconfident. None: unknown."""
 
     @classmethod
     def fit(
@@ -181,14 +181,14 @@ class Calibration:
 
     @property
     def overlap_warning(self) -> str:
-        """What is wrong with it if training saw images that it was fitted on, or may have; empty: nothing is."""
+        """Warning if training saw, or may have seen, images that the calibration was fitted on; empty: none."""
         if self.num_seen_in_training == 0:
             return ""
         if self.num_seen_in_training is None:
-            return f"it is not known whether training saw the {self.n:,} images that the calibration was fitted on"
+            return f"unknown whether training saw the {self.n:,} images that the calibration was fitted on"
         return (
             f"the model was trained on {self.num_seen_in_training:,} of the {self.n:,} images that its calibration was "
-            "fitted on: intervals are too narrow, probabilities too sure, and it abstains too rarely; calibrate on "
+            "fitted on: intervals are too narrow, probabilities overconfident, abstentions too rare; calibrate on "
             "images that training never saw"
         )
 

@@ -25,7 +25,7 @@ NUM_RESAMPLES: Final = 1000
 MIN_GROUP_ROWS: Final = 10
 """Rows of a group from which it may be called the worst."""
 _MIN_UNITS = 2
-"""Rows, or persons, that an interval needs."""
+"""Minimum number of rows, or persons, for an interval."""
 _WITHIN_YEARS = 5
 _INTERVAL = 0.95
 _CHUNK_WEIGHTS = 4_000_000
@@ -271,8 +271,7 @@ def intervals(
 ) -> dict[str, dict[str, list[float] | None]]:
     """Return 95 % percentile bootstrap intervals of the headline metrics.
 
-    None where fewer than two rows (or persons) count: resampling one says nothing of others, and would give an interval
-    without width.
+    None where fewer than two rows (or persons) count: resampling a single one would give an interval of zero width.
 
     Arguments as `metrics_report`. Resampling draws a weight for every row (or person), so that all
     resamples of all metrics are one matrix product.

@@ -43,7 +43,7 @@ def curves_png(history: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """
     figure = Figure(figsize=(15, 8), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, parse_math=False)  # a path may hold dollars, between which Matplotlib reads a formula
+    figure.suptitle(title, parse_math=False)  # Matplotlib would parse text between dollar signs in a path as math
     epochs = [row["epoch"] for row in history]
     judged = [row for row in history if row["val_objective"] is not None]
     best = min(judged, key=lambda row: float(row["val_objective"]))["epoch"] if judged else None

@@ -39,7 +39,7 @@ def calibration(folder: Path, num_seen: int | None) -> Calibration:
         (0, ""),
         (1, "warning: the model was trained on 1 of the 60 images that its calibration was fitted on"),
         (60, "warning: the model was trained on 60 of the 60 images that its calibration was fitted on"),
-        (None, "warning: it is not known whether training saw the 60 images that the calibration was fitted on"),
+        (None, "warning: unknown whether training saw the 60 images that the calibration was fitted on"),
     ],
 )
 def test_scoring_warns_of_a_calibration_on_images_of_training(tmp_path: Path, num_seen: int | None, said: str) -> None:

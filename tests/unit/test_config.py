@@ -325,7 +325,7 @@ def test_a_bad_command_line_is_one_line_and_status_2(
         ({"AGR_RAY_ADD__X": "5"}, "AGR_RAY_ADD__X: add has no keys; set AGR_RAY_ADD"),
         ({"AGR_RAY_CONFIG": "x.toml"}, "AGR_RAY_CONFIG: there is no section config"),
         ({"AGR_RAY_TRAIN__LR": "fast"}, "train.lr: 'fast' is not allowed"),
-        ({"AGR_RAY_MODEL__TASKS": "[broken"}, "AGR_RAY_MODEL__TASKS: '[broken' is not JSON, as which lists"),
+        ({"AGR_RAY_MODEL__TASKS": "[broken"}, "AGR_RAY_MODEL__TASKS: '[broken' is not JSON; lists"),
     ],
     ids=str,
 )
