@@ -40,7 +40,7 @@ from pydantic_settings import (
 )
 
 from agr_ray.redact import redacted
-from agr_ray.schema import SPLITS
+from agr_ray.schema import MISSING_VALUES, SPLITS
 
 
 def _one_or_several(value: Any) -> Any:
@@ -162,13 +162,18 @@ class SourceConfig(Section):
     name: str = ""
     """What the source is called in tables and reports; empty: its kind."""
     labels: str = ""
-    """`folder` only: URI of the table of labels, .csv or .parquet; empty: labels.parquet or .csv in the folder."""
+    """`folder` only: URI of the label table, .csv, .tsv or .parquet; empty: the one labels.csv, labels.tsv or
+    labels.parquet in the folder."""
     key_column: str = "key"
-    """`folder` only: column of the image's path below the folder, beside age (years), gender, race, subject, split."""
+    """`folder` only: column of the image's path below the folder. The others are age (years, or a range such as 25-32),
+    age_low and age_high, gender, race, subject and split, in upper or lower case."""
     gender_codes: dict[str, str] = {}
     """`folder` only: what codes beside male and female mean, such as {"M": "male", "F": "female"}."""
     race_codes: dict[str, str] = {}
     """`folder` only: what codes beside white, black, asian, indian and others mean: {"East Asian": "asian"}."""
+    missing_values: tuple[str, ...] = MISSING_VALUES
+    """`folder` only: values that mean a missing label or subject, beside an empty cell. Case and blanks do not count. A
+    value that `gender_codes` or `race_codes` names is a code there."""
 
 
 class SplitConfig(Section):

@@ -28,6 +28,9 @@ AGE_MAX_YEARS: Final = 116.0
 AGE_MISSING: Final = float("nan")
 CLASS_MISSING: Final = -1
 
+MISSING_VALUES: Final = ("nan", "none", "na", "n/a", "#n/a", "<na>", "null", "-1", "u", "unknown", "?")
+"""How sources write a missing label, beside an empty cell; compared without case and blanks."""
+
 AGE_GROUP_LAST_YEARS: Final = (10, 20, 30, 40, 50, 60, 70, 80)
 """Last year of each age group of the paper's table 5; the group above the last is open."""
 
@@ -63,7 +66,7 @@ class Status(StrEnum):
     FAILED = "failed"
     """Storage kept failing, or the image kept killing its worker."""
     BAD_LABEL = "bad_label"
-    """Labelled sources only: the label does not parse or is out of range. The image is not read."""
+    """Labelled sources only: no label that was given can be read, or label rows disagree. The image is not read."""
 
 
 CROP_STATUSES: Final = (Status.OK, Status.FALLBACK)
@@ -101,6 +104,11 @@ LABEL_FIELDS: Final = (
     pa.field("race", pa.string()),  # one of RACES
 )
 
+AGE_RANGE_FIELDS: Final = (
+    pa.field("age_low", pa.float32()),  # years; both are null unless the source gives a range, whose age is null
+    pa.field("age_high", pa.float32()),  # years, included; AGE_MAX_YEARS where the range is open
+)
+
 MANIFEST: Final = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),  # hash of the URI
@@ -113,8 +121,9 @@ MANIFEST: Final = pa.schema(
         pa.field("group_id", pa.string()),  # subject where known, else content hash; one group, one split
         pa.field("split", pa.string()),  # one of SPLITS; null: in none (rejected, or left out by sampling)
         *LABEL_FIELDS,
+        *AGE_RANGE_FIELDS,
         pa.field("status", pa.string(), nullable=False),  # ok, or why the row is rejected before it is read
-        pa.field("error", pa.string()),
+        pa.field("error", pa.string()),  # why it is rejected; of an ok row: which of its labels were dropped
     ]
 )
 """One row an image of a labelled source."""

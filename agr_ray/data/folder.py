@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-import io
+import sys
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
+from agr_ray.data.label_table import KEY_COLUMN, LabelTable, LabelTableError, read_labels
+from agr_ray.data.label_values import LabelCodeError, LabelParser, RowLabels, merge_labels
+from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow
+from agr_ray.schema import MISSING_VALUES
+from agr_ray.storage import Storage
 
-from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow, check_age, match_word
-from agr_ray.schema import GENDERS, RACES, SPLITS
-from agr_ray.storage import Storage, StorageError
-
-KEY_COLUMN: Final = "key"
-LABEL_COLUMNS: Final = ("age", "gender", "race")
-OPTIONAL_COLUMNS: Final = ("subject", "split")
+NUM_EXAMPLES = 3
 
 
-class LabelTableError(ValueError):
-    """The table of labels as a whole can't be used. The message is one line."""
-
-
-def read_labels(storage: Storage, uri: str, *, key_column: str = KEY_COLUMN) -> list[dict[str, str | None]]:
-    """Return the rows of a table of labels, every value as text and a blank one as None.
-
-    The table is CSV (UTF-8, with a header) or, by the ending `.parquet`, Parquet. It has the column `key_column`,
-    the path of the image below its folder, at least one of age (years), gender and race, and may have subject and
-    split. Further columns are ignored.
-
-    Raises:
-        LabelTableError: it is not there, can't be read, or lacks a column.
-    """
-    try:
-        table = storage.read_table(uri) if uri.lower().endswith(".parquet") else _read_csv(storage.read(uri), uri)
-    except StorageError as error:
-        raise LabelTableError(f"the table of labels can't be read: {error}") from error
-    if len(set(table.column_names)) < len(table.column_names):
-        raise LabelTableError(f"{uri} has two columns of one name among {', '.join(table.column_names)}")
-    if key_column not in table.column_names or not set(LABEL_COLUMNS) & set(table.column_names):
-        raise LabelTableError(
-            f"{uri} has the columns {', '.join(table.column_names)}: expected {key_column!r} and at least one of "
-            f"{', '.join(LABEL_COLUMNS)}"
-        )
-    wanted = [name for name in (*LABEL_COLUMNS, *OPTIONAL_COLUMNS) if name in table.column_names]
-    try:
-        texts = {
-            name: _without_nan(table.column(column)).cast(pa.string()).to_pylist()
-            for name, column in [(KEY_COLUMN, key_column), *((name, name) for name in wanted)]
-        }
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise LabelTableError(f"{uri} has a column that is neither text nor numbers: {error}") from error
-    return [
-        {name: text if text and text.strip() else None for name, text in zip(texts, values, strict=True)}
-        for values in zip(*texts.values(), strict=True)
-    ]
-
-
-def _without_nan(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column of a Parquet table with null for NaN, by which many tools mean the same."""
-    return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
-
-
-def parse_label(
-    row: Mapping[str, str | None],
-    *,
-    gender_codes: Mapping[str, str] | None = None,
-    race_codes: Mapping[str, str] | None = None,
-) -> ParsedLabel:
-    """Return the label of one row of the table, or what is wrong with it.
-
-    Words are matched regardless of case. A code, such as 0 for a gender, means something only if it is given in
-    `gender_codes` or `race_codes`. What is blank is missing, which is allowed.
-    """
-    age, age_error = _parse_age(row.get("age"))
-    gender, gender_error = match_word("gender", row.get("gender"), GENDERS, gender_codes)
-    race, race_error = match_word("race", row.get("race"), RACES, race_codes)
-    split, split_error = match_word("split", row.get("split"), SPLITS)
-    errors = [error for error in (age_error, gender_error, race_error, split_error) if error]
-    if errors:
-        return ParsedLabel(error="; ".join(errors))
-    return ParsedLabel(age, gender, race, subject=(row.get("subject") or "").strip() or None, split=split)
+def print_note(text: str) -> None:
+    """Write a note on the labels to standard error."""
+    sys.stderr.write(f"{text}\n")
 
 
 def source_rows(
@@ -93,73 +29,133 @@ def source_rows(
     key_column: str = KEY_COLUMN,
     gender_codes: Mapping[str, str] | None = None,
     race_codes: Mapping[str, str] | None = None,
+    missing_values: Iterable[str] = MISSING_VALUES,
+    note: Callable[[str], None] = print_note,
 ) -> Iterator[SourceRow]:
     """Yield a row for each image below `uri`, and one for each labelled image that is not there.
 
-    Images are the files with one of `IMAGE_SUFFIXES`, and whatever else has a row in the table.
+    Images are the files with one of `IMAGE_SUFFIXES`, and whatever else has a row in the table. A row's key is the
+    path of its image below `uri`. Where no file has exactly that path, backslashes count as slashes, and a leading
+    `./` and outer blanks do not count.
 
     An image without a row in the table is a bad label ("no label row"), and so is one whose rows disagree. Rows
-    that say the same count once.
+    that say the same count once. A value that can't be read is dropped, and the image keeps its other labels.
+
+    Args:
+        note: Called with a line for each kind of thing that is dropped or ignored.
 
     Raises:
-        LabelTableError: the table can't be used, or the codes name a word that does not exist.
+        LabelTableError: the table can't be used, the codes name a word that does not exist, or no key is an image's.
         StorageUnavailable: the folder or bucket can't be listed.
     """
-    _check_codes("gender", gender_codes, GENDERS)
-    _check_codes("race", race_codes, RACES)
-    labels: dict[str, set[ParsedLabel]] = defaultdict(set)
-    for number, row in enumerate(read_labels(storage, labels_uri, key_column=key_column), start=1):
+    name = labels_uri.rpartition("/")[2]
+    try:
+        parser = LabelParser(gender_codes, race_codes, missing_values)
+    except LabelCodeError as error:
+        raise LabelTableError(str(error)) from error
+    table = read_labels(storage, labels_uri, key_column=key_column)
+    by_key = _rows_by_key(table, parser, labels_uri, key_column)
+    if not by_key:
+        raise LabelTableError(f"{labels_uri} has no rows")
+    if table.other_columns:
+        note(f"{name}: ignoring the columns {_examples(table.other_columns, len(table.other_columns))}")
+    _note_dropped(name, (row for rows in by_key.values() for row in rows), note)
+
+    keys = by_key.keys() | {_plain_key(key) for key in by_key}
+    files = {
+        info.key: info
+        for info in storage.list_readable(uri)
+        if info.key in keys or info.key.lower().endswith(IMAGE_SUFFIXES)
+    }
+    labels: dict[str, list[RowLabels]] = defaultdict(list)
+    for key, rows in by_key.items():
+        labels[key if key in files else _plain_key(key)] += rows
+    _check_keys(name, uri, list(labels), list(files), note)
+
+    for key, info in files.items():
+        rows = labels.pop(key, [])
+        label = merge_labels(rows) if rows else ParsedLabel(error=f"no label row in {name}")
+        yield SourceRow.listed(info, label)
+    for key, rows in labels.items():
+        yield SourceRow(storage.join(uri, key), key, merge_labels(rows), missing=True)
+
+
+def _rows_by_key(
+    table: LabelTable, parser: LabelParser, labels_uri: str, key_column: str
+) -> dict[str, list[RowLabels]]:
+    by_key: dict[str, list[RowLabels]] = defaultdict(list)
+    for number, row in enumerate(table.rows, start=1):
         key = row[KEY_COLUMN]
         if key is None:
             raise LabelTableError(f"{labels_uri}: row {number} has no {key_column}")
-        key = key.removeprefix("./")
-        if key.startswith("/") or ".." in key.split("/"):
-            raise LabelTableError(f"{labels_uri}: row {number}: {key_column} {key!r} is not a path below the folder")
-        labels[key].add(parse_label(row, gender_codes=gender_codes, race_codes=race_codes))
-
-    for info in storage.list_readable(uri):
-        if info.key in labels or info.key.lower().endswith(IMAGE_SUFFIXES):
-            yield SourceRow.listed(info, _only_label(labels.pop(info.key, set()), labels_uri))
-    for key, found in labels.items():
-        yield SourceRow(storage.join(uri, key), key, _only_label(found, labels_uri), missing=True)
+        by_key[key].append(parser.parse(row))
+    return by_key
 
 
-def _only_label(found: set[ParsedLabel], labels_uri: str) -> ParsedLabel:
-    """Return the label that an image's rows in the table agree on."""
-    if not found:
-        return ParsedLabel(error=f"no label row in {labels_uri.rpartition('/')[2]}")
-    if len(found) > 1:
-        return ParsedLabel(error=f"{len(found)} label rows disagree")
-    (label,) = found
-    return label
+def _plain_key(key: str) -> str:
+    """Return a key with slashes, and without a leading `./` and outer blanks."""
+    plain = key.strip().replace("\\", "/")
+    while plain.startswith("./"):
+        plain = plain.removeprefix("./")
+    return plain
 
 
-def _parse_age(text: str | None) -> tuple[float | None, str | None]:
-    if text is None or not text.strip():
-        return None, None
-    try:
-        years = float(text)
-    except ValueError:
-        return None, f"age {text!r} is not a number of years"
-    error = check_age(years)
-    return (None, error) if error else (years, None)
+def _check_keys(
+    name: str, uri: str, labelled: Sequence[str], files: Sequence[str], note: Callable[[str], None]
+) -> None:
+    """Name labelled images that are not there and images without a label row.
 
-
-def _check_codes(name: str, codes: Mapping[str, str] | None, words: tuple[str, ...]) -> None:
-    for code, word in (codes or {}).items():
-        if word not in words:
-            raise LabelTableError(f"{name} code {code!r} means {word!r}: expected one of {', '.join(words)}")
-
-
-def _read_csv(data: bytes, uri: str) -> pa.Table:
-    """Read CSV with every column as text: left to guess, a reader would turn the subject 007 into 7."""
-    try:
-        header = pa.csv.open_csv(io.BytesIO(data)).schema.names
-        return pa.csv.read_csv(
-            io.BytesIO(data),
-            convert_options=pa.csv.ConvertOptions(
-                column_types={name: pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
-            ),
+    Raises:
+        LabelTableError: no key is an image's.
+    """
+    labelled_keys, file_keys = set(labelled), set(files)
+    missing = [key for key in labelled if key not in file_keys]
+    unlabelled = [key for key in files if key not in labelled_keys]
+    how = "a key is the path of an image below source.uri, in its own upper and lower case"
+    if len(missing) == len(labelled):
+        if not files:
+            raise LabelTableError(f"source.uri {uri}: there is no image below it, and {name} labels {len(labelled):,}")
+        raise LabelTableError(
+            f"no image below {uri} has a key of {name}: it has keys such as {missing[0]!r}, and an image is "
+            f"{_likeliest(missing[0], unlabelled)!r}; {how}"
         )
-    except pa.ArrowInvalid as error:
-        raise LabelTableError(f"{uri} can't be read as CSV: {' '.join(str(error).split())}") from error
+    if missing:
+        note(f"{name}: labelled images that are not there: {len(missing):,} ({_examples(missing)})")
+    if unlabelled:
+        note(f"{name}: images without a label row: {len(unlabelled):,} ({_examples(unlabelled)})")
+    if missing and unlabelled and 2 * len(missing) > len(labelled):
+        note(
+            f"{name}: most keys are no image's: the table has {missing[0]!r}, and an image is "
+            f"{_likeliest(missing[0], unlabelled)!r}; {how}"
+        )
+    folded = {_fold(key): key for key in unlabelled}
+    pairs = [f"{key!r} for {folded[_fold(key)]!r}" for key in missing if _fold(key) in folded]
+    if pairs:
+        shown = ", ".join(pairs[:NUM_EXAMPLES])
+        note(f"{name}: keys that differ from an image's only in case or Unicode form: {len(pairs):,} ({shown})")
+
+
+def _likeliest(key: str, files: Sequence[str]) -> str:
+    """Return the file that the key probably means, else the first."""
+    name = _fold(_plain_key(key)).rpartition("/")[2]
+    return next((each for each in files if _fold(each).rpartition("/")[2] == name), files[0])
+
+
+def _fold(key: str) -> str:
+    return unicodedata.normalize("NFC", key).casefold()
+
+
+def _note_dropped(name: str, rows: Iterable[RowLabels], note: Callable[[str], None]) -> None:
+    """Say of each column how many values were dropped."""
+    texts: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        for dropped in row.dropped:
+            texts[dropped.column].append(dropped.text)
+    for column, values in texts.items():
+        examples = _examples(list(dict.fromkeys(values)))
+        note(f"{name}: values of {column} that can't be used and are dropped: {len(values):,} ({examples})")
+
+
+def _examples(values: Sequence[str], num: int = NUM_EXAMPLES) -> str:
+    shown = ", ".join(repr(value) for value in values[:num])
+    return f"{shown}, ..." if len(values) > num else shown

@@ -35,6 +35,8 @@ class ParsedLabel:
     """The label of one image, or why there is none that can be used.
 
     A label that is None is missing, which is allowed. With an `error` everything else is None.
+
+    Either `age` or the range `age_low` to `age_high` is given, or neither.
     """
 
     age: float | None = None
@@ -48,6 +50,12 @@ class ParsedLabel:
     split: str | None = None
     """One of `schema.SPLITS`, where the source brings its own."""
     error: str | None = None
+    age_low: float | None = None
+    """Years; first of a range."""
+    age_high: float | None = None
+    """Years; last of a range."""
+    dropped: str | None = None
+    """Which labels were given and dropped, and why; the others can be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +171,10 @@ def build_manifest(
             "age": row.label.age,
             "gender": row.label.gender,
             "race": row.label.race,
+            "age_low": row.label.age_low,
+            "age_high": row.label.age_high,
             "status": str(content.status),
-            "error": content.error,
+            "error": "; ".join(filter(None, (content.error, row.label.dropped))) or None,
         }
         for row, content, group in zip(ordered, contents, groups, strict=True)
     ]
@@ -183,7 +193,7 @@ def content_hashes(manifest: pa.Table) -> dict[tuple[str, str], str]:
 
 def labels_digest(manifest: pa.Table) -> str:
     """Return the SHA-256, in hex, of what is learnt from: each image's content, labels and split, not where it lies."""
-    names = ("key", "content_hash", "split", "age", "gender", "race", "status")
+    names = ("key", "content_hash", "split", "age", "age_low", "age_high", "gender", "race", "status")
     rows = sorted(zip(*(manifest.column(name).to_pylist() for name in names), strict=True), key=lambda row: str(row[0]))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -229,25 +239,6 @@ def group_ids(labels: Sequence[ParsedLabel], digests: Sequence[str | None]) -> l
 def labels_conflict(labels: Sequence[Sequence[object]]) -> bool:
     """Say whether any label takes two values among the given ones; a missing label agrees with every value."""
     return any(len({value for value in column if value is not None}) > 1 for column in zip(*labels, strict=True))
-
-
-def match_word(
-    name: str, value: str | None, words: Sequence[str], codes: Mapping[str, str] | None = None
-) -> tuple[str | None, str | None]:
-    """Match a label as a source writes it against the words of the schema, regardless of case.
-
-    `codes` maps further spellings to words, such as `{"0": "male"}`. An empty or absent value is a missing label.
-
-    Returns:
-        The word and None, or None and what is wrong.
-    """
-    if value is None or not value.strip():
-        return None, None
-    found = value.strip().lower()
-    meanings = {word: word for word in words} | {code.lower(): word for code, word in (codes or {}).items()}
-    if found in meanings:
-        return meanings[found], None
-    return None, f"{name} {value!r} is not understood: expected one of {', '.join(meanings)}"
 
 
 def _triple(label: ParsedLabel) -> tuple[float | None, str | None, str | None]:

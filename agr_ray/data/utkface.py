@@ -8,7 +8,7 @@ annotator: they are perceived attributes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow, check_age
@@ -23,28 +23,48 @@ UTKFACE_RACES: Final = ("white", "black", "asian", "indian", "others")
 EXPECTED_NAME: Final = "[age]_[gender]_[race]_[timestamp].jpg.chip.jpg"
 
 # The timestamp is yyyymmddHHMMSS and a fraction of a second, in three digits or (rarely) more. ASCII, because \d
-# would take the digits of every script.
-_NAME = re.compile(r"([0-9]+)_([0-9]+)_([0-9]+)_([0-9]{17,})\.jpg(?:\.chip\.jpg)?", re.ASCII)
+# would take the digits of every script. Of the labels, the last may be missing, and any may be empty or damaged.
+_NAME = re.compile(r"([^_\s]*)_([^_\s]*)(?:_([^_\s]*))?_([0-9]{17,})\.jpg(?:\.chip\.jpg)?", re.ASCII)
+_CODE = re.compile(r"[0-9]+", re.ASCII)
 
 
 def parse_name(name: str) -> ParsedLabel:
     """Return the label that a file's name spells, or what is wrong with it.
 
-    The parser is strict: a name with a label missing, a stray blank or dot, or a timestamp too short was damaged,
-    and nothing says that the rest of it was not. Names of the uncropped images (`....jpg`) parse too.
+    A label that is missing or can't be read is dropped alone: many names lack the race. A name with a stray blank or
+    dot, or a timestamp too short, is rejected: it was damaged, and nothing says that its labels were not. Names of
+    the uncropped images (`....jpg`) parse too.
     """
     match = _NAME.fullmatch(name)
     if match is None:
         return ParsedLabel(error=f"name does not parse: expected {EXPECTED_NAME}")
-    age, gender, race = (int(match.group(index)) for index in (1, 2, 3))
-    if error := check_age(age):
-        return ParsedLabel(error=error)
-    if gender >= len(UTKFACE_GENDERS):
-        return ParsedLabel(error=f"gender {gender} is not understood: expected 0 (male) or 1 (female)")
-    if race >= len(UTKFACE_RACES):
-        codes = ", ".join(f"{code} ({word})" for code, word in enumerate(UTKFACE_RACES))
-        return ParsedLabel(error=f"race {race} is not understood: expected one of {codes}")
-    return ParsedLabel(age=float(age), gender=UTKFACE_GENDERS[gender], race=UTKFACE_RACES[race])
+    texts = [match.group(index) or "" for index in (1, 2, 3)]
+    errors = []
+    age: float | None = None
+    if not _CODE.fullmatch(texts[0]):
+        errors.append(f"age {texts[0]!r} is not a number of years" if texts[0] else "the name lacks the age")
+    elif error := check_age(float(texts[0])):
+        errors.append(error)
+    else:
+        age = float(texts[0])
+    gender = _word("gender", texts[1], UTKFACE_GENDERS, errors)
+    race = _word("race", texts[2], UTKFACE_RACES, errors)
+    dropped = "; ".join(errors) or None
+    if age is None and gender is None and race is None:
+        return ParsedLabel(error=dropped)
+    return ParsedLabel(age=age, gender=gender, race=race, dropped=dropped)
+
+
+def _word(label: str, code: str, words: Sequence[str], errors: list[str]) -> str | None:
+    """Return the word that a code means, or None and append what is wrong."""
+    if not code:
+        errors.append(f"the name lacks the {label}")
+    elif _CODE.fullmatch(code) and int(code) < len(words):
+        return words[int(code)]
+    else:
+        codes = ", ".join(f"{number} ({word})" for number, word in enumerate(words))
+        errors.append(f"{label} {code} is not understood: expected one of {codes}")
+    return None
 
 
 def source_rows(storage: Storage, uri: str) -> Iterator[SourceRow]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from agr_ray.config import ConfigError, PrepareConfig, PrepareJob, SourceConfig, VisionConfig
 from agr_ray.console import make_console, make_table
 from agr_ray.data import folder, utkface
+from agr_ray.data.label_table import LabelTableError, find_labels
 from agr_ray.data.manifest import SourceRow, build_manifest, content_hashes, labels_digest
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
 from agr_ray.data.standing import apply_edits, find_standing
@@ -228,7 +229,7 @@ def _manifest(
                 update(done, f"of {total:,}")
 
             table = build_manifest(
-                _source_rows(job.source, storage),
+                _source_rows(job.source, storage, console),
                 source=job.source.name or job.source.kind,
                 storage=storage,
                 max_bytes=job.vision.max_mib * MIB,
@@ -248,28 +249,24 @@ def _manifest(
             "" if before is None else f"; what joins them is new: prepare the source anew, not into {job.prepare.out}"
         )
         raise ConfigError(f"source.uri {job.source.uri}: {error}{more}") from error
-    except folder.LabelTableError as error:
+    except LabelTableError as error:
         raise ConfigError(str(error)) from error
     return table
 
 
-def _source_rows(source: SourceConfig, storage: Storage) -> Iterator[SourceRow]:
+def _source_rows(source: SourceConfig, storage: Storage, console: Console) -> Iterator[SourceRow]:
     uri = storage.absolute(source.uri)
     if source.kind == "utkface":
         return utkface.source_rows(storage, uri)
-    candidates = (
-        [source.labels] if source.labels else [storage.join(uri, f"labels.{end}") for end in ("parquet", "csv")]
-    )
-    labels = next((each for each in candidates if storage.exists(each)), None)
-    if labels is None:
-        raise ConfigError(f"source.labels: no table of labels at {' or '.join(candidates)}")
     return folder.source_rows(
         storage,
         uri,
-        storage.absolute(labels),
+        storage.absolute(source.labels) if source.labels else find_labels(storage, uri),
         key_column=source.key_column,
         gender_codes=source.gender_codes,
         race_codes=source.race_codes,
+        missing_values=source.missing_values,
+        note=console.print,
     )
 
 

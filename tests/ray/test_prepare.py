@@ -51,11 +51,14 @@ FILES = {
     "ein Bild (1) #2 100%.jpeg": (lambda: bad_images.jpeg(90, 90), "fallback"),
     "sub/写真.png": (lambda: bad_images.encoded(bad_images.Image.new("RGB", (50, 70), "teal"), "PNG"), "fallback"),
 }
-BAD_LABELS = {
+DROPPED_LABELS = {
     "too-old.jpg": ({"age": 130}, "age 130 is outside"),
     "no-number.jpg": ({"age": "old"}, "is not a number"),
     "no-gender.jpg": ({"gender": "x"}, "gender 'x' is not understood"),
     "no-race.jpg": ({"race": "7"}, "race '7' is not understood"),
+}
+BAD_LABELS = {
+    "no-label.jpg": ({"age": "old", "gender": "x", "race": "7"}, "age 'old' is not a number"),
 }
 
 
@@ -106,6 +109,10 @@ def source(chips: dict[str, RenderedChip], tmp_path_factory: pytest.TempPathFact
         labels.append(chip_label(f"twin-{index}.jpg", chips[f"chip-00{index}.jpg"]))
     shutil.copy(folder / "chip-006.jpg", folder / "liar.jpg")
     labels.append(chip_label("liar.jpg", chips["chip-006.jpg"], age=chips["chip-006.jpg"].age_years + 1))
+    for key, wrong in [*((key, wrong) for key, (wrong, _) in DROPPED_LABELS.items()), ("range.jpg", {"age": "70+"})]:
+        # Each has a content of its own: what follows the image is not decoded.
+        (folder / key).write_bytes((folder / "chip-008.jpg").read_bytes() + key.encode())
+        labels.append({"key": key, **LABEL, **wrong})
     labels.append({"key": "gone.jpg", **LABEL})
     labels.append({"key": "unknown.jpg"})
     shutil.copy(folder / "chip-007.jpg", folder / "unknown.jpg")
@@ -149,6 +156,24 @@ def test_a_file_gets_the_status_that_is_right(rows: dict[str, dict[str, Any]], k
 def test_a_bad_label_is_a_reject_with_its_reason(rows: dict[str, dict[str, Any]], key: str) -> None:
     assert rows[key]["status"] == "bad_label"
     assert BAD_LABELS[key][1] in rows[key]["error"]
+
+
+@pytest.mark.parametrize("key", DROPPED_LABELS)
+def test_a_label_that_cannot_be_read_is_dropped_alone(rows: dict[str, dict[str, Any]], key: str) -> None:
+    wrong, error = DROPPED_LABELS[key]
+    row = rows[key]
+
+    assert row["status"] == "ok"
+    assert error in row["error"]
+    assert {name: row[name] for name in LABEL} == LABEL | dict.fromkeys(wrong)
+
+
+def test_an_age_range_is_kept_and_no_age(rows: dict[str, dict[str, Any]]) -> None:
+    row = rows["range.jpg"]
+
+    assert [row[name] for name in ("status", "error", "age", "age_low", "age_high", "gender")] == [
+        *("ok", None, None, 70.0, 116.0, "male"),
+    ]
 
 
 def test_an_unlabelled_image_and_an_absent_one_are_rejects(rows: dict[str, dict[str, Any]]) -> None:

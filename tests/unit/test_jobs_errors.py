@@ -159,18 +159,26 @@ def test_preparing_a_folder_without_labels(complaint: Complaint, faces: Path) ->
 
     said = complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
 
-    assert f"source.labels: no table of labels at {faces}/labels.parquet or {faces}/labels.csv" in said
+    assert (
+        f"source.labels: there is no label table at {faces}/labels.parquet, {faces}/labels.csv, {faces}/labels.tsv"
+        in said
+    )
 
 
 def test_preparing_with_a_missing_table_of_labels(complaint: Complaint, faces: Path) -> None:
     argv = ("--source.uri", faces, "--source.labels", faces / "gone.csv", "--prepare.out", "out")
 
-    assert f"source.labels: no table of labels at {faces}/gone.csv" in complaint("prepare", *argv)
+    assert f"source.labels: there is no label table at {faces}/gone.csv" in complaint("prepare", *argv)
 
 
 @pytest.mark.parametrize(
     ("labels", "said"),
-    [("name,age\na.jpg,3\n", "expected 'key'"), ("", "can't be read as CSV"), ("key,age\n/etc/a.jpg,3\n", "row 1")],
+    [
+        ("name,age\na.jpg,3\n", "expected 'key'"),
+        ("", "can't be read as CSV"),
+        ("key,age\n,3\n", "row 1"),
+        ("key,age\n/etc/a.jpg,3\n", "no image below"),
+    ],
 )
 def test_preparing_with_a_table_that_can_not_be_used(complaint: Complaint, faces: Path, labels: str, said: str) -> None:
     (faces / "labels.csv").write_text(labels)
@@ -179,9 +187,18 @@ def test_preparing_with_a_table_that_can_not_be_used(complaint: Complaint, faces
 
 
 def test_preparing_with_a_table_that_is_no_parquet(complaint: Complaint, faces: Path) -> None:
+    (faces / "labels.csv").unlink()
     (faces / "labels.parquet").write_bytes(b"no parquet")
 
     assert f"{faces}/labels.parquet" in complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
+
+
+def test_preparing_a_folder_with_two_label_tables(complaint: Complaint, faces: Path) -> None:
+    (faces / "labels.parquet").write_bytes(b"no parquet")
+
+    said = complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
+
+    assert f"there are several label tables, {faces}/labels.parquet and {faces}/labels.csv; name the one to use" in said
 
 
 def test_preparing_codes_that_mean_nothing(complaint: Complaint, faces: Path) -> None:

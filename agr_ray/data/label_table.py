@@ -1,0 +1,219 @@
+"""Reading a label table, CSV or Parquet, whatever its separator and however its columns are spelt."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from agr_ray.storage import MissingObject, Storage, StorageError
+
+KEY_COLUMN: Final = "key"
+LABEL_COLUMNS: Final = ("age", "age_low", "age_high", "gender", "race")
+OPTIONAL_COLUMNS: Final = ("subject", "split")
+TABLE_NAMES: Final = ("labels.parquet", "labels.csv", "labels.tsv")
+"""Label tables that are looked for in the folder of the images."""
+
+_SEPARATORS: Final = (",", "\t", ";")
+_MEANT: Final = {
+    "sex": "gender",
+    "ethnicity": "race",
+    "ethnic": "race",
+    "years": "age",
+    "person": "subject",
+    "identity": "subject",
+    "subset": "split",
+    "partition": "split",
+}
+"""Other words for a column, as parts of a name."""
+
+_LIMIT_WORDS: Final = {
+    **dict.fromkeys(("low", "lower", "min", "from"), "age_low"),
+    **dict.fromkeys(("high", "upper", "max", "to"), "age_high"),
+}
+_CLOSE: Final = 0.8
+_LONG: Final = 5
+"""Letters of a column's name that is recognised within another name."""
+
+
+_Columns = dict[str, list[str | None]]
+
+
+class LabelTableError(ValueError):
+    """The label table as a whole can't be used. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTable:
+    """The rows of a label table, every value as text and an empty one as None."""
+
+    rows: list[dict[str, str | None]]
+    """By `KEY_COLUMN`, `LABEL_COLUMNS` and `OPTIONAL_COLUMNS`, as far as the table has them."""
+    other_columns: list[str]
+    """Columns that mean nothing here."""
+
+
+def find_labels(storage: Storage, uri: str) -> str:
+    """Return the URI of the one label table in the folder of the images.
+
+    Raises:
+        LabelTableError: there is none, or more than one.
+    """
+    candidates = [storage.join(uri, name) for name in TABLE_NAMES]
+    tables = [each for each in candidates if storage.exists(each)]
+    if len(tables) > 1:
+        raise LabelTableError(
+            f"source.labels: there are several label tables, {' and '.join(tables)}; name the one to use"
+        )
+    if not tables:
+        raise LabelTableError(f"source.labels: there is no label table at {', '.join(candidates)}")
+    return tables[0]
+
+
+def read_labels(storage: Storage, uri: str, *, key_column: str = KEY_COLUMN) -> LabelTable:
+    """Read a label table: Parquet by the ending `.parquet`, else CSV (UTF-8, with a header).
+
+    The separator of a CSV is a comma, tab or semicolon. Names of columns are matched regardless of case and outer
+    blanks. The table has the column `key_column`, the path of the image below its folder, at least one of
+    `LABEL_COLUMNS`, and may have `OPTIONAL_COLUMNS`.
+
+    Raises:
+        LabelTableError: it is not there, can't be read, lacks a column, or has one that is nearly right.
+    """
+    try:
+        if uri.lower().endswith(".parquet"):
+            columns, others = _columns_of_parquet(storage.read_table(uri), uri, key_column)
+        else:
+            columns, others = _columns_of_csv(storage.read(uri), uri, key_column)
+    except MissingObject as error:
+        raise LabelTableError(f"source.labels: there is no label table at {uri}") from error
+    except StorageError as error:
+        raise LabelTableError(f"the label table can't be read: {error}") from error
+    rows = [
+        {name: text if text and text.strip() else None for name, text in zip(columns, values, strict=True)}
+        for values in zip(*columns.values(), strict=True)
+    ]
+    return LabelTable([row for row in rows if any(row.values())], [name for name in others if name.strip()])
+
+
+def _columns_of_parquet(table: pa.Table, uri: str, key_column: str) -> tuple[_Columns, list[str]]:
+    """Return the columns that are known, and the names of the others."""
+    names = table.column_names
+    columns: _Columns = {}
+    indices = _find_columns(names, uri, key_column)
+    for column, index in indices.items():
+        try:
+            columns[column] = _without_nan(table.column(index)).cast(pa.string()).to_pylist()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            said = " ".join(str(error).split())
+            raise LabelTableError(f"{uri}: column {names[index]!r} is neither text nor numbers: {said}") from error
+    return columns, [name for index, name in enumerate(names) if index not in indices.values()]
+
+
+def _without_nan(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of a Parquet table with null for NaN, by which many tools mean the same."""
+    return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
+
+
+def _columns_of_csv(data: bytes, uri: str, key_column: str) -> tuple[_Columns, list[str]]:
+    """Return the columns that are known, and the names of the others."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise LabelTableError(
+            f"{uri} is not UTF-8 text: line {line} has the byte 0x{data[error.start]:02x}; save the table as UTF-8"
+        ) from error
+    separator, names = _header(text, uri, key_column)
+    indices = _find_columns(names, uri, key_column)
+    columns: dict[str, list[str | None]] = {column: [] for column in indices}
+    # Where names follow a blank, values do, and their quotes.
+    has_blanks = any(name.startswith(" ") for name in names)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=has_blanks)
+    try:
+        next(reader)
+        for values in reader:
+            if values and len(values) != len(names):
+                raise LabelTableError(
+                    f"{uri} can't be read as CSV: line {reader.line_num} has {len(values)} values for {len(names)} "
+                    "columns; a value that holds the separator needs quotes"
+                )
+            for column, index in indices.items() if values else ():
+                columns[column].append(values[index])
+    except csv.Error as error:
+        raise LabelTableError(f"{uri} can't be read as CSV: line {reader.line_num}: {error}") from error
+    return columns, [name for index, name in enumerate(names) if index not in indices.values()]
+
+
+def _header(text: str, uri: str, key_column: str) -> tuple[str, list[str]]:
+    """Return the separator under which the first line has the most known columns, then the most columns, and these."""
+    known = {_plain(key_column), *LABEL_COLUMNS, *OPTIONAL_COLUMNS}
+    headers: dict[str, list[str]] = {}
+    for separator in _SEPARATORS:
+        try:
+            headers[separator] = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), [])
+        except csv.Error:
+            continue
+    if not any(headers.values()):
+        raise LabelTableError(f"{uri} can't be read as CSV: its first line is no header")
+    best = max(headers, key=lambda each: (len(known & set(map(_plain, headers[each]))), len(headers[each])))
+    return best, headers[best]
+
+
+def _find_columns(names: Sequence[str], uri: str, key_column: str) -> dict[str, int]:
+    """Return the index of each column that is known.
+
+    Raises:
+        LabelTableError: two columns have one name, a name is nearly right, or a column is lacking.
+    """
+    shown = ", ".join(names)
+    plain_names = [_plain(name) for name in names]
+    for index, plain in enumerate(plain_names):
+        if plain and plain in plain_names[:index]:
+            first = names[plain_names.index(plain)]
+            raise LabelTableError(f"{uri} has two columns of one name, {first!r} and {names[index]!r}, among {shown}")
+    wanted = {KEY_COLUMN: _plain(key_column)} | {name: name for name in (*LABEL_COLUMNS, *OPTIONAL_COLUMNS)}
+    indices = {name: plain_names.index(plain) for name, plain in wanted.items() if plain in plain_names}
+    lacking = [plain for name, plain in wanted.items() if name not in indices]
+    for name, plain in zip(names, plain_names, strict=True):
+        if plain not in wanted.values() and (meant := _column_meant(name, lacking)):
+            raise LabelTableError(
+                f"{uri} has the column {name!r}, which probably means {meant!r}: rename it to {meant!r}, or remove it"
+            )
+    if KEY_COLUMN not in indices or not set(LABEL_COLUMNS) & indices.keys():
+        raise LabelTableError(
+            f"{uri} has the columns {shown}: expected {key_column!r} (source.key_column) and at least one of "
+            f"{', '.join(LABEL_COLUMNS)}"
+        )
+    if ("age_low" in indices) != ("age_high" in indices):
+        raise LabelTableError(f"{uri} has only one of the columns age_low and age_high: expected both or neither")
+    return indices
+
+
+def _column_meant(name: str, lacking: Sequence[str]) -> str | None:
+    """Return which of the columns that a table lacks a name probably means, or None."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    words = re.findall(r"[^\W_]+", spaced.casefold())
+    joined = "".join(words)
+    guesses = []
+    if "age" in words:
+        guesses += [_LIMIT_WORDS[word] for word in words if word in _LIMIT_WORDS] or ["age"]
+    guesses += [_MEANT.get(word, word) for word in words]
+    guesses += [each for each in lacking if len(each) >= _LONG and each in joined]
+    guesses += [each for each in lacking if each.replace("_", "") == joined]
+    guesses += difflib.get_close_matches(joined, lacking, n=1, cutoff=_CLOSE)
+    # A table of age ranges may well have a further column about age.
+    absent = [each for each in lacking if each != "age" or "age_low" in lacking]
+    return next((guess for guess in guesses if guess in absent), None)
+
+
+def _plain(name: str) -> str:
+    """Return a column's name without case, outer blanks and byte order mark."""
+    return name.strip("\ufeff \t\r\n\u00a0").casefold()

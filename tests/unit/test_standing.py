@@ -1,0 +1,29 @@
+"""Crop rows that an unchanged manifest leaves as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from agr_ray.data.standing import find_standing
+from agr_ray.schema import CROPS, MANIFEST
+from agr_ray.storage import Storage
+
+
+def test_rows_of_images_that_were_not_read_stand(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = [
+        {"image_id": "1", "status": "ok", "content_hash": "1", "error": "age 'x' is not a number"},
+        {"image_id": "2", "status": "bad_label", "error": "no label row in labels.csv"},
+        {"image_id": "3", "status": "missing", "error": "c.jpg is labelled and not there"},
+    ]
+    rows = pa.Table.from_pylist(
+        [{"uri": row["image_id"], "key": row["image_id"], "source": "folder"} | row for row in said], schema=CROPS
+    )
+    pq.write_table(rows, tmp_path / "part-0.parquet")
+
+    standing = find_standing(Storage(), str(tmp_path), rows.select(MANIFEST.names))
+
+    assert (standing.image_ids.to_pylist(), standing.edits) == (["1", "2", "3"], ())
