@@ -966,7 +966,7 @@ def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # a
     """Return the bytes of a recipe on the local disk.
 
     Raises:
-    ConfigError: the file can't be read.
+        ConfigError: the file can't be read.
     """
     try:
         with open(path, "rb") as file:
@@ -1079,8 +1079,8 @@ def _read_environment(environ: Mapping[str, str], job: type[Job]) -> dict[str, A
     """Return the values that our environment variables set for this job; check those for other jobs too.
 
     Raises:
-    ConfigError: a variable names no setting of any job, is not JSON although JSON is required, or has an invalid
-    value.
+        ConfigError: a variable names no setting of any job, is not JSON although JSON is required, or has an invalid
+            value.
     """
     values: dict[str, Any] = {}
     for name, value in environ.items():

@@ -32,7 +32,7 @@ class Connection:
         """Prepare a botocore session, and return the arguments for creating its S3 client, except `config`.
 
         Raises:
-        BotoCoreError: the AWS variables or the profile are invalid.
+            BotoCoreError: the AWS variables or the profile are invalid.
         """
         region = self.region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or DEFAULT_REGION
         # Set on the session too, because it creates the STS client that assumes roles.

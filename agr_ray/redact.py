@@ -27,8 +27,8 @@ def redacted(text: str, *uris: str, environ: Mapping[str, str] = os.environ) -> 
     secret-looking names, and values of environment variables with such names.
 
     Args:
-    text: the text to show.
-    uris: URIs of the configuration; their passwords, and parts of them, are hidden everywhere in the text.
+        text: the text to show.
+        uris: URIs of the configuration; their passwords, and parts of them, are hidden everywhere in the text.
         environ: the environment.
     """
     secrets = [

@@ -54,13 +54,13 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
 
 
 def _download(storage: Storage, uri: str, directory: Path) -> None:
-    """Copy a checkpoint as it is at one moment: again if it is replaced meanwhile, which would mix files of two.
+    """Copy a consistent snapshot of a checkpoint; start over if it is replaced during the copy.
 
-    On S3 a checkpoint has no marker while it is replaced.
+    On S3 a checkpoint has no marker while it is being replaced.
 
     Raises:
-        MissingObject: there is none, or an upload of it did not end.
-        StorageFailed: it is replaced again and again.
+        MissingObject: there is no checkpoint, or its upload never finished.
+        StorageFailed: the checkpoint keeps being replaced.
     """
     marker, weights = storage.join(uri, META), storage.join(uri, WEIGHTS)
     until_s, is_first = time.monotonic() + _REPLACED_WITHIN_S, True
@@ -76,17 +76,17 @@ def _download(storage: Storage, uri: str, directory: Path) -> None:
             if not is_being_replaced or time.monotonic() > until_s:
                 raise
         if time.monotonic() > until_s:
-            raise StorageFailed(f"{uri} was replaced again and again for {_REPLACED_WITHIN_S:g} s while it was read")
+            raise StorageFailed(f"{uri} kept being replaced for {_REPLACED_WITHIN_S:g} s while it was read")
         shutil.rmtree(directory, ignore_errors=True)
         is_first = False
         time.sleep(_PAUSE_S)
 
 
 def publish_checkpoint(storage: Storage, directory: Path, uri: str) -> bool:
-    """Publish a local checkpoint at `uri`, unless the same model is there: then that keeps its calibration and card.
+    """Publish a local checkpoint at `uri`. If the same model is already there, leave it, its calibration and its card.
 
     Returns:
-        Whether another model was there, with a calibration, which is gone.
+        Whether this replaced another model that had a calibration.
     """
     with scratch_folder() as temporary:
         earlier = Path(temporary)
@@ -96,7 +96,7 @@ def publish_checkpoint(storage: Storage, directory: Path, uri: str) -> bool:
         try:
             if model_digest(earlier) == model_digest(directory):
                 return False
-        except CheckpointError:  # nothing is there, or not the whole of a checkpoint
+        except CheckpointError:  # there is no checkpoint, or only part of one
             pass
         was_calibrated = (earlier / CALIBRATION).exists()
     storage.upload_tree(str(directory), uri, overwrite=True)
@@ -104,9 +104,9 @@ def publish_checkpoint(storage: Storage, directory: Path, uri: str) -> bool:
 
 
 def calibration_hint(uri: str) -> str:
-    """Return what to say where a calibrated checkpoint was replaced by another model."""
+    """Return the warning for a calibrated checkpoint that was replaced by another model."""
     return (
-        f"warning: {uri} holds another model now, without the calibration of the one before; calibrate it: "
+        f"warning: {uri} now holds another model, without the previous model's calibration; calibrate it: "
         f"jobs/evaluate.py --evaluate.checkpoint {uri} --evaluate.data DATA --evaluate.split val --calibrate"
     )
 

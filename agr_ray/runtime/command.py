@@ -31,7 +31,7 @@ def read_recipe(path: str, storage: StorageConfig) -> bytes:
     """Return the bytes of a recipe at any path or URI.
 
     Raises:
-        ConfigError: it can't be read.
+        ConfigError: the recipe can't be read.
     """
     if "://" not in path:
         return read_local(path, storage)

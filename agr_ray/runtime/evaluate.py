@@ -92,7 +92,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
             raise ConfigError(f"{said}; --evaluate.allow_overlap true measures all the same")
         calibration = None if config.calibrate else _found_calibration(directory, job.predict, console)
         with ExitStack() as stack:
-            # Beside them, not in them: a checkpoint is copied as a whole.
+            # The lock is beside the checkpoint, not inside it, because checkpoints are copied as whole folders.
             written = [checkpoint, out] if config.calibrate else [out]
             owner, expiry_s = f"evaluation {out}", config.lock_expiry_s
             held = (run_lock(storage, f"{uri}.lock", owner, expiry_s=expiry_s, console=console) for uri in written)
@@ -157,20 +157,20 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
 
 
 def _check(locks: Sequence[RunLock]) -> None:
-    """Return only if all locks are ours.
+    """Check that this process still holds all locks.
 
     Raises:
-        LockLost: one is not.
+        LockLost: at least one lock was lost.
     """
     for lock in locks:
         lock.check()
 
 
 def _check_finite(predictions: Predictions, checkpoint: str) -> None:
-    """Refuse to measure NaN, which metrics would count as some class.
+    """Reject non-finite predictions, because metrics would count a NaN as some class.
 
     Raises:
-        JobError: the network predicts something that is not finite.
+        JobError: some predictions are not finite.
     """
     bad = np.zeros(1, bool)
     for values in predictions:
@@ -179,20 +179,20 @@ def _check_finite(predictions: Predictions, checkpoint: str) -> None:
     if bad.any():
         raise JobError(
             f"evaluate.checkpoint {checkpoint}: its predictions for {bad.sum():,} of {len(bad):,} images are not "
-            "finite; the model is damaged, or its training has diverged"
+            "finite; the model is damaged, or its training diverged"
         )
 
 
 def _check_unchanged(storage: Storage, checkpoint: str, directory: Path) -> None:
-    """Refuse to write into a checkpoint that another one has replaced since it was read.
+    """Refuse to write into a checkpoint that was replaced since it was read.
 
     Raises:
-        JobError: it has been.
+        JobError: the checkpoint was replaced.
     """
     with contextlib.suppress(MissingObject):
         if storage.read(storage.join(checkpoint, META)) == (directory / META).read_bytes():
             return
-    raise JobError(f"evaluate.checkpoint {checkpoint}: was replaced while it was measured; evaluate it again")
+    raise JobError(f"evaluate.checkpoint {checkpoint}: was replaced during the evaluation; evaluate it again")
 
 
 def _out(storage: Storage, job: EvaluateJob, checkpoint: str, model: str, prepared: PreparedSet) -> str:
@@ -229,7 +229,7 @@ def add_to_card(
     """
     uri = storage.join(checkpoint, CARD)
     try:
-        for _ in range(_CARD_ATTEMPTS):  # several evaluations of one checkpoint may come here at once
+        for _ in range(_CARD_ATTEMPTS):  # several evaluations of one checkpoint may run at once
             with contextlib.suppress(ChangedObject, MissingObject, FileExistsError):
                 if storage.exists(uri):
                     card, etag = storage.read_with_etag(uri)
@@ -237,9 +237,9 @@ def add_to_card(
                 else:
                     storage.write(uri, with_measured(model_card(meta), metrics).encode(), if_absent=True)
                 return
-        raise StorageFailed(f"{uri} was changed {_CARD_ATTEMPTS} times while it was being written")
+        raise StorageFailed(f"{uri} was changed by others in each of {_CARD_ATTEMPTS} attempts to write it")
     except (StorageError, StorageUnavailable) as error:
-        console.print(f"warning: the model card was not brought up to date: {error}")
+        console.print(f"warning: the model card was not updated: {error}")
 
 
 class CropPredictor:
@@ -434,7 +434,7 @@ def _print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
     without_crop = {name: count for name, count in said["statuses"].items() if name not in CROP_STATUSES}
     if without_crop:
         reasons = ", ".join(f"{name} {count:,}" for name, count in without_crop.items())
-        console.print(f"not measured, because there is no crop of them: {reasons}")
+        console.print(f"not measured, because they have no crop: {reasons}")
     console.print(f"split manifest SHA-256 {said['split_manifest_sha256']}")
     console.print(f"{out}/metrics.json, {out}/predictions.parquet")
 
@@ -501,7 +501,7 @@ def _print_calibration(console: Console, measured: dict[str, Any]) -> None:
         ]
         if failed:
             said = ", ".join(failed)
-            console.print(f"age intervals hold less than promised for: {said}")
+            console.print(f"age intervals cover less than promised for: {said}")
 
 
 def _per_cent(share: float | None) -> str:

@@ -33,15 +33,15 @@ class Photograph:
 
     image: DecodedImage
     upright_rgb: NDArray[np.uint8]
-    """`image.rgb`, turned clockwise by `rotation_degrees`: what to cut crops from."""
+    """`image.rgb`, rotated clockwise by `rotation_degrees`; crops are cut from it."""
     faces: Faces
     """In pixels of `upright_rgb`."""
     rotation_degrees: int
-    """0, 90, 180 or 270: the turn after which faces were found; 0 where none were."""
+    """Rotation in which faces were found: 0, 90, 180 or 270; 0 if no faces were found."""
 
     @property
     def original_faces(self) -> Faces:
-        """Return the faces in pixels of the original image, as `image` is turned (after its EXIF orientation)."""
+        """Return the faces in pixels of the original image, in the orientation of `image` (EXIF applied)."""
         height, width = self.image.rgb.shape[:2]
         return self.faces.turned_back(self.rotation_degrees, width, height).scaled(self.image.scale)
 
@@ -103,7 +103,7 @@ class ImageReader:
         return [next(photographs) if isinstance(each, DecodedImage) else each for each in decoded]
 
     def _detect(self, images: Sequence[DecodedImage]) -> list[Photograph]:
-        """Find the faces of each image, in the rotation whose best face scores highest where the first shows none."""
+        """Find the faces of each image; if it has none upright, use the rotation whose best face scores highest."""
         faces = self._detector.detect([image.rgb for image in images])
         photographs = [Photograph(image, image.rgb, found, 0) for image, found in zip(images, faces, strict=True)]
         if not self._vision.try_rotations:

@@ -33,7 +33,7 @@ _LOOKS_PER_HEARTBEAT: Final = 5
 
 
 def clock_s() -> float:
-    """Return seconds that go on while the machine sleeps, as other machines' do; `time.monotonic` stands still then."""
+    """Return seconds of a clock that, unlike `time.monotonic`, keeps counting while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
@@ -97,17 +97,17 @@ class RunLock:
 
     @property
     def uri(self) -> str:
-        """Where the lock is."""
+        """URI of the lock object."""
         return self._uri
 
     @property
     def token(self) -> str:
-        """What the lock object holds as long as it is ours."""
+        """Content of the lock object while we hold the lock."""
         return self._record.token
 
     @property
     def heartbeat_s(self) -> float:
-        """Seconds between two heartbeats."""
+        """Heartbeat interval in seconds."""
         return self._record.expires_after_s / _HEARTBEATS_PER_EXPIRY
 
     def check(self) -> None:
@@ -128,7 +128,7 @@ class RunLock:
             )
 
     def confirm(self) -> None:
-        """Do what `check` does, but ask storage now, however recent the last heartbeat is."""
+        """Like `check`, but always ask storage, however recent the last heartbeat is."""
         self.renew(self._storage)
         self.check()
 
@@ -140,7 +140,7 @@ class RunLock:
         """
         with self._mutex:
             while not self.lost:
-                started_s = clock_s()  # of before: another's watch may begin as soon as the object is written
+                started_s = clock_s()  # before the write: another process may time the expiry from then on
                 with contextlib.suppress(ChangedObject, MissingObject):
                     self._etag = storage.write(self._uri, self._record.to_bytes(), if_match=self._etag)
                     self._confirmed_s = started_s
@@ -256,7 +256,7 @@ def _wait_until_stale(storage: Storage, uri: str, found: LockRecord, etag: str) 
         ConfigError: it moved.
         MissingObject: it went away.
     """
-    # By a clock that stands still while this machine sleeps, so that a holder beside us has time to wake up.
+    # This clock stops while the machine sleeps, so that a holder on the same machine has time to wake up.
     read_s = time.monotonic()
     look_every_s = found.expires_after_s / _HEARTBEATS_PER_EXPIRY / _LOOKS_PER_HEARTBEAT
     while time.monotonic() - read_s <= found.expires_after_s:
@@ -272,8 +272,8 @@ def _wait_until_stale(storage: Storage, uri: str, found: LockRecord, etag: str) 
 def _read(storage: Storage, uri: str) -> tuple[LockRecord, str]:
     data, etag = storage.read_with_etag(uri)
     if not data:
-        # Where files have no links and can't be renamed without replacing, a lock is empty while it is being made.
-        beginner = _record("a run that is just beginning, or died then", _EMPTY_EXPIRES_S)
+        # Without hard links and no-replace renames, a lock file is empty while it is being created.
+        beginner = _record("a run that is just starting, or died while starting", _EMPTY_EXPIRES_S)
         return beginner.model_copy(update={"host": "an unknown host", "pid": 0}), etag
     try:
         return LockRecord.model_validate_json(data), etag

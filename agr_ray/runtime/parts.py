@@ -47,7 +47,7 @@ def write_parts(
 
     `make_worker` is called once in each worker process, and what it returns gets `batch_size` rows at a time.
     `max_rows_per_part` is what a kill may cost each worker; where rows are few, parts are smaller, so that every
-    worker gets several. `check` is called after each part, and ends the work by raising.
+    worker gets several. `check` is called after each part and may raise to stop the work.
     """
     configure_ray_data()
     part_rows = max(1, min(max_rows_per_part, -(-rows.num_rows // (4 * num_workers))))

@@ -37,20 +37,19 @@ from agr_ray.vision.decode import encode_jpeg
 from agr_ray.vision.quality import sharpness
 
 LOCK: Final = "lock.json"
-"""Keeps two jobs out of one set."""
+"""Lock file that keeps two jobs from writing the same set."""
 
 
 def prepare(job: PrepareJob) -> PreparedSet:
     """Make the prepared set that the job describes, or finish it; of one that is whole, do nothing again.
 
-    Where the source has changed since, the set follows: images that it gained are added, those that are gone are taken
-    out, those that were replaced are cropped again, and corrected labels are copied into the crops' rows. Images keep
-    their split.
+    If the source has changed since, the set is updated: new images are added, deleted images are removed, replaced
+    images are cropped again, and corrected labels are copied into the crops' rows. Images keep their split.
 
     Raises:
-        ConfigError: the folder holds a set of other settings, the labels or no image can be used, another job is at
-            work on the set, or the plan can't fit.
-        LockLost: another job has taken the set over.
+        ConfigError: the folder holds a set with other settings, the labels are unusable, no image is usable, another
+            job is working on the set, or the cluster is too small for the plan.
+        LockLost: another job has taken over the set.
         StorageUnavailable: source or output can't be reached.
     """
     console = make_console()
@@ -60,13 +59,13 @@ def prepare(job: PrepareJob) -> PreparedSet:
     storage.probe(out, "prepare.out", write=True)
     lock_uri = storage.join(out, LOCK)
     owner = f"jobs/prepare.py from {job.source.uri}"
-    _check_out(storage, out, _settings(job))  # before the lock leaves a file there
+    _check_out(storage, out, _settings(job))  # before the lock file is created there
     with run_lock(storage, lock_uri, owner, expiry_s=job.prepare.lock_expiry_s, console=console) as lock:
         return _prepare(job, storage, out, lock, console)
 
 
 def _prepare(job: PrepareJob, storage: Storage, out: str, lock: RunLock, console: Console) -> PreparedSet:
-    """Make or finish the set while the lock is held."""
+    """Make or finish the set; the caller holds the lock."""
     settings = _settings(job)
     earlier = _check_out(storage, out, settings)
     table = _manifest(job, storage, earlier, lock.check, console)
@@ -88,8 +87,8 @@ def _prepare(job: PrepareJob, storage: Storage, out: str, lock: RunLock, console
     console.print(f"{table.num_rows:,} images: {len(standing.image_ids):,} done before, {todo.num_rows:,} to do")
     if standing.edits:
         console.print(
-            f"the source has changed: {standing.num_relabelled:,} rows get other labels or another split, "
-            f"{standing.num_dropped:,} rows are of images that are gone or are read again"
+            f"the source has changed: {standing.num_relabelled:,} rows get new labels or another split, "
+            f"{standing.num_dropped:,} rows are dropped because their images are gone or must be read again"
         )
     started = time.perf_counter()
     is_same = earlier is not None and earlier.finished and prepared.digest == earlier.digest
@@ -122,7 +121,7 @@ def _prepare(job: PrepareJob, storage: Storage, out: str, lock: RunLock, console
     rows = storage.read_table(crops, columns=["image_id", "uri", "status", "error"])
     if sorted(rows["image_id"].to_pylist()) != sorted(table["image_id"].to_pylist()):
         raise JobError(
-            f"{crops} holds {rows.num_rows:,} rows for {table.num_rows:,} images: another job has written there; "
+            f"{crops} holds {rows.num_rows:,} rows for {table.num_rows:,} images, so another job has written there; "
             "run the same command again"
         )
     counts = dict(sorted(Counter(rows["status"].to_pylist()).items()))
@@ -137,15 +136,15 @@ def _prepare(job: PrepareJob, storage: Storage, out: str, lock: RunLock, console
 
 
 def _check_usable(job: PrepareJob, rows: pa.Table, usable: Sequence[str]) -> None:
-    """Refuse a source of which nothing can be used, or most of which storage refuses for one reason.
+    """Reject a source with no usable images, or with most images refused by storage for the same reason.
 
     Args:
-        job: names the source.
+        job: the job, whose source is named in errors.
         rows: columns uri, status and error.
-        usable: statuses of images that can be used.
+        usable: statuses of usable images.
 
     Raises:
-        ConfigError: it quotes the most frequent reason.
+        ConfigError: the source is rejected; the message quotes the most frequent reason.
     """
     reasons = reject_reasons(rows, usable)
     if not reasons:
@@ -154,14 +153,14 @@ def _check_usable(job: PrepareJob, rows: pa.Table, usable: Sequence[str]) -> Non
     where = f"source.uri {job.source.uri}"
     if reasons.total() == rows.num_rows:
         raise ConfigError(
-            f"{where}: none of its {rows.num_rows:,} images can be used; {number:,} for one reason: {reason}"
+            f"{where}: none of its {rows.num_rows:,} images is usable; most frequent reason ({number:,}): {reason}"
         )
     refused = {each: count for each, count in reasons.items() if each.startswith(f"{Status.FAILED}:")}
     reason, number = max(refused.items(), key=lambda each: each[1], default=("", 0))
     if number > rows.num_rows / 2:
         raise ConfigError(
-            f"{where}: storage refuses {number:,} of its {rows.num_rows:,} images for one reason: {reason}; "
-            "mend it and run the same command"
+            f"{where}: storage refuses {number:,} of its {rows.num_rows:,} images for the same reason: {reason}; "
+            "fix the cause and run the same command again"
         )
 
 
@@ -212,11 +211,11 @@ class CropMaker:
 def _manifest(
     job: PrepareJob, storage: Storage, earlier: PreparedSet | None, check: Callable[[], None], console: Console
 ) -> pa.Table:
-    """Return the source's manifest with its splits. Content that had a split keeps it.
+    """Return the source's manifest with its splits. Content that already had a split keeps it.
 
     Raises:
-        ConfigError: there is no image, none can be used, the labels can't be used, or images that must be in one split
-            were dealt to two before.
+        ConfigError: there is no usable image, the labels are unusable, or images that must share a split were assigned
+            to different splits before.
     """
     # A run killed at its very start has left prepare.json and no manifest.
     has_manifest = earlier is not None and storage.exists(earlier.manifest(storage))
@@ -246,7 +245,9 @@ def _manifest(
         check_no_leak(table)
     except SplitLeakError as error:
         more = (
-            "" if before is None else f"; what joins them is new: prepare the source anew, not into {job.prepare.out}"
+            ""
+            if before is None
+            else f"; the groups have changed; prepare the source into a new folder, not {job.prepare.out}"
         )
         raise ConfigError(f"source.uri {job.source.uri}: {error}{more}") from error
     except LabelTableError as error:
@@ -312,7 +313,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _drawn(table: pa.Table, before: pa.Table) -> dict[str, bool]:
-    """Return whether each group of the manifest that has content of the earlier one was in a split there."""
+    """Return whether the earlier manifest gave a split to each group that shares content with it."""
     known = before.filter(pc.is_valid(before["content_hash"]))
     splits = zip(known["content_hash"].to_pylist(), known["split"].to_pylist(), strict=True)
     was_drawn = {content: split is not None for content, split in splits}
@@ -324,7 +325,7 @@ def _drawn(table: pa.Table, before: pa.Table) -> dict[str, bool]:
 
 
 def _with_earlier_splits(table: pa.Table, before: pa.Table) -> pa.Table:
-    """Give content that had a split the same again, where the source does not give one itself."""
+    """Give content its earlier split, unless the source itself names a split."""
     known = before.filter(pc.is_valid(before["split"]))
     split_of = dict(zip(known["content_hash"].to_pylist(), known["split"].to_pylist(), strict=True))
     values = pa.array([split_of.get(each) for each in table["content_hash"].to_pylist()], pa.string())

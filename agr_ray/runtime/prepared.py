@@ -106,13 +106,13 @@ def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
     if found is None:
         raise ConfigError(f"{key} {uri}: no prepared set, it holds no prepare.json; jobs/prepare.py makes one")
     if not found.finished:
-        raise ConfigError(f"{key} {uri}: preparing has not finished; the same jobs/prepare.py command resumes it")
+        raise ConfigError(f"{key} {uri}: preparation has not finished; the same jobs/prepare.py command resumes it")
     ids = storage.read_table(found.crops(storage), columns=["image_id"])["image_id"]
     num_images, num_expected = pc.count_distinct(ids).as_py(), sum(found.counts.values())
     if not len(ids) == num_images == num_expected:
         raise ConfigError(
-            f"{key} {uri}: holds {len(ids):,} crop rows, {num_images:,} of them of different images, and should hold "
-            f"{num_expected:,}; the same jobs/prepare.py command mends it"
+            f"{key} {uri}: holds {len(ids):,} crop rows of {num_images:,} images, but should hold {num_expected:,}; "
+            "the same jobs/prepare.py command repairs it"
         )
     return found
 
@@ -130,8 +130,8 @@ def describe_sets(
 
     Args:
         sets: in the order of `train.data`.
-        num_train_rows: crops of each that are trained on.
-        num_val_rows: crops of each that are validated on; `splits` counts images, of which some have no crop.
+        num_train_rows: training crops of each set.
+        num_val_rows: validation crops of each set; `splits` counts images, some of which have no crop.
         shares: `train.data_shares`.
     """
     if len(sets) == 1:

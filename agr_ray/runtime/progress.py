@@ -46,9 +46,9 @@ def progress(console: Console, label: str, total: int | None) -> Iterator[Update
 
 
 def print_failed(console: Console, counts: Mapping[str, int]) -> None:
-    """Say what can be done where rows failed."""
+    """Tell the user that failed rows can be retried."""
     if counts.get(Status.FAILED):
-        console.print(f"{counts[Status.FAILED]:,} failed: the same command tries them again")
+        console.print(f"{counts[Status.FAILED]:,} failed: the same command retries them")
 
 
 def _log_lines(console: Console, label: str, total: int | None) -> Update:

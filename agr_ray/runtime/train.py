@@ -96,7 +96,7 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
     lock_uri, patience = storage.join(uri, "lock.json"), Patience(job.train.outage_s)
     owner = f"training run {uri}"
     with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
-        tracked(run)  # before the cluster: a server that refuses ends the job at once
+        tracked(run)  # before the cluster starts, so that a rejected connection ends the job at once
         with cluster(job.cluster):
             check_workers_fit(job.train)
             lock.check()
@@ -296,7 +296,7 @@ def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:
     """Copy the best and the last checkpoint out of Ray's folder, mark the run as finished, return the best's URI.
 
     Raises:
-        LockLost: the run's lock is no longer ours; what was written until then was still ours to write.
+        LockLost: the run's lock was lost; everything written before that was written under the lock.
     """
     from agr_ray.report.curves import curves_png  # here, because matplotlib takes a while to import
 
@@ -305,7 +305,7 @@ def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:
     assert last is not None
     assert best is not None
     for name, checkpoint in (("best", best), ("last", last)):
-        # Not by Ray's `as_directory`, whose copy other users of this machine can read.
+        # Ray's `as_directory` is not used, because other users of this machine could read its copy.
         with TemporaryDirectory() as temporary:
             directory = Path(temporary, name)
             kept = run.storage.join(run.uri, CHECKPOINTS, Path(checkpoint.path).name)

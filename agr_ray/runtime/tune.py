@@ -100,7 +100,7 @@ def tune(job: TuneJob) -> str:
     print_trials(sweep, console)
     if not finished:
         why = f"{sweep.spent} is spent" if sweep.spent else "it was interrupted"
-        console.print(f"the sweep is not finished: {why}; the same command goes on")
+        console.print(f"the sweep is not finished: {why}; the same command resumes it")
     elif sweep.best is None:
         raise JobError(f"{sweep.plan.uri}: no trial came to its end; trials.parquet there says why")
     return sweep.join("best")

@@ -322,7 +322,7 @@ def test_a_lost_part_is_made_again_and_images_that_came_are_added(
 
     write_labels(faces, [chip_label(key, chip, age=chip.age_years + 1) for key, chip in (chips | more).items()])
     fourth = prepare(job)
-    assert "the source has changed: 26 rows get other labels" in capsys.readouterr().out
+    assert "the source has changed: 26 rows get new labels" in capsys.readouterr().out
     relabelled = crop_rows(out)
     assert [row["age"] for row in relabelled.values()] == pytest.approx([row["age"] + 1 for row in after.values()])
     assert [row["crop"] for row in relabelled.values()] == [row["crop"] for row in after.values()]

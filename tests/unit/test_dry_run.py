@@ -47,7 +47,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(data: Path, capsys: pytest
     said = capsys.readouterr().out
     assert f"warning: train.data {data}: its crops were made with vision.detector none" in said
     num_parameters = sum(p.numel() for p in MultiTaskNet(dry_job(data).model).parameters())
-    assert f"data: {data}: 2 crops to train on, 0 to validate on" in said
+    assert f"data: {data}: 2 training crops, 0 validation crops" in said
     assert "training labels, gender: female 1, male 1" in said
     assert f"heads age, gender, {num_parameters:,} parameters, {SIDE_PX} px" in said
     assert "steps: 1 an epoch, 4 images each; 3 in all 3 epochs" in said

@@ -251,7 +251,7 @@ def test_training_on_nothing(complaint: Complaint, tmp_path: Path) -> None:
 def test_training_on_a_set_that_is_not_finished(complaint: Complaint, tmp_path: Path) -> None:
     unfinished = prepared_set(tmp_path / "half", finished=False)
 
-    assert f"train.data {unfinished}: preparing has not finished" in complaint("train", "--train.data", unfinished)
+    assert f"train.data {unfinished}: preparation has not finished" in complaint("train", "--train.data", unfinished)
 
 
 @pytest.mark.parametrize("record", ["no json", "{}", "[]", '{"format_version": 99, "finished": true}'])

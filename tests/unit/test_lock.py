@@ -248,7 +248,7 @@ def test_an_empty_lock_of_a_run_that_died_while_it_made_it_is_taken_over(
     with run_lock(storage, uri, "run 5", expiry_s=ALIVE_S, console=console) as lock:
         lock.check()
 
-    assert "taken over from a run that is just beginning, or died then" in console.file.getvalue()
+    assert "taken over from a run that is just starting, or died while starting" in console.file.getvalue()
 
 
 def test_a_lock_outlives_an_outage_of_storage(storage: Storage, uri: str) -> None:

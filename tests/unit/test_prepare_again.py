@@ -292,7 +292,7 @@ def test_parts_of_two_jobs_that_overlap_become_one_set(source: Source) -> None:
     before = source.rows()
     crops = source.folder / "out" / "crops"
     pq.write_table(pa.Table.from_pylist(before[1:4], schema=CROPS), crops / "part-of-another.parquet")
-    with pytest.raises(ConfigError, match=r"^train\.data .*: holds 9 crop rows, 6 of them of different images"):
+    with pytest.raises(ConfigError, match=r"^train\.data .*: holds 9 crop rows of 6 images"):
         open_prepared(Storage(), str(source.folder / "out"), "train.data")
 
     prepare(source.job())
@@ -351,7 +351,7 @@ def slow(work: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_source_of_which_nothing_can_be_used_is_refused_with_the_reason(source: Source) -> None:
     for name in NAMES[:6]:
         source.label(name, "old,male?,white?")
-    with pytest.raises(ConfigError, match=r"none of its 6 images can be used; \d for one reason: bad_label: "):
+    with pytest.raises(ConfigError, match=r"none of its 6 images is usable; most frequent reason \(\d\): bad_label: "):
         prepare(source.job())
     assert not (source.folder / "out" / "prepare.json").exists()
 
@@ -359,9 +359,9 @@ def test_a_source_of_which_nothing_can_be_used_is_refused_with_the_reason(source
 def test_a_source_without_a_single_readable_image_is_refused_and_not_finished(source: Source) -> None:
     for name in NAMES[:6]:
         (source.folder / "in" / f"{name}.jpg").write_bytes(b"no image " + name.encode())
-    with pytest.raises(ConfigError, match=r"none of its 6 images can be used; 6 for one reason: not_an_image"):
+    with pytest.raises(ConfigError, match=r"none of its 6 images is usable; most frequent reason \(6\): not_an_image"):
         prepare(source.job())
-    with pytest.raises(ConfigError, match=r"preparing has not finished"):
+    with pytest.raises(ConfigError, match=r"preparation has not finished"):
         open_prepared(Storage(), str(source.folder / "out"), "train.data")
 
 
@@ -371,6 +371,6 @@ def test_a_source_that_storage_mostly_refuses_is_an_error_and_the_same_command_f
     with monkeypatch.context() as patch:
         for name in "abcd":
             refuse(patch, name, StorageFailed)
-        with pytest.raises(ConfigError, match=r"storage refuses 4 of its 6 images for one reason: failed: "):
+        with pytest.raises(ConfigError, match=r"storage refuses 4 of its 6 images for the same reason: failed: "):
             prepare(source.job())
     source.check()

@@ -202,9 +202,9 @@ def test_a_dry_run_says_what_each_set_gives(one: Path, two: Path, capsys: pytest
     train(job(one, two, data_shares=[3, 1], epochs=1, threads_per_worker=1))
 
     said = capsys.readouterr().out
-    assert f"data: {one} + {two}: 4 crops to train on, 0 to validate on" in said
-    assert f"of them {one}: 2 crops to train on, 75.0 % of those drawn; 0 to validate on" in said
-    assert f"of them {two}: 2 crops to train on, 25.0 % of those drawn" in said
+    assert f"data: {one} + {two}: 4 training crops, 0 validation crops" in said
+    assert f"of them {one}: 2 training crops, 75.0 % of those drawn; 0 validation crops" in said
+    assert f"of them {two}: 2 training crops, 25.0 % of those drawn" in said
     assert "images a step each; with reading" in said
     assert "training labels, race: white 2, black 0" in said
     assert "dry run: nothing was written" in said

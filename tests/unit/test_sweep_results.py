@@ -176,7 +176,7 @@ def test_no_trial_within_the_constraints_is_said(tmp_path: Path, console: Consol
 
     write_results(sweep, RUN, console)
 
-    assert "no trial is within tune.constraints; the best is beyond age_mae_years" in console.export_text()
+    assert "no trial satisfies tune.constraints; the best one violates age_mae_years" in console.export_text()
     assert "age_mae_years at most 3 years" in (Path(sweep.plan.uri) / "sweep.html").read_text()
 
 
@@ -235,7 +235,7 @@ def test_a_new_best_model_says_that_it_must_be_calibrated(tmp_path: Path, consol
 
     assert not (best / CALIBRATION).exists()
     said = console.export_text()
-    assert said.count(f"warning: {best} holds another model now, without the calibration of the one before") == 1
+    assert said.count(f"warning: {best} now holds another model, without the previous model's calibration") == 1
     assert f"--evaluate.checkpoint {best} --evaluate.data DATA --evaluate.split val --calibrate" in said
 
 

@@ -127,4 +127,4 @@ def test_a_checkpoint_that_can_only_be_read_keeps_its_card(
     add_to_card(ReadOnly(), str(tmp_path), read_meta(tmp_path), measured(), Console())
 
     assert (tmp_path / CARD).read_text() == card
-    assert "warning: the model card was not brought up to date" in capsys.readouterr().out
+    assert "warning: the model card was not updated" in capsys.readouterr().out

@@ -150,7 +150,7 @@ def test_a_sweep_of_which_no_trial_came_to_its_end_is_an_error_once_it_is_finish
 ) -> None:
     run_trials(none_ends)
     tune(quick(tmp_path))
-    assert "the sweep is not finished: it was interrupted; the same command goes on" in capsys.readouterr().out
+    assert "the sweep is not finished: it was interrupted; the same command resumes it" in capsys.readouterr().out
 
     run_trials(all_fail)
     with pytest.raises(JobError, match="no trial came to its end"):

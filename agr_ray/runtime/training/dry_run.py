@@ -119,12 +119,12 @@ def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:
     if config.accumulate > 1:
         share += f" in {config.accumulate} parts"
     lines = [
-        f"data: {run.data['uri']}: {run.num_train_rows:,} crops to train on, {run.num_val_rows:,} to validate on",
+        f"data: {run.data['uri']}: {run.num_train_rows:,} training crops, {run.num_val_rows:,} validation crops",
     ]
     for said in run.data.get("sets", ()):
         lines.append(
-            f"of them {said['uri']}: {said['num_train_rows']:,} crops to train on, "
-            f"{100 * said['share']:.1f} % of those drawn; {said['num_val_rows']:,} to validate on"
+            f"of them {said['uri']}: {said['num_train_rows']:,} training crops, "
+            f"{100 * said['share']:.1f} % of those drawn; {said['num_val_rows']:,} validation crops"
         )
     for attribute in ("gender", "race", "age_group"):
         of = ", ".join(f"{name} {count:,}" for name, count in counts[attribute].items())

@@ -1,7 +1,7 @@
-"""Keep a run whose lock was lost from writing: in its workers before each write, in Ray Train's controller all along.
+"""Stop a run from writing after it has lost its lock.
 
-The driver learns from its own heartbeats that it has lost the lock, but it is not the one that writes and deletes
-checkpoints. So its other processes read the lock themselves.
+The driver notices a lost lock by its heartbeats, but other processes write and delete checkpoints. So these read the
+lock themselves: the workers before each write, and Ray Train's controller all the time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from agr_ray.runtime.lock import LockLost, RunLock
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 
 ABORT_S: Final = 10.0
-"""Time for the controller to stop its workers in good order."""
+"""Time for the controller to stop its workers cleanly."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fence:
-    """Says in any process whether the run's lock is still the driver's."""
+    """Checks, in any process, whether the driver still holds the run's lock."""
 
     storage: Storage
     uri: str
@@ -37,11 +37,11 @@ class Fence:
         return cls(storage, lock.uri, lock.token, lock.heartbeat_s)
 
     def check(self) -> None:
-        """Return only if the lock is still ours.
+        """Check that the driver still holds the lock.
 
         Raises:
-            LockLost: it is another run's, or gone.
-            StorageError, StorageUnavailable: it can't be read; it may still be ours.
+            LockLost: another run holds the lock, or it is gone.
+            StorageError, StorageUnavailable: the lock can't be read; the driver may still hold it.
         """
         try:
             is_ours = self.token.encode() in self.storage.read(self.uri)
@@ -52,13 +52,13 @@ class Fence:
 
 
 class StopWhenLost(ControllerCallback):
-    """Stops the workers and the controller soon after the lock was lost, which ends the driver's `fit`."""
+    """Stops the workers and the controller soon after the lock is lost; this ends the driver's `fit`."""
 
     def __init__(self, fence: Fence) -> None:
         self._fence = fence
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:  # noqa: ARG002  # Ray's signature
-        """Begin to watch the lock."""
+        """Start watching the lock."""
         controller = ray.get_runtime_context().current_actor
         threading.Thread(target=self._watch, args=(controller,), name="fence", daemon=True).start()
 
@@ -73,4 +73,4 @@ class StopWhenLost(ControllerCallback):
                 break
         controller.abort.remote()
         pause.wait(ABORT_S)
-        os._exit(1)  # it is busy with something else; its workers end with it
+        os._exit(1)  # the controller is blocked; its workers end with it

@@ -107,7 +107,7 @@ class TrackedRun:
         return ""
 
     def _said(self, error: Exception) -> str:
-        """Return what MLflow said, in a line, which may quote the server's address with its password."""
+        """Return MLflow's error as one line, without the password of the server's URL that it may quote."""
         return redacted(" ".join(str(error).split()), self._uri)
 
 

@@ -72,7 +72,7 @@ def fit(
             cause = error.worker_failures[min(error.worker_failures)]
             raise _failed(run, f"training failed: {_last_line(cause)}") from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
-            # Ray Train's controller is a process too, which may be killed, and give up because storage is away.
+            # Ray Train's controller is a process of its own: it can be killed, or give up while storage is unavailable.
             patience.call(lock.confirm)
             _check_still_fits(run)
             before, epochs_done = epochs_done, patience.call(lambda: _epochs_done(run))

@@ -86,7 +86,7 @@ class RayContext:
 
     Args:
         run: what is trained.
-        fence: whether the run is still ours to write to.
+        fence: checks that the driver still holds the run's lock.
         board: handle of the `Board` that the driver's terminal shows; None: it has none, and lines are printed.
         patience: waits for storage.
         epochs_done: before this process goes on.

@@ -215,7 +215,7 @@ class Watcher(NotPickled, ray_tune.Callback):
                 running.append(f"trial {trial.number}: epoch {len(trial.epochs)} of {whole}")
         best = f"; best: trial {sweep.best.number}, {sweep.best.objective:.4f}" if sweep.best else ""
         line = f"{sweep.num_ended} of {sweep.plan.num_trials} trials ended{best}; {', '.join(running)}"
-        self._status.update(Text(line))  # rich takes a str for markup here, whatever the console is told
+        self._status.update(Text(line))  # rich parses a str as markup here, even with markup off
 
 
 def last_epoch(job: TuneJob, values: Mapping[str, Any]) -> int:

@@ -57,7 +57,7 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
                 console.print(calibration_hint(sweep.join("best")))
         if not is_feasible(best, job.tune.constraints):
             beyond = [name for name, excess in excesses(best, job.tune.constraints).items() if excess > 0.0]
-            console.print(f"warning: no trial is within tune.constraints; the best is beyond {', '.join(beyond)}")
+            console.print(f"warning: no trial satisfies tune.constraints; the best one violates {', '.join(beyond)}")
     sweep.check_lock()
     storage.write(sweep.join("sweep.html"), sweep_page(_report(sweep, run, recipe, metrics)).encode())
 
@@ -194,8 +194,8 @@ def _provenance(sweep: Sweep, run: Run) -> dict[str, str]:
     job, trials = sweep.job, sweep.trials.values()
     return {
         "data": str(run.data["uri"]),
-        "crops trained on": str(run.num_train_rows),
-        "crops validated on": str(run.num_val_rows),
+        "training crops": str(run.num_train_rows),
+        "validation crops": str(run.num_val_rows),
         "SHA-256 of the split manifest": str(run.data["split_manifest_sha256"]),
         "seed of the search": str(job.tune.seed),
         "seed of each training": str(job.train.seed),

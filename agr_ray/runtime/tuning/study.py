@@ -147,7 +147,7 @@ class Study:
             self._storage.write(self._uri, self._journal.to_bytes())
 
     def _saved(self) -> bytes:
-        """Return the journal in the bucket; empty: there is none."""
+        """Return the journal in the bucket; empty if there is none."""
         if "://" in self._uri:
             with contextlib.suppress(MissingObject):
                 return self._storage.read(self._uri)
@@ -230,18 +230,18 @@ class Study:
 
 
 class MemoryJournal(BaseJournalBackend):
-    """A journal that is kept in memory, and so leaves nothing on the disk when the driver is killed.
+    """A journal in memory, which leaves nothing on the disk when the driver is killed.
 
     Args:
-        body: what `to_bytes` or a `JournalFileBackend` wrote: a JSON document a line. A last line without an end is
-            that of a writer which was killed, and is dropped.
+        body: written by `to_bytes` or a `JournalFileBackend`, one JSON document a line. A last line without a newline
+            comes from a killed writer and is dropped.
     """
 
     def __init__(self, body: bytes = b"") -> None:
         self._lines = body[: body.rfind(b"\n") + 1].splitlines()
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """Yield the entries from this number on."""
+        """Yield the entries, starting with this number."""
         for line in self._lines[log_number_from:]:
             yield json.loads(line)
 
@@ -250,7 +250,7 @@ class MemoryJournal(BaseJournalBackend):
         self._lines += [json.dumps(log, separators=(",", ":")).encode() for log in logs]
 
     def to_bytes(self) -> bytes:
-        """Return the journal as `JournalFileBackend` writes it."""
+        """Return the journal in the format of `JournalFileBackend`."""
         return b"".join(line + b"\n" for line in self._lines)
 
 

@@ -52,7 +52,7 @@ class Sweep:
         plan: which it is.
         job: its configuration.
         console: to which it says how trials do.
-        lock: on the sweep; it is checked before each write. None: nobody else can write, as in tests.
+        lock: the sweep's lock, checked before each write. None: no other process writes, as in tests.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Sweep:
         self.study = Study(storage, plan.uri, plan.sweep_id, job.tune, job.model.tasks, plan.name)
 
     def check_lock(self) -> None:
-        """Return only if the sweep is still ours to write to.
+        """Check that this driver may still write to the sweep.
 
         Raises:
-            LockLost: another driver has taken it over.
+            LockLost: another driver has taken over the sweep.
         """
         if self._lock is not None:
             self._lock.check()
