@@ -8,11 +8,12 @@ from collections.abc import Collection
 
 import pyarrow as pa
 
-_NUMBER = re.compile(r"\d+")
+_PARTICULAR = re.compile(r"\S*[\d/#][^\s:]*")
+"""Words of an error that differ between equal ones: numbers, request ids, ARNs, paths."""
 
 
 def reject_reasons(rows: pa.Table, usable: Collection[str]) -> Counter[str]:
-    """Count rejected rows by status and error, without what differs between equal errors: the URI and numbers.
+    """Count rejected rows by status and error, without what differs between equal errors: the object and numbers.
 
     Args:
         rows: columns uri, status and error; any others.
@@ -20,12 +21,16 @@ def reject_reasons(rows: pa.Table, usable: Collection[str]) -> Counter[str]:
     """
     columns = (rows[name].to_pylist() for name in ("uri", "status", "error"))
     return Counter(
-        f"{status}: {_NUMBER.sub('#', _without(error or '', uri))}".rstrip(": ")
+        f"{status}: {_general(error or '', uri)}".rstrip(": ")
         for uri, status, error in zip(*columns, strict=True)
         if status not in usable
     )
 
 
-def _without(error: str, uri: str) -> str:
-    """Return an error without the URI that it may begin with or quote."""
-    return " ".join(error.replace(uri, "").strip(" :").split())
+def _general(error: str, uri: str) -> str:
+    """Return an error without the object that it names: by its URI, `bucket/key`, its key or its file's name."""
+    path = uri.removeprefix("s3://")
+    names = {uri, path, path.partition("/")[2], path.rpartition("/")[2]} - {""}
+    longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    error = re.sub(rf"(?<!\w)(?:{longest_first})(?!\w)", "#", error)
+    return " ".join(_PARTICULAR.sub("#", error).removeprefix("#:").split())
