@@ -68,9 +68,12 @@ def source_rows(
         if info.key in keys or info.key.lower().endswith(IMAGE_SUFFIXES)
     }
     labels: dict[str, list[RowLabels]] = defaultdict(list)
-    for key, rows in by_key.items():
-        labels[key if key in files else _plain_key(key)] += rows
-    _check_keys(name, uri, list(labels), list(files), note)
+    written: dict[str, str] = {}
+    for written_key, rows in by_key.items():
+        key = written_key if written_key in files else _plain_key(written_key)
+        labels[key] += rows
+        written.setdefault(key, written_key)
+    _check_keys(name, uri, written, list(files), note)
 
     for key, info in files.items():
         rows = labels.pop(key, [])
@@ -101,35 +104,43 @@ def _plain_key(key: str) -> str:
 
 
 def _check_keys(
-    name: str, uri: str, labelled: Sequence[str], files: Sequence[str], note: Callable[[str], None]
+    name: str, uri: str, written: Mapping[str, str], files: Sequence[str], note: Callable[[str], None]
 ) -> None:
     """Name labelled images that are not there and images without a label row.
+
+    Args:
+        name: of the label table, in notes.
+        uri: of the images.
+        written: each labelled key, and how the table writes it.
+        files: keys of the images that are there.
+        note: called with each line.
 
     Raises:
         LabelTableError: no key is an image's.
     """
-    labelled_keys, file_keys = set(labelled), set(files)
-    missing = [key for key in labelled if key not in file_keys]
-    unlabelled = [key for key in files if key not in labelled_keys]
+    file_keys = set(files)
+    missing = [key for key in written if key not in file_keys]
+    missing_written = [written[key] for key in missing]
+    unlabelled = [key for key in files if key not in written]
     how = "a key is the path of an image below source.uri, in its own upper and lower case"
-    if len(missing) == len(labelled):
+    if len(missing) == len(written):
         if not files:
-            raise LabelTableError(f"source.uri {uri}: there is no image below it, and {name} labels {len(labelled):,}")
+            raise LabelTableError(f"source.uri {uri}: there is no image below it, and {name} labels {len(written):,}")
         raise LabelTableError(
-            f"no image below {uri} has a key of {name}: it has keys such as {missing[0]!r}, and an image is "
+            f"no image below {uri} has a key of {name}: it has keys such as {missing_written[0]!r}, and an image is "
             f"{_likeliest(missing[0], unlabelled)!r}; {how}"
         )
     if missing:
-        note(f"{name}: labelled images that are not there: {len(missing):,} ({_examples(missing)})")
+        note(f"{name}: labelled images that are not there: {len(missing):,} ({_examples(missing_written)})")
     if unlabelled:
         note(f"{name}: images without a label row: {len(unlabelled):,} ({_examples(unlabelled)})")
-    if missing and unlabelled and 2 * len(missing) > len(labelled):
+    if missing and unlabelled and 2 * len(missing) > len(written):
         note(
-            f"{name}: most keys are no image's: the table has {missing[0]!r}, and an image is "
+            f"{name}: most keys are no image's: the table has {missing_written[0]!r}, and an image is "
             f"{_likeliest(missing[0], unlabelled)!r}; {how}"
         )
     folded = {_fold(key): key for key in unlabelled}
-    pairs = [f"{key!r} for {folded[_fold(key)]!r}" for key in missing if _fold(key) in folded]
+    pairs = [f"{written[key]!r} for {folded[_fold(key)]!r}" for key in missing if _fold(key) in folded]
     if pairs:
         shown = ", ".join(pairs[:NUM_EXAMPLES])
         note(f"{name}: keys that differ from an image's only in case or Unicode form: {len(pairs):,} ({shown})")

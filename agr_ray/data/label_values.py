@@ -28,7 +28,7 @@ _AT_MOST = (
     re.compile(rf"(?:less than|under|below|younger than|at most|up to|<|<=|≤) ?{_NUMBER}"),
     re.compile(rf"{_NUMBER} ?(?:or|and) (?:less|fewer|under|younger|below)"),
 )
-_WHOLE_FLOAT = re.compile(r"([+-]?[0-9]+)\.0*")
+_WHOLE_FLOAT = re.compile(r"^([+-]?[0-9]+)\.0*$")
 
 
 class LabelCodeError(ValueError):
@@ -83,7 +83,9 @@ class LabelParser:
         years = self._years(row, dropped)
         gender, race, split = (self._word(name, row.get(name), dropped) for name in ("gender", "race", "split"))
         subject = self._given(row.get("subject"))
-        return RowLabels(years, gender, race, subject.strip() if subject else None, split, tuple(dropped))
+        # A float of pandas names the same person as the whole number.
+        subject = _WHOLE_FLOAT.sub(r"\1", subject.strip()) if subject else None
+        return RowLabels(years, gender, race, subject, split, tuple(dropped))
 
     def _given(self, text: str | None) -> str | None:
         """Return the text of a value, or None for a missing one."""

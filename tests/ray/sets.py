@@ -71,6 +71,8 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0, 
             }
             if index % 3 == 0:
                 row[("age", "gender", "race")[index // 3 % 3]] = None
+            if row["age"] is None:
+                row |= {"age_low": 20.0, "age_high": 29.0}
             rows.append(row)
     rows += [{"status": "unreadable", "error": "cut short"}, {"status": "bad_label", "error": "age 130"}]
     for number, row in enumerate(rows):

@@ -416,7 +416,7 @@ def test_a_file_whose_name_has_a_backslash_is_itself(folder: Path) -> None:
 def test_a_table_of_which_no_key_is_an_image_is_refused_with_examples(folder: Path, prefix: str) -> None:
     error = refusal(folder, f"key,age\n{prefix}b.png,3\n{prefix}a.jpg,3\n")
 
-    key = f"{prefix}b.png".replace("\\", "/")
+    key = f"{prefix}b.png"
     assert error == (
         f"no image below {folder} has a key of labels.csv: it has keys such as {key!r}, and an image is 'sub/b.png'; "
         "a key is the path of an image below source.uri, in its own upper and lower case"
@@ -447,9 +447,9 @@ def test_keys_that_differ_only_in_case_are_named(folder: Path) -> None:
 
     assert said(rows, "age") == [("Sub/B.PNG", 4.0, "missing"), ("a.jpg", 3.0, "ok"), ("sub/b.png", None, "bad_label")]
     assert notes == [
-        "labels.csv: labelled images that are not there: 1 ('Sub/B.PNG')",
+        "labels.csv: labelled images that are not there: 1 ('Sub\\\\B.PNG')",
         "labels.csv: images without a label row: 1 ('sub/b.png')",
-        "labels.csv: keys that differ from an image's only in case or Unicode form: 1 ('Sub/B.PNG' for 'sub/b.png')",
+        "labels.csv: keys that differ from an image's only in case or Unicode form: 1 ('Sub\\\\B.PNG' for 'sub/b.png')",
     ]
 
 
@@ -516,6 +516,12 @@ def test_subjects_and_splits_are_taken_over_as_text(folder: Path) -> None:
 
     assert (rows["a.jpg"]["group_id"], rows["a.jpg"]["split"]) == ("subject:007", "test")
     assert str(rows["sub/b.png"]["group_id"]).startswith("sha256:")
+
+
+def test_one_subject_written_as_a_float_and_as_a_whole_number_is_one(folder: Path) -> None:
+    rows, _ = rows_and_notes(folder, "key,age,subject\na.jpg,3,7.0\nsub/b.png,4, 7\n")
+
+    assert [row["group_id"] for row in rows] == ["subject:7", "subject:7"]
 
 
 def test_an_unknown_split_is_rejected(folder: Path) -> None:

@@ -17,17 +17,17 @@ import torch
 from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import EvaluateJob, Job, ModelConfig, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
+from agr_ray.data.standing import find_standing
 from agr_ray.models.checkpoint import save_checkpoint
 from agr_ray.models.network import MultiTaskNet, Transform
 from agr_ray.runtime.command import run
 from agr_ray.runtime.evaluate import evaluate
-from agr_ray.runtime.parts import finished_ids
 from agr_ray.runtime.prepare import prepare
 from agr_ray.runtime.render import render
 from agr_ray.runtime.score import score
 from agr_ray.runtime.train import train
 from agr_ray.runtime.tune import tune
-from agr_ray.schema import TEMPLATE
+from agr_ray.schema import MANIFEST, TEMPLATE
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import encode_jpeg
 
@@ -431,4 +431,6 @@ def test_a_job_killed_within_its_first_part_has_done_nothing(tmp_path: Path) -> 
     (tmp_path / "crops").mkdir()
     (tmp_path / "crops" / ".tmp-0123").write_bytes(b"half a part")
 
-    assert len(finished_ids(Storage(), str(tmp_path / "crops"))) == 0
+    standing = find_standing(Storage(), str(tmp_path / "crops"), MANIFEST.empty_table())
+
+    assert (standing.image_ids.to_pylist(), standing.edits) == ([], ())
