@@ -1,6 +1,6 @@
 """Photographs -> a Parquet row for each, with every face in it, and demographic tables: what is new, exactly once.
 
-`scoring.driver` says what is done; here Ray's workers do it.
+`scoring.driver` defines the steps; Ray's workers, in this module, carry them out.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ MAX_BLOCKS: Final = 4096
 
 
 def score(job: ScoreJob) -> dict[str, Any]:
-    """Score what is not scored yet on a Ray cluster, publish, and return the run's record, `_SUCCESS/run=ID.json`.
+    """Score all new photographs on a Ray cluster, publish, and return the run's record, `_SUCCESS/run=ID.json`.
 
     Raises:
-        ConfigError: there is no such checkpoint or input, the input has nothing to score, most of it is refused for
-            one reason, another run is at work, or the plan can't fit.
-        LockLost: another job has taken the output over.
+        ConfigError: the checkpoint or the input does not exist, the input has no photographs, most of them are
+            rejected for the same reason, another run is active, or the cluster is too small for the plan.
+        LockLost: another job has taken over the output.
         StorageUnavailable: input or output can't be reached.
     """
     return score_input(job, RayWorkers(job), make_console())
 
 
 class RayWorkers:
-    """Workers of a Ray cluster: a pool of Ray Data's actors finds faces and, unless there are GPUs, predicts."""
+    """Workers of a Ray cluster: a pool of Ray Data actors detects faces and, without GPUs, also predicts."""
 
     def __init__(self, job: ScoreJob) -> None:
         self._job = job
         self.num_workers = 0
 
     def session(self) -> AbstractContextManager[None]:
-        """Join or start the cluster until the block ends."""
+        """Join or start a cluster for the duration of the block."""
         return cluster(self._job.cluster)
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-        """Score the parts in any order; yield `scorer.summary` of each, a value for each of its columns."""
+        """Score the parts in any order; yield the `scorer.summary` of each part as a mapping."""
         num_gpus = worker_count(None, use_gpu=True) if scoring.use_gpu else 0
         self.num_workers = worker_count(self._job.score.num_workers, besides=num_gpus)
         check_fits("score.num_workers", self.num_workers, 1.0, spare_cpus=1.0 + num_gpus)
@@ -61,9 +61,9 @@ class RayWorkers:
                 yield from _wave(scoring, predictors, parts[first : first + MAX_BLOCKS], self.num_workers)
 
     def publish(self, publication: Publication) -> Iterator[Counts]:
-        """Write the files of all parts; yield what each holds."""
+        """Write the files of all parts; yield the counts of each."""
         task = ray.remote(num_cpus=1)(Publication.publish_file)
-        at_once = worker_count(self._job.score.num_workers)  # each holds a file's rows
+        at_once = worker_count(self._job.score.num_workers)  # each holds one file's rows in memory
         files = iter(range(publication.num_files))
         waiting = [task.remote(publication, file) for file in islice(files, at_once)]
         while waiting:
@@ -90,7 +90,7 @@ def _wave(
 
 @contextmanager
 def remote_predictors(scoring: Scoring, number: int, *, gpus_each: float) -> Iterator[list[ActorHandle[Any]]]:
-    """Run so many predictors, each in a process of its own, until the block ends. Ray restarts those that die."""
+    """Run this many predictors, each in its own process, until the block ends. Ray restarts those that die."""
     actor: Any = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=-1, max_task_retries=-1)(AttributePredictor)
     actors = [actor.remote(scoring) for _ in range(number)]
     try:
@@ -101,20 +101,20 @@ def remote_predictors(scoring: Scoring, number: int, *, gpus_each: float) -> Ite
 
 
 class RemotelyPredicted(PartScorer):
-    """Finds faces here and has other processes predict their attributes: what scoring with GPUs does."""
+    """Detects faces in this process and sends them to other processes for prediction; used with GPUs."""
 
     def __init__(self, scoring: Scoring, predictors: Sequence[ActorHandle[Any]]) -> None:
         super().__init__(scoring, _Remote(predictors))
 
 
 class _Remote:
-    """Sends each batch of faces to the next of several predictors."""
+    """Distributes batches of faces over several predictors, round-robin."""
 
     def __init__(self, predictors: Sequence[ActorHandle[Any]]) -> None:
         self._next = cycle(predictors)
 
     def submit(self, found: Found) -> Callable[[], pa.Table]:
-        """Begin to predict; what is returned waits for the image rows."""
+        """Start predicting; return a function that waits for the image rows."""
         if not len(found.crops):
             return lambda: found.images
         predictor: Any = next(self._next)

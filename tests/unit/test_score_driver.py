@@ -268,7 +268,7 @@ def test_an_input_without_a_photograph_says_which_endings_it_has_and_how_to_incl
         (odd / key).parent.mkdir(parents=True, exist_ok=True)
         (odd / key).write_bytes((bucket.input / NAMES[0]).read_bytes())
     with pytest.raises(
-        ConfigError, match=r"none of its 4 keys .*: 2 end in \.txt, 2 have no ending; score\.include says which"
+        ConfigError, match=r"none of its 4 keys .*: 2 end in \.txt, 2 have no ending; score\.include selects"
     ):
         bucket.score(input=str(odd))
 
@@ -386,7 +386,7 @@ def test_metadata_join_by_any_form_of_a_uri(bucket: Bucket, monkeypatch: pytest.
 def test_metadata_that_join_little_are_warned_of(bucket: Bucket) -> None:
     table = metadata(bucket, [{"uri": f"/elsewhere/{name}", "day": "monday"} for name in NAMES])
     bucket.score(metadata=table, group_by=("day",))
-    assert "warning: score.group_by day: known of 0 of 6 photographs" in bucket.printed
+    assert "warning: score.group_by day: known for 0 of 6 photographs" in bucket.printed
 
 
 def test_metadata_with_two_rows_for_a_photograph_are_refused(bucket: Bucket) -> None:

@@ -1,17 +1,17 @@
-"""What a scoring job does, from its configuration to a published run, whoever its workers are.
+"""The steps of a scoring job, from its configuration to a published run, for any kind of workers.
 
-    OUT-work/lock.json                   keeps two jobs apart
+    OUT-work/lock.json                   lock: one job at a time
     OUT-work/CONFIGURATION/plan.json     names the unpublished plan, at most one for each configuration and model
     OUT-work/CONFIGURATION/PLAN/
-        manifest/                        what it scores: `planning`
+        manifest/                        photographs to score: `planning`
         parts/                           image rows; part N is row group N of the manifest
-        attempts/                        `scorer.Attempts` at parts under way
-        staged/                          what is about to be published: `publish`
-    OUT/                                 what readers see: `publish`
+        attempts/                        `scorer.Attempts` of unfinished parts
+        staged/                          files to publish: `publish`
+    OUT/                                 published files: `publish`
 
-The manifest never changes once plan.json names its plan. So whatever is killed, the same command sees from the names
-of the parts what is left to do, and a part that is made twice replaces itself. Each job publishes under a run id of its
-own, so that one which was stopped, has lost the lock and wakes up touches nobody else's files in OUT.
+The manifest never changes once plan.json names its plan. So after any kill, the same command sees from the parts' names
+which ones are missing, and a part that is scored twice overwrites itself. Each job publishes under its own run id. So
+a suspended job that wakes up after losing its lock cannot touch another job's files in OUT.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ from agr_ray.tables.rejects import reject_reasons
 
 MIN_KEY_BYTES: Final = 32
 MANY_REFUSED: Final = 100
-"""Photographs refused for one reason that end a run even where far more were scored before."""
+"""Photographs rejected for the same reason that fail a run, even if earlier runs scored far more."""
 EARLY_IMAGES: Final = 500
-"""Photographs, from all over the input, after which a run that storage refuses to serve ends early."""
+"""Photographs, sampled over the whole input, after which a run may fail early because storage refuses most of them."""
 _RESOURCE_KNOBS: Final = {
-    "checkpoint",  # the model's digest says more
+    "checkpoint",  # the model's digest identifies it better
     "num_workers",
     "use_gpu",
     "batch_size",
@@ -81,28 +81,28 @@ _PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
 
 
 class Workers(Protocol):
-    """Who scores the parts and publishes the files: Ray's workers, or this process."""
+    """Score the parts and write the files to publish: Ray's workers, or this process."""
 
     def session(self) -> AbstractContextManager[None]:
-        """Be ready for work until the block ends."""
+        """Keep the workers running until the block ends."""
         ...
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-        """Score the parts in any order; yield `scorer.summary` of each, a value for each of its columns."""
+        """Score the parts in any order; yield the `scorer.summary` of each part as a mapping."""
         ...
 
     def publish(self, publication: Publication) -> Iterator[Counts]:
-        """Write the files of all parts; yield what each holds."""
+        """Write the files of all parts; yield the counts of each."""
         ...
 
     @property
     def num_workers(self) -> int:
-        """How many score at a time."""
+        """Number of workers that score in parallel."""
         ...
 
 
 class TooManyRefused(ConfigError):
-    """Most photographs are refused for one reason. The message is one line that quotes it."""
+    """Most photographs were rejected for the same reason. The message is one line that quotes it."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan that is not published yet, by this job or one that was killed."""
+    """An unpublished plan, made by this job or by one that was killed."""
 
     plan_id: str
     started_at: str
@@ -128,7 +128,7 @@ class Planned:
 
 
 class _Refusals:
-    """Notices that most photographs are refused for one reason, which is a fault of the set-up."""
+    """Detects that most photographs are rejected for the same reason, which indicates a setup error."""
 
     def __init__(self, config: ScoreConfig, plan: Plan) -> None:
         self._config = config
@@ -142,10 +142,10 @@ class _Refusals:
         self._num_images += num_images
 
     def check(self, *, at_end: bool) -> None:
-        """Refuse to go on where too many are refused: at the end for any reason, before it for storage's.
+        """Fail the run if too many photographs are rejected: before the end, only for storage errors.
 
         Raises:
-            TooManyRefused: it quotes the reason.
+            TooManyRefused: there are too many; the message quotes the reason.
         """
         if not self._reasons:
             return
@@ -161,19 +161,19 @@ class _Refusals:
             is_fatal = is_storages and num_refused >= MANY_REFUSED and self._num_images >= EARLY_IMAGES
         if is_fatal:
             raise TooManyRefused(
-                f"score.input {self._config.input}: {num_refused:,} of {self._num_images:,} photographs were refused "
-                f"for one reason: {reason}. Nothing is published; mend it and run the same command, or allow it with "
-                f"--score.max_refused 1 (now {most:g})"
+                f"score.input {self._config.input}: {num_refused:,} of {self._num_images:,} photographs were "
+                f"rejected for the same reason: {reason}. Nothing is published; fix the cause and run the same command, or "
+                f"allow it with --score.max_refused 1 (now {most:g})"
             )
 
 
 def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, Any]:
-    """Score what is not scored yet, publish, and return the run's record, `_SUCCESS/run=ID.json`.
+    """Score all new photographs, publish, and return the run's record, `_SUCCESS/run=ID.json`.
 
     Raises:
-        ConfigError: there is no such checkpoint or input, the input has nothing to score, most of it is refused for
-            one reason, another run is at work, or the plan can't fit.
-        LockLost: another job has taken the output over.
+        ConfigError: the checkpoint or the input does not exist, the input has no photographs, most of them are
+            rejected for the same reason, another run is active, or the cluster is too small for the plan.
+        LockLost: another job has taken over the output.
         StorageUnavailable: input or output can't be reached.
     """
     storage = Storage.from_config(job.storage)
@@ -183,7 +183,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     storage.probe(job.score.checkpoint, "score.checkpoint")
     storage.probe(out, "score.out", write=True)
     if job.score.min_cell and not job.score.aggregate_only:
-        console.print("warning: score.min_cell hides table cells, and images/ and faces/ still hold every face")
+        console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
         model = _model(directory, job, console)
     attributes = tuple(name for name in job.score.attributes if name in model.tasks)
@@ -201,7 +201,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
 
         left = delete_unpublished(storage, out)
         if left:
-            console.print(f"deleted what a killed job had left unpublished: {', '.join(left)}")
+            console.print(f"deleted unpublished files of killed jobs: {', '.join(left)}")
         skipped = _scored_folders(storage, out, job, model, config_digest, key)
         run = _resumed(storage, works, skipped, console)
         if run is None:
@@ -247,7 +247,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             try:
                 timings = _score_parts(job, scoring, run, workers, check, console)
             except TooManyRefused:
-                # Refused rows are not to be kept: once the cause is mended, the same command reads them again.
+                # Rejected rows must not be kept: once the cause is fixed, the same command reads them again.
                 patience.call(lambda: storage.delete(_plan_uri(storage, works)))
                 raise
             check()
@@ -278,8 +278,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             lock.check()
             storage.delete_tree(works)
         except (LockLost, StorageError, StorageUnavailable) as error:
-            # The run is published, whatever becomes of its work: no later run needs this folder to be gone.
-            console.print(f"warning: the run's work {works} can't be deleted: {error}")
+            # The run is published anyway, and later runs do not need this folder to be gone.
+            console.print(f"warning: the run's work folder {works} can't be deleted: {error}")
     title = f"{out} run={run_id}"
     if job.score.min_cell:
         console.print(f"published {title}; score.min_cell withholds its totals")
@@ -291,7 +291,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
 
 @contextmanager
 def _lost_lock_first(lock: RunLock) -> Iterator[None]:
-    """Turn any failure of a job that has lost its lock into that: another job may have deleted its work meanwhile."""
+    """Turn any error after a lost lock into LockLost, because another job may have deleted the work folder."""
     try:
         yield
     except Exception:
@@ -304,14 +304,14 @@ def _lost_lock_first(lock: RunLock) -> Iterator[None]:
 
 
 def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
-    """Refuse what can't work; return the secret key, empty where none is asked for."""
+    """Reject settings that can't work; return the secret key, empty if none is configured."""
     config = job.score
     if job.vision.detector == "none":
-        raise ConfigError("vision.detector 'none' finds no face in a photograph; allowed in scoring: mtcnn, haar")
+        raise ConfigError("vision.detector 'none' detects no faces; scoring allows: mtcnn, haar")
     if re.fullmatch(r"s3://[^/]*", out):
         raise ConfigError(
-            f"score.out {config.out}: is a whole bucket; name a prefix in it, such as {out}/scores: a run's unfinished "
-            "work lies beside it, at PREFIX-work"
+            f"score.out {config.out}: is a whole bucket; name a prefix in it, such as {out}/scores, because unfinished "
+            "work is stored beside it, at PREFIX-work"
         )
     key = b""
     if config.pseudonymise:
@@ -321,30 +321,32 @@ def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
             raise ConfigError(f"score.pseudonymise {config.pseudonymise}: there is no such file") from None
         if len(key) < MIN_KEY_BYTES:
             raise ConfigError(
-                f"score.pseudonymise {config.pseudonymise}: holds {len(key)} bytes, and a key has {MIN_KEY_BYTES} at "
-                "least; `head -c 32 /dev/urandom > FILE` makes one"
+                f"score.pseudonymise {config.pseudonymise}: holds {len(key)} bytes; a key needs at least "
+                f"{MIN_KEY_BYTES}; `head -c 32 /dev/urandom > FILE` makes one"
             )
     if config.aggregate_only:
         for name in ("pseudonymise", "ledger"):
             if not getattr(config, name):
-                raise ConfigError(f"score.aggregate_only needs score.{name}: what the next run must skip is kept there")
+                raise ConfigError(
+                    f"score.aggregate_only needs score.{name}: the next run needs it to skip scored images"
+                )
         if f"{storage.absolute(config.ledger).rstrip('/')}/".startswith(f"{out}/"):
-            raise ConfigError(f"score.ledger {config.ledger}: lies in score.out {out}, which others may read")
+            raise ConfigError(f"score.ledger {config.ledger}: is inside score.out {out}, which others may read")
     elif config.ledger:
-        raise ConfigError(f"score.ledger {config.ledger}: only score.aggregate_only keeps one")
+        raise ConfigError(f"score.ledger {config.ledger}: is only used with score.aggregate_only")
     check_grouping(config)
     return key
 
 
 def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
-    """Return what a run scores and publishes, wherever its command is started: its paths are absolute."""
+    """Return the settings that determine the run's results, with absolute paths."""
     selection = config.model_dump(mode="json", exclude=_RESOURCE_KNOBS)
     paths = {name: storage.absolute(selection[name]).rstrip("/") for name in _PATHS if selection[name]}
     return selection | paths
 
 
 def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
-    """Read what predicts, and warn where it does not fit the job well."""
+    """Load the model, and warn if it does not fit the job well."""
     meta = read_meta(directory)
     detector = meta["data"].get("detector")
     if detector not in (None, job.vision.detector):
@@ -367,14 +369,14 @@ def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
 def _scored_folders(
     storage: Storage, out: str, job: ScoreJob, model: Model, config_digest: str, key: bytes
 ) -> list[str]:
-    """Return the folders whose `image_id` need not be scored again: same model, configuration and key."""
+    """Return the folders of runs with the same model, configuration and key, whose images need no new scoring."""
     wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": _key_id(key)}
     folders = []
     for record in published_runs(storage, out):
         if all(record[name] == value for name, value in wanted.items()):
             if record["aggregate_only"] and not job.score.aggregate_only:
                 raise ConfigError(
-                    f"score.out {job.score.out}: run={record['run_id']} there is aggregate_only; go on with "
+                    f"score.out {job.score.out}: run={record['run_id']} there is aggregate_only; keep using "
                     "score.aggregate_only and its score.ledger, or choose another score.out"
                 )
             root = storage.absolute(job.score.ledger) if record["aggregate_only"] else storage.join(out, "images")
@@ -396,13 +398,15 @@ def _plan_uri(storage: Storage, works: str) -> str:
 
 
 def _resumed(storage: Storage, works: str, skipped: list[str], console: Console) -> Planned | None:
-    """Return the unpublished run of this configuration, if it was planned to the end and none was published since."""
+    """Return the unpublished run of this configuration, if its plan is complete and no run was published since."""
     try:
         record = json.loads(storage.read(_plan_uri(storage, works)))
     except MissingObject:
         return None
     if record["skipped"] != skipped:
-        console.print("a run was published since this one was planned: it is planned again, so that no row is twice")
+        console.print(
+            "another run was published since this one was planned; planning again, so that no image is published twice"
+        )
         return None
     made = read_plan(storage, manifest_folder(storage, storage.join(works, record["plan_id"])))
     assert made is not None
@@ -421,12 +425,12 @@ def _opened(
     """Plan a new run.
 
     Raises:
-        ConfigError: there is nothing in the input that could be scored.
+        ConfigError: the input has nothing to score.
     """
     try:
-        storage.delete_tree(works)  # of a run that was killed while it was planned, or after it was published
+        storage.delete_tree(works)  # left by a run that was killed during planning or after publishing
     except (StorageError, StorageUnavailable) as error:
-        console.print(f"warning: old work {works} can't be deleted: {error}")
+        console.print(f"warning: the old work folder {works} can't be deleted: {error}")
     started_at, started = _now(), time.perf_counter()
     plan_id = _new_id(started_at)
     with progress(console, "listing", None) as update:
@@ -452,24 +456,24 @@ def _opened(
 
 
 def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:
-    """Refuse an input in which there is no photograph at all, scored before or not, unless that is allowed.
+    """Reject an input without any photograph, new or scored before, unless that is allowed.
 
     Raises:
-        ConfigError: it says what there is.
+        ConfigError: there is none; the message says what the input contains.
     """
     if config.allow_empty or plan.num_to_do or plan.num_scored:
         return
     where = f"score.input {storage.absolute(config.input)}"
     if not plan.num_listed:
-        raise ConfigError(f"{where}: nothing is there; check its spelling, or allow it with --score.allow_empty true")
+        raise ConfigError(f"{where}: nothing is there; check the spelling, or allow it with --score.allow_empty true")
     raise ConfigError(
-        f"{where}: none of its {plan.num_listed:,} keys is read as a photograph: {_endings(plan)}; score.include says "
-        "which keys are read, such as --score.include '[\"**\"]' for all"
+        f"{where}: none of its {plan.num_listed:,} keys is read as a photograph: {_endings(plan)}; score.include "
+        "selects the keys to read, such as --score.include '[\"**\"]' for all"
     )
 
 
 def _endings(plan: Plan) -> str:
-    """Say how many keys of which ending were left out."""
+    """Return how many keys were left out, by ending, as text."""
     said = [
         f"{number:,} {f'end in {ending}' if ending else 'have no ending'}"
         for ending, number in plan.endings_left_out.items()
@@ -478,32 +482,32 @@ def _endings(plan: Plan) -> str:
 
 
 def _print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
-    """Say what is to be done, and what may have been meant otherwise; with score.min_cell, without counts."""
+    """Print the plan and warn of likely mistakes; with score.min_cell, without counts."""
     if not config.min_cell:
         left_out = f"{plan.num_excluded:,} left out by name or size, " if plan.num_excluded else ""
         console.print(
             f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} scored before, {plan.num_to_do:,} to do"
         )
     if plan.endings_left_out and not config.include:
-        console.print(f"left out: {_endings(plan)}; score.include names the keys that are read")
+        console.print(f"left out: {_endings(plan)}; score.include selects the keys to read")
     for name, number in plan.num_grouped.items():
         if number < plan.num_to_do / 2:
             of = "few" if config.min_cell else f"{number:,} of {plan.num_to_do:,}"
             source = (
                 "score.key_pattern captures it"
                 if f"(?P<{name}>" in config.key_pattern
-                else (f"score.metadata {config.metadata} has it, joined by the column uri")
+                else (f"it comes from score.metadata {config.metadata}, joined on the column uri")
             )
-            console.print(f"warning: score.group_by {name}: known of {of} photographs, null of the others; {source}")
+            console.print(f"warning: score.group_by {name}: known for {of} photographs, null for the others; {source}")
 
 
 def _score_parts(
     job: ScoreJob, scoring: Scoring, run: Planned, workers: Workers, check: Callable[[], None], console: Console
 ) -> dict[str, Any]:
-    """Make the parts that are not there yet; return the seconds that it took.
+    """Make the missing parts; return the time taken in seconds.
 
     Raises:
-        TooManyRefused: most photographs are refused for one reason.
+        TooManyRefused: most photographs are rejected for the same reason.
     """
     refusals = _Refusals(job.score, run.plan)
     done = _finished_parts(scoring, refusals, check)
@@ -513,14 +517,14 @@ def _score_parts(
     if not todo:
         refusals.check(at_end=True)
         return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}
-    # Not in the order of the keys: so the first parts stand for all, and one costly folder is shared by all workers.
+    # In random order, so that the first parts are a sample of all, and all workers share an expensive folder.
     random.Random(run.plan_id).shuffle(todo)
     counts: Counter[str] = Counter()
     stopwatch = Stopwatch()
     num_faces = 0
     started = time.perf_counter()
     total = sum(_rows_of(part, run.plan) for part in todo)
-    hides = bool(job.score.min_cell)  # from totals, a suppressed cell could be worked out
+    hides = bool(job.score.min_cell)  # a suppressed cell could be computed from the totals
     num_parts = 0
     with progress(console, "scoring", len(todo) if hides else total) as update:
         for each in workers.score(scoring, todo):
@@ -542,9 +546,9 @@ def _score_parts(
 
 
 def _finished_parts(scoring: Scoring, refusals: _Refusals, check: Callable[[], None]) -> set[int]:
-    """Return the parts that an earlier job has made, and count what is refused in them.
+    """Return the parts that earlier jobs finished, and count the rejected rows in them.
 
-    Those that hold a photograph which storage refused are left out: it may give it now.
+    Parts with photographs that storage refused are not counted as finished, because storage may serve them now.
     """
     storage, folder = scoring.storage, parts_folder(scoring.storage, scoring.work)
     if not storage.exists(folder):
@@ -565,12 +569,12 @@ def _finished_parts(scoring: Scoring, refusals: _Refusals, check: Callable[[], N
 
 
 def _rows_of(part: int, plan: Plan) -> int:
-    """Return how many rows a part has."""
+    """Return the number of rows of a part."""
     return min(plan.rows_per_part, plan.num_to_do - part * plan.rows_per_part)
 
 
 def _publish_files(publication: Publication, workers: Workers, check: Callable[[], None], console: Console) -> Counts:
-    """Write every file that readers will see but the demographics; return what is in them."""
+    """Write all files to publish, except the demographics; return their counts."""
     if not publication.num_parts:
         return publication.publish_file(0)
     counts: list[Counts] = []
@@ -583,7 +587,7 @@ def _publish_files(publication: Publication, workers: Workers, check: Callable[[
 
 
 def _totals(counts: Counts, plan: Plan) -> dict[str, Any]:
-    """Return the run's counts over all groups, and those of its planning."""
+    """Return the run's counts over all groups, and the counts of its plan."""
     names = [name for name in counts.groups.column_names if name.startswith("num_")]
     totals = {name: int(np.sum(counts.groups[name].to_numpy())) for name in names}
     return totals | {"counts": dict(sorted(counts.statuses.items())), "plan": dataclasses.asdict(plan)}
@@ -616,12 +620,12 @@ def _digest(value: Any) -> str:
 
 
 def _key_id(key: bytes) -> str:
-    """Return what tells keys apart without giving them away."""
+    """Return an id that distinguishes keys without revealing them."""
     return hashlib.sha256(b"agr_ray key id" + key).hexdigest()[:12] if key else ""
 
 
 def _new_id(now: datetime.datetime) -> str:
-    """Return an id that no other job makes, and that sorts by time."""
+    """Return a unique id that sorts by time."""
     return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{secrets.token_hex(4)}"
 
 

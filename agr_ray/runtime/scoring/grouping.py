@@ -25,8 +25,8 @@ RESERVED: Final = frozenset(
         *(name for schema in (DEMOGRAPHICS, IMAGES, FACES, REJECTS, LISTED) for name in schema.names),
     }
 )
-"""Names that no grouping column may have, in any case: columns of tables that it is added to on its way into the
-demographic tables, columns of the statements that plan a run, and `run`, a column that readers see in run=ID/."""
+"""Reserved names of grouping columns, in upper or lower case: columns of the tables that grouping columns pass through,
+columns of the SQL that plans a run, and `run`, which readers derive from run=ID/."""
 
 _BATCH_ROWS = 65_536
 
@@ -101,9 +101,9 @@ def make_grouping(storage: Storage, config: ScoreConfig, folder: str) -> Groupin
 
 
 def _copy_metadata(storage: Storage, uri: str, names: list[str], path: str) -> None:
-    """Write the columns uri, in its canonical form, and `names`, as strings, of a Parquet file or folder locally.
+    """Write a local copy of a Parquet file or folder with the columns uri, canonical, and `names`, as strings.
 
-    Rows whose uri is null or malformed are left out: they belong to no photograph.
+    Rows whose uri is null or malformed are dropped, because they match no photograph.
     """
     if not storage.exists(uri):
         raise ConfigError(f"score.metadata {uri}: there is no such Parquet file or folder")
@@ -128,7 +128,7 @@ def _copy_metadata(storage: Storage, uri: str, names: list[str], path: str) -> N
 
 
 def _canonical(storage: Storage, uri: str | None) -> str | None:
-    """Return the URI as listings give it; None for a null or malformed one."""
+    """Return the URI in the form that listings use; None if it is null or malformed."""
     try:
         return None if uri is None else storage.object_uri(uri)
     except BadUri:
@@ -136,12 +136,12 @@ def _canonical(storage: Storage, uri: str | None) -> str | None:
 
 
 def _check_unique(uri: str, path: str) -> None:
-    """Refuse metadata in which a photograph has several rows: which one is right is not known."""
+    """Reject metadata with several rows for one photograph, because either could be the right one."""
     with duckdb.connect() as database:
         twice = database.execute(
             "SELECT uri, count(*) FROM read_parquet(?) GROUP BY uri HAVING count(*) > 1 ORDER BY uri LIMIT 1", [path]
         ).fetchone()
     if twice:
         raise ConfigError(
-            f"score.metadata {uri}: has {twice[1]} rows for {twice[0]}; one row for each photograph is allowed"
+            f"score.metadata {uri}: has {twice[1]} rows for {twice[0]}; only one row per photograph is allowed"
         )

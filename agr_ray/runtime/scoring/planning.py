@@ -39,7 +39,7 @@ PLAN: Final = "plan.json"
 RETRIED: Final = (str(Status.FAILED), str(Status.MISSING), str(Status.CHANGED))
 """What says nothing of the content that was listed: the next run tries it again, if it is still listed."""
 MAX_ENDINGS: Final = 10
-"""Endings of left-out keys that are counted in a plan."""
+"""Number of endings of left-out keys that a plan counts."""
 MAX_GROUPS: Final = 10_000
 """Of score.group_by: each makes up to a hundred rows of demographics, which are worked out together."""
 PARTS_PER_FILE: Final = 256
@@ -63,7 +63,7 @@ SCORED: Final = pa.schema(
         pa.field("storage_class", pa.string()),
     ]
 )
-"""One row a photograph that was scored before."""
+"""Schema of already scored photographs, one row each."""
 _STATUSES = pa.schema([IMAGES.field(name) for name in ("image_id", "status", "storage_class")])
 _SPOOLED = pa.schema([*SCORE_MANIFEST, pa.field("scored_id", pa.string())])
 
@@ -85,9 +85,9 @@ class Plan:
     num_parts: int
     rows_per_part: int
     endings_left_out: dict[str, int]
-    """How many keys of which ending, lower case, were left out; empty: without one. The most frequent come first."""
+    """Number of left-out keys by lower-case ending, most frequent first; the empty ending stands for none."""
     num_grouped: dict[str, int]
-    """Rows of the manifest that have a value, by column of score.group_by."""
+    """Rows of the manifest with a value, by column of score.group_by."""
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class _Counter:
     listed: int = 0
     kept: int = 0
     endings: Counter[str] = field(default_factory=Counter)
-    """Of keys that were left out."""
+    """Endings of left-out keys."""
 
 
 def plan(
@@ -111,18 +111,18 @@ def plan(
 ) -> Plan:
     """Write the manifest of a run to the new folder or prefix `out`, whole or not at all, and return its counts.
 
-    The rows are the input's, filtered, each URI and etag once, without those in `scored`, in the input's order or, with
-    `scored_as`, in the order of what it makes of their ids, which says nothing of their keys. The same input gives the
-    same manifest. No row at all is a manifest of no parts.
+    The rows are the filtered input, each URI and etag once, without those in `scored`. They are in input order or,
+    with `scored_as`, sorted by the mapped ids, which reveals nothing about the keys. The same input always gives the
+    same manifest. A manifest without rows has no parts.
 
     Args:
         storage: of the input and of `out`.
         config: names the input, the filters, the limit and the rows of a part (rows_per_file).
         out: nothing whole is there yet (`read_plan` returns None).
-        scored: photographs to skip, as `SCORED` (`scored_ids`).
+        scored: photographs to skip, with schema `SCORED` (`scored_ids`).
         scored_as: makes the id in `scored` from our image_id, where they differ (an HMAC); none: they are the same.
-        progress: called with the objects listed and a remark, every few thousand rows and before the manifest is
-            written; what it raises ends the planning.
+        progress: called with the number of listed objects and a remark, every few thousand rows and before the
+            manifest is written; it may raise to stop the planning.
 
     Raises:
         ConfigError: the input is not what its kind says, or a pattern can't be understood.
@@ -206,16 +206,16 @@ def photograph_id(uri: str, etag: str | None) -> str:
 
 
 def scored_ids(storage: Storage, folders: Iterable[str]) -> Iterator[pa.RecordBatch]:
-    """Yield the photographs that need not be scored again, as `SCORED`: rows whose status is not in `RETRIED`.
+    """Yield the photographs to skip, with schema `SCORED`: rows whose status is not in `RETRIED`.
 
-    An archived one is skipped only while it is listed in the storage class in which it could not be read.
+    An archived photograph is skipped only as long as its storage class stays the same.
 
     Several files are read at a time, for there are many small ones, and few batches are held. A folder that does
     not exist holds none.
 
     Args:
-        storage: of the folders.
-        folders: of Parquet files that have the columns image_id, status and storage_class.
+        storage: storage of the folders.
+        folders: folders of Parquet files with the columns image_id, status and storage_class.
 
     Raises:
         StorageUnavailable: a file can't be read.
@@ -487,7 +487,7 @@ def _check_groups(database: duckdb.DuckDBPyConnection, listed: str, grouping: Gr
     """Refuse a grouping that makes a table as long as the bucket, before anything is scored.
 
     Returns:
-        How many photographs to score have a value, by grouping column.
+        Number of photographs to score with a value, by grouping column.
 
     Raises:
         ConfigError: there are more than `MAX_GROUPS`.

@@ -1,10 +1,10 @@
 """The parts of a finished scoring run -> what readers see: images/, faces/, rejects/ and demographics/.
 
 Each file of the run's manifest becomes one file in each of the first three, under a name that only depends on its
-number, so a killed job can publish again. All files are written beside the run's work first. Only when they are whole
-do they move into OUT: on a local disk each table's folder in one step, on S3 file by file, within the server. Then
-`_SUCCESS/run=ID.json` is written, which makes the run published. What a job that was killed in between has left in OUT
-is deleted by the next job, whatever it scores; `views.sql` never shows it.
+number, so a killed job can publish again. All files are first written to the run's work folder. Once all are complete,
+they are moved into OUT: on a local disk one table's folder at a time, on S3 by server-side copies, file by file.
+Writing `_SUCCESS/run=ID.json` then publishes the run. If a job is killed in between, the next job deletes the files
+that it left in OUT, whatever that next job scores; `views.sql` never shows them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SUCCESS: Final = "_SUCCESS"
 CELL_COLUMNS: Final = ("age_group", "gender", "race")
 LEDGER_COLUMNS: Final = ("image_id", "status", "storage_class")
 TABLES: Final = ("demographics", "rejects", "faces", "images")
-"""In the order in which they are published."""
+"""Tables in publishing order."""
 LEDGER: Final = "ledger"
 _RUN_FOLDER = re.compile(r"run=(\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8})/")
 INCONCLUSIVE: Final = (str(Status.CHANGED), str(Status.FAILED), str(Status.ARCHIVED))
-"""Statuses that say nothing of an image's content: an earlier row of it holds on."""
+"""Statuses that say nothing about an image's content: an earlier row of the image stays valid."""
 _NUM_READS: Final = 8
 
 
@@ -108,7 +108,7 @@ class Publication:
 
     @property
     def targets(self) -> dict[str, str]:
-        """Return where each of the run's tables goes, in the order in which they are published."""
+        """Return the folder of each of the run's published tables, in publishing order."""
         folder = f"run={self.run_id}"
         if self.aggregate_only:
             return {
@@ -118,7 +118,7 @@ class Publication:
         return {name: self.storage.join(self.out, name, folder) for name in TABLES}
 
     def staged(self, table: str) -> str:
-        """Return where a table is written before it is published."""
+        """Return the folder in which a table is staged before it is published."""
         return self.storage.join(self.work, "staged", table)
 
     def _write(self, table: pa.Table, name: str, file: int) -> None:
@@ -149,8 +149,8 @@ class Publication:
 def pseudonymised(images: pa.Table, key: bytes, scored_at: datetime.datetime) -> pa.Table:
     """Replace all that names or identifies an image: URI and id by HMACs, etag and size by null.
 
-    Errors, which quote them, are null too: the status alone says why an image was rejected. All rows get one
-    `scored_at`, the start of the run, because the exact times give back the order of the keys.
+    Errors quote them, so errors are null too, and only the status says why an image was rejected. All rows get the same
+    `scored_at`, the start of the run, because exact times would reveal the order of the keys.
     """
     aliases = [pseudonym(uri, key) for uri in images["uri"].to_pylist()]
     columns = {
@@ -181,7 +181,7 @@ def add_counts(counts: Sequence[Counts], group_by: Sequence[str]) -> Counts:
 def publish_demographics(
     publication: Publication, counts: Counts, calibration: Calibration | None, min_cell: int
 ) -> None:
-    """Write the run's demographic tables beside its work."""
+    """Write the run's demographic tables to the staging folder."""
     table = demographics(
         counts.cells,
         counts.groups,
@@ -203,12 +203,12 @@ def published_runs(storage: Storage, out: str) -> Iterator[dict[str, Any]]:
 
 
 def promote(publication: Publication, record: dict[str, Any], check: Callable[[], None]) -> None:
-    """Move the run's files to where readers see them, and declare it published: the last step.
+    """Move the run's files into OUT and mark the run as published; this is the last step.
 
     Args:
-        publication: whose files are all written.
-        record: goes into `_SUCCESS/run=ID.json`.
-        check: called before each step; raises where the run may not publish any more.
+        publication: the publication, with all files written.
+        record: content of `_SUCCESS/run=ID.json`.
+        check: called before each step; raises if the run may no longer publish.
     """
     storage = publication.storage
     for name, target in publication.targets.items():
@@ -224,9 +224,9 @@ def promote(publication: Publication, record: dict[str, Any], check: Callable[[]
 
 
 def delete_unpublished(storage: Storage, out: str) -> list[str]:
-    """Delete from OUT what jobs that were killed while they published have left there; return their runs' ids.
+    """Delete files in OUT of jobs that were killed while publishing; return their run ids.
 
-    Call it only while no other job can publish. Folders that are not named as runs are left alone.
+    Call it only while no other job can publish. Folders not named like runs are left alone.
     """
     left: list[str] = []
     for table in TABLES:
@@ -252,9 +252,10 @@ def _success_uri(storage: Storage, out: str, run_id: str) -> str:
 def views_sql(storage: Storage, out: str, *, has_images: bool) -> str:
     """Return DuckDB's views over all published runs; without `has_images`, all of them were aggregate_only.
 
-    Columns come from the files only: DuckDB would also take them from any folder named `name=value` above `out`.
+    Columns come only from the files; by default, DuckDB would also derive columns from folders above `out` named
+    `name=value`.
     """
-    quoted = re.sub(r"([*?\[])", r"[\1]", out).replace("'", "''")  # what DuckDB would read as a pattern
+    quoted = re.sub(r"([*?\[])", r"[\1]", out).replace("'", "''")  # characters that DuckDB treats as glob patterns
     sql = f"""-- Views over the published runs, for DuckDB: duckdb -init views.sql
 {_secret_sql(storage, out)}CREATE OR REPLACE VIEW runs AS
     SELECT * FROM read_json('{quoted}/{SUCCESS}/run=*.json', union_by_name = true, hive_partitioning = false);
@@ -269,9 +270,9 @@ CREATE OR REPLACE VIEW demographics AS
         return sql
     says_nothing = ", ".join(f"'{status}'" for status in INCONCLUSIVE)
     return f"""{sql}
--- Each image counts as it was last scored. A status that says nothing of the content ({", ".join(INCONCLUSIVE)})
--- never hides an earlier row. An image that was deleted from its bucket stays until a run has met it as missing:
--- scoring does not look for keys that are gone.
+-- Each image has its latest score. A status that says nothing about the content ({", ".join(INCONCLUSIVE)})
+-- never hides an earlier row. An image that was deleted from its bucket stays until a run records it as missing:
+-- scoring does not look for deleted keys.
 CREATE OR REPLACE VIEW images AS
     SELECT i.*
     FROM read_parquet('{quoted}/images/run=*/*.parquet', union_by_name = true, hive_partitioning = false) AS i
@@ -289,7 +290,7 @@ CREATE OR REPLACE VIEW rejects AS
 
 
 def _secret_sql(storage: Storage, out: str) -> str:
-    """Return what DuckDB needs to know of the S3 server of `out`; nothing for a local folder."""
+    """Return the DuckDB secret for the S3 server of `out`; empty for a local folder."""
     address = storage.s3_address(out)
     if address is None:
         return ""
@@ -302,7 +303,7 @@ def _secret_sql(storage: Storage, out: str) -> str:
     if (address.endpoint_url or "").startswith("http://"):
         lines.append("USE_SSL false")
     text = ",\n".join(f"    {line}" for line in lines)
-    return f"""-- Keys come from where AWS tools look for them (AWS_ACCESS_KEY_ID, AWS_PROFILE, a role); none is here.
+    return f"""-- Credentials come from the usual AWS sources (AWS_ACCESS_KEY_ID, AWS_PROFILE, a role), not this file.
 CREATE OR REPLACE SECRET agr_ray (
 {text}
 );

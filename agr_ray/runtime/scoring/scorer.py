@@ -1,7 +1,7 @@
 """What a scoring worker does: a part of a run's manifest -> photographs -> faces -> attributes -> image rows.
 
-`FaceFinder` needs CPUs, `AttributePredictor` likes a GPU. Without a GPU one process is both; with one, each
-`PartScorer` sends its crops to a predictor in another process, a few batches ahead.
+`FaceFinder` runs on CPUs, `AttributePredictor` preferably on a GPU. Without a GPU, both run in one process. With a GPU,
+each `PartScorer` sends its crops to a predictor in another process, a few batches ahead.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from agr_ray.vision.quality import sharpness
 MAX_DEATHS: Final = 3
 """Times that an image may kill its worker before its row says `failed`."""
 KILLED_ITS_WORKER: Final = f"killed its worker {MAX_DEATHS} times"
-"""The error of such an image."""
+"""Error message of such an image."""
 PREDICT_BATCH: Final = {"cpu": 32, "cuda": 256}
 """Faces that go through the network at a time, at most: what a CPU's cache holds, and what fills a GPU."""
 MAX_CROPS: Final = 256
-"""Faces found at a time, at most, but for those of one photograph: 56 MB of crops of 224 pixels with their margins."""
+"""Maximum faces in a batch, unless one photograph has more: 56 MB of 224-pixel crops with margins."""
 MAX_PENDING: Final = 2
-"""Batches of found faces whose attributes a worker waits for while it finds more: what keeps a GPU busy."""
+"""Maximum batches of faces in flight: a worker keeps detecting while it waits for these, which keeps a GPU busy."""
 
 SCORED: Final = (str(Status.OK), str(Status.NO_FACE))
-"""Statuses of images that are no rejects."""
+"""Statuses of images that are not rejected."""
 
 _Row = tuple[int, dict[str, Any]]
 """A row and its place in the part."""
@@ -119,32 +119,32 @@ class Found(NamedTuple):
 
 
 class Predictor(Protocol):
-    """Fills in the attributes of found faces, here or in another process."""
+    """Predicts the attributes of detected faces, in this process or another."""
 
     def submit(self, found: Found) -> Callable[[], pa.Table]:
-        """Begin to predict; what is returned waits for the image rows with their attributes, in the rows' order."""
+        """Start predicting; return a function that waits for the image rows with attributes, in the same order."""
         ...
 
 
 class PartScorer:
-    """Turns parts into image rows and writes them. One worker process's own."""
+    """Turns parts into image rows and writes them. Each worker process has its own."""
 
     def __init__(self, scoring: Scoring, predictor: Predictor | None = None) -> None:
-        """Without a `predictor`, attributes are predicted in this process."""
+        """If `predictor` is None, predict attributes in this process."""
         self._scoring = scoring
         self._finder = FaceFinder(scoring)
         self._predictor = predictor or AttributePredictor(scoring, self._finder.stopwatch)
         self._patience = Patience(scoring.outage_s)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
-        """Score the parts whose numbers are in `part`; yield a summary of each."""
+        """Score the parts numbered in `part`; yield a summary of each."""
         for part in batch["part"].tolist():
             yield self.score(part)
 
     def score(self, part: int) -> dict[str, list[Any]]:
-        """Score and write one part, its rows in the order of the manifest; return its summary.
+        """Score and write one part, with rows in manifest order; return its summary.
 
-        Crops are held for at most `MAX_PENDING` + 1 batches of faces, however many faces the part has.
+        At most `MAX_PENDING` + 1 batches of crops are in memory, however many faces the part has.
         """
         positions: list[NDArray[np.int64]] = []
         filled: list[pa.Table] = []
@@ -155,7 +155,7 @@ class PartScorer:
             if len(pending) > MAX_PENDING:
                 filled.append(self._wait(pending.popleft()))
         filled += [self._wait(each) for each in pending]
-        # Rows that storage refused at first were read last.
+        # Rows that storage refused at first were retried at the end.
         in_order = np.argsort(np.concatenate(positions), kind="stable")
         return self._write(part, pa.concat_tables(filled).take(in_order))
 
@@ -164,7 +164,7 @@ class PartScorer:
             return predicted()
 
     def _write(self, part: int, images: pa.Table) -> dict[str, list[Any]]:
-        """Write a part's rows, forget that it was begun, and return its summary, a row of columns."""
+        """Write a part's rows, delete its attempts record, and return its summary as one row of columns."""
         scoring = self._scoring
         with self._finder.stopwatch.stage("write"):
             self._patience.call(lambda: scoring.storage.write_table(images, scoring.part_uri(part)))
@@ -184,9 +184,9 @@ class FaceFinder:
     def find(self, part: int) -> Iterator[Found]:
         """Find the faces of all images of a part, a batch at a time; one that kills its worker is given up.
 
-        Each row of the part comes once, most in the manifest's order. A server that has just been started again may
-        refuse what it will give a moment later. So photographs that it refused are asked for once more, after all
-        others, when it gives the part's manifest.
+        Each row of the part is yielded once, mostly in manifest order. A server that has just restarted may refuse
+        requests that succeed a moment later. So refused photographs are requested once more, after all others, once
+        the part's manifest can be read again.
 
         That the part is begun is noted in storage until it is written. Where an earlier attempt at it has died, images
         are taken one at a time, and which one is at work is noted beforehand: an image that has killed its worker
@@ -229,7 +229,7 @@ class FaceFinder:
     def _find_batch(self, rows: Sequence[_Row], fetched: Any, refused: list[_Row] | None) -> Iterator[Found]:
         """Find the faces of a batch, in pieces of about `MAX_CROPS` faces.
 
-        With `refused`, rows that a later request may get are appended to it and left out.
+        If `refused` is given, rows worth retrying are appended to it instead of being yielded.
         """
         try:
             seen = self._reader.read(fetched)
@@ -293,7 +293,7 @@ class FaceFinder:
 
 
 class AttributePredictor:
-    """Predicts and calibrates in this process. One worker's own."""
+    """Predicts and calibrates in this process. Each worker has its own."""
 
     def __init__(self, scoring: Scoring, stopwatch: Stopwatch | None = None) -> None:
         self._device = "cuda" if scoring.use_gpu else "cpu"
@@ -304,7 +304,7 @@ class AttributePredictor:
         self._stopwatch = stopwatch or Stopwatch()
 
     def submit(self, found: Found) -> Callable[[], pa.Table]:
-        """Predict now, so that the crops can be freed."""
+        """Predict immediately, so that the crops can be freed."""
         filled = self.fill(found)
         return lambda: filled
 
