@@ -1,8 +1,8 @@
 """S3 as pyarrow's filesystem, through the same client as everything else.
 
-pyarrow has an S3 client of its own. It resolves regions, profiles and proxies by other rules than boto3, keeps
-temporary credentials until they expire, and can't ask for requester-pays. So Parquet files, and whatever Ray reads and
-writes, go through `Storage` instead: pyarrow sees what boto3 sees.
+pyarrow's own S3 client resolves regions, profiles and proxies differently from boto3, does not renew temporary
+credentials, and does not support requester-pays. So Parquet files, and all files that Ray reads or writes, go through
+`Storage` instead, and pyarrow sees the same S3 as boto3.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from agr_ray.storage import Storage
 
 _TAIL_BYTES: Final = 64 * 1024
-"""Read at the end of a file when it is opened: a Parquet file's footer is there, and a small file is whole."""
+"""Bytes to read from the end of a file when it is opened: they hold a Parquet footer, or a whole small file."""
 _STREAM_BYTES: Final = 8 * 1024**2
-"""Read at a time from a file that is read from beginning to end."""
+"""Bytes to read at a time from a file that is read sequentially."""
 _SPOOL_BYTES: Final = 8 * 1024**2
-"""Of a file that is being written, kept in memory; a longer one goes to a local temporary file."""
+"""Bytes of a file being written that are kept in memory; longer files go to a local temporary file."""
 
 
 class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow has no types
-    """What pyarrow's `PyFileSystem` calls. Paths are `bucket/key`; folders are prefixes, and need not be made.
+    """Handler for pyarrow's `PyFileSystem`. Paths are `bucket/key`; folders are prefixes and need not be created.
 
-    It pickles with its storage, which holds no credentials, and connects anew in each process.
+    It is pickled with its storage, which holds no credentials, and reconnects in each process.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -47,21 +47,21 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow 
         return hash(self._storage)
 
     def get_type_name(self) -> str:
-        """Return the name that pyarrow shows."""
+        """Return the file system's type name for pyarrow."""
         return "agr-ray-s3"
 
     def normalize_path(self, path: str) -> str:
-        """Return the path as it is: keys are literal."""
+        """Return the path unchanged, because keys are literal."""
         return path
 
     # Looking
 
     def get_file_info(self, paths: Sequence[str]) -> list[pyarrow.fs.FileInfo]:
-        """Say of each path whether it is a file, a folder or nothing."""
+        """Return for each path whether it is a file, a folder or neither."""
         return [self._info(path) for path in paths]
 
     def get_file_info_selector(self, selector: Any) -> list[pyarrow.fs.FileInfo]:
-        """List a folder: folders first, each before those in it."""
+        """List a folder: folders first, parents before children."""
         base = selector.base_dir.rstrip("/")
         folders: dict[str, None] = {}
         files = []
@@ -102,7 +102,7 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow 
 
     def delete_root_dir_contents(self) -> None:
         """Refuse."""
-        raise NotImplementedError("all buckets are not deleted at once")
+        raise NotImplementedError("deleting all buckets is not supported")
 
     def delete_file(self, path: str) -> None:
         """Delete one object."""
@@ -116,26 +116,26 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow 
             raise FileNotFoundError(str(error)) from error
 
     def move(self, src: str, dest: str) -> None:
-        """Copy one object, and delete the first."""
+        """Copy one object, then delete the original."""
         self.copy_file(src, dest)
         self.delete_file(src)
 
     # Reading and writing
 
     def open_input_stream(self, path: str) -> pa.PythonFile:
-        """Open for reading from beginning to end."""
+        """Open for sequential reading."""
         return pa.PythonFile(io.BufferedReader(self._reader(path), _STREAM_BYTES), mode="r")
 
     def open_input_file(self, path: str) -> pa.PythonFile:
-        """Open for reading anywhere."""
+        """Open for random access."""
         return pa.PythonFile(self._reader(path), mode="r")
 
     def open_output_stream(self, path: str, metadata: object) -> pa.PythonFile:
-        """Open a new object for writing; it appears whole when it is closed."""
+        """Open a new object for writing; it appears in S3 when it is closed."""
         return pa.PythonFile(_Writer(self._storage, _uri(path)), mode="w")
 
     def open_append_stream(self, path: str, metadata: object) -> pa.PythonFile:
-        """Refuse: objects can't grow."""
+        """Raise, because S3 objects can't be appended to."""
         raise NotImplementedError("S3 can't append to an object")
 
     def _reader(self, path: str) -> _Reader:
@@ -150,7 +150,7 @@ def _uri(path: str) -> str:
 
 
 class _Reader(io.RawIOBase):
-    """One object as a file. Every read is of the object that was opened, or fails with ChangedObject."""
+    """One object as a file. If the object is replaced after it was opened, reads fail with ChangedObject."""
 
     def __init__(self, storage: Storage, uri: str) -> None:
         super().__init__()
@@ -194,9 +194,9 @@ class _Reader(io.RawIOBase):
 
 
 class _Writer:
-    """One object that is being written. It is sent in one request, so a writer that dies leaves nothing in S3.
+    """One object that is being written. It is sent in one request, so a killed writer leaves nothing in S3.
 
-    It is no `IOBase`, because that closes itself, and so would publish half an object, when it is dropped.
+    It is not an `IOBase`, because that closes itself when it is garbage-collected and so would publish half an object.
     """
 
     def __init__(self, storage: Storage, uri: str) -> None:

@@ -95,8 +95,8 @@ LANDMARKS: Final = pa.list_(pa.float32(), 2 * len(LANDMARK_NAMES))
 """x, y of each of `LANDMARK_NAMES` in turn, in pixels of the original image, upright."""
 
 ROTATION_DEGREES: Final = pa.field("rotation_degrees", pa.int32())
-"""Clockwise turn (0, 90, 180 or 270) after which the faces were found upright; not 0 only with `vision.try_rotations`.
-Boxes and landmarks are in pixels of the image before this turn. Null where the image was not decoded."""
+"""Clockwise rotation (0, 90, 180 or 270) in which the faces were found; always 0 without `vision.try_rotations`.
+Boxes and landmarks are in pixels of the image before this rotation. Null if the image was not decoded."""
 
 LABEL_FIELDS: Final = (
     pa.field("age", pa.float32()),  # years
@@ -131,7 +131,7 @@ MANIFEST: Final = pa.schema(
 SCORE_MANIFEST: Final = pa.schema(
     [
         *(MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")),
-        pa.field("storage_class", pa.string()),  # S3's, as it was listed; null: not known, or a local file
+        pa.field("storage_class", pa.string()),  # S3's storage class when listed; null: unknown, or a local file
     ]
 )
 """One row an image to score."""
@@ -220,7 +220,7 @@ IMAGES: Final = pa.schema(
 """One row an input image of a scoring run, whatever happened to it."""
 
 PHOTOGRAPH_COLUMNS: Final = ("width_px", "height_px", ROTATION_DEGREES.name)
-"""Columns of image rows that are null where the image was not decoded."""
+"""Columns of image rows that are null if the image was not decoded."""
 
 FACES: Final = pa.schema(
     [
@@ -249,7 +249,7 @@ DEMOGRAPHIC_COUNTS: Final = (
 
 DEMOGRAPHICS: Final = pa.schema(
     [
-        # The sum over all groups, whose grouping columns are null; they may be null in a group, too.
+        # Marks the total over all groups. Its grouping columns are null, but a group's may be null, too.
         pa.field("is_total", pa.bool_(), nullable=False),
         pa.field("breakdown", pa.string(), nullable=False),  # names of DEMOGRAPHIC_CLASSES, parted by commas
         *(pa.field(name, pa.string()) for name in DEMOGRAPHIC_CLASSES),  # null: not broken down by it

@@ -10,7 +10,7 @@ Trouble comes in two kinds. A `StorageError` concerns one object and carries the
 `StorageUnavailable` concerns the set-up (keys, bucket, endpoint, folder) and should end the run: it is not a
 `StorageError`, so that code which turns bad objects into rows can't swallow it.
 
-boto3 lists, reads and writes S3, for pyarrow and Ray too (`s3_filesystem.py`); s3fs downloads trees of files. Both take
+boto3 lists, reads and writes S3, also for pyarrow and Ray (`s3_filesystem.py`); s3fs downloads trees of files. Both get
 their settings from `connection.py`.
 """
 
@@ -56,7 +56,7 @@ ALLOWED_FORMS: Final = "a local path, file:///path or s3://bucket/key"
 _KEYS_PER_DELETE: Final = 1000
 """What S3 takes at most."""
 _NUM_COPIES: Final = 16
-"""Objects that a server is asked to copy at a time."""
+"""Number of parallel copy requests to a server."""
 DEFAULT_MARKER: Final = "meta.json"
 """The file of a tree that is written last, and whose presence says that the tree is whole."""
 
@@ -81,12 +81,12 @@ _TEMPORARY = ".tmp-"
 _LIVE = "live"
 """The file in an unfinished folder that its writer keeps locked."""
 _cleaned: set[tuple[int, str]] = set()
-"""Processes, and folders in which they have deleted stale temporaries."""
+"""Pairs of a process and a folder in which it has deleted stale temporaries."""
 _NOT_SUPPORTED: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-"""How file systems say that they do not know an operation."""
+"""Error codes with which file systems report an unsupported operation."""
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
-"""Linux's own numbers, which Python does not name."""
+"""Linux constants that Python does not define."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/")
 _UNAVAILABLE_CODES: Final = frozenset(
     {
@@ -166,9 +166,9 @@ class ObjectInfo:
     """S3's ETag without its quotes; `size-mtime_ns` for a local file."""
     size_bytes: int
     storage_class: str | None = None
-    """S3's storage class, such as STANDARD or GLACIER; ` restored` follows it while a restored copy can be read.
+    """S3's storage class, such as STANDARD or GLACIER, followed by ` restored` while a restored copy can be read.
 
-    None: a local file, or a server that does not say.
+    None: a local file, or a server that does not report it.
     """
 
 
@@ -178,15 +178,15 @@ class ObjectRange:
 
     data: bytes
     offset: int
-    """Of the first of them."""
+    """Offset of the first byte."""
     total_bytes: int
-    """Of the whole object."""
+    """Size of the whole object."""
     etag: str
 
 
 @dataclass(frozen=True, slots=True)
 class S3Address:
-    """What another program needs to know, beside keys, to reach a bucket."""
+    """Everything, except keys, that another program needs to reach a bucket."""
 
     endpoint_url: str | None
     """None: AWS itself."""
@@ -231,12 +231,12 @@ class Storage:
     max_attempts: int = StorageConfig.model_fields["max_attempts"].default
     """For each request, the first included."""
     anonymous: bool = False
-    """Send no credentials, as public buckets allow."""
+    """Send unsigned requests, without credentials; for public buckets."""
     requester_pays: bool = False
-    """Agree to pay for requests, as requester-pays buckets demand."""
+    """Agree to pay for requests; requester-pays buckets require it."""
     addressing_style: AddressingStyle = "auto"
-    """`path`: the bucket is in the URL's path; `virtual`: in its host name; `auto`: as AWS's profile says, else path
-    for a server of one's own and virtual for AWS."""
+    """`path`: the bucket is in the URL's path; `virtual`: in its host name; `auto`: as the AWS profile says, else
+    virtual for AWS and path for other servers."""
     list_page_keys: int = 1000
     """Keys that a listing asks for at a time. S3 gives no more than 1000."""
     _clients: _Clients = field(default_factory=_Clients, init=False, repr=False, compare=False)
@@ -263,13 +263,13 @@ class Storage:
         )
 
     def probe(self, uri: str, key: str, *, write: bool = False) -> None:
-        """Make a cheap request with every S3 client, so that a wrong setting is known before any work.
+        """Make a cheap request with every S3 client, so that wrong settings are found before any work.
 
-        `key` is the setting that `uri` comes from. With `write`, an object is also put below `uri` and deleted again.
-        A local path is not looked at, and a server that is only too busy is left for later.
+        `key` is the setting that `uri` comes from. With `write`, an object is also written below `uri` and deleted.
+        Local paths are not checked, and a server that is merely overloaded passes.
 
         Raises:
-            BadUri, StorageUnavailable: one line that names the key and what is wrong.
+            BadUri, StorageUnavailable: the message is one line that names the key and the problem.
         """
         try:
             if not _is_s3(uri):
@@ -287,7 +287,7 @@ class Storage:
                 try:
                     fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
                 except OSError as error:
-                    raise error.__cause__ or error from None  # what botocore said, before s3fs translated it
+                    raise error.__cause__ or error from None  # botocore's error, before s3fs translated it
             if write:
                 probe = quick.join(uri, _PROBE_NAME)
                 quick.write(probe, b"")
@@ -346,8 +346,8 @@ class Storage:
         stand for them, are skipped. Links are followed, except to a folder that holds them. A local file whose
         name is not UTF-8 gets a percent-encoded `file://` URI and key, so that it fits into a table.
 
-        A local subfolder that this user may not list, such as `lost+found`, is an error, unless `on_unreadable` is
-        given: then it is skipped, and `on_unreadable` is called with its path.
+        A local subfolder that this user may not list, such as `lost+found`, raises an error. With `on_unreadable`, it
+        is skipped instead, and `on_unreadable` is called with its path.
 
         Raises:
             StorageUnavailable: no such local folder or bucket, or it can't be listed.
@@ -359,13 +359,13 @@ class Storage:
                 yield info
 
     def list_readable(self, uri: str, suffixes: Sequence[str] | None = None) -> Iterator[ObjectInfo]:
-        """Yield what `list` does, but skip local subfolders that this user may not list, such as `lost+found`.
+        """Like `list`, but skip local subfolders that this user may not list, such as `lost+found`.
 
-        A warning on stderr names each, and the last one counts them. Only photographs are listed so: a folder of
-        results that can't be listed is an error.
+        A warning on stderr names each one, and a last one counts them. Use this only for photographs: a folder of
+        results that can't be listed must be an error.
 
         Raises:
-            StorageUnavailable: as `list` does; `uri` itself can't be listed.
+            StorageUnavailable: as `list`, or if `uri` itself can't be listed.
         """
         num_skipped = 0
 
@@ -388,7 +388,7 @@ class Storage:
         return self._read(uri, etag, max_bytes)[0]
 
     def read_range(self, uri: str, start: int, length: int, *, etag: str | None = None) -> ObjectRange:
-        """Return bytes of an S3 object from `start`, or the last `-start` bytes; fails as `read` does."""
+        """Return bytes of an S3 object from `start`, or its last `-start` bytes; raises the same errors as `read`."""
         byte_range = f"bytes=-{-start}" if start < 0 else f"bytes={start}-{start + length - 1}"
         return self._try_often(uri, lambda: self._get_s3(uri, etag, byte_range=byte_range))
 
@@ -416,13 +416,13 @@ class Storage:
     def write(self, uri: str, data: bytes | IO[bytes], *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write the object whole or not at all, making local folders as needed, and return its ETag.
 
-        S3 gets it in one request (objects up to 5 GB), so that a writer that dies leaves nothing there.
+        S3 gets it in one request (objects up to 5 GB), so a killed writer leaves nothing there.
 
         With `if_absent`, or with the ETag that the object must still have as `if_match`, of several writers at once
-        exactly one succeeds. On S3 If-None-Match and If-Match see to that. On disks it is a hard link or, where there
-        are none, a rename that replaces nothing; and flock, which holds between writers and deleters that all give
-        `if_match`. On S3 a condition can fail because of our own first attempt, whose answer was lost: read the object
-        to know.
+        exactly one succeeds. On S3, If-None-Match and If-Match ensure that. On disks, `if_absent` uses a hard link or a
+        no-replace rename, and `if_match` uses flock, which works only if all writers and deleters pass `if_match`. On
+        S3, a condition can also fail if our first attempt succeeded but its response was lost: read the object to find
+        out.
 
         Raises:
             FileExistsError: `if_absent`, and the object exists.
@@ -474,7 +474,7 @@ class Storage:
         return size is not None or is_folder
 
     def look_up(self, uri: str) -> tuple[int | None, bool]:
-        """Return the size of the S3 object `uri`, None if there is none, and then whether something is below it."""
+        """Return the size of the S3 object `uri`; if there is none, None and whether any object is below `uri`."""
         bucket, key = _bucket_and_key(uri, key_needed=False)
         client = self._s3()
         if key:
@@ -586,7 +586,7 @@ class Storage:
                 self.delete(f"s3://{bucket}/{key}")
 
     def _delete_many(self, uri: str, bucket: str, keys: Sequence[str]) -> Sequence[str]:
-        """Delete the keys in one request, and return those that must be deleted one by one."""
+        """Delete the keys in one request; return those that must be deleted one by one."""
         from botocore.exceptions import ClientError
 
         with self._s3_errors(uri, writing=True):
@@ -598,18 +598,18 @@ class Storage:
                 if _does_not_delete_many(error):
                     return keys
                 raise
-        # A single delete says what is wrong with it, if it still is.
+        # A single delete reports the error, if it persists.
         return [error["Key"] for error in answer.get("Errors", []) if error.get("Code") != "NoSuchKey"]
 
     def move_tree(self, source: str, target: str) -> None:
-        """Move everything below the folder or prefix `source` to `target`, where nothing may be.
+        """Move everything below the folder or prefix `source` to `target`, which must be empty.
 
-        Locally in one step. On S3, where nothing can be moved, the server copies object by
-        object, and `source` stays: delete it later. A `source` that holds nothing is left alone.
+        Local moves are atomic. S3 can't move objects, so the server copies them one by one, and the caller must delete
+        `source` later. An empty `source` is ignored.
 
         Raises:
             StorageFailed: an object could not be copied.
-            StorageUnavailable: none could.
+            StorageUnavailable: no object could be copied.
         """
         if _is_s3(source):
             with ThreadPoolExecutor(_NUM_COPIES) as pool:
@@ -625,7 +625,7 @@ class Storage:
             try:
                 os.rename(old, new)
             except OSError as error:
-                if error.errno != errno.EXDEV:  # `target` may be below a mount point
+                if error.errno != errno.EXDEV:  # `target` may be on another file system
                     raise
                 _publish_local_tree(Path(old), new, overwrite=False)
             _sync(os.path.dirname(new))
@@ -662,10 +662,10 @@ class Storage:
     # The clients
 
     def s3_address(self, uri: str) -> S3Address | None:
-        """Return where the bucket of `uri` is; None for a local path.
+        """Return the location of the bucket of `uri`; None for a local path.
 
         Raises:
-            StorageUnavailable: there is no such bucket, or it can't be reached.
+            StorageUnavailable: the bucket does not exist or can't be reached.
         """
         if not _is_s3(uri):
             return None
@@ -728,9 +728,9 @@ class Storage:
         from botocore.exceptions import BotoCoreError
 
         class S3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
-            protocol = "agr-ray-s3"  # not s3, whose settings fsspec would add from its own files and variables
+            protocol = "agr-ray-s3"  # not s3, because fsspec would add s3 settings from its own files and variables
             cachable = False
-            retries = 2  # of bodies that break off: the client itself tries requests again
+            retries = 2  # for interrupted bodies; the client itself retries requests
 
         try:
             session = AioSession()
@@ -738,7 +738,7 @@ class Storage:
                 session=session,
                 client_kwargs=self._connection.prepare(session),
                 config_kwargs=self._connection.config(session),
-                # Others write to the same prefixes: a remembered listing would be wrong.
+                # Others write to the same prefixes, so cached listings would go stale.
                 use_listings_cache=False,
             )
         except (BotoCoreError, ValueError) as error:
@@ -747,7 +747,7 @@ class Storage:
     # S3
 
     def list_entries(self, uri: str, *, recursive: bool) -> Iterator[ObjectInfo]:
-        """Yield what is below an S3 prefix, the folders in it too, whose keys end in `/`."""
+        """Yield all entries below an S3 prefix, including folders, whose keys end in `/`."""
         return self._list_s3(uri, directories=True, delimiter="" if recursive else "/")
 
     def _list_s3(self, uri: str, *, directories: bool = False, delimiter: str = "") -> Iterator[ObjectInfo]:
@@ -795,7 +795,7 @@ class Storage:
                 response = get(Bucket=bucket, Key=key, **conditions)
             except ClientError as error:
                 if byte_range and error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
-                    return ObjectRange(b"", 0, 0, "")  # no bytes are in that range of an empty object
+                    return ObjectRange(b"", 0, 0, "")  # an empty object has no bytes in that range
                 raise
         with contextlib.closing(response["Body"]) as body:
             found = response["ETag"].strip('"')
@@ -912,9 +912,9 @@ class _BrokenBody(Exception):
 
 
 def _does_not_delete_many(error: ClientError) -> bool:
-    """Say whether a server refuses a request for many deletions because of its form, not of what it would delete.
+    """Return whether a server rejects bulk deletes as such, and not because of the objects to delete.
 
-    Older MinIO wants the header Content-MD5; Google's S3 does not know the request at all.
+    Older MinIO requires the header Content-MD5; Google's S3 API does not support bulk deletes.
     """
     code = error.response.get("Error", {}).get("Code", "")
     http = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -922,31 +922,31 @@ def _does_not_delete_many(error: ClientError) -> bool:
 
 
 def _content_range(header: str | None, num_bytes: int) -> tuple[int, int]:
-    """Return the offset and the whole size that `bytes 5-9/20` tells; without it, the server sent the whole object."""
+    """Return offset and total size from `bytes 5-9/20`; without the header, the server sent the whole object."""
     match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", header or "")
     return (int(match[1]), int(match[2])) if match else (0, num_bytes)
 
 
 def _unzipped(uri: str, data: bytes, max_bytes: int | None) -> bytes:
-    """Return what was stored with `Content-Encoding: gzip`; as it is if it is not gzip, whatever its header says.
+    """Decompress a body stored with `Content-Encoding: gzip`; return it unchanged if it is not gzip after all.
 
-    Of a damaged body the readable beginning is returned, so that the image in it counts as damaged.
+    For a damaged body, return the readable beginning, so that the image in it counts as damaged.
 
     Raises:
-        ObjectTooLarge: it grows beyond `max_bytes`; no more than that is held.
+        ObjectTooLarge: it decompresses to more than `max_bytes`; no more than that is held in memory.
     """
     unzipped = bytearray()
     while data.startswith(b"\x1f\x8b"):  # a gzip body can have several members
         decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
         while data and not decoder.eof:
-            # A step at a time, because a damaged body gives up all of a call's bytes.
+            # In small steps, because a call that hits damaged data loses all of its output.
             limit = _UNZIP_STEP_BYTES if max_bytes is None else min(_UNZIP_STEP_BYTES, max_bytes - len(unzipped) + 1)
             try:
                 unzipped += decoder.decompress(data, limit)
             except zlib.error:
                 return bytes(unzipped)
             if max_bytes is not None and len(unzipped) > max_bytes:
-                raise ObjectTooLarge(f"{uri} has more than {max_bytes} bytes without its gzip encoding")
+                raise ObjectTooLarge(f"{uri} has more than {max_bytes} bytes when decompressed")
             data = decoder.unconsumed_tail
         data = decoder.unused_data
     return bytes(unzipped) or data
@@ -1012,7 +1012,7 @@ def _s3_path(uri: str) -> str:
 def _storage_class(entry: ObjectTypeDef) -> str | None:
     """Return the storage class of a listed object, and whether a restored copy of it can be read."""
     storage_class = entry.get("StorageClass")
-    # An archived object keeps its class and its ETag while a restored copy exists: only the expiry tells.
+    # An archived object keeps its class and ETag while a restored copy exists; only the expiry date reveals the copy.
     if storage_class and entry.get("RestoreStatus", {}).get("RestoreExpiryDate"):
         return f"{storage_class} restored"
     return storage_class
@@ -1060,7 +1060,7 @@ def _walk(
                 if not entry.name.startswith(_TEMPORARY)
             )
         if ordered:
-            os.stat(os.path.join(folder, "."))  # refused where names can be listed and nothing can be reached
+            os.stat(os.path.join(folder, "."))  # fails if names can be listed but files can't be opened
     except FileNotFoundError:
         return  # deleted while the walk was under way
     except OSError as error:
@@ -1139,10 +1139,10 @@ def _write_local(
 
 
 def _move_to_free_name(temporary: str, path: str) -> None:
-    """Give a file a name that no other file has, in one step.
+    """Move a file atomically to a name that must be free.
 
-    exFAT, FAT and some network drives have no hard links. There, Linux can rename without replacing; where it can't
-    either, the name is first taken by an empty file.
+    exFAT, FAT and some network drives have no hard links. There, use Linux's no-replace rename. If that is not
+    supported either, first create an empty file of the name.
 
     Raises:
         FileExistsError: another file has the name.
@@ -1157,7 +1157,7 @@ def _move_to_free_name(temporary: str, path: str) -> None:
 
 
 def _rename_without_replacing(temporary: str, path: str) -> bool:
-    """Return whether the system and the file system can do it, and so have done it."""
+    """Rename without replacing; return False if the system or the file system does not support it."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -1170,9 +1170,9 @@ def _rename_without_replacing(temporary: str, path: str) -> bool:
 
 
 def _take_name_and_replace(temporary: str, path: str) -> None:
-    # The lock keeps away whoever reads the empty file and would replace it, as `_unchanged_local` does.
+    # The lock keeps processes that read the empty file from replacing it, as `_unchanged_local` would.
     with open(path, "x+b") as taken:
-        with contextlib.suppress(OSError):  # where there are no such locks, the name alone must do
+        with contextlib.suppress(OSError):  # without flock, the name alone must do
             fcntl.flock(taken, fcntl.LOCK_EX)
         now = os.stat(path)
         if not os.path.samestat(os.fstat(taken.fileno()), now) or now.st_size:
@@ -1211,25 +1211,25 @@ def _sync(path: str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network drives can't do it for folders.
+        # Some network drives can't sync folders.
         if error.errno not in _NOT_SUPPORTED or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise
     finally:
         os.close(descriptor)
 
 
-# Temporary files and folders: a live writer holds a lock on its own, which the system releases when the writer dies.
+# Temporary files and folders. A live writer holds a lock on its own; the system releases it when the writer dies.
 
 
 @contextlib.contextmanager
 def _temporary_file(folder: str) -> Iterator[str]:
-    """Yield an empty new file in `folder`; if it has not been moved away at the end, it is deleted."""
+    """Yield an empty new file in `folder`; delete it at the end unless it was moved away."""
     _delete_stale_temporaries(folder)
     while True:
         path = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
         with open(path, "x+b") as file:
             if not _lock_as_live(file, path):
-                continue  # another process took it for stale before it was locked
+                continue  # another process considered it stale before it was locked
             try:
                 yield path
             finally:
@@ -1240,7 +1240,7 @@ def _temporary_file(folder: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _temporary_beside(path: str) -> Iterator[str]:
-    """Yield a new folder beside `path`; what has not been moved out of it at the end is deleted."""
+    """Yield a new folder beside `path`; at the end, delete everything that was not moved out of it."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     _delete_stale_temporaries(folder)
@@ -1263,8 +1263,8 @@ def _temporary_beside(path: str) -> Iterator[str]:
 
 
 def _lock_as_live(file: IO[bytes], path: str) -> bool:
-    """Lock a new temporary file; return false if another process has deleted it meanwhile."""
-    with contextlib.suppress(OSError):  # without locks, nobody can tell that it is stale, and it is never deleted
+    """Lock a new temporary file; return False if another process has deleted it meanwhile."""
+    with contextlib.suppress(OSError):  # without locks, stale files can't be recognised, and are never deleted
         fcntl.flock(file, fcntl.LOCK_EX)
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
@@ -1273,7 +1273,7 @@ def _lock_as_live(file: IO[bytes], path: str) -> bool:
 
 
 def _delete_stale_temporaries(folder: str) -> None:
-    """Delete what killed writers have left in `folder`; once for each process, because folders can be large."""
+    """Delete temporaries of killed writers in `folder`; only once per process, because folders can be large."""
     if (os.getpid(), folder) in _cleaned:
         return
     _cleaned.add((os.getpid(), folder))
@@ -1282,10 +1282,10 @@ def _delete_stale_temporaries(folder: str) -> None:
             (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries if entry.name.startswith(_TEMPORARY)
         ]
     for path, is_folder in temporaries:
-        # Any failure means that it is alive, or not ours to delete.
+        # Any error means that its writer is alive, or that we may not delete it.
         with contextlib.suppress(OSError):
             if is_folder and not os.listdir(path):
-                os.rmdir(path)  # its writer died, or makes another, before it was locked
+                os.rmdir(path)  # its writer died before locking it, or will make another one
                 continue
             with open(os.path.join(path, _LIVE) if is_folder else path, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

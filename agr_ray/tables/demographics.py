@@ -38,7 +38,7 @@ def demographics(
     attributes: Sequence[str] = tuple(DEMOGRAPHIC_CLASSES),
     seed: int = 0,
 ) -> pa.Table:
-    """Break the faces of each group, and of all groups together, down by each attribute, and by all of them.
+    """Break down the faces of each group, and of all groups together, by each attribute and by all of them jointly.
 
     `share` is of the faces that got a class in all of the breakdown's attributes. `share_corrected` is of all faces
     that passed the gates, those that the model abstained on included; `share_low` and `share_high` are its 90 %

@@ -39,7 +39,7 @@ def select_rejects(images: pa.Table) -> pa.Table:
 def count_faces(faces: pa.Table, keys: Sequence[str]) -> pa.Table:
     """Count the faces without a flag by the columns `keys`, age_group, gender and race.
 
-    An attribute on which the model abstains, or that is null or NaN, counts as `schema.ABSTAINED`: every face counts.
+    If the model abstains on an attribute, or it is null or NaN, it counts as `schema.ABSTAINED`, so every face counts.
 
     Returns:
         `keys`, age_group, gender, race, n (int64).
@@ -101,7 +101,7 @@ def _abstains(faces: pa.Table, attribute: str) -> pa.Array:
 
 
 def _age_groups(ages: pa.ChunkedArray) -> pa.Array:
-    """Return the names of the ages' groups; null: no age, or NaN, which is in no group."""
+    """Return the age group of each age; null if the age is null or NaN."""
     known = np.asarray(pc.fill_null(pc.is_finite(ages), False))
     codes = age_group(np.where(known, np.asarray(pc.fill_null(ages, 0.0)), 0.0).astype(np.float64))
     return pa.array(np.asarray(AGE_GROUPS)[codes], mask=~known)

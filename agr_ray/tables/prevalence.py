@@ -39,13 +39,13 @@ MIN_CALIBRATION_ROWS: Final = 20
 """Calibration images below which a class' row of M is not trusted. At 20 a class, intervals cover 88 % (five races)."""
 
 MAX_CONDITION: Final = 30.0
-"""Condition number of M above which nothing is corrected: noise is multiplied by up to it. The condition number of
-several parts together is the product of theirs. Mean errors of corrected and
+"""Largest condition number of M with correction; noise is amplified by up to this factor. The condition number of
+several factors together is the product of theirs. Mean errors of corrected and
 raw shares of nine simulated age groups, 2,800 calibration images: at 6 to 10, 0.027 and 0.038 (1,000 faces), 0.036 and
 0.040 (300), intervals 0.14 and 0.20 wide; at 20 to 30, 0.039 and 0.046, 0.048 and 0.048, intervals 0.57 and 0.65 wide;
-beyond, 0.041 and 0.048, 0.051 and 0.047. Intervals cover in 90 % and more, ever more often. Of nine age groups with ten
-other classes, 5,000 faces: corrected shares are 0.4 to 0.9 times as wrong as raw ones up to a product of 30, about as
-wrong at 70, and 1.3 times as wrong at 400 (20 times 20)."""
+beyond, 0.041 and 0.048, 0.051 and 0.047. Intervals cover the truth in 90 % of cases, and more often at higher numbers.
+With nine age groups jointly with ten other classes (5,000 faces), the error of corrected shares relative to raw ones
+is 0.4 to 0.9 up to a product of 30, about 1 at 70, and 1.3 at 400 (20 times 20)."""
 
 NUM_RESAMPLES: Final = 300
 """Of the bootstrap."""
@@ -110,7 +110,7 @@ def why_not(confusion: IntArray, names: Sequence[str]) -> str | None:
 
 
 def why_not_together(confusions: Sequence[IntArray]) -> str | None:
-    """Say why shares can't be corrected with several matrices, each of which would do alone; None: they can."""
+    """Return why shares can't be corrected with several matrices, each good enough alone; None if they can."""
     conditions = [_condition(confusion) for confusion in confusions]
     condition = math.prod(conditions)
     if condition <= MAX_CONDITION:
@@ -125,7 +125,7 @@ def why_not_together(confusions: Sequence[IntArray]) -> str | None:
 def true_shares(counts: IntArray, confusions: Sequence[IntArray], seed: int = 0) -> Shares:
     """Estimate the true shares of classes in each group.
 
-    To the last bit, those of a group depend on no other group's counts, which suppression may have to hide.
+    A group's shares do not depend on other groups' counts, not even in the last bit: suppression may hide those.
 
     Args:
         counts: (g, product of the outcomes) faces by outcome.
@@ -148,7 +148,7 @@ def true_shares(counts: IntArray, confusions: Sequence[IntArray], seed: int = 0)
     for start in range(0, len(chosen), chunk):
         groups = chosen[start : start + chunk]
         outcomes = counts[groups] / num_faces[groups, None]
-        # Each group has the same random numbers: how many one takes depends on its counts.
+        # Every group uses the same random seed, because the number of draws depends on its counts.
         drawn = np.stack(
             [
                 np.random.default_rng([seed, 1]).multinomial(num, shares_of_group, size=NUM_RESAMPLES)
@@ -172,7 +172,7 @@ def _maximise(outcomes: FloatArray, rates: FloatArray) -> FloatArray:
     for _ in range(_MAX_STEPS):
         better = shares * ((outcomes / (shares @ rates)) @ rates.T)
         change = np.abs(better - shares).max(axis=1)
-        # Each row stops by itself, and the others do not wait for it with less precision.
+        # Each row stops on its own, so its precision does not depend on the other rows.
         shares = np.where(moves[:, None], better, shares)
         moves &= change >= _TOLERANCE
         if not moves.any():

@@ -1,4 +1,4 @@
-"""Why images were rejected, so that equal reasons count together."""
+"""Group rejected images by reason."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Collection
 import pyarrow as pa
 
 _PARTICULAR = re.compile(r"\S*[\d/#][^\s:]*")
-"""Words of an error that differ between equal ones: numbers, request ids, ARNs, paths."""
+"""Words that differ between otherwise equal errors: numbers, request ids, ARNs, paths."""
 
 
 def reject_reasons(rows: pa.Table, usable: Collection[str]) -> Counter[str]:
-    """Count rejected rows by status and error, without what differs between equal errors: the object and numbers.
+    """Count rejected rows by status and error, ignoring details such as the object's name and numbers.
 
     Args:
         rows: columns uri, status and error; any others.
-        usable: statuses of rows that are no rejects.
+        usable: statuses of rows that are not rejected.
     """
     columns = (rows[name].to_pylist() for name in ("uri", "status", "error"))
     return Counter(
@@ -28,7 +28,7 @@ def reject_reasons(rows: pa.Table, usable: Collection[str]) -> Counter[str]:
 
 
 def _general(error: str, uri: str) -> str:
-    """Return an error without the object that it names: by its URI, `bucket/key`, its key or its file's name."""
+    """Return an error without the object's name, which may be its URI, `bucket/key`, key or file name."""
     path = uri.removeprefix("s3://")
     names = {uri, path, path.partition("/")[2], path.rpartition("/")[2]} - {""}
     longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))

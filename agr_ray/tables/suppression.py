@@ -97,7 +97,7 @@ def suppress(table: pa.Table, min_cell: int) -> pa.Table:
     """
     if min_cell <= 1 or table.num_rows == 0:
         return table
-    # A group may have no value in any grouping column, as the total has none.
+    # A group may have nulls in all grouping columns, like the total.
     keys = [*(name for name in table.column_names if name not in DEMOGRAPHICS.names), "is_total"]
     counts = _counts(table, keys)
     hidden = _hide(counts, _lines(table, keys, counts), min_cell)
@@ -208,7 +208,7 @@ def _joint_sums(table: pa.Table, groups: IntArray) -> list[tuple[int, list[int]]
 
 
 def _group_sums(table: pa.Table, keys: list[str], counts: _Counts) -> list[tuple[int, list[int]]]:
-    """Return each count of the total over all groups, and that count of the groups.
+    """Return each count of the total over all groups, with the same count of each group.
 
     `keys` are the grouping columns and, last, is_total.
     """

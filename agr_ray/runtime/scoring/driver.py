@@ -162,8 +162,8 @@ class _Refusals:
         if is_fatal:
             raise TooManyRefused(
                 f"score.input {self._config.input}: {num_refused:,} of {self._num_images:,} photographs were "
-                f"rejected for the same reason: {reason}. Nothing is published; fix the cause and run the same command, or "
-                f"allow it with --score.max_refused 1 (now {most:g})"
+                f"rejected for the same reason: {reason}. Nothing is published; fix the cause and repeat the command, "
+                f"or allow it with --score.max_refused 1 (now {most:g})"
             )
 
 
