@@ -224,10 +224,10 @@ def _take(lock: Path) -> None:
 def test_a_model_that_predicts_nan_is_refused(model: Path, data: Path) -> None:
     own, out = data.parent / "diverged", data.parent / "diverged-out"
     shutil.copytree(model, own)
-    weights = load_file(own / "weights.safetensors")
-    save_file(
-        {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}, own / "weights.safetensors"
-    )
+    file = own / "weights.safetensors"
+    weights = load_file(file)
+    is_float = {name: tensor.is_floating_point() for name, tensor in weights.items()}
+    save_file({name: tensor * torch.nan if is_float[name] else tensor for name, tensor in weights.items()}, file)
 
     with pytest.raises(JobError, match=r"diverged: its predictions for 31 of 31 images are not finite"):
         evaluate(evaluate_job(own, data, out=str(out)))
