@@ -250,7 +250,9 @@ class PrepareConfig(Section):
     """Images that a worker takes at a time."""
     rows_per_file: PositiveInt = 1024
     """Crop rows in one Parquet file: what a killed run may have to do again, for each worker."""
-    lock_expiry_s: PositiveFloat = 120.0
+    allow_shrink: bool = False
+    """Allow the set to follow a source that has lost more than half of its images; else that is an error."""
+    lock_expiry_s: Timeout = 120.0
     """Seconds without a heartbeat after which the same command takes over the lock on `out` from a job that was killed
     on another machine. A job killed on this machine is detected at once. The heartbeat interval is a quarter of it."""
 

@@ -87,6 +87,8 @@ _NOT_SUPPORTED: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP,
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
 """Linux constants that Python does not define."""
+_OLD: Final = "old"
+"""Folder, in a temporary one, of the tree that is being replaced."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/")
 _UNAVAILABLE_CODES: Final = frozenset(
     {
@@ -307,7 +309,12 @@ class Storage:
         Raises:
             BadUri: the scheme is not known, or the URI is empty or malformed.
         """
-        return uri if _is_s3(uri) else _local_path(uri)
+        if not _is_s3(uri):
+            return _local_path(uri)
+        rest = uri.partition("://")[2]
+        if not rest.strip("/") or rest.startswith("/"):
+            raise BadUri(f"{uri!r} names no bucket: expected s3://bucket/key")
+        return f"s3://{rest}"
 
     def object_uri(self, uri: str) -> str:
         """Return the canonical URI of one object; that of a local file whose name is not UTF-8 stays as it is.
@@ -604,14 +611,16 @@ class Storage:
     def move_tree(self, source: str, target: str) -> None:
         """Move everything below the folder or prefix `source` to `target`, which must be empty.
 
-        Local moves are atomic. S3 can't move objects, so the server copies them one by one, and the caller must delete
-        `source` later. An empty `source` is ignored.
+        Local moves are atomic. S3 can't move objects, so they are copied one by one, within a bucket by the server, and
+        the caller must delete `source` later. An empty `source` is ignored.
 
         Raises:
             StorageFailed: an object could not be copied.
             StorageUnavailable: no object could be copied.
         """
-        if _is_s3(source):
+        if _is_s3(source) or _is_s3(target):
+            if not self.exists(source):
+                return
             with ThreadPoolExecutor(_NUM_COPIES) as pool:
                 copies = [pool.submit(self.copy, info.uri, self.join(target, info.key)) for info in self.list(source)]
                 for each in copies:
@@ -670,11 +679,13 @@ class Storage:
         if not _is_s3(uri):
             return None
         client = self._s3()
-        with self._s3_errors(uri, listing=True):
-            answer = client.head_bucket(Bucket=_bucket_and_key(uri, key_needed=False)[0])
+        bucket, key = _bucket_and_key(uri, key_needed=False)
+        with self._s3_errors(uri, listing=True):  # a policy may allow to list this prefix and nothing else
+            answer = client.list_objects_v2(Bucket=bucket, Prefix=_as_prefix(key), MaxKeys=1)
         endpoint = client.meta.endpoint_url
         on_aws = (urllib.parse.urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
-        region = answer.get("BucketRegion") or client.meta.region_name
+        headers = answer["ResponseMetadata"]["HTTPHeaders"]
+        region = headers.get("x-amz-bucket-region") or client.meta.region_name
         return S3Address(None if on_aws else endpoint, region, self.addressing_style, self.anonymous)
 
     def arrow_filesystem(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -900,11 +911,11 @@ class Storage:
             raise StorageFailed(f"{uri}: {error}") from error
 
     def _check_available(self, uri: str) -> None:
-        """Raise StorageUnavailable if the bucket of `uri` can't even be listed."""
+        """Raise StorageUnavailable if the bucket of `uri` can't even be listed there."""
         if _is_s3(uri):
-            bucket, _ = _bucket_and_key(uri, key_needed=False)
+            bucket, key = _bucket_and_key(uri, key_needed=False)
             with self._s3_errors(uri, listing=True):
-                self._s3().list_objects_v2(Bucket=bucket, MaxKeys=1)
+                self._s3().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
 
 
 class _BrokenBody(Exception):
@@ -1290,9 +1301,19 @@ def _delete_stale_temporaries(folder: str) -> None:
             with open(os.path.join(path, _LIVE) if is_folder else path, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if is_folder:
+                    _put_back(path)
                     shutil.rmtree(path)
                 else:
                     os.unlink(path)
+
+
+def _put_back(temporary: str) -> None:
+    """Move a tree back to its place if its writer died after taking it away and before the new one was there."""
+    old = os.path.join(temporary, _OLD)
+    for name in os.listdir(old) if os.path.isdir(old) else []:
+        target = os.path.join(os.path.dirname(temporary), name)
+        if not os.path.lexists(target):
+            os.rename(os.path.join(old, name), target)
 
 
 def _publish_local_tree(source: Path, target: str, *, overwrite: bool) -> None:
@@ -1300,7 +1321,8 @@ def _publish_local_tree(source: Path, target: str, *, overwrite: bool) -> None:
     if os.path.lexists(target) and not overwrite:
         raise FileExistsError(f"{target} exists and is not overwritten")
     with _temporary_beside(target) as temporary:
-        fresh, old = os.path.join(temporary, "fresh"), os.path.join(temporary, "old")
+        fresh, old = os.path.join(temporary, "fresh"), os.path.join(temporary, _OLD, os.path.basename(target))
+        os.mkdir(os.path.dirname(old))
         shutil.copytree(source, fresh)
         for folder, _, names in os.walk(fresh):
             for name in names:

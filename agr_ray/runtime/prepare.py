@@ -38,6 +38,8 @@ from agr_ray.vision.quality import sharpness
 
 LOCK: Final = "lock.json"
 """Lock file that keeps two jobs from writing the same set."""
+SPLIT_MEMORY: Final = "split_memory.parquet"
+"""Splits of all content that the set has ever held."""
 
 
 def prepare(job: PrepareJob) -> PreparedSet:
@@ -95,6 +97,7 @@ def _prepare(job: PrepareJob, storage: Storage, out: str, lock: RunLock, console
     if todo.num_rows or standing.edits or not is_same:
         lock.check()
         prepared.write(storage)
+        _remember(storage, out, table)
         storage.write_table(table, prepared.manifest(storage))
         storage.write(storage.join(out, "splits.tsv"), split_text.encode())
         apply_edits(storage, standing, table, lock.check)
@@ -239,7 +242,8 @@ def _manifest(
             raise ConfigError(f"source.uri {job.source.uri}: there is no image below it")
         _check_usable(job, table, [Status.OK])
         if before is not None:
-            table = _with_earlier_splits(table, before)
+            _check_not_another_source(job, before, table)
+        table = _with_earlier_splits(table, _remembered(storage, job.prepare.out))
         drawn = None if before is None else _drawn(table, before)
         table = assign_splits(table, job.split.fractions, job.split.seed, job.split.sample, drawn)
         check_no_leak(table)
@@ -324,13 +328,47 @@ def _drawn(table: pa.Table, before: pa.Table) -> dict[str, bool]:
     return drawn
 
 
-def _with_earlier_splits(table: pa.Table, before: pa.Table) -> pa.Table:
-    """Give content its earlier split, unless the source itself names a split."""
-    known = before.filter(pc.is_valid(before["split"]))
-    split_of = dict(zip(known["content_hash"].to_pylist(), known["split"].to_pylist(), strict=True))
+def _remembered(storage: Storage, out: str) -> dict[str, str]:
+    """Return the split of each content that ever had one in this set, by content hash.
+
+    The manifest alone would forget images that are away for a while: mislabelled, unreadable or deleted.
+    """
+    uri = storage.join(out, SPLIT_MEMORY)
+    if not storage.exists(uri):
+        return {}
+    table = storage.read_table(uri)
+    return dict(zip(table["content_hash"].to_pylist(), table["split"].to_pylist(), strict=True))
+
+
+def _remember(storage: Storage, out: str, table: pa.Table) -> None:
+    """Add the splits of a manifest to those that are remembered; write this before the manifest."""
+    rows = table.filter(pc.is_valid(table["split"]))
+    now = dict(zip(rows["content_hash"].to_pylist(), rows["split"].to_pylist(), strict=True))
+    split_of = dict(sorted((_remembered(storage, out) | now).items()))
+    memory = pa.table({"content_hash": [*split_of], "split": [*split_of.values()]})
+    storage.write_table(memory, storage.join(out, SPLIT_MEMORY))
+
+
+def _with_earlier_splits(table: pa.Table, split_of: dict[str, str]) -> pa.Table:
+    """Assign content that had a split to it again, unless the source assigns one itself."""
     values = pa.array([split_of.get(each) for each in table["content_hash"].to_pylist()], pa.string())
     index = table.schema.get_field_index("split")
     return table.set_column(index, MANIFEST.field("split"), pc.coalesce(table["split"], values))
+
+
+def _check_not_another_source(job: PrepareJob, before: pa.Table, table: pa.Table) -> None:
+    """Fail if most images of the prepared set are no longer in the source: it is probably another source.
+
+    Raises:
+        ConfigError: it says how many are there.
+    """
+    known, now = (each.filter(pc.equal(each["status"], str(Status.OK)))["content_hash"] for each in (before, table))
+    num_left = pc.sum(pc.is_in(known, value_set=now.combine_chunks())).as_py() or 0
+    if num_left < len(known) / 2 and not job.prepare.allow_shrink:
+        raise ConfigError(
+            f"source.uri {job.source.uri}: has {num_left:,} of the {len(known):,} images that {job.prepare.out} was "
+            "prepared from; choose another prepare.out, or drop the others from it with --prepare.allow_shrink true"
+        )
 
 
 def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> None:

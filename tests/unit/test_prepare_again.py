@@ -114,7 +114,7 @@ class Source:
             source=SourceConfig(uri=str(self.folder / "in")),
             split=SplitConfig(val=0.25, test=0.25),
             vision=VisionConfig(detector="none"),
-            prepare=PrepareConfig(out=str(self.folder / out), crop_side_px=16, rows_per_file=2),
+            prepare=PrepareConfig(out=str(self.folder / out), crop_side_px=16, rows_per_file=2, allow_shrink=True),
         )
 
     def rows(self, out: str = "out") -> list[dict[str, Any]]:
@@ -272,6 +272,44 @@ def test_a_sampled_image_keeps_its_split_when_its_subject_changes_and_images_com
 
     assert [after[key] for key in before] == list(before.values())
     assert [after[f"new{number}.jpg"] for number in range(2)] == [None, None]
+
+
+def test_an_image_that_was_away_for_a_run_has_its_split_again(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(source.job())
+    before = {row["key"]: row["split"] for row in source.rows()}
+    for name in NAMES[:6]:
+        label, content = source.labels[name], source.images[name]
+        source.label(name, "old,neither,none")
+        prepare(source.job())
+        source.label(name, label)
+        prepare(source.job())
+        assert {row["key"]: row["split"] for row in source.rows()} == before
+        source.remove(name)
+        prepare(source.job())
+        source.put(name, content)
+        source.label(name, label)
+        prepare(source.job())
+        assert {row["key"]: row["split"] for row in source.rows()} == before
+
+
+def test_another_source_does_not_empty_a_set_unless_that_is_allowed(source: Source, tmp_path: Path) -> None:
+    prepare(source.job())
+    before = source.rows()
+    other = Source(tmp_path / "other")
+    for name in NAMES[:5]:
+        other.put(name)
+    job = source.job()
+    job = job.model_copy(update={"prepare": job.prepare.model_copy(update={"allow_shrink": False})})
+    job = job.model_copy(update={"source": job.source.model_copy(update={"uri": str(tmp_path / "other" / "in")})})
+    with pytest.raises(ConfigError, match=r"^source\.uri .*: has \d of the 6 images .*--prepare\.allow_shrink true"):
+        prepare(job)
+    assert source.rows() == before
+
+    prepare(job.model_copy(update={"prepare": job.prepare.model_copy(update={"allow_shrink": True})}))
+
+    assert [row["uri"] for row in source.rows()] == [
+        str(tmp_path / "other" / "in" / f"{name}.jpg") for name in NAMES[:6]
+    ]
 
 
 def test_an_image_that_was_being_written_is_cropped_by_the_next_run(

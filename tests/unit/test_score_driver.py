@@ -320,6 +320,85 @@ def test_files_that_are_no_photographs_are_refused_as_a_whole(bucket: Bucket) ->
     assert bucket.score(max_refused=1.0)["counts"]["not_an_image"] == 5
 
 
+def test_a_run_rejected_for_its_photographs_is_resumed_once_that_is_allowed(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES[:4]:
+        (bucket.input / name).write_text("no photograph")
+    with pytest.raises(TooManyRefused, match=r"4 of 6 photographs .*: not_an_image: "):
+        bucket.score()
+
+    bucket.score(max_refused=1.0)
+    assert "3 of 3 parts done before" in bucket.printed
+    assert [name for name, _ in bucket.statuses()] == NAMES
+
+
+def test_a_run_rejected_for_its_photographs_is_planned_again_once_they_have_changed(bucket: Bucket) -> None:
+    for name in NAMES[:4]:
+        (bucket.input / name).write_text("no photograph")
+    with pytest.raises(TooManyRefused):
+        bucket.score()
+    bucket.put(*NAMES[:4], seed=3)
+    assert bucket.score()["num_images"] == 6
+    assert [status for _, status in bucket.statuses() if status not in ("ok", "no_face")] == []
+
+
+def test_parts_without_a_refused_photograph_are_kept_for_the_same_command(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        refuse(patch, lambda name: name in NAMES[:4], StorageFailed)
+        with pytest.raises(TooManyRefused):
+            bucket.score()
+    bucket.score()
+    assert "1 of 3 parts done before" in bucket.printed
+    assert [name for name, _ in bucket.statuses()] == NAMES
+
+
+def test_photographs_that_are_mostly_archived_do_not_keep_the_others_from_being_published(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, lambda name: name in NAMES[:5], ArchivedObject)
+    assert bucket.score()["counts"]["archived"] == 5
+
+
+def test_an_input_of_which_all_is_archived_is_refused(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, lambda _: True, ArchivedObject)
+    with pytest.raises(TooManyRefused, match=r"6 of 6 photographs .*: archived: "):
+        bucket.score()
+
+
+def test_leftovers_that_cannot_be_deleted_stop_no_run(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = bucket.out / "images" / "run=20260101T000000.000Z-0123abcd"
+    left.mkdir(parents=True)
+    (left / "images-00000.parquet").write_bytes(b"half")
+    delete_tree = Storage.delete_tree
+
+    def refuse_leftovers(storage: Storage, uri: str) -> None:
+        if "20260101" in uri:
+            raise StorageFailed(f"{uri}: no")
+        delete_tree(storage, uri)
+
+    monkeypatch.setattr(Storage, "delete_tree", refuse_leftovers)
+    assert bucket.score()["num_images"] == len(NAMES)
+    assert "can't be deleted" in bucket.printed
+
+
+def test_bad_metadata_are_found_before_the_input_is_listed(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("listed")
+
+    monkeypatch.setattr(Storage, "list_readable", never)
+    with pytest.raises(ConfigError, match=r"^score\.metadata .*: there is no column day"):
+        bucket.score(metadata=metadata(bucket, [{"uri": "a", "night": "b"}]), group_by=("day",))
+
+
+@pytest.mark.parametrize("out", ["s3://", "S3://results", "s3:///x", "S3://results/"])
+def test_outputs_that_name_no_bucket_or_no_prefix_are_refused_however_written(bucket: Bucket, out: str) -> None:
+    with pytest.raises(ConfigError, match=r"names no bucket|is a whole bucket"):
+        bucket.score(out=out)
+
+
 def test_a_refused_run_that_was_killed_before_its_end_is_refused_too(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

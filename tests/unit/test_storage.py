@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -507,3 +508,34 @@ def test_impossible_settings_are_refused() -> None:
         Storage(max_attempts=0)
     with pytest.raises(ValueError, match="request_timeout_s is 0"):
         Storage(request_timeout_s=0)
+
+
+def test_a_tree_taken_away_by_a_writer_that_was_killed_is_put_back(tmp_path: Path) -> None:
+    folder = tmp_path / "best"
+    folder.mkdir()
+    (folder / "meta.json").write_text("old")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "meta.json").write_text("new")
+    process = os.fork()
+    if not process:
+        rename = os.rename
+
+        def rename_or_die(old: str, new: str) -> None:
+            if new == str(folder):
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(old, new)
+
+        os.rename = rename_or_die  # type: ignore[assignment]
+        Storage().upload_tree(str(source), str(folder), overwrite=True)
+    os.waitpid(process, 0)
+    assert not folder.exists()
+
+    process = os.fork()  # a process that has not cleaned this folder yet
+    if not process:
+        Storage().write(str(tmp_path / "other.txt"), b"x")
+        os._exit(0)
+    os.waitpid(process, 0)
+
+    assert (folder / "meta.json").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "other.txt", "source"]

@@ -102,7 +102,11 @@ class Workers(Protocol):
 
 
 class TooManyRefused(ConfigError):
-    """Most photographs were rejected for the same reason. The message is one line that quotes it."""
+    """Most photographs are rejected for the same reason. The message is one line that quotes it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -147,23 +151,27 @@ class _Refusals:
         Raises:
             TooManyRefused: there are too many; the message quotes the reason.
         """
-        if not self._reasons:
-            return
-        ((reason, num_refused),) = self._reasons.most_common(1)
+        for reason, num_refused in self._reasons.most_common(2):
+            self._check_reason(reason, num_refused, at_end=at_end)
+
+    def _check_reason(self, reason: str, num_refused: int, *, at_end: bool) -> None:
         most = self._config.max_refused
+        status = reason.partition(":")[0]
+        num_inputs = self._plan.num_to_do + self._plan.num_scored
         if num_refused <= most * self._num_images:
             return
-        if at_end:
-            num_inputs = self._plan.num_to_do + self._plan.num_scored
-            is_fatal = num_refused > most * num_inputs or num_refused >= MANY_REFUSED
+        if status == Status.ARCHIVED:  # the bucket's owner has archived them: an error only if nothing else is there
+            is_fatal = at_end and num_refused == num_inputs
+        elif at_end:
+            is_fatal = num_refused > most * num_inputs or (status == Status.FAILED and num_refused >= MANY_REFUSED)
         else:
-            is_storages = reason.startswith(f"{Status.FAILED}:")
-            is_fatal = is_storages and num_refused >= MANY_REFUSED and self._num_images >= EARLY_IMAGES
+            is_fatal = status == Status.FAILED and num_refused >= MANY_REFUSED and self._num_images >= EARLY_IMAGES
         if is_fatal:
             raise TooManyRefused(
+                reason,
                 f"score.input {self._config.input}: {num_refused:,} of {self._num_images:,} photographs were "
                 f"rejected for the same reason: {reason}. Nothing is published; fix the cause and repeat the command, "
-                f"or allow it with --score.max_refused 1 (now {most:g})"
+                f"or allow it with --score.max_refused 1 (now {most:g})",
             )
 
 
@@ -182,6 +190,10 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     storage.probe(job.score.input, "score.input")
     storage.probe(job.score.checkpoint, "score.checkpoint")
     storage.probe(out, "score.out", write=True)
+    if job.score.ledger:
+        storage.probe(job.score.ledger, "score.ledger", write=True)
+    if job.score.metadata:
+        storage.probe(job.score.metadata, "score.metadata")
     if job.score.min_cell and not job.score.aggregate_only:
         console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
@@ -199,11 +211,16 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         def check() -> None:
             patience.call(lock.check)
 
-        left = delete_unpublished(storage, out)
+        left: list[str] = []
+        try:
+            left = delete_unpublished(storage, out)
+        except (StorageError, StorageUnavailable) as error:
+            check()
+            console.print(f"warning: what a killed job left unpublished in {out} can't be deleted: {error}")
         if left:
             console.print(f"deleted unpublished files of killed jobs: {', '.join(left)}")
         skipped = _scored_folders(storage, out, job, model, config_digest, key)
-        run = _resumed(storage, works, skipped, console)
+        run = _resumed(storage, works, skipped, job.score.max_refused, console)
         if run is None:
             run = _opened(job, storage, works, skipped, key, check, console)
         _print_plan(job.score, run.plan, console)
@@ -246,9 +263,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         with workers.session() if run.plan.num_parts else nullcontext():
             try:
                 timings = _score_parts(job, scoring, run, workers, check, console)
-            except TooManyRefused:
-                # Rejected rows must not be kept: once the cause is fixed, the same command reads them again.
-                patience.call(lambda: storage.delete(_plan_uri(storage, works)))
+            except TooManyRefused as error:
+                patience.call(lambda error=error: _keep_for_later(job.score, scoring, works, error.reason))  # type: ignore[misc]
                 raise
             check()
             started = time.perf_counter()
@@ -397,11 +413,13 @@ def _plan_uri(storage: Storage, works: str) -> str:
     return storage.join(works, "plan.json")
 
 
-def _resumed(storage: Storage, works: str, skipped: list[str], console: Console) -> Planned | None:
+def _resumed(storage: Storage, works: str, skipped: list[str], max_refused: float, console: Console) -> Planned | None:
     """Return the unpublished run of this configuration, if its plan is complete and no run was published since."""
     try:
         record = json.loads(storage.read(_plan_uri(storage, works)))
     except MissingObject:
+        return None
+    if record.get("rejected_above", 1.0) >= max_refused and "rejected_above" in record:
         return None
     if record["skipped"] != skipped:
         console.print(
@@ -411,6 +429,19 @@ def _resumed(storage: Storage, works: str, skipped: list[str], console: Console)
     made = read_plan(storage, manifest_folder(storage, storage.join(works, record["plan_id"])))
     assert made is not None
     return Planned(record["plan_id"], record["started_at"], record["plan_s"], made)
+
+
+def _keep_for_later(config: ScoreConfig, scoring: Scoring, works: str, reason: str) -> None:
+    """Prepare a run that was rejected as a whole for the next command.
+
+    If storage refused photographs, the same command scores their parts again and keeps the others. If photographs were
+    rejected for their content, the same command plans again, because they must change first. Only a command with a
+    higher score.max_refused resumes that run.
+    """
+    storage, uri = scoring.storage, _plan_uri(scoring.storage, works)
+    if not reason.startswith(f"{Status.FAILED}:"):
+        record = json.loads(storage.read(uri)) | {"rejected_above": config.max_refused}
+        storage.write(uri, json.dumps(record, indent=2).encode())
 
 
 def _opened(
@@ -437,7 +468,7 @@ def _opened(
 
         def report(done: int, remark: str) -> None:
             check()
-            update(done, remark)
+            update(*((0, "") if job.score.min_cell else (done, remark)))
 
         made = plan(
             storage,
@@ -472,13 +503,16 @@ def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:
     )
 
 
-def _endings(plan: Plan) -> str:
-    """Return how many keys were left out, by ending, as text."""
-    said = [
-        f"{number:,} {f'end in {ending}' if ending else 'have no ending'}"
+def _endings(plan: Plan, *, hides: bool = False) -> str:
+    """Return how many keys of which ending were left out; with `hides` the endings alone."""
+    if hides:
+        return "keys " + " and ".join(
+            f"that end in {each}" if each else "without ending" for each in plan.endings_left_out
+        )
+    return ", ".join(
+        f"{number:,} end in {ending}" if ending else f"{number:,} have no ending"
         for ending, number in plan.endings_left_out.items()
-    ]
-    return ", ".join(said)
+    )
 
 
 def _print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
@@ -489,7 +523,9 @@ def _print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
             f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} scored before, {plan.num_to_do:,} to do"
         )
     if plan.endings_left_out and not config.include:
-        console.print(f"left out: {_endings(plan)}; score.include selects the keys to read")
+        console.print(
+            f"left out: {_endings(plan, hides=bool(config.min_cell))}; score.include selects the keys to read"
+        )
     for name, number in plan.num_grouped.items():
         if number < plan.num_to_do / 2:
             of = "few" if config.min_cell else f"{number:,} of {plan.num_to_do:,}"

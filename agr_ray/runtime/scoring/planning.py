@@ -134,6 +134,7 @@ def plan(
     counter = _Counter()
     report = progress or (lambda _done, _remark: None)
     with scratch_folder() as folder:
+        grouping = make_grouping(storage, config, folder)  # first, because listing can take hours
         kept = _kept(_listed(storage, uri, kind), keeps, config.limit, counter)
         listed = _spool(
             (_with_ids(batch, scored_as) for batch in kept),
@@ -151,7 +152,6 @@ def plan(
         with _open_database(folder) as database:
             num_fresh, num_to_do = _select(database, listed, known)
             report(counter.listed, f"{num_to_do:,} to do")
-            grouping = make_grouping(storage, config, folder)
             num_grouped = _check_groups(database, listed, grouping)
             schema = pa.schema([*SCORE_MANIFEST, *grouping.fields])
             rows = _rows_to_do(database, listed, grouping)

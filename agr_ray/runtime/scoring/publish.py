@@ -119,7 +119,7 @@ class Publication:
 
     def staged(self, table: str) -> str:
         """Return the folder in which a table is staged before it is published."""
-        return self.storage.join(self.work, "staged", table)
+        return self.storage.join(self.work, "staged", self.run_id, table)
 
     def _write(self, table: pa.Table, name: str, file: int) -> None:
         self.storage.write_table(table, self.storage.join(self.staged(name), f"{name}-{file:05d}.parquet"))
