@@ -1,7 +1,7 @@
-"""What `cluster/local.sh up` has made in a folder: nothing else there is ever used, replaced or deleted.
+"""Record of everything that `cluster/local.sh up` made in a folder; nothing else there is used, replaced or deleted.
 
-The marker file lists each thing by its name and inode number, and the folder itself by its own. So a link, a folder or
-a file that somebody has put in its place is not taken for it, and neither is a copy of the whole folder.
+The marker file lists each entry by name and inode number, and the folder itself by its inode number. So a link, folder
+or file that somebody else put in an entry's place is recognised as foreign, and so is a copy of the whole folder.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from servers import write_private
 
 MARKER: Final = "made-by-local-sh.json"
 _NEW_MARKER: Final = f"{MARKER}.new"
-"""What a kill while the marker was written leaves."""
+"""Temporary file left by a kill while the marker was being written."""
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What is ours in a folder."""
+    """The entries that we made in a folder."""
 
     folder: Path
 
     def claim(self) -> None:
-        """Make the folder, or take it if it is empty or was taken before.
+        """Create the folder, or claim it if it is empty or already claimed.
 
         Raises:
-            RuntimeError: it is another's, or holds what `up` did not make.
+            RuntimeError: the folder belongs to another user, or holds files that `up` did not make.
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True)
@@ -40,7 +40,7 @@ class Claims:
         except FileExistsError:
             is_made = False
         if not self.folder.is_dir() or self.folder.stat().st_uid != os.getuid():
-            raise RuntimeError(f"{self.folder}: is not a folder of yours; choose another --folder")
+            raise RuntimeError(f"{self.folder}: is not a folder that you own; choose another --folder")
         if self.is_claimed():
             return
         if {path.name for path in self.folder.iterdir()} - {_NEW_MARKER}:
@@ -48,7 +48,7 @@ class Claims:
         self._write({"inode": self.folder.stat().st_ino, "is_made": is_made, "inodes": {}, "elsewhere": {}})
 
     def is_claimed(self) -> bool:
-        """Return whether `up` has taken the folder.
+        """Return whether `up` has claimed the folder.
 
         Raises:
             RuntimeError: the marker was tampered with.
@@ -56,10 +56,10 @@ class Claims:
         return self._read() is not None
 
     def make_folder(self, name: str) -> Path:
-        """Make a folder that only its owner may enter, or return the one that was made before.
+        """Make a folder that only its owner may enter, or return the existing one.
 
         Raises:
-            RuntimeError: something else has its name.
+            RuntimeError: something else has the folder's name.
         """
         path = self.folder / name
         if self._make_room(name):
@@ -71,16 +71,16 @@ class Claims:
         """Write a file that only its owner may read.
 
         Raises:
-            RuntimeError: something else has its name.
+            RuntimeError: something else has the file's name.
         """
         self._make_room(name)
         path = self.folder / name
         write_private(path, "")
-        self._note(name)  # before there is anything in it: an empty file that is not noted is nobody's loss
+        self._note(name)  # record it while it is still empty: losing track of an empty file does no harm
         path.write_text(text)
 
     def link(self, name: str, target: Path) -> None:
-        """Link to a new folder elsewhere, which is deleted together with the link.
+        """Make a link to a new folder elsewhere, which is deleted together with the link.
 
         Raises:
             RuntimeError: something else has the link's name.
@@ -93,7 +93,7 @@ class Claims:
         self._note(name)
 
     def has(self, name: str) -> bool:
-        """Return whether what has the name now is what was made: of the same kind, by the same user."""
+        """Return whether the entry of this name is still the one that was made: same kind, same user."""
         marker = self._read()
         if marker is None or name not in marker["inodes"]:
             return False
@@ -101,7 +101,7 @@ class Claims:
         return _is_mine(self.folder / name, is_kind, marker["inodes"][name])
 
     def delete(self, name: str) -> bool:
-        """Delete what was made; return whether nothing else is left under its name, which stays as it is."""
+        """Delete the entry if it is ours; return whether the name is free now. A foreign entry is left alone."""
         marker, path = self._claimed(), self.folder / name
         if self.has(name):
             if name in marker["elsewhere"]:
@@ -119,7 +119,7 @@ class Claims:
         return not os.path.lexists(path)
 
     def release(self) -> None:
-        """Remove the marker, and the folder, if `up` made it and nothing is left in it."""
+        """Remove the marker, and also the folder if `up` made it and it is empty."""
         is_made = self._claimed()["is_made"]
         (self.folder / _NEW_MARKER).unlink(missing_ok=True)
         (self.folder / MARKER).unlink()
@@ -127,7 +127,7 @@ class Claims:
             self.folder.rmdir()
 
     def _make_room(self, name: str) -> bool:
-        """Return whether there is nothing of the name; what is there is ours, or empty, which is made ours."""
+        """Return whether the name is free. An existing entry must be ours, or empty; an empty one becomes ours."""
         path = self.folder / name
         if not os.path.lexists(path):
             return True
@@ -146,13 +146,13 @@ class Claims:
         self._write(marker)
 
     def _claimed(self) -> dict[str, Any]:
-        """Return the marker's content, of a folder that is taken."""
+        """Return the marker's content; the folder must be claimed."""
         marker = self._read()
-        assert marker is not None, f"{self.folder} is not taken"
+        assert marker is not None, f"{self.folder} is not claimed"
         return marker
 
     def _read(self) -> dict[str, Any] | None:
-        """Return the marker's content; None: there is none, or it is another folder's or another user's."""
+        """Return the marker's content; None if there is no marker, or it belongs to another folder or user."""
         path = self.folder / MARKER
         if not _is_mine(path, stat.S_ISREG):
             return None
@@ -160,18 +160,18 @@ class Claims:
             marker = json.loads(path.read_text())
             content = {name: marker[name] for name in ("inode", "is_made", "inodes", "elsewhere")}
         except (ValueError, KeyError, TypeError):
-            raise RuntimeError(f"{path}: is not as `up` wrote it; delete the folder by hand") from None
+            raise RuntimeError(f"{path}: was changed since `up` wrote it; delete the folder by hand") from None
         return content if content["inode"] == self.folder.stat().st_ino else None
 
     def _write(self, marker: dict[str, Any]) -> None:
-        """Replace the marker, whole or not at all."""
+        """Replace the marker atomically."""
         new = self.folder / _NEW_MARKER
         write_private(new, json.dumps(marker, indent=2) + "\n")
         new.replace(self.folder / MARKER)
 
 
 def _is_mine(path: Path, is_kind: Callable[[int], bool], inode: int | None = None) -> bool:
-    """Return whether this user's file of a kind has the path, and has the inode number; links are not followed."""
+    """Return whether the path is an entry of this kind and user with the inode number; links are not followed."""
     try:
         found = path.lstat()
     except FileNotFoundError:

@@ -5,8 +5,8 @@
     cluster/local.sh status      say what of it runs
     cluster/local.sh down        end what `up` started; --purge deletes the bucket's data and the logs too
 
-Everything listens on 127.0.0.1 only. Ray asks for the token and S3 for the keys that `up` draws. SeaweedFS's other
-ports ask for a certificate that only you can read. `up` makes these in the folder, and `down` deletes nothing else:
+Everything listens on 127.0.0.1 only. Ray requires a token and S3 requires keys; `up` generates both. SeaweedFS's other
+ports require a certificate that only you can read. `up` makes these in the folder, and `down` deletes nothing else:
 
     env      the token, keys and addresses, while the cluster runs
     s3/      the S3 server's data, which stay from one `up` to the next
@@ -121,15 +121,15 @@ class LocalCluster:
 
     @property
     def claims(self) -> Claims:
-        """Return what of the folder is the cluster's own."""
+        """Return the record of the files that the cluster made in the folder."""
         return Claims(self.folder)
 
     def up(self, num_nodes: int, cpus: int, object_store_mib: int) -> None:
         """Start everything, or nothing: what had been started when something failed is ended again.
 
         Raises:
-            RuntimeError: it runs already, the folder holds other things, another command is at work in it, SeaweedFS is
-                not installed, or a process did not come up.
+            RuntimeError: the cluster is already running, the folder holds foreign files, another command is using it,
+                SeaweedFS is not installed, or a process did not start.
         """
         self.claims.claim()
         with self._alone():
@@ -216,10 +216,10 @@ class LocalCluster:
             time.sleep(0.3)
 
     def down(self, *, purge: bool) -> None:
-        """End what runs. The bucket's data stay, unless it is to `purge`.
+        """Stop everything that runs. The bucket's data is kept, unless `purge` is set.
 
         Raises:
-            RuntimeError: there is something to purge that `up` did not make, or another command is at work.
+            RuntimeError: the folder to purge holds files that `up` did not make, or another command is using it.
         """
         with self._alone():
             ended = self.end()
@@ -229,7 +229,7 @@ class LocalCluster:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other commands out of the folder, if there is one, until the block or this process ends."""
+        """Lock the folder, if it exists, against other commands until the block or this process ends."""
         with ExitStack() as stack:
             if self.folder.exists():
                 descriptor = os.open(self.folder, os.O_RDONLY)
@@ -237,20 +237,20 @@ class LocalCluster:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise RuntimeError(f"{self.folder}: another `up` or `down` is at work there") from None
+                    raise RuntimeError(f"{self.folder}: another `up` or `down` is running there") from None
             yield
 
     def _purge(self) -> None:
         if not self.claims.is_claimed():
             if not self.folder.exists() or not any(self.folder.iterdir()):
-                print(f"nothing is in {self.folder}")
+                print(f"{self.folder} is empty")
                 return
-            raise RuntimeError(f"{self.folder}: `up` did not make what is in it; nothing is deleted")
+            raise RuntimeError(f"{self.folder}: `up` did not make its contents; nothing is deleted")
         left = [str(self.folder / name) for name in S3_FOLDERS if not self.claims.delete(name)]
         self.claims.release()
         print(f"deleted the data, keys and logs in {self.folder}")
         if left:
-            raise RuntimeError(f"`up` did not make {', '.join(left)}: left as it is")
+            raise RuntimeError(f"`up` did not make {', '.join(left)}; it is left alone")
 
     def status(self) -> None:
         """Print what runs, and how many nodes the cluster counts."""

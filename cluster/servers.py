@@ -42,7 +42,7 @@ def free_ports(count: int) -> list[int]:
 # S3: SeaweedFS
 
 S3_FOLDERS: Final = ("s3", "logs", "keys")
-"""Of a server's folder: data, logs, and keys."""
+"""Subfolders of a server's folder: data, logs and keys."""
 
 _SHOWN = 'cert = "keys/certificate.pem"\nkey = "keys/key.pem"\n'
 _SECURITY: Final = "\n".join(
@@ -53,7 +53,7 @@ _SECURITY: Final = "\n".join(
         f'[https.client]\nenabled = true\n{_SHOWN}ca = "keys/certificate.pem"\n',
     ]
 )
-"""SeaweedFS's security.toml: every port but that of S3 shows the certificate, and asks for it."""
+"""SeaweedFS's security.toml: every port except that of S3 presents the certificate and requires it of clients."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class S3Server:
 
 
 def seaweedfs_command(folder: Path, identities: Sequence[Identity]) -> tuple[list[str], str]:
-    """Return the command of a server, which is to be run in `folder`, and its URL.
+    """Return the command that starts a server in `folder`, and the server's URL.
 
     The server keeps its data in s3/, its logs in logs/ and its keys in keys/, which only its user may read. Its S3 port
-    asks for an identity's keys. All its other ports (HTTP and gRPC of master, volume server and filer) speak TLS only
-    and ask for the certificate in keys/. Without it, any user of the machine could read and replace every object.
+    requires an identity's keys. All its other ports (HTTP and gRPC of master, volume server and filer) speak only TLS
+    and require the certificate in keys/. Otherwise any user of the machine could read and replace every object.
 
     Raises:
         RuntimeError: SeaweedFS is not installed.
@@ -143,9 +143,9 @@ def seaweedfs_command(folder: Path, identities: Sequence[Identity]) -> tuple[lis
     # The gRPC ports default to port + 10000, which may be taken: every port is chosen.
     names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    # The umask keeps other users from the sockets that SeaweedFS makes in /tmp, wherever it is told to make them.
+    # The umask keeps other users away from the sockets that SeaweedFS always creates in /tmp.
     command = ["/bin/sh", "-c", 'umask 077; exec "$@"', "sh"]
-    # Paths are relative: SeaweedFS would take the comma in a path for two folders.
+    # Paths are relative, because SeaweedFS would split an absolute path at its commas.
     command += [weed, "-config_dir=keys", "-logdir=logs", "server", "-dir=s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += ["-s3", "-s3.config=keys/identities.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-s3.autoCreateBucket=false"]  # as on AWS
@@ -160,7 +160,7 @@ def _seaweedfs_identity(identity: Identity) -> dict[str, Any]:
 
 
 def _certificate() -> tuple[str, str]:
-    """Make a self-signed certificate and its key. SeaweedFS's parts show it to each other and trust no other."""
+    """Make a self-signed certificate and its key. SeaweedFS's components present it to each other and trust only it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "seaweedfs")])
     now = datetime.datetime.now(datetime.UTC)
@@ -180,7 +180,7 @@ def _certificate() -> tuple[str, str]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a new file that only its owner may read, in place of what has the path: a link there is not followed."""
+    """Write a new file that only its owner may read. Replace whatever is at the path; do not follow a link there."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)

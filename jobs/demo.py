@@ -60,7 +60,7 @@ def demo(out: str) -> None:
     found, drawn = _found_faces(
         Storage().read_table(images), Storage().read_table(f"{out}/faces/photographs/faces.parquet")
     )
-    table = make_table("on faces that training never saw", "model", "baseline")
+    table = make_table("on faces not seen in training", "model", "baseline")
     for label, task, name, scale, unit in (
         ("age MAE", "age", "mae_years", 1, "years"),
         ("gender accuracy", "gender", "accuracy", 100, "%"),
@@ -76,7 +76,7 @@ def demo(out: str) -> None:
         ("scores", images),
     ):
         console.print(f"{label}: {path}")
-    console.print(f"{time.perf_counter() - started:.0f} s in all")
+    console.print(f"{time.perf_counter() - started:.0f} s in total")
 
 
 def _found_faces(images: pa.Table, truth: pa.Table) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""What a photograph's file holds besides its pixels: its format, its orientation, and metadata that is left out.
+"""Image file formats: detect the format, read the orientation, and strip the metadata.
 
-A decoder reads metadata before pixels, and fails where the metadata is broken or longer than it allows. So JPEG, PNG,
-WebP and TIFF files are reduced to their pixels first; the one thing that counts, the orientation, is read here.
+Decoders read metadata before pixels, and fail if the metadata is broken or too long. So JPEG, PNG, WebP and TIFF files
+are reduced to their pixels first. Only the orientation matters, and it is read here.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from PIL import Image
 
 ORIENTATION_TAG: Final = 0x0112
 
-_MAX_TEXT_BYTES: Final = 2**20  # of metadata that may hold an orientation
+_MAX_TEXT_BYTES: Final = 2**20  # limit for metadata that may hold an orientation
 _XMP_ORIENTATION: Final = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 _MAX_SCANS: Final = 200
-"""Of a progressive JPEG, which usually has ten: each goes over all of its pixels, however few bytes it has."""
+"""Maximum scans of a progressive JPEG, which usually has ten: each scan, however short, takes time for all pixels."""
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE: Final = 3  # colour type
 _ITEM_ENTRY: Final = re.compile(rb"(.{4})infe(?:\x02.{3}.{4}|\x03.{3}.{6}|[^\x02\x03].{3})", re.DOTALL)
-"""The box of an item of a HEIF file up to the item's type, which is text, as all that follows is."""
+"""Item entry box of a HEIF file, up to the item's type; the type and everything after it are text."""
 
-_BMP_HEADERS: Final = (12, 40, 52, 56, 64, 108, 124)  # their lengths in bytes, one for each version
+_BMP_HEADERS: Final = (12, 40, 52, 56, 64, 108, 124)  # header lengths in bytes, one for each version
 _HEIF_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _AVIF_BRANDS: Final = (b"avif", b"avis")
 _TIFF_SIGNATURES: Final = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
@@ -35,18 +35,18 @@ _TIFF_SIGNATURES: Final = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"I
 _CLASSIC_TIFF: Final = 42  # BigTIFF is 43
 _TIFF_PIXEL_TAGS: Final = frozenset(
     {
-        *(256, 257, 258, 259, 262, 266, 277, 284, 338, 339),  # size, samples and their order
+        *(256, 257, 258, 259, 262, 266, 277, 284, 338, 339),  # size, sample format and layout
         ORIENTATION_TAG,
         *(273, 278, 279, 322, 323, 324, 325),  # strips and tiles
-        *(280, 281, 340, 341),  # smallest and largest sample
-        *(292, 293, 317, 347, *range(512, 522)),  # how they are compressed
+        *(280, 281, 340, 341),  # minimum and maximum sample values
+        *(292, 293, 317, 347, *range(512, 522)),  # compression
         *(320, 332, 529, 530, 531, 532),  # colours
     }
 )
 
 
 class BrokenFileError(ValueError):
-    """A file whose pixels cannot be whole."""
+    """A file whose pixel data is damaged or incomplete."""
 
 
 class Pixels(NamedTuple):
@@ -54,15 +54,15 @@ class Pixels(NamedTuple):
 
     data: bytes
     orientation: int | None = None
-    """EXIF orientation, 1 to 8; None: the format's decoder knows it."""
+    """EXIF orientation, 1 to 8; None: the decoder takes care of it."""
     significant_bits: int | None = None
-    """Bits a channel that carry the picture, where the file says so."""
+    """Significant bits per channel, if the file states them."""
     is_decoded_whole: bool = True
-    """Whether the decoder needs memory for every pixel of the file, even where it shrinks while it decodes."""
+    """Whether the decoder holds all pixels of the file in memory, even if it shrinks the image while decoding."""
 
 
 def format_of(data: bytes) -> str | None:
-    """Return the name of the image format that the first bytes claim; None: none that is read."""
+    """Return the image format indicated by the first bytes; None if the format is not supported."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(_PNG_SIGNATURE):
@@ -76,7 +76,7 @@ def format_of(data: bytes) -> str | None:
     if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADERS:
         return "BMP"
     if data[4:8] == b"ftyp":
-        # The first brand is the major one; mif1 and msf1 are shared by both formats.
+        # The first brand is the major one; both formats use mif1 and msf1.
         box_bytes = min(int.from_bytes(data[:4], "big"), 256)
         brands = [data[8:12], *(data[start : start + 4] for start in range(16, box_bytes - 3, 4))]
         if any(brand in _AVIF_BRANDS for brand in brands):
@@ -87,24 +87,24 @@ def format_of(data: bytes) -> str | None:
 
 
 def pixels_of(data: bytes, format_name: str) -> Pixels:
-    """Return the file without metadata, and what the metadata says of the pixels.
+    """Return the file without metadata, and what the metadata says about the pixels.
 
     Raises:
-        BrokenFileError: the pixels are not whole.
+        BrokenFileError: the pixel data is damaged or incomplete.
     """
     strip = _STRIPPERS.get(format_name)
     return strip(data) if strip else Pixels(data)
 
 
 def exif_orientation(exif: bytes, xmp: bytes = b"") -> int:
-    """Return the orientation (1 to 8) that EXIF, else XMP, gives; 1 where both are silent or broken."""
+    """Return the orientation (1 to 8) from EXIF, else from XMP; 1 if both are missing or broken."""
     if exif:
         try:
             parsed = Image.Exif()
             parsed.load(exif)
             orientation = int(parsed[ORIENTATION_TAG])
         except (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, struct.error, RuntimeError):
-            pass  # broken metadata spoils no photograph
+            pass  # broken metadata must not make a photograph unreadable
         else:
             return orientation if 1 <= orientation <= 8 else 1
     match = _XMP_ORIENTATION.search(xmp[:_MAX_TEXT_BYTES])
@@ -112,7 +112,7 @@ def exif_orientation(exif: bytes, xmp: bytes = b"") -> int:
 
 
 def _jpeg(data: bytes) -> Pixels:
-    """Drop application segments and comments, except the two that say what the colours are."""
+    """Drop application segments and comments, except the two that define the colours."""
     pieces, exif, xmp = [data[:2]], [], b""
     position, num_components, is_progressive, is_whole = 2, 0, False, True
     while data[position : position + 1] == b"\xff":
@@ -120,7 +120,7 @@ def _jpeg(data: bytes) -> Pixels:
         end = position + 2 + length
         code = marker[0] if marker else 0
         if code < 0xC0 or 0xD0 <= code <= 0xD9 or code == 0xFF or length < 2 or end > len(data):
-            break  # nothing that a sound file has here: the decoder sees it
+            break  # invalid here; leave it for the decoder to reject
         body = data[position + 4 : end]
         if code == 0xE1 and body.startswith(b"Exif\0\0"):
             exif.append(body[6:])
@@ -153,7 +153,7 @@ def _is_kept_segment(code: int, body: bytes) -> bool:
 
 
 def _png(data: bytes) -> Pixels:
-    """Keep the header, palette, transparency and pixels; their checksums must be right."""
+    """Keep the header, palette, transparency and pixels; their checksums must be correct."""
     pieces = [_PNG_SIGNATURE]
     exif = profile = xmp = b""
     significant_bits = colour_type = None
@@ -181,7 +181,7 @@ def _png(data: bytes) -> Pixels:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes, bool]]:
-    """Yield each chunk's kind, its body, all its bytes, and whether its checksum is right; none from IEND on."""
+    """Yield the kind, body and bytes of each chunk before IEND, and whether its checksum is correct."""
     position = len(_PNG_SIGNATURE)
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -215,7 +215,7 @@ def _png_text(kind: bytes, body: bytes) -> bytes:
 
 
 def _hex_profile(text: bytes) -> bytes:
-    """Return the EXIF that ImageMagick writes as hexadecimal digits below three lines of heading."""
+    """Return the EXIF data that ImageMagick writes as hexadecimal digits after three header lines."""
     try:
         return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
     except ValueError:
@@ -232,7 +232,7 @@ def _webp(data: bytes) -> Pixels:
         end = position + 8 + length + length % 2
         chunk = data[position:end]
         if kind == b"VP8X" and len(chunk) == 18:
-            flags = chunk[8] & ~(0x20 | 0x08 | 0x04)  # neither ICC profile nor EXIF nor XMP follows
+            flags = chunk[8] & ~(0x20 | 0x08 | 0x04)  # no ICC profile, EXIF or XMP follows
             pieces.append(chunk[:8] + bytes([flags]) + chunk[9:])
         elif kind in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM") or (kind == b"ANMF" and num_frames == 0):
             pieces.append(chunk)
@@ -247,7 +247,7 @@ def _webp(data: bytes) -> Pixels:
 
 
 def _tiff(data: bytes) -> Pixels:
-    """Keep the first page's tags that say how its pixels are stored."""
+    """Keep only the first page, and of its tags those that describe the pixel storage."""
     order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
 
     def number(start: int, length: int) -> int:
@@ -259,39 +259,39 @@ def _tiff(data: bytes) -> Pixels:
         return Pixels(data)
     entries = [data[position : position + 12] for position in range(start + 2, end, 12)]
     kept = [entry for entry in entries if int.from_bytes(entry[:2], order) in _TIFF_PIXEL_TAGS]
-    directory = len(kept).to_bytes(2, order) + b"".join(kept) + bytes(4)  # no further page
+    directory = len(kept).to_bytes(2, order) + b"".join(kept) + bytes(4)  # no next page
     return Pixels(data[:start] + directory + data[start + len(directory) :])
 
 
 def _avif(data: bytes) -> Pixels:
-    """Rename the EXIF item, so that no decoder looks for it: an AVIF's orientation is in boxes of its own."""
+    """Rename the EXIF item to hide it from decoders; an AVIF's orientation is in its own boxes."""
     start, end = _box(data, b"meta")
     renamed = re.sub(rb"(infe.{8,10})Exif", rb"\1none", data[start:end], flags=re.DOTALL)
     return Pixels(data[:start] + renamed + data[end:])
 
 
 def _heif(data: bytes) -> Pixels:
-    """Keep everything, and say whether the decoder turns the pixels upright.
+    """Keep the whole file, and find out whether the decoder rotates the pixels upright.
 
-    It obeys the boxes irot and imir, which EXIF only repeats. Some programs write EXIF alone.
+    The decoder applies the boxes irot and imir, and EXIF usually repeats them. Some programs write only EXIF.
     """
     start, end = _box(data, b"meta")
     for entry in _ITEM_ENTRY.finditer(data, start, end):
         length = int.from_bytes(entry[1], "big")
         try:
             data[entry.end() : entry.start() + length].decode()
-        except UnicodeDecodeError as error:  # pi-heif 1.4 crashes at it
+        except UnicodeDecodeError as error:  # would crash pi-heif 1.4
             raise BrokenFileError("the name of an item is not UTF-8") from error
     is_turned = any(data.find(kind, start, end) >= 0 for kind in (b"irot", b"imir"))
     return Pixels(data, orientation=1 if is_turned else None)
 
 
 def _box(data: bytes, kind: bytes) -> tuple[int, int]:
-    """Return where a box of an ISO media file begins and ends, both 0 where there is none."""
+    """Return start and end of a box in an ISO media file; both are 0 if there is none."""
     position = 0
     while position + 8 <= len(data):
         length = int.from_bytes(data[position : position + 4], "big")
-        if length == 1:  # the length proper follows the kind
+        if length == 1:  # a 64-bit length follows the kind
             length = int.from_bytes(data[position + 8 : position + 16], "big")
         if data[position + 4 : position + 8] == kind:
             return position, position + (length or len(data))

@@ -108,16 +108,16 @@ def decode_image(
     """Decode one photograph to upright 8-bit RGB.
 
     The longer side of the result is at most `max_side_px` (None: as it is); nothing is enlarged. Large JPEGs
-    are shrunk while they are decoded. Transparency is laid on white; samples of more than 8 bits are scaled to 8;
-    of an animation or a multi-page file the first frame is taken; embedded ICC profiles are ignored. Metadata that is
-    broken, or too long, does not matter.
+    are shrunk while they are decoded. Transparent pixels are composited on white. Samples of more than 8 bits are
+    scaled to 8. Only the first frame of an animation or a multi-page file is decoded. Embedded ICC profiles are
+    ignored, and so is broken or overlong metadata.
 
-    `max_pixels` limits the pixels that decoding takes memory for: of a JPEG that is shrunk meanwhile, those that are
-    left, unless it is progressive, and so held whole.
+    `max_pixels` limits the number of pixels that decoding holds in memory. A baseline JPEG counts with its size after
+    shrinking, a progressive one with its full size.
 
     Raises:
         ImageError: with the status NOT_AN_IMAGE, UNREADABLE (corrupt or truncated: never a half-grey image)
-            or TOO_LARGE (over `max_bytes` or `max_pixels`, seen before anything is decoded). Equal reasons have equal
+            or TOO_LARGE (over `max_bytes` or `max_pixels`, checked before decoding). Equal reasons have equal
             messages.
     """
     if not data:
@@ -129,7 +129,7 @@ def decode_image(
         raise ImageError(Status.NOT_AN_IMAGE, f"not one of {', '.join(FORMATS)}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and palettes: neither changes the result
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata and palettes; neither changes the result
             return _decode(data, format_name, max_pixels, max_side_px)
     except Image.DecompressionBombError as error:
         raise ImageError(Status.TOO_LARGE, f"{format_name}: a part of it has too many pixels") from error
@@ -151,7 +151,7 @@ def _decode(data: bytes, format_name: str, max_pixels: int, max_side_px: int | N
             _load_sequential_jpeg(image, pixels.data)
         else:
             image.load()
-        if image.size == drafted_size[::-1]:  # Pillow turns a TIFF upright itself
+        if image.size == drafted_size[::-1]:  # Pillow itself rotates a TIFF upright
             width, height = height, width
         orientation = _orientation(image) if pixels.orientation is None else pixels.orientation
         size = (width, height) if max_side_px is None else _bounded(width, height, max_side_px)
@@ -168,10 +168,10 @@ def _decode(data: bytes, format_name: str, max_pixels: int, max_side_px: int | N
 
 
 def _load_sequential_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Load a drafted JPEG; where only its end marker is missing, supply it.
+    """Load a drafted JPEG; if only its end marker is missing, add it.
 
-    libjpeg makes up the blocks that it misses, so that they depend on what follows the data. If none is missing, all
-    continuations give the same picture.
+    libjpeg invents missing blocks, so they depend on the bytes after the data. If no block is missing, the image is the
+    same whatever bytes follow.
 
     Raises:
         OSError: blocks are missing.
@@ -198,25 +198,25 @@ def _drafted_like(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFil
 
 
 def _open(data: bytes, format_name: str) -> ImageFile.ImageFile:
-    """Open a file of a known format without Pillow's own limit of pixels."""
+    """Open a file of a known format without Pillow's own pixel limit."""
     return _opener(format_name)(io.BytesIO(data))
 
 
 @cache
 def _opener(format_name: str) -> _Opener:
-    """Return Pillow's reader of a format, with one thread: each worker has one CPU."""
+    """Return Pillow's single-threaded reader of a format, because each worker has one CPU."""
     if format_name == "HEIF":
         import pi_heif
 
         pi_heif.options.DECODE_THREADS = 1
-        # What belongs to a photograph and is not it.
+        # Auxiliary images of a photograph, such as thumbnails and depth maps.
         pi_heif.options.THUMBNAILS = pi_heif.options.DEPTH_IMAGES = pi_heif.options.AUX_IMAGES = False
         return cast(_Opener, pi_heif.HeifImageFile)
     if format_name == "AVIF":
         from PIL import AvifImagePlugin
 
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    Image.init()  # registers the formats that Pillow does not load at once
+    Image.init()  # registers formats that Pillow does not load by default
     return cast(_Opener, Image.OPEN[format_name][0])
 
 
@@ -261,20 +261,20 @@ def _resized(rgb_image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, or 1 where the metadata is broken: that alone spoils no photograph."""
     try:
-        # pi-heif takes the orientation out of EXIF.
+        # pi-heif removes the orientation from EXIF.
         return int(image.info.get("original_orientation") or image.getexif().get(ORIENTATION_TAG, 1))
     except _DECODING_ERRORS:
         return 1
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error's message without what differs from file to file: numbers, bytes, addresses of objects."""
+    """Return an error's message without details that differ between files: numbers, bytes, addresses of objects."""
     message = str(error) or type(error).__name__
     if isinstance(error, BrokenFileError):
         return message
     if "truncated" in message.lower():
         return "truncated"
-    if isinstance(error, LookupError):  # the message is the key
+    if isinstance(error, LookupError):  # its message is only the key
         message = f"{type(error).__name__}: {message}"
     message = re.sub(r"\([^()]*\)|<[^<>]*>|b'[^']*'|b\"[^\"]*\"|(?<=property )'[^']*'", "", message)
     return " ".join(re.sub(r"0x[0-9a-fA-F]+|[0-9]+", "N", message).split())[:200]

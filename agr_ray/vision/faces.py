@@ -48,9 +48,9 @@ class Faces:
         return Faces(self.boxes_xyxy * scale, self.scores, self.landmarks * scale)
 
     def turned_back(self, degrees: int, width: float, height: float) -> Faces:
-        """Return the same faces in an image of `width` x `height`, which was turned to find them.
+        """Return the faces in pixels of the original image of `width` x `height`, which was rotated for detection.
 
-        `degrees` is the clockwise turn that led from that image to the one in which the faces were found: 0, 90, 180
+        `degrees` is the clockwise rotation from that image to the one in which the faces were found: 0, 90, 180
         or 270.
         """
         boxes = _turned_back(self.boxes_xyxy.reshape(-1, 2, 2), degrees, width, height)
@@ -68,7 +68,7 @@ class Faces:
 
 
 def _turned_back(points: NDArray[np.float32], degrees: int, width: float, height: float) -> NDArray[np.float32]:
-    """Turn points (..., 2) counter-clockwise by `degrees`, into an image of `width` x `height`."""
+    """Rotate points (..., 2) counter-clockwise by `degrees`, into an image of `width` x `height`."""
     x, y = points[..., 0], points[..., 1]
     turned = {0: (x, y), 90: (y, height - x), 180: (width - x, height - y), 270: (width - y, x)}
     return np.stack(turned[degrees], axis=-1).astype(np.float32)

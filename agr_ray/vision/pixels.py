@@ -1,4 +1,4 @@
-"""Pillow's many pixel modes to 8-bit RGB."""
+"""Convert all of Pillow's pixel modes to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-_BAND_PIXELS: Final = 4_000_000  # converted at a time: a second copy of a large image would double its memory
+_BAND_PIXELS: Final = (
+    4_000_000  # pixels converted at a time, because a second copy of a large image would double its memory
+)
 
 _FULL_SCALES: Final = (255, 1023, 4095, 65_535, 2**31 - 1, 2**32 - 1)
-"""White in images of 8, 10, 12, 16, 31 and 32 bits."""
+"""Values of white in images of 8, 10, 12, 16, 31 and 32 bits."""
 
-_MAX_DIM: Final = 4095  # 12-bit samples in 16-bit files, left where they are: nearly black if 65,535 is white
-_GREY_ALPHA: Final = "LA;16B"  # Pillow's name of how PNG stores grey with alpha, 16 bits each
+_MAX_DIM: Final = 4095  # 12-bit samples stored unscaled in 16-bit files: nearly black if 65,535 is white
+_GREY_ALPHA: Final = "LA;16B"  # Pillow's name for 16-bit grey with alpha, as stored in PNG
 
 _WHITE_IS_ZERO: Final = 0
 _PHOTOMETRIC_TAG: Final = 262
@@ -28,18 +30,19 @@ _SIGNED: Final = 2
 
 
 def rgb_of(image: Image.Image, reduction: int = 1, significant_bits: int | None = None) -> Image.Image:
-    """Return a loaded image as RGB, shrunk by a whole number.
+    """Return a loaded image as RGB, shrunk by an integer factor.
 
-    Transparency is laid on white. Samples of more than 8 bits are scaled by the image's own bit depth, which is the
-    smallest usual one that holds them where the file does not say; floating-point ones by 1, if they reach no further.
+    Transparent pixels are composited on white. Samples of more than 8 bits are scaled by the image's bit depth; if the
+    file does not state it, the smallest common depth that fits is assumed. For floating-point samples of at most 1,
+    white is 1.
 
     Args:
-        image: of any mode that Pillow's readers give.
-        reduction: how many pixels of a row and of a column become one.
-        significant_bits: bits of a sample, where the file says so.
+        image: any mode that Pillow's readers produce.
+        reduction: factor by which width and height are reduced.
+        significant_bits: bits per sample, if the file states them.
 
     Raises:
-        ValueError: for a mode that is unknown.
+        ValueError: the mode is not supported.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.reduce(reduction) if reduction > 1 else image
@@ -54,7 +57,7 @@ def rgb_of(image: Image.Image, reduction: int = 1, significant_bits: int | None 
 
 
 def _converter(image: Image.Image, significant_bits: int | None) -> Callable[[int, int], Image.Image]:
-    """Return what makes RGB of the rows from a first to before a last one."""
+    """Return a function that converts a range of rows (start, end) to RGB."""
 
     def rows(top: int, bottom: int) -> Image.Image:
         return image.crop((0, top, image.width, bottom))
@@ -74,9 +77,9 @@ def _converter(image: Image.Image, significant_bits: int | None) -> Callable[[in
 
 
 def _has_void_alpha(image: Image.Image) -> bool:
-    """Return whether the fourth channel is zero throughout, in a format where it is often padding and not alpha.
+    """Return whether the fourth channel is all zeros, in a format where it is often padding instead of alpha.
 
-    Browsers show such BMPs as opaque too.
+    Browsers also show such BMPs as opaque.
     """
     return image.format in ("BMP", "TIFF") and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
 
@@ -131,10 +134,10 @@ def _first(value: Any) -> Any:
 
 
 def brighten_dim_16_bit(image: Image.Image, reopen: Callable[[], ImageFile.ImageFile]) -> None:
-    """Scale a loaded colour image of 16 bits a channel whose samples have 12 bits or fewer, in place.
+    """Scale in place a loaded colour image of 16 bits per channel whose samples have 12 bits or fewer.
 
-    Pillow keeps the upper byte of each sample only. `reopen` opens the same file again, unloaded; its lower bytes are
-    what it gives when the bytes of a sample are swapped.
+    Pillow keeps only the upper byte of each sample. `reopen` opens the same file again, unloaded; reading it with
+    swapped bytes returns the lower bytes.
     """
     num_colours = 3 if image.mode == "RGBA" else len(image.getbands())
     if max(high for _, high in image.getextrema()[:num_colours]) > _MAX_DIM >> 8:  # type: ignore[misc]
@@ -147,7 +150,7 @@ def brighten_dim_16_bit(image: Image.Image, reopen: Callable[[], ImageFile.Image
     boxes = [(0, top, image.width, min(top + num_rows, image.height)) for top in range(0, image.height, num_rows)]
 
     def samples(box: tuple[int, int, int, int]) -> list[NDArray[np.uint16]]:
-        """Return the colours and, where there is one, the alpha."""
+        """Return the colours and the alpha channel, if there is one."""
         lower_bytes = np.asarray(lower.crop(box))
         if is_grey:
             lower_bytes = lower_bytes[..., [1, 1, 1, 3]]
@@ -164,17 +167,17 @@ def brighten_dim_16_bit(image: Image.Image, reopen: Callable[[], ImageFile.Image
 
 
 def is_16_bit_colour(image: ImageFile.ImageFile) -> bool:
-    """Return whether an opened image, not yet loaded, has 16 bits in each of several channels."""
+    """Return whether an opened, not yet loaded image has several channels of 16 bits."""
     return bool(image.tile) and all(_swapped(tile.args) != tile.args for tile in image.tile)
 
 
 def _swapped(args: Any) -> Any:
-    """Return a tile's arguments with the other byte order of its 16-bit samples; the same for other samples."""
+    """Return a tile's arguments with swapped byte order if its samples have 16 bits; otherwise unchanged."""
     rawmode = args if isinstance(args, str) else args[0] if isinstance(args, tuple) and args else None
     if not isinstance(rawmode, str):
         return args
     if rawmode == _GREY_ALPHA:
-        return "RGBA"  # a pixel's four bytes: upper and lower of the grey, upper and lower of the alpha
+        return "RGBA"  # a pixel's four bytes: upper and lower byte of grey, upper and lower byte of alpha
     name, _, order = rawmode.partition(";16")
     if name not in ("RGB", "RGBX", "RGBA", "CMYK") or order not in ("L", "B", "N"):
         return args

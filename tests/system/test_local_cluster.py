@@ -347,7 +347,7 @@ def test_what_took_the_place_of_a_folder_is_left_alone(claimed: Path, name: str,
     assert content(important) == before
     assert os.path.lexists(claimed / name)
     if name == "s3":
-        assert (done.returncode, done.stderr) == (1, f"error: `up` did not make {claimed / 's3'}: left as it is\n")
+        assert (done.returncode, done.stderr) == (1, f"error: `up` did not make {claimed / 's3'}; it is left alone\n")
 
 
 def test_a_copy_of_the_folder_is_not_what_up_made(claimed: Path) -> None:
@@ -383,7 +383,7 @@ def test_only_one_command_is_at_work_in_a_folder(claimed: Path, arguments: tuple
     finally:
         os.close(descriptor)
 
-    assert (done.returncode, done.stderr) == (1, f"error: {claimed}: another `up` or `down` is at work there\n")
+    assert (done.returncode, done.stderr) == (1, f"error: {claimed}: another `up` or `down` is running there\n")
     assert content(claimed) == before
 
 
