@@ -608,6 +608,12 @@ class Storage:
         # A single delete reports the error, if it persists.
         return [error["Key"] for error in answer.get("Errors", []) if error.get("Code") != "NoSuchKey"]
 
+    def delete_if_empty(self, uri: str) -> None:
+        """Delete an empty local folder. S3 has no folders, so nothing is done there."""
+        if not _is_s3(uri):
+            with contextlib.suppress(OSError):  # not empty, or not there
+                os.rmdir(_local_path(uri))
+
     def move_tree(self, source: str, target: str) -> None:
         """Move everything below the folder or prefix `source` to `target`, which must be empty.
 

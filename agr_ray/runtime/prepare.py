@@ -62,8 +62,11 @@ def prepare(job: PrepareJob) -> PreparedSet:
     lock_uri = storage.join(out, LOCK)
     owner = f"jobs/prepare.py from {job.source.uri}"
     _check_out(storage, out, _settings(job))  # before the lock file is created there
-    with run_lock(storage, lock_uri, owner, expiry_s=job.prepare.lock_expiry_s, console=console) as lock:
-        return _prepare(job, storage, out, lock, console)
+    try:
+        with run_lock(storage, lock_uri, owner, expiry_s=job.prepare.lock_expiry_s, console=console) as lock:
+            return _prepare(job, storage, out, lock, console)
+    finally:
+        storage.delete_if_empty(out)  # the lock made the folder; a job that is refused leaves nothing
 
 
 def _prepare(job: PrepareJob, storage: Storage, out: str, lock: RunLock, console: Console) -> PreparedSet:
