@@ -1,4 +1,4 @@
-"""A small S3 that records every request and can be told to refuse: for what no real server can be told to do."""
+"""A fake S3 server that records every request and can be told to fail in ways that real servers can't."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 
 @dataclass(frozen=True)
 class Request:
-    """What a client sent."""
+    """A client's request."""
 
     method: str
     host: str
@@ -51,13 +51,13 @@ class Fake:
     """The server's state and behaviour."""
 
     region: str = ""
-    """Requests signed for another one are redirected to it; empty: any will do."""
+    """Requests signed for another region are redirected to this one; empty: every region is accepted."""
     no_multi_delete: str = ""
-    """With this code it refuses to delete many objects at once."""
+    """Error code for bulk deletes."""
     refused_client: str = ""
-    """Requests of this one, `boto3` or `s3fs`, are refused as if its keys were wrong."""
+    """Requests of this client, `boto3` or `s3fs`, are rejected as if its keys were wrong."""
     undeletable: tuple[str, ...] = ()
-    """Keys that it will not delete."""
+    """Keys that it refuses to delete."""
     encoding: str = ""
     """Content-Encoding of all objects."""
     expires_in_s: int = 3600
@@ -103,7 +103,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _go  # noqa: N815  # the base class's names
 
     def do_CONNECT(self) -> None:
-        """Record where a client would go through this proxy, and do not let it."""
+        """Record where a client wants to connect through this proxy, and refuse the connection."""
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.fake.requests.append(Request(self.command, self.path, "", "", headers, b""))
         self._answer(502, b"")

@@ -28,7 +28,7 @@ TABLE = pa.table({"a": [1, 2]})
 
 @pytest.fixture(autouse=True)
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Start from no settings of AWS but a pair of keys, and let no machine's own come in."""
+    """Set no AWS settings except a pair of keys, and ignore the machine's own settings."""
     import os
 
     for name in list(os.environ):
@@ -82,7 +82,7 @@ CLIENTS: list[Callable[[Storage, Path], None]] = [
 
 
 def use_all_clients(fake: Fake, folder: Path, storage: Storage) -> list[Request]:
-    """Let every client work, and return the requests; both libraries have sent some."""
+    """Use every client, and return the requests; both libraries must have sent some."""
     fake.objects["in/meta.json"] = b"{}"
     for use in CLIENTS:
         use(storage, folder)
@@ -175,7 +175,7 @@ def test_every_client_names_the_bucket_in_the_same_place(
     aws: pytest.MonkeyPatch, tmp_path: Path, style: str, host: str
 ) -> None:
     with recording_s3() as fake:
-        aws.setenv("HTTP_PROXY", fake.endpoint_url)  # so that no name is looked up
+        aws.setenv("HTTP_PROXY", fake.endpoint_url)  # avoids a DNS lookup
         storage = Storage.from_config(StorageConfig(endpoint_url="http://s3.test", addressing_style=style))
         requests = use_all_clients(fake, tmp_path, storage)
 

@@ -240,7 +240,7 @@ NAMES = ("env", "s3", "logs", "keys")
 
 
 def fill(folder: Path) -> None:
-    """Put a file into what bears each name that `up` gives."""
+    """Put a file into a folder of each name that `up` uses."""
     folder.mkdir(exist_ok=True)
     for name in NAMES:
         (folder / name).mkdir()
@@ -259,7 +259,7 @@ def content(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def claimed(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder that `up` has made and filled, of which nothing runs: SeaweedFS alone was up, and was ended."""
+    """Return a folder that `up` made and filled, in which nothing runs: only SeaweedFS was started, then stopped."""
     folder = tmp_path / "made by up"
     cluster = local_cluster.LocalCluster(folder)
     cluster.claims.claim()

@@ -1,4 +1,4 @@
-"""The S3 server lets nobody at an object who has neither an identity's keys nor its own certificate."""
+"""The S3 server gives access only to clients with an identity's keys or the server's certificate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GRPC_PORTS = ("master.port.grpc", "volume.port.grpc", "filer.port.grpc", "s3.por
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder whose name SeaweedFS takes for two, where it is told the whole path."""
+    """Return a folder with a comma in its name; SeaweedFS would split its absolute path in two."""
     return tmp_path_factory.mktemp("seaweedfs") / "a server, and its data"
 
 
@@ -37,7 +37,7 @@ def bucket(folder: Path) -> Iterator[Bucket]:
 
 @pytest.fixture(autouse=True)
 def _photograph(bucket: Bucket) -> Iterator[None]:
-    """Put the object that all of the tests are after, and look that it is still there after each."""
+    """Put the object that all tests try to reach, and check after each test that it is still there."""
     bucket.put("day/one.jpg", BODY)
     yield
     assert bucket.get("day/one.jpg") == BODY
@@ -59,7 +59,7 @@ def certificate(folder: Path) -> tuple[str, str]:
 
 
 def file_id(bucket: Bucket, folder: Path) -> str:
-    """Return under which name the volume server has the object, as who has the certificate can ask."""
+    """Return the volume server's file id of the object, requested with the certificate."""
     url = f"https://127.0.0.1:{port_of(bucket, 'filer.port')}/buckets/photographs/day/one.jpg?metadata=true"
     said = requests.get(url, cert=certificate(folder), verify=certificate(folder)[0], timeout=10)
     return str(said.json()["chunks"][0]["file_id"])
@@ -93,10 +93,10 @@ def test_no_http_port_but_that_of_s3_answers_without_the_certificate(
     for scheme in ("http", "https"):
         url = f"{scheme}://127.0.0.1:{port_of(bucket, f'{part}.port')}{path}"
         try:
-            with warnings.catch_warnings(action="ignore"):  # that the server's certificate is not looked at
+            with warnings.catch_warnings(action="ignore"):  # the server's certificate is not verified
                 answer = requests.request(method, url, files=files, verify=False, timeout=10)
         except requests.ConnectionError:
-            continue  # it hangs up on who shows no certificate
+            continue  # it disconnects clients without a certificate
         assert (answer.status_code, answer.text.strip()) == (400, "Client sent an HTTP request to an HTTPS server.")
 
 

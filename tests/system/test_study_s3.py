@@ -1,4 +1,4 @@
-"""The study of a sweep in a bucket lies in the bucket and in the driver's memory, and nowhere else."""
+"""The study of a sweep in a bucket is kept only in the bucket and in the driver's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""System calls that the kernel refuses a process, as a file system does that does not know them."""
+"""Make the kernel reject system calls of a process, as file systems do that lack the operation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Program(ctypes.Structure):
 
 
 def refuse(names: Sequence[str]) -> None:
-    """Let the kernel refuse this process, and its threads to come, the named calls for good."""
+    """Make the kernel permanently reject the named calls of this process and its future threads."""
     if not names:
         return
     code = struct.pack("HBBI", _LOAD_WORD, 0, 0, 0)  # the number of the call

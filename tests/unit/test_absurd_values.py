@@ -40,7 +40,7 @@ def test_a_value_is_taken_or_refused_in_one_line(section: str, field: str) -> No
 
 
 def extremes(section: str, field: str) -> list[Any]:
-    """Return the smallest and largest numbers that the knob takes."""
+    """Return the smallest and largest numbers that the knob accepts."""
     annotation, metadata = SECTIONS[section].model_fields[field].annotation, []
     for each in (SECTIONS[section].model_fields[field], *get_args(annotation)):
         metadata += list(getattr(each, "metadata", ()) or getattr(each, "__metadata__", ()))
@@ -102,7 +102,7 @@ def test_the_extremes_of_every_kind_of_number_are_known() -> None:
 
 
 def prepared_for(monkeypatch: pytest.MonkeyPatch, job: str, inputs: Path, tmp: Path) -> tuple[str, ...]:
-    """Let the job's cluster end it, and return the arguments that bring it there."""
+    """Make starting the cluster end the job, and return the arguments to get that far."""
 
     def reached(**_: Any) -> None:
         raise Reached

@@ -1,4 +1,4 @@
-"""A calibration that was fitted on images of training says so to whoever scores with it."""
+"""Scoring warns if the calibration was fitted on training images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is printed is what was meant: no text is taken for markup, cut off or broken."""
+"""Text is printed verbatim: it is not parsed as markup, truncated or wrapped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring's contract, under everything that may happen to it: each listed image is published exactly once.
+"""Scoring's contract under faults: each listed image is published exactly once.
 
 Hypothesis draws sequences of disturbances; real processes run the real driver on a small folder, without Ray, and are
 killed by SIGKILL or stopped by SIGSTOP at any change that they make to the disk. After each sequence the same command
@@ -49,7 +49,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "limited": {"limit": 2},
     "other gates": {"gates": GatesConfig(min_side_px=5)},
 }
-"""The first four score alike, so what one has scored the others skip; the last one's rows are others."""
+"""The first four produce equal rows, so each skips images that another has scored; the last produces different rows."""
 FINISHED, REFUSED, LOST, KILLED = 0, 3, 4, -signal.SIGKILL
 
 
@@ -76,7 +76,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Both:
-    """Two commands at a time."""
+    """Two commands in parallel."""
 
     one: Run
     other: Run
@@ -185,7 +185,7 @@ class World:
             assert self.end(self.start(step)) in (FINISHED, KILLED)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return what someone sees who reads the whole folder."""
+        """Return the result of a query as a reader of the whole folder sees it."""
         images = self.folder / "out" / "images"
         return pq.read_table(images, partitioning=None).to_pylist() if images.exists() else []
 
@@ -226,7 +226,7 @@ class World:
 
 
 def strike_before(change: int | None, strike: signal.Signals) -> None:
-    """Send this process a signal before so many changes to the disk have been made, by whichever thread."""
+    """Send this process a signal just before its n-th change to the disk, made by any thread."""
     num_changes = 0
 
     def counted(name: str) -> Callable[..., Any]:
@@ -248,7 +248,7 @@ def strike_before(change: int | None, strike: signal.Signals) -> None:
 
 
 def refuse(always: str, once: str) -> None:
-    """Have storage refuse images by their names."""
+    """Make storage refuse images by name."""
     read, seen = Storage.read, set()
 
     def read_or_refuse(storage: Storage, uri: str, **kwargs: Any) -> bytes:

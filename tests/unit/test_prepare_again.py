@@ -38,7 +38,7 @@ LABELS = ("20,male,white", "30,female,black", "40,,asian", ",male,")
 
 
 class Killed(BaseException):
-    """What SIGKILL is: nothing after it runs."""
+    """Stands for SIGKILL: no code runs after it."""
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def take(source: Source, step: tuple[str, Any, Any]) -> None:
 
 
 def kill_at(patch: pytest.MonkeyPatch, change: int) -> None:
-    """Die before so many objects have been written or deleted."""
+    """Die just before the n-th write or delete of an object."""
     num_changes = 0
     for name in ("write", "write_table", "delete"):
         real = getattr(Storage, name)

@@ -1,4 +1,4 @@
-"""What a scoring job does from its command to what readers see, without Ray."""
+"""A scoring job from its command to the published files, without Ray."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def bucket(tmp_path: Path, model: Path, workers: ThisProcess) -> Bucket:
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, refuses: Callable[[str], bool], error: type[Exception]) -> None:
-    """Have storage refuse photographs."""
+    """Make storage refuse photographs."""
     read = Storage.read
 
     def read_or_refuse(storage: Storage, uri: str, **kwargs: Any) -> bytes:

@@ -221,7 +221,7 @@ def test_a_network_that_gives_nan_names_no_gender_and_no_race(
 
 
 class Deferred:
-    """Predicts when it is asked for the answer, as a process that has other work does."""
+    """Predicts only when the result is requested, like a busy process."""
 
     def __init__(self, scoring: Scoring) -> None:
         self._predictor = AttributePredictor(scoring)

@@ -95,7 +95,7 @@ def test_listing_what_is_not_a_folder_is_refused(storage: Storage, tmp_path: Pat
 
 @pytest.fixture
 def unprivileged() -> Iterator[Path]:
-    """Yield a folder of a user to whom permissions apply: root may list everything."""
+    """Yield a folder as a non-root user, because permissions do not restrict root."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         if os.geteuid() == 0:

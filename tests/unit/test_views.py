@@ -1,4 +1,4 @@
-"""views.sql reads the published runs of its own folder, whatever that folder and those above it are called."""
+"""views.sql reads the published runs of its own folder, whatever the names of that folder and its parents."""
 
 from __future__ import annotations
 
