@@ -87,6 +87,7 @@ _NOT_SUPPORTED: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP,
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
 """Linux constants that Python does not define."""
+_MAX_FLOCK_S = 30.0
 _OLD: Final = "old"
 """Folder, in a temporary one, of the tree that is being replaced."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/")
@@ -1211,7 +1212,7 @@ def _unchanged_local(path: str, etag: str) -> Iterator[None]:
     try:
         # Writable, because NFS gives an exclusive lock on nothing else.
         with open(path, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _flock(file, path)
             info = os.fstat(file.fileno())
             if not os.path.samestat(info, os.stat(path)) or _local_etag(info) != etag:
                 raise ChangedObject(f"{path} is not the file that was read: its size or time differs")
@@ -1220,6 +1221,25 @@ def _unchanged_local(path: str, etag: str) -> Iterator[None]:
         raise MissingObject(f"{path} does not exist") from error
     except OSError as error:
         raise StorageUnavailable(f"{path} can't be written: {error.strerror or error}") from error
+
+
+def _flock(file: IO[bytes], path: str) -> None:
+    """Lock a file against other conditional writers, who hold it for moments only, unless they are stopped.
+
+    Raises:
+        StorageUnavailable: another process holds it for longer than `_MAX_FLOCK_S`.
+    """
+    deadline = time.monotonic() + _MAX_FLOCK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StorageUnavailable(
+                    f"{path} can't be written: another process has locked it for {_MAX_FLOCK_S:g} s; is it stopped?"
+                ) from None
+        time.sleep(0.01)
 
 
 def _sync(path: str) -> None:

@@ -235,9 +235,10 @@ def strike_before(change: int | None, strike: signal.Signals) -> None:
         def make_change(*args: Any, **kwargs: Any) -> Any:
             nonlocal num_changes
             num_changes += 1
-            is_last_step = any("_SUCCESS" in str(each) for each in args)
-            # A process that is stopped between its look at the lock and the last step can't know that it was.
-            if num_changes == change and not (strike == signal.SIGSTOP and is_last_step):
+            # A process that is stopped between its look at the lock and the last step can't know that it was. One that
+            # is stopped while it renews the lock holds the file itself, and others give up after 30 s.
+            may_stop = not any("_SUCCESS" in str(each) or "lock.json" in str(each) for each in args)
+            if num_changes == change and (strike != signal.SIGSTOP or may_stop):
                 os.kill(os.getpid(), strike)
             return real(*args, **kwargs)
 

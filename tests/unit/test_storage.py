@@ -539,3 +539,27 @@ def test_a_tree_taken_away_by_a_writer_that_was_killed_is_put_back(tmp_path: Pat
 
     assert (folder / "meta.json").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "other.txt", "source"]
+
+
+def test_a_file_that_a_stopped_writer_has_locked_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agr_ray.storage._MAX_FLOCK_S", 0.2)
+    uri = str(tmp_path / "lock.json")
+    etag = Storage().write(uri, b"one")
+    ready, told = os.pipe()
+    process = os.fork()
+    if not process:
+        with open(uri, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.write(told, b"x")
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os._exit(0)
+    os.read(ready, 1)
+    try:
+        with pytest.raises(StorageUnavailable, match=r"another process has locked it for 0\.2 s; is it stopped\?"):
+            Storage().write(uri, b"two", if_match=etag)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    Storage().write(uri, b"two", if_match=etag)
