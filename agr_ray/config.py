@@ -150,6 +150,9 @@ class ClusterConfig(Section):
     """Shared memory of a `local` cluster's object store, MiB."""
     include_dashboard: bool = True
     """Whether a `local` cluster starts Ray's dashboard."""
+    autoscaler_wait_s: Annotated[float, Field(ge=0.0, le=1e6)] = 900.0
+    """Seconds that a cluster's autoscaler has to add the nodes that a job asks for; 0: a cluster that is too small as
+    it is is refused. One without an autoscaler is refused at once."""
 
 
 class SourceConfig(Section):

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from contextvars import ContextVar
+from typing import Final, TypeVar
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.utils import get_num_cpus
+from ray.autoscaler._private.util import format_readonly_node_type
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from agr_ray.config import ClusterConfig, ConfigError
+from agr_ray.console import make_console
 from agr_ray.runtime.command import JobError
 
 MIN_LOCAL_CPUS: Final = 8
 """Logical CPUs of a local cluster at least: actors that hold all CPUs leave Ray Data none to read and write with."""
+
+T = TypeVar("T")
+
+_LOOK_EVERY_S: Final = 1.0
+_MOST_BUNDLES: Final = 10_000
+"""More processes than any cluster has are a mistake, and too many to ask an autoscaler for."""
+_autoscaler_wait_s: ContextVar[float] = ContextVar("autoscaler_wait_s", default=0.0)
+"""`cluster.autoscaler_wait_s`, inside `cluster`."""
 
 ROUNDING: Final = 1e-9
 """By how much less than a whole one a division of resources may give."""
@@ -34,6 +52,16 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         ConfigError: if there is no cluster at the address.
         JobError: if Ray does not start.
     """
+    waiting = _autoscaler_wait_s.set(config.autoscaler_wait_s)
+    try:
+        with _joined(config):
+            yield
+    finally:
+        _autoscaler_wait_s.reset(waiting)
+
+
+@contextmanager
+def _joined(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
@@ -100,6 +128,83 @@ def check_fits(
     purpose: str, num_processes: int, cpus_each: float, gpus_each: float = 0.0, spare_cpus: float = 1.0
 ) -> None:
     """Refuse a plan that would wait for ever for CPUs or GPUs that the cluster does not have.
+
+    A cluster that has an autoscaler is asked for them first, and waited for, `cluster.autoscaler_wait_s` at most.
+
+    Raises:
+        ConfigError: with what is asked and what there is.
+    """
+    bundles = process_bundles(num_processes, cpus_each, gpus_each, spare_cpus)
+    wait_for_nodes(lambda: refuse_misfit(purpose, num_processes, cpus_each, gpus_each, spare_cpus), bundles, purpose)
+
+
+def process_bundles(
+    num_processes: int, cpus_each: float, gpus_each: float, spare_cpus: float
+) -> list[dict[str, float]]:
+    """Return what processes ask for, each on one node, by Ray's names; and each spare CPU by itself."""
+    each = {kind: asked for kind, asked in (("CPU", cpus_each), ("GPU", gpus_each)) if asked}
+    spare = [{"CPU": 1.0}] * math.ceil(spare_cpus) if cpus_each else []
+    return [each] * num_processes + spare if each else spare
+
+
+def wait_for_nodes(check: Callable[[], T], bundles: Sequence[Mapping[str, float]], purpose: str) -> T:
+    """Return what `check` returns, at once or once the cluster's autoscaler has added nodes.
+
+    What is needed is asked for by a placement group, which Ray removes when this job ends, however it ends.
+
+    Args:
+        check: raises ConfigError while the cluster is too small.
+        bundles: resources that are needed, each on one node.
+        purpose: the configuration's key that asks for them.
+
+    Raises:
+        ConfigError: of `check`, from a cluster without an autoscaler or after `cluster.autoscaler_wait_s`.
+    """
+    try:
+        return check()
+    except ConfigError:
+        wait_s = _autoscaler_wait_s.get()
+        if not wait_s or not bundles or len(bundles) > _MOST_BUNDLES or not has_autoscaler():
+            raise
+    cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU"))
+    asked = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+    make_console().print(f"waiting for the autoscaler to add nodes for {purpose}: {asked}; {wait_s:g} s at most")
+    group = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
+    until_s = time.monotonic() + wait_s
+    try:
+        while True:
+            time.sleep(_LOOK_EVERY_S)
+            try:
+                return check()
+            except ConfigError as error:
+                if time.monotonic() > until_s:
+                    raise ConfigError(f"{error}. Its autoscaler added too little within {wait_s:g} s") from None
+    finally:
+        remove_placement_group(group)
+
+
+def has_autoscaler() -> bool:
+    """Say whether the cluster adds nodes by itself.
+
+    Every head node has a monitor that reports the nodes' types. Without an autoscaler, the types are made up, one for
+    each node, named by its id.
+    """
+    if is_autoscaler_v2(fetch_from_server=True):
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        found = [node for group in (status.active_nodes, status.idle_nodes) for node in group]
+        types = [node.ray_node_type_name for node in found]
+    else:
+        body = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+        report = json.loads(body).get("autoscaler_report") if body else None
+        types = list((report or {}).get("active_nodes", {}))
+    made_up = {format_readonly_node_type(node["NodeID"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]  # Ray leaves it bare
+    return any(name and name not in made_up for name in types)
+
+
+def refuse_misfit(
+    purpose: str, num_processes: int, cpus_each: float, gpus_each: float = 0.0, spare_cpus: float = 1.0
+) -> None:
+    """Refuse a plan that does not fit the cluster as it is.
 
     A process is on one node, so what nodes have left beside whole processes counts only towards `spare_cpus`, which
     Ray Data's own tasks need, that read and write.

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from agr_ray.config import ConfigError, TrainConfig
 from agr_ray.redact import redacted
-from agr_ray.runtime.cluster import check_fits
+from agr_ray.runtime.cluster import check_fits, refuse_misfit
 from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, training_dataset
 from agr_ray.runtime.lock import RunLock
@@ -163,12 +163,16 @@ def _trainer(
 
 
 def check_workers_fit(config: TrainConfig) -> None:
-    """Refuse what would wait for ever for CPUs or GPUs that the cluster does not have.
+    """Refuse what would wait for ever for CPUs or GPUs that the cluster does not have; an autoscaler may add them.
 
     Raises:
         ConfigError: with what is asked and what there is.
     """
-    check_fits(
+    _check_workers(config, check_fits)
+
+
+def _check_workers(config: TrainConfig, check: Callable[..., None]) -> None:
+    check(
         "train.num_workers",
         config.min_workers,
         config.cpus_per_worker,
@@ -233,7 +237,7 @@ def _enough_workers(run: Run) -> Iterator[None]:
         small_since: float | None = None
         while not ended.wait(WATCH_EVERY_S):
             try:
-                check_workers_fit(config)
+                _check_workers(config, refuse_misfit)
                 small_since = None
             except ConfigError as error:
                 now = time.monotonic()
@@ -268,7 +272,7 @@ def _check_still_fits(run: Run) -> None:
         JobError: with what is asked and what there is.
     """
     try:
-        check_workers_fit(run.job.train)
+        _check_workers(run.job.train, refuse_misfit)
     except ConfigError as error:
         raise _failed(run, str(error)) from None
 

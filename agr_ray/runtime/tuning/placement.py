@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from agr_ray.config import ConfigError, TrainConfig
-from agr_ray.runtime.cluster import ROUNDING, machine_cpus, nodes, places
+from agr_ray.runtime.cluster import ROUNDING, machine_cpus, nodes, places, process_bundles, wait_for_nodes
 from agr_ray.runtime.training.trainer import spare_cpus
 
 TRIAL_CPUS: Final = 0.001
@@ -34,8 +34,16 @@ def room(config: TrainConfig, asked: int | None) -> Room:
         asked: tune.max_concurrent.
 
     Raises:
-        ConfigError: not one trial fits, or not as many as are asked for.
+        ConfigError: not one trial fits, or not as many as are asked for, nor does an autoscaler make room for them.
     """
+    gpus_each = config.gpus_per_worker if config.use_gpu else 0.0
+    bundles = process_bundles(config.max_workers, config.cpus_per_worker, gpus_each, spare_cpus(config))
+    bundles = [{"CPU": TRIAL_CPUS}, *bundles] * (asked or 1)
+    return wait_for_nodes(lambda: _room(config, asked), bundles, "tune.max_concurrent")
+
+
+def _room(config: TrainConfig, asked: int | None) -> Room:
+    """Do what `room` does with the cluster as it is."""
     has_each = nodes()
     fits = trials_that_fit(has_each, config)
     if fits < (asked or 1):
