@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0, 
         split_manifest_sha256=split_digest(split_manifest_text(table)),
         labels_sha256=labels_digest(table),
         splits={"train": 0, "val": 0, "test": 0} | splits,
-        counts={"ok": sum(row["status"] == "ok" for row in rows)},
+        counts=dict(Counter(row["status"] for row in rows)),
         uri=str(folder),
     ).write(Storage())
     return folder

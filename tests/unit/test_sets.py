@@ -141,7 +141,10 @@ def with_validation(folder: Path) -> Path:
         key = f"{split}-{status}.jpg"
         rows.append(rows[1] | {"image_id": key, "key": key, "split": split, "status": status, "crop": None})
     pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), part)
-    record = json.loads((folder / "prepare.json").read_text()) | {"splits": {"train": 5, "val": 4, "test": 0}}
+    record = json.loads((folder / "prepare.json").read_text()) | {
+        "splits": {"train": 5, "val": 4, "test": 0},
+        "counts": {"ok": 2, "fallback": 1, "unreadable": 2, "failed": 2, "too_large": 2},
+    }
     (folder / "prepare.json").write_text(json.dumps(record))
     return folder
 
@@ -219,8 +222,8 @@ def test_a_label_that_no_set_has_is_refused(one: Path, tmp_path: Path) -> None:
 
 def test_a_set_without_training_rows_is_refused(one: Path, two: Path) -> None:
     crops = two / "crops" / "part-0.parquet"
-    table = pq.read_table(crops)
-    pq.write_table(table.filter([split == "test" for split in table["split"].to_pylist()]), crops)
+    rows = [row | {"split": "test"} for row in pq.read_table(crops).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), crops)
 
     with pytest.raises(ConfigError, match=rf"train.data {two}: no crop in its train split"):
         train(job(one, two))
