@@ -7,6 +7,7 @@ must finish, and the whole folder, read as any reader would, must hold each imag
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -137,6 +138,7 @@ class World:
         """Start a command as a process of its own."""
         process = os.fork()
         if process:
+            self.processes.append(process)
             return process
         status = 1
         log = io.StringIO()
@@ -163,6 +165,7 @@ class World:
     def end(self, process: int) -> int:
         """Wait for a command and return how it ended."""
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        self.processes.remove(process)
         log = self.folder / "failed.log"
         assert not log.exists(), log.read_text()
         return status
@@ -181,6 +184,7 @@ class World:
             stopped = self.start(step.stopped, signal.SIGSTOP)
             _, status = os.waitpid(stopped, os.WUNTRACED)
             if not os.WIFSTOPPED(status):
+                self.processes.remove(stopped)
                 assert os.waitstatus_to_exitcode(status) in (FINISHED, KILLED)
                 return
             # It is refused where the other was stopped while it renewed the lock.
@@ -292,8 +296,8 @@ def test_after_any_sequence_the_same_command_finishes_and_each_image_is_publishe
     model: Path, workers: ThisProcess, sequence: list[Any], recipe: str
 ) -> None:
     folder = Path(tempfile.mkdtemp(prefix="agr-ray-once-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    world = World(folder, model, workers)
     try:
-        world = World(folder, model, workers)
         (folder / "in").mkdir()
         for name in NAMES[:5]:
             world.put(name)
@@ -305,4 +309,8 @@ def test_after_any_sequence_the_same_command_finishes_and_each_image_is_publishe
             world.check_published()
         world.check_complete(recipe)
     finally:
+        for process in world.processes:  # what a failed check has left stopped
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
         shutil.rmtree(folder, ignore_errors=True)
