@@ -111,7 +111,7 @@ def test_a_sweep_without_a_space_is_refused() -> None:
 
 @pytest.mark.parametrize("study", ["s3://bucket/a.journal", "study.db"])
 def test_a_study_that_can_not_be_locked_is_refused(tmp_path: Path, study: str) -> None:
-    with pytest.raises(ConfigError, match=r"must be a local file that ends in \.journal, or a database's URL"):
+    with pytest.raises(ConfigError, match=r"must be a local file whose name ends in \.journal, or a database URL"):
         parsed(tmp_path, '[tune.space]\n"train.lr" = {log_uniform = [1e-4, 1e-2]}\n', "--tune.study", study)
 
 
