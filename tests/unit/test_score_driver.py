@@ -258,6 +258,7 @@ def test_an_input_where_nothing_is_is_refused_unless_that_is_allowed(bucket: Buc
     with pytest.raises(ConfigError, match=r"^score\.input .*empty: nothing is there; .*--score\.allow_empty true"):
         bucket.score(input=str(empty))
     assert not bucket.out.exists()
+    assert [path for path in (bucket.folder / "out-work").rglob("*") if path.is_file()] == []
 
     assert bucket.score(input=str(empty), allow_empty=True)["num_images"] == 0
 

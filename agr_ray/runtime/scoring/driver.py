@@ -478,7 +478,11 @@ def _opened(
             scored_as=(lambda image: pseudonym(image, key)) if key else None,
             progress=report,
         )
-    _check_input(job.score, storage, made)
+    try:
+        _check_input(job.score, storage, made)
+    except ConfigError:
+        storage.delete_tree(works)
+        raise
     run = Planned(plan_id, started_at.isoformat(timespec="milliseconds"), time.perf_counter() - started, made)
     record = {"plan_id": plan_id, "started_at": run.started_at, "plan_s": run.plan_s, "skipped": skipped}
     check()
