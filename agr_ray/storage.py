@@ -1135,6 +1135,7 @@ def _write_local(
 ) -> str:
     """Let `write` fill a temporary file beside `path`, put it in its place in one step, and return its etag."""
     folder = os.path.dirname(path)
+    is_taken = False
     try:
         os.makedirs(folder, exist_ok=True)
         with _temporary_file(folder) as temporary:
@@ -1142,7 +1143,11 @@ def _write_local(
             _sync(temporary)
             etag = _local_etag(os.stat(temporary))
             if if_absent:
-                _move_to_free_name(temporary, path)
+                try:
+                    _move_to_free_name(temporary, path)
+                except FileExistsError:
+                    is_taken = True  # it was then, even if its owner has deleted it since
+                    raise
             elif if_match is not None:
                 with _unchanged_local(path, if_match):
                     os.replace(temporary, path)
@@ -1150,7 +1155,7 @@ def _write_local(
                 os.replace(temporary, path)
             _sync(folder)
     except OSError as error:
-        if if_absent and isinstance(error, FileExistsError) and os.path.lexists(path):
+        if is_taken:
             raise FileExistsError(f"{path} exists and is not overwritten") from error
         raise StorageUnavailable(f"{path} can't be written: {error.strerror or error}") from error
     return etag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import pickle
@@ -563,3 +564,17 @@ def test_a_file_that_a_stopped_writer_has_locked_is_not_waited_for_without_end(
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
     Storage().write(uri, b"two", if_match=etag)
+
+
+def test_a_name_that_is_free_again_when_we_look_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*_: object) -> None:
+        raise FileExistsError(errno.EEXIST, "File exists")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", taken)
+        with pytest.raises(FileExistsError, match="exists and is not overwritten"):
+            Storage().write(str(tmp_path / "lock.json"), b"x", if_absent=True)
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StorageUnavailable):
+        Storage().write(str(tmp_path / "file" / "lock.json"), b"x", if_absent=True)
+    Storage().write(str(tmp_path / "lock.json"), b"x", if_absent=True)
