@@ -41,7 +41,7 @@ from agr_ray.runtime.scoring.planning import RETRIED
 from agr_ray.storage import ServerFailed, Storage, StorageUnavailable
 from agr_ray.vision.decode import encode_jpeg
 
-NUM_SEQUENCES = int(os.environ.get("AGR_TEST_SEQUENCES", "100"))
+NUM_SEQUENCES = int(os.environ.get("AGR_TEST_SEQUENCES", "60"))
 EXPIRY_S = 0.25
 NAMES = "abcdefg"
 RECIPES: Mapping[str, Mapping[str, Any]] = {
