@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from agr_ray.schema import CROPS, MANIFEST, Status
+from agr_ray.schema import CROP_STATUSES, CROPS, MANIFEST, Status
 from agr_ray.storage import Storage
 
 COPIED: Final = tuple(name for name in MANIFEST.names if name not in ("status", "error"))
@@ -30,6 +30,8 @@ class PartEdit:
     """How to update one Parquet part of the crops."""
 
     uri: str
+    indices: pa.Array
+    """(rows,) each row's place in the manifest, int64; null for an image that is not in it."""
     keeps: NDArray[np.bool_]
     """(rows,) whether each row is valid."""
     is_stale: bool
@@ -79,7 +81,7 @@ def find_standing(storage: Storage, folder: str, manifest: pa.Table) -> Standing
         num_relabelled += int(differs.sum())
         num_dropped += int((~keeps).sum())
         if differs.any() or not keeps.all():
-            edits.append(PartEdit(uri, keeps, bool(differs.any())))
+            edits.append(PartEdit(uri, indices, keeps, bool(differs.any())))
     ids = manifest["image_id"].combine_chunks().take(pa.array(sorted(seen), pa.int64()))
     return Standing(ids, tuple(edits), num_relabelled, num_dropped)
 
@@ -98,10 +100,10 @@ def apply_edits(storage: Storage, standing: Standing, manifest: pa.Table, check:
         if not edit.keeps.any():
             storage.delete(edit.uri)
             continue
-        rows = storage.read_table(edit.uri).filter(pa.array(edit.keeps))
+        kept = pa.array(edit.keeps)
+        rows = storage.read_table(edit.uri).filter(kept)
         if edit.is_stale:
-            indices = pc.index_in(rows["image_id"], value_set=manifest["image_id"].combine_chunks())
-            truth = manifest.take(indices.combine_chunks())
+            truth = manifest.take(edit.indices.filter(kept))
             columns = {name: truth[name] for name in COPIED} | {"error": _errors(rows, truth)}
             rows = pa.table({name: columns.get(name, rows[name]) for name in CROPS.names}, schema=CROPS)
         storage.write_table(rows, edit.uri)
@@ -137,7 +139,7 @@ def _differs(rows: pa.Table, truth: pa.Table) -> pa.Array:
 
 def _errors(rows: pa.Table, truth: pa.Table) -> pa.ChunkedArray:
     """Return the errors of crop rows: the manifest's, unless reading the image raised its own error."""
-    has_crop = pc.is_in(rows["status"], value_set=pa.array([str(Status.OK), str(Status.FALLBACK)]))
+    has_crop = pc.is_in(rows["status"], value_set=pa.array([*CROP_STATUSES]))
     return pc.if_else(has_crop, truth["error"], rows["error"])
 
 

@@ -419,7 +419,7 @@ def _resumed(storage: Storage, works: str, skipped: list[str], max_refused: floa
         record = json.loads(storage.read(_plan_uri(storage, works)))
     except MissingObject:
         return None
-    if record.get("rejected_above", 1.0) >= max_refused and "rejected_above" in record:
+    if max_refused <= record.get("rejected_above", -1.0):
         return None
     if record["skipped"] != skipped:
         console.print(
