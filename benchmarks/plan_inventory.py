@@ -29,7 +29,7 @@ from rich.table import Table
 
 from agr_ray.config import ScoreConfig
 from agr_ray.console import make_console
-from agr_ray.runtime.scoring.planning import photograph_id, plan, scored_ids
+from agr_ray.scoring.planning import photograph_id, plan, scored_ids
 from agr_ray.storage import Storage
 
 LIMIT_S = 180

@@ -36,7 +36,7 @@ from rich.table import Table
 
 from agr_ray.console import make_console
 from agr_ray.data.rendered import render_photograph
-from agr_ray.runtime.scoring.publish import published_runs
+from agr_ray.scoring.publish import published_runs
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import decode_image, encode_jpeg
 

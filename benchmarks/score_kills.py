@@ -39,7 +39,7 @@ from fault_proxy import Faults, run_fault_proxy
 from seaweedfs import S3Server
 
 from agr_ray.console import make_console
-from agr_ray.runtime.scoring.publish import published_runs
+from agr_ray.scoring.publish import published_runs
 from agr_ray.storage import Storage
 
 KILLERS = ("SIGKILL", "SIGSEGV")

@@ -44,11 +44,12 @@ from torch import nn
 
 from agr_ray.config import ClusterConfig, ModelConfig, PredictConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
-from agr_ray.learn.augment import prepare_eval
-from agr_ray.learn.inference import for_inference
-from agr_ray.learn.predict import Predictions, average, predict, to_nchw
 from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
-from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.predictions import Predictions
+from agr_ray.models.transform import Transform, prepare_eval
+from agr_ray.predict.forward import average, predict, to_nchw
+from agr_ray.predict.inference import for_inference
 from agr_ray.runtime.score import score
 from agr_ray.vision.align import align
 from agr_ray.vision.decode import decode_image

@@ -41,16 +41,17 @@ from torchvision import transforms
 
 from agr_ray.config import AugmentConfig, ClusterConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
 from agr_ray.console import make_console
+from agr_ray.data.prepared import open_prepared
+from agr_ray.evaluation.metrics import Baseline, Labels
 from agr_ray.learn.loop import Batch, LocalContext
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
-from agr_ray.learn.metrics import Baseline, Labels
 from agr_ray.learn.optimise import build_optimizer
-from agr_ray.learn.precision import autocast, compute_dtype
-from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.precision import autocast, compute_dtype
+from agr_ray.models.transform import Transform
 from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.crops import decoded_crops, label_arrays, select_crops, usable_statuses
-from agr_ray.runtime.prepared import open_prepared
 from agr_ray.runtime.train import train
 from agr_ray.storage import Storage
 from agr_ray.vision.align import DEFAULT_MARGIN

@@ -14,26 +14,10 @@ from torch import Tensor
 
 from agr_ray.config import AugmentConfig
 from agr_ray.learn.randaugment import rand_augment
-from agr_ray.models.network import Transform
+from agr_ray.models.transform import LUMA, Transform, centre, equalize_luminance, normalise, resize
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _ERASED_SHARE = (0.02, 0.20)
 _ERASED_ASPECT = (0.3, 3.3)
-
-
-def prepare_eval(images_u8: Tensor, transform: Transform) -> Tensor:
-    """Equalise where the network is used to it, cut out the template, resize and normalise.
-
-    Args:
-        images_u8: (n, 3, stored, stored) uint8, RGB.
-        transform: the network's.
-
-    Returns:
-        (n, 3, input_side_px, input_side_px) float32.
-    """
-    if transform.equalize:
-        images_u8 = equalize_luminance(images_u8)
-    return _normalise(_centre(images_u8, transform), transform)
 
 
 def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, generator: torch.Generator) -> Tensor:
@@ -58,57 +42,20 @@ def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, gene
     if config.rotation_degrees or config.scale or config.shift:
         images = _resample(images_u8, flip, transform, config, generator)
     else:
-        centre = _centre(images_u8, transform)
-        images = torch.where(flip[:, None, None, None], centre.flip(-1), centre)
+        plain = centre(images_u8, transform)
+        images = torch.where(flip[:, None, None, None], plain.flip(-1), plain)
     if config.brightness or config.contrast or config.saturation:
         images = _jitter(images, config, generator)
-    images = _normalise(images, transform)
+    images = normalise(images, transform)
     if config.erasing_probability:
         images = _erase(images, config.erasing_probability, generator)
     return images
-
-
-def equalize_luminance(images_u8: Tensor) -> Tensor:
-    """Flatten the histogram of each image's luminance and keep its colour (paper eq. 17, on Y of YCrCb).
-
-    Level v becomes (cdf(v) - cdf_min) / (num_pixels - cdf_min) * 255, as in OpenCV; an image of one level stays as it
-    is. Keeping Cr and Cb while Y changes is adding the same to red, green and blue, cut off at 0 and 255.
-
-    Args:
-        images_u8: (n, 3, h, w) uint8, RGB.
-
-    Returns:
-        (n, 3, h, w) uint8.
-    """
-    weights = torch.tensor(_LUMA, device=images_u8.device).view(1, 3, 1, 1)
-    luma = (images_u8 * weights).sum(dim=1, keepdim=True).round().long()
-    levels = luma.flatten(1)
-    counts = torch.zeros(len(levels), 256, device=levels.device)
-    cdf = counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=torch.float32)).cumsum(dim=1)
-    lowest = cdf.gather(1, levels.amin(dim=1, keepdim=True))
-    rest = levels.shape[1] - lowest
-    equalized = ((cdf - lowest) * 255.0 / rest.clamp(min=1.0)).round().gather(1, levels)
-    difference = torch.where(rest > 0, equalized - levels, 0.0).view_as(luma)
-    return (images_u8 + difference).clamp(0.0, 255.0).to(torch.uint8)
 
 
 def _uniform(like: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:
     """Draw one float32 an image, on the images' device, the same on every device."""
     draws = torch.rand(like.shape[0], generator=generator, device=generator.device)
     return (low + (high - low) * draws).to(like.device)
-
-
-def _centre(images_u8: Tensor, transform: Transform) -> Tensor:
-    """Cut out the template; resize only if its side is not the input's."""
-    stored, side = images_u8.shape[-1], transform.crop_side_px
-    assert images_u8.shape[-2] == stored >= side, (images_u8.shape, side)
-    first = (stored - side) // 2
-    square = images_u8[:, :, first : first + side, first : first + side]
-    return square if side == transform.input_side_px else _resize(square, transform.input_side_px)
-
-
-def _resize(images: Tensor, side: int) -> Tensor:
-    return F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
 
 
 def _resample(
@@ -123,7 +70,7 @@ def _resample(
     assert images_u8.shape[-2] == stored >= side, (images_u8.shape, side)
     share = side / stored
     if side > transform.input_side_px:
-        images = _resize(images_u8, round(stored * transform.input_side_px / side))
+        images = resize(images_u8, round(stored * transform.input_side_px / side))
     else:
         # Colour planes apart: grid_sample and what follows take half the time of channels_last.
         images = images_u8.to(torch.float32, memory_format=torch.contiguous_format)
@@ -146,7 +93,7 @@ def _jitter(images: Tensor, config: AugmentConfig, generator: torch.Generator) -
     contrast = _uniform(images, 1.0 - config.contrast, 1.0 + config.contrast, generator)
     saturation = _uniform(images, 1.0 - config.saturation, 1.0 + config.saturation, generator)
     images = images.float()
-    luma = torch.tensor(_LUMA, device=images.device)
+    luma = torch.tensor(LUMA, device=images.device)
     mean_grey = images.mean(dim=(2, 3)) @ luma
     own = brightness * contrast * saturation
     grey = brightness * contrast * (1.0 - saturation)
@@ -154,13 +101,6 @@ def _jitter(images: Tensor, config: AugmentConfig, generator: torch.Generator) -
     offset = brightness * (1.0 - contrast) * mean_grey
     changed = torch.baddbmm(offset[:, None, None].expand(-1, 3, 1), matrix, images.flatten(2))
     return changed.clamp_(0.0, 255.0).view(images.shape)
-
-
-def _normalise(images: Tensor, transform: Transform) -> Tensor:
-    """Map 0..255 to (value / 255 - mean) / std in one pass."""
-    mean = torch.tensor(transform.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(transform.std, device=images.device).view(1, 3, 1, 1)
-    return torch.addcmul(-mean / std, images.float(), 1.0 / (255.0 * std))
 
 
 def _erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:

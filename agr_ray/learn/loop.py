@@ -26,17 +26,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agr_ray.config import TrainConfig, TrainJob
+from agr_ray.evaluation.metrics import Baseline, GroupSums, Labels, MetricSums, objective, worst_group_age_mae
 from agr_ray.learn.augment import augment
 from agr_ray.learn.losses import Targets, TaskSums, first_log_variances, label_counts, loss_weights, multi_task_loss
-from agr_ray.learn.metrics import Baseline, GroupSums, Labels, MetricSums, objective, worst_group_age_mae
 from agr_ray.learn.mix import Mix, draw_mix, mix_images
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
-from agr_ray.learn.precision import allow_tf32, autocast, grad_scaler
-from agr_ray.learn.predict import Predictions, average, infer, to_nchw
 from agr_ray.learn.progress import Progress
 from agr_ray.learn.running import running_sums
 from agr_ray.learn.sampling import Sampler
-from agr_ray.models.network import TASKS, MultiTaskNet, Outputs, Transform
+from agr_ray.models.network import TASKS, MultiTaskNet, Outputs
+from agr_ray.models.precision import allow_tf32, autocast, grad_scaler
+from agr_ray.models.predictions import Predictions
+from agr_ray.models.transform import Transform
+from agr_ray.predict.forward import average, infer, to_nchw
 from agr_ray.schema import HISTORY
 
 Batch: TypeAlias = Mapping[str, Any]

@@ -12,7 +12,7 @@ from typing import Literal, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from agr_ray.learn.metrics import FloatArray, IntArray, Labels, age_group
+from agr_ray.evaluation.metrics import FloatArray, IntArray, Labels, age_group
 from agr_ray.schema import AGE_GROUPS, GENDERS, RACES
 
 Balance: TypeAlias = Literal["none", "age", "gender", "race", "cells"]

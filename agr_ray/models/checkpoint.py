@@ -32,7 +32,8 @@ from torch import Tensor
 import agr_ray
 from agr_ray.config import ModelConfig
 from agr_ray.models.card import model_card
-from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, Transform, mismatch
+from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, mismatch
+from agr_ray.models.transform import Transform
 from agr_ray.schema import GENDERS, RACES, SCHEMA_VERSION
 
 FORMAT_VERSION: Final = 1

@@ -8,13 +8,12 @@ has steps of a quarter of a year at an age of 40.
 
 from __future__ import annotations
 
-import dataclasses
 import http.client
 import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self, cast
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 import torchvision
@@ -23,17 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from agr_ray.config import ModelConfig
-from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, RACES, TEMPLATE
+from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, RACES
 
 TASKS: Final = ("age", "gender", "race")
 """Order of the tasks wherever a tensor has one entry for each."""
 
 AGE_BINS_YEARS: Final = tuple(range(int(AGE_MIN_YEARS), int(AGE_MAX_YEARS) + 1))
 """Ages of the bins of the `distribution` head: one a year, so that every age that a label may have is inside."""
-
-IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
-IMAGENET_STD: Final = (0.229, 0.224, 0.225)
-"""Eqs 2 and 3 of the paper, which prints the mean of green as 0.406, a slip."""
 
 _HEAD_STD: Final = 0.01
 _LAST_LAYERS: Final = ("fc.", "classifier.3.")
@@ -54,50 +49,6 @@ class Outputs(NamedTuple):
     """(n,); its sigmoid is the probability of "male"."""
     race_logits: Tensor | None
     """(n, len(RACES)), in the order of `RACES`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """From a stored crop to the network's input. Kept with the weights, which mean nothing without it."""
-
-    input_side_px: int
-    """Side of the square that the network sees."""
-    crop_side_px: int
-    """Side of the alignment template in the stored crop: the middle of it, without the margin."""
-    margin: float = 0.1
-    """Share of the template's side that the stored crop has more on each side."""
-    template: str = TEMPLATE
-    """Name and version of the alignment template."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Of red, green, blue in 0..1."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Of red, green, blue in 0..1."""
-    equalize: bool = False
-    """Whether the luminance of the stored crop is equalised first, the margin included."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values for meta.json.
-
-        `equalize` is there only where it is on: so checkpoints without it are what they always were, and code that
-        does not know it refuses the others.
-        """
-        values = {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
-        return values if self.equalize else {key: value for key, value in values.items() if key != "equalize"}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from what `to_json` gave.
-
-        Raises:
-            ValueError: a key is missing or unknown, or mean or std has not three numbers.
-        """
-        expected = {field.name for field in dataclasses.fields(cls)}
-        if {*values, "equalize"} != expected:
-            raise ValueError(f"expected the keys {sorted(expected)}, found {sorted(values)}")
-        mean, std = tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
-        if len(mean) != 3 or len(std) != 3:
-            raise ValueError(f"expected three numbers each for mean and std, found {len(mean)} and {len(std)}")
-        return cls(**{**values, "mean": mean, "std": std})
 
 
 class MultiTaskNet(nn.Module):

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from agr_ray.learn.metrics import Labels, predicted_gender
-from agr_ray.learn.predict import Predictions
+from agr_ray.evaluation.metrics import Labels, predicted_gender
+from agr_ray.models.predictions import Predictions
 from agr_ray.schema import GENDERS, RACES
 
 COLUMNS: Final = 6

@@ -23,9 +23,9 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from agr_ray.config import ClusterConfig, ConfigError
+from agr_ray.config import ClusterConfig
 from agr_ray.console import make_console
-from agr_ray.runtime.command import JobError
+from agr_ray.errors import ConfigError, JobError
 
 MIN_LOCAL_CPUS: Final = 8
 """Logical CPUs of a local cluster at least: actors that hold all CPUs leave Ray Data none to read and write with."""

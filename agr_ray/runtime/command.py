@@ -9,15 +9,12 @@ from typing import TypeVar
 
 from ray.exceptions import RayTaskError
 
-from agr_ray.config import ConfigError, Job, StorageConfig, load, one_line, read_local
-from agr_ray.runtime.lock import LockLost
+from agr_ray.config import Job, StorageConfig, load, one_line, read_local
+from agr_ray.errors import ConfigError, JobError
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
+from agr_ray.storage.lock import LockLost
 
 J = TypeVar("J", bound=Job)
-
-
-class JobError(Exception):
-    """The work itself can't go on, and nothing in the set-up is to blame: one line, status 1."""
 
 
 def run(job_class: type[J], work: Callable[[J], object]) -> None:

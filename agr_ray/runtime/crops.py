@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from ray.data import DataIterator, Dataset, TaskPoolStrategy
 from ray.train import DataConfig
 
+from agr_ray.data.prepared import PreparedSet
 from agr_ray.runtime.cluster import configure_ray_data, worker_count
-from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.prepared import PreparedSet
 from agr_ray.schema import AGE_MISSING, CLASS_MISSING, CROP_STATUSES, GENDERS, RACES, Status
 from agr_ray.storage import Storage
+from agr_ray.storage.retry import Patience
 from agr_ray.vision.align import DEFAULT_MARGIN, crop_side_px
 from agr_ray.vision.decode import decode_crop
 

@@ -22,12 +22,14 @@ import torch
 from ray.data import ActorPoolStrategy
 from rich.console import Console
 
-from agr_ray.config import ConfigError, EvaluateConfig, EvaluateJob, PredictConfig
+from agr_ray.config import EvaluateConfig, EvaluateJob, PredictConfig
 from agr_ray.config import digest as digest_of
 from agr_ray.console import make_console, make_table
-from agr_ray.learn.calibration import NEVER_SURE, Calibration, coverage_report
-from agr_ray.learn.metrics import Baseline, Labels, metrics_report, predicted_gender
-from agr_ray.learn.predict import Predictions, predict
+from agr_ray.data.prepared import PreparedSet, open_prepared
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.evaluation.calibration import NEVER_SURE, Calibration, coverage_report
+from agr_ray.evaluation.metrics import Baseline, Labels, metrics_report, predicted_gender
+from agr_ray.evaluation.stored_calibration import read_calibration
 from agr_ray.models.card import HEADLINES, model_card, with_measured
 from agr_ray.models.checkpoint import (
     CALIBRATION,
@@ -41,20 +43,15 @@ from agr_ray.models.checkpoint import (
     model_digest,
     read_meta,
 )
-from agr_ray.runtime.checkpoints import (
-    local_checkpoint,
-    portable_checkpoint,
-    read_calibration,
-    unpacked_checkpoint,
-)
+from agr_ray.models.checkpoint_files import local_checkpoint, portable_checkpoint, unpacked_checkpoint
+from agr_ray.models.predictions import Predictions
+from agr_ray.predict.forward import predict
+from agr_ray.progress import progress
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import decoded_crops, label_arrays, part_dataset, select_crops, usable_statuses
-from agr_ray.runtime.lock import RunLock, run_lock
-from agr_ray.runtime.prepared import PreparedSet, open_prepared
-from agr_ray.runtime.progress import progress
 from agr_ray.schema import CROP_STATUSES, GENDERS, PREDICTION_FIELDS, PREDICTIONS, RACES, Status
 from agr_ray.storage import ChangedObject, MissingObject, Storage, StorageError, StorageFailed, StorageUnavailable
+from agr_ray.storage.lock import RunLock, run_lock
 
 FORMAT_VERSION: Final = 1
 _CARD_ATTEMPTS: Final = 20

@@ -17,8 +17,8 @@ import ray
 from ray.data import ActorPoolStrategy
 from rich.console import Console
 
+from agr_ray.progress import progress
 from agr_ray.runtime.cluster import configure_ray_data
-from agr_ray.runtime.progress import progress
 from agr_ray.storage import Storage
 
 MakeRows = Callable[[pa.Table], pa.Table]

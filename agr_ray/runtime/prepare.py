@@ -15,22 +15,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from agr_ray.config import ConfigError, PrepareConfig, PrepareJob, SourceConfig, VisionConfig
+from agr_ray.config import PrepareConfig, PrepareJob, SourceConfig, VisionConfig
 from agr_ray.console import make_console, make_table
-from agr_ray.data import folder, utkface
-from agr_ray.data.label_table import LabelTableError, find_labels
 from agr_ray.data.manifest import SourceRow, build_manifest, content_hashes, labels_digest
+from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet, find_prepared
+from agr_ray.data.sources import folder, utkface
+from agr_ray.data.sources.label_table import LabelTableError, find_labels
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
 from agr_ray.data.standing import apply_edits, find_standing
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.predict.photographs import MIB, ImageReader, Photograph, Reject, landmark_columns
+from agr_ray.progress import print_failed, progress
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.command import JobError
-from agr_ray.runtime.images import MIB, ImageReader, Photograph, Reject, landmark_columns
-from agr_ray.runtime.lock import RunLock, run_lock
 from agr_ray.runtime.parts import without, write_parts
-from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet, find_prepared
-from agr_ray.runtime.progress import print_failed, progress
 from agr_ray.schema import CROP_STATUSES, CROPS, MANIFEST, SPLITS, TEMPLATE, Status
 from agr_ray.storage import Storage
+from agr_ray.storage.lock import RunLock, run_lock
 from agr_ray.tables.rejects import reject_reasons
 from agr_ray.vision.align import DEFAULT_MARGIN, align, align_chip
 from agr_ray.vision.decode import encode_jpeg

@@ -16,13 +16,14 @@ import pyarrow as pa
 import ray
 from ray.data import TaskPoolStrategy
 
-from agr_ray.config import ConfigError, RenderJob
+from agr_ray.config import RenderJob
 from agr_ray.console import make_console
 from agr_ray.data.rendered import chip_labels_table, photograph_labels_table, render_chip, render_photograph
+from agr_ray.errors import ConfigError
+from agr_ray.progress import progress
 from agr_ray.runtime.cluster import cluster, configure_ray_data, worker_count
-from agr_ray.runtime.lock import run_lock
-from agr_ray.runtime.progress import progress
 from agr_ray.storage import Storage
+from agr_ray.storage.lock import run_lock
 from agr_ray.vision.decode import encode_jpeg
 
 MAX_FACES: Final = 6

@@ -18,9 +18,9 @@ from ray.data import ActorPoolStrategy
 from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
 from agr_ray.runtime.cluster import check_fits, cluster, configure_ray_data, worker_count
-from agr_ray.runtime.scoring.driver import score_input
-from agr_ray.runtime.scoring.publish import Counts, Publication
-from agr_ray.runtime.scoring.scorer import AttributePredictor, Found, PartScorer, Scoring
+from agr_ray.scoring.driver import score_input
+from agr_ray.scoring.publish import Counts, Publication
+from agr_ray.scoring.scorer import AttributePredictor, Found, PartScorer, Scoring
 
 MAX_BLOCKS: Final = 4096
 """Parts that Ray Data is given at a time, each a block of its own."""

@@ -34,34 +34,35 @@ from ray.train import Result, UserCallback
 from rich.console import Console
 from torch import Tensor
 
-from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, digest
+from agr_ray.config import ModelConfig, TrainConfig, TrainJob, digest
 from agr_ray.console import make_console, make_table
-from agr_ray.learn.metrics import Baseline, Labels, class_counts
-from agr_ray.learn.sampling import Sampler
-from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
-from agr_ray.models.network import MultiTaskNet, Transform, WeightsError, first_weights, load_trunk
-from agr_ray.runtime.checkpoints import calibration_hint, publish_checkpoint
-from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.command import JobError
-from agr_ray.runtime.crops import label_arrays, select_crops, usable_statuses
-from agr_ray.runtime.lock import RunLock, run_lock
-from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.prepared import PreparedSet, describe_sets, open_prepared
-from agr_ray.runtime.training.board import progress_board
-from agr_ray.runtime.training.dry_run import dry_run
-from agr_ray.runtime.training.guards import (
+from agr_ray.data.guards import (
     check_no_overlaps,
     check_sets,
     class_warnings,
     copies_warnings,
     detector_warnings,
 )
-from agr_ray.runtime.training.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
+from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.evaluation.metrics import Baseline, Labels, class_counts
+from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
+from agr_ray.learn.sampling import Sampler
+from agr_ray.learn.tracking import check_mlflow
+from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
+from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
+from agr_ray.models.network import MultiTaskNet, WeightsError, first_weights, load_trunk
+from agr_ray.models.transform import Transform
+from agr_ray.runtime.cluster import cluster
+from agr_ray.runtime.crops import label_arrays, select_crops, usable_statuses
+from agr_ray.runtime.training.board import progress_board
+from agr_ray.runtime.training.dry_run import dry_run
 from agr_ray.runtime.training.shard_batches import max_kept_rows
-from agr_ray.runtime.training.tracking import check_mlflow
 from agr_ray.runtime.training.trainer import check_workers_fit, fit
 from agr_ray.schema import Status
 from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage.lock import RunLock, run_lock
+from agr_ray.storage.retry import Patience
 from agr_ray.vision.align import DEFAULT_MARGIN
 
 

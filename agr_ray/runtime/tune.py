@@ -15,26 +15,26 @@ import pyarrow as pa
 from ray import tune as ray_tune
 from rich.console import Console
 
-from agr_ray.config import PAPER_POINT, ConfigError, TrainJob, TuneJob
+from agr_ray.config import PAPER_POINT, TrainJob, TuneJob
 from agr_ray.console import make_console
-from agr_ray.learn.space import base_job, check_space, paper_point, recipes_value, unlike_papers, with_values
-from agr_ray.learn.trials import ERROR_TASKS
+from agr_ray.data.prepared import PreparedSet
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.learn.run import Run
+from agr_ray.report.sweep_results import print_trials, write_results
 from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import select_crops, usable_statuses
-from agr_ray.runtime.lock import RunLock, run_lock
-from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.prepared import PreparedSet
 from agr_ray.runtime.train import open_sets, plan, settings_digest
 from agr_ray.runtime.training.dry_run import dry_run
-from agr_ray.runtime.training.run import Run
 from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher
 from agr_ray.runtime.tuning.placement import TRIAL_CPUS, room
-from agr_ray.runtime.tuning.plan import Plan, plan_sweep
-from agr_ray.runtime.tuning.results import print_trials, write_results
-from agr_ray.runtime.tuning.sweep import Sweep
 from agr_ray.runtime.tuning.trial import trainable
 from agr_ray.storage import Storage
+from agr_ray.storage.lock import RunLock, run_lock
+from agr_ray.storage.retry import Patience
+from agr_ray.tuning.plan import Plan, plan_sweep
+from agr_ray.tuning.space import base_job, check_space, paper_point, recipes_value, unlike_papers, with_values
+from agr_ray.tuning.sweep import Sweep
+from agr_ray.tuning.trials import ERROR_TASKS
 
 TUNE_FOLDER: Final = "tune"
 """Of Tune's own files, which nothing is read from again."""

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from agr_ray.learn.metrics import age_group
+from agr_ray.evaluation.metrics import age_group
 from agr_ray.schema import ABSTAINED, AGE_GROUPS, FACE, FACES, REJECTS, Status
 
 _SCORED = pa.array([str(Status.OK), str(Status.NO_FACE)])

@@ -55,11 +55,11 @@ def make_detector(
     """
     # Imported here, so that a job with Haar or with no detector does not load torch.
     if name == "mtcnn":
-        from agr_ray.vision.mtcnn import Mtcnn
+        from agr_ray.vision.detectors.mtcnn import Mtcnn
 
         return Mtcnn(min_face_px=min_face_px, thresholds=thresholds, min_score=min_score, device=device)
     if name == "haar":
-        from agr_ray.vision.haar import Haar
+        from agr_ray.vision.detectors.haar import Haar
 
         return Haar(min_face_px=min_face_px, min_score=min_score)
     if name == "none":

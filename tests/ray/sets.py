@@ -14,11 +14,12 @@ import torch
 
 from agr_ray.config import ModelConfig
 from agr_ray.data.manifest import labels_digest
+from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.data.rendered import RenderedChip, render_chip
 from agr_ray.data.splits import split_digest, split_manifest_text
 from agr_ray.models.checkpoint import content_codes, save_checkpoint
-from agr_ray.models.network import MultiTaskNet, Transform
-from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.transform import Transform
 from agr_ray.schema import CROPS, TEMPLATE
 from agr_ray.storage import Storage
 from agr_ray.vision.align import align_chip

@@ -18,12 +18,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sets import checkpoint, prepared_set
 
-from agr_ray.config import ConfigError, EvaluateConfig, EvaluateJob, PredictConfig
-from agr_ray.runtime.command import JobError
+from agr_ray.config import EvaluateConfig, EvaluateJob, PredictConfig
+from agr_ray.errors import ConfigError, JobError
 from agr_ray.runtime.evaluate import evaluate
-from agr_ray.runtime.lock import LockLost, run_lock
 from agr_ray.schema import GENDERS, PREDICTIONS, RACES
 from agr_ray.storage import Storage
+from agr_ray.storage.lock import LockLost, run_lock
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

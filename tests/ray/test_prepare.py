@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from sets import SIDE_PX, chip_label, iou, write_chips, write_labels
 
-from agr_ray.config import ConfigError, PrepareConfig, PrepareJob, SourceConfig, SplitConfig, VisionConfig
+from agr_ray.config import PrepareConfig, PrepareJob, SourceConfig, SplitConfig, VisionConfig
+from agr_ray.data.prepared import PreparedSet
 from agr_ray.data.rendered import RenderedChip
+from agr_ray.errors import ConfigError
 from agr_ray.runtime.prepare import prepare
-from agr_ray.runtime.prepared import PreparedSet
 from agr_ray.schema import CROPS
 from agr_ray.vision.align import crop_side_px
 from agr_ray.vision.decode import decode_crop

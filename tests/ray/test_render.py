@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from agr_ray.config import ConfigError, RenderConfig, RenderJob
+from agr_ray.config import RenderConfig, RenderJob
 from agr_ray.data.rendered import render_chip
-from agr_ray.runtime.lock import run_lock
+from agr_ray.errors import ConfigError
 from agr_ray.runtime.render import render
 from agr_ray.storage import Storage
+from agr_ray.storage.lock import run_lock
 from agr_ray.vision.decode import encode_jpeg
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

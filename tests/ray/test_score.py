@@ -13,14 +13,15 @@ import pytest
 from PIL import Image
 from sets import checkpoint, iou
 
-from agr_ray.config import ConfigError, GatesConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.data.rendered import RenderedPhotograph, render_photograph
+from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.runtime.checkpoints import portable_checkpoint
+from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.runtime.score import _wave, remote_predictors, score
-from agr_ray.runtime.scoring.planning import plan
-from agr_ray.runtime.scoring.scorer import Scoring, manifest_folder
 from agr_ray.schema import GENDERS, IMAGES, RACES
+from agr_ray.scoring.planning import plan
+from agr_ray.scoring.scorer import Scoring, manifest_folder
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import encode_jpeg
 
@@ -242,7 +243,7 @@ def test_a_killed_run_is_planned_again_where_another_has_published_since(
     out = folder / "twice"
     job = job.model_copy(update={"score": job.score.model_copy(update={"out": str(out)})})
     limited = job.model_copy(update={"score": job.score.model_copy(update={"limit": 3})})
-    monkeypatch.setattr("agr_ray.runtime.scoring.driver.promote", die)
+    monkeypatch.setattr("agr_ray.scoring.driver.promote", die)
     with pytest.raises(KeyboardInterrupt):
         score(job)
     monkeypatch.undo()

@@ -19,24 +19,16 @@ from rich.console import Console
 from sets import SIDE_PX, prepared_set
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agr_ray.config import (
-    AugmentConfig,
-    ConfigError,
-    EvaluateConfig,
-    EvaluateJob,
-    ModelConfig,
-    TrainConfig,
-    TrainJob,
-)
+from agr_ray.config import AugmentConfig, EvaluateConfig, EvaluateJob, ModelConfig, TrainConfig, TrainJob
+from agr_ray.data.prepared import open_prepared
+from agr_ray.errors import ConfigError, JobError
 from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state
-from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import training_dataset
 from agr_ray.runtime.evaluate import evaluate
-from agr_ray.runtime.lock import LockLost, run_lock
-from agr_ray.runtime.prepared import open_prepared
 from agr_ray.runtime.train import train
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage
+from agr_ray.storage.lock import LockLost, run_lock
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -16,9 +16,10 @@ import pytest
 import ray
 from sets import SIDE_PX, prepared_set
 
-from agr_ray.config import ConfigError, ModelConfig, TrainConfig, TrainJob, TuneConfig, TuneJob, parse
+from agr_ray.config import ModelConfig, TrainConfig, TrainJob, TuneConfig, TuneJob, parse
+from agr_ray.data.prepared import open_prepared
+from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.runtime.prepared import open_prepared
 from agr_ray.runtime.train import settings_digest
 from agr_ray.runtime.tune import tune
 from agr_ray.schema import TRIALS

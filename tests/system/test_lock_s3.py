@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rich.console import Console
 
-from agr_ray.config import ConfigError
-from agr_ray.runtime.lock import LockLost, LockRecord, run_lock
+from agr_ray.errors import ConfigError
 from agr_ray.storage import Storage
+from agr_ray.storage.lock import LockLost, LockRecord, run_lock
 
 pytestmark = pytest.mark.timeout(120)
 

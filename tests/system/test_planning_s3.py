@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 from commands import ROOT
 
-from agr_ray.config import ConfigError, ScoreConfig
-from agr_ray.runtime.scoring.planning import plan, read_part, read_plan, scored_ids
+from agr_ray.config import ScoreConfig
+from agr_ray.errors import ConfigError
+from agr_ray.scoring.planning import plan, read_part, read_plan, scored_ids
 from agr_ray.storage import Storage, StorageUnavailable
 
 sys.path.append(str(ROOT / "tests" / "unit"))

@@ -33,8 +33,9 @@ from fault_proxy import Faults, run_fault_proxy
 from seaweedfs import READ_ONLY, Bucket, S3Server, run_seaweedfs
 from servers import free_ports
 
-from agr_ray.config import ConfigError, ScoreConfig, ScoreJob
+from agr_ray.config import ScoreConfig, ScoreJob
 from agr_ray.data.rendered import render_photograph
+from agr_ray.errors import ConfigError
 from agr_ray.runtime.score import score
 from agr_ray.schema import IMAGES
 from agr_ray.storage import StorageUnavailable

@@ -23,7 +23,7 @@ from seaweedfs import S3Server
 from servers import free_ports
 
 from agr_ray.data.manifest import build_manifest
-from agr_ray.data.utkface import source_rows
+from agr_ray.data.sources.utkface import source_rows
 from agr_ray.schema import Status
 from agr_ray.storage import (
     ArchivedObject,

@@ -11,8 +11,8 @@ from commands import ROOT
 from seaweedfs import S3Server
 
 from agr_ray.config import TuneConfig
-from agr_ray.runtime.tuning.study import Study
 from agr_ray.storage import Storage
+from agr_ray.tuning.study import Study
 
 sys.path.append(str(ROOT / "tests" / "unit"))
 from sweeps import SPACE

@@ -21,7 +21,7 @@ from this_process import ThisProcess
 from agr_ray.config import ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
 from agr_ray.data.rendered import render_chip
-from agr_ray.runtime.scoring.driver import score_input
+from agr_ray.scoring.driver import score_input
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import encode_jpeg
 

@@ -36,12 +36,13 @@ from sets import checkpoint
 from this_process import ThisProcess
 
 from agr_ray import storage
-from agr_ray.config import ConfigError, GatesConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
-from agr_ray.runtime.lock import LockLost
-from agr_ray.runtime.scoring.driver import score_input
-from agr_ray.runtime.scoring.planning import RETRIED
+from agr_ray.errors import ConfigError
+from agr_ray.scoring.driver import score_input
+from agr_ray.scoring.planning import RETRIED
 from agr_ray.storage import ServerFailed, Storage, StorageUnavailable
+from agr_ray.storage.lock import LockLost
 from agr_ray.vision.decode import encode_jpeg
 
 NUM_SEQUENCES = int(os.environ.get("AGR_TEST_SEQUENCES", "60"))

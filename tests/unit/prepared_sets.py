@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet
+from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.schema import CROPS, TEMPLATE
 from agr_ray.storage import Storage
 from agr_ray.vision.align import crop_side_px

@@ -10,10 +10,10 @@ import pyarrow as pa
 from rich.console import Console
 
 from agr_ray.config import TuneJob
-from agr_ray.runtime.tuning.plan import Plan, plan_sweep
-from agr_ray.runtime.tuning.sweep import Sweep
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage
+from agr_ray.tuning.plan import Plan, plan_sweep
+from agr_ray.tuning.sweep import Sweep
 
 STORAGE = Storage()
 SPACE = {"loss.race_weight": {"uniform": [0.1, 2.0]}, "train.lr": {"log_uniform": [1e-4, 1e-2]}}

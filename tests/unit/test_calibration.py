@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from agr_ray.config import EvaluateJob, parse
-from agr_ray.learn.calibration import (
+from agr_ray.evaluation.calibration import (
     NEVER_SURE,
     TEMPERATURES,
     Calibration,
     coverage_report,
     expected_calibration_error,
 )
-from agr_ray.learn.metrics import Labels
-from agr_ray.learn.predict import Predictions
+from agr_ray.evaluation.metrics import Labels
 from agr_ray.models.checkpoint import CALIBRATION, CheckpointError, read_calibration_json
+from agr_ray.models.predictions import Predictions
 from agr_ray.schema import AGE_GROUPS, RACES
 
 NAN = math.nan

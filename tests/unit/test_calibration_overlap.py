@@ -12,11 +12,11 @@ from test_jobs_errors import saved_checkpoint
 
 from agr_ray.config import PredictConfig, ScoreJob, digest
 from agr_ray.console import make_console
-from agr_ray.learn.calibration import Calibration
-from agr_ray.learn.metrics import Labels
-from agr_ray.learn.predict import Predictions
+from agr_ray.evaluation.calibration import Calibration
+from agr_ray.evaluation.metrics import Labels
 from agr_ray.models.checkpoint import model_digest
-from agr_ray.runtime.scoring.driver import _model
+from agr_ray.models.predictions import Predictions
+from agr_ray.scoring.driver import _model
 
 
 def calibration(folder: Path, num_seen: int | None) -> Calibration:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agr_ray.learn.metrics import Baseline, GroupSums, Labels, class_counts, metrics_report
-from agr_ray.learn.predict import Predictions
+from agr_ray.evaluation.metrics import Baseline, GroupSums, Labels, class_counts, metrics_report
 from agr_ray.models.card import model_card, with_measured
+from agr_ray.models.predictions import Predictions
 
 RNG = np.random.default_rng(0)
 NUM_ROWS = 1000

@@ -26,7 +26,8 @@ from agr_ray.models.checkpoint import (
     model_digest,
     save_checkpoint,
 )
-from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.transform import Transform
 
 CONFIG = ModelConfig(preset="lightweight", input_side_px=32, age_head="distribution", bn_momentum=None)
 # printf a | sha256sum: ca978112ca1bbdca...

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 from agr_ray.config import (
     PRESETS,
     SECTIONS,
-    ConfigError,
     EvaluateJob,
     Job,
     ModelConfig,
@@ -29,6 +28,7 @@ from agr_ray.config import (
     load,
     parse,
 )
+from agr_ray.errors import ConfigError
 
 JOBS: tuple[type[Job], ...] = (RenderJob, PrepareJob, TrainJob, TuneJob, EvaluateJob, ScoreJob)
 RECIPES = sorted(Path(__file__).parents[2].glob("jobs/recipes/*.toml"))

@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 from test_progress import PROGRESS
 
+from agr_ray import progress as log_progress
 from agr_ray.console import make_console, make_table
+from agr_ray.data.prepared import PreparedSet
+from agr_ray.progress import progress
 from agr_ray.runtime import prepare
-from agr_ray.runtime import progress as log_progress
-from agr_ray.runtime.prepared import PreparedSet
-from agr_ray.runtime.progress import progress
-from agr_ray.runtime.scoring import driver
 from agr_ray.runtime.training.board import TrainingBars
 from agr_ray.schema import Status
+from agr_ray.scoring import driver
 
 ROOT = Path(__file__).parents[2]
 ODD = "/data/[bold]x[/nope]/[1]/:key:/" + "0123456789" * 12

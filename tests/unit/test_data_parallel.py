@@ -11,8 +11,8 @@ from test_loop import STILL, TRANSFORM, faces, job, network, part, still_norms
 from torch import Tensor, nn
 
 from agr_ray.config import LossConfig
+from agr_ray.evaluation.metrics import Baseline, Labels
 from agr_ray.learn.loop import Batch, LocalContext, train
-from agr_ray.learn.metrics import Baseline, Labels
 
 NUM = 11
 SHARES = (slice(0, 6), slice(6, 10), slice(10, 11))

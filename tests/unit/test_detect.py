@@ -10,8 +10,8 @@ from facenet_pytorch import MTCNN
 from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
 
 from agr_ray.data.rendered import render_chip
-from agr_ray.vision import mtcnn as cascade
 from agr_ray.vision.detect import Detector, make_detector
+from agr_ray.vision.detectors import mtcnn as cascade
 from agr_ray.vision.faces import Faces
 
 NUM_CHIPS = 12

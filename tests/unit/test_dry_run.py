@@ -11,8 +11,8 @@ import torch
 from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import ModelConfig, TrainConfig, TrainJob
+from agr_ray.errors import JobError
 from agr_ray.models.network import MultiTaskNet
-from agr_ray.runtime.command import JobError
 from agr_ray.runtime.train import train
 from agr_ray.runtime.training.dry_run import count_memory
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agr_ray.learn.predict import Predictions
-from agr_ray.runtime.command import JobError
+from agr_ray.errors import JobError
+from agr_ray.models.predictions import Predictions
 from agr_ray.runtime.evaluate import _check_finite
 
 

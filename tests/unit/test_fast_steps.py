@@ -15,13 +15,13 @@ from test_loop import STILL, TRANSFORM, _Rank, faces, job, network, part, run, r
 from torch import Tensor, nn
 
 from agr_ray.config import AugmentConfig, LossConfig, TrainConfig, TrainJob
+from agr_ray.evaluation.metrics import Baseline, Labels
 from agr_ray.learn import loop
 from agr_ray.learn.loop import EpochReport, LocalContext, NonFiniteLossError, train
-from agr_ray.learn.metrics import Baseline, Labels
 from agr_ray.learn.optimise import build_optimizer
-from agr_ray.learn.precision import allow_tf32, autocast
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.precision import allow_tf32, autocast
 
 CPU = torch.device("cpu")
 MIXED = AugmentConfig(flip_probability=0, rotation_degrees=0, shift=0, mixup_alpha=0.4, cutmix_alpha=1.0)

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from agr_ray.data.folder import source_rows
-from agr_ray.data.label_table import LabelTableError, find_labels
 from agr_ray.data.manifest import ParsedLabel, build_manifest, content_hashes, group_ids
+from agr_ray.data.sources.folder import source_rows
+from agr_ray.data.sources.label_table import LabelTableError, find_labels
 from agr_ray.storage import Storage
 
 Row = dict[str, object]

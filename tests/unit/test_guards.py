@@ -9,9 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from agr_ray.config import ConfigError
-from agr_ray.runtime.prepared import FORMAT_VERSION, PreparedSet
-from agr_ray.runtime.training.guards import (
+from agr_ray.data.guards import (
     check_no_overlap,
     check_no_overlaps,
     check_sets,
@@ -19,6 +17,8 @@ from agr_ray.runtime.training.guards import (
     copies_warnings,
     detector_warnings,
 )
+from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
+from agr_ray.errors import ConfigError
 from agr_ray.storage import Storage
 
 COUNTS = {"gender": {"female": 0, "male": 8}, "race": {"white": 5, "black": 1, "asian": 2, "indian": 0, "others": 0}}

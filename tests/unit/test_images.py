@@ -13,7 +13,7 @@ from PIL import Image
 
 from agr_ray.config import PrepareConfig, VisionConfig
 from agr_ray.data.rendered import render_chip
-from agr_ray.runtime.images import ImageReader, Photograph, landmark_columns
+from agr_ray.predict.photographs import ImageReader, Photograph, landmark_columns
 from agr_ray.runtime.prepare import CropMaker
 from agr_ray.schema import MANIFEST
 from agr_ray.storage import Storage

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from agr_ray.config import ModelConfig, PredictConfig
-from agr_ray.learn.inference import for_inference
-from agr_ray.learn.predict import predict
-from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.transform import Transform
+from agr_ray.predict.forward import predict
+from agr_ray.predict.inference import for_inference
 
 TRANSFORM = Transform(input_side_px=64, crop_side_px=64)
 

@@ -19,7 +19,8 @@ from prepared_sets import SIDE_PX, prepared_set
 from agr_ray.config import EvaluateJob, Job, ModelConfig, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
 from agr_ray.data.standing import find_standing
 from agr_ray.models.checkpoint import save_checkpoint
-from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.transform import Transform
 from agr_ray.runtime.command import run
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.runtime.prepare import prepare

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from agr_ray.config import ConfigError
-from agr_ray.runtime.lock import LockLost, LockRecord, RunLock, clock_s, run_lock
+from agr_ray.errors import ConfigError
 from agr_ray.storage import Storage
+from agr_ray.storage.lock import LockLost, LockRecord, RunLock, clock_s, run_lock
 
 ALIVE_S = 2.0
 """Expiry where a heartbeat must come in time, on a busy machine too."""
@@ -28,7 +28,7 @@ HOLDER = """
 import sys
 from rich.console import Console
 from agr_ray.config import ConfigError
-from agr_ray.runtime.lock import run_lock
+from agr_ray.storage.lock import run_lock
 from agr_ray.storage import Storage
 from refused_calls import refuse
 refuse(sys.argv[3:])
@@ -241,7 +241,7 @@ def test_a_lock_works_without_hard_links(storage: Storage, uri: str, refused: li
 def test_an_empty_lock_of_a_run_that_died_while_it_made_it_is_taken_over(
     storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agr_ray.runtime.lock._EMPTY_EXPIRES_S", DEAD_S)
+    monkeypatch.setattr("agr_ray.storage.lock._EMPTY_EXPIRES_S", DEAD_S)
     storage.write(uri, b"")
     console = Console(file=io.StringIO())
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
+from agr_ray.evaluation.metrics import Baseline, Labels
 from agr_ray.learn import loop
 from agr_ray.learn.loop import (
     Batch,
@@ -27,13 +28,13 @@ from agr_ray.learn.loop import (
     steps_per_epoch,
     train,
 )
-from agr_ray.learn.metrics import Baseline, Labels
 from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate, trunk_stages
-from agr_ray.learn.precision import autocast
-from agr_ray.learn.predict import predict
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
-from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.precision import autocast
+from agr_ray.models.transform import Transform
+from agr_ray.predict.forward import predict
 from agr_ray.schema import HISTORY
 
 SIDE = 32

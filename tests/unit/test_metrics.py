@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from agr_ray.learn.metrics import (
+from agr_ray.evaluation.metrics import (
     Baseline,
     GroupSums,
     Labels,
@@ -19,7 +19,7 @@ from agr_ray.learn.metrics import (
     metrics_report,
     objective,
 )
-from agr_ray.learn.predict import Predictions
+from agr_ray.models.predictions import Predictions
 from agr_ray.schema import AGE_GROUPS, RACES
 
 NAN = math.nan

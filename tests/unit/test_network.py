@@ -10,15 +10,8 @@ import torchvision
 from safetensors.torch import save_file
 
 from agr_ray.config import ModelConfig
-from agr_ray.models.network import (
-    AGE_BINS_YEARS,
-    MultiTaskNet,
-    Transform,
-    WeightsError,
-    first_weights,
-    load_trunk,
-    read_state,
-)
+from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, WeightsError, first_weights, load_trunk, read_state
+from agr_ray.models.transform import Transform
 from agr_ray.schema import AGE_MAX_YEARS, RACES
 
 SIDE = 32

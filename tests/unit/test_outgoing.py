@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agr_ray.runtime.training.outgoing import delete_leftovers, outgoing_folder
+from agr_ray.storage.outgoing import delete_leftovers, outgoing_folder
 
 RUN = "s3://bucket/runs/first"
 

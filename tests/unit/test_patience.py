@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from agr_ray.runtime import patience
-from agr_ray.runtime.patience import Patience
 from agr_ray.storage import StorageUnavailable
+from agr_ray.storage import retry as patience
+from agr_ray.storage.retry import Patience
 
 
 def test_storage_that_goes_away_is_waited_for(

@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from inventories import entry, write_inventory
 
-from agr_ray.config import ConfigError, ScoreConfig
+from agr_ray.config import ScoreConfig
 from agr_ray.data.manifest import image_id
-from agr_ray.runtime.scoring import planning
-from agr_ray.runtime.scoring.planning import (
+from agr_ray.errors import ConfigError
+from agr_ray.schema import SCORE_MANIFEST
+from agr_ray.scoring import planning
+from agr_ray.scoring.planning import (
     PARTS_PER_FILE,
     SCORED,
     Plan,
@@ -27,7 +29,6 @@ from agr_ray.runtime.scoring.planning import (
     read_plan,
     scored_ids,
 )
-from agr_ray.schema import SCORE_MANIFEST
 from agr_ray.storage import MissingObject, Storage, StorageUnavailable
 
 STORAGE = Storage()

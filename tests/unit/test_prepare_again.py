@@ -21,15 +21,16 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from agr_ray.config import ConfigError, PrepareConfig, PrepareJob, SourceConfig, SplitConfig, VisionConfig
+from agr_ray.config import PrepareConfig, PrepareJob, SourceConfig, SplitConfig, VisionConfig
 from agr_ray.console import make_console
+from agr_ray.data.prepared import open_prepared
+from agr_ray.errors import ConfigError
 from agr_ray.runtime import prepare as module
-from agr_ray.runtime.lock import LockLost, run_lock
 from agr_ray.runtime.parts import _PartWriter
 from agr_ray.runtime.prepare import prepare
-from agr_ray.runtime.prepared import open_prepared
 from agr_ray.schema import CROPS
 from agr_ray.storage import ChangedObject, Storage, StorageFailed
+from agr_ray.storage.lock import LockLost, run_lock
 from agr_ray.vision.decode import encode_jpeg
 
 NUM_SEQUENCES = int(os.environ.get("AGR_TEST_SEQUENCES", "60"))

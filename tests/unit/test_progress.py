@@ -13,14 +13,15 @@ import torch
 from rich.console import Console
 
 from agr_ray.config import AugmentConfig, ModelConfig, TrainConfig, TrainJob
+from agr_ray.evaluation.metrics import Baseline, Labels, MetricSums
 from agr_ray.learn import loop
 from agr_ray.learn.loop import LocalContext, train
 from agr_ray.learn.losses import Targets
-from agr_ray.learn.metrics import Baseline, Labels, MetricSums
-from agr_ray.learn.predict import average
 from agr_ray.learn.progress import Progress, duration
 from agr_ray.learn.running import running_sums
-from agr_ray.models.network import MultiTaskNet, Outputs, Transform
+from agr_ray.models.network import MultiTaskNet, Outputs
+from agr_ray.models.transform import Transform
+from agr_ray.predict.forward import average
 from agr_ray.runtime.training.board import TrainingBars, progress_board
 
 SIDE = 32

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agr_ray.learn.metrics import Labels
-from agr_ray.learn.predict import Predictions
+from agr_ray.evaluation.metrics import Labels
+from agr_ray.models.predictions import Predictions
 from agr_ray.report.curves import curves_png
 from agr_ray.report.samples import describe, samples_page
 from agr_ray.schema import HISTORY

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from agr_ray.learn.metrics import Labels
+from agr_ray.evaluation.metrics import Labels
 from agr_ray.learn.sampling import Balance, Sampler
 
 NAN = math.nan

@@ -22,14 +22,15 @@ sys.path.append(str(Path(__file__).parents[1] / "ray"))
 from sets import checkpoint
 from this_process import ThisProcess
 
-from agr_ray.config import ConfigError, GatesConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
 from agr_ray.data.rendered import render_chip
-from agr_ray.runtime.lock import LockLost
-from agr_ray.runtime.scoring import driver, grouping
-from agr_ray.runtime.scoring.driver import TooManyRefused, score_input
+from agr_ray.errors import ConfigError
 from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, REJECTS
+from agr_ray.scoring import driver, grouping
+from agr_ray.scoring.driver import TooManyRefused, score_input
 from agr_ray.storage import ArchivedObject, ServerFailed, Storage, StorageFailed
+from agr_ray.storage.lock import LockLost
 from agr_ray.vision.decode import encode_jpeg
 
 NAMES = [f"{number}.jpg" for number in range(6)]

@@ -18,15 +18,15 @@ from sets import checkpoint
 
 from agr_ray.config import GatesConfig, PredictConfig, ScoreConfig, VisionConfig
 from agr_ray.data.rendered import render_chip
-from agr_ray.learn.predict import Predictions
 from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.runtime import patience
-from agr_ray.runtime.checkpoints import portable_checkpoint
-from agr_ray.runtime.images import ImageReader
-from agr_ray.runtime.scoring import scorer
-from agr_ray.runtime.scoring.planning import plan
-from agr_ray.runtime.scoring.publish import pseudonymised
-from agr_ray.runtime.scoring.scorer import (
+from agr_ray.models.checkpoint_files import portable_checkpoint
+from agr_ray.models.predictions import Predictions
+from agr_ray.predict.photographs import ImageReader
+from agr_ray.schema import GENDERS, IMAGES
+from agr_ray.scoring import scorer
+from agr_ray.scoring.planning import plan
+from agr_ray.scoring.publish import pseudonymised
+from agr_ray.scoring.scorer import (
     AttributePredictor,
     Found,
     PartScorer,
@@ -34,8 +34,8 @@ from agr_ray.runtime.scoring.scorer import (
     flags,
     manifest_folder,
 )
-from agr_ray.schema import GENDERS, IMAGES
 from agr_ray.storage import ServerFailed, Storage, StorageFailed
+from agr_ray.storage import retry as patience
 from agr_ray.vision.decode import encode_jpeg
 
 PROVENANCE = {"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from agr_ray.runtime import scratch
-from agr_ray.runtime.scratch import scratch_folder
+from agr_ray.storage import scratch
+from agr_ray.storage.scratch import scratch_folder
 
 
 @pytest.fixture(autouse=True)

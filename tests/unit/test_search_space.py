@@ -8,8 +8,9 @@ from typing import Any
 import optuna
 import pytest
 
-from agr_ray.config import ConfigError, ParameterConfig, TuneConfig, TuneJob, parse
-from agr_ray.learn.space import (
+from agr_ray.config import ParameterConfig, TuneConfig, TuneJob, parse
+from agr_ray.errors import ConfigError
+from agr_ray.tuning.space import (
     base_job,
     check_space,
     distribution_of,

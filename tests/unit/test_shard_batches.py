@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from agr_ray.learn.loop import labels_of
+from agr_ray.learn.prefetch import prefetch
 from agr_ray.learn.sampling import Sampler
-from agr_ray.runtime.training.prefetch import prefetch
 from agr_ray.runtime.training.shard_batches import ShardBatches, share_sizes
 
 NUM = 600

@@ -13,14 +13,14 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from rich.console import Console
 from sweeps import STORAGE, complete, opened, planned, row, train, tune_job
 
-from agr_ray.config import ConfigError, TrainConfig
-from agr_ray.runtime.command import JobError
-from agr_ray.runtime.lock import LockLost, run_lock
+from agr_ray.config import TrainConfig
+from agr_ray.errors import ConfigError, JobError
 from agr_ray.runtime.tuning.placement import trials_that_fit
-from agr_ray.runtime.tuning.study import MemoryJournal, Study
-from agr_ray.runtime.tuning.sweep import Sweep
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
+from agr_ray.storage.lock import LockLost, run_lock
+from agr_ray.tuning.study import MemoryJournal, Study
+from agr_ray.tuning.sweep import Sweep
 
 
 def study(sweep: Sweep) -> optuna.Study:
@@ -186,7 +186,7 @@ def test_each_loser_is_cleaned_once_and_all_again_at_the_end(tmp_path: Path, mon
 
 
 def test_storage_that_is_away_when_a_trial_ends_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agr_ray.runtime.patience._RETRY_S", 0.0)
+    monkeypatch.setattr("agr_ray.storage.retry._RETRY_S", 0.0)
     sweep = opened(tune_job(tmp_path))
     outages = {"read": 1, "read_table": 1}
     for name in outages:

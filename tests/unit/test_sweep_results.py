@@ -17,15 +17,16 @@ import torch
 from rich.console import Console
 
 from agr_ray.config import ClusterConfig, LossConfig, ModelConfig, TrainJob, TuneJob, VisionConfig, parse
+from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CALIBRATION, model_digest, save_checkpoint
-from agr_ray.models.network import MultiTaskNet, Transform
-from agr_ray.runtime.checkpoints import local_checkpoint
-from agr_ray.runtime.training.run import Run
-from agr_ray.runtime.tuning.plan import plan_sweep
-from agr_ray.runtime.tuning.results import best_recipe, print_trials, write_results
-from agr_ray.runtime.tuning.sweep import Sweep
+from agr_ray.models.checkpoint_files import local_checkpoint
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.transform import Transform
+from agr_ray.report.sweep_results import best_recipe, print_trials, write_results
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage
+from agr_ray.tuning.plan import plan_sweep
+from agr_ray.tuning.sweep import Sweep
 
 STORAGE = Storage()
 SPACE = {

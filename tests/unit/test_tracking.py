@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from agr_ray.config import ConfigError
-from agr_ray.runtime.training.tracking import EXPERIMENT, TrackedRun, flat
+from agr_ray.errors import ConfigError
+from agr_ray.learn.tracking import EXPERIMENT, TrackedRun, flat
 from agr_ray.schema import HISTORY
 
 SETTINGS = {"train": {"lr": 0.1, "input_sides_px": [48, 88]}, "model": {"trunk": "resnet18"}}

@@ -15,20 +15,21 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agr_ray.config import ModelConfig, TrainJob
+from agr_ray.evaluation.metrics import Baseline, Labels, metrics_report
 from agr_ray.learn.loop import EpochReport
-from agr_ray.learn.metrics import Baseline, Labels, metrics_report
-from agr_ray.learn.predict import Predictions
+from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CARD, read_meta, save_checkpoint
-from agr_ray.models.network import MultiTaskNet, Transform
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.predictions import Predictions
+from agr_ray.models.transform import Transform
 from agr_ray.runtime.crops import training_arrays
 from agr_ray.runtime.evaluate import add_to_card
-from agr_ray.runtime.lock import LockLost
-from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.training.fence import Fence
-from agr_ray.runtime.training.run import Run
 from agr_ray.runtime.training.worker import RunLogs
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
+from agr_ray.storage.lock import LockLost
+from agr_ray.storage.retry import Patience
 
 STORAGE = Storage()
 TRANSFORM = Transform(SIDE_PX, SIDE_PX)

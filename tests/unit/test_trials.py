@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 
 from agr_ray.config import ModelConfig, SourceConfig, TrainConfig, TrainJob, TrialError, TuneJob, VisionConfig, parse
-from agr_ray.learn.metrics import GroupSums, Labels, MetricSums, objective, worst_group_age_mae
-from agr_ray.learn.predict import Predictions
-from agr_ray.learn.recipe import recipe_toml
-from agr_ray.learn.trials import (
+from agr_ray.evaluation.metrics import GroupSums, Labels, MetricSums, objective, worst_group_age_mae
+from agr_ray.models.predictions import Predictions
+from agr_ray.schema import TRIALS
+from agr_ray.tuning.recipe import recipe_toml
+from agr_ray.tuning.trials import (
     EPOCH_COLUMNS,
     Trial,
     best_trial,
@@ -25,7 +26,6 @@ from agr_ray.learn.trials import (
     is_feasible,
     trials_table,
 )
-from agr_ray.schema import TRIALS
 
 TASKS = ("age", "gender", "race")
 

@@ -15,13 +15,13 @@ import pytest
 from rich.console import Console
 from sweeps import STORAGE, complete, opened, tune_job
 
-from agr_ray.config import ConfigError, LossConfig, ModelConfig, TuneJob
-from agr_ray.runtime.command import JobError
-from agr_ray.runtime.lock import LockLost, RunLock, run_lock
-from agr_ray.runtime.prepared import PreparedSet
+from agr_ray.config import LossConfig, ModelConfig, TuneJob
+from agr_ray.data.prepared import PreparedSet
+from agr_ray.errors import ConfigError, JobError
 from agr_ray.runtime.tune import tune
 from agr_ray.runtime.tuning.placement import Room
-from agr_ray.runtime.tuning.sweep import Sweep
+from agr_ray.storage.lock import LockLost, RunLock, run_lock
+from agr_ray.tuning.sweep import Sweep
 
 RUN = SimpleNamespace(
     data={"uri": "/faces", "split_manifest_sha256": "ab"},

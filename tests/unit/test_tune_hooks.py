@@ -17,13 +17,13 @@ from rich.console import Console
 from sweeps import complete, opened, row, train, tune_job
 
 from agr_ray.config import TuneJob
-from agr_ray.learn.trials import Trial
-from agr_ray.runtime.command import JobError
-from agr_ray.runtime.lock import LockLost, LockRecord, RunLock, clock_s
+from agr_ray.errors import JobError
 from agr_ray.runtime.tune import with_absolute_paths
 from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher, last_epoch, why_failed
-from agr_ray.runtime.tuning.sweep import Sweep
 from agr_ray.storage import Storage
+from agr_ray.storage.lock import LockLost, LockRecord, RunLock, clock_s
+from agr_ray.tuning.sweep import Sweep
+from agr_ray.tuning.trials import Trial
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agr_ray.data.manifest import build_manifest, content_hash, image_id
-from agr_ray.data.utkface import parse_name, source_rows
+from agr_ray.data.sources.utkface import parse_name, source_rows
 from agr_ray.schema import MANIFEST
 from agr_ray.storage import Storage
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from agr_ray.runtime.scoring.publish import views_sql
 from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES
+from agr_ray.scoring.publish import views_sql
 from agr_ray.storage import Storage
 
 RUNS = ("20260101T000000.000Z-00000000", "20260102T000000.000Z-00000000")

@@ -11,9 +11,9 @@ from PIL import Image
 
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
 from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.runtime.checkpoints import portable_checkpoint
-from agr_ray.runtime.scoring.publish import Counts, Publication
-from agr_ray.runtime.scoring.scorer import AttributePredictor, PartScorer, Scoring
+from agr_ray.models.checkpoint_files import portable_checkpoint
+from agr_ray.scoring.publish import Counts, Publication
+from agr_ray.scoring.scorer import AttributePredictor, PartScorer, Scoring
 from agr_ray.storage import Storage
 
 

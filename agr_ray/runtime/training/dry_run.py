@@ -21,16 +21,16 @@ from rich.console import Console
 from torch import Tensor
 
 from agr_ray.config import TrainJob
+from agr_ray.data.prepared import PreparedSet
+from agr_ray.errors import JobError
 from agr_ray.learn.loop import Batch, LocalContext, NonFiniteLossError, epoch_side_px, steps_per_epoch
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.optimise import build_optimizer
-from agr_ray.learn.precision import autocast, compute_dtype
+from agr_ray.learn.run import Run
 from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.precision import autocast, compute_dtype
 from agr_ray.runtime.cluster import machine_cpus
-from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import TRAINING_COLUMNS, select_crops, training_arrays, usable_statuses
-from agr_ray.runtime.prepared import PreparedSet
-from agr_ray.runtime.training.run import Run
 from agr_ray.runtime.training.shard_batches import crop_bytes, max_kept_rows
 from agr_ray.runtime.training.trainer import spare_cpus
 from agr_ray.runtime.training.worker import MIN_VAL_BATCH

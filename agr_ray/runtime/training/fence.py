@@ -15,8 +15,8 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 
-from agr_ray.runtime.lock import LockLost, RunLock
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
+from agr_ray.storage.lock import LockLost, RunLock
 
 ABORT_S: Final = 10.0
 """Time for the controller to stop its workers cleanly."""

@@ -13,9 +13,9 @@ from ray.data import DataIterator
 
 from agr_ray.config import TrainConfig
 from agr_ray.learn.loop import Batch, batches_of, labels_of
+from agr_ray.learn.prefetch import prefetch
 from agr_ray.learn.sampling import Sampler
-from agr_ray.models.network import Transform
-from agr_ray.runtime.training.prefetch import prefetch
+from agr_ray.models.transform import Transform
 from agr_ray.vision.align import crop_side_px
 
 NUM_AHEAD: Final = 2

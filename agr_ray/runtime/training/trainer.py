@@ -18,17 +18,17 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, Ru
 from ray.train.v2._internal import constants
 from rich.console import Console
 
-from agr_ray.config import ConfigError, TrainConfig
+from agr_ray.config import TrainConfig
+from agr_ray.data.prepared import PreparedSet
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.learn.run import CHECKPOINTS, OBJECTIVE, Run
 from agr_ray.redact import redacted
 from agr_ray.runtime.cluster import check_fits, refuse_misfit
-from agr_ray.runtime.command import JobError
 from agr_ray.runtime.crops import SplitShares, training_dataset
-from agr_ray.runtime.lock import RunLock
-from agr_ray.runtime.patience import Patience
-from agr_ray.runtime.prepared import PreparedSet
 from agr_ray.runtime.training.fence import Fence, StopWhenLost
-from agr_ray.runtime.training.run import CHECKPOINTS, OBJECTIVE, Run
 from agr_ray.runtime.training.worker import collective_timeout_s, work
+from agr_ray.storage.lock import RunLock
+from agr_ray.storage.retry import Patience
 
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0

@@ -21,18 +21,18 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
 
 from agr_ray.config import TrainConfig
+from agr_ray.evaluation.metrics import Labels
 from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Row, Snapshot
 from agr_ray.learn.loop import train as train_loop
-from agr_ray.learn.metrics import Labels
-from agr_ray.learn.predict import predict
 from agr_ray.learn.progress import Progress
+from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
+from agr_ray.predict.forward import predict
 from agr_ray.runtime.cluster import machine_cpus
-from agr_ray.runtime.patience import Patience
 from agr_ray.runtime.training.fence import Fence
-from agr_ray.runtime.training.outgoing import delete_leftovers, outgoing_folder
-from agr_ray.runtime.training.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
 from agr_ray.runtime.training.shard_batches import ShardBatches, max_kept_rows
+from agr_ray.storage.outgoing import delete_leftovers, outgoing_folder
+from agr_ray.storage.retry import Patience
 
 PROGRESS_EVERY_S: Final = 10.0
 MIN_VAL_BATCH: Final = 64

@@ -20,10 +20,10 @@ from rich.status import Status
 from rich.text import Text
 
 from agr_ray.config import TuneJob
-from agr_ray.learn.trials import JUDGED_BY
 from agr_ray.redact import redacted
-from agr_ray.runtime.lock import RunLock
-from agr_ray.runtime.tuning.sweep import Sweep
+from agr_ray.storage.lock import RunLock
+from agr_ray.tuning.sweep import Sweep
+from agr_ray.tuning.trials import JUDGED_BY
 
 
 @contextmanager

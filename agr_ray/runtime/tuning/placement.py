@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from agr_ray.config import ConfigError, TrainConfig
+from agr_ray.config import TrainConfig
+from agr_ray.errors import ConfigError
 from agr_ray.runtime.cluster import ROUNDING, machine_cpus, nodes, places, process_bundles, wait_for_nodes
 from agr_ray.runtime.training.trainer import spare_cpus
 

@@ -12,12 +12,12 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from agr_ray.config import TrainJob
-from agr_ray.learn.space import with_values
-from agr_ray.runtime.command import JobError
+from agr_ray.errors import JobError
+from agr_ray.learn.run import FAILURE
 from agr_ray.runtime.train import train
-from agr_ray.runtime.training.run import FAILURE
-from agr_ray.runtime.tuning.sweep import trial_name
 from agr_ray.storage import MissingObject, Storage
+from agr_ray.tuning.space import with_values
+from agr_ray.tuning.sweep import trial_name
 
 
 class EpochReports(TuneReportCallback):

@@ -1,0 +1,155 @@
+"""What is looked at before the first step of training: labels, splits and detectors of prepared sets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from agr_ray.config import VisionConfig
+from agr_ray.data.prepared import PreparedSet
+from agr_ray.errors import ConfigError
+from agr_ray.storage import Storage
+
+
+def check_sets(sets: Sequence[PreparedSet]) -> None:
+    """Refuse sets that can't be learnt from together: crops of different size or template, or one set twice.
+
+    Raises:
+        ConfigError: names both sets.
+    """
+    first = sets[0]
+    for number, other in enumerate(sets[1:], 1):
+        for key in ("crop_side_px", "template"):
+            if other.settings[key] != first.settings[key]:
+                raise ConfigError(
+                    f"train.data: the crops of {first.uri} have {key} {first.settings[key]}, those of {other.uri} "
+                    f"{other.settings[key]}; prepare one of them again with that of the other"
+                )
+        for earlier in sets[:number]:
+            if earlier.digest == other.digest:  # wherever its copies lie
+                raise ConfigError(f"train.data: {earlier.uri} and {other.uri} are the same set; name it once")
+
+
+def check_no_overlaps(
+    trained: Sequence[pa.Table], crops: Sequence[pa.Table], sets: Sequence[PreparedSet], storage: Storage
+) -> None:
+    """Do what `check_no_overlap` does within each set and between any two: the tables of each, in their order."""
+    for rows, table, prepared in zip(trained, crops, sets, strict=True):
+        check_no_overlap(rows, table, prepared, storage)
+    for i, j in itertools.permutations(range(len(sets)), 2):
+        check_no_overlap(trained[i], crops[j], sets[j], storage, sets[i])
+
+
+def check_no_overlap(
+    train: pa.Table, crops: pa.Table, prepared: PreparedSet, storage: Storage, trained: PreparedSet | None = None
+) -> None:
+    """Refuse a set that has, byte for byte, an image of training in another split.
+
+    `prepare` keeps an image's copies together, unless they are labelled as different subjects; it knows of one set.
+
+    Args:
+        train: the rows trained on.
+        crops: the rows of all splits; both have content_hash and split.
+        prepared: where the latter are from.
+        storage: it is on; the name of an image is read only where there is something to say.
+        trained: another set, where the former are from; None: the same.
+
+    Raises:
+        ConfigError: with how many images, and the name of one.
+    """
+    others = crops.filter(pc.and_(pc.is_valid(crops["split"]), pc.not_equal(crops["split"], "train")))
+    seen = pc.is_in(others["content_hash"], value_set=pc.unique(train["content_hash"]).drop_null())
+    shared = others.filter(seen)
+    if not shared.num_rows:
+        return
+    named = storage.read_table(prepared.crops(storage), columns=["content_hash", "split", "key"])
+    named = named.filter(pc.equal(named["content_hash"], shared["content_hash"][0]))
+    where = ", ".join(
+        f"{key} in {split}" for key, split in zip(*named.select(["key", "split"]).to_pydict().values(), strict=True)
+    )
+    of = "" if trained is None else f" of {trained.uri}"
+    copies = (
+        "give copies the same subject, or leave them out," if trained is None else "leave them out of one of the two"
+    )
+    raise ConfigError(
+        f"train.data {prepared.uri}: {shared.num_rows:,} images of {_listed(shared['split'])} are, byte for byte, in "
+        f"train{of} too, such as {where}; {copies} and prepare again"
+    )
+
+
+def copies_warnings(trained: Sequence[pa.Table], sets: Sequence[PreparedSet]) -> list[str]:
+    """Say how many images are trained on in more than one set: they count that much more, perhaps with other labels.
+
+    Args:
+        trained: the rows of each set that are trained on, with content_hash.
+        sets: where they are from.
+    """
+    contents = [pc.unique(rows["content_hash"]).drop_null() for rows in trained]
+    counted = pa.chunked_array(contents, pa.string()).value_counts()
+    num_copies = pc.sum(pc.greater(counted.field("counts"), 1)).as_py() or 0
+    if not num_copies:
+        return []
+    return [
+        f"train.data {_uris(sets)}: {num_copies:,} images are, byte for byte, in train of more than one set, and are "
+        "learnt from in each"
+    ]
+
+
+def class_warnings(
+    counts: Mapping[str, Mapping[str, int]], tasks: Sequence[str], sets: Sequence[PreparedSet]
+) -> list[str]:
+    """Say which classes of a gender or race head no training row has: it will never learn to say them.
+
+    Args:
+        counts: of training's labels, by `learn.metrics.class_counts`.
+        tasks: that have a head.
+        sets: where the labels are from.
+    """
+    warnings = []
+    for task in ("gender", "race"):
+        missing = [name for name, count in counts[task].items() if not count]
+        if task in tasks and missing:
+            has = ", ".join(f"{name} {count:,}" for name, count in counts[task].items())
+            warnings.append(
+                f"train.data {_uris(sets)}: no training row has {task} {' or '.join(missing)}, which the model will "
+                f"not learn to tell; it has {has}"
+            )
+    return warnings
+
+
+def detector_warnings(sets: Sequence[PreparedSet]) -> list[str]:
+    """Say if scoring would by default find faces, and so cut crops, by another detector than was used here.
+
+    And if the sets' own differ: then a network can tell by the crop which set a face is from, and its labels with it.
+    """
+    default = VisionConfig().detector
+    warnings = []
+    for prepared in sets:
+        if prepared.detector != default:
+            remedy = (
+                "prepare it with mtcnn or haar if photographs are to be scored"
+                if prepared.detector == "none"
+                else f"score with --vision.detector {prepared.detector}"
+            )
+            warnings.append(
+                f"train.data {prepared.uri}: its crops were made with vision.detector {prepared.detector}, and "
+                f"jobs/score.py uses {default} unless told otherwise; {remedy}"
+            )
+    if len({prepared.detector for prepared in sets}) > 1:
+        made = ", ".join(f"{prepared.uri} with {prepared.detector}" for prepared in sets)
+        warnings.append(
+            f"train.data: crops of the sets were made with different vision.detector: {made}; the model may learn to "
+            "tell the sets apart by them"
+        )
+    return warnings
+
+
+def _listed(column: pa.ChunkedArray) -> str:
+    return " and ".join(sorted(pc.unique(column).to_pylist()))
+
+
+def _uris(sets: Sequence[PreparedSet]) -> str:
+    return " + ".join(prepared.uri for prepared in sets)

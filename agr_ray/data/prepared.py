@@ -1,0 +1,162 @@
+"""What a prepared set is: the folder that `prepare` makes, and that training and evaluation read.
+
+manifest.parquet    schema.MANIFEST: every input with its labels, group and split
+splits.tsv          group_id, key and split of every image, sorted: its SHA-256 names the split
+split_memory.parquet    content_hash and split of all content that the set ever held, so that images keep their split
+crops/*.parquet     schema.CROPS: one row for every manifest row, whatever happened to it
+prepare.json        the record below; `finished` is true once every row is there
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict
+
+from agr_ray.errors import ConfigError
+from agr_ray.storage import MissingObject, Storage
+
+FORMAT_VERSION: Final = 2
+
+
+class PreparedSet(BaseModel):
+    """The content of `prepare.json`, and where it was found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: int
+    finished: bool
+    settings: dict[str, Any]
+    """What must stay the same while the set grows: source, split, vision, crop."""
+    split_manifest_sha256: str
+    labels_sha256: str
+    """Of all images' content, labels and splits."""
+    splits: dict[str, int]
+    """Images by split; those among them that turn out to be no image have a row without a crop."""
+    counts: dict[str, int]
+    """Rows by status; empty until finished."""
+    uri: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256, in hex, of what decides the content: images, labels, splits and settings."""
+        text = json.dumps([self.labels_sha256, self.settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def crop_side_px(self) -> int:
+        """Return the side of the alignment template in the crops, without its margins."""
+        return int(self.settings["crop_side_px"])
+
+    @property
+    def source(self) -> str:
+        """Return what the source is called."""
+        return str(self.settings["source"]["name"] or self.settings["source"]["kind"])
+
+    @property
+    def detector(self) -> str:
+        """Return the detector that found the faces."""
+        return str(self.settings["vision"]["detector"])
+
+    def write(self, storage: Storage) -> None:
+        """Write `prepare.json`."""
+        text = json.dumps(self.model_dump(exclude={"uri"}), indent=2) + "\n"
+        storage.write(storage.join(self.uri, "prepare.json"), text.encode())
+
+    def crops(self, storage: Storage) -> str:
+        """Return the folder of the crops' Parquet parts."""
+        return storage.join(self.uri, "crops")
+
+    def manifest(self, storage: Storage) -> str:
+        """Return the manifest's URI."""
+        return storage.join(self.uri, "manifest.parquet")
+
+
+def find_prepared(storage: Storage, uri: str, key: str) -> PreparedSet | None:
+    """Return the prepared set at `uri`, finished or not, which the configuration's `key` names; None if there is none.
+
+    Raises:
+        ConfigError: `prepare.json` is damaged, or of another format version.
+    """
+    try:
+        record = json.loads(storage.read(storage.join(uri, "prepare.json")))
+        if record["format_version"] != FORMAT_VERSION:
+            raise ConfigError(
+                f"{key} {uri}: format_version {record['format_version']}; this version reads {FORMAT_VERSION}; "
+                "prepare the source into another folder"
+            )
+        return PreparedSet(**record | {"uri": uri})
+    except MissingObject:
+        return None
+    except (ValueError, TypeError, KeyError):  # not JSON, no table, or not this one
+        raise ConfigError(f"{key} {uri}: its prepare.json is not what jobs/prepare.py writes") from None
+
+
+def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
+    """Return the finished set at `uri`, which the configuration's `key` names.
+
+    Raises:
+        ConfigError: if there is none, or one that can't be used.
+    """
+    uri = storage.absolute(uri).rstrip("/")
+    found = find_prepared(storage, uri, key)
+    if found is None:
+        raise ConfigError(f"{key} {uri}: no prepared set, it holds no prepare.json; jobs/prepare.py makes one")
+    if not found.finished:
+        raise ConfigError(f"{key} {uri}: preparation has not finished; the same jobs/prepare.py command resumes it")
+    ids = storage.read_table(found.crops(storage), columns=["image_id"])["image_id"]
+    num_images, num_expected = pc.count_distinct(ids).as_py(), sum(found.counts.values())
+    if not len(ids) == num_images == num_expected:
+        raise ConfigError(
+            f"{key} {uri}: holds {len(ids):,} crop rows of {num_images:,} images, but should hold {num_expected:,}; "
+            "the same jobs/prepare.py command repairs it"
+        )
+    return found
+
+
+def describe_sets(
+    sets: Sequence[PreparedSet],
+    num_train_rows: Sequence[int],
+    num_val_rows: Sequence[int],
+    shares: Sequence[float] = (),
+) -> dict[str, Any]:
+    """Return what a checkpoint says of the sets that it learns from: where, what, split how, and how much of each.
+
+    Of several, names are joined by " + ", counts are added up, `split_manifest_sha256` is the SHA-256 of the sets' own,
+    sorted, a line each; and `sets` has an entry for each, with its share of the training rows drawn.
+
+    Args:
+        sets: in the order of `train.data`.
+        num_train_rows: training crops of each set.
+        num_val_rows: validation crops of each set; `splits` counts images, some of which have no crop.
+        shares: `train.data_shares`.
+    """
+    if len(sets) == 1:
+        return _describe_set(sets[0], num_train_rows[0], num_val_rows[0])
+    each = [_describe_set(*of) for of in zip(sets, num_train_rows, num_val_rows, strict=True)]
+    parts = shares or num_train_rows
+    lines = "".join(f"{sha256}\n" for sha256 in sorted(prepared.split_manifest_sha256 for prepared in sets))
+    return {
+        **{key: " + ".join(dict.fromkeys(said[key] for said in each)) for key in ("uri", "source", "detector")},
+        "split_manifest_sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        "splits": {name: sum(prepared.splits[name] for prepared in sets) for name in sets[0].splits},
+        "num_train_rows": sum(num_train_rows),
+        "num_val_rows": sum(num_val_rows),
+        "sets": [said | {"share": part / sum(parts)} for said, part in zip(each, parts, strict=True)],
+    }
+
+
+def _describe_set(prepared: PreparedSet, num_train_rows: int, num_val_rows: int) -> dict[str, Any]:
+    return {
+        "uri": prepared.uri,
+        "source": prepared.source,
+        "detector": prepared.detector,
+        "split_manifest_sha256": prepared.split_manifest_sha256,
+        "splits": prepared.splits,
+        "num_train_rows": num_train_rows,
+        "num_val_rows": num_val_rows,
+    }

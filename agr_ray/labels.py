@@ -1,0 +1,151 @@
+"""Label spaces: the genders, races and age groups of a data set and of the checkpoints trained on it.
+
+Tables hold labels as words; tensors hold their index in the label space. A missing label is null in a table and NaN or
+-1 in a tensor (`schema.AGE_MISSING`, `schema.CLASS_MISSING`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+AGE_MIN_YEARS: Final = 0.0
+AGE_MAX_YEARS: Final = 116.0
+"""Ages outside this closed range are rejected: UTKFace's own range."""
+
+_GROUP: Final = re.compile(r"(\d+)(?:-(\d+)|(\+))")
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """Classes in the order of their tensor codes."""
+
+    name: str
+    """Name in messages: a built-in space, or `custom`."""
+    races: tuple[str, ...]
+    """Empty: the data set has no race labels."""
+    age_groups: tuple[str, ...]
+    """Names such as `3-9` (both years included) and `70+`, in ascending order. There may be gaps between groups."""
+    genders: tuple[str, ...] = ("female", "male")
+    """The sigmoid of the gender logit is the probability of the second."""
+
+    def __post_init__(self) -> None:
+        """Check the classes.
+
+        Raises:
+            ValueError: a class occurs twice or is empty, or the age groups are malformed, overlap or are not ascending.
+        """
+        if self.genders != ("female", "male"):
+            raise ValueError(f"genders must be female and male, in this order, not {list(self.genders)}")
+        for what, names in (("races", self.races), ("age_groups", self.age_groups)):
+            repeated = sorted({each for each in names if names.count(each) > 1})
+            if repeated or not all(each.strip() == each and each for each in names):
+                raise ValueError(f"{what} must be distinct, non-empty names, not {list(names)}")
+        if len(self.races) == 1:
+            raise ValueError(f"races must have two classes at least, or none, not {list(self.races)}")
+        if len(self.age_groups) < 2:
+            raise ValueError(f"age_groups must have two groups at least, not {list(self.age_groups)}")
+        for (before, (_, high)), (group, (low, _)) in zip(self._ranges[:-1], self._ranges[1:], strict=True):
+            if low <= high:
+                raise ValueError(f"age_groups must ascend without overlap: {group} follows {before}")
+
+    @property
+    def age_ranges_years(self) -> tuple[tuple[int, int], ...]:
+        """Return the first and last year of each age group; an open group ends at `AGE_MAX_YEARS`."""
+        return tuple(span for _, span in self._ranges)
+
+    @property
+    def _ranges(self) -> list[tuple[str, tuple[int, int]]]:
+        return [(name, group_years(name)) for name in self.age_groups]
+
+    def age_group(self, ages_years: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+        """Return the index of each age's group, (n,) int64. Ages must not be NaN.
+
+        An age between two groups is in the nearer; halfway, in the upper. So 10.5 years are in 11-20, not in 0-10.
+        """
+        ranges = self.age_ranges_years
+        edges = [(high + low) / 2 for (_, high), (low, _) in itertools.pairwise(ranges)]
+        groups: NDArray[np.int64] = np.searchsorted(np.asarray(edges), np.asarray(ages_years, np.float64), side="right")
+        return groups.astype(np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for meta.json and prepare.json."""
+        return {
+            "name": self.name,
+            "genders": list(self.genders),
+            "races": list(self.races),
+            "age_groups": list(self.age_groups),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from the result of `to_json`.
+
+        Raises:
+            ValueError: a key is missing or unknown, or the classes are invalid.
+        """
+        expected = ["age_groups", "genders", "name", "races"]
+        if sorted(values) != expected:
+            raise ValueError(f"expected the keys {expected}, found {sorted(values)}")
+        classes = {key: tuple(map(str, values[key])) for key in expected if key != "name"}
+        return cls(name=str(values["name"]), **classes)
+
+
+def group_years(name: str) -> tuple[int, int]:
+    """Return the first and last year of an age group's name.
+
+    Raises:
+        ValueError: the name is neither `LOW-HIGH` nor `LOW+`, or the range is empty or beyond `AGE_MAX_YEARS`.
+    """
+    parts = _GROUP.fullmatch(name)
+    if parts is None:
+        raise ValueError(f"an age group is LOW-HIGH or LOW+ in whole years, such as 3-9 or 70+, not {name!r}")
+    low = int(parts[1])
+    high = int(AGE_MAX_YEARS) if parts[3] else int(parts[2])
+    if not low <= high <= AGE_MAX_YEARS:
+        raise ValueError(f"age group {name!r} must ascend and end at {AGE_MAX_YEARS:g} at most")
+    return low, high
+
+
+UTKFACE: Final = LabelSpace(
+    name="utkface",
+    races=("white", "black", "asian", "indian", "others"),
+    age_groups=("0-10", "11-20", "21-30", "31-40", "41-50", "51-60", "61-70", "71-80", "81+"),
+)
+"""Races in the order of the paper (equation 9, table 4) and of UTKFace; age groups of the paper's table 5."""
+
+FAIRFACE: Final = LabelSpace(
+    name="fairface",
+    races=("white", "black", "latino_hispanic", "east_asian", "southeast_asian", "indian", "middle_eastern"),
+    age_groups=("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "70+"),
+)
+"""Karkkainen and Joo, "FairFace: Face Attribute Dataset for Balanced Race, Gender, and Age", WACV 2021."""
+
+ADIENCE: Final = LabelSpace(
+    name="adience",
+    races=(),
+    age_groups=("0-2", "4-6", "8-13", "15-20", "25-32", "38-43", "48-53", "60-100"),
+)
+"""Eidinger, Enbar and Hassner, "Age and Gender Estimation of Unfiltered Faces", IEEE TIFS 2014."""
+
+SPACES: Final[Mapping[str, LabelSpace]] = {space.name: space for space in (UTKFACE, FAIRFACE, ADIENCE)}
+"""The built-in label spaces by name."""
+
+RACE_MAPPINGS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
+    ("fairface", "utkface"): {
+        "white": "white",
+        "black": "black",
+        "latino_hispanic": "others",
+        "east_asian": "asian",
+        "southeast_asian": "asian",
+        "indian": "indian",
+        "middle_eastern": "others",
+    },
+}
+"""Race by race, from one space to another: (from, to). UTKFace's `others` includes Hispanic, Latino, Middle Eastern."""

@@ -1,0 +1,124 @@
+"""Checkpoints at any URI: brought to a local folder to be read, and published whole."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from agr_ray.errors import ConfigError
+from agr_ray.models.checkpoint import (
+    CALIBRATION,
+    META,
+    WEIGHTS,
+    CheckpointError,
+    load_checkpoint,
+    model_digest,
+)
+from agr_ray.schema import TEMPLATE
+from agr_ray.storage import MissingObject, Storage, StorageFailed
+from agr_ray.storage.scratch import scratch_folder
+
+_REPLACED_WITHIN_S: Final = 15.0
+_PAUSE_S: Final = 0.5
+
+
+@contextmanager
+def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
+    """Copy a checkpoint to a local folder, check that it can be used, and delete the copy afterwards.
+
+    Raises:
+        ConfigError: naming the configuration's `key`: there is none, or one that this code can't use.
+    """
+    with scratch_folder() as temporary:
+        directory = Path(temporary, "checkpoint")
+        try:
+            _download(storage, storage.absolute(uri), directory)
+            meta = load_checkpoint(directory).meta
+        except MissingObject:
+            raise ConfigError(f"{key} {uri}: there is no checkpoint there (a folder with {META})") from None
+        except CheckpointError as error:
+            raise ConfigError(f"{key} {uri}: {error}") from None
+        template = meta["transform"]["template"]
+        if template != TEMPLATE:
+            raise ConfigError(
+                f"{key} {uri}: was trained on crops aligned to template {template}; this version aligns to {TEMPLATE}"
+            )
+        yield directory
+
+
+def _download(storage: Storage, uri: str, directory: Path) -> None:
+    """Copy a consistent snapshot of a checkpoint; start over if it is replaced during the copy.
+
+    On S3 a checkpoint has no marker while it is being replaced.
+
+    Raises:
+        MissingObject: there is no checkpoint, or its upload never finished.
+        StorageFailed: the checkpoint keeps being replaced.
+    """
+    marker, weights = storage.join(uri, META), storage.join(uri, WEIGHTS)
+    until_s, is_first = time.monotonic() + _REPLACED_WITHIN_S, True
+    while True:
+        etag = ""
+        try:
+            etag = storage.read_with_etag(marker)[1]
+            storage.download_tree(uri, str(directory), marker=META)
+            if storage.read_with_etag(marker)[1] == etag:
+                return
+        except (MissingObject, OSError):
+            is_being_replaced = bool(etag) or is_first or storage.exists(weights)
+            if not is_being_replaced or time.monotonic() > until_s:
+                raise
+        if time.monotonic() > until_s:
+            raise StorageFailed(f"{uri} kept being replaced for {_REPLACED_WITHIN_S:g} s while it was read")
+        shutil.rmtree(directory, ignore_errors=True)
+        is_first = False
+        time.sleep(_PAUSE_S)
+
+
+def publish_checkpoint(storage: Storage, directory: Path, uri: str) -> bool:
+    """Publish a local checkpoint at `uri`. If the same model is already there, leave it, its calibration and its card.
+
+    Returns:
+        Whether this replaced another model that had a calibration.
+    """
+    with scratch_folder() as temporary:
+        earlier = Path(temporary)
+        for name in (META, WEIGHTS, CALIBRATION):
+            with contextlib.suppress(MissingObject):
+                (earlier / name).write_bytes(storage.read(storage.join(uri, name)))
+        try:
+            if model_digest(earlier) == model_digest(directory):
+                return False
+        except CheckpointError:  # there is no checkpoint, or only part of one
+            pass
+        was_calibrated = (earlier / CALIBRATION).exists()
+    storage.upload_tree(str(directory), uri, overwrite=True)
+    return was_calibrated
+
+
+def calibration_hint(uri: str) -> str:
+    """Return the warning for a calibrated checkpoint that was replaced by another model."""
+    return (
+        f"warning: {uri} now holds another model, without the previous model's calibration; calibrate it: "
+        f"jobs/evaluate.py --evaluate.checkpoint {uri} --evaluate.data DATA --evaluate.split val --calibrate"
+    )
+
+
+def portable_checkpoint(directory: Path) -> dict[str, bytes]:
+    """Return the files that predicting needs, and the calibration if there is one, to be sent to other machines."""
+    names = [name for name in (WEIGHTS, CALIBRATION, META) if (directory / name).exists()]
+    return {name: (directory / name).read_bytes() for name in names}
+
+
+@contextmanager
+def unpacked_checkpoint(files: dict[str, bytes]) -> Iterator[Path]:
+    """Put what `portable_checkpoint` gave into a local folder, and delete it afterwards."""
+    with scratch_folder() as temporary:
+        for name, body in files.items():
+            Path(temporary, name).write_bytes(body)
+        yield Path(temporary)

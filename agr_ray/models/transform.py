@@ -1,0 +1,124 @@
+"""From a stored crop to the network's input, without random changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from torch import Tensor
+
+from agr_ray.schema import TEMPLATE
+
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+"""Eqs 2 and 3 of the paper, which prints the mean of green as 0.406, a slip."""
+
+LUMA: Final = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in luminance: ITU-R BT.601."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """From a stored crop to the network's input. Kept with the weights, which mean nothing without it."""
+
+    input_side_px: int
+    """Side of the square that the network sees."""
+    crop_side_px: int
+    """Side of the alignment template in the stored crop: the middle of it, without the margin."""
+    margin: float = 0.1
+    """Share of the template's side that the stored crop has more on each side."""
+    template: str = TEMPLATE
+    """Name and version of the alignment template."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Of red, green, blue in 0..1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Of red, green, blue in 0..1."""
+    equalize: bool = False
+    """Whether the luminance of the stored crop is equalised first, the margin included."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for meta.json.
+
+        `equalize` is there only where it is on: so checkpoints without it are what they always were, and code that
+        does not know it refuses the others.
+        """
+        values = {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        return values if self.equalize else {key: value for key, value in values.items() if key != "equalize"}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from what `to_json` gave.
+
+        Raises:
+            ValueError: a key is missing or unknown, or mean or std has not three numbers.
+        """
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if {*values, "equalize"} != expected:
+            raise ValueError(f"expected the keys {sorted(expected)}, found {sorted(values)}")
+        mean, std = tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"expected three numbers each for mean and std, found {len(mean)} and {len(std)}")
+        return cls(**{**values, "mean": mean, "std": std})
+
+
+def prepare_eval(images_u8: Tensor, transform: Transform) -> Tensor:
+    """Equalise where the network is used to it, cut out the template, resize and normalise.
+
+    Args:
+        images_u8: (n, 3, stored, stored) uint8, RGB.
+        transform: the network's.
+
+    Returns:
+        (n, 3, input_side_px, input_side_px) float32.
+    """
+    if transform.equalize:
+        images_u8 = equalize_luminance(images_u8)
+    return normalise(centre(images_u8, transform), transform)
+
+
+def equalize_luminance(images_u8: Tensor) -> Tensor:
+    """Flatten the histogram of each image's luminance and keep its colour (paper eq. 17, on Y of YCrCb).
+
+    Level v becomes (cdf(v) - cdf_min) / (num_pixels - cdf_min) * 255, as in OpenCV; an image of one level stays as it
+    is. Keeping Cr and Cb while Y changes is adding the same to red, green and blue, cut off at 0 and 255.
+
+    Args:
+        images_u8: (n, 3, h, w) uint8, RGB.
+
+    Returns:
+        (n, 3, h, w) uint8.
+    """
+    weights = torch.tensor(LUMA, device=images_u8.device).view(1, 3, 1, 1)
+    luma = (images_u8 * weights).sum(dim=1, keepdim=True).round().long()
+    levels = luma.flatten(1)
+    counts = torch.zeros(len(levels), 256, device=levels.device)
+    cdf = counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=torch.float32)).cumsum(dim=1)
+    lowest = cdf.gather(1, levels.amin(dim=1, keepdim=True))
+    rest = levels.shape[1] - lowest
+    equalized = ((cdf - lowest) * 255.0 / rest.clamp(min=1.0)).round().gather(1, levels)
+    difference = torch.where(rest > 0, equalized - levels, 0.0).view_as(luma)
+    return (images_u8 + difference).clamp(0.0, 255.0).to(torch.uint8)
+
+
+def centre(images_u8: Tensor, transform: Transform) -> Tensor:
+    """Cut out the template; resize only if its side is not the input's."""
+    stored, side = images_u8.shape[-1], transform.crop_side_px
+    assert images_u8.shape[-2] == stored >= side, (images_u8.shape, side)
+    first = (stored - side) // 2
+    square = images_u8[:, :, first : first + side, first : first + side]
+    return square if side == transform.input_side_px else resize(square, transform.input_side_px)
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Resize with an anti-aliasing filter, to float32."""
+    return F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+
+
+def normalise(images: Tensor, transform: Transform) -> Tensor:
+    """Map 0..255 to (value / 255 - mean) / std in one pass."""
+    mean = torch.tensor(transform.mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(transform.std, device=images.device).view(1, 3, 1, 1)
+    return torch.addcmul(-mean / std, images.float(), 1.0 / (255.0 * std))

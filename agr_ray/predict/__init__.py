@@ -1,0 +1,1 @@
+"""From a photograph to faces, and from crops to attributes."""

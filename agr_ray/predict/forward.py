@@ -1,0 +1,74 @@
+"""A network's outputs -> predictions: one path for validation, evaluation and scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from agr_ray.config import PredictConfig
+from agr_ray.models.network import MultiTaskNet, Outputs
+from agr_ray.models.precision import autocast
+from agr_ray.models.predictions import Predictions
+from agr_ray.models.transform import Transform, prepare_eval
+from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS
+
+
+def predict(
+    model: MultiTaskNet, images_u8: NDArray[np.uint8] | Tensor, transform: Transform, config: PredictConfig
+) -> Predictions:
+    """Predict from one batch of stored crops.
+
+    Args:
+        model: in evaluation mode, on any device.
+        images_u8: (n, stored, stored, 3) uint8, RGB, with the margin; n may be 0.
+        transform: the model's.
+        config: whether mirror images are averaged in, and the arithmetic.
+    """
+    device = next(model.parameters()).device
+    return average(infer(model, to_nchw(images_u8, device), transform, config))
+
+
+def to_nchw(images_nhwc_u8: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
+    """Return (n, 3, h, w) uint8 on the device, without moving a pixel there: channels stay last in memory."""
+    if isinstance(images_nhwc_u8, Tensor):
+        tensor = images_nhwc_u8
+    else:
+        # Arrays that share memory with an object store are read-only, which torch can't represent.
+        tensor = torch.from_numpy(images_nhwc_u8 if images_nhwc_u8.flags.writeable else images_nhwc_u8.copy())
+    return tensor.to(device, non_blocking=True).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def infer(model: MultiTaskNet, images_u8: Tensor, transform: Transform, config: PredictConfig) -> list[Outputs]:
+    """Run the network on each view of a batch: the crop and, with `flip_average`, its mirror image.
+
+    Args:
+        model: in evaluation mode.
+        images_u8: (n, 3, stored, stored) uint8 on the model's device.
+        transform: the model's.
+        config: as `predict`.
+    """
+    assert not model.training
+    images = prepare_eval(images_u8, transform)
+    views = [images, images.flip(-1)] if config.flip_average else [images]
+    with autocast(images.device, config.precision):
+        return [model(view) for view in views]
+
+
+def average(views: Sequence[Outputs]) -> Predictions:
+    """Average ages and probabilities over the views of the same faces."""
+    ages = [view.age_years.clamp(AGE_MIN_YEARS, AGE_MAX_YEARS) for view in views if view.age_years is not None]
+    p_males = [view.gender_logit.sigmoid() for view in views if view.gender_logit is not None]
+    race_probs = [view.race_logits.softmax(dim=1) for view in views if view.race_logits is not None]
+    return Predictions(_mean(ages), _mean(p_males), _mean(race_probs))
+
+
+def _mean(values: Sequence[Tensor]) -> NDArray[np.float32] | None:
+    if not values:
+        return None
+    mean: NDArray[np.float32] = torch.stack(tuple(values)).mean(dim=0).float().cpu().numpy()
+    return mean

@@ -1,0 +1,207 @@
+"""What a sweep leaves: best.toml, best/, trials.parquet, sweep.html, and the table on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from rich.console import Console
+
+from agr_ray.config import ClusterConfig, Section, StorageConfig, TuneJob
+from agr_ray.console import make_table
+from agr_ray.learn.run import Run
+from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
+from agr_ray.tuning.recipe import recipe_toml
+from agr_ray.tuning.space import base_job, is_papers, values_of, with_values
+from agr_ray.tuning.study import study_address
+from agr_ray.tuning.sweep import Sweep, shown_value
+from agr_ray.tuning.trials import Trial, excesses, front, is_feasible, trials_table
+
+BEST_RECIPE: Final = "best.toml"
+OBJECTIVE_WORDS: Final = (
+    "The mean, over age, gender and race, of the error on validation divided by the error of guessing the median "
+    "age or the most frequent class of the training images: mean absolute error in years for age, 1 - balanced "
+    "accuracy for gender and race. 1 is no better than guessing, 0 is perfect. A trial's is that of its best epoch, "
+    "whose checkpoint is kept."
+)
+_UNITS: Final = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
+
+
+def write_results(sweep: Sweep, run: Run, console: Console) -> None:
+    """Write all of them, from the trials so far; again, with the same names, when there are more.
+
+    Args:
+        sweep: with its trials.
+        run: the training run that trials change.
+        console: for what is left out.
+    """
+    from agr_ray.report.sweep import sweep_page  # here, because matplotlib takes a while to import
+
+    storage, job, trials = sweep.storage, sweep.job, list(sweep.trials.values())
+    table = trials_table(trials, job.tune.space, job.tune.constraints, job.model.tasks)
+    sweep.check_lock()
+    storage.write_table(table, sweep.join("trials.parquet"))
+    best, recipe, metrics = sweep.best, "", {}
+    if best is not None:
+        recipe = best_recipe(sweep, best)
+        storage.write(sweep.join(BEST_RECIPE), recipe.encode())
+        source = storage.join(sweep.trial_uri(best.number), "best")
+        metrics = json.loads(storage.read(storage.join(source, "meta.json")))["metrics"]["val"]
+        with TemporaryDirectory() as temporary:
+            storage.download_tree(source, f"{temporary}/best")
+            sweep.check_lock()
+            if publish_checkpoint(storage, Path(temporary, "best"), sweep.join("best")):
+                console.print(calibration_hint(sweep.join("best")))
+        if not is_feasible(best, job.tune.constraints):
+            beyond = [name for name, excess in excesses(best, job.tune.constraints).items() if excess > 0.0]
+            console.print(f"warning: no trial satisfies tune.constraints; the best one violates {', '.join(beyond)}")
+    sweep.check_lock()
+    storage.write(sweep.join("sweep.html"), sweep_page(_report(sweep, run, recipe, metrics)).encode())
+
+
+def best_recipe(sweep: Sweep, best: Trial) -> str:
+    """Return the best trial as a recipe that trains it again."""
+    job, uri = sweep.job, sweep.join(BEST_RECIPE)
+    values = values_of(job.tune.space, best.params) | {"train.name": f"{sweep.plan.name}-best"}
+    again = with_values(base_job(job), values)
+    sections: dict[str, Section] = {
+        "vision": job.vision,
+        # What is None has no word in a recipe; `paper` puts nothing in its place, and all its own keys are written.
+        "model": again.model.model_copy(update={"preset": "paper"}),
+        "loss": again.loss,
+        "augment": again.augment,
+        "train": again.train,
+        "predict": again.predict,
+    }
+    if job.storage != StorageConfig():
+        sections = {"storage": job.storage} | sections
+    if job.cluster != ClusterConfig():
+        sections = {"cluster": job.cluster} | sections
+    head = [
+        f"Trial {best.number} of the sweep {sweep.plan.uri}: objective {best.objective:.4f} on validation, at epoch "
+        f"{best.kept['epoch'] if best.kept else 0} of {len(best.epochs)}.",
+        *(f"{key} {shown_value(value)}" for key, value in best.params.items()),
+        "",
+        f"  python jobs/train.py --config {uri if '://' not in uri else BEST_RECIPE}",
+        "",
+        "Its checkpoint is best/ beside this file. What is not named was None.",
+    ]
+    return recipe_toml(sections, head, leave_out=("train.mlflow_uri",))
+
+
+def print_trials(sweep: Sweep, console: Console) -> None:
+    """Print the trials: those that came to their end by objective, then the others."""
+    job, best = sweep.job, sweep.best
+    tasks, constraints = job.model.tasks, job.tune.constraints
+    on_front = {trial.number for trial in front(list(sweep.trials.values()), constraints, tasks)}
+    title = "trials, on validation" + ("; + is on the front" if job.tune.mode == "pareto" else "")
+    console.print(title)
+    headings = ["", "trial", "state", "epochs", "objective", "age MAE, years", "gender error", "race error"]
+    table = make_table(*headings, *(key.partition(".")[2] for key in job.tune.space))
+
+    def rank(trial: Trial) -> tuple[bool, float, int]:
+        objective = float("inf") if trial.objective is None else trial.objective
+        return trial.state != "complete", objective, trial.number
+
+    for trial in sorted(sweep.trials.values(), key=rank):
+        marks = ("*" if best is not None and trial.number == best.number else "") + (
+            "+" if job.tune.mode == "pareto" and trial.number in on_front else ""
+        )
+        figures = [
+            trial.objective,
+            trial.error("age_mae_years"),
+            trial.error("gender_error"),
+            trial.error("race_error"),
+        ]
+        table.add_row(
+            marks + ("" if is_feasible(trial, constraints) else "!"),
+            str(trial.number),
+            trial.state,
+            str(len(trial.epochs)),
+            *("" if value is None else f"{value:.4f}" for value in figures),
+            *(shown_value(trial.params[key]) if key in trial.params else "" for key in job.tune.space),
+        )
+    console.print(table)
+    for trial in sweep.trials.values():
+        if trial.state == "failed":
+            console.print(f"trial {trial.number} failed: {trial.why}")
+    if best is not None:
+        console.print(f"best: trial {best.number}: {sweep.join('best')}, {sweep.join(BEST_RECIPE)}")
+    console.print(f"page: {sweep.join('sweep.html')}")
+
+
+def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> Any:
+    from agr_ray.report.sweep import GuessErrors, SweepReport
+
+    job, trials, best = sweep.job, list(sweep.trials.values()), sweep.best
+    on_front = {trial.number for trial in front(trials, job.tune.constraints, job.model.tasks)}
+    guess = metrics.get("baseline", {})
+
+    def missed(task: str) -> float | None:
+        accuracy = guess.get(task, {}).get("balanced_accuracy")
+        return None if accuracy is None else 1.0 - accuracy
+
+    baseline = GuessErrors(
+        objective=1.0 if guess else None,
+        age_mae_years=guess.get("age", {}).get("mae_years"),
+        gender_error=missed("gender"),
+        race_error=missed("race"),
+    )
+    return SweepReport(
+        title=f"Sweep {sweep.plan.name}",
+        objective_formula=OBJECTIVE_WORDS,
+        mode=job.tune.mode,
+        trials=[_row(job, trial, is_on_front=trial.number in on_front) for trial in trials],
+        best_number=None if best is None else best.number,
+        recipe_toml=recipe,
+        constraints=[f"{name} at most {limit:g}{_UNITS.get(name, '')}" for name, limit in job.tune.constraints.items()],
+        provenance=_provenance(sweep, run),
+        baseline=baseline,
+        logarithmic=frozenset(key for key, parameter in job.tune.space.items() if parameter.log_uniform),
+        loss_weights=tuple(key for key in job.tune.space if key.startswith("loss.") and key.endswith("_weight")),
+    )
+
+
+def _row(job: TuneJob, trial: Trial, *, is_on_front: bool) -> Any:
+    from agr_ray.report.sweep import TrialRow
+
+    objective = trial.objective
+    if trial.state == "pruned" and trial.curve:
+        objective = trial.curve[-1]
+    return TrialRow(
+        number=trial.number,
+        state=trial.state,
+        why=trial.why,
+        params=trial.params,
+        objective=objective,
+        age_mae_years=trial.error("age_mae_years"),
+        gender_error=trial.error("gender_error"),
+        race_error=trial.error("race_error"),
+        worst_group_mae_years=trial.error("worst_group_age_mae_years"),
+        epochs=len(trial.epochs),
+        duration_s=trial.wall_s,
+        is_feasible=is_feasible(trial, job.tune.constraints),
+        curve=trial.curve,
+        is_reference=is_papers(job, trial.params),
+        is_on_front=is_on_front,
+    )
+
+
+def _provenance(sweep: Sweep, run: Run) -> dict[str, str]:
+    job, trials = sweep.job, sweep.trials.values()
+    return {
+        "data": str(run.data["uri"]),
+        "training crops": str(run.num_train_rows),
+        "validation crops": str(run.num_val_rows),
+        "SHA-256 of the split manifest": str(run.data["split_manifest_sha256"]),
+        "seed of the search": str(job.tune.seed),
+        "seed of each training": str(job.train.seed),
+        "configuration": sweep.plan.settings_digest,
+        "commit": run.git_commit or "unknown",
+        "study": study_address(sweep.storage, sweep.plan.uri, job.tune),
+        "epochs of all trials": str(sum(len(trial.epochs) for trial in trials)),
+        "time of all trials": f"{sum(trial.wall_s for trial in trials):.0f} s",
+    }

@@ -1,0 +1,1 @@
+"""What a scoring run does without Ray: planning, grouping, scoring parts, publishing."""

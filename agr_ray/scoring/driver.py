@@ -1,0 +1,675 @@
+"""The steps of a scoring job, from its configuration to a published run, for any kind of workers.
+
+    OUT-work/lock.json                   lock: one job at a time
+    OUT-work/CONFIGURATION/plan.json     names the unpublished plan, at most one for each configuration and model
+    OUT-work/CONFIGURATION/PLAN/
+        manifest/                        photographs to score: `planning`
+        parts/                           image rows; part N is row group N of the manifest
+        attempts/                        `scorer.Attempts` of unfinished parts
+        staged/                          files to publish: `publish`
+    OUT/                                 published files: `publish`
+
+The manifest never changes once plan.json names its plan. So after any kill, the same command sees from the parts' names
+which ones are missing, and a part that is scored twice overwrites itself. Each job publishes under its own run id. So
+a suspended job that wakes up after losing its lock cannot touch another job's files in OUT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import random
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+from rich.console import Console
+
+from agr_ray.config import ScoreConfig, ScoreJob, digest
+from agr_ray.console import make_table
+from agr_ray.errors import ConfigError
+from agr_ray.evaluation.calibration import Calibration
+from agr_ray.evaluation.stored_calibration import read_calibration
+from agr_ray.models.checkpoint import model_digest, read_meta
+from agr_ray.models.checkpoint_files import local_checkpoint, portable_checkpoint
+from agr_ray.models.transform import Transform
+from agr_ray.progress import print_failed, progress
+from agr_ray.schema import SCHEMA_VERSION, Status
+from agr_ray.scoring.grouping import check_grouping
+from agr_ray.scoring.planning import Plan, plan, read_plan, scored_ids
+from agr_ray.scoring.publish import (
+    Counts,
+    Publication,
+    add_counts,
+    delete_unpublished,
+    promote,
+    pseudonym,
+    publish_demographics,
+    published_runs,
+)
+from agr_ray.scoring.scorer import KILLED_ITS_WORKER, SCORED, Scoring, manifest_folder, parts_folder
+from agr_ray.stopwatch import Stopwatch
+from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
+from agr_ray.storage.lock import LockLost, RunLock, run_lock
+from agr_ray.storage.retry import Patience
+from agr_ray.tables.rejects import reject_reasons
+
+MIN_KEY_BYTES: Final = 32
+MANY_REFUSED: Final = 100
+"""Photographs rejected for the same reason that fail a run, even if earlier runs scored far more."""
+EARLY_IMAGES: Final = 500
+"""Photographs, sampled over the whole input, after which a run may fail early because storage refuses most of them."""
+_RESOURCE_KNOBS: Final = {
+    "checkpoint",  # the model's digest identifies it better
+    "num_workers",
+    "use_gpu",
+    "batch_size",
+    "rows_per_file",
+    "outage_s",
+    "lock_expiry_s",
+    "max_refused",
+    "allow_empty",
+}
+_PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
+
+
+class Workers(Protocol):
+    """Score the parts and write the files to publish: Ray's workers, or this process."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Keep the workers running until the block ends."""
+        ...
+
+    def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+        """Score the parts in any order; yield the `scorer.summary` of each part as a mapping."""
+        ...
+
+    def publish(self, publication: Publication) -> Iterator[Counts]:
+        """Write the files of all parts; yield the counts of each."""
+        ...
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers that score in parallel."""
+        ...
+
+
+class TooManyRefused(ConfigError):
+    """Most photographs are rejected for the same reason. The message is one line that quotes it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Model:
+    """What predicts."""
+
+    checkpoint: Mapping[str, bytes]
+    digest: str
+    tasks: tuple[str, ...]
+    transform: Transform
+    calibration: Calibration | None
+    calibration_digest: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An unpublished plan, made by this job or by one that was killed."""
+
+    plan_id: str
+    started_at: str
+    plan_s: float
+    plan: Plan
+
+
+class _Refusals:
+    """Detects that most photographs are rejected for the same reason, which indicates a setup error."""
+
+    def __init__(self, config: ScoreConfig, plan: Plan) -> None:
+        self._config = config
+        self._plan = plan
+        self._reasons: Counter[str] = Counter()
+        self._num_images = 0
+
+    def add(self, reasons: Mapping[str, int], num_images: int) -> None:
+        """Count a part's rejected rows by reason."""
+        self._reasons.update(reasons)
+        self._num_images += num_images
+
+    def check(self, *, at_end: bool) -> None:
+        """Fail the run if too many photographs are rejected: before the end, only for storage errors.
+
+        Raises:
+            TooManyRefused: there are too many; the message quotes the reason.
+        """
+        for reason, num_refused in self._reasons.most_common(2):
+            self._check_reason(reason, num_refused, at_end=at_end)
+
+    def _check_reason(self, reason: str, num_refused: int, *, at_end: bool) -> None:
+        most = self._config.max_refused
+        status = reason.partition(":")[0]
+        num_inputs = self._plan.num_to_do + self._plan.num_scored
+        if num_refused <= most * self._num_images:
+            return
+        if status == Status.ARCHIVED:  # the bucket's owner has archived them: an error only if nothing else is there
+            is_fatal = at_end and num_refused == num_inputs
+        elif at_end:
+            is_fatal = num_refused > most * num_inputs or (status == Status.FAILED and num_refused >= MANY_REFUSED)
+        else:
+            is_fatal = status == Status.FAILED and num_refused >= MANY_REFUSED and self._num_images >= EARLY_IMAGES
+        if is_fatal:
+            raise TooManyRefused(
+                reason,
+                f"score.input {self._config.input}: {num_refused:,} of {self._num_images:,} photographs were "
+                f"rejected for the same reason: {reason}. Nothing is published; fix the cause and repeat the command, "
+                f"or allow it with --score.max_refused 1 (now {most:g})",
+            )
+
+
+def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, Any]:
+    """Score all new photographs, publish, and return the run's record, `_SUCCESS/run=ID.json`.
+
+    Raises:
+        ConfigError: the checkpoint or the input does not exist, the input has no photographs, most of them are
+            rejected for the same reason, another run is active, or the cluster is too small for the plan.
+        LockLost: another job has taken over the output.
+        StorageUnavailable: input or output can't be reached.
+    """
+    storage = Storage.from_config(job.storage)
+    out = storage.absolute(job.score.out).rstrip("/")
+    key = _check(job, storage, out)
+    storage.probe(job.score.input, "score.input")
+    storage.probe(job.score.checkpoint, "score.checkpoint")
+    storage.probe(out, "score.out", write=True)
+    if job.score.ledger:
+        storage.probe(job.score.ledger, "score.ledger", write=True)
+    if job.score.metadata:
+        storage.probe(job.score.metadata, "score.metadata")
+    if job.score.min_cell and not job.score.aggregate_only:
+        console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
+    with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
+        model = _model(directory, job, console)
+    attributes = tuple(name for name in job.score.attributes if name in model.tasks)
+    settings = digest(job.vision, job.predict, job.gates)
+    config_digest = _digest([settings, attributes, model.calibration_digest])
+    identity = _digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key)])
+    works = storage.join(f"{out}-work", identity)
+    lock_uri = storage.join(f"{out}-work", "lock.json")
+    patience = Patience(job.score.outage_s)
+    held = run_lock(storage, lock_uri, identity, expiry_s=job.score.lock_expiry_s, console=console)
+    with held as lock, _lost_lock_first(lock):
+
+        def check() -> None:
+            patience.call(lock.check)
+
+        left: list[str] = []
+        try:
+            left = delete_unpublished(storage, out)
+        except (StorageError, StorageUnavailable) as error:
+            check()
+            console.print(f"warning: what a killed job left unpublished in {out} can't be deleted: {error}")
+        if left:
+            console.print(f"deleted unpublished files of killed jobs: {', '.join(left)}")
+        skipped = _scored_folders(storage, out, job, model, config_digest, key)
+        run = _resumed(storage, works, skipped, job.score.max_refused, console)
+        if run is None:
+            run = _opened(job, storage, works, skipped, key, check, console)
+        _print_plan(job.score, run.plan, console)
+        run_id = _new_id(_now())
+        work = storage.join(works, run.plan_id)
+        scoring = Scoring(
+            storage=storage,
+            work=work,
+            vision=job.vision,
+            gates=job.gates,
+            predict=job.predict,
+            attributes=attributes,
+            batch_size=job.score.batch_size,
+            outage_s=job.score.outage_s,
+            transform=model.transform,
+            checkpoint=model.checkpoint,
+            calibration=model.calibration,
+            provenance={
+                "run_id": run.plan_id,  # until it is published
+                "model_digest": model.digest,
+                "config_digest": config_digest,
+                "schema_version": SCHEMA_VERSION,
+            },
+            use_gpu=job.score.use_gpu,
+        )
+        publication = Publication(
+            storage=storage,
+            work=work,
+            out=out,
+            run_id=run_id,
+            started_at=datetime.datetime.fromisoformat(run.started_at),
+            num_parts=run.plan.num_parts,
+            attributes=attributes,
+            group_by=job.score.group_by,
+            aggregate_only=job.score.aggregate_only,
+            ledger=storage.absolute(job.score.ledger) if job.score.ledger else "",
+            key=key,
+            outage_s=job.score.outage_s,
+        )
+        with workers.session() if run.plan.num_parts else nullcontext():
+            try:
+                timings = _score_parts(job, scoring, run, workers, check, console)
+            except TooManyRefused as error:
+                patience.call(lambda error=error: _keep_for_later(job.score, scoring, works, error.reason))  # type: ignore[misc]
+                raise
+            check()
+            started = time.perf_counter()
+            counts = _publish_files(publication, workers, check, console)
+        patience.call(lambda: publish_demographics(publication, counts, model.calibration, job.score.min_cell))
+        totals = _totals(counts, run.plan)
+        timings |= {"plan_s": run.plan_s, "publish_s": time.perf_counter() - started}
+        record: dict[str, Any] = {
+            "run_id": run_id,
+            "started_at": run.started_at,
+            **({} if key else {"input": storage.absolute(job.score.input)}),
+            "model_digest": model.digest,
+            "config_digest": config_digest,
+            "key_id": _key_id(key),
+            "schema_version": SCHEMA_VERSION,
+            "calibrated": model.calibration is not None,
+            "calibration_warning": model.calibration.overlap_warning if model.calibration else "",
+            "aggregate_only": job.score.aggregate_only,
+            "group_by": list(job.score.group_by),
+            "min_cell": job.score.min_cell,
+            **({} if job.score.min_cell else totals),
+            "timings": timings,
+            "published_at": _now().isoformat(timespec="milliseconds"),
+        }
+        patience.call(lambda: promote(publication, record, lock.check))
+        try:
+            lock.check()
+            storage.delete_tree(works)
+        except (LockLost, StorageError, StorageUnavailable) as error:
+            # The run is published anyway, and later runs do not need this folder to be gone.
+            console.print(f"warning: the run's work folder {works} can't be deleted: {error}")
+    title = f"{out} run={run_id}"
+    if job.score.min_cell:
+        console.print(f"published {title}; score.min_cell withholds its totals")
+    else:
+        _print_summary(console, totals, title)
+    _print_timings(console, timings)
+    return record
+
+
+@contextmanager
+def _lost_lock_first(lock: RunLock) -> Iterator[None]:
+    """Turn any error after a lost lock into LockLost, because another job may have deleted the work folder."""
+    try:
+        yield
+    except Exception:
+        with suppress(StorageError, StorageUnavailable):
+            lock.check()
+        raise
+
+
+# Before any work
+
+
+def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
+    """Reject settings that can't work; return the secret key, empty if none is configured."""
+    config = job.score
+    if job.vision.detector == "none":
+        raise ConfigError("vision.detector 'none' detects no faces; scoring allows: mtcnn, haar")
+    if re.fullmatch(r"s3://[^/]*", out):
+        raise ConfigError(
+            f"score.out {config.out}: is a whole bucket; name a prefix in it, such as {out}/scores, because unfinished "
+            "work is stored beside it, at PREFIX-work"
+        )
+    key = b""
+    if config.pseudonymise:
+        try:
+            key = storage.read(config.pseudonymise)
+        except MissingObject:
+            raise ConfigError(f"score.pseudonymise {config.pseudonymise}: there is no such file") from None
+        if len(key) < MIN_KEY_BYTES:
+            raise ConfigError(
+                f"score.pseudonymise {config.pseudonymise}: holds {len(key)} bytes; a key needs at least "
+                f"{MIN_KEY_BYTES}; `head -c 32 /dev/urandom > FILE` makes one"
+            )
+    if config.aggregate_only:
+        for name in ("pseudonymise", "ledger"):
+            if not getattr(config, name):
+                raise ConfigError(
+                    f"score.aggregate_only needs score.{name}: the next run needs it to skip scored images"
+                )
+        if f"{storage.absolute(config.ledger).rstrip('/')}/".startswith(f"{out}/"):
+            raise ConfigError(f"score.ledger {config.ledger}: is inside score.out {out}, which others may read")
+    elif config.ledger:
+        raise ConfigError(f"score.ledger {config.ledger}: is only used with score.aggregate_only")
+    check_grouping(config)
+    return key
+
+
+def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
+    """Return the settings that determine the run's results, with absolute paths."""
+    selection = config.model_dump(mode="json", exclude=_RESOURCE_KNOBS)
+    paths = {name: storage.absolute(selection[name]).rstrip("/") for name in _PATHS if selection[name]}
+    return selection | paths
+
+
+def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
+    """Load the model, and warn if it does not fit the job well."""
+    meta = read_meta(directory)
+    detector = meta["data"].get("detector")
+    if detector not in (None, job.vision.detector):
+        console.print(f"warning: trained on crops found by {detector}, scoring with {job.vision.detector}")
+    calibration, reason = read_calibration(directory, job.predict, "score.checkpoint")
+    if calibration is None:
+        console.print(f"warning: no age_low and age_high, no abstention, no corrected shares: {reason}")
+    elif calibration.overlap_warning:
+        console.print(f"warning: {calibration.overlap_warning}")
+    return Model(
+        checkpoint=portable_checkpoint(directory),
+        digest=model_digest(directory),
+        tasks=tuple(meta["model"]["tasks"]),
+        transform=Transform.from_json(meta["transform"]),
+        calibration=calibration,
+        calibration_digest="" if calibration is None else _digest(calibration.to_json()),
+    )
+
+
+def _scored_folders(
+    storage: Storage, out: str, job: ScoreJob, model: Model, config_digest: str, key: bytes
+) -> list[str]:
+    """Return the folders of runs with the same model, configuration and key, whose images need no new scoring."""
+    wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": _key_id(key)}
+    folders = []
+    for record in published_runs(storage, out):
+        if all(record[name] == value for name, value in wanted.items()):
+            if record["aggregate_only"] and not job.score.aggregate_only:
+                raise ConfigError(
+                    f"score.out {job.score.out}: run={record['run_id']} there is aggregate_only; keep using "
+                    "score.aggregate_only and its score.ledger, or choose another score.out"
+                )
+            root = storage.absolute(job.score.ledger) if record["aggregate_only"] else storage.join(out, "images")
+            folder = storage.join(root, f"run={record['run_id']}")
+            if record["aggregate_only"] and not storage.exists(folder):
+                raise ConfigError(
+                    f"score.ledger {job.score.ledger}: has no run={record['run_id']}, which is published in {out}; "
+                    "without it, its photographs would be scored and counted again"
+                )
+            folders.append(folder)
+    return folders
+
+
+# The run
+
+
+def _plan_uri(storage: Storage, works: str) -> str:
+    return storage.join(works, "plan.json")
+
+
+def _resumed(storage: Storage, works: str, skipped: list[str], max_refused: float, console: Console) -> Planned | None:
+    """Return the unpublished run of this configuration, if its plan is complete and no run was published since."""
+    try:
+        record = json.loads(storage.read(_plan_uri(storage, works)))
+    except MissingObject:
+        return None
+    if max_refused <= record.get("rejected_above", -1.0):
+        return None
+    if record["skipped"] != skipped:
+        console.print(
+            "another run was published since this one was planned; planning again, so that no image is published twice"
+        )
+        return None
+    made = read_plan(storage, manifest_folder(storage, storage.join(works, record["plan_id"])))
+    assert made is not None
+    return Planned(record["plan_id"], record["started_at"], record["plan_s"], made)
+
+
+def _keep_for_later(config: ScoreConfig, scoring: Scoring, works: str, reason: str) -> None:
+    """Prepare a run that was rejected as a whole for the next command.
+
+    If storage refused photographs, the same command scores their parts again and keeps the others. If photographs were
+    rejected for their content, the same command plans again, because they must change first. Only a command with a
+    higher score.max_refused resumes that run.
+    """
+    storage, uri = scoring.storage, _plan_uri(scoring.storage, works)
+    if not reason.startswith(f"{Status.FAILED}:"):
+        record = json.loads(storage.read(uri)) | {"rejected_above": config.max_refused}
+        storage.write(uri, json.dumps(record, indent=2).encode())
+
+
+def _opened(
+    job: ScoreJob,
+    storage: Storage,
+    works: str,
+    skipped: list[str],
+    key: bytes,
+    check: Callable[[], None],
+    console: Console,
+) -> Planned:
+    """Plan a new run.
+
+    Raises:
+        ConfigError: the input has nothing to score.
+    """
+    try:
+        storage.delete_tree(works)  # left by a run that was killed during planning or after publishing
+    except (StorageError, StorageUnavailable) as error:
+        console.print(f"warning: the old work folder {works} can't be deleted: {error}")
+    started_at, started = _now(), time.perf_counter()
+    plan_id = _new_id(started_at)
+    with progress(console, "listing", None) as update:
+
+        def report(done: int, remark: str) -> None:
+            check()
+            update(*((0, "") if job.score.min_cell else (done, remark)))
+
+        made = plan(
+            storage,
+            job.score,
+            manifest_folder(storage, storage.join(works, plan_id)),
+            scored_ids(storage, skipped),
+            scored_as=(lambda image: pseudonym(image, key)) if key else None,
+            progress=report,
+        )
+    try:
+        _check_input(job.score, storage, made)
+    except ConfigError:
+        storage.delete_tree(works)
+        raise
+    run = Planned(plan_id, started_at.isoformat(timespec="milliseconds"), time.perf_counter() - started, made)
+    record = {"plan_id": plan_id, "started_at": run.started_at, "plan_s": run.plan_s, "skipped": skipped}
+    check()
+    storage.write(_plan_uri(storage, works), json.dumps(record, indent=2).encode())
+    return run
+
+
+def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:
+    """Reject an input without any photograph, new or scored before, unless that is allowed.
+
+    Raises:
+        ConfigError: there is none; the message says what the input contains.
+    """
+    if config.allow_empty or plan.num_to_do or plan.num_scored:
+        return
+    where = f"score.input {storage.absolute(config.input)}"
+    if not plan.num_listed:
+        raise ConfigError(f"{where}: nothing is there; check the spelling, or allow it with --score.allow_empty true")
+    raise ConfigError(
+        f"{where}: none of its {plan.num_listed:,} keys is read as a photograph: {_endings(plan)}; score.include "
+        "selects the keys to read, such as --score.include '[\"**\"]' for all"
+    )
+
+
+def _endings(plan: Plan, *, hides: bool = False) -> str:
+    """Return how many keys of which ending were left out; with `hides` the endings alone."""
+    if hides:
+        return "keys " + " and ".join(
+            f"that end in {each}" if each else "without ending" for each in plan.endings_left_out
+        )
+    return ", ".join(
+        f"{number:,} end in {ending}" if ending else f"{number:,} have no ending"
+        for ending, number in plan.endings_left_out.items()
+    )
+
+
+def _print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
+    """Print the plan and warn of likely mistakes; with score.min_cell, without counts."""
+    if not config.min_cell:
+        left_out = f"{plan.num_excluded:,} left out by name or size, " if plan.num_excluded else ""
+        console.print(
+            f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} scored before, {plan.num_to_do:,} to do"
+        )
+    if plan.endings_left_out and not config.include:
+        console.print(
+            f"left out: {_endings(plan, hides=bool(config.min_cell))}; score.include selects the keys to read"
+        )
+    for name, number in plan.num_grouped.items():
+        if number < plan.num_to_do / 2:
+            of = "few" if config.min_cell else f"{number:,} of {plan.num_to_do:,}"
+            source = (
+                "score.key_pattern captures it"
+                if f"(?P<{name}>" in config.key_pattern
+                else (f"it comes from score.metadata {config.metadata}, joined on the column uri")
+            )
+            console.print(f"warning: score.group_by {name}: known for {of} photographs, null for the others; {source}")
+
+
+def _score_parts(
+    job: ScoreJob, scoring: Scoring, run: Planned, workers: Workers, check: Callable[[], None], console: Console
+) -> dict[str, Any]:
+    """Make the missing parts; return the time taken in seconds.
+
+    Raises:
+        TooManyRefused: most photographs are rejected for the same reason.
+    """
+    refusals = _Refusals(job.score, run.plan)
+    done = _finished_parts(scoring, refusals, check)
+    todo = [part for part in range(run.plan.num_parts) if part not in done]
+    if done:
+        console.print(f"{len(done)} of {run.plan.num_parts} parts done before")
+    if not todo:
+        refusals.check(at_end=True)
+        return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}
+    # In random order, so that the first parts are a sample of all, and all workers share an expensive folder.
+    random.Random(run.plan_id).shuffle(todo)
+    counts: Counter[str] = Counter()
+    stopwatch = Stopwatch()
+    num_faces = 0
+    started = time.perf_counter()
+    total = sum(_rows_of(part, run.plan) for part in todo)
+    hides = bool(job.score.min_cell)  # a suppressed cell could be computed from the totals
+    num_parts = 0
+    with progress(console, "scoring", len(todo) if hides else total) as update:
+        for each in workers.score(scoring, todo):
+            check()
+            statuses = json.loads(each["counts"])
+            counts.update(statuses)
+            stopwatch.add(json.loads(each["seconds"]))
+            num_faces += each["num_faces"]
+            refusals.add(json.loads(each["reasons"]), sum(statuses.values()))
+            refusals.check(at_end=False)
+            said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
+            num_parts += 1
+            update(*((num_parts, "parts") if hides else (counts.total(), f"{num_faces:,} faces; {said}")))
+    refusals.check(at_end=True)
+    score_s = time.perf_counter() - started
+    if not hides:
+        console.print(f"{total:,} photographs in {score_s:.1f} s: {total / score_s:.1f} images/s")
+    return {"score_s": score_s, "num_workers": workers.num_workers, "worker_s": stopwatch.take()}
+
+
+def _finished_parts(scoring: Scoring, refusals: _Refusals, check: Callable[[], None]) -> set[int]:
+    """Return the parts that earlier jobs finished, and count the rejected rows in them.
+
+    Parts with photographs that storage refused are not counted as finished, because storage may serve them now.
+    """
+    storage, folder = scoring.storage, parts_folder(scoring.storage, scoring.work)
+    if not storage.exists(folder):
+        return set()
+    patience = Patience(scoring.outage_s)
+    numbers = [int(Path(info.key).stem.removeprefix("part-")) for info in storage.list(folder, (".parquet",))]
+    done = set()
+    for number in numbers:
+        images = patience.call(
+            lambda number=number: storage.read_table(scoring.part_uri(number), ["uri", "status", "error"])  # type: ignore[misc]
+        )
+        check()
+        rows = zip(images["status"].to_pylist(), images["error"].to_pylist(), strict=True)
+        if not any(status == Status.FAILED and error != KILLED_ITS_WORKER for status, error in rows):
+            refusals.add(reject_reasons(images, SCORED), images.num_rows)
+            done.add(number)
+    return done
+
+
+def _rows_of(part: int, plan: Plan) -> int:
+    """Return the number of rows of a part."""
+    return min(plan.rows_per_part, plan.num_to_do - part * plan.rows_per_part)
+
+
+def _publish_files(publication: Publication, workers: Workers, check: Callable[[], None], console: Console) -> Counts:
+    """Write all files to publish, except the demographics; return their counts."""
+    if not publication.num_parts:
+        return publication.publish_file(0)
+    counts: list[Counts] = []
+    with progress(console, "publishing", publication.num_files) as update:
+        for each in workers.publish(publication):
+            check()
+            counts.append(each)
+            update(len(counts), "files")
+    return add_counts(counts, publication.group_by)
+
+
+def _totals(counts: Counts, plan: Plan) -> dict[str, Any]:
+    """Return the run's counts over all groups, and the counts of its plan."""
+    names = [name for name in counts.groups.column_names if name.startswith("num_")]
+    totals = {name: int(np.sum(counts.groups[name].to_numpy())) for name in names}
+    return totals | {"counts": dict(sorted(counts.statuses.items())), "plan": dataclasses.asdict(plan)}
+
+
+def _print_summary(console: Console, totals: Mapping[str, Any], title: str) -> None:
+    console.print(title)
+    table = make_table("", "number")
+    rows = [("photographs", totals["num_images"])]
+    rows += [(f"  {status}", count) for status, count in totals["counts"].items()]
+    rows += [("faces", totals["num_faces"]), ("  flagged", totals["num_flagged"])]
+    rows += [("  with an attribute too uncertain to tell", totals["num_abstained"])]
+    for label, number in rows:
+        table.add_row(label, f"{number:,}")
+    console.print(table)
+    print_failed(console, totals["counts"])
+
+
+def _print_timings(console: Console, timings: Mapping[str, Any]) -> None:
+    stages: dict[str, float] = timings["worker_s"]
+    if stages:
+        total_s = sum(stages.values())
+        most_first = sorted(stages.items(), key=lambda stage: -stage[1])
+        said = ", ".join(f"{name} {spent_s / total_s:.0%}" for name, spent_s in most_first)
+        console.print(f"where the workers' time went: {said}")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _key_id(key: bytes) -> str:
+    """Return an id that distinguishes keys without revealing them."""
+    return hashlib.sha256(b"agr_ray key id" + key).hexdigest()[:12] if key else ""
+
+
+def _new_id(now: datetime.datetime) -> str:
+    """Return a unique id that sorts by time."""
+    return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{secrets.token_hex(4)}"
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)

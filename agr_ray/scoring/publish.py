@@ -1,0 +1,310 @@
+"""The parts of a finished scoring run -> what readers see: images/, faces/, rejects/ and demographics/.
+
+Each file of the run's manifest becomes one file in each of the first three, under a name that only depends on its
+number, so a killed job can publish again. All files are first written to the run's work folder. Once all are complete,
+they are moved into OUT: on a local disk one table's folder at a time, on S3 by server-side copies, file by file.
+Writing `_SUCCESS/run=ID.json` then publishes the run. If a job is killed in between, the next job deletes the files
+that it left in OUT, whatever that next job scores; `views.sql` never shows them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import json
+import re
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+
+from agr_ray.evaluation.calibration import Calibration
+from agr_ray.schema import IMAGES, REJECTS, Status
+from agr_ray.scoring.planning import PARTS_PER_FILE, read_part
+from agr_ray.scoring.scorer import manifest_folder, part_file
+from agr_ray.storage import Storage
+from agr_ray.storage.retry import Patience
+from agr_ray.tables.demographics import demographics
+from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts
+from agr_ray.tables.suppression import suppress
+
+SUCCESS: Final = "_SUCCESS"
+CELL_COLUMNS: Final = ("age_group", "gender", "race")
+LEDGER_COLUMNS: Final = ("image_id", "status", "storage_class")
+TABLES: Final = ("demographics", "rejects", "faces", "images")
+"""Tables in publishing order."""
+LEDGER: Final = "ledger"
+_RUN_FOLDER = re.compile(r"run=(\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8})/")
+INCONCLUSIVE: Final = (str(Status.CHANGED), str(Status.FAILED), str(Status.ARCHIVED))
+"""Statuses that say nothing about an image's content: an earlier row of the image stays valid."""
+_NUM_READS: Final = 8
+
+
+class Counts(NamedTuple):
+    """Of one file, or added up."""
+
+    cells: pa.Table
+    """`tables.faces.count_faces` by the grouping columns."""
+    groups: pa.Table
+    """`tables.faces.count_images` by the grouping columns."""
+    statuses: Counter[str]
+    """Images by status."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What turning parts into published files needs to know."""
+
+    storage: Storage
+    work: str
+    out: str
+    run_id: str
+    started_at: datetime.datetime
+    num_parts: int
+    attributes: tuple[str, ...]
+    group_by: tuple[str, ...]
+    aggregate_only: bool
+    ledger: str
+    key: bytes
+    """Of the HMACs that stand in for URIs; empty: URIs stay."""
+    outage_s: float
+
+    @property
+    def num_files(self) -> int:
+        """Return how many files there will be: one at least, so that readers of an empty run find its columns."""
+        return max(1, -(-self.num_parts // PARTS_PER_FILE))
+
+    def publish_file(self, file: int) -> Counts:
+        """Write one file of each table, and count what is in it."""
+        return Patience(self.outage_s).call(lambda: self._publish_file(file))
+
+    def _publish_file(self, file: int) -> Counts:
+        images = self._image_rows(file)
+        faces = explode_faces(images, self.group_by)
+        counts = Counts(
+            count_faces(faces, self.group_by),
+            count_images(images, faces, self.group_by),
+            Counter(images["status"].to_pylist()),
+        )
+        kept = images.select(IMAGES.names)
+        if self.key:
+            kept = pseudonymised(kept, self.key, self.started_at)
+        if self.aggregate_only:
+            self._write(kept.select(LEDGER_COLUMNS), LEDGER, file)
+        else:
+            kept = kept.sort_by("uri")
+            for name, table in (
+                ("images", kept),
+                ("faces", explode_faces(kept)),
+                ("rejects", select_rejects(kept)),
+            ):
+                self._write(table, name, file)
+        return counts
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Return the folder of each of the run's published tables, in publishing order."""
+        folder = f"run={self.run_id}"
+        if self.aggregate_only:
+            return {
+                LEDGER: self.storage.join(self.ledger, folder),
+                "demographics": self.storage.join(self.out, "demographics", folder),
+            }
+        return {name: self.storage.join(self.out, name, folder) for name in TABLES}
+
+    def staged(self, table: str) -> str:
+        """Return the folder in which a table is staged before it is published."""
+        return self.storage.join(self.work, "staged", self.run_id, table)
+
+    def _write(self, table: pa.Table, name: str, file: int) -> None:
+        self.storage.write_table(table, self.storage.join(self.staged(name), f"{name}-{file:05d}.parquet"))
+
+    def _image_rows(self, file: int) -> pa.Table:
+        """Return the image rows of a file's parts, with the grouping columns of the manifest."""
+        first = file * PARTS_PER_FILE
+        parts = range(first, min(first + PARTS_PER_FILE, self.num_parts))
+        if not parts:
+            grouping = [pa.field(name, pa.string()) for name in self.group_by]
+            return pa.schema([*IMAGES, *grouping]).empty_table()
+        with ThreadPoolExecutor(_NUM_READS) as pool:
+            uris = [part_file(self.storage, self.work, part) for part in parts]
+            images = pa.concat_tables(pool.map(self.storage.read_table, uris))
+            folder = manifest_folder(self.storage, self.work)
+            manifest = pa.concat_tables(pool.map(lambda part: read_part(self.storage, folder, part), parts))
+        # A part has the rows of its row group, in their order.
+        if images["image_id"].combine_chunks() != manifest["image_id"].combine_chunks():
+            raise RuntimeError(f"{self.work}: the parts of manifest file {file} do not hold its rows")
+        run_ids = pa.array([self.run_id] * images.num_rows, pa.string())
+        images = images.set_column(IMAGES.get_field_index("run_id"), IMAGES.field("run_id"), run_ids)
+        for name in self.group_by:
+            images = images.append_column(name, manifest[name])
+        return images
+
+
+def pseudonymised(images: pa.Table, key: bytes, scored_at: datetime.datetime) -> pa.Table:
+    """Replace all that names or identifies an image: URI and id by HMACs, etag and size by null.
+
+    Errors quote them, so errors are null too, and only the status says why an image was rejected. All rows get the same
+    `scored_at`, the start of the run, because exact times would reveal the order of the keys.
+    """
+    aliases = [pseudonym(uri, key) for uri in images["uri"].to_pylist()]
+    columns = {
+        "image_id": pa.array([pseudonym(image, key) for image in images["image_id"].to_pylist()], pa.string()),
+        "uri": pa.array(aliases, pa.string()),
+        "etag": pa.nulls(images.num_rows, pa.string()),
+        "size_bytes": pa.nulls(images.num_rows, pa.int64()),
+        "error": pa.nulls(images.num_rows, pa.string()),
+        "scored_at": pa.array([scored_at] * images.num_rows, IMAGES.field("scored_at").type),
+    }
+    return pa.table({name: columns.get(name, images[name]) for name in images.column_names}, schema=images.schema)
+
+
+def pseudonym(text: str, key: bytes) -> str:
+    """Return 32 hex digits of the HMAC-SHA256 of a text."""
+    return hmac.digest(key, text.encode(), hashlib.sha256).hex()[:32]
+
+
+def add_counts(counts: Sequence[Counts], group_by: Sequence[str]) -> Counts:
+    """Add up the counts of all files."""
+    return Counts(
+        sum_counts([each.cells for each in counts], [*group_by, *CELL_COLUMNS]),
+        sum_counts([each.groups for each in counts], group_by),
+        sum((each.statuses for each in counts), Counter()),
+    )
+
+
+def publish_demographics(
+    publication: Publication, counts: Counts, calibration: Calibration | None, min_cell: int
+) -> None:
+    """Write the run's demographic tables to the staging folder."""
+    table = demographics(
+        counts.cells,
+        counts.groups,
+        None if calibration is None else calibration.rows,
+        ["age_group" if name == "age" else name for name in publication.attributes],
+    )
+    if min_cell:
+        table = suppress(table, min_cell)
+    uri = publication.storage.join(publication.staged("demographics"), "demographics.parquet")
+    publication.storage.write_table(table, uri)
+
+
+def published_runs(storage: Storage, out: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of all published runs, oldest first."""
+    folder = storage.join(out, SUCCESS)
+    if storage.exists(folder):
+        for info in storage.list(folder, (".json",)):
+            yield json.loads(storage.read(info.uri))
+
+
+def promote(publication: Publication, record: dict[str, Any], check: Callable[[], None]) -> None:
+    """Move the run's files into OUT and mark the run as published; this is the last step.
+
+    Args:
+        publication: the publication, with all files written.
+        record: content of `_SUCCESS/run=ID.json`.
+        check: called before each step; raises if the run may no longer publish.
+    """
+    storage = publication.storage
+    for name, target in publication.targets.items():
+        check()
+        storage.move_tree(publication.staged(name), target)
+    check()
+    has_images = storage.exists(storage.join(publication.out, "images"))
+    sql = views_sql(storage, publication.out, has_images=has_images)
+    storage.write(storage.join(publication.out, "views.sql"), sql.encode())
+    check()
+    body = json.dumps(record, indent=2) + "\n"
+    storage.write(_success_uri(storage, publication.out, record["run_id"]), body.encode())
+
+
+def delete_unpublished(storage: Storage, out: str) -> list[str]:
+    """Delete files in OUT of jobs that were killed while publishing; return their run ids.
+
+    Call it only while no other job can publish. Folders not named like runs are left alone.
+    """
+    left: list[str] = []
+    for table in TABLES:
+        folder = storage.join(out, table)
+        if storage.exists(folder):
+            named = (_RUN_FOLDER.match(info.key) for info in storage.list(folder))
+            for run_id in dict.fromkeys(match[1] for match in named if match):
+                if not is_published(storage, out, run_id):
+                    storage.delete_tree(storage.join(folder, f"run={run_id}"))
+                    left.append(run_id)
+    return list(dict.fromkeys(left))
+
+
+def is_published(storage: Storage, out: str, run_id: str) -> bool:
+    """Return whether the run is published."""
+    return storage.exists(_success_uri(storage, out, run_id))
+
+
+def _success_uri(storage: Storage, out: str, run_id: str) -> str:
+    return storage.join(out, SUCCESS, f"run={run_id}.json")
+
+
+def views_sql(storage: Storage, out: str, *, has_images: bool) -> str:
+    """Return DuckDB's views over all published runs; without `has_images`, all of them were aggregate_only.
+
+    Columns come only from the files; by default, DuckDB would also derive columns from folders above `out` named
+    `name=value`.
+    """
+    quoted = re.sub(r"([*?\[])", r"[\1]", out).replace("'", "''")  # characters that DuckDB treats as glob patterns
+    sql = f"""-- Views over the published runs, for DuckDB: duckdb -init views.sql
+{_secret_sql(storage, out)}CREATE OR REPLACE VIEW runs AS
+    SELECT * FROM read_json('{quoted}/{SUCCESS}/run=*.json', union_by_name = true, hive_partitioning = false);
+CREATE OR REPLACE VIEW demographics AS
+    SELECT * EXCLUDE (filename), regexp_extract(filename, '.*/run=([^/]+)/', 1) AS run
+    FROM read_parquet(
+        '{quoted}/demographics/run=*/*.parquet', union_by_name = true, hive_partitioning = false, filename = true
+    )
+    WHERE run IN (SELECT run_id FROM runs);
+"""
+    if not has_images:
+        return sql
+    says_nothing = ", ".join(f"'{status}'" for status in INCONCLUSIVE)
+    return f"""{sql}
+-- Each image has its latest score. A status that says nothing about the content ({", ".join(INCONCLUSIVE)})
+-- never hides an earlier row. An image that was deleted from its bucket stays until a run records it as missing:
+-- scoring does not look for deleted keys.
+CREATE OR REPLACE VIEW images AS
+    SELECT i.*
+    FROM read_parquet('{quoted}/images/run=*/*.parquet', union_by_name = true, hive_partitioning = false) AS i
+    SEMI JOIN runs USING (run_id)
+    QUALIFY row_number() OVER (
+        PARTITION BY i.uri ORDER BY i.status IN ({says_nothing}), i.scored_at DESC, i.run_id DESC
+    ) = 1;
+CREATE OR REPLACE VIEW faces AS
+    SELECT f.*
+    FROM read_parquet('{quoted}/faces/run=*/*.parquet', union_by_name = true, hive_partitioning = false) AS f
+    SEMI JOIN images USING (image_id, run_id);
+CREATE OR REPLACE VIEW rejects AS
+    SELECT {", ".join(REJECTS.names)} FROM images WHERE status NOT IN ('ok', 'no_face');
+"""
+
+
+def _secret_sql(storage: Storage, out: str) -> str:
+    """Return the DuckDB secret for the S3 server of `out`; empty for a local folder."""
+    address = storage.s3_address(out)
+    if address is None:
+        return ""
+    settings = {"REGION": address.region, "SCOPE": out}
+    if address.endpoint_url:
+        settings["ENDPOINT"] = urllib.parse.urlsplit(address.endpoint_url).netloc
+        settings["URL_STYLE"] = "vhost" if address.addressing_style == "virtual" else "path"
+    lines = ["TYPE s3", *([] if address.anonymous else ["PROVIDER credential_chain"])]
+    lines += [f"{name} '{value.replace(chr(39), chr(39) * 2)}'" for name, value in settings.items()]
+    if (address.endpoint_url or "").startswith("http://"):
+        lines.append("USE_SSL false")
+    text = ",\n".join(f"    {line}" for line in lines)
+    return f"""-- Credentials come from the usual AWS sources (AWS_ACCESS_KEY_ID, AWS_PROFILE, a role), not this file.
+CREATE OR REPLACE SECRET agr_ray (
+{text}
+);
+"""

@@ -1,0 +1,1 @@
+"""What a sweep is without Ray: search space, study, trial records, results."""

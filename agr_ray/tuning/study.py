@@ -1,0 +1,269 @@
+"""A sweep's study in Optuna: what it proposes next, and what it is told.
+
+The trials' records, not the study, are what a sweep resumes from: a study is brought up to date with them when it is
+opened. So it may be lost, be older than they are (in a bucket it is uploaded after each trial), or hold trials of other
+sweeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from agr_ray.config import Scalar, TuneConfig
+from agr_ray.errors import ConfigError
+from agr_ray.redact import redacted
+from agr_ray.storage import MissingObject, Storage
+from agr_ray.tuning.space import distribution_of, points, suggest
+from agr_ray.tuning.trials import Trial, error_names, excesses
+
+JOURNAL: Final = "study.journal"
+SWEEP: Final = "agr_ray.sweep"
+"""Attribute of a trial in the study: the id of the sweep that it is of."""
+NUMBER: Final = "agr_ray.trial"
+"""The same: its number there, by which its training run is named."""
+_STATES: Final = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "unfinished": TrialState.RUNNING,
+}
+
+
+class Study:
+    """One sweep's view of a study.
+
+    Args:
+        storage: where the sweep is.
+        uri: the sweep's folder.
+        sweep_id: drawn once for each sweep.
+        config: its settings.
+        tasks: of the model.
+        name: the sweep's.
+
+    Raises:
+        ConfigError: there is no such database, or the study there has other objectives.
+    """
+
+    def __init__(
+        self, storage: Storage, uri: str, sweep_id: str, config: TuneConfig, tasks: Sequence[str], name: str
+    ) -> None:
+        self._storage = storage
+        self._sweep_id = sweep_id
+        self._config = config
+        self._errors = error_names(tasks)
+        self._uri = "" if config.study else storage.join(uri, JOURNAL)
+        self._journal = MemoryJournal(self._saved())
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        name = config.study_name or name
+        directions = [optuna.study.StudyDirection.MINIMIZE] * (len(self._errors) if config.mode == "pareto" else 1)
+        try:
+            self._study = optuna.create_study(
+                storage=self._open(), study_name=name, directions=directions, load_if_exists=True
+            )
+            self._ids = self._known_ids()
+        except Exception as error:  # of whatever database driver
+            said = redacted(" ".join(str(error).split()), config.study)
+            raise ConfigError(f"tune.study {redacted(config.study) or JOURNAL}: {said}") from None
+        if len(self._study.directions) != len(directions):
+            raise ConfigError(
+                f"tune.study_name {name}: the study there has {len(self._study.directions)} objectives and tune.mode "
+                f"{config.mode} has {len(directions)}; choose another name"
+            )
+
+    def catch_up(self, trials: Sequence[Trial]) -> None:
+        """Tell the study what the records know and it does not.
+
+        A trial that it proposed and of which there is no record was never begun: it failed, to Optuna.
+        """
+        known = {trial.number for trial in trials}
+        frozen = {each._trial_id: each for each in self._study.get_trials(deepcopy=False)}
+        for number, trial_id in list(self._ids.items()):
+            if number not in known:
+                if not frozen[trial_id].state.is_finished():
+                    self._study.tell(frozen[trial_id].number, state=TrialState.FAIL)
+                del self._ids[number]
+        for trial in trials:
+            is_over = trial.number in self._ids and frozen[self._ids[trial.number]].state.is_finished()
+            if trial.number not in self._ids or (is_over and trial.state == "unfinished"):  # the latter is tried again
+                self._add(trial)
+            elif trial.state != "unfinished" and not is_over:
+                self._report(trial)
+                self.tell(trial)
+
+    def ask(self, number: int) -> dict[str, Scalar]:
+        """Return the parameters of a new trial.
+
+        Raises:
+            ConfigError: the study holds trials of another space, in which a key had other choices.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.sampler = self._sampler(number)
+        asked = self._study.ask()
+        try:
+            params = suggest(asked, self._config.space)
+        except ValueError as error:
+            self._study.tell(asked, state=TrialState.FAIL)
+            raise ConfigError(
+                f"tune.study_name {self._study.study_name}: the study there has trials of another space: {error}"
+            ) from None
+        asked.set_user_attr(NUMBER, number)
+        asked.set_user_attr(SWEEP, self._sweep_id)  # last: what has it is ours, and has its number
+        self._ids[number] = asked._trial_id
+        return params
+
+    def report(self, number: int, epoch: int, objective: float | None) -> None:
+        """Tell the objective after an epoch; of several objectives at once, Optuna does not want to know."""
+        if objective is None or self._config.mode == "pareto":
+            return
+        self._live(number).report(objective, epoch)
+
+    def tell(self, trial: Trial) -> None:
+        """Tell how a trial ended; one that has not ended, or of which it was told, is left as it is."""
+        if trial.state == "unfinished" or self._frozen(trial.number).state.is_finished():
+            return
+        live = self._live(trial.number)
+        for name, excess in self._excesses(trial).items():
+            live.set_constraint(name, excess)
+        values = self._values(trial)
+        # A trial that measured nothing to judge it by is none that came to its end.
+        state = _STATES[trial.state] if values is not None or trial.state != "complete" else TrialState.FAIL
+        self._study.tell(live, values, state=state)
+
+    def save(self) -> None:
+        """Upload the journal, where the sweep is in a bucket."""
+        if "://" in self._uri:
+            self._storage.write(self._uri, self._journal.to_bytes())
+
+    def _saved(self) -> bytes:
+        """Return the journal in the bucket; empty if there is none."""
+        if "://" in self._uri:
+            with contextlib.suppress(MissingObject):
+                return self._storage.read(self._uri)
+        return b""
+
+    def _open(self) -> BaseStorage:
+        if "://" in self._config.study:
+            return RDBStorage(self._config.study)
+        if "://" in self._uri:
+            return JournalStorage(self._journal)
+        path = Path(self._config.study or self._uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._config.study:  # only the sweep's own: in another, somebody may be writing the line
+            _mend(path)
+        return JournalStorage(JournalFileBackend(str(path)))
+
+    def _sampler(self, number: int) -> BaseSampler:
+        # Made anew for each trial: one that is seeded once would, after a resume, draw again what it drew at first.
+        seed = int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0])
+        sampler: BaseSampler = TPESampler(n_startup_trials=self._config.random_trials, seed=seed)
+        given = points(self._config)
+        return PartialFixedSampler(given[number], sampler) if number < len(given) else sampler
+
+    def _live(self, number: int) -> optuna.Trial:
+        return optuna.Trial(self._study, self._ids[number])
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self._study._storage.get_trial(self._ids[number])
+
+    def _known_ids(self) -> dict[int, int]:
+        """Return the ids of this sweep's trials by number; of one that was tried again, the last."""
+        return {
+            each.user_attrs[NUMBER]: each._trial_id
+            for each in self._study.get_trials(deepcopy=False)
+            if each.user_attrs.get(SWEEP) == self._sweep_id and NUMBER in each.user_attrs
+        }
+
+    def _report(self, trial: Trial) -> None:
+        """Tell of the epochs that the study has not heard of."""
+        heard = self._frozen(trial.number).intermediate_values
+        for row, objective in zip(trial.epochs, trial.curve, strict=True):
+            if row["epoch"] not in heard:
+                self.report(trial.number, row["epoch"], objective)
+
+    def _add(self, trial: Trial) -> None:
+        values, heard = self._values(trial), self._intermediate(trial)
+        state = _STATES[trial.state] if values is not None or trial.state != "complete" else TrialState.FAIL
+        if trial.state == "pruned" and heard:
+            values = [heard[max(heard)]]  # as Optuna does it for one that it has watched
+        added: FrozenTrial = create_trial(
+            state=state,
+            values=values,
+            params=dict(trial.params),
+            distributions={key: distribution_of(self._config.space[key]) for key in trial.params},
+            user_attrs={SWEEP: self._sweep_id, NUMBER: trial.number},
+            intermediate_values=heard,
+            constraints=dict(self._excesses(trial)) or None,
+        )
+        self._study.add_trial(added)
+        self._ids[trial.number] = self._known_ids()[trial.number]
+
+    def _intermediate(self, trial: Trial) -> dict[int, float]:
+        if self._config.mode == "pareto":
+            return {}
+        rows = zip(trial.epochs, trial.curve, strict=True)
+        return {row["epoch"]: objective for row, objective in rows if objective is not None}
+
+    def _excesses(self, trial: Trial) -> Mapping[str, float]:
+        return excesses(trial, self._config.constraints) if trial.state in ("complete", "pruned") else {}
+
+    def _values(self, trial: Trial) -> list[float] | None:
+        """Return what is minimised, of a complete trial; None: it is another, or was not measured."""
+        if trial.state != "complete":
+            return None
+        errors: list[float | None] = (
+            [trial.error(name) for name in self._errors] if self._config.mode == "pareto" else [trial.objective]
+        )
+        found = [value for value in errors if value is not None]
+        return found if len(found) == len(errors) else None
+
+
+class MemoryJournal(BaseJournalBackend):
+    """A journal in memory, which leaves nothing on the disk when the driver is killed.
+
+    Args:
+        body: written by `to_bytes` or a `JournalFileBackend`, one JSON document a line. A last line without a newline
+            comes from a killed writer and is dropped.
+    """
+
+    def __init__(self, body: bytes = b"") -> None:
+        self._lines = body[: body.rfind(b"\n") + 1].splitlines()
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Yield the entries, starting with this number."""
+        for line in self._lines[log_number_from:]:
+            yield json.loads(line)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Add entries."""
+        self._lines += [json.dumps(log, separators=(",", ":")).encode() for log in logs]
+
+    def to_bytes(self) -> bytes:
+        """Return the journal in the format of `JournalFileBackend`."""
+        return b"".join(line + b"\n" for line in self._lines)
+
+
+def _mend(path: Path) -> None:
+    """Cut off the line that a killed writer left unfinished: Optuna would write the next one after it, and fail."""
+    if path.exists():
+        body = path.read_bytes()
+        whole = body[: body.rfind(b"\n") + 1]
+        if whole != body:
+            path.write_bytes(whole)
+
+
+def study_address(storage: Storage, uri: str, config: TuneConfig) -> str:
+    """Return where the study is, without a password."""
+    return redacted(config.study) or storage.join(uri, JOURNAL)

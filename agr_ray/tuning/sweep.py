@@ -1,0 +1,330 @@
+"""A sweep's state: which trials there are, which is next, and what is kept of each. Knows nothing of Ray.
+
+A sweep is a folder, OUT/NAME:
+
+    sweep.json          configuration, how many trials are wanted, and whether they have been made
+    lock.json           while a driver is at work: nobody else may be
+    records/0000.json   what became of each trial: learn.trials.Trial
+    trials/0000/        the trial as a training run (runtime.train); checkpoints are of the best alone, or of the front
+    study.journal       Optuna's study, unless tune.study says where it is
+    best.toml  best/    the best trial as a recipe, and its checkpoint
+    trials.parquet      schema.TRIALS and the searched keys, a row for each trial
+    sweep.html          the page
+
+The records are what a sweep is resumed from. A trial whose record says that it has not ended goes on, from the last
+checkpoint of its training run; one that failed before its first epoch is tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rich.console import Console
+
+from agr_ray.config import Scalar, TuneJob
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.learn.run import CHECKPOINTS, FAILURE
+from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage.lock import RunLock
+from agr_ray.storage.retry import Patience
+from agr_ray.tuning.plan import RECORD, Plan
+from agr_ray.tuning.space import base_job, values_of, with_values
+from agr_ray.tuning.study import Study
+from agr_ray.tuning.trials import DIVERGED, REFUSED, Trial, best_trial, front
+
+_WEIGHTS: Final = (CHECKPOINTS, "best", "last", "initial")
+"""Of a trial's run: what is deleted of those that are not the best."""
+_FIRST: Final = 3
+"""Trials to end of which one must have made an epoch."""
+
+
+class Sweep:
+    """What the driver knows of its trials. Each method is one thing that happens to one of them.
+
+    Args:
+        storage: where the sweep is.
+        plan: which it is.
+        job: its configuration.
+        console: to which it says how trials do.
+        lock: the sweep's lock, checked before each write. None: no other process writes, as in tests.
+    """
+
+    def __init__(
+        self, storage: Storage, plan: Plan, job: TuneJob, console: Console, lock: RunLock | None = None
+    ) -> None:
+        self.storage = storage
+        self.plan = plan
+        self.job = job
+        self.config = job.tune
+        self.trials: dict[int, Trial] = {}
+        self.problem: Exception | None = None
+        """What went wrong here while Tune called: the sweep ends of it."""
+        self._console = console
+        self._lock = lock
+        self._patience = Patience(job.train.outage_s)
+        self._began = time.monotonic()
+        self._started: dict[int, float] = {}
+        self._queue: deque[int] = deque()
+        self._cleaned: set[int] = set()
+        records = self.join("records")
+        for info in storage.list(records, (".json",)) if storage.exists(records) else ():
+            trial = Trial.from_json(json.loads(storage.read(info.uri)))
+            self.trials[trial.number] = trial
+        self.study = Study(storage, plan.uri, plan.sweep_id, job.tune, job.model.tasks, plan.name)
+
+    def check_lock(self) -> None:
+        """Check that this driver may still write to the sweep.
+
+        Raises:
+            LockLost: another driver has taken over the sweep.
+        """
+        if self._lock is not None:
+            self._lock.check()
+
+    def join(self, *parts: str) -> str:
+        """Return the URI of something in the sweep's folder."""
+        return self.storage.join(self.plan.uri, *parts)
+
+    def trial_uri(self, number: int) -> str:
+        """Return the folder of a trial's training run."""
+        return self.join("trials", trial_name(number))
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial so far; None: none has come to its end."""
+        return best_trial(list(self.trials.values()), self.config.constraints)
+
+    @property
+    def num_ended(self) -> int:
+        """How many trials are complete, pruned or failed."""
+        return sum(trial.state != "unfinished" for trial in self.trials.values())
+
+    def begin(self) -> None:
+        """Write sweep.json, settle trials that ended while no driver looked, and queue those that are to be run."""
+        self.write_record("")
+        for number, trial in sorted(self.trials.items()):
+            if trial.never_learnt:
+                # It begins as if for the first time: its first weights may have been deleted.
+                self.check_lock()
+                self.storage.delete(self.storage.join(self.trial_uri(number), "run.json"))
+                trial = dataclasses.replace(trial, state="unfinished", why="")
+            if trial.state == "unfinished":
+                settled = self._settled(trial.with_epochs(self._history(number)))
+                self._keep(settled)
+                if settled.state == "unfinished":
+                    self._queue.append(number)
+        self.study.catch_up(list(self.trials.values()))
+        self._patience.call(self._save_study)
+        self._patience.call(self.clean)
+        if self.trials:
+            gone_on = f", {len(self._queue)} of them go on" if self._queue else ""
+            self._say(f"{len(self.trials)} of {self.plan.num_trials} trials were begun before{gone_on}")
+
+    def next(self) -> tuple[int, dict[str, Any]] | None:
+        """Return the number and the values of the trial to run next; None: there is none any more.
+
+        Those whose values the configuration does not take together are over at once: rows that say why.
+        """
+        while not self.spent:
+            self.check_lock()
+            if self._queue:
+                trial = self.trials[self._queue.popleft()]
+            elif len(self.trials) < self.plan.num_trials:
+                number = max(self.trials, default=-1) + 1
+                trial = Trial(number, self.study.ask(number))
+                self._keep(trial)
+            else:
+                return None
+            values = values_of(self.config.space, trial.params)
+            try:
+                with_values(base_job(self.job), values)
+            except ConfigError as error:
+                self._end(dataclasses.replace(trial, state="failed", why=f"{REFUSED}{error}"))
+            else:
+                return trial.number, values
+        return None
+
+    @property
+    def num_left(self) -> int:
+        """How many trials `next` will give, unless something ends the sweep before."""
+        return len(self._queue) + max(self.plan.num_trials - len(self.trials), 0)
+
+    @property
+    def spent(self) -> str:
+        """Which budget is spent; empty: none."""
+        config = self.config
+        if config.max_hours is not None and time.monotonic() - self._began > 3600.0 * config.max_hours:
+            return f"tune.max_hours {config.max_hours:g}"
+        epochs = sum(len(trial.epochs) for trial in self.trials.values())
+        if config.max_epochs is not None and epochs >= config.max_epochs:
+            return f"tune.max_epochs {config.max_epochs}"
+        return ""
+
+    def started(self, number: int) -> None:
+        """Take note that a trial runs."""
+        again = bool(self.trials[number].epochs or self.trials[number].failures)
+        self._started[number] = time.monotonic()
+        shown = ", ".join(f"{key} {shown_value(value)}" for key, value in self.trials[number].params.items())
+        self._say(f"trial {number} {'goes on' if again else 'begins'}: {shown}")
+
+    def reported(self, number: int, row: Mapping[str, Any]) -> None:
+        """Take note of an epoch: of schema.HISTORY as a trial reports it."""
+        trial = self.trials[number].with_epochs([row])
+        if len(trial.epochs) > len(self.trials[number].epochs):
+            self.check_lock()
+            self.study.report(number, int(row["epoch"]), trial.curve[-1])
+        self.trials[number] = trial
+
+    def failed_once(self, number: int, why: str) -> None:
+        """Take note that a trial failed and will be tried again."""
+        trial = self._timed(number)
+        self._keep(dataclasses.replace(trial, failures=(*trial.failures, why)))
+        self._say(f"trial {number} failed ({why}); it goes on from its last checkpoint")
+
+    def failed(self, number: int, why: str) -> None:
+        """Take note that a trial failed for good."""
+        trial = self._timed(number).with_epochs(self._history(number))
+        self._end(dataclasses.replace(trial, state="failed", why=why, failures=(*trial.failures, why)))
+
+    def ended(self, number: int, pruned: str = "") -> None:
+        """Take note that a trial was stopped, for a reason, or is over by itself."""
+        trial = self._timed(number).with_epochs(self._history(number))
+        if pruned:
+            self._end(dataclasses.replace(trial, state="pruned", why=pruned))
+            return
+        settled = self._settled(trial)
+        if settled.state == "unfinished":
+            self._keep(settled)
+        else:
+            self._end(settled)
+
+    def write_record(self, finished: str) -> None:
+        """Write sweep.json."""
+        exclude: Any = {"new_run": True, "dry_run": True, "add": True, "train": {"mlflow_uri"}, "tune": {"study"}}
+        record = {
+            "finished": finished,
+            "id": self.plan.sweep_id,
+            "settings_digest": self.plan.settings_digest,
+            "trials": self.plan.num_trials,
+            "added": 0 if finished else self.plan.added,
+            "config": self.job.model_dump(mode="json", exclude=exclude),  # addresses may hold passwords
+        }
+        self._write(RECORD, record)
+
+    def clean(self, but: int | None = None) -> None:
+        """Delete the checkpoints of trials that ended and are neither the best nor on the front of `pareto`.
+
+        Args:
+            but: a trial whose workers may still be writing; without one, those that were deleted are deleted again.
+        """
+        if but is None:
+            self._cleaned.clear()
+        best, trials = self.best, list(self.trials.values())
+        kept = {best.number} if best else set()
+        if self.config.mode == "pareto":
+            kept |= {trial.number for trial in front(trials, self.config.constraints, self.job.model.tasks)}
+        for number in [trial.number for trial in trials if trial.state != "unfinished"]:
+            if number in kept or number == but or number in self._cleaned:
+                continue
+            self.check_lock()
+            with contextlib.suppress(OSError):  # workers that end slowly still write there; the next call repeats it
+                for name in _WEIGHTS:
+                    self.storage.delete_tree(self.storage.join(self.trial_uri(number), name))
+                self._cleaned.add(number)
+
+    def _settled(self, trial: Trial) -> Trial:
+        """Return the record of a trial that nobody stopped, by what its training run says."""
+        said = self._said(trial.number, FAILURE)
+        if said is not None:
+            return dataclasses.replace(trial, state="failed", why=DIVERGED + said.partition("\n")[0])
+        record = self._said(trial.number, "run.json")
+        is_complete = record is not None and json.loads(record)["finished"]
+        return dataclasses.replace(trial, state="complete") if is_complete else trial
+
+    def _said(self, number: int, name: str) -> str | None:
+        """Return what a file of a trial's run holds; None: there is none."""
+        uri = self.storage.join(self.trial_uri(number), name)
+        try:
+            return self._patience.call(lambda: self.storage.read(uri)).decode()
+        except MissingObject:
+            return None
+
+    def _end(self, trial: Trial) -> None:
+        before = self.best
+        self._keep(trial)
+        self.study.tell(trial)
+        self._patience.call(self._save_study)
+        self._patience.call(lambda: self.clean(but=trial.number))
+        best = self.best
+        judged = "" if trial.objective is None else f", objective {trial.objective:.4f}"
+        said = {"complete": "is complete", "pruned": "was stopped", "failed": "failed"}[trial.state]
+        why = f" ({trial.why})" if trial.why else ""
+        so_far = f"; best so far: trial {best.number}, {best.objective:.4f}" if best else ""
+        if best is not None and (before is None or best.number != before.number):
+            so_far += " (new)"
+        self._say(
+            f"trial {trial.number} {said} after {len(trial.epochs)} epochs{judged}{why}; "
+            f"{self.num_ended} of {self.plan.num_trials} ended{so_far}"
+        )
+        self._check_something_works()
+
+    def _check_something_works(self) -> None:
+        """End the sweep, before it has used up its trials, where it is not their values that they fail of.
+
+        Raises:
+            JobError: the first trials to end, or all, failed before their first epoch.
+        """
+        refused = sum(trial.was_refused for trial in self.trials.values())
+        tried = [trial for trial in self.trials.values() if trial.state != "unfinished" and not trial.was_refused]
+        enough = min(_FIRST, self.plan.num_trials - refused)
+        if tried and len(tried) >= enough and all(trial.never_learnt for trial in tried):
+            raise JobError(
+                f"{self.plan.uri}: nothing works: the {len(tried)} trials that have ended failed before their first "
+                f"epoch ({tried[-1].why}); once that is mended, the same command tries them again"
+            )
+
+    def _timed(self, number: int) -> Trial:
+        trial, started = self.trials[number], self._started.pop(number, None)
+        if started is None:
+            return trial
+        return dataclasses.replace(trial, wall_s=trial.wall_s + time.monotonic() - started)
+
+    def _history(self, number: int) -> list[dict[str, Any]]:
+        uri = self.storage.join(self.trial_uri(number), "history.parquet")
+        try:
+            rows: list[dict[str, Any]] = self._patience.call(lambda: self.storage.read_table(uri)).to_pylist()
+        except MissingObject:
+            return []
+        return rows
+
+    def _keep(self, trial: Trial) -> None:
+        self.trials[trial.number] = trial
+        self._write(f"records/{trial_name(trial.number)}.json", trial.to_json())
+
+    def _write(self, name: str, said: Mapping[str, Any]) -> None:
+        body = (json.dumps(said, indent=2) + "\n").encode()
+        self._patience.call(self.check_lock)
+        self._patience.call(lambda: self.storage.write(self.join(*name.split("/")), body))
+
+    def _save_study(self) -> None:
+        self.check_lock()
+        self.study.save()
+
+    def _say(self, line: str) -> None:
+        self._console.print(line)
+
+
+def trial_name(number: int) -> str:
+    """Return the name of a trial's training run."""
+    return f"{number:04d}"
+
+
+def shown_value(value: Scalar) -> str:
+    """Return a parameter's value as it is shown."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
