@@ -36,10 +36,10 @@ from rich.table import Table
 
 from agr_ray.config import EvaluateConfig
 from agr_ray.console import make_console
+from agr_ray.data.crops import label_arrays
 from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration, true_age_group
 from agr_ray.evaluation.metrics import Labels, predicted_gender
 from agr_ray.models.predictions import Predictions
-from agr_ray.runtime.crops import label_arrays
 from agr_ray.schema import DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, GENDERS, PREDICTIONS, RACES
 from agr_ray.tables.demographics import demographics
 from agr_ray.tables.faces import count_faces

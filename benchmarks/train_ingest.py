@@ -41,6 +41,7 @@ from torchvision import transforms
 
 from agr_ray.config import AugmentConfig, ClusterConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
 from agr_ray.console import make_console
+from agr_ray.data.crops import decoded_crops, label_arrays, select_crops, usable_statuses
 from agr_ray.data.prepared import open_prepared
 from agr_ray.evaluation.metrics import Baseline, Labels
 from agr_ray.learn.loop import Batch, LocalContext
@@ -51,7 +52,6 @@ from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import autocast, compute_dtype
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.cluster import machine_cpus
-from agr_ray.runtime.crops import decoded_crops, label_arrays, select_crops, usable_statuses
 from agr_ray.runtime.train import train
 from agr_ray.storage import Storage
 from agr_ray.vision.align import DEFAULT_MARGIN

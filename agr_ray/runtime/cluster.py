@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from agr_ray.config import ClusterConfig
 from agr_ray.console import make_console
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.placement import places, process_bundles
 
 MIN_LOCAL_CPUS: Final = 8
 """Logical CPUs of a local cluster at least: actors that hold all CPUs leave Ray Data none to read and write with."""
@@ -37,9 +37,6 @@ _MOST_BUNDLES: Final = 10_000
 """More processes than any cluster has are a mistake, and too many to ask an autoscaler for."""
 _autoscaler_wait_s: ContextVar[float] = ContextVar("autoscaler_wait_s", default=0.0)
 """`cluster.autoscaler_wait_s`, inside `cluster`."""
-
-ROUNDING: Final = 1e-9
-"""By how much less than a whole one a division of resources may give."""
 
 
 @contextmanager
@@ -138,15 +135,6 @@ def check_fits(
     wait_for_nodes(lambda: refuse_misfit(purpose, num_processes, cpus_each, gpus_each, spare_cpus), bundles, purpose)
 
 
-def process_bundles(
-    num_processes: int, cpus_each: float, gpus_each: float, spare_cpus: float
-) -> list[dict[str, float]]:
-    """Return what processes ask for, each on one node, by Ray's names; and each spare CPU by itself."""
-    each = {kind: asked for kind, asked in (("CPU", cpus_each), ("GPU", gpus_each)) if asked}
-    spare = [{"CPU": 1.0}] * math.ceil(spare_cpus) if cpus_each else []
-    return [each] * num_processes + spare if each else spare
-
-
 def wait_for_nodes(check: Callable[[], T], bundles: Sequence[Mapping[str, float]], purpose: str) -> T:
     """Return what `check` returns, at once or once the cluster's autoscaler has added nodes.
 
@@ -242,20 +230,6 @@ def worker_count(num_workers: int | None, *, use_gpu: bool = False, besides: int
         return max(1, int(_resources().get("GPU", 0.0)))
     spare = int(_resources().get("CPU", 1.0)) - 1 - besides
     return max(1, min(machine_cpus(), spare) if len(nodes()) == 1 else spare)
-
-
-def places(has: Mapping[str, float], cpus_each: float, gpus_each: float) -> int:
-    """Return how many processes fit a node; each asks for CPUs or GPUs, and a share of a GPU is one GPU's.
-
-    Args:
-        has: what the node has, by Ray's names.
-        cpus_each: that a process asks for; 0: none.
-        gpus_each: the same, 1 at most.
-    """
-    fits = [has.get("CPU", 0.0) / cpus_each] if cpus_each else []
-    if gpus_each:
-        fits.append(has.get("GPU", 0.0) * int(1.0 / gpus_each + ROUNDING))
-    return int(min(fits) + ROUNDING)
 
 
 def nodes() -> list[dict[str, float]]:

@@ -25,6 +25,7 @@ from rich.console import Console
 from agr_ray.config import EvaluateConfig, EvaluateJob, PredictConfig
 from agr_ray.config import digest as digest_of
 from agr_ray.console import make_console, make_table
+from agr_ray.data.crops import decoded_crops, label_arrays, select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.evaluation.calibration import NEVER_SURE, Calibration, coverage_report
@@ -48,7 +49,7 @@ from agr_ray.models.predictions import Predictions
 from agr_ray.predict.forward import predict
 from agr_ray.progress import progress
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.crops import decoded_crops, label_arrays, part_dataset, select_crops, usable_statuses
+from agr_ray.runtime.crops import part_dataset
 from agr_ray.schema import CROP_STATUSES, GENDERS, PREDICTION_FIELDS, PREDICTIONS, RACES, Status
 from agr_ray.storage import ChangedObject, MissingObject, Storage, StorageError, StorageFailed, StorageUnavailable
 from agr_ray.storage.lock import RunLock, run_lock

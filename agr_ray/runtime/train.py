@@ -36,6 +36,7 @@ from torch import Tensor
 
 from agr_ray.config import ModelConfig, TrainConfig, TrainJob, digest
 from agr_ray.console import make_console, make_table
+from agr_ray.data.crops import label_arrays, select_crops, usable_statuses
 from agr_ray.data.guards import (
     check_no_overlaps,
     check_sets,
@@ -46,6 +47,8 @@ from agr_ray.data.guards import (
 from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.evaluation.metrics import Baseline, Labels, class_counts
+from agr_ray.learn.dry_run import dry_run
+from agr_ray.learn.resources import max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
 from agr_ray.learn.sampling import Sampler
 from agr_ray.learn.tracking import check_mlflow
@@ -53,11 +56,8 @@ from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, sav
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
 from agr_ray.models.network import MultiTaskNet, WeightsError, first_weights, load_trunk
 from agr_ray.models.transform import Transform
-from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.crops import label_arrays, select_crops, usable_statuses
+from agr_ray.runtime.cluster import cluster, machine_cpus
 from agr_ray.runtime.training.board import progress_board
-from agr_ray.runtime.training.dry_run import dry_run
-from agr_ray.runtime.training.shard_batches import max_kept_rows
 from agr_ray.runtime.training.trainer import check_workers_fit, fit
 from agr_ray.schema import Status
 from agr_ray.storage import MissingObject, Storage
@@ -92,7 +92,7 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
     run = dataclasses.replace(run, quiet=quiet)
     console.print(f"run {uri}")
     if job.dry_run:
-        dry_run(run, sets, first or MultiTaskNet(job.model), console)
+        dry_run(run, sets, first or MultiTaskNet(job.model), machine_cpus(), console)
         return storage.join(uri, "best")
     lock_uri, patience = storage.join(uri, "lock.json"), Patience(job.train.outage_s)
     owner = f"training run {uri}"

@@ -15,22 +15,22 @@ import pyarrow as pa
 from ray import tune as ray_tune
 from rich.console import Console
 
-from agr_ray.config import PAPER_POINT, TrainJob, TuneJob
+from agr_ray.config import PAPER_POINT, TrainConfig, TrainJob, TuneJob
 from agr_ray.console import make_console
+from agr_ray.data.crops import select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.learn.dry_run import dry_run
 from agr_ray.learn.run import Run
 from agr_ray.report.sweep_results import print_trials, write_results
-from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.crops import select_crops, usable_statuses
+from agr_ray.runtime.cluster import cluster, machine_cpus, nodes, wait_for_nodes
 from agr_ray.runtime.train import open_sets, plan, settings_digest
-from agr_ray.runtime.training.dry_run import dry_run
 from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher
-from agr_ray.runtime.tuning.placement import TRIAL_CPUS, room
 from agr_ray.runtime.tuning.trial import trainable
 from agr_ray.storage import Storage
 from agr_ray.storage.lock import RunLock, run_lock
 from agr_ray.storage.retry import Patience
+from agr_ray.tuning.placement import TRIAL_CPUS, Room, room_for, trial_bundles
 from agr_ray.tuning.plan import Plan, plan_sweep
 from agr_ray.tuning.space import base_job, check_space, paper_point, recipes_value, unlike_papers, with_values
 from agr_ray.tuning.sweep import Sweep
@@ -77,7 +77,7 @@ def tune(job: TuneJob) -> str:
     if job.dry_run:
         _dry_run(job, planned, run, console)
         if first is not None:
-            dry_run(run, sets, first, console)
+            dry_run(run, sets, first, machine_cpus(), console)
         return storage.join(planned.uri, "best")
     lock_uri, patience = storage.join(planned.uri, "lock.json"), Patience(job.train.outage_s)
     owner = f"sweep {planned.uri}"
@@ -104,6 +104,20 @@ def tune(job: TuneJob) -> str:
     elif sweep.best is None:
         raise JobError(f"{sweep.plan.uri}: no trial came to its end; trials.parquet there says why")
     return sweep.join("best")
+
+
+def room(config: TrainConfig, asked: int | None) -> Room:
+    """Return what a sweep may use of the cluster that is connected, which an autoscaler may enlarge for it.
+
+    Args:
+        config: of a trial.
+        asked: tune.max_concurrent.
+
+    Raises:
+        ConfigError: not one trial fits, or fewer than are asked for, and no autoscaler makes room for them.
+    """
+    bundles = trial_bundles(config) * (asked or 1)
+    return wait_for_nodes(lambda: room_for(config, asked, nodes(), machine_cpus()), bundles, "tune.max_concurrent")
 
 
 def _planned_again(planned: Plan, storage: Storage, job: TuneJob, digest: str) -> Plan:

@@ -21,7 +21,7 @@ import ray
 from ray.util import placement_group_table
 from agr_ray.config import ClusterConfig, ConfigError
 from agr_ray.runtime.cluster import check_fits, cluster, nodes
-from agr_ray.runtime.tuning.placement import room
+from agr_ray.runtime.tune import room
 from agr_ray.config import TrainConfig
 
 started = time.monotonic()

@@ -12,9 +12,9 @@ from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import ModelConfig, TrainConfig, TrainJob
 from agr_ray.errors import JobError
+from agr_ray.learn.dry_run import count_memory
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.runtime.train import train
-from agr_ray.runtime.training.dry_run import count_memory
 
 CPU = torch.device("cpu")
 

@@ -15,13 +15,13 @@ import torch
 from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import ModelConfig, TrainConfig, TrainJob, digest
+from agr_ray.data.crops import Slice, deal_parts, read_slices, take_turns, training_arrays, usable_statuses
 from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.errors import ConfigError
 from agr_ray.learn.run import Run
 from agr_ray.models.card import model_card
 from agr_ray.models.checkpoint import LABELS, content_codes
 from agr_ray.models.transform import Transform
-from agr_ray.runtime.crops import Slice, deal_parts, read_slices, take_turns, training_arrays, usable_statuses
 from agr_ray.runtime.train import settings_digest, train
 from agr_ray.schema import CROPS
 from agr_ray.storage import Storage

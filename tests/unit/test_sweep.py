@@ -15,10 +15,10 @@ from sweeps import STORAGE, complete, opened, planned, row, train, tune_job
 
 from agr_ray.config import TrainConfig
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.runtime.tuning.placement import trials_that_fit
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.lock import LockLost, run_lock
+from agr_ray.tuning.placement import trials_that_fit
 from agr_ray.tuning.study import MemoryJournal, Study
 from agr_ray.tuning.sweep import Sweep
 

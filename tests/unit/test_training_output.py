@@ -15,6 +15,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agr_ray.config import ModelConfig, TrainJob
+from agr_ray.data.crops import training_arrays
 from agr_ray.evaluation.metrics import Baseline, Labels, metrics_report
 from agr_ray.learn.loop import EpochReport
 from agr_ray.learn.run import Run
@@ -22,7 +23,6 @@ from agr_ray.models.checkpoint import CARD, read_meta, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform
-from agr_ray.runtime.crops import training_arrays
 from agr_ray.runtime.evaluate import add_to_card
 from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.worker import RunLogs

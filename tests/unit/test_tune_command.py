@@ -19,8 +19,8 @@ from agr_ray.config import LossConfig, ModelConfig, TuneJob
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.runtime.tune import tune
-from agr_ray.runtime.tuning.placement import Room
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
+from agr_ray.tuning.placement import Room
 from agr_ray.tuning.sweep import Sweep
 
 RUN = SimpleNamespace(

@@ -11,25 +11,12 @@ import torch
 from numpy.typing import NDArray
 from ray.data import DataIterator
 
-from agr_ray.config import TrainConfig
 from agr_ray.learn.loop import Batch, batches_of, labels_of
 from agr_ray.learn.prefetch import prefetch
 from agr_ray.learn.sampling import Sampler
-from agr_ray.models.transform import Transform
-from agr_ray.vision.align import crop_side_px
 
 NUM_AHEAD: Final = 2
 """Batches that wait for the device."""
-
-
-def crop_bytes(transform: Transform) -> int:
-    """Return the size of a decoded crop."""
-    return 3 * crop_side_px(transform.crop_side_px, transform.margin) ** 2
-
-
-def max_kept_rows(config: TrainConfig, transform: Transform) -> int:
-    """Return how many decoded crops fit `train.cache_mib`: of training, and as many again of validation."""
-    return config.cache_mib * 2**20 // (2 * crop_bytes(transform))  # joining the batches takes their memory twice
 
 
 def share_sizes(batch_size: int, rank: int, world_size: int) -> Iterator[int]:

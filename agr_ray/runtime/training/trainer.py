@@ -21,6 +21,7 @@ from rich.console import Console
 from agr_ray.config import TrainConfig
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.learn.resources import spare_cpus
 from agr_ray.learn.run import CHECKPOINTS, OBJECTIVE, Run
 from agr_ray.redact import redacted
 from agr_ray.runtime.cluster import check_fits, refuse_misfit
@@ -179,14 +180,6 @@ def _check_workers(config: TrainConfig, check: Callable[..., None]) -> None:
         config.gpus_per_worker if config.use_gpu else 0.0,
         spare_cpus=spare_cpus(config),
     )
-
-
-def spare_cpus(config: TrainConfig) -> float:
-    """Return the logical CPUs that the tasks which read training and validation ask for, one each.
-
-    Workers that are as many as the cluster has room for leave none, so reading must not ask for any.
-    """
-    return 2.0 if config.min_workers == config.max_workers else 0.0
 
 
 @contextmanager

@@ -25,17 +25,17 @@ from agr_ray.evaluation.metrics import Labels
 from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Row, Snapshot
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.progress import Progress
+from agr_ray.learn.resources import MIN_VAL_BATCH, max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.predict.forward import predict
 from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.training.fence import Fence
-from agr_ray.runtime.training.shard_batches import ShardBatches, max_kept_rows
+from agr_ray.runtime.training.shard_batches import ShardBatches
 from agr_ray.storage.outgoing import delete_leftovers, outgoing_folder
 from agr_ray.storage.retry import Patience
 
 PROGRESS_EVERY_S: Final = 10.0
-MIN_VAL_BATCH: Final = 64
 NUM_SAMPLES: Final = 24
 """Crops on the page of sample predictions."""
 COLLECTIVE_MARGIN_S: Final = 1800.0

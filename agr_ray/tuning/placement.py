@@ -8,8 +8,8 @@ from typing import Final
 
 from agr_ray.config import TrainConfig
 from agr_ray.errors import ConfigError
-from agr_ray.runtime.cluster import ROUNDING, machine_cpus, nodes, places, process_bundles, wait_for_nodes
-from agr_ray.runtime.training.trainer import spare_cpus
+from agr_ray.learn.resources import spare_cpus
+from agr_ray.placement import ROUNDING, places, process_bundles
 
 TRIAL_CPUS: Final = 0.001
 """Of the process that waits for a trial's workers."""
@@ -25,27 +25,30 @@ class Room:
     """That a worker computes with; None: as it would alone."""
 
 
-def room(config: TrainConfig, asked: int | None) -> Room:
-    """Return how many trials run at the same time, and with how many threads a worker.
+def trial_bundles(config: TrainConfig) -> list[dict[str, float]]:
+    """Return the resources that a trial asks for, each on one node, by Ray's names.
 
     A trial's process itself asks for next to nothing: it waits for its workers.
+    """
+    gpus_each = config.gpus_per_worker if config.use_gpu else 0.0
+    bundles = process_bundles(config.max_workers, config.cpus_per_worker, gpus_each, spare_cpus(config))
+    return [{"CPU": TRIAL_CPUS}, *bundles]
+
+
+def room_for(
+    config: TrainConfig, asked: int | None, has_each: Sequence[Mapping[str, float]], machine_cpus: int
+) -> Room:
+    """Return how many trials run at the same time, and with how many threads a worker.
 
     Args:
         config: of a trial.
         asked: tune.max_concurrent.
+        has_each: what each node has, by Ray's names.
+        machine_cpus: CPUs of this machine, which count if it is the only node.
 
     Raises:
-        ConfigError: not one trial fits, or not as many as are asked for, nor does an autoscaler make room for them.
+        ConfigError: not one trial fits, or fewer than are asked for.
     """
-    gpus_each = config.gpus_per_worker if config.use_gpu else 0.0
-    bundles = process_bundles(config.max_workers, config.cpus_per_worker, gpus_each, spare_cpus(config))
-    bundles = [{"CPU": TRIAL_CPUS}, *bundles] * (asked or 1)
-    return wait_for_nodes(lambda: _room(config, asked), bundles, "tune.max_concurrent")
-
-
-def _room(config: TrainConfig, asked: int | None) -> Room:
-    """Do what `room` does with the cluster as it is."""
-    has_each = nodes()
     fits = trials_that_fit(has_each, config)
     if fits < (asked or 1):
         has = ", ".join(f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in has_each)
@@ -56,7 +59,7 @@ def _room(config: TrainConfig, asked: int | None) -> Room:
             f"cluster has room for {fits}: its nodes have {has}. Ask for fewer trials or workers, or give a local "
             "cluster more logical CPUs with cluster.num_cpus"
         )
-    cores = machine_cpus() if len(has_each) == 1 else None
+    cores = machine_cpus if len(has_each) == 1 else None
     num_trials = asked or fits
     if cores is not None and asked is None and not config.use_gpu:
         num_trials = min(num_trials, max(1, cores // config.max_workers))  # logical CPUs are no cores

@@ -21,19 +21,16 @@ from rich.console import Console
 from torch import Tensor
 
 from agr_ray.config import TrainJob
+from agr_ray.data.crops import TRAINING_COLUMNS, select_crops, training_arrays, usable_statuses
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import JobError
 from agr_ray.learn.loop import Batch, LocalContext, NonFiniteLossError, epoch_side_px, steps_per_epoch
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.optimise import build_optimizer
+from agr_ray.learn.resources import MIN_VAL_BATCH, crop_bytes, max_kept_rows, spare_cpus
 from agr_ray.learn.run import Run
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import autocast, compute_dtype
-from agr_ray.runtime.cluster import machine_cpus
-from agr_ray.runtime.crops import TRAINING_COLUMNS, select_crops, training_arrays, usable_statuses
-from agr_ray.runtime.training.shard_batches import crop_bytes, max_kept_rows
-from agr_ray.runtime.training.trainer import spare_cpus
-from agr_ray.runtime.training.worker import MIN_VAL_BATCH
 
 NUM_STEPS: Final = 20
 _WARM_UP_STEPS: Final = 3
@@ -71,13 +68,14 @@ class Speed:
     """Of validating one image."""
 
 
-def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, console: Console) -> None:
+def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus: int, console: Console) -> None:
     """Print the plan of a run, and what it is likely to take.
 
     Args:
         run: as workers would be told it.
         sets: its data, of which a part or so is read.
         model: with its first weights; left as it is.
+        num_cpus: CPUs of this machine that this process may use.
         console: where to print.
 
     Raises:
@@ -91,7 +89,7 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, console:
     largest = max(_sides(job))
     crops = _some_crops(run, sets, batch_size)
     threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads_per_worker or max(1, machine_cpus() // config.min_workers))
+    torch.set_num_threads(config.threads_per_worker or max(1, num_cpus // config.min_workers))
     try:
         at_a_time = math.ceil(batch_size / config.accumulate)
         memory = count_memory(model, job, largest, at_a_time, device)
