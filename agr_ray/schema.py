@@ -28,9 +28,6 @@ AGE_MAX_YEARS: Final = 116.0
 AGE_MISSING: Final = float("nan")
 CLASS_MISSING: Final = -1
 
-MISSING_VALUES: Final = ("nan", "none", "na", "n/a", "#n/a", "<na>", "null", "-1", "u", "unknown", "?")
-"""How sources write a missing label, beside an empty cell; compared without case and blanks."""
-
 AGE_GROUP_LAST_YEARS: Final = (10, 20, 30, 40, 50, 60, 70, 80)
 """Last year of each age group of the paper's table 5; the group above the last is open."""
 

@@ -17,7 +17,8 @@ from prepared_sets import prepared_set
 from pydantic import ValidationError
 from test_jobs_errors import JOBS, TASKS, saved_checkpoint
 
-from agr_ray.config import _EVERYTHING, SECTIONS, _describe
+from agr_ray.config import SECTIONS
+from agr_ray.config.parsing import _EVERYTHING, _describe
 from agr_ray.runtime.command import run
 
 ABSURD: tuple[Any, ...] = (

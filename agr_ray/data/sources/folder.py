@@ -7,10 +7,10 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from agr_ray.config import MISSING_VALUES
 from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow
 from agr_ray.data.sources.label_table import KEY_COLUMN, LabelTable, LabelTableError, read_labels
 from agr_ray.data.sources.label_values import LabelCodeError, LabelParser, RowLabels, merge_labels
-from agr_ray.schema import MISSING_VALUES
 from agr_ray.storage import Storage
 
 NUM_EXAMPLES = 3

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from agr_ray.config import MISSING_VALUES
 from agr_ray.data.manifest import ParsedLabel, check_age
-from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, GENDERS, MISSING_VALUES, RACES, SPLITS
+from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, GENDERS, RACES, SPLITS
 
 Years = tuple[float, float]
 """First and last year of a range; an exact age is both."""

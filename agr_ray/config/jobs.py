@@ -1,0 +1,168 @@
+"""The jobs: which sections each one reads, and what must hold between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
+
+from agr_ray.config.cluster import ClusterConfig
+from agr_ray.config.evaluation import EvaluateConfig
+from agr_ray.config.model import ModelConfig, PredictConfig
+from agr_ray.config.render import RenderConfig
+from agr_ray.config.scoring import GatesConfig, ScoreConfig
+from agr_ray.config.section import MAX_INT, Section
+from agr_ray.config.source import SourceConfig, SplitConfig
+from agr_ray.config.storage import StorageConfig
+from agr_ray.config.training import AugmentConfig, LossConfig, TrainConfig
+from agr_ray.config.tuning import TuneConfig
+from agr_ray.config.vision import PrepareConfig, VisionConfig
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "storage": StorageConfig,
+    "cluster": ClusterConfig,
+    "render": RenderConfig,
+    "source": SourceConfig,
+    "split": SplitConfig,
+    "vision": VisionConfig,
+    "prepare": PrepareConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "augment": AugmentConfig,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "predict": PredictConfig,
+    "evaluate": EvaluateConfig,
+    "gates": GatesConfig,
+    "score": ScoreConfig,
+}
+"""Every table that a recipe may hold."""
+
+
+class Job(BaseSettings):
+    """The sections that one job reads. Build one with `load`, or directly in code and tests."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        env_prefix="AGR_RAY_",
+        env_nested_delimiter="__",
+    )
+    required: ClassVar[Sequence[str]] = ()
+    """Dotted keys that have no default that could work."""
+
+    storage: StorageConfig = StorageConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  # the library's signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read nothing but what the caller passes: `parse` adds the environment itself, below the command line."""
+        return (init_settings,)
+
+
+class RenderJob(Job):
+    """Render synthetic faces with known labels: chips to train on, and whole photographs to score."""
+
+    required = ("render.out",)
+    render: RenderConfig = RenderConfig()
+
+
+class PrepareJob(Job):
+    """Labelled photographs -> aligned face crops in Parquet, one row for every input, with its split."""
+
+    required = ("source.uri", "prepare.out")
+    source: SourceConfig = SourceConfig()
+    split: SplitConfig = SplitConfig()
+    vision: VisionConfig = VisionConfig()
+    prepare: PrepareConfig = PrepareConfig()
+
+
+class TrainJob(Job):
+    """Train a multi-task network on a prepared set. Run the same command again to resume a run that died."""
+
+    required: ClassVar[Sequence[str]] = ("train.data",)
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    new_run: CliImplicitFlag[bool] = False
+    """Start anew where a run of this name has finished: the number of the run is added to the name."""
+    dry_run: CliImplicitFlag[bool] = False
+    """Print the plan, an estimate of memory and, after 20 steps in this process, of time; train and write nothing."""
+
+    @model_validator(mode="after")
+    def _batch_is_large_enough(self) -> Self:
+        if self.train.batch_size < 2 * self.train.max_workers * self.train.accumulate:
+            parts = f" and train.accumulate {self.train.accumulate}" if self.train.accumulate > 1 else ""
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is too small for train.num_workers "
+                f"{self.train.max_workers}{parts}: each needs two images a step, for batch normalisation"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_share_for_each_set(self) -> Self:
+        # Not in TrainConfig, because a recipe may hold the shares of sets that the command line names.
+        shares, uris = list(self.train.data_shares), self.train.data_uris
+        if shares and len(uris) == 1:
+            raise ValueError(
+                f"train.data_shares {shares} needs several sets in train.data, which is {self.train.data!r}"
+            )
+        if shares and len(shares) != len(uris):
+            raise ValueError(f"train.data_shares {shares} must have a number for each of the {len(uris)} in train.data")
+        return self
+
+    @model_validator(mode="after")
+    def _sides_end_at_the_models(self) -> Self:
+        sides = self.train.input_sides_px
+        if sides and sides[-1] != self.model.input_side_px:
+            raise ValueError(
+                f"train.input_sides_px {list(sides)} must end with model.input_side_px {self.model.input_side_px}"
+            )
+        return self
+
+
+class TuneJob(TrainJob):
+    """Search for better settings: train under different ones, stop what falls behind, keep the best.
+
+    What is searched is in the recipe's [tune.space]; jobs/recipes/tune_lite.toml is an example. Each trial is a
+    training run in OUT/NAME/trials. In OUT/NAME the sweep ends with best.toml, a recipe for jobs/train.py; best/, the
+    checkpoint; trials.parquet, a row for each trial; and sweep.html, a page that says what mattered. Run the same
+    command again to resume a sweep that was killed; --add 20 makes 20 more trials of one that has finished.
+    """
+
+    required = ("train.data", "tune.space")
+    vision: VisionConfig = VisionConfig()
+    """Not used: passed on into best.toml, which scoring needs it from."""
+    tune: TuneConfig = TuneConfig()
+    add: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
+    """Trials more, of a sweep that has finished; 0: none."""
+
+
+class EvaluateJob(Job):
+    """Measure a checkpoint on a split of any prepared set, beside majority and median baselines."""
+
+    required = ("evaluate.checkpoint", "evaluate.data")
+    predict: PredictConfig = PredictConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class ScoreJob(Job):
+    """Score every face of every photograph below a folder or bucket prefix: one Parquet row an image."""
+
+    required = ("score.checkpoint", "score.input", "score.out")
+    vision: VisionConfig = VisionConfig()
+    predict: PredictConfig = PredictConfig()
+    gates: GatesConfig = GatesConfig()
+    score: ScoreConfig = ScoreConfig()

@@ -1,0 +1,259 @@
+"""Parse a recipe, the environment and the command line into a job's configuration.
+
+Later sources win: defaults < recipe (`--config`) < environment (`AGR_RAY_TRAIN__LR=3e-4`) < command line
+(`--train.lr 3e-4`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic_settings import CliSettingsSource, EnvSettingsSource, SettingsError
+
+from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TuneJob
+from agr_ray.config.section import shown
+from agr_ray.config.storage import StorageConfig
+from agr_ray.config.tuning import ParameterConfig
+from agr_ray.errors import ConfigError
+from agr_ray.redact import redacted
+
+J = TypeVar("J", bound=Job)
+_PREFIX = "agr_ray_"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flag = unknown.split()[0].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"{flag}: there is no such option{_did_you_mean(flag, known)}"
+        print(f"error: {one_line(message)} (--help lists every option)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # as other readers
+    """Return the bytes of a recipe on the local disk.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', error)}") from None
+
+
+Reader = Callable[[str, StorageConfig], bytes]
+"""Reads a recipe, given its path or URI and the storage settings. Raises ConfigError."""
+
+
+def load(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ, read: Reader = read_local) -> J:
+    """Build a job's configuration, or print one line on stderr and exit with status 2.
+
+    Args:
+        job: the class to build.
+        argv: the command line, without the program's name.
+        environ: the environment; only variables that begin with `AGR_RAY_` are read.
+        read: reads the recipe.
+    """
+    try:
+        return parse(job, argv, environ, read)
+    except ConfigError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ, read: Reader = read_local) -> J:
+    """Do what `load` does, but raise `ConfigError` instead of exiting (bad options and `--help` still exit)."""
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [--SECTION.KEY VALUE ...]",
+        description=job.__doc__,
+        epilog="Lists and tables are written as JSON: --model.tasks '[\"age\"]'. Environment variables: "
+        "AGR_RAY_SECTION__KEY. Paths are local, file:// or s3://.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="path or URI of a recipe, a TOML file of [section] tables, which is read first; the storage settings for "
+        "reading it come from the command line and the environment",
+    )
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        job,
+        root_parser=parser,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_use_class_docs_for_groups=True,
+        cli_implicit_flags=False,
+        cli_shortcuts={"evaluate.calibrate": "calibrate"},
+    )
+    arguments = parser.parse_args([_underscored(argument) for argument in argv])
+    try:
+        from_environment = _read_environment(environ, job)
+        try:
+            from_command_line = source(parsed_args=arguments)()
+        except SettingsError as error:
+            raise ConfigError(redacted(str(error).splitlines()[0], environ=environ)) from None
+        above = _merged(from_environment, from_command_line)
+        storage = StorageConfig(**above.get("storage", {})) if arguments.config else StorageConfig()
+        built = job(**_merged(_read_recipe(arguments.config, job, storage, read), above))
+    except ValidationError as error:
+        raise ConfigError(redacted(_describe(error, job), environ=environ)) from None
+    for key in job.required:
+        section, _, field = key.partition(".")
+        if not getattr(getattr(built, section), field):
+            raise ConfigError(f"{key} is needed: {_help_of(job, section, field)} Give --{key} or set it in the recipe.")
+    return built
+
+
+def _underscored(argument: str) -> str:
+    """Let `--new-run` and `--train.batch-size` be written with either dash."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    negation = "no-" if name.startswith("no-") else ""  # argparse's own
+    return f"--{negation}{name.removeprefix('no-').replace('-', '_')}{equals}{value}"
+
+
+def one_line(text: str) -> str:
+    """Return a message as the one line that ends a job, without passwords."""
+    return redacted(" ".join(text.split()))
+
+
+_EVERY_SECTION = create_model(
+    "_EverySection",
+    __base__=BaseModel,
+    **cast(Any, {name: (section, section()) for name, section in SECTIONS.items()}),
+)
+_EVERY_JOB: Sequence[type[Job]] = (RenderJob, PrepareJob, TuneJob, EvaluateJob, ScoreJob)
+_FLAGS: Mapping[str, Any] = {
+    name: (field.annotation, field)
+    for each in _EVERY_JOB
+    for name, field in each.model_fields.items()
+    if name not in SECTIONS
+}
+"""Settings of jobs outside any section, such as new_run."""
+_EVERYTHING = create_model("_Everything", __base__=_EVERY_SECTION, **cast(Any, _FLAGS))
+"""Everything that an environment variable may set, in any job."""
+
+
+def _read_environment(environ: Mapping[str, str], job: type[Job]) -> dict[str, Any]:
+    """Return the values that our environment variables set for this job; check those for other jobs too.
+
+    Raises:
+        ConfigError: a variable names no setting of any job, is not JSON although JSON is required, or has an invalid
+            value.
+    """
+    values: dict[str, Any] = {}
+    for name, value in environ.items():
+        if name.lower().startswith(_PREFIX):
+            values = _merged(values, _read_variable(name, value))
+    others = {name: value for name, value in values.items() if name not in job.model_fields}
+    try:
+        _EVERYTHING(**others)
+    except ValidationError as error:
+        raise ConfigError(redacted(_describe(error, _EVERYTHING), environ=environ)) from None
+    return {name: value for name, value in values.items() if name in job.model_fields}
+
+
+def _read_variable(name: str, value: str) -> dict[str, Any]:
+    """Return what one variable sets."""
+    top, _, below = name.lower().removeprefix(_PREFIX).partition("__")
+    known = list(_EVERYTHING.model_fields)
+    if top not in known:
+        raise ConfigError(f"{name}: there is no section {top}{_did_you_mean(top, known)}; allowed: {', '.join(known)}")
+    if top in SECTIONS and not below:
+        # Whole sections are never shown, because any part of them may be a password.
+        try:
+            section = json.loads(value)
+        except ValueError:
+            section = None
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"{name}: its value is not a JSON object; a whole section is written as one, such as "
+                f'{{"key": "value"}}; {name}__KEY sets one key'
+            )
+        return {top: section}
+    if below and top not in SECTIONS:
+        raise ConfigError(f"{name}: {top} has no keys; set {_PREFIX.upper()}{top.upper()}")
+    source = EnvSettingsSource(
+        cast(Any, _EVERYTHING), env_prefix=_PREFIX.upper(), env_nested_delimiter="__", env_parse_none_str=""
+    )
+    source.env_vars = {name.lower(): value}
+    try:
+        return source()
+    except SettingsError:
+        raise ConfigError(
+            f"{name}: {redacted(value)!r} is not JSON; lists and tables are written as JSON, such as '[\"age\"]'"
+        ) from None
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _read_recipe(path: str | None, job: type[Job], storage: StorageConfig, read: Reader) -> dict[str, Any]:
+    """Return the recipe's values for this job; check the sections that belong to other jobs."""
+    if path is None:
+        return {}
+    try:
+        recipe = tomllib.loads(read(path, storage).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"--config {path}: not valid TOML: {redacted(str(error))}") from None
+    for name, values in recipe.items():
+        if name not in SECTIONS:
+            hint = _did_you_mean(name, list(SECTIONS))
+            raise ConfigError(f"{path}: there is no section [{name}]{hint}; allowed: {', '.join(SECTIONS)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {name} must be a table: [{name}]")
+        if name not in job.model_fields:
+            try:
+                SECTIONS[name](**values)
+            except ValidationError as error:
+                raise ConfigError(f"{path}: {redacted(_describe(error, SECTIONS[name], prefix=name))}") from None
+    return {name: values for name, values in recipe.items() if name in job.model_fields}
+
+
+def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """Say the first of pydantic's complaints in one line: key, value, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    path = [part for part in ([prefix] if prefix else []) + [str(part) for part in first["loc"]] if part]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        owner = SECTIONS[path[0]] if len(path) > 1 and path[0] in SECTIONS else model
+        owner = ParameterConfig if path[:2] == ["tune", "space"] else owner
+        known = list(owner.model_fields)
+        return f"{key}: there is no such key{_did_you_mean(path[-1], known)}; allowed: {', '.join(known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    message = message[:1].lower() + message[1:]
+    return f"{key}: {shown(first['input'])} is not allowed: {message}"
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _help_of(job: type[Job], section: str, field: str) -> str:
+    model = job.model_fields[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return " ".join((model.model_fields[field].description or "").split())

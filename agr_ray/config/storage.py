@@ -1,0 +1,35 @@
+"""Settings of the S3 clients."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from agr_ray.config.section import Address, PositiveInt, Section, Timeout
+
+
+class StorageConfig(Section):
+    """Where `s3://` is. Keys come from the usual AWS variables, profiles or instance roles."""
+
+    endpoint_url: Address = None
+    """Address of an S3-compatible server; none: AWS_ENDPOINT_URL if set, else AWS itself."""
+    region: str | None = None
+    """Region of the buckets. None: from the usual AWS variables. AWS buckets in other regions are found anyway."""
+    anonymous: bool = False
+    """Send unsigned requests, without credentials; for public buckets."""
+    requester_pays: bool = False
+    """Agree to pay for requests and data transfer; requester-pays buckets require it."""
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    """Where URLs name the bucket: `path` puts it in the path, `virtual` in the host name. `auto` follows the AWS
+    profile; without a setting there, it means `virtual` on AWS and `path` elsewhere."""
+    timeout_s: Timeout = 30.0
+    """Seconds to connect, and between two packets, before a request is tried again."""
+    max_attempts: PositiveInt = 6
+    """Times that a throttled, timed-out or failed request is tried in all, with back-off between."""
+
+    @model_validator(mode="after")
+    def _someone_pays(self) -> Self:
+        if self.anonymous and self.requester_pays:
+            raise ValueError("storage.requester_pays: needs credentials, but storage.anonymous sends none; unset one")
+        return self
