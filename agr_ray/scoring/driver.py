@@ -3,9 +3,7 @@
     OUT-work/lock.json                   lock: one job at a time
     OUT-work/CONFIGURATION/plan.json     names the unpublished plan, at most one for each configuration and model
     OUT-work/CONFIGURATION/PLAN/
-        manifest/                        photographs to score: `planning`
-        parts/                           image rows; part N is row group N of the manifest
-        attempts/                        `scorer.Attempts` of unfinished parts
+        manifest/ parts/ attempts/       `storage.parts`: photographs to score, which `planning` lists, and image rows
         staged/                          files to publish: `publish`
     OUT/                                 published files: `publish`
 
@@ -45,7 +43,7 @@ from agr_ray.models.transform import Transform
 from agr_ray.progress import print_failed, progress
 from agr_ray.schema import SCHEMA_VERSION, Status
 from agr_ray.scoring.grouping import check_grouping
-from agr_ray.scoring.planning import Plan, plan, read_plan, scored_ids
+from agr_ray.scoring.planning import Plan, plan, read_counts, scored_ids
 from agr_ray.scoring.publish import (
     Counts,
     Publication,
@@ -56,10 +54,11 @@ from agr_ray.scoring.publish import (
     publish_demographics,
     published_runs,
 )
-from agr_ray.scoring.scorer import KILLED_ITS_WORKER, SCORED, Scoring, manifest_folder, parts_folder
+from agr_ray.scoring.scorer import SCORED, Scoring
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
+from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
 from agr_ray.storage.retry import Patience
 from agr_ray.tables.rejects import reject_reasons
 
@@ -428,7 +427,7 @@ def _resumed(storage: Storage, works: str, skipped: list[str], max_refused: floa
             "another run was published since this one was planned; planning again, so that no image is published twice"
         )
         return None
-    made = read_plan(storage, manifest_folder(storage, storage.join(works, record["plan_id"])))
+    made = read_counts(storage, Parts(storage, storage.join(works, record["plan_id"])).manifest)
     assert made is not None
     return Planned(record["plan_id"], record["started_at"], record["plan_s"], made)
 
@@ -475,7 +474,7 @@ def _opened(
         made = plan(
             storage,
             job.score,
-            manifest_folder(storage, storage.join(works, plan_id)),
+            Parts(storage, storage.join(works, plan_id)).manifest,
             scored_ids(storage, skipped),
             scored_as=(lambda image: pseudonym(image, key)) if key else None,
             progress=report,
@@ -592,16 +591,11 @@ def _finished_parts(scoring: Scoring, refusals: _Refusals, check: Callable[[], N
 
     Parts with photographs that storage refused are not counted as finished, because storage may serve them now.
     """
-    storage, folder = scoring.storage, parts_folder(scoring.storage, scoring.work)
-    if not storage.exists(folder):
-        return set()
     patience = Patience(scoring.outage_s)
-    numbers = [int(Path(info.key).stem.removeprefix("part-")) for info in storage.list(folder, (".parquet",))]
     done = set()
-    for number in numbers:
-        images = patience.call(
-            lambda number=number: storage.read_table(scoring.part_uri(number), ["uri", "status", "error"])  # type: ignore[misc]
-        )
+    for number in scoring.parts.finished():
+        uri = scoring.parts.uri(number)
+        images = patience.call(lambda uri=uri: scoring.storage.read_table(uri, ["uri", "status", "error"]))  # type: ignore[misc]
         check()
         rows = zip(images["status"].to_pylist(), images["error"].to_pylist(), strict=True)
         if not any(status == Status.FAILED and error != KILLED_ITS_WORKER for status, error in rows):

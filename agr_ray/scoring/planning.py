@@ -1,25 +1,15 @@
-"""What a scoring run is to do, decided once and out of core: an immutable manifest, cut into numbered parts.
+"""What a scoring run is to do, decided once: the manifest of `storage.parts`, with the photographs that are new.
 
-    OUT/parts-000000.parquet ...   schema.SCORE_MANIFEST, in the order of the input; PARTS_PER_FILE row groups each
-    OUT/plan.json                  counts; written last
-
-A row group is a part: the photographs that one task scores into one output file of the same number, so that a run
-that was killed only lists which outputs exist. All parts but the last have the same number of rows.
-
-The input and what is scored already stream through Parquet files in a temporary folder, which DuckDB joins within a
-memory limit: neither is ever in memory as a whole.
+The input and the ids of scored photographs stream through Parquet files in a temporary folder, which DuckDB joins
+within a memory limit: neither is ever in memory as a whole.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import groupby, islice
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Final
 
 import duckdb
 import pyarrow as pa
@@ -28,23 +18,19 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from agr_ray.config import ScoreConfig
-from agr_ray.data.inventory import LISTED, InventoryError, read_inventory
-from agr_ray.data.manifest import IMAGE_SUFFIXES, image_id
+from agr_ray.data.manifest import image_id
 from agr_ray.errors import ConfigError
 from agr_ray.schema import IMAGES, SCORE_MANIFEST, Status
 from agr_ray.scoring.grouping import Grouping, make_grouping
-from agr_ray.storage import BadUri, MissingObject, Storage, StorageUnavailable
+from agr_ray.scoring.listing import MAX_ENDINGS, Listing, one_line
+from agr_ray.storage import Storage, StorageUnavailable
+from agr_ray.storage.parts import read_plan, write_manifest
 from agr_ray.storage.scratch import scratch_folder
 
-PLAN: Final = "plan.json"
 RETRIED: Final = (str(Status.FAILED), str(Status.MISSING), str(Status.CHANGED))
 """What says nothing of the content that was listed: the next run tries it again, if it is still listed."""
-MAX_ENDINGS: Final = 10
-"""Number of endings of left-out keys that a plan counts."""
 MAX_GROUPS: Final = 10_000
 """Of score.group_by: each makes up to a hundred rows of demographics, which are worked out together."""
-PARTS_PER_FILE: Final = 256
-"""Readers of one part read the footer of its file, which grows with the row groups."""
 
 MEMORY_LIMIT: Final = "1GB"
 """Of DuckDB, which goes to the temporary folder beyond it."""
@@ -52,11 +38,7 @@ NUM_THREADS: Final = 4
 """Of DuckDB at most: each takes its share of the memory."""
 
 _BATCH_ROWS = 65_536
-_LISTED_ROWS = 8192  # at a time: a trial of a few keys should not list many
-_BUFFER_BYTES = 2**23
 _FILES_AHEAD = 16
-_ENDING = r"(?P<ending>(?:\.[^./]{1,10})?)$"
-_GLOB_TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^]/]*\]|.", re.DOTALL)
 SCORED: Final = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -91,16 +73,6 @@ class Plan:
     """Rows of the manifest with a value, by column of score.group_by."""
 
 
-@dataclass(slots=True)
-class _Counter:
-    """What the stream of listed objects counts as it flows."""
-
-    listed: int = 0
-    kept: int = 0
-    endings: Counter[str] = field(default_factory=Counter)
-    """Endings of left-out keys."""
-
-
 def plan(
     storage: Storage,
     config: ScoreConfig,
@@ -119,7 +91,7 @@ def plan(
     Args:
         storage: of the input and of `out`.
         config: names the input, the filters, the limit and the rows of a part (rows_per_file).
-        out: nothing whole is there yet (`read_plan` returns None).
+        out: nothing whole is there yet (`read_counts` returns None).
         scored: photographs to skip, with schema `SCORED` (`scored_ids`).
         scored_as: makes the id in `scored` from our image_id, where they differ (an HMAC); none: they are the same.
         progress: called with the number of listed objects and a remark, every few thousand rows and before the
@@ -130,75 +102,48 @@ def plan(
         FileExistsError: `out` holds a whole manifest.
         StorageUnavailable: input or output can't be reached.
     """
-    uri, kind = _input(storage, config)
-    keeps = _filter(config, kind)
-    counter = _Counter()
+    listing = Listing(storage, config)
     report = progress or (lambda _done, _remark: None)
     with scratch_folder() as folder:
         grouping = make_grouping(storage, config, folder)  # first, because listing can take hours
-        kept = _kept(_listed(storage, uri, kind), keeps, config.limit, counter)
         listed = _spool(
-            (_with_ids(batch, scored_as) for batch in kept),
+            (_with_ids(batch, scored_as) for batch in listing.kept()),
             f"{folder}/listed.parquet",
             _SPOOLED,
-            lambda _: report(counter.listed, "listing"),
+            lambda _: report(listing.num_listed, "listing"),
         )
         known = _spool(
             scored,
             f"{folder}/scored.parquet",
             SCORED,
-            lambda num_rows: report(counter.listed, f"{num_rows:,} scored before"),
+            lambda num_rows: report(listing.num_listed, f"{num_rows:,} scored before"),
         )
-        os.mkdir(f"{folder}/manifest")
         with _open_database(folder) as database:
             num_fresh, num_to_do = _select(database, listed, known)
-            report(counter.listed, f"{num_to_do:,} to do")
+            report(listing.num_listed, f"{num_to_do:,} to do")
             num_grouped = _check_groups(database, listed, grouping)
+            made = Plan(
+                num_listed=listing.num_listed,
+                num_excluded=listing.num_listed - listing.num_kept,
+                num_scored=listing.num_kept - num_fresh,
+                num_duplicates=num_fresh - num_to_do,
+                num_to_do=num_to_do,
+                num_parts=-(-num_to_do // config.rows_per_file),
+                rows_per_part=config.rows_per_file,
+                endings_left_out=dict(listing.endings.most_common(MAX_ENDINGS)),
+                num_grouped=num_grouped,
+            )
             schema = pa.schema([*SCORE_MANIFEST, *grouping.fields])
             rows = _rows_to_do(database, listed, grouping)
-            _write_parts(rows, schema, f"{folder}/manifest", config.rows_per_file)
-        made = Plan(
-            num_listed=counter.listed,
-            num_excluded=counter.listed - counter.kept,
-            num_scored=counter.kept - num_fresh,
-            num_duplicates=num_fresh - num_to_do,
-            num_to_do=num_to_do,
-            num_parts=-(-num_to_do // config.rows_per_file),
-            rows_per_part=config.rows_per_file,
-            endings_left_out=dict(counter.endings.most_common(MAX_ENDINGS)),
-            num_grouped=num_grouped,
-        )
-        report(counter.listed, f"{num_to_do:,} to do")
-        with open(f"{folder}/manifest/{PLAN}", "w", encoding="utf-8") as file:
-            json.dump(asdict(made), file, indent=2)
-        storage.upload_tree(f"{folder}/manifest", out, marker=PLAN)
+            write_manifest(storage, out, rows, schema, config.rows_per_file, asdict(made))
+    report(listing.num_listed, f"{num_to_do:,} to do")
     return made
 
 
-def read_plan(storage: Storage, out: str) -> Plan | None:
+def read_counts(storage: Storage, out: str) -> Plan | None:
     """Return the counts of the manifest at `out`, or None if there is no whole one."""
-    try:
-        return Plan(**json.loads(storage.read(storage.join(out, PLAN))))
-    except MissingObject:
-        return None
-
-
-def read_part(storage: Storage, out: str, number: int) -> pa.Table:
-    """Return the rows of one part, from 0, of the manifest at `out`: schema.SCORE_MANIFEST and the grouping columns.
-
-    Raises:
-        MissingObject: there is no such manifest.
-        StorageUnavailable: it can't be read.
-    """
-    uri = storage.join(out, _file_name(number // PARTS_PER_FILE))
-    fs, path = storage.arrow_filesystem(uri)
-    try:
-        with pq.ParquetFile(path, filesystem=fs) as file:
-            return file.read_row_group(number % PARTS_PER_FILE)
-    except FileNotFoundError:
-        raise MissingObject(f"{uri} does not exist") from None
-    except OSError as error:
-        raise StorageUnavailable(f"{uri} can't be read: {_one_line(error)}") from error
+    record = read_plan(storage, out)
+    return None if record is None else Plan(**record)
 
 
 def photograph_id(uri: str, etag: str | None) -> str:
@@ -240,182 +185,7 @@ def scored_ids(storage: Storage, folders: Iterable[str]) -> Iterator[pa.RecordBa
                     fragment_readahead=_FILES_AHEAD,
                 )
             except (OSError, pa.ArrowInvalid) as error:
-                raise StorageUnavailable(f"{folder} can't be read: {_one_line(error)}") from error
-
-
-# The input
-
-
-def _input(storage: Storage, config: ScoreConfig) -> tuple[str, str]:
-    """Return the input's URI and its kind: prefix, manifest or inventory."""
-    if not config.input:
-        raise ConfigError("score.input is empty: a folder, a bucket prefix, a Parquet manifest or an S3 Inventory")
-    try:
-        uri = storage.absolute(config.input)
-    except BadUri as error:
-        raise ConfigError(f"score.input: {error}") from None
-    if config.input_kind != "auto":
-        return uri, config.input_kind
-    if uri.endswith("manifest.json"):
-        return uri, "inventory"
-    return uri, "manifest" if uri.rstrip("/").lower().endswith(".parquet") else "prefix"
-
-
-def _listed(storage: Storage, uri: str, kind: str) -> Iterator[pa.RecordBatch]:
-    """Yield what the input lists, as `LISTED`."""
-    if kind == "prefix":
-        return _list_prefix(storage, uri)
-    batches = _read_manifest(storage, uri) if kind == "manifest" else _list_inventory(storage, uri)
-    return map(_without_empty_etags, batches)
-
-
-def _without_empty_etags(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return rows of `LISTED` whose empty etags, which no object has, are null: not known."""
-    etags = batch.column("etag")
-    known = pc.if_else(pc.equal(etags, ""), None, etags)
-    return batch.set_column(batch.schema.get_field_index("etag"), LISTED.field("etag"), known)
-
-
-def _list_prefix(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
-    if os.path.isfile(uri):  # never true of an s3:// URI
-        raise ConfigError(
-            f"score.input {uri} is a file: allowed are a folder, a bucket prefix, a .parquet manifest and the "
-            "manifest.json of an S3 Inventory (score.input_kind)"
-        )
-    listed = storage.list_readable(uri)
-    while infos := [*islice(listed, _LISTED_ROWS)]:
-        columns = {name: [getattr(info, name) for info in infos] for name in LISTED.names}
-        yield pa.RecordBatch.from_pydict(columns, schema=LISTED)
-
-
-def _list_inventory(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from read_inventory(storage, uri)
-    except InventoryError as error:
-        raise ConfigError(f"score.input {uri}: {error}") from error
-    except MissingObject:
-        raise ConfigError(f"score.input {uri}: there is no such inventory") from None
-
-
-def _read_manifest(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
-    if not storage.exists(uri):
-        raise ConfigError(f"score.input {uri}: there is no such manifest")
-    fs, path = storage.arrow_filesystem(uri)
-    is_file = fs.get_file_info(path).is_file
-    uris = [uri] if is_file else [info.uri for info in storage.list(uri, (".parquet",))]
-    if not uris:
-        raise ConfigError(f"score.input {uri}: a manifest's folder needs a .parquet file and holds none")
-    for each in uris:
-        try:
-            yield from _manifest_rows(storage, each)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, BadUri) as error:
-            raise ConfigError(f"score.input {each}: {_one_line(error)}") from error
-        except OSError as error:
-            raise StorageUnavailable(f"{each} can't be read: {_one_line(error)}") from error
-
-
-def _manifest_rows(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
-    """Yield one file of a manifest as `LISTED`; its URIs, in their canonical form, are its keys too."""
-    fs, path = storage.arrow_filesystem(uri)
-    # The buffer, because whole columns of a row group are fetched without one.
-    with pq.ParquetFile(path, filesystem=fs, buffer_size=_BUFFER_BYTES) as file:
-        names = file.schema_arrow.names
-        if "uri" not in names:
-            raise ConfigError(f"score.input {uri}: a manifest needs the column uri and has {', '.join(names)}")
-        given = [name for name in ("uri", "etag", "size_bytes", "storage_class") if name in names]
-        for batch in file.iter_batches(_BATCH_ROWS, columns=given):
-            columns = {field.name: pa.nulls(batch.num_rows, field.type) for field in LISTED}
-            columns |= {name: batch.column(name).cast(LISTED.field(name).type) for name in given}
-            if columns["uri"].null_count:
-                raise ConfigError(f"score.input {uri}: a manifest's uri must not be null")
-            uris = pa.array([storage.object_uri(each) for each in columns["uri"].to_pylist()], pa.string())
-            columns |= {"uri": uris, "key": uris, "etag": pc.utf8_trim(columns["etag"], characters='"')}
-            yield pa.record_batch([columns[name] for name in LISTED.names], schema=LISTED)
-
-
-# Filters
-
-
-def _filter(config: ScoreConfig, kind: str) -> Callable[[pa.RecordBatch], Any]:
-    """Return what says of each row of `LISTED` whether it is kept."""
-    include = _any_of("score.include", config.include)
-    if not config.include and kind != "manifest":
-        include = rf"(?i)(?:{'|'.join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)})\z"
-    exclude = _any_of("score.exclude", config.exclude)
-
-    def keeps(batch: pa.RecordBatch) -> Any:
-        keys = batch.column("key")
-        kept = pc.fill_null(pc.greater_equal(batch.column("size_bytes"), config.min_bytes), True)
-        if include:
-            kept = pc.and_(kept, pc.match_substring_regex(keys, include))
-        if exclude:
-            kept = pc.and_not(kept, pc.match_substring_regex(keys, exclude))
-        return kept
-
-    return keeps
-
-
-def _any_of(name: str, globs: Sequence[str]) -> str:
-    """Return the regular expression of the keys that match one of the globs; empty if there is none."""
-    try:
-        return "|".join(glob_expression(glob) for glob in globs)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
-
-
-def glob_expression(glob: str) -> str:
-    r"""Return the regular expression (RE2) of the keys that a glob matches from end to end, in their own case.
-
-    `*` is any characters but a slash, `?` one of them, `[a-z]` one of a set and `[!a-z]` one not in it; `**` between
-    slashes is any number of folders, and at the end everything below. Every other character is itself.
-
-    Raises:
-        ValueError: a set is not closed or out of order, or `**` is not a whole part between slashes.
-    """
-    if not glob or any("**" in part and part != "**" for part in glob.split("/")):
-        raise ValueError(f"{glob!r} is not understood: ** must stand alone between slashes, as in **/*.jpg")
-    fixed = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    made = ""
-    for token in _GLOB_TOKEN.findall(glob):
-        if token in fixed:
-            made += fixed[token]
-        elif token == "[":
-            raise ValueError(f"{glob!r} is not understood: [ opens a set that no ] closes; [[] is a plain [")
-        elif token.startswith("["):
-            members = re.sub(r"([\\^\[\]])", r"\\\1", token[1:-1].removeprefix("!"))
-            made += f"[^/{members}]" if token[1] == "!" else f"[{members}]"
-        else:
-            made += re.escape(token)
-    try:
-        re.compile(made)
-    except re.error as error:
-        raise ValueError(f"{glob!r} is not understood: {error}") from None
-    return rf"(?s:\A{made}\z)"
-
-
-def _kept(
-    batches: Iterable[pa.RecordBatch],
-    keeps: Callable[[pa.RecordBatch], Any],
-    limit: int | None,
-    counter: _Counter,
-) -> Iterator[pa.RecordBatch]:
-    """Yield the rows that are kept, and stop at the limit: a trial must not list a whole bucket."""
-    for batch in batches:
-        kept = keeps(batch)
-        indices = pc.indices_nonzero(kept)
-        if limit is not None and counter.kept + len(indices) >= limit:
-            indices = indices.slice(0, limit - counter.kept)
-            counter.listed += indices[-1].as_py() + 1
-            counter.kept = limit
-            yield batch.take(indices)
-            return
-        counter.listed += batch.num_rows
-        counter.kept += len(indices)
-        left_out = batch.column("key").filter(pc.invert(kept))
-        counter.endings.update(pc.utf8_lower(pc.extract_regex(left_out, _ENDING).field("ending")).to_pylist())
-        if len(counter.endings) > 100 * MAX_ENDINGS:
-            counter.endings = Counter(dict(counter.endings.most_common(10 * MAX_ENDINGS)))
-        yield batch.take(indices)
+                raise StorageUnavailable(f"{folder} can't be read: {one_line(error)}") from error
 
 
 # Through the temporary folder
@@ -511,33 +281,3 @@ def _rows_to_do(database: duckdb.DuckDBPyConnection, listed: str, grouping: Grou
     """Yield the rows of `to_do` as schema.SCORE_MANIFEST with the grouping columns, in their order."""
     rows = database.sql(f"{_TO_DO.format(grouping=grouping)} ORDER BY listed.listed_order", params=[listed])
     yield from rows.to_arrow_reader(_BATCH_ROWS)
-
-
-def _write_parts(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str, rows_per_part: int) -> None:
-    """Write the rows as parts: row groups of exactly `rows_per_part` rows, but for the last."""
-    parts = enumerate(_parts(batches, schema, rows_per_part))
-    for number, group in groupby(parts, key=lambda numbered: numbered[0] // PARTS_PER_FILE):
-        path = os.path.join(folder, _file_name(number))
-        with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=False) as writer:
-            for _, part in group:
-                writer.write_table(part, row_group_size=rows_per_part)
-
-
-def _parts(batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows_per_part: int) -> Iterator[pa.Table]:
-    rest = schema.empty_table()
-    for batch in batches:
-        rest = pa.concat_tables([rest, pa.Table.from_arrays(batch.columns, schema=schema)])
-        num_whole = rest.num_rows // rows_per_part
-        for number in range(num_whole):
-            yield rest.slice(number * rows_per_part, rows_per_part)
-        rest = rest.slice(num_whole * rows_per_part)
-    if rest.num_rows:
-        yield rest
-
-
-def _file_name(number: int) -> str:
-    return f"parts-{number:06d}.parquet"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -25,9 +25,8 @@ import pyarrow as pa
 
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.schema import IMAGES, REJECTS, Status
-from agr_ray.scoring.planning import PARTS_PER_FILE, read_part
-from agr_ray.scoring.scorer import manifest_folder, part_file
 from agr_ray.storage import Storage
+from agr_ray.storage.parts import PARTS_PER_FILE, Parts
 from agr_ray.storage.retry import Patience
 from agr_ray.tables.demographics import demographics
 from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts
@@ -127,15 +126,14 @@ class Publication:
     def _image_rows(self, file: int) -> pa.Table:
         """Return the image rows of a file's parts, with the grouping columns of the manifest."""
         first = file * PARTS_PER_FILE
-        parts = range(first, min(first + PARTS_PER_FILE, self.num_parts))
-        if not parts:
+        numbers = range(first, min(first + PARTS_PER_FILE, self.num_parts))
+        if not numbers:
             grouping = [pa.field(name, pa.string()) for name in self.group_by]
             return pa.schema([*IMAGES, *grouping]).empty_table()
         with ThreadPoolExecutor(_NUM_READS) as pool:
-            uris = [part_file(self.storage, self.work, part) for part in parts]
-            images = pa.concat_tables(pool.map(self.storage.read_table, uris))
-            folder = manifest_folder(self.storage, self.work)
-            manifest = pa.concat_tables(pool.map(lambda part: read_part(self.storage, folder, part), parts))
+            parts = Parts(self.storage, self.work)  # whoever calls this waits for storage
+            images = pa.concat_tables(pool.map(self.storage.read_table, map(parts.uri, numbers)))
+            manifest = pa.concat_tables(pool.map(parts.rows, numbers))
         # A part has the rows of its row group, in their order.
         if images["image_id"].combine_chunks() != manifest["image_id"].combine_chunks():
             raise RuntimeError(f"{self.work}: the parts of manifest file {file} do not hold its rows")

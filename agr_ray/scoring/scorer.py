@@ -29,18 +29,14 @@ from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
 from agr_ray.predict.photographs import ImageReader, Photograph, Reject, landmark_columns
 from agr_ray.schema import FACE, GENDERS, IMAGES, RACES, SCORE_MANIFEST, Status
-from agr_ray.scoring.planning import read_part
 from agr_ray.stopwatch import Stopwatch
-from agr_ray.storage import MissingObject, Storage, StorageUnavailable
+from agr_ray.storage import Storage, StorageUnavailable
+from agr_ray.storage.parts import KILLED_ITS_WORKER, Attempts, Parts
 from agr_ray.storage.retry import Patience
 from agr_ray.tables.rejects import reject_reasons
 from agr_ray.vision.align import align, crop_side_px
 from agr_ray.vision.quality import sharpness
 
-MAX_DEATHS: Final = 3
-"""Times that an image may kill its worker before its row says `failed`."""
-KILLED_ITS_WORKER: Final = f"killed its worker {MAX_DEATHS} times"
-"""Error message of such an image."""
 PREDICT_BATCH: Final = {"cpu": 32, "cuda": 256}
 """Faces that go through the network at a time, at most: what a CPU's cache holds, and what fills a GPU."""
 MAX_CROPS: Final = 256
@@ -61,7 +57,7 @@ class Scoring:
 
     storage: Storage
     work: str
-    """Folder of the run's work: manifest/, parts/, attempts/."""
+    """Folder of the run's work, with its `parts`."""
     vision: VisionConfig
     gates: GatesConfig
     predict: PredictConfig
@@ -75,37 +71,15 @@ class Scoring:
     """Columns that all rows share: run_id, model_digest, config_digest, schema_version."""
     use_gpu: bool
 
-    def manifest_rows(self, part: int) -> pa.Table:
-        """Read the rows of a part."""
-        return read_part(self.storage, manifest_folder(self.storage, self.work), part)
+    @property
+    def parts(self) -> Parts:
+        """Return the parts of the run's plan."""
+        return Parts(self.storage, self.work, self.outage_s)
 
     @property
     def stored_side_px(self) -> int:
         """Return the side of an aligned crop, its margins included."""
         return crop_side_px(self.transform.crop_side_px, self.transform.margin)
-
-    def part_uri(self, part: int) -> str:
-        """Return where the part's image rows are written."""
-        return part_file(self.storage, self.work, part)
-
-    def attempts_uri(self, part: int) -> str:
-        """Return where it is noted that the part is begun."""
-        return self.storage.join(self.work, "attempts", f"part-{part:08d}.json")
-
-
-def manifest_folder(storage: Storage, work: str) -> str:
-    """Return where the run's manifest is."""
-    return storage.join(work, "manifest")
-
-
-def parts_folder(storage: Storage, work: str) -> str:
-    """Return where the run's image rows are."""
-    return storage.join(work, "parts")
-
-
-def part_file(storage: Storage, work: str, part: int) -> str:
-    """Return the URI of a part's image rows."""
-    return storage.join(parts_folder(storage, work), f"part-{part:08d}.parquet")
 
 
 class Found(NamedTuple):
@@ -135,7 +109,6 @@ class PartScorer:
         self._scoring = scoring
         self._finder = FaceFinder(scoring)
         self._predictor = predictor or AttributePredictor(scoring, self._finder.stopwatch)
-        self._patience = Patience(scoring.outage_s)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
         """Score the parts numbered in `part`; yield a summary of each."""
@@ -166,10 +139,8 @@ class PartScorer:
 
     def _write(self, part: int, images: pa.Table) -> dict[str, list[Any]]:
         """Write a part's rows, delete its attempts record, and return its summary as one row of columns."""
-        scoring = self._scoring
         with self._finder.stopwatch.stage("write"):
-            self._patience.call(lambda: scoring.storage.write_table(images, scoring.part_uri(part)))
-            self._patience.call(lambda: scoring.storage.delete(scoring.attempts_uri(part)))
+            self._scoring.parts.write(part, images)
         return summary(part, images, self._finder.stopwatch.take())
 
 
@@ -191,17 +162,16 @@ class FaceFinder:
 
         That the part is begun is noted in storage until it is written. Where an earlier attempt at it has died, images
         are taken one at a time, and which one is at work is noted beforehand: an image that has killed its worker
-        `MAX_DEATHS` times, before its attributes were there, is given up.
+        `storage.parts.MAX_DEATHS` times, before its attributes were there, is given up.
         """
-        scoring = self._scoring
-        table = self._patience.call(lambda: scoring.manifest_rows(part)).select(SCORE_MANIFEST.names)
-        rows = list(enumerate(table.to_pylist()))
-        attempts = self._patience.call(lambda: Attempts.begin(scoring.storage, scoring.attempts_uri(part)))
+        parts = self._scoring.parts
+        rows = list(enumerate(parts.rows(part).select(SCORE_MANIFEST.names).to_pylist()))
+        attempts = parts.begin(part)
         find = partial(self._find_carefully, attempts) if attempts.has_died else self._find
         refused: list[_Row] = []
         yield from find(rows, refused)
         if refused:
-            self._patience.call(lambda: scoring.manifest_rows(part))
+            parts.rows(part)
             yield from find(refused, None)
 
     def _find(self, rows: Sequence[_Row], refused: list[_Row] | None) -> Iterator[Found]:
@@ -216,13 +186,13 @@ class FaceFinder:
 
     def _find_carefully(self, attempts: Attempts, rows: Sequence[_Row], refused: list[_Row] | None) -> Iterator[Found]:
         for position, row in rows:
-            if attempts.deaths[row["image_id"]] >= MAX_DEATHS:
+            if attempts.is_given_up(row["image_id"]):
                 reject = Reject(Status.FAILED, KILLED_ITS_WORKER)
                 yield self._found([(position, row | self._common() | _rejected(reject))], [])
                 continue
-            self._patience.call(lambda row=row: attempts.suspect(row["image_id"]))  # type: ignore[misc]
+            attempts.suspect(row["image_id"])
             yield from self._find_batch([(position, row)], self._fetch([(position, row)]), refused)
-        self._patience.call(lambda: attempts.suspect(""))
+        attempts.suspect("")
 
     def _fetch(self, rows: Sequence[_Row]) -> Any:
         return self._reader.fetch([row["uri"] for _, row in rows], [row["etag"] for _, row in rows])
@@ -355,36 +325,6 @@ class AttributePredictor:
         names = [[name for name, chosen in abstained.items() if chosen[face]] for face in range(len(crops))]
         columns["abstain"] = pa.array(names, pa.list_(pa.string()))
         return columns
-
-
-class Attempts:
-    """Which image of a part is at work, noted in storage, because a worker that is killed takes its memory along."""
-
-    def __init__(self, storage: Storage, uri: str, deaths: Mapping[str, int], *, has_died: bool) -> None:
-        self._storage = storage
-        self._uri = uri
-        self.deaths = Counter(deaths)
-        """Times that each image has killed its worker, by image_id."""
-        self.has_died = has_died
-        """Whether an earlier attempt at the part did not end."""
-
-    @classmethod
-    def begin(cls, storage: Storage, uri: str) -> Attempts:
-        """Note that the part is begun, and read what is known of earlier attempts."""
-        try:
-            record = json.loads(storage.read(uri))
-        except MissingObject:
-            record = None
-        attempts = cls(storage, uri, record["deaths"] if record else {}, has_died=record is not None)
-        if record and record["suspect"]:
-            attempts.deaths[record["suspect"]] += 1
-        attempts.suspect("")
-        return attempts
-
-    def suspect(self, image_id: str) -> None:
-        """Note which image is next; empty: none alone."""
-        record = {"suspect": image_id, "deaths": self.deaths}
-        self._storage.write(self._uri, json.dumps(record).encode())
 
 
 def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:

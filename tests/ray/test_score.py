@@ -21,8 +21,9 @@ from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.runtime.score import _wave, remote_predictors, score
 from agr_ray.schema import GENDERS, IMAGES, RACES
 from agr_ray.scoring.planning import plan
-from agr_ray.scoring.scorer import Scoring, manifest_folder
+from agr_ray.scoring.scorer import Scoring
 from agr_ray.storage import Storage
+from agr_ray.storage.parts import Parts
 from agr_ray.vision.decode import encode_jpeg
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -312,14 +313,14 @@ def test_predictors_in_other_processes_give_what_one_process_gives(
         provenance={"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1},
         use_gpu=False,
     )
-    made = plan(storage, job.score, manifest_folder(storage, str(tmp_path)))
+    made = plan(storage, job.score, Parts(storage, str(tmp_path)).manifest)
     parts = range(made.num_parts)
 
     with remote_predictors(scoring, 2, gpus_each=0.0) as predictors:
         summaries = list(_wave(scoring, predictors, parts, 2))
 
     assert sorted(each["part"] for each in summaries) == list(parts)
-    rows = [row for part in parts for row in storage.read_table(scoring.part_uri(part)).to_pylist()]
+    rows = [row for part in parts for row in storage.read_table(scoring.parts.uri(part)).to_pylist()]
     others = images(published, folder)
     assert len(rows) == len(others) == len(drawn) + len(FILES)
     for row in rows:

@@ -10,8 +10,9 @@ from commands import ROOT
 
 from agr_ray.config import ScoreConfig
 from agr_ray.errors import ConfigError
-from agr_ray.scoring.planning import plan, read_part, read_plan, scored_ids
+from agr_ray.scoring.planning import plan, read_counts, scored_ids
 from agr_ray.storage import Storage, StorageUnavailable
+from agr_ray.storage.parts import read_rows
 
 sys.path.append(str(ROOT / "tests" / "unit"))
 from inventories import entry, write_inventory
@@ -32,7 +33,7 @@ def test_a_prefix_is_planned_and_then_only_what_is_not_scored(s3_root: str) -> N
     config = ScoreConfig(input=f"{s3_root}/in", rows_per_file=3)
 
     first = plan(storage, config, f"{s3_root}/out-work/1/manifest")
-    rows = pa.concat_tables([read_part(storage, f"{s3_root}/out-work/1/manifest", number) for number in range(2)])
+    rows = pa.concat_tables([read_rows(storage, f"{s3_root}/out-work/1/manifest", number) for number in range(2)])
     storage.write_table(published(rows, ["ok", "failed", "no_face"]), f"{s3_root}/out/images/run=1/part.parquet")
     scored = scored_ids(storage, [f"{s3_root}/out/images", f"{s3_root}/out/none"])
     second = plan(storage, config, f"{s3_root}/out-work/2/manifest", scored)
@@ -41,8 +42,8 @@ def test_a_prefix_is_planned_and_then_only_what_is_not_scored(s3_root: str) -> N
     listed = rows.select(["uri", "etag"]).to_pylist()
     assert [storage.read(row["uri"], etag=row["etag"]).decode() for row in listed] == KEYS
     assert (first.num_listed, first.num_parts, second.num_scored) == (5, 2, 2)
-    assert read_plan(storage, f"{s3_root}/out-work/2/manifest") == second
-    assert read_part(storage, f"{s3_root}/out-work/2/manifest", 0)["uri"].to_pylist() == [
+    assert read_counts(storage, f"{s3_root}/out-work/2/manifest") == second
+    assert read_rows(storage, f"{s3_root}/out-work/2/manifest", 0)["uri"].to_pylist() == [
         f"{s3_root}/in/{KEYS[index]}" for index in (1, 3)
     ]
 
@@ -58,7 +59,7 @@ def test_an_inventory_and_a_manifest_are_read_from_a_bucket(s3_root: str, file_f
     made = plan(storage, again, f"{s3_root}/again")
 
     assert made.num_to_do == len(KEYS)
-    assert read_part(storage, f"{s3_root}/again", 0) == read_part(storage, f"{s3_root}/manifest", 0)
+    assert read_rows(storage, f"{s3_root}/again", 0) == read_rows(storage, f"{s3_root}/manifest", 0)
 
 
 def test_inputs_that_are_not_there_are_told_apart(s3_root: str) -> None:

@@ -18,18 +18,17 @@ from agr_ray.data.manifest import image_id
 from agr_ray.errors import ConfigError
 from agr_ray.schema import SCORE_MANIFEST
 from agr_ray.scoring import planning
+from agr_ray.scoring.listing import glob_expression
 from agr_ray.scoring.planning import (
-    PARTS_PER_FILE,
     SCORED,
     Plan,
-    glob_expression,
     photograph_id,
     plan,
-    read_part,
-    read_plan,
+    read_counts,
     scored_ids,
 )
 from agr_ray.storage import MissingObject, Storage, StorageUnavailable
+from agr_ray.storage.parts import PARTS_PER_FILE, read_rows
 
 STORAGE = Storage()
 
@@ -53,9 +52,9 @@ def planned(tmp_path: Path, *, scored: Any = (), scored_as: Any = None, **config
     """Plan into a new folder; return the counts and the rows of all parts."""
     out = str(tmp_path / f"plan-{len(list(tmp_path.glob('plan-*')))}")
     made = plan(STORAGE, ScoreConfig(**config), out, scored, scored_as=scored_as)
-    assert read_plan(STORAGE, out) == made
+    assert read_counts(STORAGE, out) == made
     assert made.num_listed == made.num_excluded + made.num_scored + made.num_duplicates + made.num_to_do
-    return made, [row for number in range(made.num_parts) for row in read_part(STORAGE, out, number).to_pylist()]
+    return made, [row for number in range(made.num_parts) for row in read_rows(STORAGE, out, number).to_pylist()]
 
 
 def names(rows: list[Any]) -> list[str]:
@@ -87,7 +86,7 @@ def test_every_part_but_the_last_is_a_row_group_of_exactly_so_many_rows(tmp_path
     sizes = [[file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)] for file in files]
     assert sizes == [[2] * PARTS_PER_FILE, [1]]
     assert files[0].schema_arrow == SCORE_MANIFEST
-    assert read_part(STORAGE, str(tmp_path / "out"), PARTS_PER_FILE)["uri"].to_pylist() == [
+    assert read_rows(STORAGE, str(tmp_path / "out"), PARTS_PER_FILE)["uri"].to_pylist() == [
         f"s3://b/{num_rows - 1}.jpg"
     ]
 
@@ -312,9 +311,9 @@ def test_a_manifest_is_never_replaced_and_no_temporary_folder_stays(
     config, out = ScoreConfig(input=str(tmp_path / "photos")), str(tmp_path / "out")
     seen: list[tuple[int, str]] = []
 
-    assert read_plan(STORAGE, out) is None
+    assert read_counts(STORAGE, out) is None
     with pytest.raises(MissingObject, match=r"parts-000000\.parquet"):
-        read_part(STORAGE, out, 0)
+        read_rows(STORAGE, out, 0)
     plan(STORAGE, config, out, progress=lambda done, remark: seen.append((done, remark)))
     with pytest.raises(FileExistsError):
         plan(STORAGE, config, out)

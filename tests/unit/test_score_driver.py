@@ -31,6 +31,7 @@ from agr_ray.scoring import driver, grouping
 from agr_ray.scoring.driver import TooManyRefused, score_input
 from agr_ray.storage import ArchivedObject, ServerFailed, Storage, StorageFailed
 from agr_ray.storage.lock import LockLost
+from agr_ray.storage.parts import Parts
 from agr_ray.vision.decode import encode_jpeg
 
 NAMES = [f"{number}.jpg" for number in range(6)]
@@ -505,11 +506,11 @@ def test_parts_of_a_pseudonymised_run_are_not_in_the_order_of_the_keys(
     key_file = bucket.folder / "key"
     key_file.write_bytes(bytes(range(32)))
     planned: list[str] = []
-    read_part = driver.Scoring.manifest_rows
+    begin = Parts.begin
     monkeypatch.setattr(
-        driver.Scoring,
-        "manifest_rows",
-        lambda scoring, part: planned.extend(read_part(scoring, part)["uri"].to_pylist()) or read_part(scoring, part),
+        Parts,
+        "begin",
+        lambda parts, number: planned.extend(parts.rows(number)["uri"].to_pylist()) or begin(parts, number),
     )
 
     bucket.score(pseudonymise=str(key_file), rows_per_file=100)

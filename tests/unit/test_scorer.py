@@ -32,10 +32,11 @@ from agr_ray.scoring.scorer import (
     PartScorer,
     Scoring,
     flags,
-    manifest_folder,
 )
 from agr_ray.storage import ServerFailed, Storage, StorageFailed
+from agr_ray.storage import parts as parts_module
 from agr_ray.storage import retry as patience
+from agr_ray.storage.parts import MAX_DEATHS, Parts
 from agr_ray.vision.decode import encode_jpeg
 
 PROVENANCE = {"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1}
@@ -54,7 +55,7 @@ def scoring(tmp_path: Path) -> Scoring:
         image = np.full((64, 64, 3), 40 * number, np.uint8)
         (photographs / f"{number}.jpg").write_bytes(encode_jpeg(image))
     storage, model = Storage(), checkpoint(tmp_path / "model")
-    plan(storage, ScoreConfig(input=str(photographs)), manifest_folder(storage, str(tmp_path / "work")))
+    plan(storage, ScoreConfig(input=str(photographs)), Parts(storage, str(tmp_path / "work")).manifest)
     return Scoring(
         storage=storage,
         work=str(tmp_path / "work"),
@@ -79,13 +80,13 @@ def test_a_sideways_face_has_its_rotation_in_its_row_and_its_box_in_original_pix
     (Path(scoring.work).parent / "photographs" / "2.jpg").write_bytes(encode_jpeg(sideways))
     work = str(Path(scoring.work).parent / "second")
     photographs = ScoreConfig(input=str(Path(scoring.work).parent / "photographs"))
-    plan(scoring.storage, photographs, manifest_folder(scoring.storage, work))
+    plan(scoring.storage, photographs, Parts(scoring.storage, work).manifest)
     vision = VisionConfig(detector="haar", try_rotations=True)
     scoring = dataclasses.replace(scoring, work=work, vision=vision)
 
     list(PartScorer(scoring)({"part": np.array([0])}))
 
-    rows = {Path(row["uri"]).stem: row for row in scoring.storage.read_table(scoring.part_uri(0)).to_pylist()}
+    rows = {Path(row["uri"]).stem: row for row in scoring.storage.read_table(scoring.parts.uri(0)).to_pylist()}
     assert {name: row["rotation_degrees"] for name, row in rows.items()} == dict.fromkeys("01345", 0) | {"2": 270}
     assert (rows["2"]["width_px"], rows["2"]["height_px"]) == (300, 500)
     (face,) = rows["2"]["faces"]
@@ -115,19 +116,19 @@ def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
         except Killed:
             num_attempts += 1
 
-    rows = scoring.storage.read_table(scoring.part_uri(0)).to_pylist()
+    rows = scoring.storage.read_table(scoring.parts.uri(0)).to_pylist()
     assert [(Path(row["uri"]).stem, row["status"]) for row in rows] == [
         (name, "failed" if name == "2" else "no_face") for name in "012345"
     ]
     assert rows[2]["error"] == "killed its worker 3 times"
-    assert deaths == {4: 1, 1: scorer.MAX_DEATHS}  # in its batch, then three times alone
+    assert deaths == {4: 1, 1: MAX_DEATHS}  # in its batch, then three times alone
     assert not any(path.is_file() for path in Path(scoring.work, "attempts").rglob("*"))
 
 
 def test_what_a_server_half_up_refuses_is_asked_for_again_once_it_gives_the_manifest(
     scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, read_part = Storage.read, scorer.read_part
+    read, read_rows = Storage.read, parts_module.read_rows
     manifest_reads = 0
     asked: Counter[str] = Counter()
 
@@ -136,7 +137,7 @@ def test_what_a_server_half_up_refuses_is_asked_for_again_once_it_gives_the_mani
         manifest_reads += 1
         if manifest_reads in (2, 3):
             raise StorageFailed("InternalError")
-        return read_part(*args)
+        return read_rows(*args)
 
     def read_photograph(storage: Storage, uri: str, **kwargs: Any) -> bytes:
         name = Path(uri).stem
@@ -147,11 +148,11 @@ def test_what_a_server_half_up_refuses_is_asked_for_again_once_it_gives_the_mani
         return read(storage, uri, **kwargs)
 
     monkeypatch.setattr(patience, "_RETRY_S", 0.0)
-    monkeypatch.setattr(scorer, "read_part", read_manifest)
+    monkeypatch.setattr(parts_module, "read_rows", read_manifest)
     monkeypatch.setattr(Storage, "read", read_photograph)
     list(PartScorer(scoring)({"part": np.array([0])}))
 
-    rows = scoring.storage.read_table(scoring.part_uri(0)).to_pylist()
+    rows = scoring.storage.read_table(scoring.parts.uri(0)).to_pylist()
     assert [(Path(row["uri"]).stem, row["status"]) for row in rows] == [
         (name, "failed" if name == "3" else "no_face") for name in "012345"
     ]
@@ -245,7 +246,7 @@ def chips_for(scoring: Scoring, refused: str = "") -> Scoring:
     for number in range(6):
         (photographs / f"{number}.jpg").write_bytes(encode_jpeg(render_chip(0, number).image_rgb))
     scoring = dataclasses.replace(scoring, work=f"{scoring.work}-chips{refused}")
-    plan(scoring.storage, ScoreConfig(input=str(photographs)), manifest_folder(scoring.storage, scoring.work))
+    plan(scoring.storage, ScoreConfig(input=str(photographs)), scoring.parts.manifest)
     return scoring
 
 
@@ -265,7 +266,7 @@ def test_one_refused_photograph_is_back_in_its_place_with_its_faces(
 ) -> None:
     scoring = dataclasses.replace(chips_for(scoring), batch_size=batch_size)
     list(PartScorer(scoring)({"part": np.array([0])}))
-    undisturbed = scoring.storage.read_table(scoring.part_uri(0)).drop("scored_at").to_pylist()
+    undisturbed = scoring.storage.read_table(scoring.parts.uri(0)).drop("scored_at").to_pylist()
     read = Storage.read
     refusals = 0
 
@@ -280,8 +281,8 @@ def test_one_refused_photograph_is_back_in_its_place_with_its_faces(
     scorer_ = PartScorer(scoring, make_predictor(scoring) if make_predictor else None)
     list(scorer_({"part": np.array([0])}))
 
-    rows = scoring.storage.read_table(scoring.part_uri(0)).drop("scored_at").to_pylist()
-    manifest = scoring.manifest_rows(0)["image_id"].to_pylist()
+    rows = scoring.storage.read_table(scoring.parts.uri(0)).drop("scored_at").to_pylist()
+    manifest = scoring.parts.rows(0)["image_id"].to_pylist()
     assert refusals == 1
     assert [row["image_id"] for row in rows] == manifest
     assert sum(len(row["faces"]) for row in rows) >= 3
@@ -295,7 +296,7 @@ def test_few_crops_are_held_however_many_faces_a_part_has(scoring: Scoring, monk
 
     list(PartScorer(scoring, predictor)({"part": np.array([0])}))
 
-    rows = scoring.storage.read_table(scoring.part_uri(0)).to_pylist()
+    rows = scoring.storage.read_table(scoring.parts.uri(0)).to_pylist()
     num_faces = [len(row["faces"]) for row in rows]
     assert sum(num_faces) > scorer.MAX_PENDING + 1
     assert sum(size for size, _ in predictor.sizes) == sum(num_faces)
@@ -332,12 +333,12 @@ def test_photographs_of_phones_are_scored_beside_the_others(scoring: Scoring) ->
     (folder / "phone.HEIC").write_bytes(heic)
     (folder / "cut.heif").write_bytes(heic[:-500])
     work = str(folder.parent / "second")
-    plan(scoring.storage, ScoreConfig(input=str(folder)), manifest_folder(scoring.storage, work))
+    plan(scoring.storage, ScoreConfig(input=str(folder)), Parts(scoring.storage, work).manifest)
     scoring = dataclasses.replace(scoring, work=work)
 
     list(PartScorer(scoring)({"part": np.array([0])}))
 
-    rows = {Path(row["uri"]).name: row for row in scoring.storage.read_table(scoring.part_uri(0)).to_pylist()}
+    rows = {Path(row["uri"]).name: row for row in scoring.storage.read_table(scoring.parts.uri(0)).to_pylist()}
     statuses = {f"{number}.jpg": "no_face" for number in range(6)} | {"phone.HEIC": "no_face", "cut.heif": "unreadable"}
     assert {name: row["status"] for name, row in rows.items()} == statuses
     assert (rows["phone.HEIC"]["width_px"], rows["cut.heif"]["rotation_degrees"]) == (120, None)

@@ -1,0 +1,194 @@
+"""Work cut into numbered parts, which the same command finishes after a kill at any time: prepare's and scoring's.
+
+    WORK/manifest/parts-000000.parquet ...   rows of work, PARTS_PER_FILE row groups each: row group N is part N
+    WORK/manifest/plan.json                  the plan's record; written last
+    WORK/parts/part-00000000.parquet ...     what was made of each part, whole or not there
+    WORK/attempts/part-00000000.json ...     notes on parts under way
+
+The manifest never changes. So the names in parts/ say what is done, no row is read or joined to find out, and a part
+that is made twice replaces itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from agr_ray.storage import MissingObject, Storage, StorageUnavailable
+from agr_ray.storage.retry import Patience
+from agr_ray.storage.scratch import scratch_folder
+
+PLAN: Final = "plan.json"
+PARTS_PER_FILE: Final = 256
+"""Readers of one part read the footer of its file, which grows with the row groups."""
+MAX_DEATHS: Final = 3
+"""Times that an image may kill its worker before its row says `failed`."""
+KILLED_ITS_WORKER: Final = f"killed its worker {MAX_DEATHS} times"
+"""Error message of such an image."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The numbered parts of one plan, in any process. Each call waits for storage that has gone away."""
+
+    storage: Storage
+    work: str
+    """Folder of the plan's work."""
+    outage_s: float = 0.0
+    """How long to wait for storage, seconds."""
+
+    @property
+    def manifest(self) -> str:
+        """Return the folder of the manifest."""
+        return self.storage.join(self.work, "manifest")
+
+    def uri(self, number: int) -> str:
+        """Return the URI of what was made of a part."""
+        return self.storage.join(self.work, "parts", f"part-{number:08d}.parquet")
+
+    def finished(self) -> list[int]:
+        """Return the numbers of the parts that are there, in order."""
+        folder = self.storage.join(self.work, "parts")
+        if not self.storage.exists(folder):
+            return []
+        return sorted(
+            int(Path(info.key).stem.removeprefix("part-")) for info in self.storage.list(folder, (".parquet",))
+        )
+
+    def rows(self, number: int) -> pa.Table:
+        """Read a part's rows of the manifest."""
+        return Patience(self.outage_s).call(lambda: read_rows(self.storage, self.manifest, number))
+
+    def begin(self, number: int) -> Attempts:
+        """Note that work on a part begins, and return what is known of earlier attempts."""
+        return Attempts(self.storage, self._attempts_uri(number), self.outage_s)
+
+    def write(self, number: int, table: pa.Table) -> None:
+        """Write what was made of a part, and delete its notes."""
+        patience = Patience(self.outage_s)
+        patience.call(lambda: self.storage.write_table(table, self.uri(number)))
+        patience.call(lambda: self.storage.delete(self._attempts_uri(number)))
+
+    def _attempts_uri(self, number: int) -> str:
+        return self.storage.join(self.work, "attempts", f"part-{number:08d}.json")
+
+
+class Attempts:
+    """Notes on which image of a part is at work, kept in storage because a worker that is killed loses its memory.
+
+    Where an earlier attempt at the part has died, images are to be taken one at a time. Each is noted before it begins.
+    One that has killed its worker `MAX_DEATHS` times is given up.
+    """
+
+    def __init__(self, storage: Storage, uri: str, outage_s: float = 0.0) -> None:
+        self._storage = storage
+        self._uri = uri
+        self._patience = Patience(outage_s)
+        record = self._patience.call(self._read)
+        self.has_died = record is not None
+        """Whether an earlier attempt at the part did not end."""
+        self.deaths: Counter[str] = Counter(record["deaths"] if record else {})
+        """Times that each image has killed its worker, by image_id."""
+        if record and record["suspect"]:
+            self.deaths[record["suspect"]] += 1
+        self.suspect("")
+
+    def is_given_up(self, image_id: str) -> bool:
+        """Return whether the image has killed its worker too often."""
+        return self.deaths[image_id] >= MAX_DEATHS
+
+    def suspect(self, image_id: str) -> None:
+        """Note which image is next; empty: none alone."""
+        record = {"suspect": image_id, "deaths": self.deaths}
+        self._patience.call(lambda: self._storage.write(self._uri, json.dumps(record).encode()))
+
+    def _read(self) -> Any:
+        try:
+            return json.loads(self._storage.read(self._uri))
+        except MissingObject:
+            return None
+
+
+def write_manifest(
+    storage: Storage,
+    folder: str,
+    batches: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
+    rows_per_part: int,
+    record: Mapping[str, Any],
+) -> None:
+    """Write rows as parts of exactly `rows_per_part` rows, but for the last; whole or not at all.
+
+    Args:
+        storage: of `folder`.
+        folder: new folder or prefix of the manifest.
+        batches: the rows, of `schema`, which stream through a temporary folder.
+        schema: of the rows.
+        rows_per_part: rows of a part.
+        record: what `read_plan` is to return.
+
+    Raises:
+        FileExistsError: `folder` holds a whole manifest.
+        StorageUnavailable: it can't be written.
+    """
+    with scratch_folder() as local:
+        parts = enumerate(_cut(batches, schema, rows_per_part))
+        for number, group in groupby(parts, key=lambda numbered: numbered[0] // PARTS_PER_FILE):
+            path = os.path.join(local, _file_name(number))
+            with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=False) as writer:
+                for _, part in group:
+                    writer.write_table(part, row_group_size=rows_per_part)
+        Path(local, PLAN).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        storage.upload_tree(local, folder, marker=PLAN)
+
+
+def read_plan(storage: Storage, folder: str) -> dict[str, Any] | None:
+    """Return the record of the manifest at `folder`, or None if there is no whole one."""
+    try:
+        record: dict[str, Any] = json.loads(storage.read(storage.join(folder, PLAN)))
+        return record
+    except MissingObject:
+        return None
+
+
+def read_rows(storage: Storage, folder: str, number: int) -> pa.Table:
+    """Return the rows of one part, from 0, of the manifest at `folder`.
+
+    Raises:
+        MissingObject: there is no such manifest.
+        StorageUnavailable: it can't be read.
+    """
+    uri = storage.join(folder, _file_name(number // PARTS_PER_FILE))
+    fs, path = storage.arrow_filesystem(uri)
+    try:
+        with pq.ParquetFile(path, filesystem=fs) as file:
+            return file.read_row_group(number % PARTS_PER_FILE)
+    except FileNotFoundError:
+        raise MissingObject(f"{uri} does not exist") from None
+    except OSError as error:
+        raise StorageUnavailable(f"{uri} can't be read: {' '.join(str(error).split())}") from error
+
+
+def _cut(batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows_per_part: int) -> Iterator[pa.Table]:
+    rest = schema.empty_table()
+    for batch in batches:
+        rest = pa.concat_tables([rest, pa.Table.from_arrays(batch.columns, schema=schema)])
+        num_whole = rest.num_rows // rows_per_part
+        for number in range(num_whole):
+            yield rest.slice(number * rows_per_part, rows_per_part)
+        rest = rest.slice(num_whole * rows_per_part)
+    if rest.num_rows:
+        yield rest
+
+
+def _file_name(number: int) -> str:
+    return f"parts-{number:06d}.parquet"
