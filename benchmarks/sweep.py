@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--work", required=True, type=Path, help="folder for sweeps and runs, which it should not have yet"
     )
-    parser.add_argument("--recipe", type=Path, default=ROOT / "jobs/recipes/tune_lite.toml", help="(%(default)s)")
+    parser.add_argument("--recipe", default="tune_lite", help="(%(default)s)")
     parser.add_argument("--trials", type=int, default=12, help="of each sweep (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="of further trainings (1 2)")
     arguments, more = parser.parse_known_args()
@@ -120,7 +120,7 @@ def sweep(arguments: argparse.Namespace, name: str, more: list[str]) -> Sweep:
     return Sweep(wall_s, pq.read_table(arguments.work / "sweeps" / name / "trials.parquet").to_pylist())
 
 
-def train(arguments: argparse.Namespace, recipe: Path, name: str, more: list[str]) -> dict[str, Any]:
+def train(arguments: argparse.Namespace, recipe: str | Path, name: str, more: list[str]) -> dict[str, Any]:
     """Train a recipe, and return the epoch of its history that is kept."""
     run("train", "--config", recipe, "--train.name", name, *more)
     rows = pq.read_table(arguments.work / "runs" / name / "history.parquet").to_pylist()

@@ -45,7 +45,7 @@ from commands import (  # noqa: E402
 )
 from seaweedfs import Bucket, run_seaweedfs  # noqa: E402
 
-RECIPE: Final = "jobs/recipes/tune_lite.toml"
+RECIPE: Final = "tune_lite"
 RAISES, DIVERGES = 1, 2
 ENDED_BEFORE_KILL: Final = 5
 TIMEOUT_S: Final = 2400.0

@@ -23,7 +23,7 @@ from agr_ray.runtime.score import score
 from agr_ray.runtime.train import train
 from agr_ray.storage import Storage
 
-RECIPE = ("--config", "jobs/recipes/demo.toml")
+RECIPE = ("--config", "demo")
 MIN_IOU = 0.5
 
 

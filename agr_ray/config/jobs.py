@@ -136,7 +136,7 @@ class TrainJob(Job):
 class TuneJob(TrainJob):
     """Search for better settings: train under different ones, stop what falls behind, keep the best.
 
-    What is searched is in the recipe's [tune.space]; jobs/recipes/tune_lite.toml is an example. Each trial is a
+    The recipe's [tune.space] says what is searched; the built-in recipe tune_lite is an example. Each trial is a
     training run in OUT/NAME/trials. In OUT/NAME the sweep ends with best.toml, a recipe for jobs/train.py; best/, the
     checkpoint; trials.parquet, a row for each trial; and sweep.html, a page that says what mattered. Run the same
     command again to resume a sweep that was killed; --add 20 makes 20 more trials of one that has finished.

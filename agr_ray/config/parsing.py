@@ -13,6 +13,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from typing import Any, NoReturn, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError, create_model
@@ -43,11 +44,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # as other readers
-    """Return the bytes of a recipe on the local disk.
+    """Return the bytes of a recipe, given the name of one in the package or a path on the local disk.
+
+    A name has neither a slash nor a dot.
 
     Raises:
-        ConfigError: the file can't be read.
+        ConfigError: there is no such recipe, or it can't be read.
     """
+    if "/" not in path and "." not in path:
+        recipes = {file.name.removesuffix(".toml"): file for file in (files("agr_ray") / "recipes").iterdir()}
+        if path not in recipes:
+            names = sorted(recipes)
+            raise ConfigError(
+                f"--config {path}: there is no such recipe{_did_you_mean(path, names)}; allowed: {', '.join(names)}, "
+                "or a path that has a slash or ends in .toml"
+            )
+        return recipes[path].read_bytes()
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -56,7 +68,7 @@ def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # a
 
 
 Reader = Callable[[str, StorageConfig], bytes]
-"""Reads a recipe, given its path or URI and the storage settings. Raises ConfigError."""
+"""Reads a recipe, given its name, path or URI and the storage settings. Raises ConfigError."""
 
 
 def load(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ, read: Reader = read_local) -> J:
@@ -78,7 +90,7 @@ def load(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.envi
 def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ, read: Reader = read_local) -> J:
     """Do what `load` does, but raise `ConfigError` instead of exiting (bad options and `--help` still exit)."""
     parser = _Parser(
-        usage="%(prog)s [--config FILE] [--SECTION.KEY VALUE ...]",
+        usage="%(prog)s [--config RECIPE] [--SECTION.KEY VALUE ...]",
         description=job.__doc__,
         epilog="Lists and tables are written as JSON: --model.tasks '[\"age\"]'. Environment variables: "
         "AGR_RAY_SECTION__KEY. Paths are local, file:// or s3://.",
@@ -86,9 +98,9 @@ def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.env
     )
     parser.add_argument(
         "--config",
-        metavar="FILE",
-        help="path or URI of a recipe, a TOML file of [section] tables, which is read first; the storage settings for "
-        "reading it come from the command line and the environment",
+        metavar="RECIPE",
+        help="name of a built-in recipe (demo, paper, ...), or path or URI of your own: a TOML file of [section] "
+        "tables. The storage settings for reading it come from the command line and the environment",
     )
     source: CliSettingsSource[Any] = CliSettingsSource(
         job,

@@ -25,7 +25,7 @@ def run(job_class: type[J], work: Callable[[J], object]) -> None:
 
 
 def read_recipe(path: str, storage: StorageConfig) -> bytes:
-    """Return the bytes of a recipe at any path or URI.
+    """Return the bytes of a recipe, given its name, path or URI.
 
     Raises:
         ConfigError: the recipe can't be read.

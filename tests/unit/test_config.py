@@ -31,7 +31,7 @@ from agr_ray.config import (
 from agr_ray.errors import ConfigError
 
 JOBS: tuple[type[Job], ...] = (RenderJob, PrepareJob, TrainJob, TuneJob, EvaluateJob, ScoreJob)
-RECIPES = sorted(Path(__file__).parents[2].glob("jobs/recipes/*.toml"))
+RECIPES = sorted(Path(__file__).parents[2].glob("agr_ray/recipes/*.toml"))
 DATA = ("--train.data", "somewhere")
 NEEDED = {"tune.space": '{"train.lr": {"log_uniform": [1e-4, 1e-2]}}'}
 """What else than "somewhere" a required key takes."""
@@ -375,6 +375,29 @@ def test_a_missing_recipe_is_named(capsys: pytest.CaptureFixture[str], tmp_path:
     assert f"--config {missing}: No such file" in complaint(capsys, TrainJob, *DATA, "--config", str(missing))
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"), [("papr", "; did you mean paper?"), ("tune-lite", "; did you mean tune_lite?"), ("xyz", "")]
+)
+def test_an_unknown_recipe_is_refused_with_the_list_of_names(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("[train]\nepochs = 1\n")
+
+    said = complaint(capsys, TrainJob, *DATA, "--config", name)
+
+    names = ", ".join(path.stem for path in RECIPES)
+    assert f"--config {name}: there is no such recipe{hint}; allowed: {names}, or a path" in said
+
+
+def test_a_recipe_of_the_package_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paper").write_text("[train]\nepochs = 1\n")
+
+    assert train_job("--config", "paper").model == ModelConfig(preset="paper", weights="imagenet")
+    assert train_job("--config", "./paper").train.epochs == 1
+
+
 def test_a_folder_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert f"--config {tmp_path}" in complaint(capsys, TrainJob, *DATA, "--config", str(tmp_path))
 
@@ -451,7 +474,7 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("job", JOBS)
 def test_every_recipe_serves_every_job(job: type[Job], path: Path) -> None:
-    built = parse(job, ["--config", str(path), *needed(job)], {})
+    built = parse(job, ["--config", path.stem, *needed(job)], {})
 
     for name, values in tomllib.loads(path.read_text()).items():
         if name in job.model_fields:
