@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from agr_ray.config import VisionConfig
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError
 from agr_ray.storage import Storage
@@ -120,30 +120,28 @@ def class_warnings(
     return warnings
 
 
-def detector_warnings(sets: Sequence[PreparedSet]) -> list[str]:
-    """Say if scoring would by default find faces, and so cut crops, by another detector than was used here.
+def vision_warnings(sets: Sequence[PreparedSet]) -> list[str]:
+    """Return warnings about how the crops were made: without a detector, or with settings that differ between sets.
 
-    And if the sets' own differ: then a network can tell by the crop which set a face is from, and its labels with it.
+    A checkpoint stores the vision settings of its first set. If crops differ by set, a network can tell the set, and
+    so what its labels are like, by the crop.
     """
-    default = VisionConfig().detector
-    warnings = []
-    for prepared in sets:
-        if prepared.detector != default:
-            remedy = (
-                "prepare it with mtcnn or haar if photographs are to be scored"
-                if prepared.detector == "none"
-                else f"score with --vision.detector {prepared.detector}"
-            )
+    warnings = [
+        f"train.data {prepared.uri}: its crops were made with vision.detector none, which scoring can't use; prepare "
+        "the source with mtcnn or haar if photographs are to be scored"
+        for prepared in sets
+        if prepared.detector == "none"
+    ]
+    first = Pipeline(vision=sets[0].vision).decisive()
+    for prepared in sets[1:]:
+        other = Pipeline(vision=prepared.vision).decisive()
+        different = [f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other[key]]
+        if different:
             warnings.append(
-                f"train.data {prepared.uri}: its crops were made with vision.detector {prepared.detector}, and "
-                f"jobs/score.py uses {default} unless told otherwise; {remedy}"
+                f"train.data: crops of {sets[0].uri} and {prepared.uri} were made with different settings: "
+                f"{', '.join(different)}; the model may learn to tell the sets apart by them, and its checkpoint "
+                "stores those of the first, with which scoring finds faces"
             )
-    if len({prepared.detector for prepared in sets}) > 1:
-        made = ", ".join(f"{prepared.uri} with {prepared.detector}" for prepared in sets)
-        warnings.append(
-            f"train.data: crops of the sets were made with different vision.detector: {made}; the model may learn to "
-            "tell the sets apart by them"
-        )
     return warnings
 
 

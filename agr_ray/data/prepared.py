@@ -17,6 +17,7 @@ from typing import Any, Final
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
+from agr_ray.config import VisionConfig
 from agr_ray.errors import ConfigError
 from agr_ray.storage import MissingObject, Storage
 
@@ -58,9 +59,14 @@ class PreparedSet(BaseModel):
         return str(self.settings["source"]["name"] or self.settings["source"]["kind"])
 
     @property
+    def vision(self) -> VisionConfig:
+        """Return the settings with which photographs became crops."""
+        return VisionConfig(**self.settings["vision"])
+
+    @property
     def detector(self) -> str:
         """Return the detector that found the faces."""
-        return str(self.settings["vision"]["detector"])
+        return self.vision.detector
 
     def write(self, storage: Storage) -> None:
         """Write `prepare.json`."""

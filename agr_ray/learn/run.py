@@ -13,6 +13,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from agr_ray.config import TrainJob
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.metrics import Baseline
 from agr_ray.learn.loop import Row
@@ -36,6 +37,8 @@ class Run:
     storage: Storage
     uri: str
     transform: Transform
+    pipeline: Pipeline
+    """The settings that its checkpoints store."""
     baseline: Baseline
     sampler: Sampler | None
     num_train_rows: int

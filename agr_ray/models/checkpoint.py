@@ -1,15 +1,22 @@
-"""A checkpoint is one directory, whole or not there.
+"""A checkpoint is one self-contained directory, complete or absent.
 
     CHECKPOINT/
-      weights.safetensors   what predicts: the averaged weights where the run keeps an average
-      train_state.pt        what resumes: optimiser, raw weights, loss weights, epoch, best, history, train_images
-      calibration.json      how sure its predictions are; added by jobs/evaluate.py --calibrate
-      model_card.md         what it is, was trained on, and is and is not for; jobs/evaluate.py adds what it measures
-      meta.json             what rebuilds the network and says where it comes from; written last
+      meta.json             written last
+        format_version      of this layout
+        model               configuration of the network
+        transform           how a stored crop becomes the network's input
+        labels              what the outputs' indices mean
+        vision              how photographs become faces: the detector and every other setting of [vision]
+        predict             how outputs become predictions: every setting of [predict]
+        data, metrics, config, git_commit, created, versions    where it comes from
+      weights.safetensors   the weights that predict: the moving average, if the run keeps one
+      calibration.json      intervals, temperatures and abstention; jobs/evaluate.py --calibrate writes it
+      model_card.md         intended uses, training data and errors; jobs/evaluate.py adds what it measures
+      train_state.pt        optimiser, raw weights, loss weights, epoch, best, history, train_images; resumes a run
 
-Scoring needs weights and meta only, and calibration.json for age intervals, calibrated probabilities and abstention;
-train_state.pt may be left out of a copy that is only to predict.
-Directories are local: whoever keeps them elsewhere moves them.
+Scoring and evaluation need meta.json and weights.safetensors and no recipe. With calibration.json they also give age
+intervals, calibrated probabilities and abstention. A copy that only predicts can leave train_state.pt out.
+Directories are local; `checkpoint_files` copies them from and to other storage.
 """
 
 from __future__ import annotations
@@ -31,12 +38,13 @@ from torch import Tensor
 
 import agr_ray
 from agr_ray.config import ModelConfig
+from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
 from agr_ray.models.card import model_card
 from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, mismatch
 from agr_ray.models.transform import Transform
 from agr_ray.schema import GENDERS, RACES, SCHEMA_VERSION
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Raised whenever a reader of the old layout would misread the new one."""
 
 WEIGHTS: Final = "weights.safetensors"
@@ -63,6 +71,8 @@ class Checkpoint:
 
     model: MultiTaskNet
     transform: Transform
+    pipeline: Pipeline
+    """The settings it was trained with; calibration.json may have been fitted under others."""
     meta: Mapping[str, Any]
     """Contents of meta.json."""
 
@@ -72,6 +82,7 @@ def save_checkpoint(
     model: MultiTaskNet,
     transform: Transform,
     *,
+    pipeline: Pipeline = DEFAULT_PIPELINE,
     train_state: Mapping[str, Any] | None = None,
     train_images: Tensor | None = None,
     data: Mapping[str, Any] | None = None,
@@ -86,6 +97,7 @@ def save_checkpoint(
         directory: made if need be.
         model: whose weights predict.
         transform: what the model's input went through.
+        pipeline: vision settings of the crops that it was trained on, and predict settings that it was validated with.
         train_state: `EpochReport.train_state()`, plain values and tensors; none: not written.
         train_images: `content_codes` of the training images, kept in train_state.pt.
         data: of the training data: split_manifest_sha256, counts, train_labels, source, detector, template; with an
@@ -107,6 +119,7 @@ def save_checkpoint(
         "model": model.config.model_dump(mode="json"),
         "transform": transform.to_json(),
         "labels": LABELS,
+        **pipeline.to_json(),
         "data": dict(data or {}),
         "metrics": dict(metrics or {}),
         "config": dict(config or {}),
@@ -142,7 +155,19 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
     if problem:
         raise CheckpointError(f"{directory / WEIGHTS}: {problem}")
     model.load_state_dict(weights)
-    return Checkpoint(model.to(device).eval(), transform, meta)
+    return Checkpoint(model.to(device).eval(), transform, stored_pipeline(directory, meta), meta)
+
+
+def stored_pipeline(directory: Path, meta: Mapping[str, Any]) -> Pipeline:
+    """Return the settings that the checkpoint's meta.json holds.
+
+    Raises:
+        CheckpointError: they are incomplete or not allowed.
+    """
+    try:
+        return Pipeline.from_json(meta)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / META}: {error}") from None
 
 
 def load_train_state(directory: Path) -> dict[str, Any]:
@@ -178,7 +203,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected JSON, found {_first_line(error)}") from None
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}")
+        raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; train it again")
     for key in ("model", "transform", "labels"):
         if not isinstance(meta.get(key), dict):
             raise CheckpointError(f"{path}: expected a table {key}, found {meta.get(key)!r}")

@@ -35,6 +35,7 @@ from rich.console import Console
 from torch import Tensor
 
 from agr_ray.config import ModelConfig, TrainConfig, TrainJob, digest
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
 from agr_ray.data.crops import label_arrays, select_crops, usable_statuses
 from agr_ray.data.guards import (
@@ -42,7 +43,7 @@ from agr_ray.data.guards import (
     check_sets,
     class_warnings,
     copies_warnings,
-    detector_warnings,
+    vision_warnings,
 )
 from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.errors import ConfigError, JobError
@@ -209,7 +210,7 @@ def plan(
     labels = Labels(**label_arrays(rows))
     set_index = np.repeat(np.arange(len(sets)), [table.num_rows for table in trained])
     baseline, counts = Baseline.fit(labels), class_counts(labels)
-    warnings = class_warnings(counts, job.model.tasks, sets) + detector_warnings(sets) + copies_warnings(trained, sets)
+    warnings = class_warnings(counts, job.model.tasks, sets) + vision_warnings(sets) + copies_warnings(trained, sets)
     for warning in warnings:
         console.print(f"warning: {warning}")
     run = Run(
@@ -217,6 +218,7 @@ def plan(
         storage=storage,
         uri=uri,
         transform=transform,
+        pipeline=Pipeline(vision=sets[0].vision, predict=job.predict),
         baseline=baseline,
         sampler=Sampler.fit(labels, job.train.balance, job.train.balance_power, set_index, shares),
         num_train_rows=rows.num_rows,
@@ -256,7 +258,7 @@ def _begin(run: Run, first: MultiTaskNet | None) -> None:
     if first is None:
         return
     with TemporaryDirectory() as temporary:
-        save_checkpoint(Path(temporary), first, run.transform, data=run.data)
+        save_checkpoint(Path(temporary), first, run.transform, pipeline=run.pipeline, data=run.data)
         storage.upload_tree(temporary, storage.join(run.uri, "initial"), overwrite=True)
     _write_record(run, finished="")
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agr_ray.config import ModelConfig
+from agr_ray.config import ModelConfig, PredictConfig, VisionConfig
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.models.card import model_card
 from agr_ray.models.checkpoint import (
     CARD,
@@ -33,6 +34,7 @@ CONFIG = ModelConfig(preset="lightweight", input_side_px=32, age_head="distribut
 # printf a | sha256sum: ca978112ca1bbdca...
 A, B = (hashlib.sha256(body).hexdigest() for body in (b"a", b"b"))
 TRANSFORM = Transform(input_side_px=32, crop_side_px=40)
+PIPELINE = Pipeline(vision=VisionConfig(detector="haar", max_side_px=900), predict=PredictConfig(flip_average=True))
 
 
 @pytest.fixture
@@ -42,6 +44,7 @@ def saved(tmp_path: Path) -> Path:
         tmp_path / "checkpoint",
         MultiTaskNet(CONFIG),
         TRANSFORM,
+        pipeline=PIPELINE,
         train_state={"epoch": 3, "history": [{"lr": 0.1}], "seed": torch.tensor(7)},
         train_images=content_codes([A, B]),
         data={"split_manifest_sha256": "ab"},
@@ -74,6 +77,29 @@ def test_meta_says_where_it_comes_from(saved: Path) -> None:
     assert meta["data"] == {"split_manifest_sha256": "ab"}
     assert meta["labels"]["genders"] == ["female", "male"]
     assert set(meta["versions"]) == {"agr_ray", "torch"}
+
+
+def test_settings_of_vision_and_prediction_come_back(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    assert checkpoint.pipeline == PIPELINE
+    assert sorted(checkpoint.meta["vision"]) == sorted(VisionConfig.model_fields)
+    assert checkpoint.meta["predict"] == {"flip_average": True, "precision": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta: meta["vision"].pop("min_score"), r"meta\.json: vision: expected the keys \["),
+        (lambda meta: meta.pop("predict"), r"meta\.json: predict: expected the keys .*, found None"),
+        (lambda meta: meta["predict"].update(precision="int8"), r"meta\.json: predict\.precision: .*found 'int8'"),
+    ],
+)
+def test_incomplete_or_invalid_settings_are_refused(
+    saved: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    edit_meta(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(saved)
 
 
 def test_the_model_card_says_what_meta_says(saved: Path) -> None:
@@ -131,8 +157,8 @@ def test_missing_or_damaged_train_state_is_named(saved: Path) -> None:
 
 
 def test_another_format_is_refused(saved: Path) -> None:
-    edit_meta(saved, lambda meta: meta.update(format_version=2))
-    with pytest.raises(CheckpointError, match="expected format_version 1, found 2"):
+    edit_meta(saved, lambda meta: meta.update(format_version=1))
+    with pytest.raises(CheckpointError, match="expected format_version 2, found 1; train it again"):
         load_checkpoint(saved)
 
 

@@ -15,7 +15,7 @@ from agr_ray.data.guards import (
     check_sets,
     class_warnings,
     copies_warnings,
-    detector_warnings,
+    vision_warnings,
 )
 from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.errors import ConfigError
@@ -89,16 +89,15 @@ def test_a_class_is_not_missed_where_its_task_has_no_head() -> None:
     assert class_warnings(COUNTS, ["age"], [prepared("data")]) == []
 
 
-@pytest.mark.parametrize(("detector", "said"), [("haar", "--vision.detector haar"), ("none", "mtcnn or haar")])
-def test_crops_of_another_detector_than_scorings_are_warned_of(detector: str, said: str) -> None:
-    (warning,) = detector_warnings([prepared("data", detector)])
+def test_crops_that_no_detector_cut_are_warned_of() -> None:
+    (warning,) = vision_warnings([prepared("data", "none")])
 
-    assert f"vision.detector {detector}" in warning
-    assert said in warning
+    assert "train.data data: its crops were made with vision.detector none, which scoring can't use" in warning
 
 
-def test_crops_of_scorings_own_detector_are_not() -> None:
-    assert detector_warnings([prepared("data"), prepared("more")]) == []
+def test_crops_of_any_detector_are_not() -> None:
+    assert vision_warnings([prepared("data"), prepared("more")]) == []
+    assert vision_warnings([prepared("data", "haar")]) == []
 
 
 # Several sets
@@ -168,7 +167,7 @@ def test_images_trained_on_in_two_sets_are_counted() -> None:
 
 
 def test_sets_of_different_detectors_are_warned_of() -> None:
-    haar, different = detector_warnings([prepared("one"), prepared("two", "haar")])
+    (different,) = vision_warnings([prepared("one"), prepared("two", "haar")])
 
-    assert "train.data two: its crops were made with vision.detector haar" in haar
-    assert "different vision.detector: one with mtcnn, two with haar;" in different
+    assert "crops of one and two were made with different settings: vision.detector mtcnn and haar;" in different
+    assert "its checkpoint stores those of the first" in different

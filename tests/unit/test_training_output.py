@@ -15,6 +15,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agr_ray.config import ModelConfig, TrainJob
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.crops import training_arrays
 from agr_ray.evaluation.metrics import Baseline, Labels, metrics_report
 from agr_ray.learn.loop import EpochReport
@@ -62,6 +63,7 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
         storage=Storage(),
         uri=str(tmp_path / "run"),
         transform=TRANSFORM,
+        pipeline=Pipeline(),
         baseline=Baseline(None, None, None),
         sampler=None,
         num_train_rows=3,

@@ -200,6 +200,7 @@ class RayContext:
             directory,
             kept.model,
             kept.transform,
+            pipeline=run.pipeline,
             train_state=kept.train_state(),
             train_images=run.train_images,
             data=run.data,

@@ -1,0 +1,65 @@
+"""Everything beside the weights that decides what is predicted of a photograph. A checkpoint stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Self
+
+from pydantic import ValidationError
+
+from agr_ray.config import PredictConfig, Section, VisionConfig
+
+DECISIVE: Final[Mapping[str, str]] = {
+    "vision.detector": "it decides which faces are found and how they are aligned",
+    "vision.min_face_px": "it decides which faces are found",
+    "vision.min_score": "it decides which faces are found",
+    "vision.max_side_px": "it decides which faces are found, and the resolution of their crops",
+    "vision.small_faces": "it decides which faces are found, and the resolution of their crops",
+    "vision.try_rotations": "it decides which faces are found",
+    "predict.flip_average": "it changes every prediction",
+    "predict.precision": "it changes every prediction",
+}
+"""Settings that a calibration depends on, and why. The others (`max_pixels`, `max_mib`) only decide which files are
+rejected before a face is looked for."""
+
+
+class Pipeline(Section):
+    """The settings that lead from bytes to faces, and from the network's outputs to predictions."""
+
+    vision: VisionConfig = VisionConfig()
+    """How photographs become aligned faces."""
+    predict: PredictConfig = PredictConfig()
+    """How the network's outputs become predictions."""
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the values of the keys of `DECISIVE`."""
+        return {key: getattr(getattr(self, section), name) for key in DECISIVE for section, name in [key.split(".")]}
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Return every setting as plain values, by section and key."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from what `to_json` gave; other keys of `values` are ignored.
+
+        Raises:
+            ValueError: a section or key is missing, unknown or has a value that is not allowed; one line.
+        """
+        for name, field in cls.model_fields.items():
+            section = field.annotation
+            assert isinstance(section, type)
+            assert issubclass(section, Section)
+            expected, found = sorted(section.model_fields), values.get(name)
+            if not isinstance(found, dict) or sorted(found) != expected:
+                shown = sorted(found) if isinstance(found, dict) else found
+                raise ValueError(f"{name}: expected the keys {expected}, found {shown}")
+        try:
+            return cls(**{name: values[name] for name in cls.model_fields})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{key}: {first['msg']}, found {first['input']!r}") from None
+
+
+DEFAULT_PIPELINE: Final = Pipeline()
