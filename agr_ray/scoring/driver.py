@@ -428,7 +428,10 @@ def _resumed(storage: Storage, works: str, skipped: list[str], max_refused: floa
         )
         return None
     made = read_counts(storage, Parts(storage, storage.join(works, record["plan_id"])).manifest)
-    assert made is not None
+    if made is None:
+        # A job that was stopped just before it wrote this record woke up after another had deleted its plan.
+        console.print(f"the plan {record['plan_id']} is gone; planning again")
+        return None
     return Planned(record["plan_id"], record["started_at"], record["plan_s"], made)
 
 

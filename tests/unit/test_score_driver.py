@@ -203,6 +203,23 @@ def test_a_job_that_loses_its_lock_while_it_plans_stops_and_leaves_no_plan(
     assert not list((bucket.folder / "out-work").rglob("plan.json"))
 
 
+def test_a_record_of_a_plan_that_another_job_has_deleted_is_planned_again(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_score_parts", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bucket.score()
+    (record,) = (bucket.folder / "out-work").glob("*/plan.json")
+    stale = json.loads(record.read_text()) | {"plan_id": "20260101T000000.000Z-00000000"}
+    record.write_text(json.dumps(stale))
+
+    bucket.score()
+
+    assert "the plan 20260101T000000.000Z-00000000 is gone; planning again" in bucket.printed
+    assert [name for name, _ in bucket.statuses()] == NAMES
+
+
 # Readers see what was published, once
 
 
