@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -91,11 +90,6 @@ class AugmentConfig(Section):
     """As mixup_alpha, but a box of the other image, of a share so drawn, replaces what was there; 0: none."""
 
 
-def _is_one(value: float) -> bool:
-    """Say whether a knob that came later is at its default, and so left out of what is written and digested."""
-    return value == 1.0
-
-
 class TrainConfig(Section):
     """The training run."""
 
@@ -103,8 +97,7 @@ class TrainConfig(Section):
     """Folder or prefix of a prepared set (what `jobs/prepare.py` wrote), or a list of several of one crop_side_px,
     learnt from and validated on together: ["data/utkface", "data/adience"]. A label that a row lacks is left out of the
     loss, so a set may have no race."""
-    # Left out of what is written and digested where it is empty, so that runs begun before there was this knob go on.
-    data_shares: Annotated[tuple[PositiveFloat, ...], Field(exclude_if=operator.not_)] = ()
+    data_shares: tuple[PositiveFloat, ...] = ()
     """Several sets only: how training rows are drawn, with replacement, a number for each set: [3, 1] is three of the
     first to one of the second. An epoch has as many rows as all sets together. Needs the crops in memory and begins as
     balance does, which then evens out each set by itself. Empty: each row once, as many of each set as there are."""
@@ -118,7 +111,7 @@ class TrainConfig(Section):
     checkpoint, and a step still takes batch_size images."""
     use_gpu: bool = False
     """One GPU for each worker; else the CPU, with gloo."""
-    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0, exclude_if=_is_one)] = 1.0
+    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """`use_gpu` only: share of a GPU that Ray reserves for the worker. With 0.5 two runs of one worker each, such as
     trials of a sweep, take one GPU together, if its memory holds both. Less than 1 needs num_workers 1."""
     cpus_per_worker: PositiveFloat = 1.0

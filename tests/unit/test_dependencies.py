@@ -1,0 +1,36 @@
+"""Every dependency that pyproject.toml declares is imported somewhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NEEDED_BY = {"pytz": "duckdb", "tensorboard": "torch.utils.tensorboard"}
+"""Dependencies that a library imports only if they are installed."""
+
+
+def imported(folder: Path) -> set[str]:
+    """Return the top-level names that the modules of a folder import."""
+    names: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_every_dependency_is_imported() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[^\w.-]", each)[0].lower() for each in declared}
+    distributions = packages_distributions()
+    used = {
+        dist.lower().replace("_", "-") for name in imported(ROOT / "agr_ray") for dist in distributions.get(name, [])
+    }
+
+    assert sorted(names - used) == sorted(NEEDED_BY)
