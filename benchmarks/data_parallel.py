@@ -1,6 +1,6 @@
 """What data-parallel training costs in exchange: measured on this machine's CPUs, and on paper for 8 to 64 GPUs.
 
-    python benchmarks/data_parallel.py [--trunk resnet50] [--side 224] [--batch 8] [--steps 8]
+    python benchmarks/data_parallel.py [--backbone resnet50] [--side 224] [--batch 8] [--steps 8]
 
 Measured, without Ray: one process, then --workers processes (DDP, gloo), of one thread each. Each has --batch random
 images a step, so twice the workers see twice the images. Printed: samples/s, and as efficiency the share of what so
@@ -58,7 +58,7 @@ class Measured:
 def main() -> None:
     """Measure one process and several, and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trunk", default="resnet50", help="torchvision network (%(default)s)")
+    parser.add_argument("--backbone", default="resnet50", help="torchvision network (%(default)s)")
     parser.add_argument("--side", type=int, default=224, help="of the images, pixels (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images of each process in a step (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="that are timed (%(default)s)")
@@ -68,10 +68,10 @@ def main() -> None:
     parser.add_argument("--batch-per-gpu", type=int, default=64, help="on paper (%(default)s)")
     arguments = parser.parse_args()
     console = make_console()
-    config = ModelConfig(trunk=arguments.trunk, input_side_px=arguments.side)
+    config = ModelConfig(backbone=arguments.backbone, image_size=arguments.side)
     num_parameters = sum(p.numel() for p in MultiTaskNet(config).parameters())
     groups = {size: measure(size, config, arguments.batch, arguments.steps) for size in (1, arguments.workers)}
-    title = f"{config.trunk}, {arguments.side} px, {arguments.batch} images a step for each process"
+    title = f"{config.backbone}, {arguments.side} px, {arguments.batch} images a step for each process"
     console.print(measured_table(groups, arguments.batch, title))
     several = groups[arguments.workers]
     console.print(
@@ -135,7 +135,7 @@ def work(rank: int, size: int, folder: str, config: ModelConfig, batch: int, num
     wrapped = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     sent = SentBytes()
     wrapped.register_comm_hook(sent, add_up_and_send)
-    images = torch.rand(batch, 3, config.input_side_px, config.input_side_px)
+    images = torch.rand(batch, 3, config.image_size, config.image_size)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = Targets(torch.rand(batch) * 90, torch.randint(2, (batch,)), torch.randint(5, (batch,)))
     counts = label_counts(targets) * size

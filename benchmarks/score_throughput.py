@@ -57,7 +57,7 @@ from agr_ray.vision.detect import make_detector
 
 T = TypeVar("T")
 
-TRANSFORM: Final = Transform(input_side_px=224, crop_side_px=224)
+TRANSFORM: Final = Transform(image_size=224, crop_side_px=224)
 PREDICT: Final = PredictConfig(precision="auto")
 STAGES: Final = ("decode", "detect", "align", "predict")
 ROWS_PER_PART: Final = 64
@@ -146,7 +146,7 @@ def in_new_process(work: Callable[..., T], *arguments: Any) -> T:
 def user_loop(paths: list[Path]) -> Reference:
     """Do (a)."""
     detector = MTCNN(keep_all=True)
-    cutter = MTCNN(keep_all=True, image_size=TRANSFORM.input_side_px)
+    cutter = MTCNN(keep_all=True, image_size=TRANSFORM.image_size)
     network = torchvision.models.resnet50().eval()
     faces, sides = {}, {}
 
@@ -197,9 +197,9 @@ def make_checkpoint(paths: list[Path], directory: Path) -> None:
     with torch.inference_mode():
         model.train()
         for chunk in images.split(16):
-            model.trunk(chunk)
+            model.backbone(chunk)
         model.eval()
-        features = torch.cat([model.trunk(chunk) for chunk in images.split(16)])
+        features = torch.cat([model.backbone(chunk) for chunk in images.split(16)])
     heads = {"age": (model.age_head, 40.0, 15.0), "gender": (model.gender_head, 0.0, 2.0)}
     heads["race"] = (model.race_head, 0.0, 2.0)
     for head, mean, std in heads.values():

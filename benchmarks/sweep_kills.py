@@ -115,10 +115,10 @@ class KilledSweep:
             "loss.gender_weight": {"log_uniform": [0.1, 4.0]},
             "loss.race_weight": {"log_uniform": [0.1, 4.0]},
             "train.lr": {"log_uniform": [1e-4, 1e30]},
-            "model.weights": {"choice": ["none", f"{self._bucket.uri}/{WEIGHTS}"]},
+            "model.pretrained": {"choice": ["none", f"{self._bucket.uri}/{WEIGHTS}"]},
         }
-        points: list[dict[str, Any]] = [{"train.lr": 3e-3, "model.weights": "none"} for _ in range(self._trials)]
-        points[RAISES]["model.weights"] = f"{self._bucket.uri}/{WEIGHTS}"
+        points: list[dict[str, Any]] = [{"train.lr": 3e-3, "model.pretrained": "none"} for _ in range(self._trials)]
+        points[RAISES]["model.pretrained"] = f"{self._bucket.uri}/{WEIGHTS}"
         points[DIVERGES]["train.lr"] = 1e30
         options = {
             "--config": RECIPE,

@@ -27,28 +27,28 @@ from agr_ray.predict.forward import predict
 
 NUM, SIDE, STEPS = 24, 64, 10
 CONFIGURATIONS: Final[dict[str, dict[str, dict[str, Any]]]] = {
-    "resnet18, linear": {"model": {"trunk": "resnet18"}},
+    "resnet18, linear": {"model": {"backbone": "resnet18"}},
     "resnet50, linear, Huber, accumulation": {
-        "model": {"trunk": "resnet50"},
+        "model": {"backbone": "resnet50"},
         "loss": {"age_loss": "huber"},
-        "train": {"accumulate": 3},
+        "train": {"grad_accum_steps": 3},
     },
     "resnet34, distribution, learnt weights": {
-        "model": {"trunk": "resnet34", "age_head": "distribution"},
+        "model": {"backbone": "resnet34", "age_head": "distribution"},
         "loss": {"weighting": "uncertainty"},
     },
     "mobilenet_v3_small, distribution, mixup, moving average": {
-        "model": {"trunk": "mobilenet_v3_small", "age_head": "distribution", "dropout": 0.2, "bn_momentum": 0.1},
+        "model": {"backbone": "mobilenet_v3_small", "age_head": "distribution", "dropout": 0.2, "bn_momentum": 0.1},
         "augment": {"mixup_alpha": 0.4},
         "train": {"ema_decay": 0.9},
     },
     "mobilenet_v3_large, age and gender": {
-        "model": {"trunk": "mobilenet_v3_large", "tasks": ("age", "gender")},
+        "model": {"backbone": "mobilenet_v3_large", "tasks": ("age", "gender")},
         "loss": {"label_smoothing": 0.1},
     },
     "resnet18, race alone, frozen, clipped": {
-        "model": {"trunk": "resnet18", "tasks": ("race",)},
-        "train": {"freeze_epochs": 3, "clip_norm": 1.0},
+        "model": {"backbone": "resnet18", "tasks": ("race",)},
+        "train": {"freeze_epochs": 3, "grad_clip_norm": 1.0},
     },
 }
 
@@ -76,9 +76,9 @@ def main() -> None:
 
 def ten_steps(sections: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
     """Return the training losses, the objectives and the final predictions of ten steps of one batch each."""
-    values = {"epochs": STEPS, "batch_size": NUM, "lr": 1e-3, "early_stopping_epochs": 0, "precision": "float32"}
+    values = {"epochs": STEPS, "batch_size": NUM, "lr": 1e-3, "early_stopping_patience": 0, "precision": "float32"}
     job = TrainJob(
-        model=ModelConfig(**{"input_side_px": SIDE, **sections["model"]}),
+        model=ModelConfig(**{"image_size": SIDE, **sections["model"]}),
         loss=LossConfig(**sections.get("loss", {})),
         augment=AugmentConfig(**sections.get("augment", {})),
         train=TrainConfig(**{**values, **sections.get("train", {})}),
@@ -89,7 +89,7 @@ def ten_steps(sections: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
     model = MultiTaskNet(job.model)
     model.initialise_age(40.0)
     baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
-    transform = Transform(input_side_px=SIDE, crop_side_px=SIDE)
+    transform = Transform(image_size=SIDE, crop_side_px=SIDE)
     rows = train(LocalContext(data, data, NUM), model, transform, job, baseline, NUM)
     predictions = predict(model.eval(), data["crop"], transform, job.predict)
     parts = [values.ravel() for values in predictions if values is not None]

@@ -1,7 +1,8 @@
 """Does training wait for data? Our path beside the same steps with no data path, and beside a user's own loop.
 
-    python benchmarks/train_ingest.py --data PREPARED [--trunk resnet18] [--side 88] [--batch-size 64] [--epochs 3]
-    python benchmarks/train_ingest.py --data PREPARED --trunk resnet50 --side 224 --batch-size 256 --steps 200 --use-gpu
+    python benchmarks/train_ingest.py --data PREPARED [--backbone resnet18] [--side 88] [--batch-size 64] [--epochs 3]
+    python benchmarks/train_ingest.py --data PREPARED --backbone resnet50 --side 224 --batch-size 256 \
+        --steps 200 --use-gpu
 
 Samples a second of the same network, loss, optimiser, batch and arithmetic (bfloat16 where the device has it), with as
 strong an augmentation, on all CPUs or one GPU:
@@ -68,7 +69,7 @@ def main() -> None:
     """Measure all three and print them side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of a prepared set (jobs/prepare.py)")
-    parser.add_argument("--trunk", default="resnet18", help="of the network (resnet18)")
+    parser.add_argument("--backbone", default="resnet18", help="of the network (resnet18)")
     parser.add_argument("--side", type=int, default=88, help="of the network's input, pixels (88)")
     parser.add_argument("--batch-size", type=int, default=64, help="images in a step (64)")
     parser.add_argument("--epochs", type=int, default=3, help="of (b), two or more (3)")
@@ -79,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ingest-") as out:
         job = TrainJob(
             cluster=ClusterConfig(address="local"),
-            model=ModelConfig(trunk=arguments.trunk, input_side_px=arguments.side),
+            model=ModelConfig(backbone=arguments.backbone, image_size=arguments.side),
             augment=AUGMENT,
             predict=PredictConfig(precision="auto"),
             train=TrainConfig(
@@ -89,7 +90,7 @@ def main() -> None:
                 epochs=arguments.epochs,
                 batch_size=arguments.batch_size,
                 precision="auto",
-                early_stopping_epochs=0,
+                early_stopping_patience=0,
                 use_gpu=arguments.use_gpu,
             ),
         )
@@ -127,7 +128,7 @@ def title(job: TrainJob) -> str:
     device = device_of(job)
     name = torch.cuda.get_device_name() if job.train.use_gpu else f"{machine_cpus()} CPUs"
     arithmetic = str(compute_dtype(device, job.train.precision)).removeprefix("torch.")
-    return f"{job.model.trunk} at {job.model.input_side_px} px, batches of {job.train.batch_size}, {arithmetic}, {name}"
+    return f"{job.model.backbone} at {job.model.image_size} px, batches of {job.train.batch_size}, {arithmetic}, {name}"
 
 
 # What (a) and (c) share
@@ -161,7 +162,7 @@ def set_up(job: TrainJob) -> Setup:
     rows = select_crops(rows, "train", usable_statuses(use_fallback=True))
     first = rows.slice(0, job.train.batch_size)
     batch = {"crop": decoded_crops(first, prepared.crop_side_px), **label_arrays(first)}
-    transform = Transform(job.model.input_side_px, prepared.crop_side_px, DEFAULT_MARGIN)
+    transform = Transform(job.model.image_size, prepared.crop_side_px, DEFAULT_MARGIN)
     return Setup(rows["crop"].to_pylist(), label_arrays(rows), batch, transform, device_of(job))
 
 
@@ -236,7 +237,7 @@ class Crops(Dataset[tuple[Any, ...]]):
     def __init__(self, setup: Setup, config: AugmentConfig) -> None:
         self.setup = setup
         transform = setup.transform
-        side = transform.input_side_px
+        side = transform.image_size
         self.transform = transforms.Compose(
             [
                 transforms.RandomHorizontalFlip(config.flip_probability),

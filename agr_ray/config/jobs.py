@@ -103,8 +103,10 @@ class TrainJob(Job):
 
     @model_validator(mode="after")
     def _batch_is_large_enough(self) -> Self:
-        if self.train.batch_size < 2 * self.train.max_workers * self.train.accumulate:
-            parts = f" and train.accumulate {self.train.accumulate}" if self.train.accumulate > 1 else ""
+        if self.train.batch_size < 2 * self.train.max_workers * self.train.grad_accum_steps:
+            parts = (
+                f" and train.grad_accum_steps {self.train.grad_accum_steps}" if self.train.grad_accum_steps > 1 else ""
+            )
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is too small for train.num_workers "
                 f"{self.train.max_workers}{parts}: each needs two images a step, for batch normalisation"
@@ -125,11 +127,9 @@ class TrainJob(Job):
 
     @model_validator(mode="after")
     def _sides_end_at_the_models(self) -> Self:
-        sides = self.train.input_sides_px
-        if sides and sides[-1] != self.model.input_side_px:
-            raise ValueError(
-                f"train.input_sides_px {list(sides)} must end with model.input_side_px {self.model.input_side_px}"
-            )
+        sides = self.train.image_sizes
+        if sides and sides[-1] != self.model.image_size:
+            raise ValueError(f"train.image_sizes {list(sides)} must end with model.image_size {self.model.image_size}")
         return self
 
 

@@ -10,31 +10,31 @@ from pydantic import Field, model_validator
 from agr_ray.config.section import Section
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"trunk": "resnet50", "age_head": "linear", "input_side_px": 224},
-    "lightweight": {"trunk": "mobilenet_v3_small", "age_head": "linear", "input_side_px": 112, "bn_momentum": 0.1},
+    "paper": {"backbone": "resnet50", "age_head": "linear", "image_size": 224},
+    "lightweight": {"backbone": "mobilenet_v3_small", "age_head": "linear", "image_size": 112, "bn_momentum": 0.1},
 }
 """Values that `model.preset` puts in place of `ModelConfig`'s defaults; explicit keys win over both."""
 
 
 class ModelConfig(Section):
-    """The network: trunk and heads."""
+    """The network: backbone and heads."""
 
     preset: Literal["paper", "lightweight"] = "paper"
     """`paper`: ResNet50 and linear heads; `lightweight`: MobileNetV3-small. Other keys of this table win over it."""
-    trunk: Literal["resnet18", "resnet34", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large"] = "resnet50"
+    backbone: Literal["resnet18", "resnet34", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large"] = "resnet50"
     """torchvision network whose last layer is replaced by the heads."""
-    weights: str = "none"
-    """First weights of the trunk: `none` (random), `imagenet` (torchvision's download), or a path or URI."""
+    pretrained: str = "none"
+    """First weights of the backbone: `none` (random), `imagenet` (torchvision's download), or a path or URI."""
     tasks: tuple[Literal["age", "gender", "race"], ...] = ("age", "gender", "race")
     """Which heads the network has."""
     age_head: Literal["linear", "distribution"] = "linear"
     """`linear`: one number (paper eq. 7); `distribution`: a bin for each year, 0 to 116, read out by expectation."""
-    input_side_px: Annotated[int, Field(ge=32, le=512)] = 224
+    image_size: Annotated[int, Field(ge=32, le=512)] = 224
     """Side of the square that the network sees, pixels."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the features dropped before the heads in training."""
     bn_momentum: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Momentum of every batch norm; none: the trunk's own (0.01 in MobileNetV3: too slow for short runs)."""
+    """Momentum of every batch norm; none: the backbone's own (0.01 in MobileNetV3: too slow for short runs)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -120,7 +120,7 @@ class TrainConfig(Section):
     """Threads that a worker computes with; none: the machine's CPUs shared out among its workers."""
     batch_size: Annotated[int, Field(gt=0, le=2**20)] = 32
     """Images in one optimiser step over all workers together."""
-    accumulate: PositiveInt = 1
+    grad_accum_steps: PositiveInt = 1
     """Parts in which a worker takes its share of batch_size, one after the other, adding up their gradients, where its
     memory can't hold the whole. The step is the same, but that batch norm sees the parts, which need two images each.
     1: the whole at once."""
@@ -131,11 +131,11 @@ class TrainConfig(Section):
     lr: PositiveFloat = 1e-4
     """Learning rate; the highest one of the schedule."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor of the learning rate for each stage of the trunk, counted from the heads, which learn at the full rate:
+    """Factor of the learning rate for each stage of the backbone, counted from the heads, which learn at the full rate:
     the last stage at lr * this, the one before at lr * this^2. A stage begins where the image gets smaller. 1: off."""
     freeze_epochs: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
-    """Epochs at the beginning in which the heads alone learn: the trunk's weights and its batch norms' statistics stand
-    still. It wants first weights (model.weights) worth keeping. 0: none; epochs: throughout."""
+    """Epochs at the beginning in which only the heads learn: the backbone's weights and running statistics stay fixed.
+    Only useful with pretrained weights (model.pretrained). 0: none; epochs: throughout."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay: L2 for adam and sgd, decoupled for adamw."""
     schedule: Literal["step", "one_cycle", "cosine", "plateau", "constant"] = "step"
@@ -149,7 +149,7 @@ class TrainConfig(Section):
     """`step` and `plateau` only: factor of each cut."""
     warmup: Fraction = 0.3
     """`one_cycle` and `cosine`: share of all steps in which the learning rate rises."""
-    clip_norm: NonNegativeFloat = 0.0
+    grad_clip_norm: NonNegativeFloat = 0.0
     """Largest gradient norm, longer ones are scaled down; 0: no limit."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay for each step of the moving average of weights that is validated and kept; 0: the weights themselves."""
@@ -161,13 +161,13 @@ class TrainConfig(Section):
     """Whether a GPU may round the factors of float32 products to 10 bits (TF32): several times as fast since Ampere."""
     compile: bool = False
     """Compile the network for training (torch.compile). Needs a C++ compiler on every node, and the first step a minute
-    or more; a smaller last batch or another of input_sides_px compiles once more, then for any size."""
+    or more; a smaller last batch or another of image_sizes compiles once more, then for any size."""
     sync_batch_norm: bool = False
     """Batch norm over the batches of all workers at once, two exchanges more for each layer: for shares of batch_size
     that are too small for statistics, about 8 and less. Needs use_gpu."""
-    input_sides_px: tuple[Annotated[int, Field(ge=32, le=1024)], ...] = ()
+    image_sizes: tuple[Annotated[int, Field(ge=32, le=1024)], ...] = ()
     """Progressive resizing: sides of the network's input, pixels, in equal shares of the epochs, such as [48, 64, 88].
-    Small ones are quick. The last must be model.input_side_px. Empty: that throughout."""
+    Small ones are quick. The last must be model.image_size. Empty: that throughout."""
     balance: Literal["none", "age", "gender", "race", "cells"] = "none"
     """Draw training rows, with replacement, so that age groups (0-10, 11-20 and so on), genders, races or the cells of
     all three come evenly. Rows without the label keep their share. It needs each worker's crops in memory (cache_mib):
@@ -176,7 +176,7 @@ class TrainConfig(Section):
     """`balance` only: a row is drawn by (rows that share its label) to minus this: 1 evens out, 0 not at all."""
     use_fallback: bool = True
     """Whether chips in which no face was found are trained on. They are always evaluated."""
-    early_stopping_epochs: Annotated[int, Field(ge=0, le=MAX_INT)] = 10
+    early_stopping_patience: Annotated[int, Field(ge=0, le=MAX_INT)] = 10
     """Stop after so many epochs without a better objective on validation; 0: never."""
     seed: Seed = 0
     """Seed of first weights, shuffling and augmentation."""
@@ -227,10 +227,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _cuts_before_it_stops(self) -> Self:
-        if self.schedule == "plateau" and 0 < self.early_stopping_epochs <= self.plateau_epochs:
+        if self.schedule == "plateau" and 0 < self.early_stopping_patience <= self.plateau_epochs:
             raise ValueError(
-                f"plateau_epochs {self.plateau_epochs} must be less than early_stopping_epochs "
-                f"{self.early_stopping_epochs} (0: never stop), or training stops before the first cut"
+                f"plateau_epochs {self.plateau_epochs} must be less than early_stopping_patience "
+                f"{self.early_stopping_patience} (0: never stop), or training stops before the first cut"
             )
         return self
 

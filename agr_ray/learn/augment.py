@@ -32,7 +32,7 @@ def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, gene
         generator: of any device; the same state gives the same images.
 
     Returns:
-        (n, 3, input_side_px, input_side_px) float32.
+        (n, 3, image_size, image_size) float32.
     """
     if transform.equalize:
         images_u8 = equalize_luminance(images_u8)
@@ -69,8 +69,8 @@ def _resample(
     stored, side = images_u8.shape[-1], transform.crop_side_px
     assert images_u8.shape[-2] == stored >= side, (images_u8.shape, side)
     share = side / stored
-    if side > transform.input_side_px:
-        images = resize(images_u8, round(stored * transform.input_side_px / side))
+    if side > transform.image_size:
+        images = resize(images_u8, round(stored * transform.image_size / side))
     else:
         # Colour planes apart: grid_sample and what follows take half the time of channels_last.
         images = images_u8.to(torch.float32, memory_format=torch.contiguous_format)
@@ -79,7 +79,7 @@ def _resample(
     mirror = 1.0 - 2.0 * flip.float()
     rows = (cosine * mirror, -sine, 2.0 * share * shift_x, sine * mirror, cosine, 2.0 * share * shift_y)
     theta = torch.stack(rows, dim=1).view(-1, 2, 3)
-    size = [len(images), 3, transform.input_side_px, transform.input_side_px]
+    size = [len(images), 3, transform.image_size, transform.image_size]
     grid = F.affine_grid(theta, size, align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

@@ -91,13 +91,13 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads_per_worker or max(1, num_cpus // config.min_workers))
     try:
-        at_a_time = math.ceil(batch_size / config.accumulate)
+        at_a_time = math.ceil(batch_size / config.grad_accum_steps)
         memory = count_memory(model, job, largest, at_a_time, device)
         for line in memory_lines(run, memory, at_a_time, largest, device):
             console.print(line)
         speeds = {side: time_steps(run, model, crops, side, device) for side in _sides(job)}
     except NonFiniteLossError as error:
-        raise JobError(f"dry run: {error}; train.clip_norm or a lower train.lr may help") from None
+        raise JobError(f"dry run: {error}; train.grad_clip_norm or a lower train.lr may help") from None
     finally:
         torch.set_num_threads(threads)
     for line in time_lines(run, speeds, device):
@@ -114,8 +114,8 @@ def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:
     workers = f"{config.min_workers}" if config.min_workers == config.max_workers else f"at least {config.min_workers}"
     resources = f"{config.cpus_per_worker:g} CPU" + (" and 1 GPU" if config.use_gpu else "")
     share = f"{math.ceil(config.batch_size / config.min_workers)} images a step each"
-    if config.accumulate > 1:
-        share += f" in {config.accumulate} parts"
+    if config.grad_accum_steps > 1:
+        share += f" in {config.grad_accum_steps} parts"
     lines = [
         f"data: {run.data['uri']}: {run.num_train_rows:,} training crops, {run.num_val_rows:,} validation crops",
     ]
@@ -129,7 +129,8 @@ def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:
         lines.append(f"training labels, {attribute.replace('_', ' ')}: {of}")
     return [
         *lines,
-        f"network: {job.model.trunk}, heads {', '.join(model.tasks)}, {parameters:,} parameters, {_said_sides(job)} px",
+        f"network: {job.model.backbone}, heads {', '.join(model.tasks)}, {parameters:,} parameters, "
+        f"{_said_sides(job)} px",
         f"steps: {steps:,} an epoch, {config.batch_size} images each; {steps * config.epochs:,} in all "
         f"{config.epochs} epochs",
         f"workers: {workers} x {resources}, {share}; "
@@ -164,7 +165,7 @@ def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list
     """Return how long epochs and the run will take, from the times at each image size."""
     job, config = run.job, run.job.train
     steps = steps_per_epoch(run.num_train_rows, config)
-    epochs = Counter(epoch_side_px(epoch, config, job.model.input_side_px) for epoch in range(1, config.epochs + 1))
+    epochs = Counter(epoch_side_px(epoch, config, job.model.image_size) for epoch in range(1, config.epochs + 1))
     lines, total_s = [], 0.0
     for side, speed in speeds.items():
         epoch_s = steps * speed.step_s + run.num_val_rows / config.min_workers * speed.val_row_s
@@ -229,12 +230,12 @@ def time_steps(run: Run, model: MultiTaskNet, crops: Batch, side_px: int, device
     job = run.job.model_copy(
         update={
             "train": run.job.train.model_copy(
-                update={"epochs": 1, "num_workers": 1, "input_sides_px": (), "batch_size": len(crops["age"])}
+                update={"epochs": 1, "num_workers": 1, "image_sizes": (), "batch_size": len(crops["age"])}
             )
         }
     )
     context = _Timed(crops, crops, len(crops["age"]), device=device)
-    transform = dataclasses.replace(run.transform, input_side_px=side_px)
+    transform = dataclasses.replace(run.transform, image_size=side_px)
     num_rows = len(crops["age"]) * (_WARM_UP_STEPS + NUM_STEPS)
     train_loop(context, copy.deepcopy(model), transform, job, run.baseline, num_rows)
     return Speed(context.train_s / NUM_STEPS, context.val_s / (_NUM_VAL_BATCHES * context.num_val_rows))
@@ -296,7 +297,7 @@ def _some_crops(run: Run, sets: Sequence[PreparedSet], batch_size: int) -> Batch
 
 def _sides(job: TrainJob) -> list[int]:
     """Return the image sides that occur, each once, in their order, pixels."""
-    return list(dict.fromkeys(job.train.input_sides_px or (job.model.input_side_px,)))
+    return list(dict.fromkeys(job.train.image_sizes or (job.model.image_size,)))
 
 
 def _said_sides(job: TrainJob) -> str:

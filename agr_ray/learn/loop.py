@@ -255,10 +255,10 @@ def epoch_side_px(epoch: int, config: TrainConfig, side_px: int) -> int:
 
     Args:
         epoch: which.
-        config: `input_sides_px` in equal shares of `epochs`.
+        config: `image_sizes` in equal shares of `epochs`.
         side_px: the model's, which is that of all epochs where there are no others.
     """
-    sides = config.input_sides_px or (side_px,)
+    sides = config.image_sizes or (side_px,)
     return sides[-1 - (config.epochs - epoch) * len(sides) // config.epochs]
 
 
@@ -371,9 +371,9 @@ class _Run:
         return self.model if self.ema is None else self.ema.model
 
     def _wrap(self, is_frozen: bool) -> nn.Module:
-        """Let the trunk learn or not, and wrap the model anew: DDP waits for the gradients that it was made with."""
+        """Let the backbone learn or not, and wrap the model anew: DDP waits for the gradients that it was made with."""
         self.is_frozen = is_frozen
-        self.model.trunk.requires_grad_(not is_frozen)
+        self.model.backbone.requires_grad_(not is_frozen)
         learner: nn.Module = self.model
         if self.log_variances is not None or self.job.train.compile:
             learner = _Learner(self.model, self.log_variances)
@@ -382,10 +382,10 @@ class _Run:
         return self.context.wrap(learner)
 
     def _begin_training(self) -> None:
-        """Let batch norm and dropout train, but of a frozen trunk."""
+        """Let batch norm and dropout train, but of a frozen backbone."""
         self.wrapped.train()
         if self.is_frozen:
-            self.model.trunk.eval()
+            self.model.backbone.eval()
 
     def _train_epoch(self) -> _Epoch:
         """Take all steps of one epoch."""
@@ -417,8 +417,8 @@ class _Run:
                 monitor.flush()
             else:
                 # Before the ranks add up their labels, because it decides how much each counts.
-                mix = draw_mix(len(targets.age), self._transform().input_side_px, self.job.augment, generator)
-            is_short = len(targets.age) < 2 * self.job.train.accumulate
+                mix = draw_mix(len(targets.age), self._transform().image_size, self.job.augment, generator)
+            is_short = len(targets.age) < 2 * self.job.train.grad_accum_steps
             asks = context.rank == 0 and time.monotonic() - self.asked >= _ASK_EVERY_S
             totals = context.all_reduce_sum(_agreement(targets, mix, is_short, bool(monitor.problem), asks))
             if totals[5] > 0:
@@ -501,7 +501,7 @@ class _Run:
             # Batch norm can't be trained on no image, nor on one: let its statistics stand for this step.
             self.wrapped.eval()
         if batch is None:
-            side = transform.input_side_px
+            side = transform.image_size
             images = torch.zeros(1, 3, side, side, device=device)
             targets = Targets(torch.full((1,), math.nan), torch.full((1,), -1), torch.full((1,), -1))
         else:
@@ -512,9 +512,9 @@ class _Run:
         targets = Targets(*(values.to(device, non_blocking=True) for values in targets))
         set_learning_rate(self.optimizer, self._lr(epoch.num_steps))
         loss, tasks = self._backward(images, targets, mix, counts_total)
-        if config.clip_norm:
+        if config.grad_clip_norm:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
         self.step += 1
         epoch.num_steps += 1
         monitor.watch(self.step, loss, tasks.sums, tasks.counts, batch)
@@ -532,7 +532,7 @@ class _Run:
         """Add up the gradients of this rank's batch, part by part, and return its loss, detached, and its sums."""
         images = images.contiguous(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
-        slices = _slices(len(images), self.job.train.accumulate)
+        slices = _slices(len(images), self.job.train.grad_accum_steps)
         world_size, log_variances = self.context.world_size, self.log_variances
         losses: list[Tensor] = []
         found: list[TaskSums] = []
@@ -597,7 +597,7 @@ class _Run:
         if score is not None:
             self.stale_epochs = 0 if is_best else self.stale_epochs + 1
             self.best_objective = min(score, self.best_objective)
-        if config.early_stopping_epochs and self.stale_epochs >= config.early_stopping_epochs:
+        if config.early_stopping_patience and self.stale_epochs >= config.early_stopping_patience:
             self.finished = "early_stopping"
         elif self.epoch >= config.epochs:
             self.finished = "epochs"
@@ -640,8 +640,8 @@ class _Run:
 
     def _transform(self) -> Transform:
         """Return this epoch's, whose images may be smaller."""
-        side = epoch_side_px(self.epoch, self.job.train, self.transform.input_side_px)
-        return dataclasses.replace(self.transform, input_side_px=side)
+        side = epoch_side_px(self.epoch, self.job.train, self.transform.image_size)
+        return dataclasses.replace(self.transform, image_size=side)
 
     def _progress(self, epoch: _Epoch, sums: Tensor, elapsed_s: float) -> Progress:
         """Return how far the epoch is. `sums`, which this waits for: of three losses, their counts, `running_sums`."""

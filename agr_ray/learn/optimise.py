@@ -43,26 +43,26 @@ def build_optimizer(
         return torch.optim.Adam(groups, lr=config.lr, fused=True)
     if config.optimizer == "sgd":
         sgd = torch.optim.SGD(groups, lr=config.lr, momentum=_SGD_MOMENTUM, nesterov=True, fused=True)
-        # Without them, fused SGD breaks where a frozen trunk joins later, and begins with whatever is in memory where
+        # Without them, fused SGD breaks where a frozen backbone joins later, and starts from uninitialised memory where
         # the first gradients overflow.
         sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for group in groups for p in group["params"]})
         return sgd
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def trunk_stages(trunk: nn.Module) -> list[list[nn.Parameter]]:
-    """Return the trunk's parameters in stages, from the image to the features.
+def backbone_stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the backbone's parameters in stages, from the image to the features.
 
     A stage begins at each block that makes the image smaller, by a convolution or by pooling. torchvision's ResNets
     and MobileNetV3s have five, at 1/2 to 1/32 of the input's side.
     """
     stages: list[list[nn.Parameter]] = [[]]
-    for child in trunk.children():
+    for child in backbone.children():
         for block in child if isinstance(child, nn.Sequential) else [child]:
             if stages[-1] and any(map(_shrinks, block.modules())):
                 stages.append([])
             stages[-1].extend(block.parameters())
-    assert sum(map(len, stages)) == len(list(trunk.parameters())), "a parameter outside the trunk's blocks"
+    assert sum(map(len, stages)) == len(list(backbone.parameters())), "a parameter outside the backbone's blocks"
     return stages
 
 
@@ -151,9 +151,9 @@ def _layers(model: MultiTaskNet, decay: float) -> list[tuple[list[nn.Parameter],
     """Return all parameters in parts, each with its share of the learning rate."""
     if decay == 1.0:
         return [(list(model.parameters()), 1.0)]
-    stages = trunk_stages(model.trunk)
-    in_trunk = {id(parameter) for stage in stages for parameter in stage}
-    heads = [parameter for parameter in model.parameters() if id(parameter) not in in_trunk]
+    stages = backbone_stages(model.backbone)
+    in_backbone = {id(parameter) for stage in stages for parameter in stage}
+    heads = [parameter for parameter in model.parameters() if id(parameter) not in in_backbone]
     return [*((stage, decay ** (len(stages) - k)) for k, stage in enumerate(stages)), (heads, 1.0)]
 
 

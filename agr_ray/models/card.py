@@ -115,7 +115,7 @@ def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
         [
             f"# Model card: perceived {_listed(tasks)} from a face",
             "",
-            f"A {model['trunk']} with {'a head' if len(tasks) == 1 else 'heads'} for {_listed(tasks)}."
+            f"A {model['backbone']} with {'a head' if len(tasks) == 1 else 'heads'} for {_listed(tasks)}."
             + (f" Made by {', '.join(made)}." if made else ""),
         ]
     )
@@ -131,7 +131,7 @@ def _interface(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
         f"*{labels['genders'][0]}*",
         "race": f"race: a probability each of *{'*, *'.join(labels['races'])}*; the largest is said",
     }
-    side = transform["input_side_px"]
+    side = transform["image_size"]
     return "\n".join(
         [
             f"- In: an upright face, aligned to the template {transform['template']}, {side} x {side} pixels, RGB.",
@@ -202,7 +202,7 @@ def _training(meta: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         return "Not trained, or not known how."
     model = meta["model"]
     rows = [
-        ("first weights of the trunk", model["weights"]),
+        ("first weights of the backbone", model["pretrained"]),
         ("age head", model["age_head"] if "age" in model["tasks"] else None),
         *((name, _said(config.get(name) or {}, leave)) for name, leave in (("loss", ()), ("augment", ()))),
         ("train", _said(config.get("train") or {}, _MOOT)),

@@ -233,7 +233,7 @@ def read_calibration_json(directory: Path) -> dict[str, Any] | None:
 def model_digest(directory: Path) -> str:
     """Return the SHA-256, in hex, of everything that decides predictions: weights, network, transform, labels."""
     meta = read_meta(directory)
-    network = {key: value for key, value in meta["model"].items() if key not in ("preset", "weights")}
+    network = {key: value for key, value in meta["model"].items() if key not in ("preset", "pretrained")}
     decisive = {"model": network, "transform": meta["transform"], "labels": meta["labels"]}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     try:

@@ -1,8 +1,8 @@
-"""One trunk, up to three heads: `MultiTaskNet`, its first weights, and the transform that it expects.
+"""One backbone, up to three heads: `MultiTaskNet`, its first weights, and the transform that it expects.
 
-    images_nchw -> trunk (torchvision, last layer removed) -> features -> age, gender, race heads
+    images_nchw -> backbone (torchvision, last layer removed) -> features -> age, gender, race heads
 
-The trunk may run in bfloat16 under autocast; the heads always compute in float32, because bfloat16
+The backbone may run in bfloat16 under autocast; the heads always compute in float32, because bfloat16
 has steps of a quarter of a year at an age of 40.
 """
 
@@ -35,7 +35,7 @@ _LAST_LAYERS: Final = ("fc.", "classifier.3.")
 
 
 class WeightsError(Exception):
-    """First weights that can't be had or don't fit the trunk; one line."""
+    """First weights that can't be had or don't fit the backbone; one line."""
 
 
 class Outputs(NamedTuple):
@@ -52,9 +52,9 @@ class Outputs(NamedTuple):
 
 
 class MultiTaskNet(nn.Module):
-    """A torchvision trunk whose last layer is replaced by one linear head for each task.
+    """A torchvision backbone whose last layer is replaced by one linear head for each task.
 
-    Weights are drawn from torch's global generator: seed it first. `load_trunk` then replaces the trunk's.
+    Weights are drawn from torch's global generator: seed it first. `load_backbone` then replaces the backbone's.
     """
 
     age_bins_years: Tensor
@@ -62,7 +62,7 @@ class MultiTaskNet(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.trunk, num_features = _headless(config.trunk)
+        self.backbone, num_features = _headless(config.backbone)
         self.dropout = nn.Dropout(config.dropout)
         has_bins = config.age_head == "distribution"
         num_age = len(AGE_BINS_YEARS) if has_bins else 1
@@ -98,7 +98,7 @@ class MultiTaskNet(nn.Module):
 
     def forward(self, images_nchw: Tensor) -> Outputs:
         """Predict from normalised images, (n, 3, side, side) float."""
-        features = self.trunk(images_nchw)
+        features = self.backbone(images_nchw)
         with torch.autocast(features.device.type, enabled=False):
             features = self.dropout(features.float())
             age_years = age_logits = gender_logit = race_logits = None
@@ -117,18 +117,18 @@ class MultiTaskNet(nn.Module):
 
 
 def first_weights(config: ModelConfig) -> dict[str, Tensor] | None:
-    """Return the trunk's state dict that `model.weights` asks for, or None for `none`.
+    """Return the backbone's state dict that `model.pretrained` asks for, or None for `none`.
 
-    `model.weights` must be `none`, `imagenet` or a local path: fetch a remote one first.
+    `model.pretrained` must be `none`, `imagenet` or a local path: fetch a remote one first.
 
     Raises:
         WeightsError: the file or the download can't be read.
     """
-    if config.weights == "none":
+    if config.pretrained == "none":
         return None
-    if config.weights == "imagenet":
-        return _imagenet_state(config.trunk)
-    return read_state(Path(config.weights))
+    if config.pretrained == "imagenet":
+        return _imagenet_state(config.backbone)
+    return read_state(Path(config.pretrained))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -150,8 +150,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], state)
 
 
-def load_trunk(model: MultiTaskNet, state: Mapping[str, Tensor], where: str = "weights") -> None:
-    """Put a torchvision state dict into the trunk. Its last layer is left out: the heads replace it.
+def load_backbone(model: MultiTaskNet, state: Mapping[str, Tensor], where: str = "weights") -> None:
+    """Put a torchvision state dict into the backbone. Its last layer is left out: the heads replace it.
 
     Args:
         model: the network, changed in place.
@@ -162,12 +162,12 @@ def load_trunk(model: MultiTaskNet, state: Mapping[str, Tensor], where: str = "w
         WeightsError: names the first tensor that is missing, unknown or of another shape.
     """
     found = {name: tensor for name, tensor in state.items() if not name.startswith(_LAST_LAYERS)}
-    expected = model.trunk.state_dict()
+    expected = model.backbone.state_dict()
     counters = {name: expected[name] for name in expected if name.endswith("num_batches_tracked")}
     problem = mismatch(expected, {**counters, **found})
     if problem:
-        raise WeightsError(f"{where}: does not fit the trunk {model.config.trunk}: {problem}")
-    model.trunk.load_state_dict({**counters, **found})
+        raise WeightsError(f"{where}: does not fit the backbone {model.config.backbone}: {problem}")
+    model.backbone.load_state_dict({**counters, **found})
 
 
 def mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
@@ -184,29 +184,29 @@ def mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str
     return ""
 
 
-def _imagenet_state(trunk: str) -> dict[str, Tensor]:
-    weights: Any = torchvision.models.get_model_weights(trunk).DEFAULT
+def _imagenet_state(backbone: str) -> dict[str, Tensor]:
+    weights: Any = torchvision.models.get_model_weights(backbone).DEFAULT
     try:
         return cast(dict[str, Tensor], dict(weights.get_state_dict(progress=False, check_hash=True)))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise WeightsError(
             f"weights imagenet: {weights.url} could not be downloaded: {_first_line(error)}; "
-            "with no network, set model.weights to the path of that file, or to none"
+            "with no network, set model.pretrained to the path of that file, or to none"
         ) from None
 
 
 def _headless(name: str) -> tuple[nn.Module, int]:
-    """Return the trunk without its last layer, and the number of its features."""
-    trunk: Any = torchvision.models.get_model(name, weights=None)
+    """Return the backbone without its last layer, and the number of its features."""
+    backbone: Any = torchvision.models.get_model(name, weights=None)
     if name.startswith("resnet"):
-        num_features = trunk.fc.in_features
-        trunk.fc = nn.Identity()
+        num_features = backbone.fc.in_features
+        backbone.fc = nn.Identity()
     else:
-        num_features = trunk.classifier[3].in_features
+        num_features = backbone.classifier[3].in_features
         # MobileNetV3 drops 20 % of these features; here `model.dropout` alone decides.
-        trunk.classifier[2] = nn.Identity()
-        trunk.classifier[3] = nn.Identity()
-    return cast(nn.Module, trunk), int(num_features)
+        backbone.classifier[2] = nn.Identity()
+        backbone.classifier[3] = nn.Identity()
+    return cast(nn.Module, backbone), int(num_features)
 
 
 def _head(num_features: int, num_outputs: int) -> nn.Linear:

@@ -24,7 +24,7 @@ LUMA: Final = (0.299, 0.587, 0.114)
 class Transform:
     """From a stored crop to the network's input. Kept with the weights, which mean nothing without it."""
 
-    input_side_px: int
+    image_size: int
     """Side of the square that the network sees."""
     crop_side_px: int
     """Side of the alignment template in the stored crop: the middle of it, without the margin."""
@@ -72,7 +72,7 @@ def prepare_eval(images_u8: Tensor, transform: Transform) -> Tensor:
         transform: the network's.
 
     Returns:
-        (n, 3, input_side_px, input_side_px) float32.
+        (n, 3, image_size, image_size) float32.
     """
     if transform.equalize:
         images_u8 = equalize_luminance(images_u8)
@@ -109,7 +109,7 @@ def centre(images_u8: Tensor, transform: Transform) -> Tensor:
     assert images_u8.shape[-2] == stored >= side, (images_u8.shape, side)
     first = (stored - side) // 2
     square = images_u8[:, :, first : first + side, first : first + side]
-    return square if side == transform.input_side_px else resize(square, transform.input_side_px)
+    return square if side == transform.image_size else resize(square, transform.image_size)
 
 
 def resize(images: Tensor, side: int) -> Tensor:

@@ -16,7 +16,7 @@ from agr_ray.models.precision import compute_dtype
 def for_inference(model: MultiTaskNet, precision: str) -> MultiTaskNet:
     """Return a copy that predicts the same in less time, and can't be trained.
 
-    Batch norms become part of the convolutions before them, channels are last in memory, and the trunk's weights are
+    Batch norms become part of the convolutions before them, channels are last in memory, and the backbone's weights are
     bfloat16 where `precision` asks for it: autocast would convert them again for every batch. On a CPU a ResNet's
     additions and ReLUs are done by its convolutions, an eighth of the time.
 
@@ -27,29 +27,29 @@ def for_inference(model: MultiTaskNet, precision: str) -> MultiTaskNet:
     assert not model.training
     device = next(model.parameters()).device
     made = copy.deepcopy(model).requires_grad_(False)
-    _fold_batch_norms(made.trunk)
+    _fold_batch_norms(made.backbone)
     dtype = compute_dtype(device, precision)
-    made.trunk = _Trunk(made.trunk.to(device, dtype).to(memory_format=torch.channels_last), dtype)
+    made.backbone = _Backbone(made.backbone.to(device, dtype).to(memory_format=torch.channels_last), dtype)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        _fuse_activations(made.trunk)
+        _fuse_activations(made.backbone)
     return made
 
 
-class _Trunk(nn.Module):
-    """A trunk that takes and gives float32, whatever its weights are."""
+class _Backbone(nn.Module):
+    """A backbone that takes and gives float32, whatever its weights are."""
 
-    def __init__(self, trunk: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.backbone = backbone
         self._dtype = dtype
 
     def forward(self, images_nchw: Tensor) -> Tensor:
-        features: Tensor = self.trunk(images_nchw.to(self._dtype, memory_format=torch.channels_last))
+        features: Tensor = self.backbone(images_nchw.to(self._dtype, memory_format=torch.channels_last))
         return features.float()
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
-    """Fold each batch norm that stands right after a convolution, as they do in all of torchvision's trunks."""
+    """Fold each batch norm that stands right after a convolution, as they do in all of torchvision's backbones."""
     before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and before is not None and isinstance(before[1], nn.Conv2d):

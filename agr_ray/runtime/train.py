@@ -55,7 +55,7 @@ from agr_ray.learn.sampling import Sampler
 from agr_ray.learn.tracking import check_mlflow
 from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
-from agr_ray.models.network import MultiTaskNet, WeightsError, first_weights, load_trunk
+from agr_ray.models.network import MultiTaskNet, WeightsError, first_weights, load_backbone
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.cluster import cluster, machine_cpus
 from agr_ray.runtime.training.board import progress_board
@@ -153,7 +153,7 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 
 def settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
     """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
-    # Threads, TF32 and the compiler round otherwise, no more; `accumulate` stays: batch norm sees its parts.
+    # Threads, TF32 and the compiler round otherwise, no more; `grad_accum_steps` stays: batch norm sees its parts.
     moot = {"out", "name", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "cache_mib"}
     moot |= {"threads_per_worker", "cpus_per_worker", "gpus_per_worker", "tf32", "compile", "mlflow_uri"}
     fields = TrainConfig.model_fields
@@ -197,7 +197,7 @@ def plan(
             f"{job.train.max_workers}, each of which needs two"
         )
     check_no_overlaps(trained, crops, sets, storage)
-    transform = Transform(job.model.input_side_px, sets[0].crop_side_px, DEFAULT_MARGIN, equalize=job.augment.equalize)
+    transform = Transform(job.model.image_size, sets[0].crop_side_px, DEFAULT_MARGIN, equalize=job.augment.equalize)
     if job.train.schedule == "plateau" and not sum(num_val_rows):
         raise ConfigError(f"train.schedule plateau needs validation, and {where} has no crop in its val split")
     max_rows, shares = max_kept_rows(job.train, transform), job.train.data_shares
@@ -248,7 +248,7 @@ def _check_finite(run: Run) -> None:
     if run.storage.exists(failure):
         said, _, image_ids = run.storage.read(failure).decode().partition("\n")
         where = f"; all of them are in {failure}" if image_ids else ""
-        raise JobError(f"{run.uri}: {said}{where}; train.clip_norm or a lower train.lr may help")
+        raise JobError(f"{run.uri}: {said}{where}; train.grad_clip_norm or a lower train.lr may help")
 
 
 def _begin(run: Run, first: MultiTaskNet | None) -> None:
@@ -276,23 +276,23 @@ def _initial_model(run: Run, rows: pa.Table) -> MultiTaskNet:
     try:
         state = _first_weights(run.job.model, run.storage)
         if state is not None:
-            load_trunk(model, state, run.job.model.weights)
+            load_backbone(model, state, run.job.model.pretrained)
     except WeightsError as error:
-        raise ConfigError(f"model.weights: {error}") from None
+        raise ConfigError(f"model.pretrained: {error}") from None
     return model
 
 
 def _first_weights(config: ModelConfig, storage: Storage) -> dict[str, Tensor] | None:
-    if config.weights in ("none", "imagenet"):
+    if config.pretrained in ("none", "imagenet"):
         return first_weights(config)
     with TemporaryDirectory() as temporary:
         try:
-            body = storage.read(config.weights)
+            body = storage.read(config.pretrained)
         except MissingObject as error:
             raise WeightsError(f"{error}; allowed: none, imagenet, or the path or URI of a state dict") from None
-        path = Path(temporary, f"weights{Path(config.weights).suffix}")
+        path = Path(temporary, f"weights{Path(config.pretrained).suffix}")
         path.write_bytes(body)
-        return first_weights(config.model_copy(update={"weights": str(path)}))
+        return first_weights(config.model_copy(update={"pretrained": str(path)}))
 
 
 def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:

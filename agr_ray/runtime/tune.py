@@ -160,13 +160,13 @@ def with_absolute_paths(job: TuneJob, storage: Storage) -> TuneJob:
     uris = [storage.absolute(uri) if uri else uri for uri in job.train.data_uris]
     data = uris[0] if len(uris) == 1 else json.dumps(uris)
     space = dict(job.tune.space)
-    searched = space.get("model.weights")
+    searched = space.get("model.pretrained")
     if searched is not None and searched.choice is not None:
         choice = tuple(absolute(weights) for weights in searched.choice)
-        space["model.weights"] = searched.model_copy(update={"choice": choice})
+        space["model.pretrained"] = searched.model_copy(update={"choice": choice})
     return job.model_copy(
         update={
-            "model": job.model.model_copy(update={"weights": absolute(job.model.weights)}),
+            "model": job.model.model_copy(update={"pretrained": absolute(job.model.pretrained)}),
             "train": job.train.model_copy(update={"data": data}),
             "tune": job.tune.model_copy(update={"space": space}),
         }

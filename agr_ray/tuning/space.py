@@ -24,7 +24,7 @@ Space = Mapping[str, ParameterConfig]
 SEARCHED: Final = ("model", "loss", "augment", "train", "predict")
 """Sections of which keys may be searched."""
 FIXED: Final = {
-    "model.preset": "search the keys that it sets, such as model.trunk",
+    "model.preset": "search the keys that it sets, such as model.backbone",
     "model.tasks": "objectives of other tasks can't be compared",
     "train.data": "a sweep compares trainings on the same data",
     "train.out": "trials lie in the sweep's folder",

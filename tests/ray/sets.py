@@ -109,7 +109,7 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0, 
 def checkpoint(folder: Path, *, train_images: list[str] | None = None, data: dict[str, Any] | None = None) -> Path:
     """Write a checkpoint of random weights that claims to have been trained on images of these content hashes."""
     torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX))
+    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX))
     model.initialise_age(40.0)
     save_checkpoint(
         folder,

@@ -49,7 +49,7 @@ def train_job(data: Path, /, *, new_run: bool = False, **changes: Any) -> TrainJ
         "lr": 1e-3,
     }
     return TrainJob(
-        model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX, bn_momentum=0.1),
+        model=ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX, bn_momentum=0.1),
         augment=AugmentConfig(brightness=0.1),
         train=TrainConfig(**settings | changes),
         new_run=new_run,
@@ -99,7 +99,7 @@ def test_the_best_and_the_last_checkpoint_can_be_used(run: Path) -> None:
         assert loaded.meta["metrics"]["epoch"] == row["epoch"]
         assert loaded.meta["metrics"]["val"]["n"] == 13
         assert loaded.meta["metrics"]["val"]["age"]["mae_years"] == pytest.approx(row["val_age_mae_years"])
-        assert (loaded.transform.input_side_px, loaded.transform.crop_side_px) == (SIDE_PX, SIDE_PX)
+        assert (loaded.transform.image_size, loaded.transform.crop_side_px) == (SIDE_PX, SIDE_PX)
         assert load_train_state(run / name)["epoch"] == row["epoch"]
 
 
@@ -272,7 +272,7 @@ def test_a_driver_that_has_lost_its_lock_stops_within_some_heartbeats(data: Path
     thief.start()
 
     with pytest.raises(LockLost, match=r"stolen/lock\.json is no longer ours"):
-        train(train_job(data, name="stolen", epochs=2000, early_stopping_epochs=0, lock_expiry_s=4.0, num_to_keep=2))
+        train(train_job(data, name="stolen", epochs=2000, early_stopping_patience=0, lock_expiry_s=4.0, num_to_keep=2))
 
     stopped_s = time.monotonic() - thief.taken_s
     left = _contents(folder)

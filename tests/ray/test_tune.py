@@ -46,7 +46,7 @@ def tune_job(data: Path, name: str, space: dict[str, Any] = SPACE, *, add: int =
     train = {"batch_size": 8, "epochs": EPOCHS, "threads_per_worker": 1, "schedule": "constant"}
     settings = {"trials": 3, "max_concurrent": 2, "asha": False, "out": str(data.parent / "sweeps"), "name": name}
     return TuneJob(
-        model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX, bn_momentum=0.1),
+        model=ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX, bn_momentum=0.1),
         train=TrainConfig(**{"data": os.path.relpath(data), "out": str(data.parent / "runs"), **train}),
         tune=TuneConfig(**{"space": space, **settings, **changes}),
         add=add,
@@ -165,12 +165,12 @@ def test_a_trial_that_diverges_and_one_that_raises_are_rows(data: Path, tmp_path
     space = {
         "train.lr": {"choice": (1e-3, 1e30)},
         "train.optimizer": {"choice": ("adam", "sgd")},
-        "model.weights": {"choice": ("none", str(broken))},
+        "model.pretrained": {"choice": ("none", str(broken))},
     }
     points = [
-        {"train.lr": 1e30, "train.optimizer": "sgd", "model.weights": "none"},
-        {"train.lr": 1e-3, "train.optimizer": "adam", "model.weights": str(broken)},
-        {"train.lr": 1e-3, "train.optimizer": "adam", "model.weights": "none"},
+        {"train.lr": 1e30, "train.optimizer": "sgd", "model.pretrained": "none"},
+        {"train.lr": 1e-3, "train.optimizer": "adam", "model.pretrained": str(broken)},
+        {"train.lr": 1e-3, "train.optimizer": "adam", "model.pretrained": "none"},
     ]
 
     job = tune_job(data, "broken", space, points_to_evaluate=points, paper_first=False, asha=True)

@@ -83,7 +83,7 @@ def trained(prepared: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ..
             *(*here, "--train.data", f"{bucket.uri}/{prepared}", "--train.out", f"{bucket.uri}/runs"),
             *("--train.name", "tiny", "--train.epochs", EPOCHS, "--train.batch_size", 16),
             *("--train.num_workers", 1, "--train.threads_per_worker", 1),
-            *("--model.preset", "lightweight", "--model.input_side_px", 32),
+            *("--model.preset", "lightweight", "--model.image_size", 32),
         ),
         cluster.environment,
     )

@@ -131,7 +131,7 @@ def trained(folder: Path, bucket: Bucket) -> str:
             *("--train.data", f"{bucket.uri}/prepared", "--train.out", f"{bucket.uri}/runs", "--train.name", "tiny"),
             *("--train.num_workers", 2, "--train.threads_per_worker", 1),
             *("--train.epochs", EPOCHS, "--train.batch_size", 16),
-            *("--model.preset", "lightweight", "--model.input_side_px", 32),
+            *("--model.preset", "lightweight", "--model.image_size", 32),
         ),
     )
 

@@ -78,9 +78,9 @@ def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Kille
     command = job_command(
         "train",
         *("--train.data", data, "--train.out", folder, "--train.name", "run"),
-        *("--cluster.address", cluster.address, "--model.preset", "lightweight", "--model.input_side_px", 32),
+        *("--cluster.address", cluster.address, "--model.preset", "lightweight", "--model.image_size", 32),
         *("--train.num_workers", 2, "--train.batch_size", 16, "--train.threads_per_worker", 1),
-        *("--train.epochs", EPOCHS, "--train.early_stopping_epochs", 0),
+        *("--train.epochs", EPOCHS, "--train.early_stopping_patience", 0),
     )
 
     def has_come_so_far() -> bool:

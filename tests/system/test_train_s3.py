@@ -56,8 +56,8 @@ class Run:
     bucket: Bucket
     name: str
     epochs: int = EPOCHS
-    trunk: str = "mobilenet_v3_small"  # whose checkpoints are small: the server never gives space back
-    input_side_px: int = SIDE_PX
+    backbone: str = "mobilenet_v3_small"  # whose checkpoints are small: the server never gives space back
+    image_size: int = SIDE_PX
 
     def command(self, cluster: Cluster, **changes: object) -> list[str]:
         """Return the command that trains, and that goes on."""
@@ -71,12 +71,12 @@ class Run:
             "--train.threads_per_worker": 1,
             "--train.batch_size": BATCH,
             "--train.epochs": self.epochs,
-            "--train.early_stopping_epochs": 0,
+            "--train.early_stopping_patience": 0,
             "--train.lr": 4e-3,
             "--train.schedule": "one_cycle",
-            "--model.trunk": self.trunk,
+            "--model.backbone": self.backbone,
             "--model.bn_momentum": 0.1,
-            "--model.input_side_px": self.input_side_px,
+            "--model.image_size": self.image_size,
         } | {f"--train.{key}": value for key, value in changes.items()}
         return job_command("train", *(word for option in options.items() for word in option))
 
@@ -274,7 +274,7 @@ def test_a_notice_leads_to_a_checkpoint_in_the_middle_of_an_epoch(
     bucket: Bucket, three_nodes: Cluster, tmp_path: Path
 ) -> None:
     # Epochs that take longer than it takes to notice, to save and to go away.
-    run = Run(bucket, "notice", epochs=3, trunk="resnet18", input_side_px=6 * SIDE_PX)
+    run = Run(bucket, "notice", epochs=3, backbone="resnet18", image_size=6 * SIDE_PX)
     notice = "a machine will be taken away: checkpoint of epoch"
 
     def give_notice_and_kill() -> None:

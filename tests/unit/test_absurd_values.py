@@ -162,7 +162,7 @@ def _outcome(job: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
 PATHS = {
     "render": ("render.out",),
     "prepare": ("source.uri", "source.labels", "prepare.out"),
-    "train": ("train.data", "train.out", "train.name", "model.weights"),
+    "train": ("train.data", "train.out", "train.name", "model.pretrained"),
     "tune": ("train.data", "tune.out", "tune.name", "tune.study"),
     "evaluate": ("evaluate.checkpoint", "evaluate.data", "evaluate.out"),
     "score": ("score.checkpoint", "score.input", "score.out", "score.metadata", "score.pseudonymise", "score.ledger"),

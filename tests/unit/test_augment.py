@@ -16,7 +16,7 @@ from agr_ray.models.transform import Transform, equalize_luminance, prepare_eval
 
 PLAIN = AugmentConfig(flip_probability=0, rotation_degrees=0, scale=0, shift=0)
 STORED = 48
-SAME = Transform(input_side_px=40, crop_side_px=40)
+SAME = Transform(image_size=40, crop_side_px=40)
 
 
 def crops(num: int = 4, side: int = STORED) -> Tensor:
@@ -46,7 +46,7 @@ def test_evaluation_cuts_out_the_template_and_normalises() -> None:
 def test_evaluation_resizes_with_a_filter() -> None:
     stripes = torch.zeros(1, 3, STORED, STORED, dtype=torch.uint8)
     stripes[..., ::2] = 255  # finer than the input can show: must come out grey
-    prepared = denormalised(prepare_eval(stripes, Transform(input_side_px=10, crop_side_px=40)))
+    prepared = denormalised(prepare_eval(stripes, Transform(image_size=10, crop_side_px=40)))
     assert prepared.shape == (1, 3, 10, 10)
     assert (prepared[..., 2:-2] - 127.5).abs().max() < 20
 
@@ -84,9 +84,9 @@ def test_without_changes_training_sees_what_evaluation_sees() -> None:
     torch.testing.assert_close(augment(crops(), SAME, PLAIN, generator()), prepare_eval(crops(), SAME))
 
 
-@pytest.mark.parametrize("input_side_px", [40, 30, 56])
-def test_resampling_without_movement_is_the_evaluation_view(input_side_px: int) -> None:
-    transform = Transform(input_side_px=input_side_px, crop_side_px=40)
+@pytest.mark.parametrize("image_size", [40, 30, 56])
+def test_resampling_without_movement_is_the_evaluation_view(image_size: int) -> None:
+    transform = Transform(image_size=image_size, crop_side_px=40)
     still = PLAIN.model_copy(update={"rotation_degrees": 1e-6})
     resampled = augment(crops(), transform, still, generator())
     difference = denormalised(resampled) - denormalised(prepare_eval(crops(), transform))
@@ -97,7 +97,7 @@ def test_training_view_of_a_large_crop_is_filtered_too() -> None:
     stripes = torch.zeros(1, 3, STORED, STORED, dtype=torch.uint8)
     stripes[..., 1::4] = stripes[..., 2::4] = 255  # four columns to one of the input's
     turning = PLAIN.model_copy(update={"rotation_degrees": 1e-6})
-    seen = denormalised(augment(stripes, Transform(input_side_px=10, crop_side_px=40), turning, generator()))
+    seen = denormalised(augment(stripes, Transform(image_size=10, crop_side_px=40), turning, generator()))
     assert (seen[..., 2:-2] - 127.5).abs().max() < 20
 
 

@@ -33,8 +33,13 @@ def meta(**changes: Any) -> dict[str, Any]:
     groups.update(TRUTH, GUESS)
     report = {key: report[key] for key in ("n", "n_fallback", "age", "gender", "race", "baseline")}
     return {
-        "model": {"trunk": "resnet18", "tasks": ["age", "gender", "race"], "age_head": "linear", "weights": "none"},
-        "transform": {"template": "five_point_v1", "input_side_px": 88},
+        "model": {
+            "backbone": "resnet18",
+            "tasks": ["age", "gender", "race"],
+            "age_head": "linear",
+            "pretrained": "none",
+        },
+        "transform": {"template": "five_point_v1", "image_size": 88},
         "labels": {
             "genders": ["female", "male"],
             "races": ["white", "black", "asian", "indian", "others"],
@@ -156,7 +161,7 @@ def test_no_class_under_represented_is_said_too() -> None:
 
 @pytest.mark.parametrize("task", ["age", "gender", "race"])
 def test_a_task_without_head_is_not_promised(task: str) -> None:
-    model = {"trunk": "resnet18", "tasks": [task], "age_head": "linear", "weights": "none"}
+    model = {"backbone": "resnet18", "tasks": [task], "age_head": "linear", "pretrained": "none"}
     outputs = section(model_card(meta(model=model)), "Input and output")
 
     assert [line.split()[2].rstrip(":") for line in outputs.splitlines() if line.startswith("- Out:")] == [task]

@@ -30,10 +30,10 @@ from agr_ray.models.checkpoint import (
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 
-CONFIG = ModelConfig(preset="lightweight", input_side_px=32, age_head="distribution", bn_momentum=None)
+CONFIG = ModelConfig(preset="lightweight", image_size=32, age_head="distribution", bn_momentum=None)
 # printf a | sha256sum: ca978112ca1bbdca...
 A, B = (hashlib.sha256(body).hexdigest() for body in (b"a", b"b"))
-TRANSFORM = Transform(input_side_px=32, crop_side_px=40)
+TRANSFORM = Transform(image_size=32, crop_side_px=40)
 PIPELINE = Pipeline(vision=VisionConfig(detector="haar", max_side_px=900), predict=PredictConfig(flip_average=True))
 
 
@@ -123,9 +123,9 @@ def test_content_codes_are_64_bits_of_the_hash() -> None:
 def test_digest_follows_weights_and_transform_only(saved: Path, tmp_path: Path) -> None:
     model = load_checkpoint(saved).model
     digest = model_digest(saved)
-    model.config = CONFIG.model_copy(update={"weights": "imagenet"})
+    model.config = CONFIG.model_copy(update={"pretrained": "imagenet"})
     save_checkpoint(tmp_path / "same", model, TRANSFORM, git_commit="another")
-    save_checkpoint(tmp_path / "transform", model, Transform(input_side_px=32, crop_side_px=44))
+    save_checkpoint(tmp_path / "transform", model, Transform(image_size=32, crop_side_px=44))
     with torch.no_grad():
         model.race_head.bias[0] += 1.0  # type: ignore[union-attr]  # this model has one
     save_checkpoint(tmp_path / "weights", model, TRANSFORM)

@@ -71,7 +71,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_defaults_are_the_papers() -> None:
     job = train_job()
 
-    assert (job.model.trunk, job.model.input_side_px, job.model.age_head) == ("resnet50", 224, "linear")
+    assert (job.model.backbone, job.model.image_size, job.model.age_head) == ("resnet50", 224, "linear")
     assert (job.loss.age_weight, job.loss.gender_weight, job.loss.race_weight) == (1.0, 0.5, 0.5)
     assert (job.train.optimizer, job.train.lr, job.train.batch_size, job.train.epochs) == ("adam", 1e-4, 32, 50)
     assert (job.train.schedule, job.train.step_size_epochs, job.train.gamma) == ("step", 20, 0.5)
@@ -204,19 +204,19 @@ def test_new_run_comes_from_the_environment_too_and_can_be_taken_back() -> None:
 def test_a_preset_fills_in_what_is_not_said() -> None:
     model = train_job("--model.preset", "lightweight").model
 
-    assert (model.trunk, model.input_side_px, model.bn_momentum) == ("mobilenet_v3_small", 112, 0.1)
+    assert (model.backbone, model.image_size, model.bn_momentum) == ("mobilenet_v3_small", 112, 0.1)
 
 
 @pytest.mark.parametrize("how", ["recipe", "environment", "command line"])
 def test_an_explicit_key_wins_over_the_preset(how: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[model]\ninput_side_px = 64\n" if how == "recipe" else "")
-    environ = {"AGR_RAY_MODEL__INPUT_SIDE_PX": "64"} if how == "environment" else {}
-    argv = ["--model.input_side_px", "64"] if how == "command line" else []
+    recipe.write_text("[model]\nimage_size = 64\n" if how == "recipe" else "")
+    environ = {"AGR_RAY_MODEL__IMAGE_SIZE": "64"} if how == "environment" else {}
+    argv = ["--model.image_size", "64"] if how == "command line" else []
 
     model = train_job("--config", str(recipe), "--model.preset", "lightweight", *argv, environ=environ).model
 
-    assert (model.input_side_px, model.trunk) == (64, "mobilenet_v3_small")
+    assert (model.image_size, model.backbone) == (64, "mobilenet_v3_small")
 
 
 def test_the_command_line_can_replace_a_recipes_preset(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_the_command_line_can_replace_a_recipes_preset(tmp_path: Path) -> None:
 
     model = train_job("--config", str(recipe), "--model.preset", "paper").model
 
-    assert (model.trunk, model.input_side_px, model.dropout) == ("resnet50", 224, 0.2)
+    assert (model.backbone, model.image_size, model.dropout) == ("resnet50", 224, 0.2)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -259,10 +259,10 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--model.tasks", '["age", "age"]'], "at most once"),
         (["--model.tasks", "[]"], "one at least"),
         (["--model.tasks", "[broken"], "model.tasks"),
-        (["--train.input_sides_px", "[64, 96]"], "train.input_sides_px [64, 96] must end with model.input_side_px 224"),
+        (["--train.image_sizes", "[64, 96]"], "train.image_sizes [64, 96] must end with model.image_size 224"),
         (
             ["--train.schedule", "plateau", "--train.plateau_epochs", "10"],
-            "train: plateau_epochs 10 must be less than early_stopping_epochs 10",
+            "train: plateau_epochs 10 must be less than early_stopping_patience 10",
         ),
         (["--loss.age_loss", "l2"], "loss.age_loss: 'l2' is not allowed: input should be 'l1', 'mse' or 'huber'"),
         (["--loss.age_scale_years", "0"], "loss.age_scale_years: '0' is not allowed: input should be greater than 0"),
@@ -281,10 +281,14 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--train.num_workers", "[3, 2]"], "num_workers [3, 2]: the fewest come first"),
         (["--train.batch_size", "1"], "train.batch_size 1 is too small"),
         (
-            ["--train.batch_size", "12", "--train.num_workers", "2", "--train.accumulate", "4"],
-            "train.batch_size 12 is too small for train.num_workers 2 and train.accumulate 4: each needs two images",
+            ["--train.batch_size", "12", "--train.num_workers", "2", "--train.grad_accum_steps", "4"],
+            "train.batch_size 12 is too small for train.num_workers 2 and train.grad_accum_steps 4: "
+            "each needs two images",
         ),
-        (["--train.accumulate", "0"], "train.accumulate: '0' is not allowed: input should be greater than 0"),
+        (
+            ["--train.grad_accum_steps", "0"],
+            "train.grad_accum_steps: '0' is not allowed: input should be greater than 0",
+        ),
         (["--train.precision", "float16"], "train: precision float16 needs use_gpu; on a CPU: auto, float32, bfloat16"),
         (["--predict.precision", "float16"], "'auto', 'float32' or 'bfloat16'"),
         (["--train.sync_batch_norm", "true"], "train: sync_batch_norm true needs use_gpu"),
@@ -394,7 +398,7 @@ def test_a_recipe_of_the_package_is_found_from_any_folder(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "paper").write_text("[train]\nepochs = 1\n")
 
-    assert train_job("--config", "paper").model == ModelConfig(preset="paper", weights="imagenet")
+    assert train_job("--config", "paper").model == ModelConfig(preset="paper", pretrained="imagenet")
     assert train_job("--config", "./paper").train.epochs == 1
 
 

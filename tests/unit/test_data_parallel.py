@@ -19,7 +19,7 @@ SHARES = (slice(0, 6), slice(6, 10), slice(10, 11))
 """The second rank has no race, the third only an age."""
 # One step of plain gradient descent at this rate moves each weight by its gradient.
 CONFIG = job(
-    {"epochs": 1, "optimizer": "sgd", "lr": 1.0, "batch_size": NUM, "clip_norm": 0.0},
+    {"epochs": 1, "optimizer": "sgd", "lr": 1.0, "batch_size": NUM, "grad_clip_norm": 0.0},
     loss=LossConfig(age_loss="mse", age_scale_years=20.0),
     augment=STILL,
 )

@@ -28,7 +28,7 @@ def dry_job(data: Path, *, dry_run: bool = True, **changes: Any) -> TrainJob:
         "threads_per_worker": 1,
     } | changes
     return TrainJob(
-        model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX, tasks=("age", "gender")),
+        model=ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX, tasks=("age", "gender")),
         train=TrainConfig(**settings),
         dry_run=dry_run,
     )
@@ -62,7 +62,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(data: Path, capsys: pytest
 
 
 def test_a_dry_run_times_every_image_size(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(dry_job(data, input_sides_px=(48, SIDE_PX)))
+    train(dry_job(data, image_sizes=(48, SIDE_PX)))
 
     said = capsys.readouterr().out
     assert ", 48 then 32 px" in said
@@ -72,7 +72,7 @@ def test_a_dry_run_times_every_image_size(data: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_dry_run_counts_the_images_of_a_part(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(dry_job(data, batch_size=10, accumulate=4))
+    train(dry_job(data, batch_size=10, grad_accum_steps=4))
 
     said = capsys.readouterr().out
     assert "workers: 1 x 1 CPU, 10 images a step each in 4 parts; with reading" in said
@@ -91,7 +91,7 @@ def test_a_run_may_go_on_with_what_only_rounds_otherwise(data: Path, monkeypatch
 
     assert train(dry_job(data, compile=True)) == plain
     assert train(dry_job(data, tf32=False)) == plain
-    assert train(dry_job(data, accumulate=2)) != plain  # batch norm sees the parts
+    assert train(dry_job(data, grad_accum_steps=2)) != plain  # batch norm sees the parts
     assert train(dry_job(data, precision="bfloat16")) != plain
 
 
@@ -113,7 +113,7 @@ def test_memory_of_activations_is_what_the_layers_keep(tmp_path: Path) -> None:
     # A linear layer keeps its input, and no weight counts: the pixels of each image, and the features of its heads.
     job = dry_job(tmp_path)
     model = MultiTaskNet(job.model)
-    model.trunk = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE_PX**2, 1024))
+    model.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE_PX**2, 1024))
 
     assert count_memory(model, job, SIDE_PX, 6, CPU).activations == 6 * 4 * (3 * SIDE_PX**2 + 1024)
 

@@ -49,7 +49,7 @@ def test_float16_multiplies_in_float16() -> None:
 
 
 def test_float16_trains_and_keeps_its_scale() -> None:
-    config = job({"epochs": 2, "precision": "float16", "use_gpu": True, "clip_norm": 1.0})
+    config = job({"epochs": 2, "precision": "float16", "use_gpu": True, "grad_clip_norm": 1.0})
     rows, reports, model = run(config, faces(16))
     assert all(np.isfinite(row["val_loss"]) for row in rows)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -62,12 +62,12 @@ def test_other_precisions_keep_no_scale() -> None:
     assert reports[0].train_state()["scaler"] == {}
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+@pytest.mark.parametrize("grad_clip_norm", [0.0, 0.5])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_scaled_gradients_take_the_step_of_plain_ones(
-    monkeypatch: pytest.MonkeyPatch, optimizer: str, clip_norm: float
+    monkeypatch: pytest.MonkeyPatch, optimizer: str, grad_clip_norm: float
 ) -> None:
-    config, data = job({"epochs": 1, "optimizer": optimizer, "clip_norm": clip_norm}), faces(16)
+    config, data = job({"epochs": 1, "optimizer": optimizer, "grad_clip_norm": grad_clip_norm}), faces(16)
     _, _, plain = run(config, data)
     scaled_by(monkeypatch, init_scale=2.0**10)
     _, _, scaled = run(config, data)
@@ -76,7 +76,7 @@ def test_scaled_gradients_take_the_step_of_plain_ones(
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_steps_whose_gradients_overflow_are_left_out(monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
-    values = {"epochs": 1, "optimizer": optimizer, "clip_norm": 1.0, "ema_decay": 0.9}
+    values = {"epochs": 1, "optimizer": optimizer, "grad_clip_norm": 1.0, "ema_decay": 0.9}
     config, data = job(values, loss=LossConfig(age_weight=1e6)), faces(24)
     scaled_by(monkeypatch, init_scale=2.0**127)  # float32 ends at the next power of two
     model = network(config)
@@ -149,10 +149,10 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(
     gradients: list[list[Tensor]] = []
     states = []
     data = some_unlabelled(8)
-    for accumulate in (1, 3):
+    for grad_accum_steps in (1, 3):
         config = job(
-            {"epochs": 1, "optimizer": "sgd", "accumulate": accumulate},
-            {"age_head": age_head, "trunk": "resnet18"},
+            {"epochs": 1, "optimizer": "sgd", "grad_accum_steps": grad_accum_steps},
+            {"age_head": age_head, "backbone": "resnet18"},
             augment,
             LossConfig(weighting=weighting),
         )
@@ -171,7 +171,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(
 
 def test_two_ranks_in_parts_take_the_step_of_one_process() -> None:
     data = some_unlabelled(8)
-    config = job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2, "accumulate": 2}, loss=LossConfig())
+    config = job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2, "grad_accum_steps": 2}, loss=LossConfig())
     whole = job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2})
     models = [still_norms(network(config)) for _ in range(3)]
     run_ranks(config, [part(data, slice(0, 4)), part(data, slice(4, 8))], [faces(2), faces(2)], models[:2])
@@ -186,9 +186,9 @@ def test_two_ranks_in_parts_take_the_step_of_one_process() -> None:
 )
 def test_no_part_has_a_single_image_but_of_a_single_one(num_faces: int, expected: list[int]) -> None:
     seen: list[int] = []
-    config = job({"epochs": 1, "batch_size": 12, "accumulate": 4})
+    config = job({"epochs": 1, "batch_size": 12, "grad_accum_steps": 4})
     model = network(config)
-    model.trunk.register_forward_pre_hook(
+    model.backbone.register_forward_pre_hook(
         lambda module, inputs: seen.append(len(inputs[0])) if torch.is_grad_enabled() else None
     )
     rows, _, _ = run(config, faces(num_faces), model=model)
@@ -227,8 +227,8 @@ def test_gradients_are_exchanged_once_a_step_whatever_its_parts(process_group: N
     baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
     loss = LossConfig(weighting="uncertainty")
     models = []
-    for accumulate in (1, 4):
-        config = job({"epochs": 1, "optimizer": "sgd", "accumulate": accumulate}, loss=loss)
+    for grad_accum_steps in (1, 4):
+        config = job({"epochs": 1, "optimizer": "sgd", "grad_accum_steps": grad_accum_steps}, loss=loss)
         models.append(still_norms(network(config)))
         context = _Counting(data, data, 8)
         train(context, models[-1], TRANSFORM, config, baseline, 16)
@@ -259,13 +259,13 @@ def num_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def small(config: TrainJob) -> MultiTaskNet:
     """Return a network of three layers, for which a graph is made in no time."""
     model = network(config)
-    model.trunk = nn.Sequential(
+    model.backbone = nn.Sequential(
         nn.Conv2d(3, 1024, 5, stride=5), nn.BatchNorm2d(1024), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
     return model
 
 
-@pytest.mark.parametrize("train_values", [{}, {"ema_decay": 0.9, "accumulate": 2, "freeze_epochs": 1}], ids=str)
+@pytest.mark.parametrize("train_values", [{}, {"ema_decay": 0.9, "grad_accum_steps": 2, "freeze_epochs": 1}], ids=str)
 def test_a_compiled_network_learns_the_same_under_the_same_names(
     num_compiled: list[int], train_values: dict[str, Any]
 ) -> None:
@@ -283,7 +283,7 @@ def test_a_compiled_network_learns_the_same_under_the_same_names(
 
 
 def test_a_second_image_size_compiles_once_more_and_a_third_does_not(num_compiled: list[int]) -> None:
-    config = job({"epochs": 3, "input_sides_px": (64, 48, 32), "compile": True})
+    config = job({"epochs": 3, "image_sizes": (64, 48, 32), "compile": True})
     after: list[int] = []
     run(config, faces(16), model=small(config), on_report=lambda report: after.append(num_compiled[0]))
     assert after == [1, 2, 2]  # and none for validation
@@ -292,14 +292,14 @@ def test_a_second_image_size_compiles_once_more_and_a_third_does_not(num_compile
 def test_ddp_takes_a_compiled_network(process_group: None, num_compiled: list[int]) -> None:
     data = faces(16)
     baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
-    config = job({"epochs": 1, "optimizer": "sgd", "compile": True, "accumulate": 2})
+    config = job({"epochs": 1, "optimizer": "sgd", "compile": True, "grad_accum_steps": 2})
     models = [small(config)]
     models.append(copy.deepcopy(models[0]))
     context = _Counting(data, data, 8)
     train(context, models[0], TRANSFORM, config, baseline, 16)
     assert context.num_sent == 2 * sum(p.numel() for p in models[0].parameters())
     assert num_compiled[0] > 0
-    run(job({"epochs": 1, "optimizer": "sgd", "accumulate": 2}), data, model=models[1])
+    run(job({"epochs": 1, "optimizer": "sgd", "grad_accum_steps": 2}), data, model=models[1])
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-5, atol=1e-6)
 
 
@@ -326,11 +326,11 @@ def test_where_one_rank_has_too_few_rows_all_let_their_batch_norms_stand(
     monkeypatch.setattr(_Rank, "wrap", lambda self, model: model)  # its hooks count on equal numbers of parts
     # Synchronised batch norms wait for each other; rank 1 has no second batch, and one row too few for its parts.
     data = faces(11)
-    config = job({"epochs": 1, "accumulate": 2, "batch_size": 8, "sync_batch_norm": sync, "use_gpu": True})
+    config = job({"epochs": 1, "grad_accum_steps": 2, "batch_size": 8, "sync_batch_norm": sync, "use_gpu": True})
     models = [network(config), network(config)]
     seen: list[list[tuple[int, bool]]] = [[], []]
     for model, noted in zip(models, seen, strict=True):
-        model.trunk.register_forward_pre_hook(
+        model.backbone.register_forward_pre_hook(
             lambda module, inputs, noted=noted: (
                 noted.append((len(inputs[0]), module.training)) if torch.is_grad_enabled() else None
             )
@@ -344,11 +344,11 @@ def test_where_one_rank_has_too_few_rows_all_let_their_batch_norms_stand(
 
 def test_ranks_with_enough_rows_all_train_their_batch_norms() -> None:
     data = faces(9)
-    config = job({"epochs": 1, "accumulate": 2, "batch_size": 8, "sync_batch_norm": True, "use_gpu": True})
+    config = job({"epochs": 1, "grad_accum_steps": 2, "batch_size": 8, "sync_batch_norm": True, "use_gpu": True})
     models = [network(config), network(config)]
     seen: list[bool] = []
     for model in models:
-        model.trunk.register_forward_pre_hook(
+        model.backbone.register_forward_pre_hook(
             lambda module, inputs: seen.append(module.training) if torch.is_grad_enabled() else None
         )
     run_ranks(config, [part(data, slice(0, 4)), part(data, slice(4, 8))], [faces(2), faces(2)], models)
@@ -386,9 +386,9 @@ def test_sgd_is_torchs_own() -> None:
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-6, atol=1e-6)
 
 
-def test_sgd_takes_to_a_trunk_that_begins_to_learn() -> None:
+def test_sgd_takes_to_a_backbone_that_begins_to_learn() -> None:
     config = job({"epochs": 2, "freeze_epochs": 1, "optimizer": "sgd"})
     kept: list[Tensor] = []
-    run(config, faces(8), on_report=lambda report: kept.append(weights(report.model.trunk)))
-    assert torch.equal(kept[0], weights(network(config).trunk))
+    run(config, faces(8), on_report=lambda report: kept.append(weights(report.model.backbone)))
+    assert torch.equal(kept[0], weights(network(config).backbone))
     assert not torch.equal(kept[1], kept[0])

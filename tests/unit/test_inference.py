@@ -10,13 +10,13 @@ from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
 
-TRANSFORM = Transform(input_side_px=64, crop_side_px=64)
+TRANSFORM = Transform(image_size=64, crop_side_px=64)
 
 
-def network(trunk: str) -> MultiTaskNet:
+def network(backbone: str) -> MultiTaskNet:
     """Return an untrained network whose batch norms have seen images, and whose outputs differ between images."""
     torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(trunk=trunk, input_side_px=64))
+    model = MultiTaskNet(ModelConfig(backbone=backbone, image_size=64))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # running statistics are the mean of all batches
@@ -33,9 +33,11 @@ def crops() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 77, 77, 3), np.uint8)
 
 
-@pytest.mark.parametrize("trunk", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "mobilenet_v3_small"])
-def test_it_predicts_the_same_in_float32(trunk: str) -> None:
-    model, config = network(trunk), PredictConfig(flip_average=True)
+@pytest.mark.parametrize(
+    "backbone", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "mobilenet_v3_small"]
+)
+def test_it_predicts_the_same_in_float32(backbone: str) -> None:
+    model, config = network(backbone), PredictConfig(flip_average=True)
     before = predict(model, crops(), TRANSFORM, config)
     after = predict(for_inference(model, config.precision), crops(), TRANSFORM, config)
     assert after.age == pytest.approx(before.age, abs=1e-2)
@@ -49,7 +51,7 @@ def test_it_predicts_nearly_the_same_in_bfloat16() -> None:
     before = predict(model, crops(), TRANSFORM, PredictConfig())
     ready = for_inference(model, config.precision)
     after = predict(ready, crops(), TRANSFORM, config)
-    assert {weight.dtype for weight in ready.trunk.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in ready.backbone.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in ready.race_head.parameters()} == {torch.float32}
     assert after.p_male == pytest.approx(before.p_male, abs=0.03)
 

@@ -93,7 +93,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def saved_checkpoint(folder: Path, *, template: str = TEMPLATE) -> Path:
     torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX))
+    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX))
     save_checkpoint(folder, model, Transform(SIDE_PX, SIDE_PX, template=template))
     return folder
 
@@ -268,7 +268,7 @@ def test_training_a_task_that_no_row_has(complaint: Complaint, prepared: Path) -
     assert "model.tasks has race, and no training row" in said
 
 
-TASKS = ("--model.tasks", '["age", "gender"]', "--model.trunk", "mobilenet_v3_small")
+TASKS = ("--model.tasks", '["age", "gender"]', "--model.backbone", "mobilenet_v3_small")
 
 
 def test_a_plateau_without_validation(complaint: Complaint, prepared: Path) -> None:
@@ -287,9 +287,9 @@ def test_evening_out_crops_that_memory_does_not_hold(complaint: Complaint, prepa
 def test_training_from_weights_that_are_missing(
     complaint: Complaint, prepared: Path, tmp_path: Path, weights: str
 ) -> None:
-    said = complaint("train", "--train.data", prepared, *TASKS, "--model.weights", tmp_path / weights)
+    said = complaint("train", "--train.data", prepared, *TASKS, "--model.pretrained", tmp_path / weights)
 
-    assert "model.weights" in said
+    assert "model.pretrained" in said
     assert weights in said
 
 
@@ -299,17 +299,17 @@ def test_training_from_a_file_that_holds_no_weights(
 ) -> None:
     (tmp_path / name).write_bytes(b"no weights at all")
 
-    said = complaint("train", "--train.data", prepared, *TASKS, "--model.weights", tmp_path / name)
+    said = complaint("train", "--train.data", prepared, *TASKS, "--model.pretrained", tmp_path / name)
 
-    assert "model.weights" in said
+    assert "model.pretrained" in said
 
 
 def test_training_from_another_networks_weights(complaint: Complaint, prepared: Path, tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
 
-    said = complaint("train", "--train.data", prepared, *TASKS, "--model.weights", tmp_path / "other.pt")
+    said = complaint("train", "--train.data", prepared, *TASKS, "--model.pretrained", tmp_path / "other.pt")
 
-    assert "model.weights" in said
+    assert "model.pretrained" in said
     assert "other.pt" in said
 
 

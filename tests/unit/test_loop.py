@@ -28,7 +28,7 @@ from agr_ray.learn.loop import (
     steps_per_epoch,
     train,
 )
-from agr_ray.learn.optimise import Ema, build_optimizer, learning_rate, plateau_cuts, set_learning_rate, trunk_stages
+from agr_ray.learn.optimise import Ema, backbone_stages, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
 from agr_ray.learn.sampling import Sampler
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
@@ -38,7 +38,7 @@ from agr_ray.predict.forward import predict
 from agr_ray.schema import HISTORY
 
 SIDE = 32
-TRANSFORM = Transform(input_side_px=SIDE, crop_side_px=SIDE)
+TRANSFORM = Transform(image_size=SIDE, crop_side_px=SIDE)
 STILL = AugmentConfig(flip_probability=0, rotation_degrees=0, shift=0)
 
 
@@ -57,8 +57,8 @@ def job(
     augment: AugmentConfig = STILL,
     loss: LossConfig | None = None,
 ) -> TrainJob:
-    model = {"preset": "lightweight", "input_side_px": SIDE, **(model or {})}
-    train = {"batch_size": 8, "lr": 2e-3, "schedule": "constant", "early_stopping_epochs": 0, **train}
+    model = {"preset": "lightweight", "image_size": SIDE, **(model or {})}
+    train = {"batch_size": 8, "lr": 2e-3, "schedule": "constant", "early_stopping_patience": 0, **train}
     return TrainJob(model=ModelConfig(**model), train=TrainConfig(**train), augment=augment, loss=loss or LossConfig())
 
 
@@ -103,7 +103,7 @@ def weights(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("age_head", [pytest.param("linear", marks=pytest.mark.slow), "distribution"])
 def test_a_few_faces_are_learnt_by_heart(age_head: str) -> None:
-    model = {"trunk": "resnet18", "preset": "paper", "age_head": age_head, "bn_momentum": 0.3}
+    model = {"backbone": "resnet18", "preset": "paper", "age_head": age_head, "bn_momentum": 0.3}
     train_values = {"epochs": 30, "batch_size": 16, "lr": 2e-3, "schedule": "one_cycle"}
     loss = LossConfig(age_weight=0.1, gender_weight=1.0, race_weight=1.0)
     rows, _, _ = run(job(train_values, model, loss=loss), faces(16))
@@ -163,7 +163,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
 ) -> None:
     # Everything that draws at random or keeps state is on; the interruption is after epoch 2 of 4.
     config = job(
-        {"epochs": 4, "schedule": "one_cycle", "clip_norm": 1.0, **train_values},
+        {"epochs": 4, "schedule": "one_cycle", "grad_clip_norm": 1.0, **train_values},
         {"dropout": 0.3},
         AugmentConfig(brightness=0.2, mixup_alpha=0.2, cutmix_alpha=1.0),
         LossConfig(weighting="uncertainty"),
@@ -321,7 +321,7 @@ def test_a_sampler_draws_the_rows_of_an_epoch() -> None:
 
 def test_early_stopping_counts_epochs_without_a_better_objective() -> None:
     # At a learning rate of nearly nothing and fixed statistics, nothing can get better twice.
-    config = job({"epochs": 30, "lr": 1e-12, "early_stopping_epochs": 2}, {"bn_momentum": 1e-9})
+    config = job({"epochs": 30, "lr": 1e-12, "early_stopping_patience": 2}, {"bn_momentum": 1e-9})
     rows, reports, _ = run(config, faces(8))
     stopped = len(rows)
     assert stopped < 30
@@ -333,7 +333,7 @@ def test_early_stopping_counts_epochs_without_a_better_objective() -> None:
 
 
 def test_without_validation_every_epoch_is_the_best() -> None:
-    _, reports, _ = run(job({"epochs": 2, "early_stopping_epochs": 1}), faces(8), faces(0))
+    _, reports, _ = run(job({"epochs": 2, "early_stopping_patience": 1}), faces(8), faces(0))
     assert [report.is_best for report in reports] == [True, True]
     assert reports[1].row["val_objective"] is None
     assert reports[1].row["val_loss"] is None
@@ -364,7 +364,7 @@ def test_task_without_any_label_moves_nothing_of_its_head() -> None:
 
 def test_batch_of_one_row_is_trained_on() -> None:
     # ResNet shrinks 32 pixels to one, and batch norm can't be trained on one value.
-    rows, _, _ = run(job({"epochs": 1}, {"preset": "paper", "trunk": "resnet18"}), faces(9))
+    rows, _, _ = run(job({"epochs": 1}, {"preset": "paper", "backbone": "resnet18"}), faces(9))
     assert rows[0]["step"] == 2
     assert math.isfinite(rows[0]["train_loss"])
 
@@ -432,7 +432,7 @@ def test_validation_is_reported_by_group() -> None:
 
 @pytest.mark.parametrize(("sides", "expected"), [((), [88] * 5), ((48, 88), [48, 48, 88, 88, 88])])
 def test_the_side_of_each_epoch(sides: tuple[int, ...], expected: list[int]) -> None:
-    config = TrainConfig(epochs=5, input_sides_px=sides)
+    config = TrainConfig(epochs=5, image_sizes=sides)
     assert [epoch_side_px(epoch, config, 88) for epoch in range(1, 6)] == expected
 
 
@@ -445,15 +445,15 @@ def test_bfloat16_trains() -> None:
 
 def test_progressive_resizing_shares_the_epochs_out() -> None:
     seen: list[tuple[int, bool]] = []
-    config = job({"epochs": 4, "batch_size": 8, "input_sides_px": (48, 40, SIDE)})
+    config = job({"epochs": 4, "batch_size": 8, "image_sizes": (48, 40, SIDE)})
     model = network(config)
-    model.trunk.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].shape[-1], module.training)))
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].shape[-1], module.training)))
 
     _, reports, _ = run(config, faces(8), model=model)
 
     assert [side for side, training in seen if training] == [48, 40, SIDE, SIDE]
     assert [side for side, training in seen if not training] == [48, 40, SIDE, SIDE]
-    assert [report.transform.input_side_px for report in reports] == [48, 40, SIDE, SIDE]
+    assert [report.transform.image_size for report in reports] == [48, 40, SIDE, SIDE]
 
 
 @pytest.mark.parametrize(
@@ -581,7 +581,7 @@ class _OneProcess(LocalContext):
         return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
 
 
-def test_ddp_takes_to_a_trunk_that_begins_to_learn() -> None:
+def test_ddp_takes_to_a_backbone_that_begins_to_learn() -> None:
     config = job({"epochs": 3, "freeze_epochs": 1}, loss=LossConfig(weighting="uncertainty"))
     data = faces(16)
     baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
@@ -702,7 +702,7 @@ def test_plateau_does_what_torchs_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trunk", "firsts"),
+    ("backbone", "firsts"),
     [
         ("resnet18", ["conv1.", "layer1.0.", "layer2.0.", "layer3.0.", "layer4.0."]),
         ("resnet34", ["conv1.", "layer1.0.", "layer2.0.", "layer3.0.", "layer4.0."]),
@@ -711,11 +711,11 @@ def test_plateau_does_what_torchs_does() -> None:
         ("mobilenet_v3_large", ["features.0.", "features.2.", "features.4.", "features.7.", "features.13."]),
     ],
 )
-def test_a_stage_begins_where_the_image_is_made_smaller(trunk: str, firsts: list[str]) -> None:
+def test_a_stage_begins_where_the_image_is_made_smaller(backbone: str, firsts: list[str]) -> None:
     with torch.device("meta"):
-        model = MultiTaskNet(ModelConfig(trunk=trunk))  # type: ignore[arg-type]  # one of them
-    names = {id(parameter): name for name, parameter in model.trunk.named_parameters()}
-    stages = [[names[id(parameter)] for parameter in stage] for stage in trunk_stages(model.trunk)]
+        model = MultiTaskNet(ModelConfig(backbone=backbone))  # type: ignore[arg-type]  # one of them
+    names = {id(parameter): name for name, parameter in model.backbone.named_parameters()}
+    stages = [[names[id(parameter)] for parameter in stage] for stage in backbone_stages(model.backbone)]
     assert [name for stage in stages for name in stage] == list(names.values())
     assert [stage[0][: len(first)] for stage, first in zip(stages, firsts, strict=True)] == firsts
 
@@ -729,15 +729,15 @@ def test_layer_decay_slows_each_stage_by_its_distance_from_the_heads(optimizer: 
     rates = {id(p): group["lr"] for group in built.param_groups for p in group["params"]}
     named = {name: rates[id(p)] for name, p in model.named_parameters()}
     assert len(rates) == len(named)
-    assert {rate for name, rate in named.items() if not name.startswith("trunk.")} == {1.0}
-    assert named["trunk.features.12.0.weight"] == named["trunk.classifier.0.bias"] == 0.5
-    assert named["trunk.features.4.block.0.0.weight"] == 0.25
-    assert named["trunk.features.0.0.weight"] == named["trunk.features.0.1.bias"] == 0.5**5
+    assert {rate for name, rate in named.items() if not name.startswith("backbone.")} == {1.0}
+    assert named["backbone.features.12.0.weight"] == named["backbone.classifier.0.bias"] == 0.5
+    assert named["backbone.features.4.block.0.0.weight"] == 0.25
+    assert named["backbone.features.0.0.weight"] == named["backbone.features.0.1.bias"] == 0.5**5
     decays = {group["weight_decay"] for group in built.param_groups}
     assert decays == ({0.1, 0.0} if optimizer == "adamw" else {0.1})
 
 
-def test_frozen_trunk_stands_still_and_then_learns() -> None:
+def test_frozen_backbone_stands_still_and_then_learns() -> None:
     config = job({"epochs": 3, "freeze_epochs": 2, "weight_decay": 0.1, "batch_size": 8})
     model = network(config)
     kept = [{name: value.clone() for name, value in model.state_dict().items()}]
@@ -746,9 +746,9 @@ def test_frozen_trunk_stands_still_and_then_learns() -> None:
         kept.append({name: value.clone() for name, value in report.model.state_dict().items()})
 
     run(config, faces(17), model=model, on_report=keep)  # the last batch has one row
-    trunk = [name for name in kept[0] if name.startswith("trunk.") and not name.endswith("num_batches_tracked")]
-    assert all(torch.equal(kept[epoch][name], kept[0][name]) for name in trunk for epoch in (1, 2))
-    assert not any(torch.equal(kept[3][name], kept[0][name]) for name in trunk)
+    backbone = [name for name in kept[0] if name.startswith("backbone.") and not name.endswith("num_batches_tracked")]
+    assert all(torch.equal(kept[epoch][name], kept[0][name]) for name in backbone for epoch in (1, 2))
+    assert not any(torch.equal(kept[3][name], kept[0][name]) for name in backbone)
     assert not torch.equal(kept[1]["age_head.weight"], kept[0]["age_head.weight"])
 
 

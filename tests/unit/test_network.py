@@ -10,7 +10,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from agr_ray.config import ModelConfig
-from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, WeightsError, first_weights, load_trunk, read_state
+from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, WeightsError, first_weights, load_backbone, read_state
 from agr_ray.models.transform import Transform
 from agr_ray.schema import AGE_MAX_YEARS, RACES
 
@@ -18,16 +18,16 @@ SIDE = 32
 
 
 def small(**values: object) -> ModelConfig:
-    return ModelConfig(**{"trunk": "mobilenet_v3_small", "input_side_px": SIDE, **values})
+    return ModelConfig(**{"backbone": "mobilenet_v3_small", "image_size": SIDE, **values})
 
 
 def images(num: int = 2) -> torch.Tensor:
     return torch.randn(num, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("trunk", ["resnet18", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large"])
-def test_every_trunk_predicts_every_task(trunk: str) -> None:
-    model = MultiTaskNet(small(trunk=trunk)).eval()
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large"])
+def test_every_backbone_predicts_every_task(backbone: str) -> None:
+    model = MultiTaskNet(small(backbone=backbone)).eval()
     with torch.inference_mode():
         outputs = model(images())
     assert outputs.age_years.shape == (2,)
@@ -78,29 +78,29 @@ def test_batch_norm_momentum_is_overridden() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_trunk_takes_a_torchvision_state_dict(tmp_path: Path, suffix: str) -> None:
+def test_backbone_takes_a_torchvision_state_dict(tmp_path: Path, suffix: str) -> None:
     donor = torchvision.models.mobilenet_v3_small()
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
         torch.save(donor.state_dict(), path)
     else:
         save_file(donor.state_dict(), path)
-    model = MultiTaskNet(small(weights=str(path)))
+    model = MultiTaskNet(small(pretrained=str(path)))
     state = first_weights(model.config)
     assert state is not None
-    load_trunk(model, state)
+    load_backbone(model, state)
     donor.classifier[3] = torch.nn.Identity()
-    torch.testing.assert_close(model.eval().trunk(images()), donor.eval()(images()))
+    torch.testing.assert_close(model.eval().backbone(images()), donor.eval()(images()))
 
 
-def test_weights_of_another_trunk_name_tensor_expected_and_found() -> None:
-    model = MultiTaskNet(small(trunk="resnet18"))
+def test_weights_of_another_backbone_name_tensor_expected_and_found() -> None:
+    model = MultiTaskNet(small(backbone="resnet18"))
     state = torchvision.models.resnet18().state_dict()
     state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
     with pytest.raises(WeightsError, match=r"layer1\.0\.conv1\.weight: expected .*64, 64, 3, 3.* found .*64, 64, 1, 1"):
-        load_trunk(model, state)
-    with pytest.raises(WeightsError, match=r"trunk resnet18: conv1\.weight: expected shape .* found nothing"):
-        load_trunk(model, MultiTaskNet(small()).trunk.state_dict())
+        load_backbone(model, state)
+    with pytest.raises(WeightsError, match=r"backbone resnet18: conv1\.weight: expected shape .* found nothing"):
+        load_backbone(model, MultiTaskNet(small()).backbone.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -140,23 +140,23 @@ def test_imagenet_without_network_names_the_address_and_the_way_out(
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(WeightsError) as raised:
-        first_weights(small(weights="imagenet"))
+        first_weights(small(pretrained="imagenet"))
     message = str(raised.value)
     assert "https://" in message
     assert "mobilenet_v3_small" in message
     assert "refused" in message
-    assert "model.weights to the path" in message
+    assert "model.pretrained to the path" in message
     assert "\n" not in message
 
 
 def test_transform_survives_json() -> None:
-    transform = Transform(input_side_px=88, crop_side_px=112, mean=(0.1, 0.2, 0.3))
+    transform = Transform(image_size=88, crop_side_px=112, mean=(0.1, 0.2, 0.3))
     assert Transform.from_json(transform.to_json()) == transform
 
 
 def test_equalising_is_written_down_only_where_it_is_done() -> None:
     plain, equalized = Transform(88, 112), Transform(88, 112, equalize=True)
-    assert set(plain.to_json()) == {"input_side_px", "crop_side_px", "margin", "template", "mean", "std"}
+    assert set(plain.to_json()) == {"image_size", "crop_side_px", "margin", "template", "mean", "std"}
     assert equalized.to_json() == {**plain.to_json(), "equalize": True}
     assert Transform.from_json(equalized.to_json()) == equalized
 

@@ -42,7 +42,7 @@ def shown_in_an_epoch(monkeypatch: pytest.MonkeyPatch, augment: AugmentConfig, *
     monkeypatch.setattr(loop, "_PROGRESS_S", 0.0)
     data = faces()
     job = TrainJob(
-        model=ModelConfig(preset="lightweight", input_side_px=SIDE, dropout=0.0, **model),
+        model=ModelConfig(preset="lightweight", image_size=SIDE, dropout=0.0, **model),
         augment=augment,
         train=TrainConfig(epochs=1, batch_size=8, lr=1e-30, optimizer="sgd", schedule="constant"),
     )

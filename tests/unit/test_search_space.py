@@ -130,18 +130,18 @@ def test_a_study_that_can_not_be_locked_is_refused(tmp_path: Path, study: str) -
         ({"train.tf32": {"choice": [True, False]}}, "it decides nothing of what is learnt"),
         ({"train.compile": {"choice": [True, False]}}, "it decides nothing of what is learnt"),
         ({"train.epochs": {"integer": [2, 8]}}, "can't be searched where trials are stopped early"),
-        ({"model.preset": {"choice": ["paper", "lightweight"]}}, "such as model.trunk"),
+        ({"model.preset": {"choice": ["paper", "lightweight"]}}, "such as model.backbone"),
         ({"loss.age_weight": {"uniform": [-1, 2]}}, 'tune.space."loss.age_weight": -1.0 is not allowed'),
         ({"model.dropout": {"uniform": [0, 1]}}, 'tune.space."model.dropout": 1.0 is not allowed'),
         ({"train.epochs": {"uniform": [2, 8]}}, 'tune.space."train.epochs": 5.7'),
         ({"train.optimizer": {"choice": ["adam", "lion"]}}, "'lion' is not allowed: input should be 'adam', 'adamw'"),
         ({"train.batch_size": {"integer": [1, 64]}}, "train.batch_size 1 is too small"),
-        ({"model.input_side_px": {"choice": [64, 96]}}, "96 does not go with the recipe"),
+        ({"model.image_size": {"choice": [64, 96]}}, "96 does not go with the recipe"),
     ],
 )
 def test_bounds_and_choices_are_tried_in_the_configuration(space: dict[str, Any], said: str) -> None:
-    model = {"input_side_px": 64} if "model.input_side_px" in space else {}
-    train = {"data": "somewhere", "input_sides_px": [64] if model else []}
+    model = {"image_size": 64} if "model.image_size" in space else {}
+    train = {"data": "somewhere", "image_sizes": [64] if model else []}
     job = TuneJob(model=model, train=train, tune={"space": space, "paper_first": False})
 
     with pytest.raises(ConfigError) as error:
@@ -157,11 +157,11 @@ def test_a_condition_holds_while_a_bound_is_tried() -> None:
         "train.plateau_epochs": {"integer": [2, 20], "when": {"train.schedule": "constant"}},
     }
 
-    check_space(tune_job(space, {"early_stopping_epochs": 10}))
+    check_space(tune_job(space, {"early_stopping_patience": 10}))
 
     space["train.plateau_epochs"]["when"] = {"train.schedule": "plateau"}
-    assert "plateau_epochs 20 must be less than early_stopping_epochs 10" in refused(
-        space, {"early_stopping_epochs": 10}
+    assert "plateau_epochs 20 must be less than early_stopping_patience 10" in refused(
+        space, {"early_stopping_patience": 10}
     )
 
 
@@ -208,7 +208,7 @@ def test_a_point_is_tried_as_a_whole() -> None:
     said = refused(space, points_to_evaluate=[point])
 
     assert "train.schedule plateau, train.plateau_epochs 12 do not go together with the recipe: " in said
-    assert "plateau_epochs 12 must be less than early_stopping_epochs 10" in said
+    assert "plateau_epochs 12 must be less than early_stopping_patience 10" in said
     check_space(tune_job(space, points_to_evaluate=[{**point, "train.schedule": "step"}]))
     # What a value depends on is drawn, so that it means something.
     assert "train.gamma 0.5" in refused(space, points_to_evaluate=[{"train.gamma": 0.5, "train.plateau_epochs": 12}])
@@ -221,14 +221,14 @@ def test_a_point_may_have_lists(tmp_path: Path) -> None:
         [tune]
         paper_first = false
         [tune.space]
-        "train.input_sides_px" = {choice = [[64, 224], [224]]}
+        "train.image_sizes" = {choice = [[64, 224], [224]]}
         [[tune.points_to_evaluate]]
-        "train.input_sides_px" = [64, 224]
+        "train.image_sizes" = [64, 224]
         """,
     )
 
     check_space(job)
-    assert points(job.tune) == [{"train.input_sides_px": "[64, 224]"}]
+    assert points(job.tune) == [{"train.image_sizes": "[64, 224]"}]
 
 
 def test_constraints_on_errors_of_tasks_that_there_are_none_of_are_refused() -> None:
@@ -295,13 +295,13 @@ def test_what_depends_on_another_value_is_drawn_only_with_it() -> None:
 
 
 def test_lists_go_through_optuna_as_text() -> None:
-    config = tune_job({"train.input_sides_px": {"choice": [[64, 224], [224]]}}).tune
+    config = tune_job({"train.image_sizes": {"choice": [[64, 224], [224]]}}).tune
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
 
     drawn = [suggest(study.ask(), config.space) for _ in range(10)]
-    values = [values_of(config.space, params)["train.input_sides_px"] for params in drawn]
+    values = [values_of(config.space, params)["train.image_sizes"] for params in drawn]
 
-    assert {params["train.input_sides_px"] for params in drawn} == {"[64, 224]", "[224]"}
+    assert {params["train.image_sizes"] for params in drawn} == {"[64, 224]", "[224]"}
     assert set(values) == {(64, 224), (224,)}
 
 

@@ -49,7 +49,7 @@ def opened(*folders: Path) -> list[PreparedSet]:
 def job(*folders: Path, **changes: Any) -> TrainJob:
     settings = {"data": [str(folder) for folder in folders], "out": str(folders[0].parent / "runs"), "batch_size": 4}
     return TrainJob(
-        model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX),
+        model=ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX),
         train=TrainConfig.model_validate(settings | changes),
         dry_run=True,
     )
@@ -166,7 +166,7 @@ def test_images_without_a_crop_are_no_rows_of_training_or_validation(
         assert sum(run.data["train_labels"]["gender"].values()) == run.num_train_rows
     assert [each["num_val_rows"] for each in both.data["sets"]] == [1, 1]
     card = model_card(
-        {"model": {"tasks": ["age"], "trunk": "resnet18", "age_head": "linear", "weights": "none"}}
+        {"model": {"tasks": ["age"], "backbone": "resnet18", "age_head": "linear", "pretrained": "none"}}
         | {"transform": Transform(SIDE_PX, SIDE_PX).to_json(), "labels": LABELS, "data": dict(both.data)}
     )
     assert "| trained on | 4 |" in card

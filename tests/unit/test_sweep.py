@@ -68,7 +68,7 @@ def test_points_come_after_the_papers_and_what_they_leave_out_is_drawn(tmp_path:
 
 
 def test_what_the_configuration_refuses_is_a_row_and_the_next_is_drawn(tmp_path: Path) -> None:
-    # The learning rate must be cut before train.early_stopping_epochs, 10, are over.
+    # The learning rate must be cut before train.early_stopping_patience, 10, are over.
     space = {"train.schedule": {"choice": ["plateau", "step"]}, "train.plateau_epochs": {"integer": [5, 15]}}
     sweep = opened(tune_job(tmp_path, space=space, paper_first=False, trials=20, random_trials=20))
 
@@ -86,10 +86,10 @@ def test_what_the_configuration_refuses_is_a_row_and_the_next_is_drawn(tmp_path:
 
 
 def test_a_list_may_be_given_as_a_point(tmp_path: Path) -> None:
-    space = {"train.input_sides_px": {"choice": [[64, 224], [224]]}}
-    sweep = opened(tune_job(tmp_path, space=space, points_to_evaluate=[{"train.input_sides_px": [64, 224]}]))
+    space = {"train.image_sizes": {"choice": [[64, 224], [224]]}}
+    sweep = opened(tune_job(tmp_path, space=space, points_to_evaluate=[{"train.image_sizes": [64, 224]}]))
 
-    assert sweep.next() == (0, {"train.input_sides_px": (64, 224)})
+    assert sweep.next() == (0, {"train.image_sizes": (64, 224)})
 
 
 def test_a_pruned_and_a_failed_trial_are_told_as_such(tmp_path: Path) -> None:

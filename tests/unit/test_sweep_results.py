@@ -213,7 +213,7 @@ def published_best(folder: Path, console: Console) -> tuple[Sweep, Path]:
 def save(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     shutil.rmtree(folder, ignore_errors=True)
-    model = MultiTaskNet(ModelConfig(trunk="mobilenet_v3_small", input_side_px=32))
+    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=32))
     save_checkpoint(folder, model, Transform(32, 32), metrics={"epoch": 2, "val": {"baseline": GUESSED}})
 
 

@@ -14,7 +14,7 @@ from agr_ray.errors import ConfigError
 from agr_ray.learn.tracking import EXPERIMENT, TrackedRun, flat
 from agr_ray.schema import HISTORY
 
-SETTINGS = {"train": {"lr": 0.1, "input_sides_px": [48, 88]}, "model": {"trunk": "resnet18"}}
+SETTINGS = {"train": {"lr": 0.1, "image_sizes": [48, 88]}, "model": {"backbone": "resnet18"}}
 
 
 class Refused(Exception):
@@ -105,7 +105,7 @@ def test_a_resumed_run_goes_on_in_the_same_one_and_logs_each_epoch_once(server: 
     assert [step for key, step in one.logged if key == "train_loss"] == [1, 2, 3, 4]
     assert not any(key == "val_loss" for key, _ in one.logged)  # null
     assert [step for key, step in two.logged if key == "epoch"] == [1]
-    assert (one.name, one.data.params["train.lr"], one.data.params["model.trunk"]) == ("one", "0.1", "resnet18")
+    assert (one.name, one.data.params["train.lr"], one.data.params["model.backbone"]) == ("one", "0.1", "resnet18")
 
 
 def test_epochs_that_a_server_missed_are_logged_when_it_is_back(server: Server) -> None:

@@ -34,7 +34,7 @@ from agr_ray.storage.retry import Patience
 
 STORAGE = Storage()
 TRANSFORM = Transform(SIDE_PX, SIDE_PX)
-JOB = TrainJob(model=ModelConfig(trunk="mobilenet_v3_small", input_side_px=SIDE_PX))
+JOB = TrainJob(model=ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX))
 
 
 def network() -> MultiTaskNet:

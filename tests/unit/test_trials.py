@@ -182,9 +182,9 @@ def test_the_table_has_a_column_for_each_searched_key() -> None:
 
 def test_a_recipe_gives_the_same_job_again(tmp_path: Path) -> None:
     job = TrainJob(
-        model=ModelConfig(trunk="resnet18", age_head="distribution", input_side_px=88),
+        model=ModelConfig(backbone="resnet18", age_head="distribution", image_size=88),
         train=TrainConfig(
-            data=["/a,b", 'c "d" \\'], data_shares=(3, 1), lr=1e-05, num_workers=[2, 4], input_sides_px=[64, 88]
+            data=["/a,b", 'c "d" \\'], data_shares=(3, 1), lr=1e-05, num_workers=[2, 4], image_sizes=[64, 88]
         ),
     )
     path = tmp_path / "best.toml"

@@ -193,7 +193,7 @@ def test_what_tune_pickles_holds_nothing(tmp_path: Path) -> None:
 
 def test_a_trial_finds_what_is_given_relative_to_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    space = {"model.weights": {"choice": ["none", "trunk.pt"]}}
+    space = {"model.pretrained": {"choice": ["none", "backbone.pt"]}}
     job = TuneJob(
         train={"data": ["one", "s3://bucket/two"]}, model={"weights": "imagenet"}, tune={"space": space, "out": "here"}
     )
@@ -201,8 +201,8 @@ def test_a_trial_finds_what_is_given_relative_to_the_driver(tmp_path: Path, monk
     given = with_absolute_paths(job, Storage())
 
     assert given.train.data_uris == (str(tmp_path / "one"), "s3://bucket/two")
-    assert given.model.weights == "imagenet"
-    assert given.tune.space["model.weights"].choice == ("none", str(tmp_path / "trunk.pt"))
+    assert given.model.pretrained == "imagenet"
+    assert given.tune.space["model.pretrained"].choice == ("none", str(tmp_path / "backbone.pt"))
     assert given.tune.out == "here"
     assert with_absolute_paths(TuneJob(train={"data": "one"}), Storage()).train.data == str(tmp_path / "one")
 
