@@ -1,39 +1,112 @@
-"""Connection settings for S3, shared by every client.
+"""Connection settings for S3, and the clients that are made with them.
 
-boto3 and s3fs are both built on botocore. Both clients are created from the same kind of botocore session, which
-resolves everything that is not set here: credentials and their renewal, assumed roles, endpoints, proxies,
-certificates, FIPS and dual-stack endpoints. botocore also follows S3's redirects to buckets in other regions.
+boto3 lists, reads and writes S3, also for pyarrow and Ray (`s3_filesystem.py`); s3fs downloads trees of files. Both are
+built on botocore. Both are made from the same kind of botocore session, which resolves everything that is not set
+here: credentials and their renewal, assumed roles, endpoints, proxies, certificates, FIPS and dual-stack endpoints.
+botocore also follows S3's redirects to buckets in other regions.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-AddressingStyle = Literal["auto", "path", "virtual"]
+from agr_ray.storage.errors import StorageUnavailable
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+T = TypeVar("T")
 
 DEFAULT_REGION = "us-east-1"
 
 
 @dataclass(frozen=True)
 class Connection:
-    """Settings of all S3 clients."""
+    """Settings of all S3 clients: the fields of `StorageConfig`.
 
-    endpoint_url: str | None
-    region: str | None
-    anonymous: bool
-    requester_pays: bool
-    addressing_style: AddressingStyle
-    request_timeout_s: float
-    max_attempts: int
+    Keys come from AWS's usual chain (variables, profile, instance role); they are never held here.
+    """
 
-    def prepare(self, session: Any) -> dict[str, Any]:
-        """Prepare a botocore session, and return the arguments for creating its S3 client, except `config`.
+    endpoint_url: str | None = None
+    """Of an S3-compatible server, such as `http://host:8333`. None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the
+    profile's, else AWS itself."""
+    region: str | None = None
+    """None: AWS_REGION, AWS_DEFAULT_REGION or the profile's, else us-east-1."""
+    anonymous: bool = False
+    """Send unsigned requests, without credentials; for public buckets."""
+    requester_pays: bool = False
+    """Agree to pay for requests; requester-pays buckets require it."""
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    """`path`: the bucket is in the URL's path; `virtual`: in its host name; `auto`: as the AWS profile says, else
+    virtual for AWS and path for other servers."""
+    timeout_s: float = 30.0
+    """For a connection, and for each wait on a socket."""
+    max_attempts: int = 6
+    """For each request, the first included."""
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts is {self.max_attempts}: at least 1 is needed")
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s is {self.timeout_s:g}: it must be above 0")
+
+    def limited(self, timeout_s: float, max_attempts: int) -> Connection:
+        """Return a connection that gives up sooner."""
+        return replace(
+            self, timeout_s=min(timeout_s, self.timeout_s), max_attempts=min(max_attempts, self.max_attempts)
+        )
+
+    def boto3_client(self) -> S3Client:
+        """Return a new boto3 client.
 
         Raises:
-            BotoCoreError: the AWS variables or the profile are invalid.
+            StorageUnavailable: the settings, the AWS variables or the profile are invalid.
         """
+        import boto3
+        import botocore.session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            session = botocore.session.Session()
+            arguments = self._prepare(session)
+            config = Config(**self._config(session))
+            return boto3.Session(botocore_session=session).client("s3", config=config, **arguments)
+        except (BotoCoreError, ValueError) as error:
+            raise StorageUnavailable(f"S3 can't be used as configured: {error}") from error
+
+    def s3fs_filesystem(self) -> Any:
+        """Return a new `s3fs.S3FileSystem`.
+
+        Raises:
+            StorageUnavailable: the settings, the AWS variables or the profile are invalid.
+        """
+        import s3fs
+        from aiobotocore.session import AioSession
+        from botocore.exceptions import BotoCoreError
+
+        class S3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
+            protocol = "agr-ray-s3"  # not s3, because fsspec would add s3 settings from its own files and variables
+            cachable = False
+            retries = 2  # for interrupted bodies; the client itself retries requests
+
+        try:
+            session = AioSession()
+            return S3(
+                session=session,
+                client_kwargs=self._prepare(session),
+                config_kwargs=self._config(session),
+                # Others write to the same prefixes, so cached listings would go stale.
+                use_listings_cache=False,
+            )
+        except (BotoCoreError, ValueError) as error:
+            raise StorageUnavailable(f"S3 can't be used as configured: {error}") from error
+
+    def _prepare(self, session: Any) -> dict[str, Any]:
+        """Prepare a botocore session, and return the arguments for creating its S3 client, except `config`."""
         region = self.region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or DEFAULT_REGION
         # Set on the session too, because it creates the STS client that assumes roles.
         session.set_config_variable("region", region)
@@ -41,13 +114,13 @@ class Connection:
             session.register("before-call.s3", _pay)
         return {"region_name": region} | ({"endpoint_url": self.endpoint_url} if self.endpoint_url else {})
 
-    def config(self, session: Any) -> dict[str, Any]:
+    def _config(self, session: Any) -> dict[str, Any]:
         """Return the arguments of the client's botocore `Config`."""
         from botocore import UNSIGNED
 
         config: dict[str, Any] = {
-            "connect_timeout": self.request_timeout_s,
-            "read_timeout": self.request_timeout_s,
+            "connect_timeout": self.timeout_s,
+            "read_timeout": self.timeout_s,
             "retries": {"total_max_attempts": self.max_attempts, "mode": "standard"},
             "max_pool_connections": 64,
         }
@@ -71,6 +144,24 @@ class Connection:
             or session.get_scoped_config().get("endpoint_url")
             or session.get_scoped_config().get("services")
         )
+
+
+class Clients:
+    """Clients, made on first use, once per process; pickles as empty."""
+
+    def __init__(self) -> None:
+        self._clients: dict[tuple[int, str], Any] = {}
+
+    def __reduce__(self) -> tuple[type[Clients], tuple[()]]:
+        return (Clients, ())
+
+    def get(self, name: str, make: Callable[[], T]) -> T:
+        """Return this process's client of that name."""
+        # No lock, because a fork could inherit it held: of two made at once, one is dropped.
+        key = (os.getpid(), name)
+        if key not in self._clients:
+            self._clients.setdefault(key, make())
+        return cast("T", self._clients[key])
 
 
 def _is_set(session: Any, name: str) -> bool:

@@ -9,7 +9,6 @@ people to read. Only a holder on this very machine, whose process is gone, need 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import os
 import socket
@@ -286,7 +285,7 @@ def _keep(lock: RunLock, storage: Storage, uri: str, expiry_s: float, stop: thre
     """Renew the lock until `stop` is set or the lock is lost."""
     heartbeat_s = expiry_s / _HEARTBEATS_PER_EXPIRY
     # Patience is here, not in the client, whose own retries could last longer than the lock.
-    once = dataclasses.replace(storage, request_timeout_s=min(heartbeat_s, storage.request_timeout_s), max_attempts=1)
+    once = Storage(storage.connection.limited(heartbeat_s, 1))
     wait_s = heartbeat_s
     while not lock.lost and not stop.wait(wait_s):
         try:

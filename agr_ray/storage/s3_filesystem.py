@@ -2,7 +2,7 @@
 
 pyarrow's own S3 client resolves regions, profiles and proxies differently from boto3, does not renew temporary
 credentials, and does not support requester-pays. So Parquet files, and all files that Ray reads or writes, go through
-`Storage` instead, and pyarrow sees the same S3 as boto3.
+`S3Backend` instead, and pyarrow sees the same S3 as boto3.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 import pyarrow.fs
 
-from agr_ray.storage import MissingObject
+from agr_ray.storage.errors import MissingObject
 
 if TYPE_CHECKING:
-    from agr_ray.storage import Storage
+    from agr_ray.storage.s3 import S3Backend
 
 _TAIL_BYTES: Final = 64 * 1024
 """Bytes to read from the end of a file when it is opened: they hold a Parquet footer, or a whole small file."""
@@ -31,20 +31,20 @@ _SPOOL_BYTES: Final = 8 * 1024**2
 class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow has no types
     """Handler for pyarrow's `PyFileSystem`. Paths are `bucket/key`; folders are prefixes and need not be created.
 
-    It is pickled with its storage, which holds no credentials, and reconnects in each process.
+    It is pickled with its backend, which holds no credentials, and reconnects in each process.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    def __init__(self, backend: S3Backend) -> None:
+        self._backend = backend
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, S3Handler) and self._storage == other._storage
+        return isinstance(other, S3Handler) and self._backend == other._backend
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        return hash(self._storage)
+        return hash(self._backend)
 
     def get_type_name(self) -> str:
         """Return the file system's type name for pyarrow."""
@@ -66,7 +66,7 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow 
         folders: dict[str, None] = {}
         files = []
         exists = False
-        for info in self._storage.list_entries(_uri(base), recursive=selector.recursive):
+        for info in self._backend.list_entries(_uri(base), recursive=selector.recursive):
             exists = True
             parts = info.key.split("/")
             folders |= dict.fromkeys("/".join(parts[:count]) for count in range(1, len(parts)) if parts[count - 1])
@@ -81,7 +81,7 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow 
         return [pyarrow.fs.FileInfo(f"{base}/{name}", pyarrow.fs.FileType.Directory) for name in folders] + files
 
     def _info(self, path: str) -> pyarrow.fs.FileInfo:
-        size, is_folder = self._storage.look_up(_uri(path))
+        size, is_folder = self._backend.look_up(_uri(path))
         if size is not None:
             return pyarrow.fs.FileInfo(path, pyarrow.fs.FileType.File, size=size)
         kind = pyarrow.fs.FileType.Directory if is_folder else pyarrow.fs.FileType.NotFound
@@ -94,11 +94,11 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow 
 
     def delete_dir(self, path: str) -> None:
         """Delete everything below the path."""
-        self._storage.delete_tree(_uri(path))
+        self._backend.delete_tree(_uri(path))
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool) -> None:
         """Delete everything below the path."""
-        self._storage.delete_tree(_uri(path))
+        self._backend.delete_tree(_uri(path))
 
     def delete_root_dir_contents(self) -> None:
         """Refuse."""
@@ -106,12 +106,12 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow 
 
     def delete_file(self, path: str) -> None:
         """Delete one object."""
-        self._storage.delete(_uri(path))
+        self._backend.delete(_uri(path))
 
     def copy_file(self, src: str, dest: str) -> None:
         """Copy one object."""
         try:
-            self._storage.copy(_uri(src), _uri(dest))
+            self._backend.copy(_uri(src), _uri(dest))
         except MissingObject as error:
             raise FileNotFoundError(str(error)) from error
 
@@ -132,7 +132,7 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow 
 
     def open_output_stream(self, path: str, metadata: object) -> pa.PythonFile:
         """Open a new object for writing; it appears in S3 when it is closed."""
-        return pa.PythonFile(_Writer(self._storage, _uri(path)), mode="w")
+        return pa.PythonFile(_Writer(self._backend, _uri(path)), mode="w")
 
     def open_append_stream(self, path: str, metadata: object) -> pa.PythonFile:
         """Raise, because S3 objects can't be appended to."""
@@ -140,7 +140,7 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]  # pyarrow 
 
     def _reader(self, path: str) -> _Reader:
         try:
-            return _Reader(self._storage, _uri(path))
+            return _Reader(self._backend, _uri(path))
         except MissingObject as error:
             raise FileNotFoundError(str(error)) from error
 
@@ -152,11 +152,11 @@ def _uri(path: str) -> str:
 class _Reader(io.RawIOBase):
     """One object as a file. If the object is replaced after it was opened, reads fail with ChangedObject."""
 
-    def __init__(self, storage: Storage, uri: str) -> None:
+    def __init__(self, backend: S3Backend, uri: str) -> None:
         super().__init__()
-        self._storage = storage
+        self._backend = backend
         self._uri = uri
-        self._tail = storage.read_range(uri, -_TAIL_BYTES, _TAIL_BYTES)
+        self._tail = backend.read_range(uri, -_TAIL_BYTES, _TAIL_BYTES)
         self._position = 0
 
     def readable(self) -> bool:
@@ -190,7 +190,7 @@ class _Reader(io.RawIOBase):
         self._position += size
         if start >= self._tail.offset:
             return self._tail.data[start - self._tail.offset :][:size]
-        return self._storage.read_range(self._uri, start, size, etag=self._tail.etag).data
+        return self._backend.read_range(self._uri, start, size, etag=self._tail.etag).data
 
 
 class _Writer:
@@ -199,8 +199,8 @@ class _Writer:
     It is not an `IOBase`, because that closes itself when it is garbage-collected and so would publish half an object.
     """
 
-    def __init__(self, storage: Storage, uri: str) -> None:
-        self._storage = storage
+    def __init__(self, backend: S3Backend, uri: str) -> None:
+        self._backend = backend
         self._uri = uri
         self._file = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115  # closed in `close`
 
@@ -221,4 +221,4 @@ class _Writer:
         if not self._file.closed:
             with self._file:
                 self._file.seek(0)
-                self._storage.write(self._uri, self._file)
+                self._backend.write(self._uri, self._file)

@@ -214,8 +214,8 @@ def test_every_client_goes_to_the_same_host_of_aws(
     with recording_s3() as fake:
         aws.setenv("HTTPS_PROXY", fake.endpoint_url)
         storage = storage_at()
-        fs, path = storage.fsspec_filesystem(f"s3://{BUCKET}/in")
-        filesystem, _ = storage.arrow_filesystem(f"s3://{BUCKET}/in")
+        fs = storage.connection.s3fs_filesystem()
+        filesystem, path = storage.arrow_filesystem(f"s3://{BUCKET}/in")
         for ask in (
             lambda: list(storage.list(f"s3://{BUCKET}/in")),
             lambda: fs.ls(path),

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from agr_ray.errors import ConfigError
-from agr_ray.storage import Storage
+from agr_ray.storage import Connection, Storage
 from agr_ray.storage.lock import LockLost, LockRecord, run_lock
 
 pytestmark = pytest.mark.timeout(120)
@@ -22,7 +22,7 @@ EXPIRY_S = 12.0
 
 @pytest.fixture
 def storage(s3_environment: object) -> Storage:
-    return Storage(request_timeout_s=5, max_attempts=3)
+    return Storage(Connection(timeout_s=5, max_attempts=3))
 
 
 def stale_lock(token: str) -> bytes:

@@ -11,7 +11,7 @@ from commands import ROOT
 from agr_ray.config import ScoreConfig
 from agr_ray.errors import ConfigError
 from agr_ray.scoring.planning import plan, read_counts, scored_ids
-from agr_ray.storage import Storage, StorageUnavailable
+from agr_ray.storage import Connection, Storage, StorageUnavailable
 from agr_ray.storage.parts import read_rows
 
 sys.path.append(str(ROOT / "tests" / "unit"))
@@ -26,8 +26,9 @@ def published(rows: pa.Table, statuses: list[str]) -> pa.Table:
     return rows.slice(0, len(statuses)).append_column("status", pa.array(statuses))
 
 
-def test_a_prefix_is_planned_and_then_only_what_is_not_scored(s3_root: str) -> None:
-    storage = Storage(request_timeout_s=5, max_attempts=2, list_page_keys=3)
+def test_a_prefix_is_planned_and_then_only_what_is_not_scored(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agr_ray.storage.s3._KEYS_PER_PAGE", 3)
+    storage = Storage(Connection(timeout_s=5, max_attempts=2))
     for key in [*KEYS, "notes.txt"]:
         storage.write(f"{s3_root}/in/{key}", key.encode())
     config = ScoreConfig(input=f"{s3_root}/in", rows_per_file=3)
@@ -50,7 +51,7 @@ def test_a_prefix_is_planned_and_then_only_what_is_not_scored(s3_root: str) -> N
 
 @pytest.mark.parametrize("file_format", ["CSV", "Parquet"])
 def test_an_inventory_and_a_manifest_are_read_from_a_bucket(s3_root: str, file_format: str) -> None:
-    storage = Storage(request_timeout_s=5, max_attempts=2)
+    storage = Storage(Connection(timeout_s=5, max_attempts=2))
     bucket = s3_root.rpartition("/")[0]
     inventory = write_inventory(storage, bucket, [[entry(key) for key in KEYS]], file_format)
 
@@ -63,7 +64,7 @@ def test_an_inventory_and_a_manifest_are_read_from_a_bucket(s3_root: str, file_f
 
 
 def test_inputs_that_are_not_there_are_told_apart(s3_root: str) -> None:
-    storage = Storage(request_timeout_s=5, max_attempts=2)
+    storage = Storage(Connection(timeout_s=5, max_attempts=2))
 
     assert plan(storage, ScoreConfig(input=f"{s3_root}/none"), f"{s3_root}/out").num_parts == 0
     for name in ("none.parquet", "none/manifest.json"):

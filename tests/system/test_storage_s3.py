@@ -28,6 +28,7 @@ from agr_ray.schema import Status
 from agr_ray.storage import (
     ArchivedObject,
     ChangedObject,
+    Connection,
     MissingObject,
     ObjectTooLarge,
     ServerFailed,
@@ -42,7 +43,7 @@ ODD_KEYS = ["a b.jpg", "ünï/日本.jpg", "p%20q%.jpg", "h#h.jpg", "e=1/f+g.jpg
 
 
 def make_storage() -> Storage:
-    return Storage(request_timeout_s=5, max_attempts=2)
+    return Storage(Connection(timeout_s=5, max_attempts=2))
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +93,15 @@ def test_odd_keys_are_listed_and_read_back(storage: Storage, s3_root: str, key: 
     assert storage.exists(uri)
 
 
-def test_listing_goes_over_pages_in_order_and_keeps_suffixes(storage: Storage, s3_root: str) -> None:
+def test_listing_goes_over_pages_in_order_and_keeps_suffixes(
+    storage: Storage, s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = [f"{number:04d}.jpg" for number in range(23)]
     for key in [*keys, "note.txt"]:
         storage.write(f"{s3_root}/in/{key}", b"x")
-    paging = Storage(list_page_keys=10)
+    monkeypatch.setattr("agr_ray.storage.s3._KEYS_PER_PAGE", 10)
 
-    assert [info.key for info in paging.list(f"{s3_root}/in/", [".JPG"])] == keys
+    assert [info.key for info in storage.list(f"{s3_root}/in/", [".JPG"])] == keys
 
 
 def test_a_prefix_does_not_list_its_namesakes_nor_directories(
@@ -283,7 +286,7 @@ def test_no_keys_at_all_says_which_variables_to_set(s3_root: str, monkeypatch: p
 
 def test_an_endpoint_out_of_reach_is_named(s3_environment: S3Server) -> None:
     endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
-    storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=1)
+    storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=1))
 
     with pytest.raises(StorageUnavailable, match=f"{endpoint}.* can't be reached"):
         list(storage.list("s3://bucket/in"))
@@ -291,12 +294,12 @@ def test_an_endpoint_out_of_reach_is_named(s3_environment: S3Server) -> None:
 
 def test_a_malformed_endpoint_is_named(s3_environment: S3Server) -> None:
     with pytest.raises(StorageUnavailable, match="not-a-url"):
-        list(Storage(endpoint_url="not-a-url").list("s3://bucket/in"))
+        list(Storage(Connection(endpoint_url="not-a-url")).list("s3://bucket/in"))
 
 
 def test_a_server_that_keeps_failing_is_data_after_the_retries(s3_environment: S3Server) -> None:
     with canned_server([raw_answer("503 Slow Down", b"")]) as (endpoint, requests):
-        storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=2)
+        storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=2))
         with pytest.raises(ServerFailed, match=r"a\.jpg") as caught:
             storage.read("s3://bucket/a.jpg")
 
@@ -307,14 +310,14 @@ def test_a_server_that_keeps_failing_is_data_after_the_retries(s3_environment: S
 def test_a_body_that_breaks_off_is_read_again(s3_environment: S3Server) -> None:
     answers = [raw_answer("200 OK", b"ha", length=5), raw_answer("200 OK", b"whole")]
     with canned_server(answers) as (endpoint, _):
-        storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=2)
+        storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=2))
 
         assert storage.read("s3://bucket/a.jpg") == b"whole"
 
 
 def test_a_body_that_always_breaks_off_fails(s3_environment: S3Server) -> None:
     with canned_server([raw_answer("200 OK", b"ha", length=5)]) as (endpoint, requests):
-        storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=2)
+        storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=2))
         with pytest.raises(StorageFailed, match="broke off 2 times"):
             storage.read("s3://bucket/a.jpg")
 
@@ -323,7 +326,7 @@ def test_a_body_that_always_breaks_off_fails(s3_environment: S3Server) -> None:
 
 def test_a_server_that_ignores_if_match_is_caught(s3_environment: S3Server) -> None:
     with canned_server([raw_answer("200 OK", b"other")]) as (endpoint, _):
-        storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=1)
+        storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=1))
         with pytest.raises(ChangedObject):
             storage.read("s3://bucket/a.jpg", etag="listed")
 
@@ -331,7 +334,7 @@ def test_a_server_that_ignores_if_match_is_caught(s3_environment: S3Server) -> N
 def test_access_denied_to_one_object_is_data_and_to_a_listing_is_not(s3_environment: S3Server) -> None:
     body = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
     with canned_server([raw_answer("403 Forbidden", body)]) as (endpoint, _):
-        storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=1)
+        storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=1))
         with pytest.raises(StorageFailed, match="AccessDenied") as caught:
             storage.read("s3://bucket/a.jpg")
         assert not isinstance(caught.value, ServerFailed)  # asked again, it would say the same
@@ -345,7 +348,7 @@ def test_access_denied_to_one_object_is_data_and_to_a_listing_is_not(s3_environm
 def test_an_archived_object_is_archived_and_asked_for_once(s3_environment: S3Server, said: str, named: str) -> None:
     body = f"<Error><Code>InvalidObjectState</Code><Message>no</Message>{said}</Error>"
     with canned_server([raw_answer("403 Forbidden", body.encode())]) as (endpoint, requests):
-        storage = Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=2)
+        storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=2))
         with pytest.raises(ArchivedObject, match=named) as caught:
             storage.read("s3://bucket/a.jpg")
 
@@ -363,7 +366,7 @@ def test_a_listing_tells_storage_classes_and_restored_copies(s3_environment: S3S
     ]
     body = f"<ListBucketResult>{''.join(entries)}<IsTruncated>false</IsTruncated></ListBucketResult>".encode()
     with canned_server([raw_answer("200 OK", body)]) as (endpoint, _):
-        infos = list(Storage(endpoint_url=endpoint, request_timeout_s=2, max_attempts=1).list("s3://bucket"))
+        infos = list(Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=1)).list("s3://bucket"))
 
     assert [info.storage_class for info in infos] == ["GLACIER restored", "GLACIER", "GLACIER", "STANDARD", None]
 
@@ -463,14 +466,14 @@ def test_the_endpoint_can_come_from_configuration_for_all_clients(
     s3_environment: S3Server, s3_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    storage = Storage(endpoint_url=s3_environment.endpoint_url, region=s3_environment.region)
+    connection = Connection(endpoint_url=s3_environment.endpoint_url, region=s3_environment.region)
+    storage = Storage(connection)
 
     storage.write(f"{s3_root}/a", b"x")
     arrow, path = storage.arrow_filesystem(f"{s3_root}/a")
-    s3fs, _ = storage.fsspec_filesystem(s3_root)
 
     assert arrow.get_file_info(path).size == 1
-    assert s3fs.cat_file(path) == b"x"
+    assert connection.s3fs_filesystem().cat_file(path) == b"x"
 
 
 def test_storage_works_in_another_process_after_pickling(storage: Storage, s3_root: str) -> None:

@@ -11,7 +11,7 @@ from commands import ROOT
 from seaweedfs import S3Server
 
 from agr_ray.config import TuneConfig
-from agr_ray.storage import Storage
+from agr_ray.storage import Connection, Storage
 from agr_ray.tuning.study import Study
 
 sys.path.append(str(ROOT / "tests" / "unit"))
@@ -23,7 +23,7 @@ def test_a_study_in_a_bucket_leaves_nothing_on_the_disk(
     s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    storage = Storage(endpoint_url=s3_server.endpoint_url)
+    storage = Storage(Connection(endpoint_url=s3_server.endpoint_url))
     uri = "s3://tests/sweeps/lite"
 
     def opened() -> Study:

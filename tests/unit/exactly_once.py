@@ -35,13 +35,12 @@ sys.path.append(str(Path(__file__).parents[1] / "ray"))
 from sets import checkpoint
 from this_process import ThisProcess
 
-from agr_ray import storage
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
 from agr_ray.errors import ConfigError
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.planning import RETRIED
-from agr_ray.storage import ServerFailed, Storage, StorageUnavailable
+from agr_ray.storage import ServerFailed, Storage, StorageUnavailable, atomic
 from agr_ray.storage.lock import LockLost
 from agr_ray.vision.decode import encode_jpeg
 
@@ -150,7 +149,7 @@ class World:
         log = io.StringIO()
         try:
             signal.alarm(MAX_COMMAND_S)
-            storage._MAX_FLOCK_S = 1.0
+            atomic._MAX_FLOCK_S = 1.0
             strike_before(run.strike_at, strike)
             refuse(run.refused, run.refused_once)
             score_input(self.job(run.recipe), self.workers, make_console(log))

@@ -1,0 +1,235 @@
+"""Local files written whole or not at all, and under a condition; temporaries of killed writers."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from agr_ray.storage import (
+    ChangedObject,
+    MissingObject,
+    Storage,
+    StorageUnavailable,
+)
+
+
+@pytest.fixture
+def storage() -> Storage:
+    return Storage()
+
+
+def test_writing_replaces_and_leaves_nothing_beside(storage: Storage, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.bin"
+
+    storage.write(str(path), b"one")
+    storage.write(str(path), b"two")
+
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["a.bin"]
+
+
+def test_writing_below_a_file_is_one_clear_line(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+
+    with pytest.raises(StorageUnavailable, match="can't be written"):
+        storage.write(str(tmp_path / "file" / "a"), b"x")
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_of_conditional_writers_at_once_only_one_succeeds(storage: Storage, tmp_path: Path, existing: bool) -> None:
+    path, outcomes, start = str(tmp_path / "lock"), [], threading.Barrier(8)
+    etag = storage.write(path, b"an older and longer one") if existing else None
+
+    def write(number: int) -> None:
+        start.wait()
+        try:
+            storage.write(path, str(number).encode(), if_absent=not existing, if_match=etag)
+            outcomes.append(number)
+        except (FileExistsError, ChangedObject):
+            pass
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [str(number) for number in outcomes] == [Path(path).read_text()]
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+RACE = """
+import sys, threading
+from pathlib import Path
+from refused_calls import refuse
+from agr_ray.storage import Storage
+
+refuse(sys.argv[2:])
+path, winners, start = sys.argv[1], [], threading.Barrier(8)
+
+def write(number):
+    start.wait()
+    try:
+        Storage().write(path, str(number).encode(), if_absent=True)
+        winners.append(str(number))
+    except FileExistsError:
+        pass
+
+threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert winners == [Path(path).read_text()], winners
+"""
+
+
+def run_python(code: str, *arguments: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("refused", [["link"], ["link", "renameat2"]], ids=["no links", "no conditional renames"])
+def test_without_hard_links_too_only_one_of_many_writers_succeeds(tmp_path: Path, refused: list[str]) -> None:
+    run_python(RACE, str(tmp_path / "lock"), *refused)
+
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+def test_a_name_that_is_free_again_when_we_look_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*_: object) -> None:
+        raise FileExistsError(errno.EEXIST, "File exists")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", taken)
+        with pytest.raises(FileExistsError, match="exists and is not overwritten"):
+            Storage().write(str(tmp_path / "lock.json"), b"x", if_absent=True)
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StorageUnavailable):
+        Storage().write(str(tmp_path / "file" / "lock.json"), b"x", if_absent=True)
+    Storage().write(str(tmp_path / "lock.json"), b"x", if_absent=True)
+
+
+def test_a_file_is_replaced_and_deleted_only_if_it_is_still_the_one_that_was_read(
+    storage: Storage, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "a")
+    first = storage.write(path, b"first")
+    assert storage.read_with_etag(path) == (b"first", first)
+    second = storage.write(path, b"the second", if_match=first)
+
+    with pytest.raises(ChangedObject):
+        storage.write(path, b"third", if_match=first)
+    with pytest.raises(ChangedObject):
+        storage.delete(path, if_match=first)
+    assert storage.read_with_etag(path) == (b"the second", second)
+    storage.delete(path, if_match=second)
+    with pytest.raises(MissingObject):
+        storage.write(path, b"third", if_match=second)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_writer_who_waited_for_a_file_that_was_replaced_meanwhile_does_not_replace_it_again(
+    storage: Storage, tmp_path: Path
+) -> None:
+    path, outcomes = tmp_path / "a", []
+    etag = storage.write(str(path), b"first")
+
+    def write() -> None:
+        with pytest.raises(ChangedObject):
+            storage.write(str(path), b"third", if_match=etag)
+        outcomes.append("refused")
+
+    with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a writer does that is about to replace it
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join(timeout=0.3)
+        assert thread.is_alive()
+        storage.write(str(path), b"the second")
+    thread.join()
+
+    assert (outcomes, path.read_bytes()) == (["refused"], b"the second")
+
+
+def test_a_file_that_a_stopped_writer_has_locked_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agr_ray.storage.atomic._MAX_FLOCK_S", 0.2)
+    uri = str(tmp_path / "lock.json")
+    etag = Storage().write(uri, b"one")
+    ready, told = os.pipe()
+    process = os.fork()
+    if not process:
+        with open(uri, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.write(told, b"x")
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os._exit(0)
+    os.read(ready, 1)
+    try:
+        with pytest.raises(StorageUnavailable, match=r"another process has locked it for 0\.2 s; is it stopped\?"):
+            Storage().write(uri, b"two", if_match=etag)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    Storage().write(uri, b"two", if_match=etag)
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from agr_ray.storage import atomic
+from agr_ray.storage.temporary import temporary_folder_beside
+
+def stop(path):
+    print("writing", flush=True)
+    sys.stdin.read()  # alive until it is killed
+
+if sys.argv[2] == "file":
+    atomic.write_whole(sys.argv[1], stop)
+else:
+    with temporary_folder_beside(sys.argv[1]) as temporary:
+        Path(temporary, "weights").write_bytes(b"x")
+        stop(temporary)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "tree"])
+def test_what_a_killed_writer_left_is_deleted_and_a_live_ones_is_not(
+    storage: Storage, tmp_path: Path, kind: str
+) -> None:
+    def start() -> tuple[subprocess.Popen[bytes], str]:
+        before = set(os.listdir(tmp_path))
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path / "target"), kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout.readline() == b"writing\n"
+        (name,) = set(os.listdir(tmp_path)) - before
+        return process, name
+
+    live, live_name = start()
+    dead, dead_name = start()
+    try:
+        dead.kill()
+        dead.wait()
+        (tmp_path / ".tmp-empty").mkdir()
+        assert sorted(os.listdir(tmp_path)) == sorted([live_name, dead_name, ".tmp-empty"])
+
+        storage.write(str(tmp_path / "other"), b"x")
+
+        assert sorted(os.listdir(tmp_path)) == sorted([live_name, "other"])
+    finally:
+        live.kill()
+        live.wait()
