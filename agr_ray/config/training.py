@@ -183,7 +183,7 @@ class TrainConfig(Section):
     max_failures: Annotated[int, Field(ge=-1, le=MAX_INT)] = 3
     """Times that a failed worker group is started again from the last checkpoint; -1: without end."""
     outage_s: Annotated[float, Field(ge=0.0, le=1e6)] = 300.0
-    """How long storage that has gone away, or a cluster that has become too small, is waited for, seconds."""
+    """Seconds to wait for storage that is unavailable, or for a cluster that has become too small."""
     lock_expiry_s: Timeout = 120.0
     """Seconds for which the lock on the run must stand still before the same command takes it over from a driver that
     was killed on another machine; of one on this machine it is known at once. A heartbeat comes every quarter of it."""

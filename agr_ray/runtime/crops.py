@@ -19,7 +19,7 @@ from agr_ray.data.crops import Slice, deal_parts, read_slices, training_arrays, 
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.runtime.cluster import configure_ray_data, worker_count
 from agr_ray.storage import Storage
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 
 DECODED_ROWS: Final = 256
 """Rows of a block of decoded crops: some 50 MiB at 224 pixels."""
@@ -55,7 +55,7 @@ def training_dataset(
         sets: whose crops have the same side.
         split: train, val or test; all: every one.
         use_fallback: whether chips in which no face was found are among them.
-        outage_s: how long storage that has gone away is waited for.
+        outage_s: seconds for which reading is retried while storage is unavailable.
         cpus_per_task: logical CPUs that Ray reserves for each task that reads; 0 where workers may take all there are.
     """
     configure_ray_data()  # as in part_dataset
@@ -65,7 +65,7 @@ def training_dataset(
         split=split,
         statuses=usable_statuses(use_fallback=use_fallback),
         side_px=sets[0].crop_side_px,
-        patience=Patience(outage_s),
+        retry=Retry(outage_s),
     )
     listed = [[info.uri for info in storage.list(each.crops(storage), (".parquet",))] for each in sets]
     slices = [{"slices": [each._asdict() for each in group]} for group in deal_parts(listed)]
@@ -95,10 +95,10 @@ class SplitShares(DataConfig):
 
 
 def _decode_slices(
-    groups: pa.Table, storage: Storage, split: str, statuses: list[str], side_px: int, patience: Patience
+    groups: pa.Table, storage: Storage, split: str, statuses: list[str], side_px: int, retry: Retry
 ) -> Iterator[dict[str, NDArray[Any]]]:
     for slices in groups["slices"].to_pylist():
         read = partial(read_slices, storage, [Slice(**each) for each in slices], split, statuses)
-        rows = patience.call(read)
+        rows = retry.call(read)
         for start in range(0, rows.num_rows, DECODED_ROWS):
             yield training_arrays(rows.slice(start, DECODED_ROWS), side_px)

@@ -63,7 +63,7 @@ from agr_ray.runtime.training.trainer import check_workers_fit, fit
 from agr_ray.schema import Status
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 from agr_ray.vision.align import DEFAULT_MARGIN
 
 
@@ -95,7 +95,7 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
     if job.dry_run:
         dry_run(run, sets, first or MultiTaskNet(job.model), machine_cpus(), console)
         return storage.join(uri, "best")
-    lock_uri, patience = storage.join(uri, "lock.json"), Patience(job.train.outage_s)
+    lock_uri, retry = storage.join(uri, "lock.json"), Retry(job.train.outage_s)
     owner = f"training run {uri}"
     with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
         tracked(run)  # before the cluster starts, so that a rejected connection ends the job at once
@@ -105,8 +105,8 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
             _begin(run, first)
             with progress_board(console) as board:
                 result = fit(run, sets, lock, board, console, callbacks)
-            patience.call(lambda: _check_finite(run))
-            best = patience.call(lambda: _publish(run, result, lock, console))
+            retry.call(lambda: _check_finite(run))
+            best = retry.call(lambda: _publish(run, result, lock, console))
     _print_history(console, storage, uri)
     return best
 

@@ -29,7 +29,7 @@ from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher
 from agr_ray.runtime.tuning.trial import trainable
 from agr_ray.storage import Storage
 from agr_ray.storage.lock import RunLock, run_lock
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 from agr_ray.tuning.placement import TRIAL_CPUS, Room, room_for, trial_bundles
 from agr_ray.tuning.plan import Plan, plan_sweep
 from agr_ray.tuning.space import base_job, check_space, paper_point, recipes_value, unlike_papers, with_values
@@ -79,7 +79,7 @@ def tune(job: TuneJob) -> str:
         if first is not None:
             dry_run(run, sets, first, machine_cpus(), console)
         return storage.join(planned.uri, "best")
-    lock_uri, patience = storage.join(planned.uri, "lock.json"), Patience(job.train.outage_s)
+    lock_uri, retry = storage.join(planned.uri, "lock.json"), Retry(job.train.outage_s)
     owner = f"sweep {planned.uri}"
     with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
         with cluster(job.cluster):
@@ -92,8 +92,8 @@ def tune(job: TuneJob) -> str:
                 _run_trials(
                     sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, folder, console
                 )
-        patience.call(lock.confirm)
-        patience.call(sweep.clean)
+        retry.call(lock.confirm)
+        retry.call(sweep.clean)
         finished = "" if sweep.num_ended < sweep.plan.num_trials else f"{sweep.plan.num_trials} trials"
         write_results(sweep, run, console)
         sweep.write_record(finished)

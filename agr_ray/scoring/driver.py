@@ -59,7 +59,7 @@ from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 from agr_ray.tables.rejects import reject_reasons
 
 MIN_KEY_BYTES: Final = 32
@@ -205,12 +205,12 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     identity = _digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key)])
     works = storage.join(f"{out}-work", identity)
     lock_uri = storage.join(f"{out}-work", "lock.json")
-    patience = Patience(job.score.outage_s)
+    retry = Retry(job.score.outage_s)
     held = run_lock(storage, lock_uri, identity, expiry_s=job.score.lock_expiry_s, console=console)
     with held as lock, _lost_lock_first(lock):
 
         def check() -> None:
-            patience.call(lock.check)
+            retry.call(lock.check)
 
         left: list[str] = []
         try:
@@ -265,12 +265,12 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             try:
                 timings = _score_parts(job, scoring, run, workers, check, console)
             except TooManyRefused as error:
-                patience.call(lambda error=error: _keep_for_later(job.score, scoring, works, error.reason))  # type: ignore[misc]
+                retry.call(lambda error=error: _keep_for_later(job.score, scoring, works, error.reason))  # type: ignore[misc]
                 raise
             check()
             started = time.perf_counter()
             counts = _publish_files(publication, workers, check, console)
-        patience.call(lambda: publish_demographics(publication, counts, model.calibration, job.score.min_cell))
+        retry.call(lambda: publish_demographics(publication, counts, model.calibration, job.score.min_cell))
         totals = _totals(counts, run.plan)
         timings |= {"plan_s": run.plan_s, "publish_s": time.perf_counter() - started}
         record: dict[str, Any] = {
@@ -290,7 +290,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             "timings": timings,
             "published_at": _now().isoformat(timespec="milliseconds"),
         }
-        patience.call(lambda: promote(publication, record, lock.check))
+        retry.call(lambda: promote(publication, record, lock.check))
         try:
             lock.check()
             storage.delete_tree(works)
@@ -594,11 +594,11 @@ def _finished_parts(scoring: Scoring, refusals: _Refusals, check: Callable[[], N
 
     Parts with photographs that storage refused are not counted as finished, because storage may serve them now.
     """
-    patience = Patience(scoring.outage_s)
+    retry = Retry(scoring.outage_s)
     done = set()
     for number in scoring.parts.finished():
         uri = scoring.parts.uri(number)
-        images = patience.call(lambda uri=uri: scoring.storage.read_table(uri, ["uri", "status", "error"]))  # type: ignore[misc]
+        images = retry.call(lambda uri=uri: scoring.storage.read_table(uri, ["uri", "status", "error"]))  # type: ignore[misc]
         check()
         rows = zip(images["status"].to_pylist(), images["error"].to_pylist(), strict=True)
         if not any(status == Status.FAILED and error != KILLED_ITS_WORKER for status, error in rows):

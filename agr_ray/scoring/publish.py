@@ -27,7 +27,7 @@ from agr_ray.evaluation.calibration import Calibration
 from agr_ray.schema import IMAGES, REJECTS, Status
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import PARTS_PER_FILE, Parts
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 from agr_ray.tables.demographics import demographics
 from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts
 from agr_ray.tables.suppression import suppress
@@ -80,7 +80,7 @@ class Publication:
 
     def publish_file(self, file: int) -> Counts:
         """Write one file of each table, and count what is in it."""
-        return Patience(self.outage_s).call(lambda: self._publish_file(file))
+        return Retry(self.outage_s).call(lambda: self._publish_file(file))
 
     def _publish_file(self, file: int) -> Counts:
         images = self._image_rows(file)

@@ -32,7 +32,7 @@ from agr_ray.schema import FACE, GENDERS, IMAGES, RACES, SCORE_MANIFEST, Status
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Attempts, Parts
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 from agr_ray.tables.rejects import reject_reasons
 from agr_ray.vision.align import align, crop_side_px
 from agr_ray.vision.quality import sharpness
@@ -151,7 +151,7 @@ class FaceFinder:
         self.stopwatch = Stopwatch()
         self._scoring = scoring
         self._reader = ImageReader(scoring.storage, scoring.vision, self.stopwatch)
-        self._patience = Patience(scoring.outage_s)
+        self._retry = Retry(scoring.outage_s)
 
     def find(self, part: int) -> Iterator[Found]:
         """Find the faces of all images of a part, a batch at a time; one that kills its worker is given up.
@@ -205,7 +205,7 @@ class FaceFinder:
         try:
             seen = self._reader.read(fetched)
         except StorageUnavailable:
-            seen = self._patience.call(lambda: self._reader.read(self._fetch(rows)))
+            seen = self._retry.call(lambda: self._reader.read(self._fetch(rows)))
         common = self._common()
         images: list[_Row] = []
         crops: list[NDArray[np.uint8]] = []

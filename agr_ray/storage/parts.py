@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agr_ray.storage import MissingObject, Storage, StorageUnavailable
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 from agr_ray.storage.scratch import scratch_folder
 
 PLAN: Final = "plan.json"
@@ -38,13 +38,13 @@ KILLED_ITS_WORKER: Final = f"killed its worker {MAX_DEATHS} times"
 
 @dataclass(frozen=True)
 class Parts:
-    """The numbered parts of one plan, in any process. Each call waits for storage that has gone away."""
+    """The numbered parts of one plan, in any process. Each call is retried while storage is unavailable."""
 
     storage: Storage
     work: str
     """Folder of the plan's work."""
     outage_s: float = 0.0
-    """How long to wait for storage, seconds."""
+    """Seconds for which a call is retried; 0: never."""
 
     @property
     def manifest(self) -> str:
@@ -66,7 +66,7 @@ class Parts:
 
     def rows(self, number: int) -> pa.Table:
         """Read a part's rows of the manifest."""
-        return Patience(self.outage_s).call(lambda: read_rows(self.storage, self.manifest, number))
+        return Retry(self.outage_s).call(lambda: read_rows(self.storage, self.manifest, number))
 
     def begin(self, number: int) -> Attempts:
         """Note that work on a part begins, and return what is known of earlier attempts."""
@@ -74,9 +74,9 @@ class Parts:
 
     def write(self, number: int, table: pa.Table) -> None:
         """Write what was made of a part, and delete its notes."""
-        patience = Patience(self.outage_s)
-        patience.call(lambda: self.storage.write_table(table, self.uri(number)))
-        patience.call(lambda: self.storage.delete(self._attempts_uri(number)))
+        retry = Retry(self.outage_s)
+        retry.call(lambda: self.storage.write_table(table, self.uri(number)))
+        retry.call(lambda: self.storage.delete(self._attempts_uri(number)))
 
     def _attempts_uri(self, number: int) -> str:
         return self.storage.join(self.work, "attempts", f"part-{number:08d}.json")
@@ -92,8 +92,8 @@ class Attempts:
     def __init__(self, storage: Storage, uri: str, outage_s: float = 0.0) -> None:
         self._storage = storage
         self._uri = uri
-        self._patience = Patience(outage_s)
-        record = self._patience.call(self._read)
+        self._retry = Retry(outage_s)
+        record = self._retry.call(self._read)
         self.has_died = record is not None
         """Whether an earlier attempt at the part did not end."""
         self.deaths: Counter[str] = Counter(record["deaths"] if record else {})
@@ -109,7 +109,7 @@ class Attempts:
     def suspect(self, image_id: str) -> None:
         """Note which image is next; empty: none alone."""
         record = {"suspect": image_id, "deaths": self.deaths}
-        self._patience.call(lambda: self._storage.write(self._uri, json.dumps(record).encode()))
+        self._retry.call(lambda: self._storage.write(self._uri, json.dumps(record).encode()))
 
     def _read(self) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Waiting for storage that has gone away. Imports nothing heavy: every process that reads crops imports this."""
+"""Retries while storage is unavailable. Imports nothing heavy: every process that reads crops imports this."""
 
 from __future__ import annotations
 
@@ -7,35 +7,38 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from agr_ray.storage import StorageFailed, StorageUnavailable
+from agr_ray.storage.errors import StorageFailed, StorageUnavailable
 
 _RETRY_S: Final = 2.0
 
 T = TypeVar("T")
 
 
-class Patience:
-    """Waits for storage that has gone away, for so many seconds, and says so once an outage."""
+class Retry:
+    """Calls functions again while storage is unavailable, each for up to `outage_s` seconds; 0: never again.
+
+    A warning on stderr says so once an outage.
+    """
 
     def __init__(self, outage_s: float) -> None:
         self._outage_s = outage_s
 
     def call(self, work: Callable[[], T]) -> T:
-        """Do it, and again while storage is away.
+        """Call `work` until it succeeds, and return its result.
 
         Raises:
-            StorageUnavailable, StorageFailed: it stayed away for too long.
+            StorageUnavailable, StorageFailed: it has not succeeded within `outage_s` of its first failure.
         """
-        gone_since: float | None = None
+        failing_since_s: float | None = None
         while True:
             try:
                 return work()
             except (StorageUnavailable, StorageFailed):
-                now = time.monotonic()
-                is_new, gone_since = gone_since is None, now if gone_since is None else gone_since
-                if now - gone_since > self._outage_s or not self._outage_s:
+                now_s = time.monotonic()
+                is_first, failing_since_s = failing_since_s is None, failing_since_s or now_s
+                if not self._outage_s or now_s - failing_since_s > self._outage_s:
                     raise
-                if is_new:
-                    # Without the error, which may name a photograph whose name nobody is to know.
-                    sys.stderr.write(f"warning: storage is away; waiting for it, {self._outage_s:g} s at most\n")
+                if is_first:
+                    # Without the error, which may name a photograph whose name must stay private.
+                    sys.stderr.write(f"warning: storage is unavailable; retrying for up to {self._outage_s:g} s\n")
                 time.sleep(_RETRY_S)

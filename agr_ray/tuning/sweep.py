@@ -32,7 +32,7 @@ from agr_ray.errors import ConfigError, JobError
 from agr_ray.learn.run import CHECKPOINTS, FAILURE
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 from agr_ray.tuning.plan import RECORD, Plan
 from agr_ray.tuning.space import base_job, values_of, with_values
 from agr_ray.tuning.study import Study
@@ -67,7 +67,7 @@ class Sweep:
         """What went wrong here while Tune called: the sweep ends of it."""
         self._console = console
         self._lock = lock
-        self._patience = Patience(job.train.outage_s)
+        self._retry = Retry(job.train.outage_s)
         self._began = time.monotonic()
         self._started: dict[int, float] = {}
         self._queue: deque[int] = deque()
@@ -120,8 +120,8 @@ class Sweep:
                 if settled.state == "unfinished":
                     self._queue.append(number)
         self.study.catch_up(list(self.trials.values()))
-        self._patience.call(self._save_study)
-        self._patience.call(self.clean)
+        self._retry.call(self._save_study)
+        self._retry.call(self.clean)
         if self.trials:
             gone_on = f", {len(self._queue)} of them go on" if self._queue else ""
             self._say(f"{len(self.trials)} of {self.plan.num_trials} trials were begun before{gone_on}")
@@ -251,7 +251,7 @@ class Sweep:
         """Return what a file of a trial's run holds; None: there is none."""
         uri = self.storage.join(self.trial_uri(number), name)
         try:
-            return self._patience.call(lambda: self.storage.read(uri)).decode()
+            return self._retry.call(lambda: self.storage.read(uri)).decode()
         except MissingObject:
             return None
 
@@ -259,8 +259,8 @@ class Sweep:
         before = self.best
         self._keep(trial)
         self.study.tell(trial)
-        self._patience.call(self._save_study)
-        self._patience.call(lambda: self.clean(but=trial.number))
+        self._retry.call(self._save_study)
+        self._retry.call(lambda: self.clean(but=trial.number))
         best = self.best
         judged = "" if trial.objective is None else f", objective {trial.objective:.4f}"
         said = {"complete": "is complete", "pruned": "was stopped", "failed": "failed"}[trial.state]
@@ -298,7 +298,7 @@ class Sweep:
     def _history(self, number: int) -> list[dict[str, Any]]:
         uri = self.storage.join(self.trial_uri(number), "history.parquet")
         try:
-            rows: list[dict[str, Any]] = self._patience.call(lambda: self.storage.read_table(uri)).to_pylist()
+            rows: list[dict[str, Any]] = self._retry.call(lambda: self.storage.read_table(uri)).to_pylist()
         except MissingObject:
             return []
         return rows
@@ -309,8 +309,8 @@ class Sweep:
 
     def _write(self, name: str, said: Mapping[str, Any]) -> None:
         body = (json.dumps(said, indent=2) + "\n").encode()
-        self._patience.call(self.check_lock)
-        self._patience.call(lambda: self.storage.write(self.join(*name.split("/")), body))
+        self._retry.call(self.check_lock)
+        self._retry.call(lambda: self.storage.write(self.join(*name.split("/")), body))
 
     def _save_study(self) -> None:
         self.check_lock()

@@ -33,9 +33,8 @@ from agr_ray.scoring.scorer import (
     Scoring,
     flags,
 )
-from agr_ray.storage import ServerFailed, Storage, StorageFailed
+from agr_ray.storage import ServerFailed, Storage, StorageFailed, retry
 from agr_ray.storage import parts as parts_module
-from agr_ray.storage import retry as patience
 from agr_ray.storage.parts import MAX_DEATHS, Parts
 from agr_ray.vision.decode import encode_jpeg
 
@@ -147,7 +146,7 @@ def test_what_a_server_half_up_refuses_is_asked_for_again_once_it_gives_the_mani
                 raise ServerFailed(f"{uri}: InternalError")
         return read(storage, uri, **kwargs)
 
-    monkeypatch.setattr(patience, "_RETRY_S", 0.0)
+    monkeypatch.setattr(retry, "_RETRY_S", 0.0)
     monkeypatch.setattr(parts_module, "read_rows", read_manifest)
     monkeypatch.setattr(Storage, "read", read_photograph)
     list(PartScorer(scoring)({"part": np.array([0])}))

@@ -30,7 +30,7 @@ from agr_ray.runtime.training.worker import RunLogs
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.lock import LockLost
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 
 STORAGE = Storage()
 TRANSFORM = Transform(SIDE_PX, SIDE_PX)
@@ -77,7 +77,7 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
     report = EpochReport(row, True, "epochs", {}, network(), TRANSFORM, dict)
     STORAGE.write(f"{run.uri}/lock.json", b"token")
     fence = Fence(STORAGE, f"{run.uri}/lock.json", "token", 1.0)
-    logs = RunLogs(run, fence, Patience(0.0), epochs_done=0)
+    logs = RunLogs(run, fence, Retry(0.0), epochs_done=0)
 
     logs.write(row, [row])
     logs.show(arrays, report)

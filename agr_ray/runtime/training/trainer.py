@@ -29,7 +29,7 @@ from agr_ray.runtime.crops import SplitShares, training_dataset
 from agr_ray.runtime.training.fence import Fence, StopWhenLost
 from agr_ray.runtime.training.worker import collective_timeout_s, work
 from agr_ray.storage.lock import RunLock
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0
@@ -55,28 +55,28 @@ def fit(
         JobError: they failed for good.
         LockLost: the run's lock is no longer ours; the workers have been stopped.
     """
-    patience = Patience(run.job.train.outage_s)
+    retry = Retry(run.job.train.outage_s)
     # Of one start; Ray tries it again CONTROLLER_FAILURES times.
     start_s = max(MIN_START_S, run.job.train.outage_s / (CONTROLLER_FAILURES + 1))
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{start_s:g}")
     fence = Fence.of(lock, run.storage)
-    patience.call(lambda: _delete_unknown_checkpoints(run, lock))
-    attempts_left, epochs_done = CONTROLLER_FAILURES, patience.call(lambda: _epochs_done(run))
+    retry.call(lambda: _delete_unknown_checkpoints(run, lock))
+    attempts_left, epochs_done = CONTROLLER_FAILURES, retry.call(lambda: _epochs_done(run))
     while True:
         try:
             with _enough_workers(run), _said_which_cluster():
                 result = _trainer(run, sets, fence, board, callbacks).fit()
-            patience.call(lambda: _delete_unknown_checkpoints(run, lock))
+            retry.call(lambda: _delete_unknown_checkpoints(run, lock))
             return result
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
-            patience.call(lock.confirm)
+            retry.call(lock.confirm)
             cause = error.worker_failures[min(error.worker_failures)]
             raise _failed(run, f"training failed: {_last_line(cause)}") from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
             # Ray Train's controller is a process of its own: it can be killed, or give up while storage is unavailable.
-            patience.call(lock.confirm)
+            retry.call(lock.confirm)
             _check_still_fits(run)
-            before, epochs_done = epochs_done, patience.call(lambda: _epochs_done(run))
+            before, epochs_done = epochs_done, retry.call(lambda: _epochs_done(run))
             attempts_left = CONTROLLER_FAILURES if epochs_done > before else attempts_left - 1
             if attempts_left < 0 or _could_not_start(error):
                 raise _failed(run, f"training failed: {_last_line(error)}") from error

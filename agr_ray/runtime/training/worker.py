@@ -33,7 +33,7 @@ from agr_ray.runtime.cluster import machine_cpus
 from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.shard_batches import ShardBatches
 from agr_ray.storage.outgoing import delete_leftovers, outgoing_folder
-from agr_ray.storage.retry import Patience
+from agr_ray.storage.retry import Retry
 
 PROGRESS_EVERY_S: Final = 10.0
 NUM_SAMPLES: Final = 24
@@ -48,16 +48,16 @@ def work(config: dict[str, Any]) -> None:
     run: Run = config["run"]
     fence: Fence = config["fence"]
     logging.disable(logging.INFO)  # Ray Train logs every report as a page
-    patience = Patience(run.job.train.outage_s)
+    retry = Retry(run.job.train.outage_s)
     with TemporaryDirectory() as temporary:
         directory = Path(temporary, "checkpoint")
         checkpoint = ray.train.get_checkpoint()
         kept = "initial" if checkpoint is None else f"{CHECKPOINTS}/{Path(checkpoint.path).name}"
         uri = run.storage.join(run.uri, kept)
-        patience.call(lambda: run.storage.download_tree(uri, str(directory)))
+        retry.call(lambda: run.storage.download_tree(uri, str(directory)))
         model = load_checkpoint(directory).model
         resume = None if checkpoint is None else load_train_state(directory)
-    context = RayContext(run, fence, config["board"], patience, epochs_done=resume["epoch"] if resume else 0)
+    context = RayContext(run, fence, config["board"], retry, epochs_done=resume["epoch"] if resume else 0)
     torch.set_num_threads(context.num_threads)
     if context.rank == 0:
         begun = "beginning"
@@ -72,8 +72,8 @@ def work(config: dict[str, Any]) -> None:
         if error.image_ids is not None:
             text = "\n".join([str(error), *error.image_ids])
             uri = run.storage.join(run.uri, FAILURE)
-            patience.call(fence.check)
-            patience.call(lambda: run.storage.write(uri, text.encode()))
+            retry.call(fence.check)
+            retry.call(lambda: run.storage.write(uri, text.encode()))
 
 
 def collective_timeout_s(train: TrainConfig) -> float:
@@ -88,11 +88,11 @@ class RayContext:
         run: what is trained.
         fence: checks that the driver still holds the run's lock.
         board: handle of the `Board` that the driver's terminal shows; None: it has none, and lines are printed.
-        patience: waits for storage.
+        retry: for requests to storage.
         epochs_done: before this process goes on.
     """
 
-    def __init__(self, run: Run, fence: Fence, board: Any, patience: Patience, epochs_done: int) -> None:
+    def __init__(self, run: Run, fence: Fence, board: Any, retry: Retry, epochs_done: int) -> None:
         self._run = run
         self._fence = fence
         self._board = board
@@ -126,8 +126,8 @@ class RayContext:
             keep=run.num_val_rows <= max_rows,
             device=self.device,
         )
-        self._patience = patience
-        self._logs = RunLogs(run, fence, patience, epochs_done) if self.rank == 0 else None
+        self._retry = retry
+        self._logs = RunLogs(run, fence, retry, epochs_done) if self.rank == 0 else None
         self._sending = threading.Semaphore()
         """One checkpoint is on its way at a time: the disk holds no more, and a kill costs no more than two epochs."""
         if context.get_local_rank() == 0:
@@ -220,8 +220,8 @@ class RayContext:
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         storage, uri = self._run.storage, self._run.storage.join(self._run.uri, f"{CHECKPOINTS}/{name}")
         try:
-            self._patience.call(self._fence.check)
-            self._patience.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
+            self._retry.call(self._fence.check)
+            self._retry.call(lambda: storage.upload_tree(checkpoint.path, uri, overwrite=True))
         finally:
             self._sending.release()
         filesystem, path = storage.arrow_filesystem(uri)
@@ -248,12 +248,12 @@ class RayContext:
 class RunLogs:
     """TensorBoard's event files, history.parquet and MLflow, written by one worker after every epoch."""
 
-    def __init__(self, run: Run, fence: Fence, patience: Patience, epochs_done: int) -> None:
+    def __init__(self, run: Run, fence: Fence, retry: Retry, epochs_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run = run
         self._fence = fence
-        self._patience = patience
+        self._retry = retry
         self._events = run.storage.join(run.uri, "tensorboard")
         self._local = TemporaryDirectory()
         # Of epochs that are done again, TensorBoard forgets what earlier files say.
@@ -263,8 +263,8 @@ class RunLogs:
 
     def write(self, row: Row, history: list[Row]) -> None:
         """Add the row of an epoch."""
-        self._patience.call(self._fence.check)
-        self._patience.call(lambda: write_history(self._run, history))
+        self._retry.call(self._fence.check)
+        self._retry.call(lambda: write_history(self._run, history))
         for name, value in row.items():
             if value is not None and name != "epoch":
                 self._writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
@@ -287,7 +287,7 @@ class RunLogs:
         # Through storage, because the run may lie on S3; the files are small.
         for path in Path(self._local.name).iterdir():
             uri, body = self._run.storage.join(self._events, path.name), path.read_bytes()
-            self._patience.call(partial(self._run.storage.write, uri, body))
+            self._retry.call(partial(self._run.storage.write, uri, body))
 
 
 def _workers(count: int) -> str:
