@@ -56,7 +56,7 @@ class ScoreConfig(Section):
     pseudonymise: str = ""
     """File of a secret key of 32 bytes or more: published URIs and ids are HMACs (SHA-256) under it; empty: plain."""
     outage_s: Annotated[float, Field(ge=0.0, le=1e6)] = 300.0
-    """Seconds for which a running job retries while storage is unavailable; then it ends, and the same command resumes it."""
+    """Seconds to retry while storage is unavailable. Then the job ends, and the same command resumes it."""
     lock_expiry_s: Timeout = 120.0
     """Seconds for which the lock on out must stand still before another run takes it over, such as that of a run that
     was killed; a heartbeat comes every quarter of it."""
