@@ -7,15 +7,14 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import pyarrow as pa
 
 from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, MANIFEST, Status
-from agr_ray.storage import ObjectInfo, Storage, StorageError
+from agr_ray.storage import ObjectInfo
 
 IMAGE_SUFFIXES: Final = (
     *(".jpg", ".jpeg", ".jfif", ".mpo"),
@@ -26,8 +25,6 @@ IMAGE_SUFFIXES: Final = (
 
 CONFLICT_PREFIX: Final = "conflict:"
 """Begins the group_id of a subject of whom one image occurs twice under different labels."""
-
-_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +74,11 @@ class SourceRow:
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
-    """What reading one image gave: its hash, or why there is none."""
+class Content:
+    """What reading one image gave: the hash of its bytes, or why there is none."""
 
-    digest: str | None = None
-    status: Status = Status.OK
+    digest: str | None
+    status: str = str(Status.OK)
     error: str | None = None
 
 
@@ -102,61 +99,36 @@ def check_age(years: float) -> str | None:
     return f"age {years:g} is outside {AGE_MIN_YEARS:g} to {AGE_MAX_YEARS:g} years"
 
 
-def build_manifest(
-    rows: Iterable[SourceRow],
-    *,
-    source: str,
-    storage: Storage,
-    num_threads: int = 8,
-    max_bytes: int | None = None,
-    known_hashes: Mapping[tuple[str, str], str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> pa.Table:
-    """Read and hash every image whose label can be used, and return the manifest, sorted by key.
-
-    `group_id` is `subject:<name>` where the subject is known, else `sha256:<hash of the content>`. Images of equal
-    content share one group, even under the names of two subjects. No split is assigned here.
-
-    Images with a bad label are not read. One that can't be read, or has more than `max_bytes`, gets its status and
-    no group. One whose URI and etag are in `known_hashes`, which an earlier manifest gave (`content_hashes`), is not
-    read again. `progress` is called with the rows done and their total, now and then.
-
-    Returns:
-        A table of `schema.MANIFEST`, the same for the same source on every machine but for URIs and etags.
+def in_key_order(rows: Iterable[SourceRow], source: str) -> list[SourceRow]:
+    """Return a source's rows, sorted by key.
 
     Raises:
         ValueError: one key occurs twice.
-        StorageUnavailable: no image could be read: the storage is at fault.
     """
     ordered = sorted(rows, key=lambda row: row.key)
     for before, after in itertools.pairwise(ordered):
         if before.key == after.key:
             raise ValueError(f"source {source!r} has the key {after.key!r} twice")
+    return ordered
 
-    known = known_hashes or {}
 
-    def read(row: SourceRow) -> _Content:
-        if row.label.error is not None:
-            return _Content(status=Status.BAD_LABEL, error=row.label.error)
-        if row.missing:
-            return _Content(status=Status.MISSING, error=f"{row.key} is labelled and not there")
-        if row.etag is not None and (row.uri, row.etag) in known:
-            return _Content(known[row.uri, row.etag])
-        try:
-            return _Content(content_hash(storage.read(row.uri, etag=row.etag, max_bytes=max_bytes)))
-        except StorageError as error:
-            return _Content(status=error.status, error=str(error))
+def build_manifest(rows: Sequence[SourceRow], source: str, contents: Mapping[str, Content]) -> pa.Table:
+    """Return the manifest of a source: a row for each image, whatever is wrong with it, in the order of `rows`.
 
-    contents: list[_Content] = []
-    with ThreadPoolExecutor(num_threads) as pool:
-        # In batches, because map takes all of its input at once: millions of rows would be as many futures.
-        for start in range(0, len(ordered), _BATCH_ROWS):
-            for content in pool.map(read, ordered[start : start + _BATCH_ROWS]):
-                contents.append(content)
-                if progress is not None and (len(contents) % 64 == 0 or len(contents) == len(ordered)):
-                    progress(len(contents), len(ordered))
+    `group_id` is `subject:<name>` where the subject is known, else `sha256:<hash of the content>`. Images of equal
+    content share one group, even under the names of two subjects. No split is assigned here.
 
-    groups = group_ids([row.label for row in ordered], [content.digest for content in contents])
+    Args:
+        rows: result of `in_key_order`.
+        source: the source's name.
+        contents: the content of each image that has been read, by image_id. An image that is not among them has no
+            content_hash and no group; it is `ok` unless its label can't be used or the source says that it is missing.
+
+    Returns:
+        A table of `schema.MANIFEST`, the same for the same source on every machine but for URIs and etags.
+    """
+    found = [_content(row, contents) for row in rows]
+    groups = group_ids([row.label for row in rows], [content.digest for content in found])
     records = [
         {
             "image_id": image_id(row.uri),
@@ -173,22 +145,20 @@ def build_manifest(
             "race": row.label.race,
             "age_low": row.label.age_low,
             "age_high": row.label.age_high,
-            "status": str(content.status),
-            "error": "; ".join(filter(None, (content.error, row.label.dropped))) or None,
+            "status": content.status,
+            "error": content.error or row.label.dropped,
         }
-        for row, content, group in zip(ordered, contents, groups, strict=True)
+        for row, content, group in zip(rows, found, groups, strict=True)
     ]
     return pa.Table.from_pylist(records, schema=MANIFEST)
 
 
-def content_hashes(manifest: pa.Table) -> dict[tuple[str, str], str]:
-    """Return the hash of each image that a manifest read, by URI and etag."""
-    columns = [manifest.column(name).to_pylist() for name in ("uri", "etag", "content_hash")]
-    return {
-        (uri, etag): digest
-        for uri, etag, digest in zip(*columns, strict=True)
-        if etag is not None and digest is not None
-    }
+def _content(row: SourceRow, contents: Mapping[str, Content]) -> Content:
+    if row.label.error is not None:
+        return Content(None, str(Status.BAD_LABEL), row.label.error)
+    if row.missing:
+        return Content(None, str(Status.MISSING), f"{row.key} is labelled and not there")
+    return contents.get(image_id(row.uri), Content(None))
 
 
 def labels_digest(manifest: pa.Table) -> str:

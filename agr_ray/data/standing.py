@@ -1,13 +1,16 @@
-"""Find which crop rows of a prepared set are still valid after its source has been read again.
+"""Find which crop rows of a prepared set are still valid after its source has been listed again.
 
-A row is valid while its image still has the bytes that were cropped. Labels, group and split come from the manifest,
-so a corrected label needs no new crop. Rows of images that are gone, changed or failed are dropped. If several parts
-hold the same image, only its first row is kept. The remaining rows equal those of a fresh run.
+A row is valid while its image has the etag under which it was read. Its hash, status and crop then need no new
+download; labels, group and split come from the manifest, so a corrected label needs no new crop. Rows of images that
+are gone, changed or failed are dropped. If several parts hold the same image, only its first row is kept. The remaining
+rows equal those of a fresh run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,125 +19,144 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from agr_ray.data.manifest import Content
 from agr_ray.schema import CROP_STATUSES, CROPS, MANIFEST, Status
 from agr_ray.storage import Storage
+from agr_ray.storage.parts import KILLED_ITS_WORKER
 
 COPIED: Final = tuple(name for name in MANIFEST.names if name not in ("status", "error"))
 """Columns of crop rows that are copied from the manifest."""
 RETRIED: Final = (str(Status.FAILED), str(Status.MISSING), str(Status.CHANGED))
 """Statuses of crop rows whose image may have become readable."""
+_NUM_THREADS: Final = 8
+"""Parts that are read, or rewritten, at a time."""
 
 
 @dataclass(frozen=True)
-class PartEdit:
-    """How to update one Parquet part of the crops."""
+class StandingPart:
+    """One Parquet part of crop rows, compared with the listing of its source."""
 
     uri: str
+    is_staged: bool
+    """Whether the part is not among the set's crops yet."""
+    rows: pa.Table
+    """The part's rows, with the columns of schema.MANIFEST."""
     indices: pa.Array
-    """(rows,) each row's place in the manifest, int64; null for an image that is not in it."""
+    """(rows,) each row's place in the listing, int64; null for an image that is not in it."""
     keeps: NDArray[np.bool_]
     """(rows,) whether each row is valid."""
-    is_stale: bool
-    """Whether any valid row differs from the manifest in the manifest's columns."""
+
+    def truth(self, manifest: pa.Table) -> pa.Table:
+        """Return the manifest's row for each valid row."""
+        return manifest.take(self.indices.filter(pa.array(self.keeps)))
+
+    def differs(self, manifest: pa.Table) -> NDArray[np.bool_]:
+        """Return whether each valid row differs from the manifest in the manifest's columns."""
+        rows, truth = self.rows.filter(pa.array(self.keeps)), self.truth(manifest)
+        differs = pc.invert(_equal(rows["error"], _errors(rows, truth)))
+        for name in COPIED:
+            differs = pc.or_(differs, pc.invert(_equal(rows[name], truth[name])))
+        return np.asarray(differs.combine_chunks())
 
 
-@dataclass(frozen=True)
-class Standing:
-    """The rows of a prepared set, compared with a manifest."""
-
-    image_ids: pa.Array
-    """Image ids of the valid rows, each once."""
-    edits: tuple[PartEdit, ...]
-    """Parts that must be rewritten."""
-    num_relabelled: int
-    """Valid rows whose labels, group or split change."""
-    num_dropped: int
-    """Rows that are dropped."""
-
-
-def find_standing(storage: Storage, folder: str, manifest: pa.Table) -> Standing:
-    """Compare the crop rows in a folder's parts with the manifest.
+def find_standing(
+    storage: Storage,
+    listing: pa.Table,
+    crops: Sequence[str] = (),
+    staged: Sequence[str] = (),
+    *,
+    retry: bool = True,
+) -> tuple[StandingPart, ...]:
+    """Compare crop rows with the listing of their source.
 
     Args:
-        storage: of the folder.
-        folder: of Parquet parts of schema.CROPS; it need not exist.
-        manifest: schema.MANIFEST, each image_id once.
+        storage: of the parts.
+        listing: schema.MANIFEST, each image_id once; hash, group and split are ignored.
+        crops: URIs of the set's Parquet parts, of schema.CROPS.
+        staged: URIs of parts that are not in the set yet; of an image in both, the set's row is kept.
+        retry: whether rows of images that could not be read are invalid.
 
     Raises:
         StorageFailed: a part is no Parquet file of these columns.
     """
-    index_of = {image_id: index for index, image_id in enumerate(manifest["image_id"].to_pylist())}
+    index_of = {image_id: index for index, image_id in enumerate(listing["image_id"].to_pylist())}
     seen: set[int] = set()
-    edits: list[PartEdit] = []
-    num_relabelled = num_dropped = 0
-    uris = [info.uri for info in storage.list(folder, (".parquet",))] if storage.exists(folder) else []
-    for uri in uris:
-        rows = storage.read_table(uri, columns=[*MANIFEST.names])
-        indices = pa.array([index_of.get(each) for each in rows["image_id"].to_pylist()], pa.int64())
-        truth = manifest.take(indices)
-        keeps = np.asarray(_stands(rows, truth))
-        for place, index in enumerate(indices.to_pylist()):
-            if keeps[place]:
-                keeps[place] = index not in seen
-                seen.add(index)
-        differs = np.asarray(_differs(rows, truth)) & keeps
-        num_relabelled += int(differs.sum())
-        num_dropped += int((~keeps).sum())
-        if differs.any() or not keeps.all():
-            edits.append(PartEdit(uri, indices, keeps, bool(differs.any())))
-    ids = manifest["image_id"].combine_chunks().take(pa.array(sorted(seen), pa.int64()))
-    return Standing(ids, tuple(edits), num_relabelled, num_dropped)
+    parts = []
+    uris = [*crops, *staged]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        tables = pool.map(lambda uri: storage.read_table(uri, MANIFEST.names), uris)
+        for number, (uri, rows) in enumerate(zip(uris, tables, strict=True)):
+            indices = pa.array([index_of.get(each) for each in rows["image_id"].to_pylist()], pa.int64())
+            keeps = np.array(_stands(rows, listing.take(indices), retry=retry))
+            for place, index in enumerate(indices.to_pylist()):
+                if keeps[place]:
+                    keeps[place] = index not in seen
+                    seen.add(index)
+            parts.append(StandingPart(uri, number >= len(crops), rows, indices, keeps))
+    return tuple(parts)
 
 
-def apply_edits(storage: Storage, standing: Standing, manifest: pa.Table, check: Callable[[], None]) -> None:
-    """Rewrite the parts that must change, each atomically; safe to repeat after a kill.
+def standing_rows(parts: Sequence[StandingPart]) -> pa.Table:
+    """Return the valid rows of all parts, with the columns of schema.MANIFEST."""
+    return pa.concat_tables([MANIFEST.empty_table(), *(part.rows.filter(pa.array(part.keeps)) for part in parts)])
+
+
+def contents(rows: pa.Table) -> Iterator[tuple[str, Content]]:
+    """Yield the image_id of each crop row and what reading the image gave."""
+    columns = [rows[name].to_pylist() for name in ("image_id", "content_hash", "status", "error")]
+    for image_id, digest, status, error in zip(*columns, strict=True):
+        yield image_id, Content(digest) if digest is not None else Content(None, status, error)
+
+
+def write_edits(
+    storage: Storage, folder: str, parts: Sequence[StandingPart], manifest: pa.Table, check: Callable[[], None]
+) -> None:
+    """Make the set's crops agree with its manifest; safe to repeat after a kill.
+
+    A part of the crops is rewritten, or deleted, if any of its rows is invalid or differs from the manifest. The valid
+    rows of a staged part are written to the crops, under a name hashed from their ids.
 
     Args:
         storage: of the parts.
-        standing: result of `find_standing` for the same manifest.
-        manifest: schema.MANIFEST.
-        check: called before each part; raises if this job may no longer write.
+        folder: of the set's crops.
+        parts: result of `find_standing`.
+        manifest: schema.MANIFEST with hashes, groups and splits, in the order of the listing.
+        check: called before every few parts; raises if this job may no longer write.
     """
-    for edit in standing.edits:
-        check()
-        if not edit.keeps.any():
-            storage.delete(edit.uri)
-            continue
-        kept = pa.array(edit.keeps)
-        rows = storage.read_table(edit.uri).filter(kept)
-        if edit.is_stale:
-            truth = manifest.take(edit.indices.filter(kept))
-            columns = {name: truth[name] for name in COPIED} | {"error": _errors(rows, truth)}
-            rows = pa.table({name: columns.get(name, rows[name]) for name in CROPS.names}, schema=CROPS)
-        storage.write_table(rows, edit.uri)
+
+    def write(part: StandingPart) -> None:
+        if not part.keeps.any():
+            if not part.is_staged:
+                storage.delete(part.uri)
+            return
+        if not part.is_staged and part.keeps.all() and not part.differs(manifest).any():
+            return
+        rows, truth = storage.read_table(part.uri).filter(pa.array(part.keeps)), part.truth(manifest)
+        columns = {name: truth[name] for name in COPIED} | {"error": _errors(rows, truth)}
+        rows = pa.table({name: columns.get(name, rows[name]) for name in CROPS.names}, schema=CROPS)
+        name = hashlib.sha256("\n".join(rows["image_id"].to_pylist()).encode()).hexdigest()[:16]
+        storage.write_table(rows, storage.join(folder, f"part-{name}.parquet") if part.is_staged else part.uri)
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for start in range(0, len(parts), _NUM_THREADS):
+            check()
+            list(pool.map(write, parts[start : start + _NUM_THREADS]))
 
 
-def _stands(rows: pa.Table, truth: pa.Table) -> pa.Array:
-    """Return whether each crop row's image is unchanged in the manifest since the row was made."""
-    same_bytes = pc.and_(
-        pc.equal(truth["status"], str(Status.OK)),
-        pc.and_(
-            pc.equal(rows["content_hash"], truth["content_hash"]),
-            pc.invert(pc.is_in(rows["status"], value_set=pa.array(RETRIED))),
-        ),
-    )
-    # An image that the manifest rejects has one row with the same rejection.
+def _stands(rows: pa.Table, listed: pa.Table, *, retry: bool) -> pa.Array:
+    """Return whether each crop row is what reading the listed image gives."""
+    is_read = pc.and_(pc.equal(listed["status"], str(Status.OK)), pc.not_equal(rows["status"], str(Status.BAD_LABEL)))
+    is_read = pc.and_(is_read, pc.equal(rows["etag"], listed["etag"]))
+    if retry:
+        may_pass = pc.is_in(rows["status"], value_set=pa.array(RETRIED))
+        is_given_up = pc.fill_null(pc.equal(rows["error"], KILLED_ITS_WORKER), False)
+        is_read = pc.and_(is_read, pc.invert(pc.and_not(may_pass, is_given_up)))
+    # An image that is not read has one row with the listing's rejection.
     same_reject = pc.and_(
-        pc.not_equal(truth["status"], str(Status.OK)),
-        pc.and_(pc.equal(rows["status"], truth["status"]), _equal(rows["error"], truth["error"])),
+        pc.not_equal(listed["status"], str(Status.OK)),
+        pc.and_(pc.equal(rows["status"], listed["status"]), _equal(rows["error"], listed["error"])),
     )
-    was_read = pc.invert(pc.is_in(rows["status"], value_set=pa.array([str(Status.BAD_LABEL)])))
-    # An image that was not read has no hash to compare: null or true is true.
-    stands = pc.or_kleene(pc.and_(same_bytes, was_read), same_reject)
-    return pc.fill_null(stands, False).combine_chunks()
-
-
-def _differs(rows: pa.Table, truth: pa.Table) -> pa.Array:
-    """Return whether any of the manifest's columns has changed, for each crop row."""
-    differs = pc.invert(_equal(rows["error"], _errors(rows, truth)))
-    for name in COPIED:
-        differs = pc.or_(differs, pc.invert(_equal(rows[name], truth[name])))
-    return differs.combine_chunks()
+    return pc.fill_null(pc.or_kleene(is_read, same_reject), False).combine_chunks()
 
 
 def _errors(rows: pa.Table, truth: pa.Table) -> pa.ChunkedArray:

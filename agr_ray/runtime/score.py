@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import cycle, islice
-from typing import Any, Final
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -17,13 +17,11 @@ from ray.data import ActorPoolStrategy
 
 from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
-from agr_ray.runtime.cluster import check_fits, cluster, configure_ray_data, worker_count
+from agr_ray.runtime.cluster import check_fits, cluster, worker_count
+from agr_ray.runtime.parts import run_parts
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.publish import Counts, Publication
 from agr_ray.scoring.scorer import AttributePredictor, Found, PartScorer, Scoring
-
-MAX_BLOCKS: Final = 4096
-"""Parts that Ray Data is given at a time, each a block of its own."""
 
 
 def score(job: ScoreJob) -> dict[str, Any]:
@@ -55,10 +53,11 @@ class RayWorkers:
         self.num_workers = worker_count(self._job.score.num_workers, besides=num_gpus)
         check_fits("score.num_workers", self.num_workers, 1.0, spare_cpus=1.0 + num_gpus)
         check_fits("score.use_gpu", num_gpus, 0.0, 1.0)
-        configure_ray_data()
         with remote_predictors(scoring, num_gpus, gpus_each=1.0) as predictors:
-            for first in range(0, len(parts), MAX_BLOCKS):
-                yield from _wave(scoring, predictors, parts[first : first + MAX_BLOCKS], self.num_workers)
+            worker = RemotelyPredicted if predictors else PartScorer
+            arguments = (scoring, *([predictors] if predictors else []))
+            for table in run_parts(worker, arguments, parts, ActorPoolStrategy(size=self.num_workers)):
+                yield from table.to_pylist()
 
     def publish(self, publication: Publication) -> Iterator[Counts]:
         """Write the files of all parts; yield the counts of each."""
@@ -70,22 +69,6 @@ class RayWorkers:
             ready, waiting = ray.wait(waiting)
             yield from ray.get(ready)
             waiting += [task.remote(publication, file) for file in islice(files, len(ready))]
-
-
-def _wave(
-    scoring: Scoring, predictors: Sequence[ActorHandle[Any]], parts: Sequence[int], num_workers: int
-) -> Iterator[dict[str, Any]]:
-    """Score some parts, each a block of its own: of a block that holds several, a kill would undo all."""
-    summaries = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(
-        RemotelyPredicted if predictors else PartScorer,
-        fn_constructor_args=(scoring, *([predictors] if predictors else [])),
-        batch_size=1,
-        num_cpus=1,
-        compute=ActorPoolStrategy(size=num_workers),
-    )
-    for batch in summaries.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(batch, pa.Table)
-        yield from batch.to_pylist()
 
 
 @contextmanager

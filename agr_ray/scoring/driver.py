@@ -34,6 +34,7 @@ from rich.console import Console
 
 from agr_ray.config import ScoreConfig, ScoreJob, digest
 from agr_ray.console import make_table
+from agr_ray.data.rejects import reject_reasons
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.stored_calibration import read_calibration
@@ -60,7 +61,6 @@ from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavail
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
 from agr_ray.storage.retry import Retry
-from agr_ray.tables.rejects import reject_reasons
 
 MIN_KEY_BYTES: Final = 32
 MANY_REFUSED: Final = 100

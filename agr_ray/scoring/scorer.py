@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
+from agr_ray.data.rejects import reject_reasons
 from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration
 from agr_ray.evaluation.metrics import predicted_gender
 from agr_ray.models.checkpoint import load_checkpoint
@@ -33,7 +34,6 @@ from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Attempts, Parts
 from agr_ray.storage.retry import Retry
-from agr_ray.tables.rejects import reject_reasons
 from agr_ray.vision.align import align, crop_side_px
 from agr_ray.vision.quality import sharpness
 

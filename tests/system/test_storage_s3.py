@@ -22,8 +22,6 @@ from botocore.exceptions import ClientError
 from seaweedfs import S3Server
 from servers import free_ports
 
-from agr_ray.data.manifest import build_manifest
-from agr_ray.data.sources.utkface import source_rows
 from agr_ray.schema import Status
 from agr_ray.storage import (
     ArchivedObject,
@@ -567,19 +565,6 @@ def test_a_file_that_is_not_closed_is_not_published(storage: Storage, s3_root: s
     gc.collect()
 
     assert not storage.exists(f"{s3_root}/half")
-
-
-def test_a_manifest_of_a_bucket_counts_every_image(storage: Storage, s3_root: str) -> None:
-    names = ["30_0_0_20170116174525125.jpg.chip.jpg", "31_1_2_20170116174525125.jpg.chip.jpg", "39_1_2017.jpg.chip.jpg"]
-    for name in names:
-        storage.write(f"{s3_root}/in/{name}", name.encode())
-    rows = list(source_rows(storage, f"{s3_root}/in"))
-    storage.write(f"{s3_root}/in/{names[0]}", b"changed since")
-
-    table = build_manifest(rows, source="utkface", storage=storage)
-
-    assert table.column("key").to_pylist() == names
-    assert table.column("status").to_pylist() == ["changed", "ok", "bad_label"]
 
 
 def test_what_the_server_does_with_conditions_is_as_found(s3_root: str, s3_environment: S3Server) -> None:

@@ -13,9 +13,9 @@ from test_progress import PROGRESS
 
 from agr_ray import progress as log_progress
 from agr_ray.console import make_console, make_table
+from agr_ray.data import preparation
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.progress import progress
-from agr_ray.runtime import prepare
 from agr_ray.runtime.training.board import TrainingBars
 from agr_ray.schema import Status
 from agr_ray.scoring import driver
@@ -130,7 +130,7 @@ def test_preparing_s_summary_holds_its_folder_and_reasons() -> None:
     )
     rows = pa.table({"status": [Status.OK, Status.BAD_LABEL], "error": [None, f"age {ODD} is not a number"]})
 
-    prepare._print_summary(make_console(out), prepared, rows)
+    preparation._print_summary(make_console(out), prepared, rows)
 
     assert ODD in out.getvalue().splitlines()
     assert f"1 x age {ODD} is not a number" in out.getvalue()

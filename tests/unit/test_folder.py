@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from manifests import read_manifest
 
-from agr_ray.data.manifest import ParsedLabel, build_manifest, content_hashes, group_ids
+from agr_ray.data.manifest import ParsedLabel, group_ids
 from agr_ray.data.sources.folder import source_rows
 from agr_ray.data.sources.label_table import LabelTableError, find_labels
 from agr_ray.storage import Storage
@@ -25,7 +25,7 @@ def manifest(folder: Path, table: str, name: str = "labels.csv", **options: obje
 def manifest_of(folder: Path, name: str, **options: object) -> dict[str, Row]:
     storage = Storage()
     rows = source_rows(storage, str(folder), str(folder / name), **options)  # type: ignore[arg-type]
-    built = build_manifest(rows, source="folder", storage=storage)
+    built = read_manifest(rows, source="folder", storage=storage)
     return {row["key"]: row for row in built.to_pylist()}
 
 
@@ -36,7 +36,7 @@ def rows_and_notes(
     (folder / name).write_bytes(table.encode() if isinstance(table, str) else table)
     notes: list[str] = []
     rows = source_rows(Storage(), str(folder), str(folder / name), note=notes.append, **options)  # type: ignore[arg-type]
-    return build_manifest(rows, source="folder", storage=Storage()).to_pylist(), notes
+    return read_manifest(rows, source="folder", storage=Storage()).to_pylist(), notes
 
 
 def said(rows: list[Row], *names: str) -> list[tuple[object, ...]]:
@@ -481,21 +481,6 @@ def test_an_image_without_a_label_row_is_rejected_and_a_label_without_an_image_m
     assert (rows["sub/b.png"]["status"], rows["sub/b.png"]["error"]) == ("bad_label", "no label row in labels.csv")
     assert (rows["gone.jpg"]["status"], rows["gone.jpg"]["group_id"]) == ("missing", None)
     assert len(rows) == 3
-
-
-def test_an_image_that_was_hashed_before_is_not_read_again(folder: Path) -> None:
-    (folder / "labels.csv").write_text("key,age\na.jpg,3\nsub/b.png,4\n", encoding="utf-8")
-    rows = list(source_rows(Storage(), str(folder), str(folder / "labels.csv")))
-    first = build_manifest(rows, source="folder", storage=Storage())
-    (folder / "a.jpg").unlink()
-    (folder / "sub/b.png").unlink()
-
-    again = build_manifest(rows[:1], source="folder", storage=Storage(), known_hashes=content_hashes(first))
-    changed = dataclasses.replace(rows[0], etag="other")
-    lost = build_manifest([changed], source="folder", storage=Storage(), known_hashes=content_hashes(first))
-
-    assert again.to_pylist() == [row for row in first.to_pylist() if row["key"] == rows[0].key]
-    assert lost["status"].to_pylist() == ["missing"]
 
 
 def test_a_labelled_file_of_any_ending_is_an_image(folder: Path) -> None:

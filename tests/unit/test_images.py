@@ -12,12 +12,15 @@ import pytest
 from PIL import Image
 
 from agr_ray.config import PrepareConfig, VisionConfig
+from agr_ray.data.manifest import content_hash
 from agr_ray.data.rendered import render_chip
+from agr_ray.predict.crop_maker import CropMaker
 from agr_ray.predict.photographs import ImageReader, Photograph, landmark_columns
-from agr_ray.runtime.prepare import CropMaker
-from agr_ray.schema import MANIFEST
+from agr_ray.schema import CROPS, MANIFEST
 from agr_ray.storage import Storage
+from agr_ray.storage.parts import Parts
 from agr_ray.vision.align import align
+from agr_ray.vision.decode import encode_jpeg
 
 
 def test_landmarks_and_pose_are_columns() -> None:
@@ -135,12 +138,42 @@ def test_the_crop_row_says_how_the_photograph_was_turned(tmp_path: Path, upright
     path = tmp_path / "photograph.png"
     Image.fromarray(turned_clockwise(upright, degrees)).save(path)
     row = dict.fromkeys(MANIFEST.names) | {"image_id": "0", "uri": str(path), "key": "0", "source": "", "status": "ok"}
-    manifest = pa.Table.from_pylist([row, row | {"uri": str(tmp_path / "gone.png")}], schema=MANIFEST)
+    maker = CropMaker(Parts(Storage(), str(tmp_path)), VisionConfig(try_rotations=True), PrepareConfig())
 
-    crops = CropMaker(Storage(), VisionConfig(try_rotations=True), PrepareConfig())(manifest).to_pylist()
+    crops = maker.crop_rows([row, row | {"uri": str(tmp_path / "gone.png")}])
+    crops = pa.Table.from_pylist(crops, schema=CROPS).to_pylist()
 
     assert [row["status"] for row in crops] == ["ok", "missing"]
     assert [row["rotation_degrees"] for row in crops] == [(360 - degrees) % 360, None]
     corners = turned_points(np.array([[320.0, 20.0], [520.0, 220.0]]), degrees)
     box = np.array(crops[0]["box"]).reshape(2, 2)
     assert box.mean(axis=0) == pytest.approx(corners.mean(axis=0), abs=40)
+
+
+def test_an_image_is_hashed_where_it_is_read_and_keeps_its_labels(tmp_path: Path) -> None:
+    bodies = {"ok": chip_bytes(), "text": b"no image", "huge": bytes(2**20 + 1), "changed": chip_bytes()}
+    for name, body in bodies.items():
+        (tmp_path / name).write_bytes(body)
+    etags = {"changed": "another"}
+    rows = [
+        dict.fromkeys(MANIFEST.names)
+        | {"image_id": name, "uri": str(tmp_path / name), "etag": etags.get(name), "age": 30.0, "status": status}
+        for name, status in [*dict.fromkeys(bodies, "ok").items(), ("gone", "ok"), ("unlabelled", "bad_label")]
+    ]
+    maker = CropMaker(Parts(Storage(), str(tmp_path)), VisionConfig(detector="none", max_mib=1), PrepareConfig())
+
+    made = maker.crop_rows(rows)
+
+    assert [(row["image_id"], row["status"], row["content_hash"]) for row in made] == [
+        ("ok", "fallback", content_hash(bodies["ok"])),
+        ("text", "not_an_image", content_hash(bodies["text"])),
+        ("huge", "too_large", None),
+        ("changed", "changed", None),
+        ("gone", "missing", None),
+        ("unlabelled", "bad_label", None),
+    ]
+    assert [row["age"] for row in made] == [30.0] * 6
+
+
+def chip_bytes() -> bytes:
+    return encode_jpeg(np.full((24, 24, 3), 90, np.uint8))

@@ -17,7 +17,6 @@ import torch
 from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import EvaluateJob, Job, ModelConfig, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
-from agr_ray.data.standing import find_standing
 from agr_ray.models.checkpoint import save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
@@ -28,8 +27,7 @@ from agr_ray.runtime.render import render
 from agr_ray.runtime.score import score
 from agr_ray.runtime.train import train
 from agr_ray.runtime.tune import tune
-from agr_ray.schema import MANIFEST, TEMPLATE
-from agr_ray.storage import Storage
+from agr_ray.schema import TEMPLATE
 from agr_ray.vision.decode import encode_jpeg
 
 ROOT = Path(__file__).parents[2]
@@ -423,15 +421,3 @@ def test_rendering_over_other_faces(complaint: Complaint, tmp_path: Path) -> Non
     assert f"render.out {tmp_path}: holds faces drawn with other settings" in complaint(
         "render", "--render.out", tmp_path
     )
-
-
-# What a killed job leaves
-
-
-def test_a_job_killed_within_its_first_part_has_done_nothing(tmp_path: Path) -> None:
-    (tmp_path / "crops").mkdir()
-    (tmp_path / "crops" / ".tmp-0123").write_bytes(b"half a part")
-
-    standing = find_standing(Storage(), str(tmp_path / "crops"), MANIFEST.empty_table())
-
-    assert (standing.image_ids.to_pylist(), standing.edits) == ([], ())

@@ -7,8 +7,8 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from hypothesis import strategies as st
 
 from agr_ray.config import PrepareConfig, PrepareJob, SourceConfig, SplitConfig, VisionConfig
 from agr_ray.console import make_console
-from agr_ray.data.prepared import open_prepared
+from agr_ray.data import preparation as module
+from agr_ray.data.preparation import prepare_set
+from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError
-from agr_ray.runtime import prepare as module
-from agr_ray.runtime.parts import _PartWriter
-from agr_ray.runtime.prepare import prepare
+from agr_ray.predict.crop_maker import CropMaker
 from agr_ray.schema import CROPS
 from agr_ray.storage import ChangedObject, Storage, StorageFailed
 from agr_ray.storage.lock import LockLost, run_lock
+from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
 from agr_ray.vision.decode import encode_jpeg
 
 NUM_SEQUENCES = int(os.environ.get("AGR_TEST_SEQUENCES", "60"))
@@ -42,37 +43,27 @@ class Killed(BaseException):
     """Stands for SIGKILL: no code runs after it."""
 
 
-@contextmanager
-def no_cluster(*_: Any) -> Iterator[None]:
-    yield
+class Here:
+    """Does in this process what Ray's workers do."""
+
+    def __init__(self, job: PrepareJob, pause_s: float = 0.0) -> None:
+        self._job = job
+        self._pause_s = pause_s
+
+    @contextmanager
+    def session(self) -> Iterator[int]:
+        yield 1
+
+    def crop(self, parts: Parts, numbers: Sequence[int]) -> Iterator[list[str]]:
+        maker = CropMaker(parts, self._job.vision, self._job.prepare)
+        for number in numbers:
+            statuses = maker.make(number)["status"].to_pylist()
+            time.sleep(self._pause_s)
+            yield statuses
 
 
-def write_parts_here(
-    rows: pa.Table,
-    make_worker: Callable[[], Any],
-    *,
-    storage: Storage,
-    folder: str,
-    batch_size: int,
-    max_rows_per_part: int,
-    check: Callable[[], None],
-    **_: Any,
-) -> Counter[str]:
-    """Do what `parts.write_parts` does, in this process."""
-    writer = _PartWriter(make_worker, storage, folder, batch_size)
-    for start in range(0, rows.num_rows, max_rows_per_part):
-        writer(rows.slice(start, max_rows_per_part))
-        check()
-    return Counter()
-
-
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "write_parts", write_parts_here)
-    monkeypatch.setattr(module, "cluster", no_cluster)
-    monkeypatch.setattr(module, "worker_count", lambda *_: 1)
-    monkeypatch.setattr(module, "check_fits", lambda *_: None)
-    monkeypatch.setattr(module, "make_console", lambda: make_console(io.StringIO()))
+def prepare(job: PrepareJob, pause_s: float = 0.0) -> PreparedSet:
+    return prepare_set(job, Here(job, pause_s), make_console(io.StringIO()))
 
 
 class Source:
@@ -157,7 +148,7 @@ steps = st.one_of(
     st.tuples(st.just("put"), names, st.none()),
     st.tuples(st.just("copy"), names, names),
     st.tuples(st.just("remove"), names, st.none()),
-    st.tuples(st.just("killed"), st.integers(1, 12), st.none()),
+    st.tuples(st.just("killed"), st.integers(1, 30), st.none()),
     st.tuples(st.just("unreadable"), names, st.sampled_from([ChangedObject, StorageFailed])),
 )
 
@@ -185,7 +176,7 @@ def take(source: Source, step: tuple[str, Any, Any]) -> None:
 def kill_at(patch: pytest.MonkeyPatch, change: int) -> None:
     """Die just before the n-th write or delete of an object."""
     num_changes = 0
-    for name in ("write", "write_table", "delete"):
+    for name in ("write", "write_table", "delete", "upload_tree", "delete_tree"):
         real = getattr(Storage, name)
 
         def counted(storage: Storage, *args: Any, real: Any = real, **kwargs: Any) -> Any:
@@ -357,7 +348,7 @@ def test_a_job_that_has_lost_its_lock_stops_at_its_next_part(source: Source, mon
 
     def write_and_lose(storage: Storage, table: pa.Table, uri: str) -> None:
         write_table(storage, table, uri)
-        if "/crops/" in uri:
+        if "/parts/" in uri:
             written.append(uri)
             (source.folder / "out" / "lock.json").unlink()
             monkeypatch.setattr(module.RunLock, "_confirmed_s", -1e9, raising=False)
@@ -365,26 +356,10 @@ def test_a_job_that_has_lost_its_lock_stops_at_its_next_part(source: Source, mon
     monkeypatch.setattr(Storage, "write_table", write_and_lose)
     job = source.job()
     job = job.model_copy(update={"prepare": job.prepare.model_copy(update={"lock_expiry_s": 0.2})})
-    monkeypatch.setattr(module, "write_parts", slow(write_parts_here))
     with pytest.raises(LockLost):
-        prepare(job)
+        prepare(job, pause_s=0.3)  # the heartbeat has time to see that the lock is lost
     assert len(written) == 1
     assert not module._check_out(Storage(), str(source.folder / "out"), module._settings(job)).finished  # type: ignore[union-attr]
-
-
-def slow(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the heartbeat time to see that the lock is lost before each look at it."""
-
-    def working(*args: Any, check: Callable[[], None], **kwargs: Any) -> Any:
-        def late_check() -> None:
-            import time
-
-            time.sleep(0.3)
-            check()
-
-        return work(*args, check=late_check, **kwargs)
-
-    return working
 
 
 def test_a_source_of_which_nothing_can_be_used_is_refused_with_the_reason(source: Source) -> None:
@@ -413,3 +388,98 @@ def test_a_source_that_storage_mostly_refuses_is_an_error_and_the_same_command_f
         with pytest.raises(ConfigError, match=r"storage refuses 4 of its 6 images for the same reason: failed: "):
             prepare(source.job())
     source.check()
+
+
+def count_reads(patch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the images that are downloaded from now on."""
+    read = Storage.read
+    names: list[str] = []
+
+    def read_and_count(storage: Storage, uri: str, **kwargs: Any) -> bytes:
+        if uri.endswith(".jpg"):
+            names.append(Path(uri).stem)
+        return read(storage, uri, **kwargs)
+
+    patch.setattr(Storage, "read", read_and_count)
+    return names
+
+
+def test_each_image_is_downloaded_once_and_again_only_where_it_has_changed(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = count_reads(monkeypatch)
+    prepare(source.job())
+    assert sorted(names) == list(NAMES[:6])
+    source.label("b", LABELS[2])
+    source.remove("c")
+    prepare(source.job())
+    assert len(names) == 6
+
+    source.put("d")
+    source.put("g")
+    prepare(source.job())
+
+    assert sorted(names[6:]) == ["d", "g"]
+
+
+def test_a_killed_job_downloads_no_image_again_that_it_has_staged(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = count_reads(monkeypatch)
+    with monkeypatch.context() as patch:
+        write = Parts.write
+
+        def write_two(parts: Parts, number: int, table: pa.Table) -> None:
+            if number == 2:
+                raise Killed
+            write(parts, number, table)
+
+        patch.setattr(Parts, "write", write_two)
+        with pytest.raises(Killed):
+            prepare(source.job())
+    plans = [path.name for path in (source.folder / "out" / "work").iterdir()]
+    (source.folder / "out" / "work" / plans[0] / "parts" / ".tmp-0123").write_bytes(b"half a part")
+    (source.folder / "out" / "crops").mkdir()
+    (source.folder / "out" / "crops" / ".tmp-0123").write_bytes(b"half a part")
+    assert len(names) == 6
+    source.label("a", "44,male,black")  # needs no other plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_manifest", lambda *_: pytest.fail("planned again"))
+        prepare(source.job())
+
+    assert len(plans) == 1
+    assert sorted(names) == sorted([*NAMES[:6], *names[4:6]])
+    assert not (source.folder / "out" / "work").exists()
+    source.check()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_an_image_that_kills_its_worker_is_given_up_and_tried_again_when_it_is_another(
+    source: Source, monkeypatch: pytest.MonkeyPatch, *, is_replaced: bool
+) -> None:
+    crop_rows = CropMaker.crop_rows
+
+    def die(maker: CropMaker, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if any(row["key"] == "c.jpg" for row in rows):
+            raise Killed
+        return crop_rows(maker, rows)
+
+    num_runs = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(CropMaker, "crop_rows", die)
+        while num_runs < 10:
+            num_runs += 1
+            with suppress(Killed):
+                prepare(source.job())
+                break
+    assert num_runs == 5  # once in its batch, three times alone
+    assert [(row["status"], row["error"]) for row in source.rows()] == [
+        ("failed", KILLED_ITS_WORKER) if name == "c" else ("fallback", None) for name in NAMES[:6]
+    ]
+    names = count_reads(monkeypatch)
+    if is_replaced:
+        source.put("c")
+    prepare(source.job())
+    assert names == (["c"] if is_replaced else [])
+    assert [row["status"] for row in source.rows()].count("fallback") == (6 if is_replaced else 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from agr_ray.tables.rejects import reject_reasons
+from agr_ray.data.rejects import reject_reasons
 
 ERRORS = [
     "{uri}: AccessDenied: An error occurred (AccessDenied) when calling the GetObject operation: Access Denied",

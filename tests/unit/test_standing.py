@@ -15,7 +15,7 @@ from agr_ray.storage import Storage
 
 def test_rows_of_images_that_were_not_read_stand(tmp_path: Path) -> None:
     said: list[dict[str, Any]] = [
-        {"image_id": "1", "status": "ok", "content_hash": "1", "error": "age 'x' is not a number"},
+        {"image_id": "1", "status": "ok", "etag": "1", "content_hash": "1", "error": "age 'x' is not a number"},
         {"image_id": "2", "status": "bad_label", "error": "no label row in labels.csv"},
         {"image_id": "3", "status": "missing", "error": "c.jpg is labelled and not there"},
     ]
@@ -24,6 +24,8 @@ def test_rows_of_images_that_were_not_read_stand(tmp_path: Path) -> None:
     )
     pq.write_table(rows, tmp_path / "part-0.parquet")
 
-    standing = find_standing(Storage(), str(tmp_path), rows.select(MANIFEST.names))
+    listing = rows.select(MANIFEST.names)
+    (part,) = find_standing(Storage(), listing, [str(tmp_path / "part-0.parquet")])
 
-    assert (standing.image_ids.to_pylist(), standing.edits) == (["1", "2", "3"], ())
+    assert part.keeps.tolist() == [True, True, True]
+    assert part.differs(listing).tolist() == [False, False, False]

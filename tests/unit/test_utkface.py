@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from manifests import read_manifest
 
-from agr_ray.data.manifest import build_manifest, content_hash, image_id
+from agr_ray.data.manifest import content_hash, image_id
 from agr_ray.data.sources.utkface import parse_name, source_rows
 from agr_ray.schema import MANIFEST
 from agr_ray.storage import Storage
@@ -15,9 +16,9 @@ STAMP = "20170116174525125"
 END = f"_{STAMP}.jpg.chip.jpg"
 
 
-def manifest_rows(folder: Path, **options: object) -> dict[str, dict[str, object]]:
+def manifest_rows(folder: Path) -> dict[str, dict[str, object]]:
     storage = Storage()
-    table = build_manifest(source_rows(storage, str(folder)), source="utkface", storage=storage, **options)  # type: ignore[arg-type]
+    table = read_manifest(source_rows(storage, str(folder)), source="utkface", storage=storage)
     assert table.schema.equals(MANIFEST)
     return {row["key"]: row for row in table.to_pylist()}
 
@@ -125,47 +126,17 @@ def test_equal_content_is_one_group(tmp_path: Path) -> None:
     assert groups[0] == groups[1] != groups[2]
 
 
-def test_an_image_that_cannot_be_read_keeps_its_label_and_gets_its_status(tmp_path: Path) -> None:
-    name = f"30_0_0{END}"
-    (tmp_path / name).write_bytes(b"12345")
-
-    row = manifest_rows(tmp_path, max_bytes=4)[name]
-
-    assert (row["status"], row["group_id"], row["age"]) == ("too_large", None, 30.0)
-
-
-def test_an_image_deleted_after_listing_is_missing(tmp_path: Path) -> None:
-    (tmp_path / f"30_0_0{END}").write_bytes(b"x")
-    storage = Storage()
-    rows = list(source_rows(storage, str(tmp_path)))
-    (tmp_path / f"30_0_0{END}").unlink()
-
-    table = build_manifest(rows, source="utkface", storage=storage)
-
-    assert table.column("status").to_pylist() == ["missing"]
-
-
 def test_the_manifest_is_sorted_by_key_whatever_the_order_of_rows(tmp_path: Path) -> None:
     for age in (9, 10, 100):
         (tmp_path / f"{age}_0_0{END}").write_bytes(bytes([age]))
     storage = Storage()
     rows = list(source_rows(storage, str(tmp_path)))
 
-    one = build_manifest(rows, source="utkface", storage=storage, num_threads=1)
-    two = build_manifest(rows[::-1], source="utkface", storage=storage, num_threads=4)
+    one = read_manifest(rows, source="utkface", storage=storage)
+    two = read_manifest(rows[::-1], source="utkface", storage=storage)
 
     assert one.equals(two)
     assert one.column("key").to_pylist() == sorted(one.column("key").to_pylist())
-
-
-def test_progress_ends_at_the_total(tmp_path: Path) -> None:
-    for age in range(70):
-        (tmp_path / f"{age}_0_0{END}").write_bytes(bytes([age]))
-    seen: list[tuple[int, int]] = []
-
-    manifest_rows(tmp_path, progress=lambda done, total: seen.append((done, total)))
-
-    assert seen == [(64, 70), (70, 70)]
 
 
 def test_an_empty_folder_gives_an_empty_manifest(tmp_path: Path) -> None:

@@ -1,0 +1,411 @@
+"""The steps from labelled photographs to a prepared set, for any kind of workers.
+
+    OUT/lock.json               one job at a time
+    OUT/work/PLAN/              images to read, in numbered parts (`storage.parts`), and the crop rows made of them
+    OUT/                        the prepared set: `data.prepared`
+
+Each image is downloaded once, by a worker, which hashes and crops it. Groups and splits need the hashes of all images.
+So the crop rows are staged in work/. Once all are there, the driver assigns splits, checks the set, and writes the rows
+with their splits to OUT/crops/.
+
+Nothing is remembered but these files. After a kill, the same command finds in crops/ and work/ which rows are valid
+(`data.standing`), and makes the rest. A job that is refused leaves the set as it was.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Final, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+
+from agr_ray.config import PrepareJob, SourceConfig
+from agr_ray.console import make_table
+from agr_ray.data.manifest import SourceRow, build_manifest, in_key_order, labels_digest
+from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet, find_prepared
+from agr_ray.data.rejects import reject_reasons
+from agr_ray.data.sources import folder, utkface
+from agr_ray.data.sources.label_table import LabelTableError, find_labels
+from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
+from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_edits
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.progress import print_failed, progress
+from agr_ray.schema import CROP_STATUSES, MANIFEST, SPLITS, TEMPLATE, Status
+from agr_ray.storage import Storage
+from agr_ray.storage.lock import RunLock, run_lock
+from agr_ray.storage.parts import Parts, read_plan, write_manifest
+from agr_ray.vision.align import DEFAULT_MARGIN
+
+LOCK: Final = "lock.json"
+"""Lock file that keeps two jobs from writing the same set."""
+SPLIT_MEMORY: Final = "split_memory.parquet"
+"""Splits of all content that the set has ever held."""
+_SAME_PLAN: Final = ("image_id", "etag", "status", "error")
+"""Columns by which a killed job's plan is recognised."""
+
+
+class Workers(Protocol):
+    """Make crop rows: Ray's workers, or this process."""
+
+    def session(self) -> AbstractContextManager[int]:
+        """Keep the workers running until the block ends; yield their number."""
+        ...
+
+    def crop(self, parts: Parts, numbers: Sequence[int]) -> Iterator[list[str]]:
+        """Make the crop rows of parts, in any order; yield the statuses of the rows of each part, or of several."""
+        ...
+
+
+def prepare_set(job: PrepareJob, workers: Workers, console: Console) -> PreparedSet:
+    """Make the prepared set that the job describes, or finish it; of one that is whole, do nothing again.
+
+    If the source has changed since, the set is updated: new images are added, deleted images are removed, replaced
+    images are cropped again, and corrected labels are copied into the crops' rows. Images keep their split.
+
+    Raises:
+        ConfigError: the folder holds a set with other settings, the labels are unusable, no image is usable, another
+            job is working on the set, or the cluster is too small for the plan.
+        LockLost: another job has taken over the set.
+        StorageUnavailable: source or output can't be reached.
+    """
+    storage = Storage.from_config(job.storage)
+    out = storage.absolute(job.prepare.out).rstrip("/")
+    storage.probe(job.source.uri, "source.uri")
+    storage.probe(out, "prepare.out", write=True)
+    lock_uri = storage.join(out, LOCK)
+    owner = f"jobs/prepare.py from {job.source.uri}"
+    _check_out(storage, out, _settings(job))  # before the lock file is created there
+    try:
+        with run_lock(storage, lock_uri, owner, expiry_s=job.prepare.lock_expiry_s, console=console) as lock:
+            return _Preparation(job, storage, out, lock, console).run(workers)
+    finally:
+        storage.delete_if_empty(out)  # the lock made the folder; a job that is refused leaves nothing
+
+
+class _Preparation:
+    """One job's work on a set; the caller holds the lock."""
+
+    def __init__(self, job: PrepareJob, storage: Storage, out: str, lock: RunLock, console: Console) -> None:
+        self._job = job
+        self._storage = storage
+        self._lock = lock
+        self._console = console
+        self._work = storage.join(out, "work")
+        settings = _settings(job)
+        earlier = _check_out(storage, out, settings)
+        self._earlier = earlier or PreparedSet(
+            format_version=FORMAT_VERSION,
+            finished=False,
+            settings=settings,
+            split_manifest_sha256="",
+            labels_sha256="",
+            splits={},
+            counts={},
+            uri=out,
+        )
+        self._has_record = earlier is not None
+        self._crops = self._earlier.crops(storage)
+
+    def run(self, workers: Workers) -> PreparedSet:
+        """Make or finish the set."""
+        storage, console = self._storage, self._console
+        source = self._job.source.name or self._job.source.kind
+        try:
+            rows = in_key_order(_source_rows(self._job.source, storage, console), source)
+            listing = build_manifest(rows, source, {})
+        except LabelTableError as error:
+            raise ConfigError(str(error)) from error
+        if not rows:
+            raise ConfigError(f"source.uri {self._job.source.uri}: there is no image below it")
+        self._check_usable(listing, [Status.OK])
+        standing = find_standing(storage, listing, self._parts(self._crops), self._staged())
+        valid = standing_rows(standing)
+        # In the order of the ids, which are hashes: the parts are well mixed, whatever the order of the keys means.
+        todo = _without(listing, valid["image_id"]).sort_by("image_id")
+        console.print(f"{len(rows):,} images: {valid.num_rows:,} done before, {todo.num_rows:,} to do")
+        if todo.num_rows:
+            made = self._make(todo, workers)
+            standing += find_standing(storage, listing, staged=made, retry=False)
+            valid = standing_rows(standing)
+        self._check_usable(valid, CROP_STATUSES)
+        manifest = self._with_splits(build_manifest(rows, source, dict(contents(valid))))
+        return self._publish(manifest, standing)
+
+    def _staged(self) -> list[str]:
+        """Return the URIs of crop rows that killed jobs have made, or jobs that were refused."""
+        return [uri for uri in self._parts(self._work) if "/parts/" in uri.removeprefix(self._work)]
+
+    def _parts(self, folder: str) -> list[str]:
+        storage = self._storage
+        return [info.uri for info in storage.list(folder, (".parquet",))] if storage.exists(folder) else []
+
+    def _make(self, todo: pa.Table, workers: Workers) -> list[str]:
+        """Have crop rows made of these rows of the listing; return the URIs of the new parts."""
+        if not self._has_record:
+            self._lock.check()
+            self._earlier.write(self._storage)  # the settings that staged crops are made with
+        counts: Counter[str] = Counter()
+        started = time.perf_counter()
+        with workers.session() as num_workers:
+            parts, numbers = self._planned(todo, num_workers)
+            with progress(self._console, "reading and cropping", todo.num_rows) as update:
+                for statuses in workers.crop(parts, numbers):
+                    self._lock.check()
+                    counts.update(statuses)
+                    said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
+                    update(counts.total(), said)
+        elapsed_s = time.perf_counter() - started
+        self._console.print(f"{todo.num_rows:,} images in {elapsed_s:.0f} s: {todo.num_rows / elapsed_s:.1f} images/s")
+        return [parts.uri(number) for number in numbers]
+
+    def _planned(self, todo: pa.Table, num_workers: int) -> tuple[Parts, list[int]]:
+        """Return a plan and the numbers of its parts that hold these rows: a killed job's plan, or a new one."""
+        storage, config = self._storage, self._job.prepare
+        self._lock.check()
+        folders = storage.list(self._work, ("plan.json",)) if storage.exists(self._work) else ()
+        for plan_id in sorted({info.key.partition("/")[0] for info in folders}):
+            parts = Parts(storage, storage.join(self._work, plan_id), config.outage_s)
+            record = read_plan(storage, parts.manifest)
+            missing = sorted({*range(record["num_parts"] if record else 0)} - {*parts.finished()})
+            rows = [parts.rows(number).select(_SAME_PLAN) for number in missing]
+            if rows and pa.concat_tables(rows).equals(todo.select(_SAME_PLAN)):
+                return parts, missing
+        # What a kill may cost each worker; where rows are few, parts are smaller, so that every worker gets several.
+        part_rows = max(1, min(config.rows_per_file, -(-todo.num_rows // (4 * num_workers))))
+        num_parts = -(-todo.num_rows // part_rows)
+        parts = Parts(storage, storage.join(self._work, uuid.uuid4().hex[:12]), config.outage_s)
+        write_manifest(storage, parts.manifest, todo.to_batches(), MANIFEST, part_rows, {"num_parts": num_parts})
+        return parts, list(range(num_parts))
+
+    def _with_splits(self, manifest: pa.Table) -> pa.Table:
+        """Return a manifest with its splits. Content that already had a split keeps it.
+
+        Raises:
+            ConfigError: most images of the set are no longer in the source, or images that must share a split were
+                assigned to different splits before.
+        """
+        job, storage = self._job, self._storage
+        uri = self._earlier.manifest(storage)
+        before = storage.read_table(uri) if storage.exists(uri) else None
+        if before is not None:
+            _check_not_another_source(job, before, manifest)
+        manifest = _with_earlier_splits(manifest, _remembered(storage, self._earlier.uri))
+        drawn = None if before is None else _drawn(manifest, before)
+        try:
+            manifest = assign_splits(manifest, job.split.fractions, job.split.seed, job.split.sample, drawn)
+            check_no_leak(manifest)
+        except SplitLeakError as error:
+            more = (
+                ""
+                if before is None
+                else f"; the groups have changed; prepare the source into a new folder, not {job.prepare.out}"
+            )
+            raise ConfigError(f"source.uri {job.source.uri}: {error}{more}") from error
+        return manifest
+
+    def _publish(self, manifest: pa.Table, standing: Sequence[StandingPart]) -> PreparedSet:
+        """Write manifest, splits and crop rows, and mark the set as finished."""
+        storage = self._storage
+        split_text = split_manifest_text(manifest)
+        prepared = self._earlier.model_copy(
+            update={
+                "finished": False,
+                "split_manifest_sha256": split_digest(split_text),
+                "labels_sha256": labels_digest(manifest),
+                "splits": {name: manifest.filter(pc.equal(manifest["split"], name)).num_rows for name in SPLITS},
+                "counts": {},
+            }
+        )
+        published = [part for part in standing if not part.is_staged]
+        num_changed = sum(int(part.differs(manifest).sum()) for part in published)
+        num_dropped = sum(int((~part.keeps).sum()) for part in published)
+        if num_changed or num_dropped:
+            self._console.print(
+                f"the source has changed: {num_changed:,} rows get new labels or another split, {num_dropped:,} rows "
+                "are dropped because their images are gone or must be read again"
+            )
+        is_same = self._earlier.finished and prepared.digest == self._earlier.digest
+        is_same = is_same and not num_changed and not num_dropped and len(published) == len(standing)
+        self._lock.check()
+        if not is_same:
+            prepared.write(storage)
+            _remember(storage, prepared.uri, manifest)
+            storage.write_table(manifest, prepared.manifest(storage))
+            storage.write(storage.join(prepared.uri, "splits.tsv"), split_text.encode())
+            write_edits(storage, self._crops, standing, manifest, self._lock.check)
+        rows = storage.read_table(self._crops, columns=["image_id", "uri", "status", "error"])
+        if sorted(rows["image_id"].to_pylist()) != sorted(manifest["image_id"].to_pylist()):
+            raise JobError(
+                f"{self._crops} holds {rows.num_rows:,} rows for {manifest.num_rows:,} images, so another job has "
+                "written there; run the same command again"
+            )
+        counts = dict(sorted(Counter(rows["status"].to_pylist()).items()))
+        prepared = prepared.model_copy(update={"finished": True, "counts": counts})
+        if not is_same:
+            self._lock.check()
+            prepared.write(storage)
+        storage.delete_tree(self._work)
+        _print_summary(self._console, prepared, rows)
+        return prepared
+
+    def _check_usable(self, rows: pa.Table, usable: Sequence[str]) -> None:
+        """Reject a source with no usable images, or with most images refused by storage for the same reason.
+
+        Args:
+            rows: columns uri, status and error.
+            usable: statuses of usable images.
+
+        Raises:
+            ConfigError: the source is rejected; the message quotes the most frequent reason.
+        """
+        reasons = reject_reasons(rows, usable)
+        if not reasons:
+            return
+        ((reason, number),) = reasons.most_common(1)
+        where = f"source.uri {self._job.source.uri}"
+        if reasons.total() == rows.num_rows:
+            raise ConfigError(
+                f"{where}: none of its {rows.num_rows:,} images is usable; most frequent reason ({number:,}): {reason}"
+            )
+        refused = {each: count for each, count in reasons.items() if each.startswith(f"{Status.FAILED}:")}
+        reason, number = max(refused.items(), key=lambda each: each[1], default=("", 0))
+        if number > rows.num_rows / 2:
+            raise ConfigError(
+                f"{where}: storage refuses {number:,} of its {rows.num_rows:,} images for the same reason: {reason}; "
+                "fix the cause and run the same command again"
+            )
+
+
+def _without(table: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
+    """Return the rows whose `image_id` is not among `ids`."""
+    return table.filter(pc.invert(pc.is_in(table["image_id"], value_set=ids.combine_chunks())))
+
+
+def _source_rows(source: SourceConfig, storage: Storage, console: Console) -> Iterator[SourceRow]:
+    uri = storage.absolute(source.uri)
+    if source.kind == "utkface":
+        return utkface.source_rows(storage, uri)
+    return folder.source_rows(
+        storage,
+        uri,
+        storage.absolute(source.labels) if source.labels else find_labels(storage, uri),
+        key_column=source.key_column,
+        gender_codes=source.gender_codes,
+        race_codes=source.race_codes,
+        missing_values=source.missing_values,
+        note=console.print,
+    )
+
+
+def _settings(job: PrepareJob) -> dict[str, Any]:
+    """Return what must stay the same while a prepared set grows."""
+    return {
+        "source": job.source.model_dump(mode="json", exclude={"uri", "labels"}),
+        "split": job.split.model_dump(mode="json"),
+        "vision": job.vision.model_dump(mode="json"),
+        "crop_side_px": job.prepare.crop_side_px,
+        "crop_margin": DEFAULT_MARGIN,
+        "jpeg_quality": job.prepare.jpeg_quality,
+        "template": TEMPLATE,
+    }
+
+
+def _check_out(storage: Storage, out: str, settings: dict[str, Any]) -> PreparedSet | None:
+    """Return the set that is at `out` already, None if there is nothing.
+
+    Raises:
+        ConfigError: what is there was made with other settings, or is no prepared set.
+    """
+    earlier = find_prepared(storage, out, "prepare.out")
+    if earlier is None:
+        if storage.exists(out) and any(info.key != LOCK for info in storage.list(out)):
+            raise ConfigError(f"prepare.out {out}: exists and is no prepared set; choose another folder")
+        return None
+    old, new = _flat(earlier.settings), _flat(settings)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"prepare.out {out}: was prepared with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
+                "choose another folder"
+            )
+    return earlier
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def _drawn(table: pa.Table, before: pa.Table) -> dict[str, bool]:
+    """Return whether the earlier manifest gave a split to each group that shares content with it."""
+    known = before.filter(pc.is_valid(before["content_hash"]))
+    splits = zip(known["content_hash"].to_pylist(), known["split"].to_pylist(), strict=True)
+    was_drawn = {content: split is not None for content, split in splits}
+    drawn: dict[str, bool] = {}
+    for group, content in zip(table["group_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True):
+        if group is not None and content in was_drawn:
+            drawn[group] = drawn.get(group, False) or was_drawn[content]
+    return drawn
+
+
+def _remembered(storage: Storage, out: str) -> dict[str, str]:
+    """Return the split of each content that ever had one in this set, by content hash.
+
+    The manifest alone would forget images that are away for a while: mislabelled, unreadable or deleted.
+    """
+    uri = storage.join(out, SPLIT_MEMORY)
+    if not storage.exists(uri):
+        return {}
+    table = storage.read_table(uri)
+    return dict(zip(table["content_hash"].to_pylist(), table["split"].to_pylist(), strict=True))
+
+
+def _remember(storage: Storage, out: str, table: pa.Table) -> None:
+    """Add the splits of a manifest to those that are remembered; write this before the manifest."""
+    rows = table.filter(pc.is_valid(table["split"]))
+    now = dict(zip(rows["content_hash"].to_pylist(), rows["split"].to_pylist(), strict=True))
+    split_of = dict(sorted((_remembered(storage, out) | now).items()))
+    memory = pa.table({"content_hash": [*split_of], "split": [*split_of.values()]})
+    storage.write_table(memory, storage.join(out, SPLIT_MEMORY))
+
+
+def _with_earlier_splits(table: pa.Table, split_of: dict[str, str]) -> pa.Table:
+    """Assign content that had a split to it again, unless the source assigns one itself."""
+    values = pa.array([split_of.get(each) for each in table["content_hash"].to_pylist()], pa.string())
+    index = table.schema.get_field_index("split")
+    return table.set_column(index, MANIFEST.field("split"), pc.coalesce(table["split"], values))
+
+
+def _check_not_another_source(job: PrepareJob, before: pa.Table, table: pa.Table) -> None:
+    """Fail if most images of the prepared set are no longer in the source: it is probably another source.
+
+    Raises:
+        ConfigError: it says how many are there.
+    """
+    known, now = (each.filter(pc.equal(each["status"], str(Status.OK)))["content_hash"] for each in (before, table))
+    num_left = pc.sum(pc.is_in(known, value_set=now.combine_chunks())).as_py() or 0
+    if num_left < len(known) / 2 and not job.prepare.allow_shrink:
+        raise ConfigError(
+            f"source.uri {job.source.uri}: has {num_left:,} of the {len(known):,} images that {job.prepare.out} was "
+            "prepared from; choose another prepare.out, or drop the others from it with --prepare.allow_shrink true"
+        )
+
+
+def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> None:
+    console.print(prepared.uri)
+    summary = make_table("status", "images", "first reasons")
+    for status, count in prepared.counts.items():
+        errors = Counter(rows.filter(pc.equal(rows["status"], status))["error"].drop_null().to_pylist())
+        summary.add_row(status, f"{count:,}", "\n".join(f"{n} x {error}" for error, n in errors.most_common(3)))
+    console.print(summary)
+    print_failed(console, prepared.counts)
+    shares = ", ".join(f"{name} {count:,}" for name, count in prepared.splits.items())
+    console.print(f"splits: {shares}; split manifest SHA-256 {prepared.split_manifest_sha256}")

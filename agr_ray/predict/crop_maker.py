@@ -1,0 +1,99 @@
+"""Rows of a labelled source -> crop rows, in one worker: each image is downloaded once, hashed and cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from agr_ray.config import PrepareConfig, VisionConfig
+from agr_ray.data.manifest import content_hash
+from agr_ray.predict.photographs import ImageReader, Photograph, Reject, landmark_columns
+from agr_ray.schema import CROPS, MANIFEST, TEMPLATE, Status
+from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
+from agr_ray.storage.retry import Retry
+from agr_ray.vision.align import align, align_chip
+from agr_ray.vision.decode import encode_jpeg
+from agr_ray.vision.quality import sharpness
+
+
+class CropMaker:
+    """Makes the crop rows of parts and writes them. Each worker process has its own."""
+
+    def __init__(self, parts: Parts, vision: VisionConfig, config: PrepareConfig) -> None:
+        self._parts = parts
+        self._reader = ImageReader(parts.storage, vision)
+        self._config = config
+        self._retry = Retry(parts.outage_s)
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[str]]]:
+        """Make the parts numbered in `part`; yield the statuses of the rows of each, in the column `status`."""
+        for number in batch["part"].tolist():
+            yield {"status": self.make(number)["status"].to_pylist()}
+
+    def make(self, number: int) -> pa.Table:
+        """Write a part's crop rows, in the order of its manifest, and return them.
+
+        Group and split are null, or the source's own: they need the hashes of all images. Where an earlier attempt at
+        the part has died, images are taken one at a time, and one that has killed its worker too often is given up.
+        """
+        rows = self._parts.rows(number).select(MANIFEST.names).to_pylist()
+        attempts = self._parts.begin(number)
+        made: list[dict[str, Any]] = []
+        if attempts.has_died:
+            for row in rows:
+                if attempts.is_given_up(row["image_id"]):
+                    made.append(row | {"status": str(Status.FAILED), "error": KILLED_ITS_WORKER})
+                    continue
+                attempts.suspect(row["image_id"])
+                made += self.crop_rows([row])
+        else:
+            for start in range(0, len(rows), self._config.batch_size):
+                made += self.crop_rows(rows[start : start + self._config.batch_size])
+        table = pa.Table.from_pylist(made, schema=CROPS)
+        self._parts.write(number, table)
+        return table
+
+    def crop_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return a row of schema.CROPS for each of schema.MANIFEST, in order; one that is not ok stays as it is."""
+        readable = [row for row in rows if row["status"] == Status.OK]
+        made = iter(self._retry.call(lambda: self._read(readable)))
+        return [row | next(made) if row["status"] == Status.OK else row for row in rows]
+
+    def _read(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        fetched = self._reader.fetch([row["uri"] for row in rows], [row["etag"] for row in rows])
+        columns = []
+        for body, seen in zip(fetched, self._reader.read(fetched), strict=True):
+            data = body.result()
+            digest = None if isinstance(data, Reject) else content_hash(data)
+            columns.append({"content_hash": digest} | self._crop(seen))
+        return columns
+
+    def _crop(self, seen: Photograph | Reject) -> dict[str, Any]:
+        """Return what an image adds to its row. The face nearest the centre is the labelled one."""
+        if isinstance(seen, Reject):
+            return {"status": str(seen.status), "error": seen.error}
+        rgb, faces = seen.upright_rgb, seen.faces
+        found: dict[str, Any] = {"status": str(Status.FALLBACK)}
+        if len(faces):
+            index = faces.nearest_centre(rgb.shape[1], rgb.shape[0])
+            crop = align(rgb, faces.boxes_xyxy[index], faces.landmarks[index], self._config.crop_side_px)
+            original = seen.original_faces
+            found = {
+                "status": str(Status.OK),
+                "detector_score": float(original.scores[index]),
+                "box": original.boxes_xyxy[index].tolist(),
+                **landmark_columns(original.landmarks[index]),
+            }
+        else:
+            crop = align_chip(rgb, self._config.crop_side_px)
+        return found | {
+            "crop": encode_jpeg(crop, self._config.jpeg_quality),
+            "template": TEMPLATE,
+            "detector": self._reader.detector_name,
+            "num_faces": len(faces),
+            "rotation_degrees": seen.rotation_degrees,
+            "sharpness": sharpness(crop),
+        }
