@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from agr_ray.config import PrepareConfig, PrepareJob, SourceConfig, SplitConfig,
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.data.rendered import RenderedChip
 from agr_ray.errors import ConfigError
+from agr_ray.predict.crop_maker import CropMaker
 from agr_ray.runtime.prepare import prepare
 from agr_ray.schema import CROPS
+from agr_ray.storage.parts import KILLED_ITS_WORKER
 from agr_ray.vision.align import crop_side_px
 from agr_ray.vision.decode import decode_crop
 
@@ -336,3 +339,23 @@ def test_the_manifest_has_the_rejects_too(prepared: PreparedSet, rows: dict[str,
 
     assert set(manifest["key"].to_pylist()) == set(rows)
     assert manifest.filter(pc.equal(manifest["status"], "bad_label")).num_rows == len(BAD_LABELS) + 1
+
+
+def test_an_image_that_kills_its_worker_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Here, so that it is pickled with its code: workers can't import this file.
+    class Deadly(CropMaker):
+        """Dies of one image, as a decoder that crashes does."""
+
+        def crop_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            if any(row["key"] == "chip-003.jpg" for row in rows):
+                os._exit(1)
+            return super().crop_rows(rows)
+
+    chips = write_chips(tmp_path / "faces", range(6))
+    write_labels(tmp_path / "faces", [chip_label(key, chip) for key, chip in chips.items()])
+    monkeypatch.setattr("agr_ray.runtime.prepare.CropMaker", Deadly)
+
+    prepared = prepare(prepare_job(tmp_path / "faces", tmp_path / "out", detector="none"))
+
+    assert prepared.counts == {"failed": 1, "fallback": 5}
+    assert crop_rows(tmp_path / "out")["chip-003.jpg"]["error"] == KILLED_ITS_WORKER

@@ -8,9 +8,11 @@ from typing import Any
 
 import bad_images
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ray.data import ActorPoolStrategy
 from sets import checkpoint, iou
 
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
@@ -18,7 +20,8 @@ from agr_ray.data.rendered import RenderedPhotograph, render_photograph
 from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
-from agr_ray.runtime.score import _wave, remote_predictors, score
+from agr_ray.runtime.parts import run_parts
+from agr_ray.runtime.score import RemotelyPredicted, remote_predictors, score
 from agr_ray.schema import GENDERS, IMAGES, RACES
 from agr_ray.scoring.planning import plan
 from agr_ray.scoring.scorer import Scoring
@@ -317,7 +320,8 @@ def test_predictors_in_other_processes_give_what_one_process_gives(
     parts = range(made.num_parts)
 
     with remote_predictors(scoring, 2, gpus_each=0.0) as predictors:
-        summaries = list(_wave(scoring, predictors, parts, 2))
+        tables = run_parts(RemotelyPredicted, (scoring, predictors), parts, ActorPoolStrategy(size=2))
+        summaries = pa.concat_tables(tables).to_pylist()
 
     assert sorted(each["part"] for each in summaries) == list(parts)
     rows = [row for part in parts for row in storage.read_table(scoring.parts.uri(part)).to_pylist()]
