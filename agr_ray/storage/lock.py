@@ -1,9 +1,9 @@
-"""A lock that keeps two runs out of one output: one object in storage, renewed by whoever holds it.
+"""A lock that keeps two runs from writing to one output: an object in storage that its holder renews.
 
-It is created only if absent, renewed, taken over and deleted only if it is still the object that was read: of many
-that try at once, storage lets one through. A holder that died is known by its lock standing still: whoever wants it
-watches for `expires_after_s`, by its own clock. So no two clocks are ever compared; the times in the object are for
-people to read. Only a holder on this very machine, whose process is gone, need not be watched.
+The object is created only if absent, and renewed, replaced and deleted only if it is still the object that was read,
+so storage lets only one of several runs through. A holder that died stops renewing its lock: another run watches the
+lock for `expires_after_s` by its own clock and then takes it over. No two clocks are ever compared; the times in the
+object are for people to read. A holder on this machine whose process is gone is replaced at once.
 """
 
 from __future__ import annotations
@@ -22,58 +22,58 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
-from agr_ray.config import PositiveFloat
+from agr_ray.config.section import PositiveFloat
 from agr_ray.errors import ConfigError
 from agr_ray.storage import ChangedObject, MissingObject, Storage, StorageError, StorageUnavailable
 
 _HEARTBEATS_PER_EXPIRY: Final = 4
 _EMPTY_EXPIRES_S: Final = 10.0
-_LOOKS_PER_HEARTBEAT: Final = 5
-"""How often a lock is looked at while it is watched, and how soon a heartbeat that failed is tried again."""
+_CHECKS_PER_HEARTBEAT: Final = 5
+"""How often a watched lock is read, and a failed heartbeat retried, per heartbeat interval."""
 
 
 def clock_s() -> float:
-    """Return seconds of a clock that, unlike `time.monotonic`, keeps counting while the machine sleeps."""
+    """Return the seconds of a clock that, unlike `time.monotonic`, keeps counting while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class LockLost(Exception):
-    """The lock is another run's, or gone: this run must not publish. The message is one line."""
+    """Another run holds the lock, or it was deleted: this run must not publish. The message is one line."""
 
 
 class LockRecord(BaseModel):
-    """What the lock object holds."""
+    """The content of the lock object."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token: str
-    """Random, one for each holder."""
+    """Random; different for each holder."""
     owner: str
-    """In the holder's words, such as its run."""
+    """Description of the holder, such as the name of its run."""
     host: str
     pid: int
     pid_namespace: str = ""
-    """Where `pid` means that process and no other, boot included; empty: not known (it is on Linux)."""
+    """Boot and PID namespace in which `pid` identifies the process; empty: unknown, as on systems other than Linux."""
     acquired_at: datetime.datetime
     heartbeat_at: datetime.datetime
     expires_after_s: PositiveFloat
-    """For so long must the object stand still before another run takes the lock."""
+    """Seconds for which the object must stay unchanged before another run takes over the lock."""
 
     def to_bytes(self) -> bytes:
-        """Return it as JSON with a heartbeat of now, which makes each renewal another object."""
+        """Return the record as JSON with the current time as its heartbeat, so that each renewal changes the object."""
         now = datetime.datetime.now(datetime.UTC)
         return (self.model_copy(update={"heartbeat_at": now}).model_dump_json(indent=2) + "\n").encode()
 
     @property
     def is_dead(self) -> bool:
-        """Whether the holder's process was one of this machine and is gone; false where that can't be told."""
+        """Whether the holder was a process of this machine and is gone; false if that can't be determined."""
         if not self.pid_namespace or (self.host, self.pid_namespace) != (socket.gethostname(), _pid_namespace()):
             return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # another user's
+        except PermissionError:  # it belongs to another user
             pass
         return False
 
@@ -83,7 +83,7 @@ class LockRecord(BaseModel):
 
 
 class RunLock:
-    """A lock that this run holds. `run_lock` makes it, renews it and releases it."""
+    """A lock that this run holds. `run_lock` creates, renews and releases it."""
 
     def __init__(self, storage: Storage, uri: str, record: LockRecord, etag: str, confirmed_s: float) -> None:
         self._storage = storage
@@ -93,7 +93,7 @@ class RunLock:
         self._confirmed_s = confirmed_s
         self._mutex = threading.Lock()
         self.lost = False
-        """Whether a heartbeat has found that the lock is not ours. Once lost it stays so."""
+        """Whether a heartbeat has found that we no longer hold the lock; never false again."""
 
     @property
     def uri(self) -> str:
@@ -102,7 +102,7 @@ class RunLock:
 
     @property
     def token(self) -> str:
-        """Content of the lock object while we hold the lock."""
+        """The token that the lock object contains while we hold the lock."""
         return self._record.token
 
     @property
@@ -111,13 +111,13 @@ class RunLock:
         return self._record.expires_after_s / _HEARTBEATS_PER_EXPIRY
 
     def check(self) -> None:
-        """Return only if the lock is ours now and will be for half its expiry at least, else renew it first.
+        """Return only if the lock is ours for at least another half of its expiry; renew it first if necessary.
 
-        Call it before each step that others must not see done twice, and do that step within the half expiry.
+        Call it before each step that must not be done twice, and finish that step within half the expiry.
 
         Raises:
-            LockLost: it is another run's, or gone.
-            StorageFailed, StorageUnavailable: it has not been renewed for half its expiry and can't be.
+            LockLost: another run holds the lock, or it was deleted.
+            StorageFailed, StorageUnavailable: it has not been renewed for half its expiry and can't be renewed now.
         """
         while not self.lost and clock_s() - self._confirmed_s > self._record.expires_after_s / 2:
             self.renew(self._storage)
@@ -128,7 +128,7 @@ class RunLock:
             )
 
     def confirm(self) -> None:
-        """Like `check`, but always ask storage, however recent the last heartbeat is."""
+        """Like `check`, but always renew the lock, however recent the last heartbeat is."""
         self.renew(self._storage)
         self.check()
 
@@ -136,7 +136,7 @@ class RunLock:
         """Write a heartbeat, or set `lost`.
 
         Raises:
-            StorageFailed, StorageUnavailable: storage does not answer; the lock may still be ours.
+            StorageFailed, StorageUnavailable: the heartbeat can't be written; the lock may still be ours.
         """
         with self._mutex:
             while not self.lost:
@@ -145,48 +145,48 @@ class RunLock:
                     self._etag = storage.write(self._uri, self._record.to_bytes(), if_match=self._etag)
                     self._confirmed_s = started_s
                     return
-                self._find_ours(storage)
+                self._read_back(storage)
 
     def release(self) -> None:
-        """Delete the lock, if it is still ours.
+        """Delete the lock if it is still ours.
 
         Raises:
-            StorageFailed, StorageUnavailable: it can't be deleted, and will expire.
+            StorageFailed, StorageUnavailable: it can't be deleted; it will expire.
         """
         while not self.lost:
             with contextlib.suppress(ChangedObject, MissingObject):
                 self._storage.delete(self._uri, if_match=self._etag)
                 return
-            self._find_ours(self._storage)
+            self._read_back(self._storage)
 
-    def _find_ours(self, storage: Storage) -> None:
-        """Learn the ETag of our own last heartbeat, in case its answer was lost; if it is not ours, set `lost`."""
+    def _read_back(self, storage: Storage) -> None:
+        """Read the ETag of our own last heartbeat, in case its response was lost; set `lost` if it is not ours."""
         try:
-            found, self._etag = storage.read_with_etag(self._uri)
+            data, self._etag = storage.read_with_etag(self._uri)
         except MissingObject:
             self.lost = True
         else:
-            self.lost = self._record.token.encode() not in found
+            self.lost = self._record.token.encode() not in data
 
 
 @contextlib.contextmanager
 def run_lock(storage: Storage, uri: str, owner: str, *, expiry_s: float, console: Console) -> Iterator[RunLock]:
-    """Hold the lock `uri` until the block ends; `owner` says in words who does, such as the run's name.
+    """Hold the lock `uri` until the block ends; `owner` describes the holder, such as its run's name.
 
-    If there is a lock already it is watched. One that moves is alive and refused, within a heartbeat, which is a
-    quarter of the holder's expiry; one that goes away is free; one that stands still for its holder's expiry, or whose
-    holder was a process of this machine that is gone, is taken over, with a warning.
+    A lock that exists is watched. If it changes, its holder is alive and this run is refused, within a heartbeat, which
+    is a quarter of the holder's expiry. If it disappears, it is free. If it stays unchanged for its holder's expiry, or
+    its holder was a process of this machine that is gone, it is taken over with a warning.
 
-    A thread renews the lock, and tries again while storage does not answer. An outage of less than half the expiry
-    is not noticed by the holder; after a longer one the lock is still ours unless another run has watched all along.
+    A thread renews the lock, and retries while storage is unavailable. The holder does not notice an outage shorter
+    than half the expiry. After a longer one the lock is still ours unless another run has watched it all the time.
 
     Raises:
-        ConfigError: another run is alive, or `uri` holds something else than a lock.
+        ConfigError: another run is alive, or the object is not a lock.
         StorageFailed, StorageUnavailable: the lock can't be read or written.
     """
     lock = _acquire(storage, uri, _record(owner, expiry_s), console)
     stop = threading.Event()
-    thread = threading.Thread(target=_keep, args=(lock, storage, uri, expiry_s, stop, console), daemon=True)
+    thread = threading.Thread(target=_send_heartbeats, args=(lock, storage, uri, expiry_s, stop, console), daemon=True)
     thread.start()
     try:
         yield lock
@@ -196,7 +196,7 @@ def run_lock(storage: Storage, uri: str, owner: str, *, expiry_s: float, console
         try:
             lock.release()
         except (StorageError, StorageUnavailable) as error:
-            console.out(f"warning: the lock {uri} is left to expire: {error}", highlight=False)
+            console.out(f"warning: the lock {uri} was not deleted and will expire: {error}", highlight=False)
 
 
 def _record(owner: str, expiry_s: float) -> LockRecord:
@@ -236,36 +236,36 @@ def _acquire(storage: Storage, uri: str, record: LockRecord, console: Console) -
         except (FileExistsError, ChangedObject, MissingObject):
             stale = None
         with contextlib.suppress(MissingObject):
-            found, etag = _read(storage, uri)
-            if found.token == record.token:  # we wrote it, and the answer was lost
+            holder, etag = _read(storage, uri)
+            if holder.token == record.token:  # our write succeeded, and its response was lost
                 return RunLock(storage, uri, record, etag, started_s)
-            if found.is_dead:
+            if holder.is_dead:
                 why_stale = "that process is gone"
             else:
-                expiry = f"{found.expires_after_s:g} s"
-                console.out(f"the lock {uri} is held by {found}; watching it for up to {expiry}", highlight=False)
-                _wait_until_stale(storage, uri, found, etag)
-                why_stale = f"it has stood still for {expiry}"
-            stale = found, etag
+                expiry = f"{holder.expires_after_s:g} s"
+                console.out(f"the lock {uri} is held by {holder}; watching it for up to {expiry}", highlight=False)
+                _wait_until_stale(storage, uri, holder, etag)
+                why_stale = f"it has had no heartbeat for {expiry}"
+            stale = holder, etag
 
 
-def _wait_until_stale(storage: Storage, uri: str, found: LockRecord, etag: str) -> None:
-    """Return once the lock has stood still for its expiry since it was read.
+def _wait_until_stale(storage: Storage, uri: str, holder: LockRecord, etag: str) -> None:
+    """Return once the lock has stayed unchanged for its expiry since it was read.
 
     Raises:
-        ConfigError: it moved.
-        MissingObject: it went away.
+        ConfigError: it changed: its holder is alive.
+        MissingObject: it was deleted.
     """
     # This clock stops while the machine sleeps, so that a holder on the same machine has time to wake up.
     read_s = time.monotonic()
-    look_every_s = found.expires_after_s / _HEARTBEATS_PER_EXPIRY / _LOOKS_PER_HEARTBEAT
-    while time.monotonic() - read_s <= found.expires_after_s:
-        time.sleep(look_every_s)
+    interval_s = holder.expires_after_s / _HEARTBEATS_PER_EXPIRY / _CHECKS_PER_HEARTBEAT
+    while time.monotonic() - read_s <= holder.expires_after_s:
+        time.sleep(interval_s)
         now, etag_now = _read(storage, uri)
         if etag_now != etag:
             raise ConfigError(
-                f"the lock {uri} is held by {now}: that run is alive; wait until it ends, or stop it: what it leaves "
-                f"is taken over {now.expires_after_s:g} s after its last heartbeat"
+                f"the lock {uri} is held by {now}: that run is alive; wait until it ends, or stop it: its lock "
+                f"can be taken over {now.expires_after_s:g} s after its last heartbeat"
             )
 
 
@@ -273,18 +273,20 @@ def _read(storage: Storage, uri: str) -> tuple[LockRecord, str]:
     data, etag = storage.read_with_etag(uri)
     if not data:
         # Without hard links and no-replace renames, a lock file is empty while it is being created.
-        beginner = _record("a run that is just starting, or died while starting", _EMPTY_EXPIRES_S)
-        return beginner.model_copy(update={"host": "an unknown host", "pid": 0}), etag
+        holder = _record("a run that is just starting, or died while starting", _EMPTY_EXPIRES_S)
+        return holder.model_copy(update={"host": "an unknown host", "pid": 0}), etag
     try:
         return LockRecord.model_validate_json(data), etag
     except ValidationError as error:
-        raise ConfigError(f"{uri} is not a run lock of this version; delete it if no run is at work there") from error
+        raise ConfigError(f"{uri} is not a run lock of this version; delete it if no run writes there") from error
 
 
-def _keep(lock: RunLock, storage: Storage, uri: str, expiry_s: float, stop: threading.Event, console: Console) -> None:
+def _send_heartbeats(
+    lock: RunLock, storage: Storage, uri: str, expiry_s: float, stop: threading.Event, console: Console
+) -> None:
     """Renew the lock until `stop` is set or the lock is lost."""
     heartbeat_s = expiry_s / _HEARTBEATS_PER_EXPIRY
-    # Patience is here, not in the client, whose own retries could last longer than the lock.
+    # Retries are made here, not by the client, whose own could outlast the lock.
     once = Storage(storage.connection.limited(heartbeat_s, 1))
     wait_s = heartbeat_s
     while not lock.lost and not stop.wait(wait_s):
@@ -293,5 +295,5 @@ def _keep(lock: RunLock, storage: Storage, uri: str, expiry_s: float, stop: thre
             wait_s = heartbeat_s
         except (StorageError, StorageUnavailable) as error:
             if wait_s == heartbeat_s:
-                console.out(f"warning: no heartbeat of the lock {uri}, trying again: {error}", highlight=False)
-            wait_s = heartbeat_s / _LOOKS_PER_HEARTBEAT
+                console.out(f"warning: no heartbeat of the lock {uri}, retrying: {error}", highlight=False)
+            wait_s = heartbeat_s / _CHECKS_PER_HEARTBEAT
