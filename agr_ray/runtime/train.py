@@ -98,6 +98,8 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
     lock_uri, retry = storage.join(uri, "lock.json"), Retry(job.train.outage_s)
     owner = f"training run {uri}"
     with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
+        if _run_uri(storage, job, settings) != uri:  # another driver may have written run.json before we had the lock
+            raise ConfigError(f"the run {uri} has finished since this command began; run the command again")
         tracked(run)  # before the cluster starts, so that a rejected connection ends the job at once
         with cluster(job.cluster):
             check_workers_fit(job.train)
@@ -252,10 +254,10 @@ def _check_finite(run: Run) -> None:
 
 
 def _begin(run: Run, first: MultiTaskNet | None) -> None:
-    """Write the first weights and run.json, unless the run goes on."""
+    """Write the first weights and run.json, unless the run is resumed; the caller holds the lock."""
     storage = run.storage
     storage.delete(storage.join(run.uri, FAILURE))
-    if first is None:
+    if first is None or storage.exists(storage.join(run.uri, "run.json")):
         return
     with TemporaryDirectory() as temporary:
         save_checkpoint(Path(temporary), first, run.transform, pipeline=run.pipeline, data=run.data)

@@ -27,7 +27,7 @@ DEAD_S = 0.2
 HOLDER = """
 import sys
 from rich.console import Console
-from agr_ray.config import ConfigError
+from agr_ray.errors import ConfigError
 from agr_ray.storage.lock import run_lock
 from agr_ray.storage import Storage
 from refused_calls import refuse

@@ -195,7 +195,9 @@ def test_a_trial_finds_what_is_given_relative_to_the_driver(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     space = {"model.pretrained": {"choice": ["none", "backbone.pt"]}}
     job = TuneJob(
-        train={"data": ["one", "s3://bucket/two"]}, model={"weights": "imagenet"}, tune={"space": space, "out": "here"}
+        train={"data": ["one", "s3://bucket/two"]},
+        model={"pretrained": "imagenet"},
+        tune={"space": space, "out": "here"},
     )
 
     given = with_absolute_paths(job, Storage())
