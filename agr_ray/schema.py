@@ -209,6 +209,7 @@ IMAGES: Final = pa.schema(
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("model_digest", pa.string(), nullable=False),
         pa.field("config_digest", pa.string(), nullable=False),
+        pa.field("calibrated", pa.bool_(), nullable=False),  # false: no intervals, raw probabilities, no abstention
         pa.field("detector", pa.string(), nullable=False),
         pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field("schema_version", pa.int32(), nullable=False),

@@ -33,6 +33,9 @@ class EvaluateConfig(Section):
     """Images predicted at a time."""
     calibrate: CliImplicitFlag[bool] = False
     """Fit age intervals, probabilities and abstention on this split, and write calibration.json to the checkpoint."""
+    allow_uncalibrated: CliImplicitFlag[bool] = False
+    """Allow [predict] settings other than those that the checkpoint was calibrated under: its calibration is then not
+    measured."""
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
     """`calibrate` only: share of true ages that the intervals age_low to age_high are to hold."""
     abstain_risk: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05

@@ -151,7 +151,10 @@ class TuneJob(TrainJob):
 
 
 class EvaluateJob(Job):
-    """Measure a checkpoint on a split of any prepared set, beside majority and median baselines."""
+    """Measure a checkpoint on a split of any prepared set, beside majority and median baselines.
+
+    Settings of [predict] that are not given are the checkpoint's.
+    """
 
     required = ("evaluate.checkpoint", "evaluate.data")
     predict: PredictConfig = PredictConfig()
@@ -159,7 +162,10 @@ class EvaluateJob(Job):
 
 
 class ScoreJob(Job):
-    """Score every face of every photograph below a folder or bucket prefix: one Parquet row an image."""
+    """Score every face of every photograph below a folder or bucket prefix: one Parquet row an image.
+
+    Settings of [vision] and [predict] that are not given are the checkpoint's.
+    """
 
     required = ("score.checkpoint", "score.input", "score.out")
     vision: VisionConfig = VisionConfig()

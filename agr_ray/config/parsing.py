@@ -109,7 +109,11 @@ def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.env
         cli_avoid_json=True,
         cli_use_class_docs_for_groups=True,
         cli_implicit_flags=False,
-        cli_shortcuts={"evaluate.calibrate": "calibrate"},
+        cli_shortcuts={
+            "evaluate.calibrate": "calibrate",
+            "evaluate.allow_uncalibrated": "allow_uncalibrated",
+            "score.allow_uncalibrated": "allow_uncalibrated",
+        },
     )
     arguments = parser.parse_args([_underscored(argument) for argument in argv])
     try:

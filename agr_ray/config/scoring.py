@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
+from pydantic_settings import CliImplicitFlag
 
 from agr_ray.config.section import MAX_INT, Fraction, NonNegativeFloat, PositiveInt, Section, Timeout
 
@@ -63,6 +64,9 @@ class ScoreConfig(Section):
     max_refused: Fraction = 0.5
     """Largest share of the photographs that may be rejected for the same reason (access denied, not an image, ...).
     Above it the run fails with an error that quotes the reason, and nothing is published. 1: no limit."""
+    allow_uncalibrated: CliImplicitFlag[bool] = False
+    """Allow [vision] and [predict] settings other than those that the checkpoint was calibrated under: rows then have
+    no age intervals, no calibrated probabilities and no abstention, and `calibrated` is false in each."""
     allow_empty: bool = False
     """Publish an empty run if the input has no photographs; otherwise that is an error."""
     limit: PositiveInt | None = None

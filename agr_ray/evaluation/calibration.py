@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import betaincinv, log_softmax, softmax
 
+from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
 from agr_ray.evaluation.metrics import FloatArray, IntArray, Labels, age_group, predicted_gender
 from agr_ray.models.predictions import Predictions
 from agr_ray.schema import AGE_GROUPS, AGE_MAX_YEARS, AGE_MIN_YEARS, CLASS_MISSING, GENDERS, RACES
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Raised whenever a reader of the old calibration.json would misread the new one."""
 
 ROW_NAMES: Final = ("age_group", "gender", "race", "age_group_pred", "gender_pred", "race_pred")
@@ -109,8 +110,8 @@ class Calibration:
     """What could not be fitted, and why, in plain words."""
     model_digest: str = ""
     """The only model that this may be used with."""
-    predict_digest: str = ""
-    """`config.digest` of the `PredictConfig` it was fitted under."""
+    pipeline: Pipeline = DEFAULT_PIPELINE
+    """The settings it was fitted under: of the crops' vision, and of prediction."""
     split_manifest_sha256: str = ""
     """Of the prepared set it was fitted on."""
     content_codes: tuple[int, ...] = ()
@@ -127,7 +128,7 @@ class Calibration:
         coverage: float,
         risk: float,
         model_digest: str = "",
-        predict_digest: str = "",
+        pipeline: Pipeline = DEFAULT_PIPELINE,
         split_manifest_sha256: str = "",
         content_codes: tuple[int, ...] = (),
         num_seen_in_training: int | None = None,
@@ -173,7 +174,7 @@ class Calibration:
             rows=rows,
             notes=tuple(notes),
             model_digest=model_digest,
-            predict_digest=predict_digest,
+            pipeline=pipeline,
             split_manifest_sha256=split_manifest_sha256,
             content_codes=content_codes,
             num_seen_in_training=num_seen_in_training,
@@ -199,7 +200,7 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Return plain values: what calibration.json holds."""
         rows = {name: values.tolist() for name, values in self.rows.items()}
-        return {"format_version": FORMAT_VERSION} | asdict(self) | {"rows": rows}
+        return {"format_version": FORMAT_VERSION} | asdict(self) | {"rows": rows, "pipeline": self.pipeline.to_json()}
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Self:
@@ -220,7 +221,8 @@ class Calibration:
             fields = {name: value for name, value in said.items() if name != "format_version"}
             lists = {name: tuple(said[name]) for name in ("notes", "content_codes")}
             seen = {"num_seen_in_training": said["num_seen_in_training"]}
-            made = cls(**fields | parts | lists | seen | {"age": age, "rows": rows})
+            pipeline = Pipeline.from_json(said["pipeline"])
+            made = cls(**fields | parts | lists | seen | {"age": age, "rows": rows, "pipeline": pipeline})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"expected what jobs/evaluate.py --calibrate writes, found otherwise: {error}") from None
         if age is not None and len(age.half_widths_years) != len(AGE_GROUPS):

@@ -24,13 +24,13 @@ from rich.console import Console
 
 from agr_ray.config import EvaluateConfig, EvaluateJob, PredictConfig
 from agr_ray.config import digest as digest_of
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
 from agr_ray.data.crops import decoded_crops, label_arrays, select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.evaluation.calibration import NEVER_SURE, Calibration, coverage_report
 from agr_ray.evaluation.metrics import Baseline, Labels, metrics_report, predicted_gender
-from agr_ray.evaluation.stored_calibration import read_calibration
 from agr_ray.models.card import HEADLINES, model_card, with_measured
 from agr_ray.models.checkpoint import (
     CALIBRATION,
@@ -47,6 +47,7 @@ from agr_ray.models.checkpoint import (
 from agr_ray.models.checkpoint_files import local_checkpoint, portable_checkpoint, unpacked_checkpoint
 from agr_ray.models.predictions import Predictions
 from agr_ray.predict.forward import predict
+from agr_ray.predict.resolve import resolve
 from agr_ray.progress import progress
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.crops import part_dataset
@@ -77,7 +78,19 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as directory:
         meta, digest = read_meta(directory), model_digest(directory)
         _check_compatible(meta, prepared, config)
-        out = _out(storage, job, checkpoint, digest, prepared)
+        pipeline, calibration, reason = resolve(
+            directory,
+            Pipeline(predict=job.predict),
+            key="evaluate.checkpoint",
+            allow_uncalibrated=config.allow_uncalibrated,
+            recalibrate=config.calibrate,
+        )
+        if (directory / CALIBRATION).exists() and reason:
+            console.print(f"warning: {reason}")
+        measured = Pipeline(vision=prepared.vision, predict=pipeline.predict)
+        for line in _vision_differences(measured, pipeline, calibrates=config.calibrate, calibration=calibration):
+            console.print(line)
+        out = _out(storage, config, checkpoint, digest, prepared, measured)
         chosen, statuses = _chosen_rows(storage, prepared, config)
         num_seen = _num_seen_in_training(directory, chosen)
         if num_seen != 0 and not config.allow_overlap:
@@ -88,7 +101,6 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                 f"its {chosen.num_rows:,} images"
             )
             raise ConfigError(f"{said}; --evaluate.allow_overlap true measures all the same")
-        calibration = None if config.calibrate else _found_calibration(directory, job.predict, console)
         with ExitStack() as stack:
             # The lock is beside the checkpoint, not inside it, because checkpoints are copied as whole folders.
             written = [checkpoint, out] if config.calibrate else [out]
@@ -97,7 +109,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
             locks = [stack.enter_context(lock) for lock in held]
             stack.enter_context(cluster(job.cluster))
             packed = portable_checkpoint(directory)
-            table = _predict(job, storage, prepared, chosen.num_rows, packed, locks, console)
+            table = _predict(config, measured.predict, storage, prepared, chosen.num_rows, packed, locks, console)
             labels, predictions = _arrays(table)
             _check_finite(predictions, checkpoint)
             if config.calibrate:
@@ -107,7 +119,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                     coverage=config.coverage,
                     risk=config.abstain_risk,
                     model_digest=digest,
-                    predict_digest=digest_of(job.predict),
+                    pipeline=measured,
                     split_manifest_sha256=prepared.split_manifest_sha256,
                     content_codes=tuple(content_codes(chosen["content_hash"].to_pylist()).tolist()),
                     num_seen_in_training=num_seen,
@@ -137,7 +149,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                 "trained_on_split_manifest_sha256": meta["data"].get("split_manifest_sha256"),
                 "num_seen_in_training": num_seen,
                 "statuses": statuses,
-                "predict": job.predict.model_dump(mode="json"),
+                **measured.to_json(),
             }
             _check(locks)
             storage.write_table(table, storage.join(out, "predictions.parquet"))
@@ -193,15 +205,16 @@ def _check_unchanged(storage: Storage, checkpoint: str, directory: Path) -> None
     raise JobError(f"evaluate.checkpoint {checkpoint}: was replaced during the evaluation; evaluate it again")
 
 
-def _out(storage: Storage, job: EvaluateJob, checkpoint: str, model: str, prepared: PreparedSet) -> str:
+def _out(
+    storage: Storage, config: EvaluateConfig, checkpoint: str, model: str, prepared: PreparedSet, pipeline: Pipeline
+) -> str:
     """Return the folder of the results; the same evaluation replaces itself there.
 
     Raises:
         ConfigError: the configured one holds something else.
     """
-    config = job.evaluate
     if not config.out:
-        return f"{checkpoint}-eval-{config.split}-{prepared.digest[:8]}-{digest_of(job.predict)[:4]}"
+        return f"{checkpoint}-eval-{config.split}-{prepared.digest[:8]}-{digest_of(pipeline.predict)[:4]}"
     out = storage.absolute(config.out).rstrip("/")
     try:
         there = json.loads(storage.read(storage.join(out, "metrics.json")))["evaluation"]
@@ -209,7 +222,7 @@ def _out(storage: Storage, job: EvaluateJob, checkpoint: str, model: str, prepar
         if storage.exists(out) and any(True for _ in storage.list(out)):
             raise ConfigError(f"evaluate.out {out}: exists and holds no evaluation; choose another folder") from None
         return out
-    ours = (model, prepared.split_manifest_sha256, config.split, job.predict.model_dump(mode="json"))
+    ours = (model, prepared.split_manifest_sha256, config.split, pipeline.predict.model_dump(mode="json"))
     if ours != tuple(there[name] for name in ("model_digest", "split_manifest_sha256", "split", "predict")):
         raise ConfigError(
             f"evaluate.out {out}: holds the evaluation of {there['checkpoint']} on split {there['split']} of "
@@ -329,16 +342,30 @@ def _num_among(chosen: pa.Table, codes: Set[int]) -> int:
     return sum(int(content_codes([content])[0]) in codes for content in chosen["content_hash"].to_pylist())
 
 
-def _found_calibration(directory: Path, config: PredictConfig, console: Console) -> Calibration | None:
-    """Return the checkpoint's calibration; None, with a warning where there is one, if it can't be used."""
-    calibration, reason = read_calibration(directory, config, "evaluate.checkpoint")
-    if calibration is None and (directory / CALIBRATION).exists():
-        console.print(f"warning: {reason}")
-    return calibration
+def _vision_differences(
+    measured: Pipeline, checkpoint: Pipeline, *, calibrates: bool, calibration: Calibration | None
+) -> list[str]:
+    """Return a line about crops that were made with other settings than the checkpoint's, where that matters."""
+    before, after = checkpoint.decisive(), measured.decisive()
+    different = ", ".join(f"{key} = {after[key]}, not {before[key]}" for key in before if before[key] != after[key])
+    if not different:
+        return []
+    if calibrates:
+        return [
+            f"note: the crops were made with {different}; a calibrated checkpoint scores with the settings that it "
+            "was calibrated under, and so with these"
+        ]
+    if calibration is not None:
+        return [
+            f"warning: the crops were made with {different}, under which the checkpoint was calibrated; what "
+            "follows says little of how its intervals hold"
+        ]
+    return []
 
 
 def _predict(
-    job: EvaluateJob,
+    config: EvaluateConfig,
+    predict_config: PredictConfig,
     storage: Storage,
     prepared: PreparedSet,
     num_rows: int,
@@ -347,13 +374,12 @@ def _predict(
     console: Console,
 ) -> pa.Table:
     """Return the predictions of the split, sorted by key."""
-    config = job.evaluate
     gpus = 1.0 if config.use_gpu else 0.0
     num_workers = worker_count(config.num_workers, use_gpu=config.use_gpu)
     check_fits("evaluate.num_workers", num_workers, 1.0, gpus)
     predictions = part_dataset(storage, prepared).map_batches(
         CropPredictor,
-        fn_constructor_args=(storage, checkpoint, prepared.crop_side_px, config, job.predict),
+        fn_constructor_args=(storage, checkpoint, prepared.crop_side_px, config, predict_config),
         batch_format="pyarrow",
         batch_size=1,
         compute=ActorPoolStrategy(size=num_workers),

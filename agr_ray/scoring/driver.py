@@ -33,14 +33,15 @@ import numpy as np
 from rich.console import Console
 
 from agr_ray.config import ScoreConfig, ScoreJob, digest
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_table
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
-from agr_ray.evaluation.stored_calibration import read_calibration
 from agr_ray.models.checkpoint import model_digest, read_meta
 from agr_ray.models.checkpoint_files import local_checkpoint, portable_checkpoint
 from agr_ray.models.transform import Transform
+from agr_ray.predict.resolve import resolve
 from agr_ray.progress import print_failed, progress
 from agr_ray.schema import SCHEMA_VERSION, Status
 from agr_ray.scoring.grouping import check_grouping
@@ -77,6 +78,7 @@ _RESOURCE_KNOBS: Final = {
     "lock_expiry_s",
     "max_refused",
     "allow_empty",
+    "allow_uncalibrated",  # the settings and the calibration say what came of it
 }
 _PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
 
@@ -118,7 +120,10 @@ class Model:
     digest: str
     tasks: tuple[str, ...]
     transform: Transform
+    pipeline: Pipeline
+    """The effective settings."""
     calibration: Calibration | None
+    uncalibrated_because: str
     calibration_digest: str
 
 
@@ -200,7 +205,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
         model = _model(directory, job, console)
     attributes = tuple(name for name in job.score.attributes if name in model.tasks)
-    settings = digest(job.vision, job.predict, job.gates)
+    settings = digest(model.pipeline, job.gates)
     config_digest = _digest([settings, attributes, model.calibration_digest])
     identity = _digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key)])
     works = storage.join(f"{out}-work", identity)
@@ -230,9 +235,9 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         scoring = Scoring(
             storage=storage,
             work=work,
-            vision=job.vision,
+            vision=model.pipeline.vision,
             gates=job.gates,
-            predict=job.predict,
+            predict=model.pipeline.predict,
             attributes=attributes,
             batch_size=job.score.batch_size,
             outage_s=job.score.outage_s,
@@ -281,7 +286,9 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             "config_digest": config_digest,
             "key_id": _key_id(key),
             "schema_version": SCHEMA_VERSION,
+            **model.pipeline.to_json(),
             "calibrated": model.calibration is not None,
+            "uncalibrated_because": model.uncalibrated_because,
             "calibration_warning": model.calibration.overlap_warning if model.calibration else "",
             "aggregate_only": job.score.aggregate_only,
             "group_by": list(job.score.group_by),
@@ -323,8 +330,6 @@ def _lost_lock_first(lock: RunLock) -> Iterator[None]:
 def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
     """Reject settings that can't work; return the secret key, empty if none is configured."""
     config = job.score
-    if job.vision.detector == "none":
-        raise ConfigError("vision.detector 'none' detects no faces; scoring allows: mtcnn, haar")
     if re.fullmatch(r"s3://[^/]*", out):
         raise ConfigError(
             f"score.out {config.out}: is a whole bucket; name a prefix in it, such as {out}/scores, because unfinished "
@@ -365,12 +370,19 @@ def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
 def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
     """Load the model, and warn if it does not fit the job well."""
     meta = read_meta(directory)
-    detector = meta["data"].get("detector")
-    if detector not in (None, job.vision.detector):
-        console.print(f"warning: trained on crops found by {detector}, scoring with {job.vision.detector}")
-    calibration, reason = read_calibration(directory, job.predict, "score.checkpoint")
+    pipeline, calibration, reason = resolve(
+        directory,
+        Pipeline(vision=job.vision, predict=job.predict),
+        key="score.checkpoint",
+        allow_uncalibrated=job.score.allow_uncalibrated,
+    )
+    if pipeline.vision.detector == "none":
+        raise ConfigError("vision.detector 'none' detects no faces; scoring allows: mtcnn, haar")
+    if meta["vision"]["detector"] != pipeline.vision.detector:
+        trained, chosen = meta["vision"]["detector"], pipeline.vision.detector
+        console.print(f"warning: trained on crops found by {trained}, scoring with {chosen}")
     if calibration is None:
-        console.print(f"warning: no age_low and age_high, no abstention, no corrected shares: {reason}")
+        console.print(f"warning: uncalibrated: no age_low and age_high, no abstention, no corrected shares: {reason}")
     elif calibration.overlap_warning:
         console.print(f"warning: {calibration.overlap_warning}")
     return Model(
@@ -378,7 +390,9 @@ def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
         digest=model_digest(directory),
         tasks=tuple(meta["model"]["tasks"]),
         transform=Transform.from_json(meta["transform"]),
+        pipeline=pipeline,
         calibration=calibration,
+        uncalibrated_because=reason,
         calibration_digest="" if calibration is None else _digest(calibration.to_json()),
     )
 

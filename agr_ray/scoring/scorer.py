@@ -234,6 +234,7 @@ class FaceFinder:
     def _common(self) -> dict[str, Any]:
         return {
             **self._scoring.provenance,
+            "calibrated": self._scoring.calibration is not None,
             "detector": self._reader.detector_name,
             "scored_at": datetime.datetime.now(datetime.UTC),
         }

@@ -107,10 +107,18 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0, 
 
 
 def checkpoint(folder: Path, *, train_images: list[str] | None = None, data: dict[str, Any] | None = None) -> Path:
-    """Write a checkpoint of random weights that claims to have been trained on images of these content hashes."""
+    """Write a checkpoint of random weights that claims to have been trained on images of these content hashes.
+
+    Its batch norms have seen noise, so that its predictions differ between images.
+    """
     torch.manual_seed(0)
     model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX))
     model.initialise_age(40.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # running statistics are the mean of all batches
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, SIDE_PX, SIDE_PX))
     save_checkpoint(
         folder,
         model,

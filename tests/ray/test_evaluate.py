@@ -265,10 +265,9 @@ def test_a_checkpoint_calibrated_on_one_split_is_reported_on_another(
     fitted = evaluate(evaluate_job(own, data, split="val", calibrate=True, coverage=0.5))
     said = json.loads((own / "calibration.json").read_text())
     measured = evaluate(evaluate_job(own, data))
-    other = EvaluateJob(
-        evaluate=EvaluateConfig(checkpoint=str(own), data=str(data), num_workers=1),
-        predict=PredictConfig(flip_average=True),
-    )
+    flipped = PredictConfig(flip_average=True)
+    other = evaluate_job(own, data).model_copy(update={"predict": flipped})
+    allowed = evaluate_job(own, data, allow_uncalibrated=True).model_copy(update={"predict": flipped})
     printed = " ".join(capsys.readouterr().out.split())
 
     assert (said["num_seen_in_training"], fitted["calibration"]["warning"]) == (0, "")
@@ -284,5 +283,39 @@ def test_a_checkpoint_calibrated_on_one_split_is_reported_on_another(
         name: metrics[name] for name in ("age", "gender", "race")
     }
     assert "calibration" not in metrics
-    assert "calibration" not in evaluate(other)
-    assert "fitted under other predict settings" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ConfigError, match=r"predict\.flip_average = True, but .* calibrated with False"):
+        evaluate(other)
+    assert "calibration" not in evaluate(allowed)
+    assert "warning: predict.flip_average = True, but the checkpoint was" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_checkpoint_alone_is_measured_as_with_the_recipe_that_trained_it(model: Path, data: Path) -> None:
+    own, flipped = data.parent / "flipped", PredictConfig(flip_average=True)
+    shutil.copytree(model, own)
+    meta = json.loads((own / "meta.json").read_text())
+    (own / "meta.json").write_text(json.dumps(meta | {"predict": flipped.model_dump()}))
+    with_recipe = evaluate_job(own, data, out=str(data.parent / "recipe")).model_copy(update={"predict": flipped})
+
+    alone, recipe = (evaluate(job) for job in (evaluate_job(own, data), with_recipe))
+    evaluate(evaluate_job(model, data, out=str(data.parent / "plain")))
+    (out,) = data.parent.glob("flipped-eval-test-*")
+    folders = (out, data.parent / "recipe", data.parent / "plain")
+    tables = [pq.read_table(folder / "predictions.parquet") for folder in folders]
+
+    assert {name: alone[name] for name in ("age", "gender", "race")} == {
+        name: recipe[name] for name in ("age", "gender", "race")
+    }
+    assert tables[0].equals(tables[1])
+    assert not tables[0]["p_male"].equals(tables[2]["p_male"])
+
+
+def test_a_calibration_knows_the_settings_it_was_fitted_under(model: Path, data: Path) -> None:
+    own = data.parent / "fitted-under"
+    shutil.copytree(model, own)
+    job = evaluate_job(own, data, split="val", calibrate=True)
+
+    evaluate(job.model_copy(update={"predict": PredictConfig(flip_average=True)}))
+
+    said = json.loads((own / "calibration.json").read_text())["pipeline"]
+    assert (said["predict"]["flip_average"], said["vision"]["detector"]) == (True, "none")
+    assert evaluate(evaluate_job(own, data))["evaluation"]["predict"]["flip_average"] is True

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agr_ray.config import EvaluateJob, parse
+from agr_ray.config import EvaluateJob, PredictConfig, parse
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.evaluation.calibration import (
     NEVER_SURE,
     TEMPERATURES,
@@ -260,7 +261,7 @@ def test_json_brings_back_the_same() -> None:
         coverage=0.8,
         risk=0.1,
         model_digest="ab",
-        predict_digest="cd",
+        pipeline=Pipeline(predict=PredictConfig(flip_average=True)),
         split_manifest_sha256="ef",
         content_codes=(-(2**63), 2**63 - 1),
     )
@@ -268,6 +269,7 @@ def test_json_brings_back_the_same() -> None:
     again = Calibration.from_json(said)
 
     assert json.loads(json.dumps(again.to_json())) == said
+    assert again.pipeline.predict.flip_average
     assert (again.notes, again.content_codes) == (calibration.notes, calibration.content_codes)
     assert (again.age, again.gender, again.race) == (calibration.age, None, calibration.race)
     assert again.rows["race_pred"].dtype == np.int64
@@ -278,10 +280,11 @@ def test_json_brings_back_the_same() -> None:
 def test_what_is_no_calibration_is_refused() -> None:
     said = fit(*draw(60, seed=2)).to_json()
     for damage, complaint in (
-        ({"format_version": 2}, "expected format_version 1, found 2"),
+        ({"format_version": 1}, "expected format_version 2, found 1"),
         ({"rows": {}}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: 'age_group'"),
         ({"race": {"n": 1}}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: "),
         ({"surplus": 1}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: "),
+        ({"pipeline": {}}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: vision: expected the"),
         ({"n": 61}, "expected 61 of each of rows, found"),
         ({"age": said["age"] | {"half_widths_years": [1.0]}}, "expected 9 half_widths_years, found 1"),
     ):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_jobs_errors import saved_checkpoint
 
-from agr_ray.config import PredictConfig, ScoreJob, digest
+from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.metrics import Labels
@@ -28,7 +28,6 @@ def calibration(folder: Path, num_seen: int | None) -> Calibration:
         coverage=0.9,
         risk=0.05,
         model_digest=model_digest(folder),
-        predict_digest=digest(PredictConfig()),
         num_seen_in_training=num_seen,
     )
 

@@ -27,6 +27,7 @@ def image(name: str, status: str = "ok", faces: list[dict[str, Any]] | None = No
         "run_id": "run",
         "model_digest": "model",
         "config_digest": "config",
+        "calibrated": False,
         "detector": "mtcnn",
         "scored_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
         "schema_version": 1,

@@ -28,6 +28,7 @@ def published(out: Path, run_id: str, *, finished: bool) -> None:
         "run_id": run_id,
         "model_digest": "model",
         "config_digest": "config",
+        "calibrated": False,
         "detector": "mtcnn",
         "scored_at": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
         "schema_version": 1,

@@ -1,0 +1,136 @@
+"""Scoring with a checkpoint and no recipe, and with settings that differ from the checkpoint's."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "ray"))
+from sets import checkpoint
+from test_resolve import calibrate
+
+from agr_ray.config import PredictConfig, ScoreConfig, ScoreJob, VisionConfig, parse
+from agr_ray.config.pipeline import Pipeline
+from agr_ray.console import make_console
+from agr_ray.data.rendered import render_chip
+from agr_ray.errors import ConfigError
+from agr_ray.models.checkpoint import META
+from agr_ray.scoring.driver import score_input
+from agr_ray.scoring.publish import Counts, Publication
+from agr_ray.scoring.scorer import PartScorer, Scoring
+from agr_ray.vision.decode import encode_jpeg
+
+STORED = Pipeline(vision=VisionConfig(detector="haar", min_face_px=60), predict=PredictConfig(flip_average=True))
+RECIPE = b"[vision]\ndetector = 'haar'\nmin_face_px = 60\n[predict]\nflip_average = true\n"
+
+
+class Workers:
+    """Score in this process, with what the driver tells them and nothing else."""
+
+    num_workers = 1
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+        scorer = PartScorer(scoring)
+        for part in parts:
+            yield {name: values[0] for name, values in scorer.score(part).items()}
+
+    def publish(self, publication: Publication) -> Iterator[Counts]:
+        for file in range(publication.num_files):
+            yield publication.publish_file(file)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Return a checkpoint that stores `STORED`."""
+    folder = checkpoint(tmp_path / "model")
+    meta = json.loads((folder / META).read_text())
+    (folder / META).write_text(json.dumps(meta | STORED.to_json()))
+    return folder
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Return a folder of eight rendered chips."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.jpg").write_bytes(encode_jpeg(render_chip(0, number).image_rgb))
+    return folder
+
+
+def scored(job: ScoreJob) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """Return the run's record, its rows but for when and in which run, and what was printed."""
+    log = io.StringIO()
+    record = score_input(job, Workers(), make_console(log))
+    table = pq.read_table(Path(job.score.out) / "images" / f"run={record['run_id']}", partitioning=None)
+    return record, table.drop(["scored_at", "run_id"]).to_pylist(), log.getvalue()
+
+
+def job(model: Path, photographs: Path, out: str, *argv: str, recipe: bytes = b"") -> ScoreJob:
+    needed = ["--score.checkpoint", str(model), "--score.input", str(photographs)]
+    needed += ["--score.out", str(photographs.parent / out)]
+    return parse(ScoreJob, [*needed, "--config", "x.toml", *argv], {}, lambda *_: recipe)
+
+
+def test_a_checkpoint_alone_gives_the_rows_that_its_recipe_gives(model: Path, photographs: Path) -> None:
+    alone, rows, printed = scored(ScoreJob(score=job(model, photographs, "alone").score))
+    again, same_rows, _ = scored(job(model, photographs, "recipe", recipe=RECIPE))
+    _, default_rows, _ = scored(job(model, photographs, "default", "--predict.flip_average", "false", recipe=RECIPE))
+
+    assert sum(len(row["faces"]) for row in rows) >= 4
+    assert rows == same_rows
+    assert {row["detector"] for row in rows} == {"haar"}
+    assert [face["p_male"] for row in rows for face in row["faces"]] != [
+        face["p_male"] for row in default_rows for face in row["faces"]
+    ]
+    assert alone["config_digest"] == again["config_digest"]
+    assert {"vision": alone["vision"], "predict": alone["predict"]} == STORED.to_json()
+    assert "trained on crops" not in printed
+
+
+def test_a_run_with_the_recipe_skips_what_a_run_without_it_has_scored(model: Path, photographs: Path) -> None:
+    assert scored(job(model, photographs, "out"))[0]["num_images"] == 8
+    assert scored(job(model, photographs, "out", recipe=RECIPE))[0]["num_images"] == 0
+
+
+def test_rows_say_whether_they_are_calibrated(model: Path, photographs: Path) -> None:
+    calibrate(model, STORED)
+    argv = ("--vision.min_face_px", "30")
+
+    calibrated, rows, _ = scored(job(model, photographs, "calibrated"))
+    with pytest.raises(ConfigError, match=r"^score\.checkpoint: vision\.min_face_px = 30, but .* calibrated with 60"):
+        scored(job(model, photographs, "uncalibrated", *argv))
+    record, other_rows, printed = scored(job(model, photographs, "uncalibrated", *argv, "--allow-uncalibrated"))
+
+    faces, others = ([face for row in each for face in row["faces"]] for each in (rows, other_rows))
+    assert all(face["age_low"] < face["age"] < face["age_high"] for face in faces)
+    assert {face["age_low"] for face in others} == {face["age_high"] for face in others} == {None}
+    assert [row["calibrated"] for row in rows] == [True] * 8
+    assert [row["calibrated"] for row in other_rows] == [False] * 8
+    reason = "vision.min_face_px = 30, but the checkpoint was calibrated with 60"
+    assert (calibrated["calibrated"], calibrated["uncalibrated_because"]) == (True, "")
+    assert (record["calibrated"], record["uncalibrated_because"]) == (False, reason)
+    assert f"no corrected shares: {reason}" in " ".join(printed.split())
+    assert {row["calibrated"] for row in pq.read_table(photographs.parent / "uncalibrated" / "faces").to_pylist()} == {
+        False
+    }
+
+
+def test_scoring_without_a_detector_is_refused_wherever_that_comes_from(model: Path, photographs: Path) -> None:
+    meta = json.loads((model / META).read_text())
+    (model / META).write_text(json.dumps(meta | Pipeline(vision=VisionConfig(detector="none")).to_json()))
+
+    with pytest.raises(ConfigError, match=r"^vision\.detector 'none' detects no faces; scoring allows: mtcnn, haar"):
+        scored(job(model, photographs, "out"))
+    assert ScoreConfig().allow_uncalibrated is False
