@@ -52,7 +52,7 @@ from agr_ray.learn.optimise import build_optimizer
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import autocast, compute_dtype
 from agr_ray.models.transform import Transform
-from agr_ray.runtime.cluster import machine_cpus
+from agr_ray.runtime.ray_compat import machine_cpus
 from agr_ray.runtime.train import train
 from agr_ray.storage import Storage
 from agr_ray.vision.align import DEFAULT_MARGIN

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -12,20 +11,14 @@ from contextvars import ContextVar
 from typing import Final, TypeVar
 
 import ray
-from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray._private.utils import get_num_cpus
-from ray.autoscaler._private.util import format_readonly_node_type
-from ray.autoscaler.v2.sdk import get_cluster_status
-from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.data import DataContext
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from agr_ray.config import ClusterConfig
 from agr_ray.console import make_console
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.placement import places, process_bundles
+from agr_ray.runtime.ray_compat import NO_PRESTART, has_autoscaler, machine_cpus, pace_ray_data
 
 MIN_LOCAL_CPUS: Final = 8
 """Logical CPUs of a local cluster at least: actors that hold all CPUs leave Ray Data none to read and write with."""
@@ -65,8 +58,7 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         if address == "local":
-            # A process for each logical CPU, started in advance, would keep a small machine busy for half a minute.
-            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+            os.environ.setdefault(NO_PRESTART, "0")
             ray.init(
                 address="local",
                 num_cpus=config.num_cpus or max(machine_cpus(), MIN_LOCAL_CPUS),
@@ -87,11 +79,6 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def machine_cpus() -> int:
-    """Return the CPUs that this process may use: of the machine, or of its container."""
-    return max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
-
-
 def configure_ray_data() -> None:
     """Set Ray Data up for our jobs, in the process that builds a dataset."""
     context = DataContext.get_current()
@@ -102,23 +89,7 @@ def configure_ray_data() -> None:
     # it need not be logged as well.
     context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    context.custom_execution_callback_classes = [PacedExecution]
-
-
-class PacedExecution(ExecutionCallback):
-    """Makes Ray Data's scheduling loop rest between steps.
-
-    It waits for tasks only while one runs. With nothing to do but to hold finished blocks until the trainer takes
-    them it spins, and takes a core of a small machine.
-    """
-
-    REST_S: Final = 0.01
-
-    def on_execution_step(self, executor: object) -> None:  # noqa: ARG002  # Ray's signature
-        """Rest."""
-        time.sleep(self.REST_S)
+    pace_ray_data(context)
 
 
 def check_fits(
@@ -169,24 +140,6 @@ def wait_for_nodes(check: Callable[[], T], bundles: Sequence[Mapping[str, float]
                     raise ConfigError(f"{error}. Its autoscaler added too little within {wait_s:g} s") from None
     finally:
         remove_placement_group(group)
-
-
-def has_autoscaler() -> bool:
-    """Say whether the cluster adds nodes by itself.
-
-    Every head node has a monitor that reports the nodes' types. Without an autoscaler, the types are made up, one for
-    each node, named by its id.
-    """
-    if is_autoscaler_v2(fetch_from_server=True):
-        status = get_cluster_status(ray.get_runtime_context().gcs_address)
-        found = [node for group in (status.active_nodes, status.idle_nodes) for node in group]
-        types = [node.ray_node_type_name for node in found]
-    else:
-        body = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
-        report = json.loads(body).get("autoscaler_report") if body else None
-        types = list((report or {}).get("active_nodes", {}))
-    made_up = {format_readonly_node_type(node["NodeID"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]  # Ray leaves it bare
-    return any(name and name not in made_up for name in types)
 
 
 def refuse_misfit(

@@ -57,7 +57,8 @@ from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, sav
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
 from agr_ray.models.network import MultiTaskNet, WeightsError, first_weights, load_backbone
 from agr_ray.models.transform import Transform
-from agr_ray.runtime.cluster import cluster, machine_cpus
+from agr_ray.runtime.cluster import cluster
+from agr_ray.runtime.ray_compat import machine_cpus
 from agr_ray.runtime.training.board import progress_board
 from agr_ray.runtime.training.trainer import check_workers_fit, fit
 from agr_ray.schema import Status

@@ -23,7 +23,8 @@ from agr_ray.errors import ConfigError, JobError
 from agr_ray.learn.dry_run import dry_run
 from agr_ray.learn.run import Run
 from agr_ray.report.sweep_results import print_trials, write_results
-from agr_ray.runtime.cluster import cluster, machine_cpus, nodes, wait_for_nodes
+from agr_ray.runtime.cluster import cluster, nodes, wait_for_nodes
+from agr_ray.runtime.ray_compat import machine_cpus
 from agr_ray.runtime.train import open_sets, plan, settings_digest
 from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher
 from agr_ray.runtime.tuning.trial import trainable

@@ -12,9 +12,8 @@ import threading
 from typing import Any, Final, Self
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.context import TrainRunContext
 
+from agr_ray.runtime.ray_compat import ControllerCallback, TrainRunContext, abort_training
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 from agr_ray.storage.lock import LockLost, RunLock
 
@@ -71,6 +70,6 @@ class StopWhenLost(ControllerCallback):
                 continue
             except LockLost:
                 break
-        controller.abort.remote()
+        abort_training(controller)
         pause.wait(ABORT_S)
         os._exit(1)  # the controller is blocked; its workers end with it

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +13,6 @@ import ray.train
 import ray.train.torch
 from ray.data import Dataset
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, UserCallback
-from ray.train.v2._internal import constants
 from rich.console import Console
 
 from agr_ray.config import TrainConfig
@@ -26,6 +23,13 @@ from agr_ray.learn.run import CHECKPOINTS, OBJECTIVE, Run
 from agr_ray.redact import redacted
 from agr_ray.runtime.cluster import check_fits, refuse_misfit
 from agr_ray.runtime.crops import SplitShares, training_dataset
+from agr_ray.runtime.ray_compat import (
+    SNAPSHOT,
+    could_not_start,
+    interrupt_training,
+    limit_worker_start,
+    named_cluster,
+)
 from agr_ray.runtime.training.fence import Fence, StopWhenLost
 from agr_ray.runtime.training.worker import collective_timeout_s, work
 from agr_ray.storage.lock import RunLock
@@ -33,12 +37,8 @@ from agr_ray.storage.retry import Retry
 
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0
-ADDRESS: Final = "RAY_ADDRESS"
-STOP_S: Final = 10.0
 CONTROLLER_FAILURES: Final = 3
 """Without a finished epoch between. Ray's default is to ask for ever for what a cluster does not have."""
-SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
-"""In which Ray Train names the checkpoints that are there whole."""
 
 
 def fit(
@@ -58,13 +58,13 @@ def fit(
     retry = Retry(run.job.train.outage_s)
     # Of one start; Ray tries it again CONTROLLER_FAILURES times.
     start_s = max(MIN_START_S, run.job.train.outage_s / (CONTROLLER_FAILURES + 1))
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{start_s:g}")
+    limit_worker_start(start_s)
     fence = Fence.of(lock, run.storage)
     retry.call(lambda: _delete_unknown_checkpoints(run, lock))
     attempts_left, epochs_done = CONTROLLER_FAILURES, retry.call(lambda: _epochs_done(run))
     while True:
         try:
-            with _enough_workers(run), _said_which_cluster():
+            with _enough_workers(run), named_cluster():
                 result = _trainer(run, sets, fence, board, callbacks).fit()
             retry.call(lambda: _delete_unknown_checkpoints(run, lock))
             return result
@@ -78,7 +78,7 @@ def fit(
             _check_still_fits(run)
             before, epochs_done = epochs_done, retry.call(lambda: _epochs_done(run))
             attempts_left = CONTROLLER_FAILURES if epochs_done > before else attempts_left - 1
-            if attempts_left < 0 or _could_not_start(error):
+            if attempts_left < 0 or could_not_start(error):
                 raise _failed(run, f"training failed: {_last_line(error)}") from error
             console.print(
                 f"warning: the Ray Train controller ended ({_last_line(error)}); resuming from the last checkpoint",
@@ -182,32 +182,8 @@ def _check_workers(config: TrainConfig, check: Callable[..., None]) -> None:
     )
 
 
-@contextmanager
-def _said_which_cluster() -> Iterator[None]:
-    """Say to all that Ray Train starts which cluster it is of.
-
-    What gives back the workers' resources when a run is killed, as a sweep's trial that falls behind, looks for the
-    cluster by itself. Where a machine runs two it finds neither, and the resources stay reserved until the job ends.
-    """
-    before = os.environ.get(ADDRESS)
-    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
-    constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ADDRESS]
-        else:
-            os.environ[ADDRESS] = before
-
-
 def _failed(run: Run, why: str) -> JobError:
     return JobError(f"{run.uri}: {why}; the same command goes on from its last checkpoint")
-
-
-def _could_not_start(error: Exception) -> bool:
-    """Say whether workers could not be started, which Ray has tried several times."""
-    return "WorkerGroupStartup" in type(getattr(error, "controller_failure", None)).__name__
 
 
 @contextmanager
@@ -237,12 +213,7 @@ def _enough_workers(run: Run) -> Iterator[None]:
                 small_since = now if small_since is None else small_since
                 if now - small_since > config.outage_s:
                     problem = str(error)
-                    # The first makes Ray Train stop in good order, where its controller comes to it: one that looks
-                    # for room never does. The third makes it give up.
-                    for _ in range(3):
-                        signal.raise_signal(signal.SIGINT)
-                        if ended.wait(STOP_S):
-                            return
+                    interrupt_training(ended)
                     return
 
     watcher = threading.Thread(target=watch, daemon=True)

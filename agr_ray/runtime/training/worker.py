@@ -29,7 +29,7 @@ from agr_ray.learn.resources import MIN_VAL_BATCH, max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.predict.forward import predict
-from agr_ray.runtime.cluster import machine_cpus
+from agr_ray.runtime.ray_compat import machine_cpus
 from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.shard_batches import ShardBatches
 from agr_ray.storage.outgoing import delete_leftovers, outgoing_folder

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 from ray import tune as ray_tune
 from ray.train import Checkpoint
-from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from agr_ray.config import TrainJob
 from agr_ray.errors import JobError
 from agr_ray.learn.run import FAILURE
+from agr_ray.runtime.ray_compat import TrainRunContext
 from agr_ray.runtime.train import train
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.tuning.space import with_values

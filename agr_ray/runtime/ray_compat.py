@@ -1,0 +1,152 @@
+"""What leans on parts of Ray that Ray does not promise to keep, each with its reason. Seen with Ray 2.60.0.
+
+`tests/unit/test_ray_compat.py` has a test for each, which fails when Ray changes it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._private.utils import get_num_cpus
+from ray.autoscaler._private.util import format_readonly_node_type
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.train.v2._internal import constants
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+
+__all__ = ["ControllerCallback", "TrainRunContext"]
+# ControllerCallback: no public callback runs in Ray Train's controller, where a run that has lost its lock must end.
+# TrainRunContext: the type of an argument of Ray's public callbacks.
+
+SEEN_WITH: Final = "2.60.0"
+
+# Cluster
+
+NO_PRESTART: Final = "RAY_prestart_worker_first_driver"
+"""Environment variable of the raylet: "0" starts no worker processes in advance. One for each logical CPU would keep a
+small machine busy for half a minute."""
+
+
+def machine_cpus() -> int:
+    """Return the CPUs that this process may use: of the machine, or of its container.
+
+    Ray counts them by itself for a local cluster; Python's own counts ignore a container's CPU quota.
+    """
+    return max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
+
+
+def has_autoscaler() -> bool:
+    """Return whether the cluster adds nodes by itself, which no public function says.
+
+    Every head node has a monitor that reports the nodes' types. Without an autoscaler, the types are made up, one for
+    each node, named by its id.
+    """
+    if is_autoscaler_v2(fetch_from_server=True):
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        found = [node for group in (status.active_nodes, status.idle_nodes) for node in group]
+        types = [node.ray_node_type_name for node in found]
+    else:
+        body = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+        report = json.loads(body).get("autoscaler_report") if body else None
+        types = list((report or {}).get("active_nodes", {}))
+    made_up = {format_readonly_node_type(node["NodeID"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]  # Ray leaves it bare
+    return any(name and name not in made_up for name in types)
+
+
+# Ray Data
+
+DATA_LOGGERS: Final = ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state")
+"""Loggers that print a traceback of each error that ends the work, which is raised as well."""
+
+
+class PacedExecution(ExecutionCallback):
+    """Makes Ray Data's scheduling loop rest between steps.
+
+    The loop waits for tasks only while one runs. While finished blocks wait for the trainer, it spins and takes a core
+    of a small machine.
+    """
+
+    REST_S: Final = 0.01
+
+    def on_execution_step(self, executor: object) -> None:  # noqa: ARG002  # Ray's signature
+        """Rest."""
+        time.sleep(self.REST_S)
+
+
+def pace_ray_data(context: DataContext) -> None:
+    """Make executions rest between steps, and log no traceback of errors that are raised."""
+    context.custom_execution_callback_classes = [PacedExecution]
+    for name in DATA_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+# Ray Train
+
+SNAPSHOT: Final = constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+"""File in which Ray Train names its complete checkpoints. What it does not name was being uploaded when its worker was
+killed, and Ray Train never deletes that."""
+_ADDRESS: Final = "RAY_ADDRESS"
+_STOP_S: Final = 10.0
+
+
+def limit_worker_start(timeout_s: float) -> None:
+    """Give a fixed number of workers this long to start, unless the environment says otherwise; no argument does."""
+    os.environ.setdefault(constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, f"{timeout_s:g}")
+
+
+def could_not_start(error: Exception) -> bool:
+    """Return whether workers could not be started, which Ray Train has tried several times."""
+    failure = getattr(error, "controller_failure", None)
+    return isinstance(failure, WorkerGroupStartupFailedError | WorkerGroupStartupTimeoutError)
+
+
+@contextmanager
+def named_cluster() -> Iterator[None]:
+    """Tell all processes that Ray Train starts which cluster they belong to.
+
+    The process that frees the workers' resources after a kill, such as that of a sweep's trial that falls behind, looks
+    for the cluster by itself. Where a machine runs two, it finds neither, and the resources stay reserved until the job
+    ends.
+    """
+    before = os.environ.get(_ADDRESS)
+    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
+    constants.ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ADDRESS]
+        else:
+            os.environ[_ADDRESS] = before
+
+
+def interrupt_training(has_ended: threading.Event) -> None:
+    """Make `TorchTrainer.fit` in this process end, which no public function does.
+
+    The first SIGINT asks the controller to stop in good order. One that looks for nodes never does. The third makes Ray
+    Train give up.
+    """
+    for _ in range(3):
+        signal.raise_signal(signal.SIGINT)
+        if has_ended.wait(_STOP_S):
+            return
+
+
+def abort_training(controller: Any) -> None:
+    """Make Ray Train's controller, an actor, stop its workers and end; public functions act in the driver only."""
+    controller.abort.remote()

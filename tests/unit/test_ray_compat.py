@@ -1,0 +1,137 @@
+"""The parts of Ray that `ray_compat` leans on are as they were seen. A new Ray that changes one fails here first."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import pkgutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.data._internal.execution.streaming_executor as streaming_executor
+from ray.data import DataContext
+from ray.train import ControllerError
+from ray.train.v2._internal import constants, exceptions
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.controller import TrainController
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from agr_ray.runtime import ray_compat
+
+
+def test_ray_is_the_version_that_was_seen() -> None:
+    assert ray.__version__ == ray_compat.SEEN_WITH  # after an update: check the module's reasons, then change it
+
+
+def test_the_raylet_knows_the_variable_that_starts_no_workers_in_advance() -> None:
+    library = next(Path(ray.__file__).parent.glob("_raylet*.so"))
+
+    assert ray_compat.NO_PRESTART.removeprefix("RAY_").encode() in library.read_bytes()
+
+
+def test_the_cpus_of_this_machine_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= ray_compat.machine_cpus() <= (os.cpu_count() or 1)
+    monkeypatch.setattr(ray_compat, "get_num_cpus", lambda override_docker_cpu_warning: 0.5)
+    assert ray_compat.machine_cpus() == 1
+
+
+@pytest.mark.parametrize(("types", "expected"), [(["node_ab"], False), (["node_ab", "worker"], True), ([], False)])
+def test_a_cluster_whose_node_types_are_not_made_up_has_an_autoscaler(
+    types: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions 1 and 2 of the autoscaler are run by tests/system/test_autoscaling.py."""
+    report = {"autoscaler_report": {"active_nodes": dict.fromkeys(types, 1)}}
+    monkeypatch.setattr(ray_compat, "is_autoscaler_v2", lambda fetch_from_server: False)
+    monkeypatch.setattr(ray_compat, "_internal_kv_get", lambda key: ray_compat.json.dumps(report))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "ab"}])
+
+    assert ray_compat.has_autoscaler() is expected
+
+
+def test_ray_data_calls_back_between_steps() -> None:
+    assert "callback.on_execution_step(self)" in inspect.getsource(streaming_executor)
+    context = DataContext.get_current().copy()
+    assert context.custom_execution_callback_classes is not None
+
+    ray_compat.pace_ray_data(context)
+
+    assert context.custom_execution_callback_classes == [ray_compat.PacedExecution]
+
+
+@pytest.mark.parametrize("name", ray_compat.DATA_LOGGERS)
+def test_ray_data_logs_errors_under_these_names(name: str) -> None:
+    names = [info.name for info in pkgutil.walk_packages(ray.data.__path__, "ray.data.")]
+    assert name in names
+    assert logging.getLogger(name).name == name
+
+
+def test_ray_train_names_its_checkpoints_in_a_file() -> None:
+    assert ray_compat.SNAPSHOT == "checkpoint_manager_snapshot.json"  # of a run that an earlier version began
+
+
+def test_the_start_of_workers_is_limited_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    monkeypatch.setenv(name, "7")
+    ray_compat.limit_worker_start(60.0)
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+
+    ray_compat.limit_worker_start(60.0)
+
+    assert os.environ.pop(name) == "60"
+    assert name in constants.ENV_VARS_TO_PROPAGATE
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (exceptions.WorkerGroupStartupTimeoutError(num_workers=2), True),
+        (exceptions.WorkerGroupStartupFailedError("no"), True),
+        (ValueError("no"), False),
+    ],
+)
+def test_workers_that_could_not_start_are_told(failure: Exception, expected: bool) -> None:
+    assert ray_compat.could_not_start(ControllerError(failure)) is expected
+
+
+def test_ray_train_passes_on_the_clusters_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENV_VARS_TO_PROPAGATE", {"A"})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: type("Context", (), {"gcs_address": "1.2.3.4:5"}))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    with ray_compat.named_cluster():
+        assert constants.get_env_vars_to_propagate()["RAY_ADDRESS"] == "1.2.3.4:5"
+
+    assert "RAY_ADDRESS" not in os.environ
+
+
+def test_ray_train_ends_after_three_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[int] = []
+    monkeypatch.setattr(ray_compat.signal, "raise_signal", raised.append)
+    monkeypatch.setattr(ray_compat, "_STOP_S", 0.0)
+    ray_compat.interrupt_training(threading.Event())
+    assert raised == [2, 2, 2]
+    has_ended = threading.Event()
+    has_ended.set()
+
+    ray_compat.interrupt_training(has_ended)
+
+    assert raised == [2, 2, 2, 2]
+    assert "Received SIGINT at least 3 times" in inspect.getsource(DataParallelTrainer)
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (ControllerCallback.after_controller_start, ["self", "train_run_context"]),
+        (TuneReportCallback.after_report, ["self", "run_context", "metrics", "checkpoint"]),
+        (TrainController.abort, ["self"]),
+    ],
+)
+def test_the_callbacks_and_the_controller_take_what_they_took(function: Any, names: list[str]) -> None:
+    assert list(inspect.signature(function).parameters) == names
