@@ -25,6 +25,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage.uri import ancestors
 
 LISTED: Final = pa.schema(
     [
@@ -130,10 +131,7 @@ def _check_fields(names: tuple[str, ...]) -> None:
 
 def _data_root(storage: Storage, uri: str, key: str) -> str:
     """Return what the data files' keys are below: the manifest's bucket, or the folder that a copy of it lies in."""
-    parts = storage.absolute(uri).split("/")
-    first = 3 if parts[0].lower() == "s3:" else 1  # s3://bucket, or the local root
-    for depth in range(first, len(parts)):
-        root = "/".join(parts[:depth]) or "/"
+    for root in ancestors(uri):
         if storage.exists(storage.join(root, key)):
             return root
     raise InventoryError(f"data file {key} is not there")

@@ -19,7 +19,6 @@ import datetime
 import hashlib
 import json
 import random
-import re
 import secrets
 import time
 from collections import Counter
@@ -62,6 +61,7 @@ from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavail
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
 from agr_ray.storage.retry import Retry
+from agr_ray.storage.uri import is_bucket
 
 MIN_KEY_BYTES: Final = 32
 MANY_REFUSED: Final = 100
@@ -330,7 +330,7 @@ def _lost_lock_first(lock: RunLock) -> Iterator[None]:
 def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
     """Reject settings that can't work; return the secret key, empty if none is configured."""
     config = job.score
-    if re.fullmatch(r"s3://[^/]*", out):
+    if is_bucket(out):
         raise ConfigError(
             f"score.out {config.out}: is a whole bucket; name a prefix in it, such as {out}/scores, because unfinished "
             "work is stored beside it, at PREFIX-work"

@@ -65,6 +65,18 @@ def join(uri: str, *parts: str) -> str:
     return joined
 
 
+def ancestors(uri: str) -> list[str]:
+    """Return the canonical URIs of all folders or prefixes that hold `uri`: the bucket or `/` first, its own last."""
+    parts = absolute(uri).split("/")
+    num_root_parts = 3 if is_s3(uri) else 1  # of s3://bucket and of /
+    return ["/".join(parts[:number]) or "/" for number in range(num_root_parts, len(parts))]
+
+
+def is_bucket(uri: str) -> bool:
+    """Return whether it is the URI of a whole bucket."""
+    return is_s3(uri) and not bucket_and_key(uri, key_needed=False)[1]
+
+
 def local_path(uri: str, *, absolute: bool = True) -> str:
     """Return the local path of a bare path or `file://` URI, without a `/` at its end.
 

@@ -9,6 +9,7 @@ import pytest
 from agr_ray.storage import (
     Storage,
 )
+from agr_ray.storage.uri import ancestors, is_bucket
 
 
 @pytest.fixture
@@ -55,3 +56,15 @@ def test_join_keeps_what_is_in_an_s3_key(storage: Storage) -> None:
     assert storage.join("s3://bucket/a", "b c", "/d#.jpg") == "s3://bucket/a/b c//d#.jpg"
     assert storage.join("s3://bucket", "a") == "s3://bucket/a"
     assert storage.join("folder", "a") == "folder/a"
+
+
+def test_ancestors_are_given_from_the_root_down() -> None:
+    assert ancestors("s3://bucket/a//b.json") == ["s3://bucket", "s3://bucket/a", "s3://bucket/a/"]
+    assert ancestors("file:///a/b.json") == ["/", "/a"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"), [("s3://bucket", True), ("s3://bucket/", True), ("s3://bucket/a", False), ("/bucket", False)]
+)
+def test_a_whole_bucket_is_told_from_a_prefix(uri: str, expected: bool) -> None:
+    assert is_bucket(uri) == expected
