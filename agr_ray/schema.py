@@ -69,6 +69,12 @@ class Status(StrEnum):
 CROP_STATUSES: Final = (Status.OK, Status.FALLBACK)
 """The statuses of crop rows that carry a crop, and so can be trained and evaluated on."""
 
+SCORED_STATUSES: Final = (Status.OK, Status.NO_FACE)
+"""The statuses of image rows that are not rejected."""
+
+RETRIED_STATUSES: Final = (Status.FAILED, Status.MISSING, Status.CHANGED)
+"""The statuses that say nothing about an image's content: the next run tries the image again if it is still listed."""
+
 IMAGE_STATUSES: Final = (
     Status.OK,
     Status.NO_FACE,

@@ -20,14 +20,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from agr_ray.data.manifest import Content
-from agr_ray.schema import CROP_STATUSES, CROPS, MANIFEST, Status
+from agr_ray.schema import CROP_STATUSES, CROPS, MANIFEST, RETRIED_STATUSES, Status
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import KILLED_ITS_WORKER
 
 COPIED: Final = tuple(name for name in MANIFEST.names if name not in ("status", "error"))
 """Columns of crop rows that are copied from the manifest."""
-RETRIED: Final = (str(Status.FAILED), str(Status.MISSING), str(Status.CHANGED))
-"""Statuses of crop rows whose image may have become readable."""
 _NUM_THREADS: Final = 8
 """Parts that are read, or rewritten, at a time."""
 
@@ -148,7 +146,7 @@ def _stands(rows: pa.Table, listed: pa.Table, *, retry: bool) -> pa.Array:
     is_read = pc.and_(pc.equal(listed["status"], str(Status.OK)), pc.not_equal(rows["status"], str(Status.BAD_LABEL)))
     is_read = pc.and_(is_read, pc.equal(rows["etag"], listed["etag"]))
     if retry:
-        may_pass = pc.is_in(rows["status"], value_set=pa.array(RETRIED))
+        may_pass = pc.is_in(rows["status"], value_set=pa.array([*RETRIED_STATUSES]))
         is_given_up = pc.fill_null(pc.equal(rows["error"], KILLED_ITS_WORKER), False)
         is_read = pc.and_(is_read, pc.invert(pc.and_not(may_pass, is_given_up)))
     # An image that is not read has one row with the listing's rejection.

@@ -48,7 +48,7 @@ class RayWorkers:
         return cluster(self._job.cluster)
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-        """Score the parts in any order; yield the `scorer.summary` of each part as a mapping."""
+        """Score the parts in any order; yield the `scorer.SUMMARY` row of each part."""
         num_gpus = worker_count(None, use_gpu=True) if scoring.use_gpu else 0
         self.num_workers = worker_count(self._job.score.num_workers, besides=num_gpus)
         check_fits("score.num_workers", self.num_workers, 1.0, spare_cpus=1.0 + num_gpus)
@@ -57,7 +57,7 @@ class RayWorkers:
             worker = RemotelyPredicted if predictors else PartScorer
             arguments = (scoring, *([predictors] if predictors else []))
             for table in run_parts(worker, arguments, parts, ActorPoolStrategy(size=self.num_workers)):
-                yield from table.to_pylist()
+                yield from table.to_pylist(maps_as_pydicts="strict")
 
     def publish(self, publication: Publication) -> Iterator[Counts]:
         """Write the files of all parts; yield the counts of each."""

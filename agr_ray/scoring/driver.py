@@ -42,7 +42,7 @@ from agr_ray.models.checkpoint_files import local_checkpoint, portable_checkpoin
 from agr_ray.models.transform import Transform
 from agr_ray.predict.resolve import resolve
 from agr_ray.progress import print_failed, progress
-from agr_ray.schema import SCHEMA_VERSION, Status
+from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
 from agr_ray.scoring.grouping import check_grouping
 from agr_ray.scoring.planning import Plan, plan, read_counts, scored_ids
 from agr_ray.scoring.publish import (
@@ -55,7 +55,7 @@ from agr_ray.scoring.publish import (
     publish_demographics,
     published_runs,
 )
-from agr_ray.scoring.scorer import SCORED, Scoring
+from agr_ray.scoring.scorer import Scoring
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
@@ -91,7 +91,7 @@ class Workers(Protocol):
         ...
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-        """Score the parts in any order; yield the `scorer.summary` of each part as a mapping."""
+        """Score the parts in any order; yield the `scorer.SUMMARY` row of each part."""
         ...
 
     def publish(self, publication: Publication) -> Iterator[Counts]:
@@ -587,11 +587,10 @@ def _score_parts(
     with progress(console, "scoring", len(todo) if hides else total) as update:
         for each in workers.score(scoring, todo):
             check()
-            statuses = json.loads(each["counts"])
-            counts.update(statuses)
-            stopwatch.add(json.loads(each["seconds"]))
+            counts.update(each["statuses"])
+            stopwatch.add(each["worker_s"])
             num_faces += each["num_faces"]
-            refusals.add(json.loads(each["reasons"]), sum(statuses.values()))
+            refusals.add(each["reasons"], sum(each["statuses"].values()))
             refusals.check(at_end=False)
             said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
             num_parts += 1
@@ -616,7 +615,7 @@ def _finished_parts(scoring: Scoring, refusals: _Refusals, check: Callable[[], N
         check()
         rows = zip(images["status"].to_pylist(), images["error"].to_pylist(), strict=True)
         if not any(status == Status.FAILED and error != KILLED_ITS_WORKER for status, error in rows):
-            refusals.add(reject_reasons(images, SCORED), images.num_rows)
+            refusals.add(reject_reasons(images, SCORED_STATUSES), images.num_rows)
             done.add(number)
     return done
 

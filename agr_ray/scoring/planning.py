@@ -20,15 +20,13 @@ import pyarrow.parquet as pq
 from agr_ray.config import ScoreConfig
 from agr_ray.data.manifest import image_id
 from agr_ray.errors import ConfigError
-from agr_ray.schema import IMAGES, SCORE_MANIFEST, Status
+from agr_ray.schema import IMAGES, RETRIED_STATUSES, SCORE_MANIFEST, Status
 from agr_ray.scoring.grouping import Grouping, make_grouping
 from agr_ray.scoring.listing import MAX_ENDINGS, Listing, one_line
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.parts import read_plan, write_manifest
 from agr_ray.storage.scratch import scratch_folder
 
-RETRIED: Final = (str(Status.FAILED), str(Status.MISSING), str(Status.CHANGED))
-"""What says nothing of the content that was listed: the next run tries it again, if it is still listed."""
 MAX_GROUPS: Final = 10_000
 """Of score.group_by: each makes up to a hundred rows of demographics, which are worked out together."""
 
@@ -152,7 +150,7 @@ def photograph_id(uri: str, etag: str | None) -> str:
 
 
 def scored_ids(storage: Storage, folders: Iterable[str]) -> Iterator[pa.RecordBatch]:
-    """Yield the photographs to skip, with schema `SCORED`: rows whose status is not in `RETRIED`.
+    """Yield the photographs to skip, with schema `SCORED`: rows whose status is not in `RETRIED_STATUSES`.
 
     An archived photograph is skipped only as long as its storage class stays the same.
 
@@ -180,7 +178,7 @@ def scored_ids(storage: Storage, folders: Iterable[str]) -> Iterator[pa.RecordBa
             try:
                 yield from rows.to_batches(
                     columns=columns,
-                    filter=~pc.field("status").isin(RETRIED),
+                    filter=~pc.field("status").isin([*RETRIED_STATUSES]),
                     batch_readahead=_FILES_AHEAD,
                     fragment_readahead=_FILES_AHEAD,
                 )

@@ -7,7 +7,6 @@ each `PartScorer` sends its crops to a predictor in another process, a few batch
 from __future__ import annotations
 
 import datetime
-import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
 from agr_ray.predict.photographs import ImageReader, Photograph, Reject, landmark_columns
-from agr_ray.schema import FACE, GENDERS, IMAGES, RACES, SCORE_MANIFEST, Status
+from agr_ray.schema import FACE, GENDERS, IMAGES, RACES, SCORE_MANIFEST, SCORED_STATUSES, Status
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Attempts, Parts
@@ -44,8 +43,16 @@ MAX_CROPS: Final = 256
 MAX_PENDING: Final = 2
 """Maximum batches of faces in flight: a worker keeps detecting while it waits for these, which keeps a GPU busy."""
 
-SCORED: Final = (str(Status.OK), str(Status.NO_FACE))
-"""Statuses of images that are not rejected."""
+SUMMARY: Final = pa.schema(
+    [
+        pa.field("part", pa.int64()),
+        pa.field("num_faces", pa.int64()),
+        pa.field("statuses", pa.map_(pa.string(), pa.int64())),  # images by status
+        pa.field("reasons", pa.map_(pa.string(), pa.int64())),  # rejected images by reason
+        pa.field("worker_s", pa.map_(pa.string(), pa.float64())),  # seconds of the worker by stage
+    ]
+)
+"""One row for each part that was scored."""
 
 _Row = tuple[int, dict[str, Any]]
 """A row and its place in the part."""
@@ -110,13 +117,13 @@ class PartScorer:
         self._finder = FaceFinder(scoring)
         self._predictor = predictor or AttributePredictor(scoring, self._finder.stopwatch)
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
-        """Score the parts numbered in `part`; yield a summary of each."""
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
+        """Score the parts numbered in `part`; yield a `SUMMARY` row for each."""
         for part in batch["part"].tolist():
-            yield self.score(part)
+            yield pa.Table.from_pylist([self.score(part)], SUMMARY)
 
-    def score(self, part: int) -> dict[str, list[Any]]:
-        """Score and write one part, with rows in manifest order; return its summary.
+    def score(self, part: int) -> dict[str, Any]:
+        """Score and write one part, with rows in manifest order; return its `SUMMARY` row.
 
         At most `MAX_PENDING` + 1 batches of crops are in memory, however many faces the part has.
         """
@@ -137,11 +144,17 @@ class PartScorer:
         with self._finder.stopwatch.stage("wait for predictions"):
             return predicted()
 
-    def _write(self, part: int, images: pa.Table) -> dict[str, list[Any]]:
-        """Write a part's rows, delete its attempts record, and return its summary as one row of columns."""
+    def _write(self, part: int, images: pa.Table) -> dict[str, Any]:
+        """Write a part's rows, delete its attempts record, and return its `SUMMARY` row."""
         with self._finder.stopwatch.stage("write"):
             self._scoring.parts.write(part, images)
-        return summary(part, images, self._finder.stopwatch.take())
+        return {
+            "part": part,
+            "num_faces": len(images["faces"].combine_chunks().flatten()),
+            "statuses": Counter(images["status"].to_pylist()),
+            "reasons": reject_reasons(images, SCORED_STATUSES),
+            "worker_s": self._finder.stopwatch.take(),
+        }
 
 
 class FaceFinder:
@@ -339,19 +352,6 @@ def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:
         "unsure": face["detector_score"] < gates.min_detector_score,
     }
     return [name for name, holds in found.items() if holds]
-
-
-def summary(part: int, images: pa.Table, seconds: Mapping[str, float]) -> dict[str, list[Any]]:
-    """Return one row of columns that says what a part holds and what it took."""
-    counts = Counter(images["status"].to_pylist())
-    num_faces = len(images["faces"].combine_chunks().flatten())
-    return {
-        "part": [part],
-        "num_faces": [num_faces],
-        "counts": [json.dumps(counts)],
-        "reasons": [json.dumps(reject_reasons(images, SCORED))],
-        "seconds": [json.dumps(dict(seconds))],
-    }
 
 
 def uncalibrated(predictions: Predictions) -> CalibratedPredictions:

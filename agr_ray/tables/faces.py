@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agr_ray.evaluation.metrics import age_group
-from agr_ray.schema import ABSTAINED, AGE_GROUPS, FACE, FACES, REJECTS, Status
+from agr_ray.schema import ABSTAINED, AGE_GROUPS, FACE, FACES, REJECTS, SCORED_STATUSES, Status
 
-_SCORED = pa.array([str(Status.OK), str(Status.NO_FACE)])
+_SCORED = pa.array([*SCORED_STATUSES])
 
 
 def explode_faces(images: pa.Table, carried: Sequence[str] = ()) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -324,9 +325,12 @@ def test_predictors_in_other_processes_give_what_one_process_gives(
         summaries = pa.concat_tables(tables).to_pylist()
 
     assert sorted(each["part"] for each in summaries) == list(parts)
+    assert sum(each["num_faces"] for each in summaries) == sum(len(each.faces) for each in drawn.values())
+    statuses = sum((Counter(each["statuses"]) for each in summaries), Counter())
     rows = [row for part in parts for row in storage.read_table(scoring.parts.uri(part)).to_pylist()]
     others = images(published, folder)
     assert len(rows) == len(others) == len(drawn) + len(FILES)
+    assert statuses == Counter(row["status"] for row in rows)
     for row in rows:
         other = others[row["uri"].removeprefix(f"{folder / 'photographs'}/")]
         assert [face["age"] for face in row["faces"]] == pytest.approx([face["age"] for face in other["faces"]])

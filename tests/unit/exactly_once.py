@@ -38,8 +38,8 @@ from this_process import ThisProcess
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
 from agr_ray.errors import ConfigError
+from agr_ray.schema import RETRIED_STATUSES
 from agr_ray.scoring.driver import score_input
-from agr_ray.scoring.planning import RETRIED
 from agr_ray.storage import ServerFailed, Storage, StorageUnavailable, atomic
 from agr_ray.storage.lock import LockLost
 from agr_ray.vision.decode import encode_jpeg
@@ -218,7 +218,9 @@ class World:
         for table in ("images", "faces", "rejects", "demographics"):
             folders = {path.parent.name for path in (out / table).glob("*/*")}  # an empty one is nothing to a reader
             assert sorted(folders) == [f"run={run_id}" for run_id, _ in runs]
-        conclusive = [(row["config_digest"], row["uri"], row["etag"]) for row in rows if row["status"] not in RETRIED]
+        conclusive = [
+            (row["config_digest"], row["uri"], row["etag"]) for row in rows if row["status"] not in RETRIED_STATUSES
+        ]
         assert [each for each, number in Counter(conclusive).items() if number > 1] == []
         per_run = Counter((row["run_id"], row["uri"], row["etag"]) for row in rows)
         assert [each for each, number in per_run.items() if number > 1] == []
@@ -233,7 +235,7 @@ class World:
         rows = [
             (row["uri"], row["etag"])
             for row in self.rows()
-            if row["config_digest"] == digest and row["status"] not in RETRIED
+            if row["config_digest"] == digest and row["status"] not in RETRIED_STATUSES
         ]
         assert sorted(each for each in rows if each in expected) == expected
         seen = self.query("SELECT uri, etag FROM images")
