@@ -322,7 +322,7 @@ def test_predictors_in_other_processes_give_what_one_process_gives(
 
     with remote_predictors(scoring, 2, gpus_each=0.0) as predictors:
         tables = run_parts(RemotelyPredicted, (scoring, predictors), parts, ActorPoolStrategy(size=2))
-        summaries = pa.concat_tables(tables).to_pylist()
+        summaries = pa.concat_tables(tables).to_pylist(maps_as_pydicts="strict")
 
     assert sorted(each["part"] for each in summaries) == list(parts)
     assert sum(each["num_faces"] for each in summaries) == sum(len(each.faces) for each in drawn.values())
