@@ -1,7 +1,7 @@
 """Label spaces: the genders, races and age groups of a data set and of the checkpoints trained on it.
 
-Tables hold labels as words; tensors hold their index in the label space. A missing label is null in a table and NaN or
--1 in a tensor (`schema.AGE_MISSING`, `schema.CLASS_MISSING`).
+Tables hold labels as words; arrays and tensors hold their index in the label space. A missing label is null in a table,
+and NaN (ages) or -1 (classes) in an array.
 """
 
 from __future__ import annotations
@@ -15,9 +15,17 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
+GENDERS: Final = ("female", "male")
+"""In every label space, in this order: the sigmoid of the gender logit is the probability of the second."""
+
 AGE_MIN_YEARS: Final = 0.0
 AGE_MAX_YEARS: Final = 116.0
 """Ages outside this closed range are rejected: UTKFace's own range."""
+
+AGE_MISSING: Final = float("nan")
+CLASS_MISSING: Final = -1
+
+IntArray = NDArray[np.int64]
 
 _GROUP: Final = re.compile(r"(\d+)(?:-(\d+)|(\+))")
 
@@ -32,8 +40,7 @@ class LabelSpace:
     """Empty: the data set has no race labels."""
     age_groups: tuple[str, ...]
     """Names such as `3-9` (both years included) and `70+`, in ascending order. There may be gaps between groups."""
-    genders: tuple[str, ...] = ("female", "male")
-    """The sigmoid of the gender logit is the probability of the second."""
+    genders: tuple[str, ...] = GENDERS
 
     def __post_init__(self) -> None:
         """Check the classes.
@@ -41,8 +48,8 @@ class LabelSpace:
         Raises:
             ValueError: a class occurs twice or is empty, or the age groups are malformed, overlap or are not ascending.
         """
-        if self.genders != ("female", "male"):
-            raise ValueError(f"genders must be female and male, in this order, not {list(self.genders)}")
+        if self.genders != GENDERS:
+            raise ValueError(f"genders must be {' and '.join(GENDERS)}, in this order, not {list(self.genders)}")
         for what, names in (("races", self.races), ("age_groups", self.age_groups)):
             repeated = sorted({each for each in names if names.count(each) > 1})
             if repeated or not all(each.strip() == each and each for each in names):
@@ -56,6 +63,12 @@ class LabelSpace:
                 raise ValueError(f"age_groups must ascend without overlap: {group} follows {before}")
 
     @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Return the classes of each attribute: age_group, gender, race; race is left out if there are none."""
+        classes = {"age_group": self.age_groups, "gender": self.genders, "race": self.races}
+        return {attribute: names for attribute, names in classes.items() if names}
+
+    @property
     def age_ranges_years(self) -> tuple[tuple[int, int], ...]:
         """Return the first and last year of each age group; an open group ends at `AGE_MAX_YEARS`."""
         return tuple(span for _, span in self._ranges)
@@ -64,18 +77,19 @@ class LabelSpace:
     def _ranges(self) -> list[tuple[str, tuple[int, int]]]:
         return [(name, group_years(name)) for name in self.age_groups]
 
-    def age_group(self, ages_years: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-        """Return the index of each age's group, (n,) int64. Ages must not be NaN.
+    def age_group(self, ages_years: NDArray[np.floating[Any]]) -> IntArray:
+        """Return the index of each age's group, (n,) int64; -1 for NaN.
 
         An age between two groups is in the nearer; halfway, in the upper. So 10.5 years are in 11-20, not in 0-10.
         """
         ranges = self.age_ranges_years
         edges = [(high + low) / 2 for (_, high), (low, _) in itertools.pairwise(ranges)]
-        groups: NDArray[np.int64] = np.searchsorted(np.asarray(edges), np.asarray(ages_years, np.float64), side="right")
-        return groups.astype(np.int64)
+        ages = np.asarray(ages_years, np.float64)
+        groups = np.searchsorted(np.asarray(edges), ages, side="right").astype(np.int64)
+        return np.where(np.isnan(ages), CLASS_MISSING, groups)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for meta.json and prepare.json."""
+        """Return plain values, as meta.json and prepare.json hold them under `label_space`."""
         return {
             "name": self.name,
             "genders": list(self.genders),
@@ -95,6 +109,73 @@ class LabelSpace:
             raise ValueError(f"expected the keys {expected}, found {sorted(values)}")
         classes = {key: tuple(map(str, values[key])) for key in expected if key != "name"}
         return cls(name=str(values["name"]), **classes)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Truth of n images."""
+
+    space: LabelSpace
+    """Gives the codes below their meaning."""
+    age: NDArray[np.float32]
+    """(n,) years; NaN: missing, or known as a range only."""
+    gender: IntArray
+    """(n,) index in `space.genders`; -1: missing."""
+    race: IntArray
+    """(n,) index in `space.races`; -1: missing."""
+    age_low: NDArray[np.float32] | None = None
+    """(n,) first year of the range that is known of the age; NaN: no range is given. None: in no row."""
+    age_high: NDArray[np.float32] | None = None
+    """(n,) last year of the range; NaN or None with `age_low`."""
+
+    def __len__(self) -> int:
+        return len(self.age)
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return age, gender, race, age_low and age_high, (n,) each; without ranges, the last two are all NaN."""
+        none = np.full(len(self), AGE_MISSING, np.float32)
+        low, high = (none if ends is None else ends for ends in (self.age_low, self.age_high))
+        return {"age": self.age, "gender": self.gender, "race": self.race, "age_low": low, "age_high": high}
+
+    @classmethod
+    def from_arrays(cls, space: LabelSpace, arrays: Mapping[str, NDArray[Any]]) -> Labels:
+        """Rebuild from `arrays`, or from arrays without age_low and age_high; other keys are ignored."""
+        age, low, high = (
+            np.asarray(arrays[name], np.float32) if name in arrays else None for name in ("age", "age_low", "age_high")
+        )
+        assert age is not None
+        gender, race = (np.asarray(arrays[name], np.int64) for name in ("gender", "race"))
+        return cls(space, age, gender, race, low, high)
+
+    def take(self, rows: NDArray[Any] | slice) -> Labels:
+        """Return some of the rows, by a mask or by indices."""
+        low, high = (None if ends is None else ends[rows] for ends in (self.age_low, self.age_high))
+        return Labels(self.space, self.age[rows], self.gender[rows], self.race[rows], low, high)
+
+    def has(self, task: str) -> NDArray[np.bool_]:
+        """Return which rows have a label of age (exact or a range), gender or race, (n,) bool."""
+        if task == "age":
+            return np.isfinite(self.age_range[0])
+        return {"gender": self.gender, "race": self.race}[task] >= 0
+
+    @property
+    def age_range(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the first and last year of each age, (n,) float64: twice the age if it is exact; NaN: missing."""
+        exact = self.age.astype(np.float64)
+        if self.age_low is None or self.age_high is None:
+            return exact, exact
+        is_exact = np.isfinite(exact)
+        return np.where(is_exact, exact, self.age_low), np.where(is_exact, exact, self.age_high)
+
+    @property
+    def age_group(self) -> IntArray:
+        """Return the index of each row's age group, (n,) int64; -1: missing.
+
+        A range is in the group that holds it; where none does, in the one that its middle is in, or is nearest to.
+        """
+        low, high = self.age_range
+        return self.space.age_group((low + high) / 2)
 
 
 def group_years(name: str) -> tuple[int, int]:
@@ -149,3 +230,26 @@ RACE_MAPPINGS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
     },
 }
 """Race by race, from one space to another: (from, to). UTKFace's `others` includes Hispanic, Latino, Middle Eastern."""
+
+
+def race_mapping(source: LabelSpace, target: LabelSpace) -> dict[str, str]:
+    """Return the target's race for each race of the source.
+
+    Equal names map onto each other, in whatever order the spaces have them. If one of the spaces has no races, the
+    mapping is empty: all rows lack the label.
+
+    Raises:
+        ValueError: no table of `RACE_MAPPINGS` leads from one to the other; one line.
+    """
+    if not target.races:
+        return {}
+    if set(source.races) <= set(target.races):
+        return {race: race for race in source.races}
+    for (start, end), mapping in RACE_MAPPINGS.items():
+        if SPACES[start].races == source.races and SPACES[end].races == target.races:
+            return dict(mapping)
+    known = ", ".join(f"{start} onto {end}" for start, end in RACE_MAPPINGS)
+    raise ValueError(
+        f"the races of {source.name} ({', '.join(source.races)}) do not map onto those of {target.name} "
+        f"({', '.join(target.races)}); known mappings: {known}"
+    )

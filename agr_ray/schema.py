@@ -1,8 +1,7 @@
-"""Labels, table schemas and their version: the only place that names a label, a column or a dtype.
+"""Table schemas and their version: the only place that names a column or a dtype.
 
-Tables hold labels as words ("female", "asian"), so that a reader of the Parquet needs no code book;
-tensors hold their index in `GENDERS` and `RACES`. A missing label is null in a table and NaN or -1 in
-a tensor (`AGE_MISSING`, `CLASS_MISSING`).
+Tables hold labels as words ("female", "asian"), so that a reader of the Parquet needs no code book; which words there
+are is up to the label space (`agr_ray.labels`). A missing label is null.
 """
 
 from __future__ import annotations
@@ -12,26 +11,8 @@ from typing import Final, Literal
 
 import pyarrow as pa
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Raised whenever a column changes its meaning or its type; new nullable columns do not raise it."""
-
-GENDERS: Final = ("female", "male")
-"""Index = tensor code, so that the sigmoid of the gender logit is the probability of "male"."""
-
-RACES: Final = ("white", "black", "asian", "indian", "others")
-"""Index = tensor code, in the order of the paper (eq. 9, table 4) and of UTKFace."""
-
-AGE_MIN_YEARS: Final = 0.0
-AGE_MAX_YEARS: Final = 116.0
-"""Labels outside this closed range are rejected: UTKFace's own range."""
-
-AGE_MISSING: Final = float("nan")
-CLASS_MISSING: Final = -1
-
-AGE_GROUP_LAST_YEARS: Final = (10, 20, 30, 40, 50, 60, 70, 80)
-"""Last year of each age group of the paper's table 5; the group above the last is open."""
-
-AGE_GROUPS: Final = ("0-10", "11-20", "21-30", "31-40", "41-50", "51-60", "61-70", "71-80", "81+")
 
 ABSTAINED: Final = "abstained"
 """In place of a gender or race: the model was too uncertain to tell it."""
@@ -103,13 +84,13 @@ Boxes and landmarks are in pixels of the image before this rotation. Null if the
 
 LABEL_FIELDS: Final = (
     pa.field("age", pa.float32()),  # years
-    pa.field("gender", pa.string()),  # one of GENDERS
-    pa.field("race", pa.string()),  # one of RACES
+    pa.field("gender", pa.string()),  # a class of the label space
+    pa.field("race", pa.string()),  # a class of the label space
 )
 
 AGE_RANGE_FIELDS: Final = (
     pa.field("age_low", pa.float32()),  # years; both are null unless the source gives a range, whose age is null
-    pa.field("age_high", pa.float32()),  # years, included; AGE_MAX_YEARS where the range is open
+    pa.field("age_high", pa.float32()),  # years, included; labels.AGE_MAX_YEARS where the range is open
 )
 
 MANIFEST: Final = pa.schema(
@@ -162,18 +143,22 @@ CROPS: Final = pa.schema(
 )
 """One row a manifest row, whatever happened to it."""
 
+CLASS_PROBS: Final = pa.map_(pa.string(), pa.float32())
+"""Class -> probability, in the order of the label space. A map names its classes, whichever space they are of."""
+
 PREDICTION_FIELDS: Final = (
     pa.field("age_pred", pa.float32()),
     pa.field("p_male", pa.float32()),
     pa.field("gender_pred", pa.string()),
     pa.field("race_pred", pa.string()),
-    pa.field("race_probs", pa.list_(pa.float32(), len(RACES))),  # in the order of RACES
+    pa.field("race_probs", CLASS_PROBS),
 )
 
 PREDICTIONS: Final = pa.schema(
     [
         *(MANIFEST.field(name) for name in ("image_id", "uri", "key", "source", "group_id", "split")),
         *LABEL_FIELDS,
+        *AGE_RANGE_FIELDS,
         pa.field("status", pa.string(), nullable=False),  # one of CROP_STATUSES
         pa.field("num_faces", pa.int32()),
         *QUALITY_FIELDS,
@@ -197,7 +182,7 @@ FACE: Final = pa.struct(
         pa.field("p_male", pa.float32()),
         pa.field("gender", pa.string()),
         pa.field("race", pa.string()),
-        pa.field("race_probs", pa.list_(pa.float32(), len(RACES))),  # calibrated, as p_male, where the model is
+        pa.field("race_probs", CLASS_PROBS),  # calibrated, as p_male, where the model is
         pa.field("abstain", pa.list_(pa.string())),  # of gender and race: too uncertain to be counted
         pa.field("flags", pa.list_(pa.string())),  # of FLAGS: what speaks against trusting this face at all
     ]
@@ -238,8 +223,8 @@ FACES: Final = pa.schema(
 REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in (*PHOTOGRAPH_COLUMNS, "faces")])
 """One row an input image of a scoring run that could not be scored."""
 
-DEMOGRAPHIC_CLASSES: Final = {"age_group": AGE_GROUPS, "gender": GENDERS, "race": RACES}
-"""What faces are counted by: the name of the column, and its classes."""
+DEMOGRAPHIC_ATTRIBUTES: Final = ("age_group", "gender", "race")
+"""What faces are counted by: the columns of `LabelSpace.classes`."""
 
 DEMOGRAPHIC_COUNTS: Final = (
     "num_images",
@@ -255,8 +240,8 @@ DEMOGRAPHICS: Final = pa.schema(
     [
         # Marks the total over all groups. Its grouping columns are null, but a group's may be null, too.
         pa.field("is_total", pa.bool_(), nullable=False),
-        pa.field("breakdown", pa.string(), nullable=False),  # names of DEMOGRAPHIC_CLASSES, parted by commas
-        *(pa.field(name, pa.string()) for name in DEMOGRAPHIC_CLASSES),  # null: not broken down by it
+        pa.field("breakdown", pa.string(), nullable=False),  # of DEMOGRAPHIC_ATTRIBUTES, parted by commas
+        *(pa.field(name, pa.string()) for name in DEMOGRAPHIC_ATTRIBUTES),  # null: not broken down by it
         pa.field("n", pa.int64()),  # faces predicted so; null: suppressed, as every count below
         pa.field("share", pa.float64()),  # of the faces that got a class in this breakdown; null: none did
         pa.field("share_corrected", pa.float64()),  # of the faces that passed the gates

@@ -33,6 +33,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from agr_ray.config import LossConfig, ModelConfig, TrainConfig
 from agr_ray.console import make_console
+from agr_ray.labels import UTKFACE
 from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
 from agr_ray.learn.optimise import build_optimizer
 from agr_ray.models.network import MultiTaskNet
@@ -69,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = make_console()
     config = ModelConfig(backbone=arguments.backbone, image_size=arguments.side)
-    num_parameters = sum(p.numel() for p in MultiTaskNet(config).parameters())
+    num_parameters = sum(p.numel() for p in MultiTaskNet(config, UTKFACE).parameters())
     groups = {size: measure(size, config, arguments.batch, arguments.steps) for size in (1, arguments.workers)}
     title = f"{config.backbone}, {arguments.side} px, {arguments.batch} images a step for each process"
     console.print(measured_table(groups, arguments.batch, title))
@@ -130,7 +131,7 @@ def work(rank: int, size: int, folder: str, config: ModelConfig, batch: int, num
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
-    model = MultiTaskNet(config).to(memory_format=torch.channels_last)
+    model = MultiTaskNet(config, UTKFACE).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, TrainConfig())
     wrapped = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     sent = SentBytes()

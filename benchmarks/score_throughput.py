@@ -44,6 +44,7 @@ from torch import nn
 
 from agr_ray.config import ClusterConfig, ModelConfig, PredictConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
+from agr_ray.labels import UTKFACE
 from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
@@ -189,7 +190,7 @@ def make_checkpoint(paths: list[Path], directory: Path) -> None:
     Without that, all faces would be given the same age and race, and agreement would mean nothing.
     """
     torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(preset="paper"))
+    model = MultiTaskNet(ModelConfig(preset="paper"), UTKFACE)
     images = prepare_eval(to_nchw(cut_faces(paths, TRANSFORM), torch.device("cpu")), TRANSFORM)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

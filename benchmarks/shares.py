@@ -36,19 +36,20 @@ from rich.table import Table
 
 from agr_ray.config import EvaluateConfig
 from agr_ray.console import make_console
-from agr_ray.data.crops import label_arrays
-from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration, true_age_group
-from agr_ray.evaluation.metrics import Labels, predicted_gender
-from agr_ray.models.predictions import Predictions
-from agr_ray.schema import DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, GENDERS, PREDICTIONS, RACES
+from agr_ray.data.crops import read_labels
+from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration
+from agr_ray.evaluation.terms import predicted_gender
+from agr_ray.labels import UTKFACE, Labels
+from agr_ray.models.predictions import Predictions, class_probs_array
+from agr_ray.schema import DEMOGRAPHIC_COUNTS, PREDICTIONS
 from agr_ray.tables.demographics import demographics
 from agr_ray.tables.faces import count_faces
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-ATTRIBUTES = tuple(DEMOGRAPHIC_CLASSES)
-SIZES = tuple(len(names) for names in DEMOGRAPHIC_CLASSES.values())
+ATTRIBUTES = tuple(UTKFACE.classes)
+SIZES = tuple(len(names) for names in UTKFACE.classes.values())
 KEY = "mixture"
 BREAKDOWNS = (("gender",), ("race",), ("age_group",), ("gender", "race"), ATTRIBUTES)
 
@@ -100,15 +101,15 @@ def main() -> None:
 def read(path: Path) -> Scored:
     """Read the images that have all labels."""
     rows = pq.read_table(path, schema=PREDICTIONS)
-    labels = label_arrays(rows)
-    known = np.isfinite(labels["age"]) & (labels["gender"] >= 0) & (labels["race"] >= 0)
+    labels = read_labels(rows, UTKFACE)
+    known = np.isfinite(labels.age) & labels.has("gender") & labels.has("race")
     missing = [name for name in ("age_pred", "p_male", "race_probs") if rows[name].null_count]
     if missing:
         raise SystemExit(f"{path}: has rows without {missing[0]}: a model of age, gender and race is needed")
-    race_probs = np.asarray(rows["race_probs"].combine_chunks().flatten()).reshape(-1, len(RACES))
+    race_probs = class_probs_array(rows["race_probs"], UTKFACE.races)
     predictions = (np.asarray(rows["age_pred"]), np.asarray(rows["p_male"]), race_probs)
     return Scored(
-        Labels(**{name: values[known] for name, values in labels.items()}),
+        labels.take(known),
         Predictions(*(values[known] for values in predictions)),
     )
 
@@ -130,7 +131,7 @@ def draw_mixtures(
     Returns:
         (num, *SIZES) shares, and (num, num_faces) rows.
     """
-    truth = np.stack([true_age_group(labels.age), labels.gender, labels.race])
+    truth = np.stack([labels.age_group, labels.gender, labels.race])
     axes = [ATTRIBUTES.index(name) for name in shifted]
     sizes = tuple(SIZES[axis] for axis in axes)
     code = np.ravel_multi_index(tuple(truth[axes]), sizes)
@@ -168,8 +169,8 @@ def scored_faces(made: CalibratedPredictions) -> pa.Table:
     return pa.table(
         {
             "age": pa.array(made.age),
-            "gender": np.asarray(GENDERS)[predicted_gender(made.p_male)],
-            "race": np.asarray(RACES)[made.race_probs.argmax(axis=1)],
+            "gender": np.asarray(UTKFACE.genders)[predicted_gender(made.p_male)],
+            "race": np.asarray(UTKFACE.races)[made.race_probs.argmax(axis=1)],
             "abstain": pa.array(names, pa.list_(pa.string())),
             "flags": pa.array([[]] * len(names), pa.list_(pa.string())),
         }
@@ -185,7 +186,8 @@ def table_of(
     drawn = faces.take(pa.array(chosen.ravel())).append_column(KEY, pa.array(np.repeat(names, num_faces)))
     zeros = dict.fromkeys(DEMOGRAPHIC_COUNTS, np.zeros(num, np.int64))
     groups = pa.table({KEY: names} | zeros | dict.fromkeys(("num_images", "num_faces"), np.full(num, num_faces)))
-    table = demographics(count_faces(drawn, [KEY]), groups, calibration.rows, attributes, seed)
+    classes = {name: UTKFACE.classes[name] for name in attributes}
+    table = demographics(count_faces(drawn, [KEY], UTKFACE), groups, calibration.rows, classes, seed)
     return table.filter(pc.invert(table["is_total"]))
 
 

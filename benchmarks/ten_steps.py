@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
-from agr_ray.evaluation.metrics import Baseline, Labels
+from agr_ray.evaluation.metrics import Baseline
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.loop import LocalContext, train
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
@@ -86,9 +87,9 @@ def ten_steps(sections: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
     )
     data = faces()
     torch.manual_seed(0)
-    model = MultiTaskNet(job.model)
+    model = MultiTaskNet(job.model, UTKFACE)
     model.initialise_age(40.0)
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     transform = Transform(image_size=SIDE, crop_side_px=SIDE)
     rows = train(LocalContext(data, data, NUM), model, transform, job, baseline, NUM)
     predictions = predict(model.eval(), data["crop"], transform, job.predict)

@@ -42,9 +42,10 @@ from torchvision import transforms
 
 from agr_ray.config import AugmentConfig, ClusterConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
 from agr_ray.console import make_console
-from agr_ray.data.crops import decoded_crops, label_arrays, select_crops, usable_statuses
+from agr_ray.data.crops import decoded_crops, read_labels, select_crops, usable_statuses
 from agr_ray.data.prepared import open_prepared
-from agr_ray.evaluation.metrics import Baseline, Labels
+from agr_ray.evaluation.metrics import Baseline
+from agr_ray.labels import Labels
 from agr_ray.learn.loop import Batch, LocalContext
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
@@ -139,7 +140,7 @@ class Setup:
     """A prepared set's training rows, and what is trained on them."""
 
     jpegs: list[bytes]
-    labels: dict[str, Any]
+    labels: Labels
     """The fields of `learn.metrics.Labels`."""
     batch: Batch
     """The first rows, decoded."""
@@ -161,9 +162,9 @@ def set_up(job: TrainJob) -> Setup:
     rows = storage.read_table(prepared.crops(storage), columns=columns)
     rows = select_crops(rows, "train", usable_statuses(use_fallback=True))
     first = rows.slice(0, job.train.batch_size)
-    batch = {"crop": decoded_crops(first, prepared.crop_side_px), **label_arrays(first)}
+    batch = {"crop": decoded_crops(first, prepared.crop_side_px), **read_labels(first, prepared.label_space).arrays}
     transform = Transform(job.model.image_size, prepared.crop_side_px, DEFAULT_MARGIN)
-    return Setup(rows["crop"].to_pylist(), label_arrays(rows), batch, transform, device_of(job))
+    return Setup(rows["crop"].to_pylist(), read_labels(rows, prepared.label_space), batch, transform, device_of(job))
 
 
 # (a)
@@ -188,9 +189,9 @@ def one_batch(job: TrainJob, num_steps: int) -> float:
     job = job.model_copy(update={"train": job.train.model_copy(update={"epochs": 2})})
     context = SameBatch(batch, nothing, job.train.batch_size, setup.device)
     context.num_steps = num_steps
-    baseline = Baseline.fit(Labels(**setup.labels))
+    baseline = Baseline.fit(setup.labels)
     num_rows = num_steps * job.train.batch_size
-    rows = train_loop(context, MultiTaskNet(job.model), setup.transform, job, baseline, num_rows)
+    rows = train_loop(context, MultiTaskNet(job.model, setup.labels.space), setup.transform, job, baseline, num_rows)
     return float(rows[-1]["samples_per_s"])
 
 
@@ -260,7 +261,7 @@ class Crops(Dataset[tuple[Any, ...]]):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         image = Image.open(io.BytesIO(self.setup.jpegs[index])).convert("RGB")
-        return self.transform(image), *(self.setup.labels[name][index] for name in ("age", "gender", "race"))
+        return self.transform(image), *(getattr(self.setup.labels, name)[index] for name in ("age", "gender", "race"))
 
 
 def user_loop(job: TrainJob, num_steps: int) -> float:
@@ -278,7 +279,7 @@ def user_loop(job: TrainJob, num_steps: int) -> float:
         pin_memory=job.train.use_gpu,
         drop_last=True,
     )
-    model = MultiTaskNet(job.model).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    model = MultiTaskNet(job.model, setup.labels.space).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = build_optimizer(model, job.train)
     started, num_samples = 0.0, 0
     for epoch in range(1 + TIMED_EPOCHS):

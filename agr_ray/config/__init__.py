@@ -6,6 +6,7 @@ One recipe serves every job: a job reads the sections that it names, and only ch
 from agr_ray.config.cluster import ClusterConfig
 from agr_ray.config.evaluation import EvaluateConfig, Split
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
+from agr_ray.config.labels import LabelsConfig
 from agr_ray.config.model import PRESETS, ModelConfig, PredictConfig
 from agr_ray.config.parsing import load, one_line, parse, read_local
 from agr_ray.config.render import RenderConfig
@@ -28,6 +29,7 @@ __all__ = [
     "EvaluateJob",
     "GatesConfig",
     "Job",
+    "LabelsConfig",
     "LossConfig",
     "ModelConfig",
     "ParameterConfig",

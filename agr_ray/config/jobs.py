@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSetting
 
 from agr_ray.config.cluster import ClusterConfig
 from agr_ray.config.evaluation import EvaluateConfig
+from agr_ray.config.labels import LabelsConfig
 from agr_ray.config.model import ModelConfig, PredictConfig
 from agr_ray.config.render import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
@@ -25,6 +26,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "cluster": ClusterConfig,
     "render": RenderConfig,
     "source": SourceConfig,
+    "labels": LabelsConfig,
     "split": SplitConfig,
     "vision": VisionConfig,
     "prepare": PrepareConfig,
@@ -82,6 +84,7 @@ class PrepareJob(Job):
 
     required = ("source.uri", "prepare.out")
     source: SourceConfig = SourceConfig()
+    labels: LabelsConfig = LabelsConfig()
     split: SplitConfig = SplitConfig()
     vision: VisionConfig = VisionConfig()
     prepare: PrepareConfig = PrepareConfig()
@@ -91,6 +94,7 @@ class TrainJob(Job):
     """Train a multi-task network on a prepared set. Run the same command again to resume a run that died."""
 
     required: ClassVar[Sequence[str]] = ("train.data",)
+    labels: LabelsConfig = LabelsConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -30,7 +30,7 @@ class SourceConfig(Section):
     gender_codes: dict[str, str] = {}
     """`folder` only: what codes beside male and female mean, such as {"M": "male", "F": "female"}."""
     race_codes: dict[str, str] = {}
-    """`folder` only: what codes beside white, black, asian, indian and others mean: {"East Asian": "asian"}."""
+    """`folder` only: what codes beside the races of the label space mean: {"East Asian": "asian"}."""
     missing_values: tuple[str, ...] = MISSING_VALUES
     """`folder` only: values that mean a missing label or subject, beside an empty cell. Case and blanks do not count. A
     value that `gender_codes` or `race_codes` names is a code there."""

@@ -5,7 +5,7 @@ Imports neither torch nor a module that does, because each process of Ray Data t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -13,12 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from agr_ray.schema import AGE_MISSING, CLASS_MISSING, CROP_STATUSES, GENDERS, RACES, Status
+from agr_ray.labels import AGE_MISSING, CLASS_MISSING, Labels, LabelSpace
+from agr_ray.schema import AGE_RANGE_FIELDS, CROP_STATUSES, LABEL_FIELDS, Status
 from agr_ray.storage import Storage
 from agr_ray.vision.align import DEFAULT_MARGIN, crop_side_px
 from agr_ray.vision.decode import decode_crop
 
-TRAINING_COLUMNS: Final = ("image_id", "crop", "age", "gender", "race")
+LABEL_COLUMNS: Final = tuple(field.name for field in (*LABEL_FIELDS, *AGE_RANGE_FIELDS))
+TRAINING_COLUMNS: Final = ("image_id", "crop", *LABEL_COLUMNS)
 
 
 class Slice(NamedTuple):
@@ -77,19 +79,28 @@ def decoded_crops(table: pa.Table, side_px: int) -> NDArray[np.uint8]:
     return crops
 
 
-def label_arrays(table: pa.Table) -> dict[str, NDArray[Any]]:
-    """Return the fields of `learn.metrics.Labels`: (n,) age float32, gender and race int64, missing marked."""
+def read_labels(table: pa.Table, space: LabelSpace) -> Labels:
+    """Return the labels of n rows: `LABEL_COLUMNS` as arrays. A race that the space does not have is missing."""
 
-    def codes(column: str, words: tuple[str, ...]) -> NDArray[Any]:
-        indices = pc.index_in(table[column], value_set=pa.array(words))
+    def codes(column: str, words: Sequence[str]) -> NDArray[np.int64]:
+        indices = pc.index_in(table[column], value_set=pa.array(words, pa.string()))
         return np.asarray(pc.fill_null(indices, CLASS_MISSING)).astype(np.int64)
 
-    ages = np.asarray(pc.fill_null(table["age"], AGE_MISSING)).astype(np.float32)
-    return {"age": ages, "gender": codes("gender", GENDERS), "race": codes("race", RACES)}
+    age, low, high = (
+        np.asarray(pc.fill_null(table[column], AGE_MISSING)).astype(np.float32)
+        for column in ("age", "age_low", "age_high")
+    )
+    return Labels(space, age, codes("gender", space.genders), codes("race", space.races), low, high)
 
 
-def training_arrays(table: pa.Table, side_px: int) -> dict[str, NDArray[Any]]:
-    """Return what a network is trained on: image_id (n,) words, `decoded_crops`, and the fields of `label_arrays`.
+def map_races(table: pa.Table, mapping: Mapping[str, str]) -> pa.Table:
+    """Return a table whose races are replaced by those of `labels.race_mapping`; one that it leaves out is null."""
+    words = [mapping.get(race) for race in table["race"].to_pylist()]
+    return table.set_column(table.schema.get_field_index("race"), "race", pa.array(words, pa.string()))
+
+
+def training_arrays(table: pa.Table, side_px: int, space: LabelSpace) -> dict[str, NDArray[Any]]:
+    """Return what a network is trained on: image_id (n,) words, `decoded_crops`, and the arrays of `Labels`.
 
     And set_index, (n,) int64: which of several sets a row is from; 0 where the table has no such column.
 
@@ -101,17 +112,33 @@ def training_arrays(table: pa.Table, side_px: int) -> dict[str, NDArray[Any]]:
     return {
         "image_id": image_ids,
         "crop": decoded_crops(table, side_px),
-        **label_arrays(table),
+        **read_labels(table, space).arrays,
         "set_index": set_index,
     }
 
 
-def read_slices(storage: Storage, slices: Sequence[Slice], split: str, statuses: list[str]) -> pa.Table:
-    """Return the rows of a split, with a crop, of one slice of each set, taking turns; set_index says of which set."""
+def read_slices(
+    storage: Storage,
+    slices: Sequence[Slice],
+    split: str,
+    statuses: list[str],
+    mappings: Sequence[Mapping[str, str]] = (),
+) -> pa.Table:
+    """Return the rows of a split, with a crop, of one slice of each set, taking turns; set_index says of which set.
+
+    Args:
+        storage: where the sets are.
+        slices: one of each set.
+        split: as in `select_crops`.
+        statuses: as in `select_crops`.
+        mappings: what `map_races` does to each set; none: nothing.
+    """
     tables = []
     for index, (uri, first, step) in enumerate(slices):
         rows = storage.read_table(uri, columns=[*TRAINING_COLUMNS, "split", "status"])
         rows = select_crops(rows, split, statuses)
         rows = rows.take(np.arange(first, rows.num_rows, step))
+        if mappings:
+            rows = map_races(rows, mappings[index])
         tables.append(rows.append_column("set_index", pa.array(np.full(rows.num_rows, index, np.int64))))
     return pa.concat_tables(tables).take(take_turns([table.num_rows for table in tables]))

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from agr_ray.config import LabelsConfig
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError
+from agr_ray.labels import LabelSpace, race_mapping
 from agr_ray.storage import Storage
 
 
@@ -31,6 +33,31 @@ def check_sets(sets: Sequence[PreparedSet]) -> None:
         for earlier in sets[:number]:
             if earlier.digest == other.digest:  # wherever its copies lie
                 raise ConfigError(f"train.data: {earlier.uri} and {other.uri} are the same set; name it once")
+
+
+def training_space(sets: Sequence[PreparedSet], config: LabelsConfig) -> LabelSpace:
+    """Return the label space to train in: the configured one, else that of the sets.
+
+    Raises:
+        ConfigError: the sets have different label spaces and none is configured, or the races of a set do not map onto
+            those of the configured one.
+    """
+    space = config.label_space
+    if space is None:
+        space = sets[0].label_space
+        for other in sets[1:]:
+            if other.label_space != space:
+                raise ConfigError(
+                    f"train.data: {sets[0].uri} has the label space {space.name}, {other.uri} has "
+                    f"{other.label_space.name}; "
+                    "name the one to train in, such as --labels.space utkface"
+                )
+    for prepared in sets:
+        try:
+            race_mapping(prepared.label_space, space)
+        except ValueError as error:
+            raise ConfigError(f"train.data {prepared.uri}: {error}") from None
+    return space
 
 
 def check_no_overlaps(
@@ -104,7 +131,7 @@ def class_warnings(
     """Say which classes of a gender or race head no training row has: it will never learn to say them.
 
     Args:
-        counts: of training's labels, by `learn.metrics.class_counts`.
+        counts: of training's labels, by `evaluation.groups.class_counts`.
         tasks: that have a head.
         sets: where the labels are from.
     """

@@ -13,7 +13,8 @@ from typing import Final
 
 import pyarrow as pa
 
-from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, MANIFEST, Status
+from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS
+from agr_ray.schema import MANIFEST, Status
 from agr_ray.storage import ObjectInfo
 
 IMAGE_SUFFIXES: Final = (
@@ -39,9 +40,9 @@ class ParsedLabel:
     age: float | None = None
     """Years."""
     gender: str | None = None
-    """One of `schema.GENDERS`."""
+    """One of the label space's genders."""
     race: str | None = None
-    """One of `schema.RACES`."""
+    """One of the label space's races."""
     subject: str | None = None
     """Who is shown, as the source names them."""
     split: str | None = None

@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from agr_ray.config import PrepareJob, SourceConfig
+from agr_ray.config import PrepareJob
 from agr_ray.console import make_table
-from agr_ray.data.manifest import SourceRow, build_manifest, in_key_order, labels_digest
+from agr_ray.data.manifest import build_manifest, in_key_order, labels_digest
 from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet, find_prepared
 from agr_ray.data.rejects import reject_reasons
-from agr_ray.data.sources import folder, utkface
-from agr_ray.data.sources.label_table import LabelTableError, find_labels
+from agr_ray.data.sources.label_table import LabelTableError
+from agr_ray.data.sources.registry import label_space, source_rows
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
 from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_edits
 from agr_ray.errors import ConfigError, JobError
@@ -117,7 +117,8 @@ class _Preparation:
         storage, console = self._storage, self._console
         source = self._job.source.name or self._job.source.kind
         try:
-            rows = in_key_order(_source_rows(self._job.source, storage, console), source)
+            space = label_space(self._job.source, self._job.labels)
+            rows = in_key_order(source_rows(self._job.source, space, storage, console.print), source)
             listing = build_manifest(rows, source, {})
         except LabelTableError as error:
             raise ConfigError(str(error)) from error
@@ -287,26 +288,11 @@ def _without(table: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["image_id"], value_set=ids.combine_chunks())))
 
 
-def _source_rows(source: SourceConfig, storage: Storage, console: Console) -> Iterator[SourceRow]:
-    uri = storage.absolute(source.uri)
-    if source.kind == "utkface":
-        return utkface.source_rows(storage, uri)
-    return folder.source_rows(
-        storage,
-        uri,
-        storage.absolute(source.labels) if source.labels else find_labels(storage, uri),
-        key_column=source.key_column,
-        gender_codes=source.gender_codes,
-        race_codes=source.race_codes,
-        missing_values=source.missing_values,
-        note=console.print,
-    )
-
-
 def _settings(job: PrepareJob) -> dict[str, Any]:
     """Return what must stay the same while a prepared set grows."""
     return {
         "source": job.source.model_dump(mode="json", exclude={"uri", "labels"}),
+        "label_space": label_space(job.source, job.labels).to_json(),
         "split": job.split.model_dump(mode="json"),
         "vision": job.vision.model_dump(mode="json"),
         "crop_side_px": job.prepare.crop_side_px,

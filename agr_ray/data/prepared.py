@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict
 
 from agr_ray.config import VisionConfig
 from agr_ray.errors import ConfigError
+from agr_ray.labels import LabelSpace
 from agr_ray.storage import MissingObject, Storage
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 
 
 class PreparedSet(BaseModel):
@@ -32,7 +33,7 @@ class PreparedSet(BaseModel):
     format_version: int
     finished: bool
     settings: dict[str, Any]
-    """What must stay the same while the set grows: source, split, vision, crop."""
+    """What must stay the same while the set grows: source, label space, split, vision, crop."""
     split_manifest_sha256: str
     labels_sha256: str
     """Of all images' content, labels and splits."""
@@ -47,6 +48,11 @@ class PreparedSet(BaseModel):
         """Return the SHA-256, in hex, of what decides the content: images, labels, splits and settings."""
         text = json.dumps([self.labels_sha256, self.settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def label_space(self) -> LabelSpace:
+        """Return what the labels in the rows may be."""
+        return LabelSpace.from_json(self.settings["label_space"])
 
     @property
     def crop_side_px(self) -> int:

@@ -290,7 +290,7 @@ def _some_crops(run: Run, sets: Sequence[PreparedSet], batch_size: int) -> Batch
         if sum(table.num_rows for table in found) >= batch_size:
             break
     rows = pa.concat_tables(found)
-    arrays = training_arrays(rows.slice(0, batch_size), sets[0].crop_side_px)
+    arrays = training_arrays(rows.slice(0, batch_size), sets[0].crop_side_px, run.baseline.space)
     chosen = torch.arange(batch_size).numpy() % len(arrays["age"])
     return {name: values[chosen] for name, values in arrays.items()}
 

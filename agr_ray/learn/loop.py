@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agr_ray.config import TrainConfig, TrainJob
-from agr_ray.evaluation.metrics import Baseline, GroupSums, Labels, MetricSums, objective, worst_group_age_mae
+from agr_ray.evaluation.groups import GroupSums, worst_group_age_mae
+from agr_ray.evaluation.metrics import Baseline, MetricSums, objective
+from agr_ray.labels import Labels
 from agr_ray.learn.augment import augment
 from agr_ray.learn.losses import Targets, TaskSums, first_log_variances, label_counts, loss_weights, multi_task_loss
 from agr_ray.learn.mix import Mix, draw_mix, mix_images
@@ -177,7 +179,9 @@ class LocalContext:
         if self.sampler is None:
             order = rng.permutation(len(self.train["age"]))
         else:
-            order = self.sampler.draw(labels_of(self.train), rng, self.train.get("set_index"))
+            order = self.sampler.draw(
+                Labels.from_arrays(self.sampler.space, self.train), rng, self.train.get("set_index")
+            )
         return batches_of(self.train, order, itertools.repeat(self.batch_size))
 
     def val_batches(self) -> Iterator[Batch]:
@@ -559,15 +563,16 @@ class _Run:
         """Return the metrics with the baseline's, the loss (none: no labels), and the rows of all ranks."""
         model.eval()
         device = self.context.device
-        sums, guesses, groups = MetricSums(), MetricSums(), GroupSums()
+        space = self.baseline.space
+        sums, guesses, groups = MetricSums(space), MetricSums(space), GroupSums(space)
         losses = torch.zeros(6, dtype=torch.float64)
         image_ids: list[str] | None = None
         for batch in self.context.val_batches():
-            labels = labels_of(batch)
-            num_rows = len(labels.age)
+            labels = Labels.from_arrays(space, batch)
+            num_rows = len(labels)
             if num_rows == 0:
                 continue
-            targets = Targets(*(torch.as_tensor(values).to(device) for values in labels))
+            targets = Targets(*(values.to(device) for values in _targets(batch)))
             views = infer(model, to_nchw(batch["crop"], device), self._transform(), self.job.predict)
             _, tasks = multi_task_loss(views[0], targets, self.job.loss, label_counts(targets))
             losses += torch.cat([tasks.sums, tasks.counts]).double().cpu()
@@ -745,18 +750,15 @@ def batches_of(arrays: Batch, order: NDArray[np.int64], sizes: Iterator[int]) ->
         yield {name: values[chosen] for name, values in arrays.items()}
 
 
-def labels_of(batch: Batch) -> Labels:
-    """Return the labels of rows, as arrays."""
-    return Labels(
-        np.asarray(batch["age"], np.float32), np.asarray(batch["gender"], np.int64), np.asarray(batch["race"], np.int64)
-    )
-
-
 def _targets(batch: Batch | None) -> Targets:
     """Return the labels on the CPU; of no batch, none."""
     if batch is None:
         return Targets(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-    return Targets(*(torch.tensor(values) for values in labels_of(batch)))
+    return Targets(
+        torch.tensor(np.asarray(batch["age"], np.float32)),
+        torch.tensor(np.asarray(batch["gender"], np.int64)),
+        torch.tensor(np.asarray(batch["race"], np.int64)),
+    )
 
 
 def _agreement(targets: Targets, mix: Mix | None, is_short: bool, has_problem: bool, asks: bool) -> Tensor:

@@ -36,9 +36,9 @@ class Targets(NamedTuple):
     age: Tensor
     """(n,) float32, years; NaN: missing."""
     gender: Tensor
-    """(n,) int64, index in `GENDERS`; -1: missing."""
+    """(n,) int64, index in the label space; -1: missing."""
     race: Tensor
-    """(n,) int64, index in `RACES`; -1: missing."""
+    """(n,) int64, index in the label space; -1: missing."""
 
 
 class TaskSums(NamedTuple):

@@ -26,7 +26,7 @@ from agr_ray.storage import Storage
 CHECKPOINTS: Final = "checkpoints"
 FAILURE: Final = "failure.txt"
 OBJECTIVE: Final = "val_objective"
-_SECTIONS: Final = ("model", "loss", "augment", "train", "predict")
+_SECTIONS: Final = ("labels", "model", "loss", "augment", "train", "predict")
 
 
 @dataclasses.dataclass(frozen=True)

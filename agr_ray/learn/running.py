@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS, GENDERS
 from agr_ray.learn.losses import Targets
 from agr_ray.models.network import Outputs
-from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, GENDERS
 
 
 @torch.no_grad()

@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from agr_ray.evaluation.metrics import FloatArray, IntArray, Labels, age_group
-from agr_ray.schema import AGE_GROUPS, GENDERS, RACES
+from agr_ray.evaluation.terms import FloatArray
+from agr_ray.labels import IntArray, Labels, LabelSpace
 
 Balance: TypeAlias = Literal["none", "age", "gender", "race", "cells"]
-
-_SHAPE = (len(AGE_GROUPS) + 1, len(GENDERS) + 1, len(RACES) + 1)
-"""Cells of age group, gender and race; the last index of each is for a missing label."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,7 @@ class Sampler:
     given rows of each set in proportion.
     """
 
+    space: LabelSpace
     by: Balance
     table: FloatArray
     """(sets or 1, age groups + 1, genders + 1, races + 1) weight of a row of each cell; 0 where training has none.
@@ -59,8 +56,8 @@ class Sampler:
 
         Args:
             labels: of all n training rows, on all ranks.
-            by: what is evened out: age by the paper's age groups; with `none` nothing is, and without shares None is
-                returned.
+            by: what is evened out: age by the label space's age groups; with `none` nothing is, and without shares None
+                is returned.
             power: 1 evens out wholly, 0 leaves the frequencies as they are, 0.5 is half-way, on a logarithmic scale.
             set_index: (n,) number of the set that each row is from; needed with shares only.
             shares: how often each set is drawn, relative to the others, each over 0; each set has a row. Empty: all are
@@ -69,13 +66,14 @@ class Sampler:
         if by == "none" and not shares:
             return None
         if not shares:
-            set_index, shares = np.zeros(len(labels.age), np.int64), (1.0,)
+            set_index, shares = np.zeros(len(labels), np.int64), (1.0,)
         assert set_index is not None
         cells = _cells(labels, by)
         num_rows = np.bincount(set_index, minlength=len(shares))
         factors = np.asarray(shares) / sum(shares) * len(set_index) / num_rows
-        tables = [_table(tuple(each[set_index == k] for each in cells), power) for k in range(len(shares))]
-        return cls(by, np.stack([factor * table for factor, table in zip(factors, tables, strict=True)]))
+        shape = tuple(len(names) + 1 for names in _classes(labels))
+        tables = [_table(tuple(each[set_index == k] for each in cells), shape, power) for k in range(len(shares))]
+        return cls(labels.space, by, np.stack([factor * table for factor, table in zip(factors, tables, strict=True)]))
 
     def weights(self, labels: Labels, set_index: IntArray | None = None) -> FloatArray:
         """Return the weights of some of the rows, (n,); their mean over all training rows is 1.
@@ -84,7 +82,7 @@ class Sampler:
         """
         cells = _cells(labels, self.by)
         if len(self.table) == 1:
-            set_index = np.zeros(len(labels.age), np.int64)
+            set_index = np.zeros(len(labels), np.int64)
         assert set_index is not None
         weights: FloatArray = self.table[set_index, *cells]
         return weights
@@ -99,11 +97,15 @@ class Sampler:
         return drawn
 
 
-def _table(cells: tuple[NDArray[np.int64], ...], power: float) -> FloatArray:
-    """Return the weights of the cells of `_SHAPE`, whose mean over these rows is 1."""
-    counts = np.bincount(np.ravel_multi_index(cells, _SHAPE), minlength=int(np.prod(_SHAPE))).reshape(_SHAPE)
+def _classes(labels: Labels) -> tuple[tuple[str, ...], ...]:
+    return labels.space.age_groups, labels.space.genders, labels.space.races
+
+
+def _table(cells: tuple[IntArray, ...], shape: tuple[int, ...], power: float) -> FloatArray:
+    """Return the weights of the cells, whose mean over these rows is 1; `shape` as `Sampler.table`, without sets."""
+    counts = np.bincount(np.ravel_multi_index(cells, shape), minlength=int(np.prod(shape))).reshape(shape)
     weights = np.where(counts, np.maximum(counts, 1) ** -float(power), 0.0)
-    known = np.stack(np.meshgrid(*(np.arange(size) < size - 1 for size in _SHAPE), indexing="ij"))
+    known = np.stack(np.meshgrid(*(np.arange(size) < size - 1 for size in shape), indexing="ij"))
     for pattern in np.unique(known.reshape(3, -1), axis=1).T:
         alike = (known == pattern[:, None, None, None]).all(axis=0)
         if counts[alike].any():  # a mean weight of 1 keeps the pattern's share
@@ -111,12 +113,13 @@ def _table(cells: tuple[NDArray[np.int64], ...], power: float) -> FloatArray:
     return weights
 
 
-def _cells(labels: Labels, by: Balance) -> tuple[NDArray[np.int64], ...]:
-    """Return each row's indices in a table of `_SHAPE`; what is not evened out is as good as known and the same."""
-    known = np.isfinite(labels.age)
-    groups = np.where(known, age_group(np.where(known, labels.age, 0.0)), -1)
-    named = {"age": groups, "gender": labels.gender, "race": labels.race}
+def _cells(labels: Labels, by: Balance) -> tuple[IntArray, ...]:
+    """Return each row's indices in a table; the last of each axis is a missing label.
+
+    What is not evened out is as good as known and the same.
+    """
+    codes = {"age": labels.age_group, "gender": labels.gender, "race": labels.race}
     return tuple(
-        np.where(codes >= 0, codes, size - 1) if by in (name, "cells") else np.zeros_like(groups)
-        for (name, codes), size in zip(named.items(), _SHAPE, strict=True)
+        np.where(of >= 0, of, len(names)) if by in (name, "cells") else np.zeros_like(of)
+        for (name, of), names in zip(codes.items(), _classes(labels), strict=True)
     )

@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from agr_ray.schema import AGE_GROUPS, GENDERS, RACES
+from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS
 
 HEADLINES: Final = (
     ("age", "mae_years", "age MAE", 1.0, " years"),
     ("age", "within_5", "age within 5 years", 100.0, " %"),
+    ("age", "exact_group", "age group", 100.0, " %"),
     ("age", "one_off", "age group or the next", 100.0, " %"),
     ("age", "bias_years", "age bias", 1.0, " years"),
     ("gender", "accuracy", "gender accuracy", 100.0, " %"),
@@ -23,7 +24,7 @@ HEADLINES: Final = (
 )
 """Metrics worth a row: task, key, what it is called, factor and unit to show it in."""
 
-_GROUPS: Final = {"gender": GENDERS, "race": RACES, "age_group": AGE_GROUPS}
+_GROUPS: Final = ("gender", "race", "age_group")
 _SCARCE: Final = 0.5
 """A class is under-represented below this share of what it would have if all classes had as many images."""
 _FEW: Final = 100
@@ -87,7 +88,9 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
         heading,
         "",
         f"{metrics['n']:,} labelled images of {said['data']}, {metrics['n_fallback']:,} without a detected face. "
-        + overlap,
+        + overlap
+        + _ages(metrics["age"])
+        + _mapping(said),
         "",
         *_calibration_warning(metrics),
         *_headline_table(metrics),
@@ -99,6 +102,24 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
     if earlier.search(card):
         return earlier.sub(lambda found: section + ("\n" if found.end() < len(card) else ""), card)
     return card.rstrip() + "\n\n" + section
+
+
+def _ages(age: Mapping[str, Any]) -> str:
+    """Say how many ages are known as a range, if any are."""
+    if not age["n_range"]:
+        return ""
+    return f" {age['n']:,} have an exact age, and {age['n_range']:,} an age range, which counts for age groups only."
+
+
+def _mapping(said: Mapping[str, Any]) -> str:
+    """Say how the labels of another label space were mapped, if they were."""
+    mapping = said.get("label_mapping")
+    if not mapping:
+        return ""
+    races = ", ".join(f"{data} as {own}" for data, own in mapping["races"].items() if data != own)
+    return f" Their label space is {mapping['from']}: age groups are its own" + (
+        f", races count {races}." if races else "."
+    )
 
 
 def _calibration_warning(metrics: Mapping[str, Any]) -> list[str]:
@@ -122,21 +143,20 @@ def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
 
 
 def _interface(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
-    transform, labels = meta["transform"], meta["labels"]
-    first, last = labels["age_bins_years"]
+    transform, space = meta["transform"], meta["label_space"]
     outputs = {
-        "age": f"age: years, {first} to {last}"
+        "age": f"age: years, {AGE_MIN_YEARS:g} to {AGE_MAX_YEARS:g}"
         + (", the expectation of a distribution over years" if meta["model"]["age_head"] == "distribution" else ""),
-        "gender": f"gender: the probability of *{labels['genders'][1]}*; above 0.5 it is said, else "
-        f"*{labels['genders'][0]}*",
-        "race": f"race: a probability each of *{'*, *'.join(labels['races'])}*; the largest is said",
+        "gender": f"gender: the probability of *{space['genders'][1]}*; above 0.5 it is said, else "
+        f"*{space['genders'][0]}*",
+        "race": f"race: a probability each of *{'*, *'.join(space['races'])}*; the largest is said",
     }
     side = transform["image_size"]
     return "\n".join(
         [
             f"- In: an upright face, aligned to the template {transform['template']}, {side} x {side} pixels, RGB.",
             *(f"- Out: {outputs[task]}." for task in tasks),
-            "- Settings, transform and label order are in meta.json; calibration.json, where there is one, holds age "
+            "- Settings, transform and label space are in meta.json; calibration.json, where there is one, holds age "
             "intervals,\n  calibrated probabilities and when to abstain.",
         ]
     )
@@ -183,10 +203,10 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
     if counts:
         total = data["num_train_rows"]
         classes = []
-        for attribute, names in _GROUPS.items():
+        for attribute in _GROUPS:
             of = counts[attribute]
             if sum(of.values()) or attribute in (*tasks, "age_group"):
-                classes += [(_attribute(attribute), name, f"{of[name]:,}", _share(of[name], total)) for name in names]
+                classes += [(_attribute(attribute), name, f"{n:,}", _share(n, total)) for name, n in of.items()]
                 classes.append((_attribute(attribute), "no label", f"{total - sum(of.values()):,}", ""))
         lines += ["", "Labels that it learnt from:", ""]
         lines += _table(("attribute", "class", "images", "share"), classes)
@@ -260,6 +280,7 @@ def _group_table(groups: Mapping[str, Any]) -> list[str]:
             f"{of['n']:,}",
             _number(of["age"]["mae_years"], 1.0, ""),
             _number(of["age"]["bias_years"], 1.0, "", "+.2f"),
+            _number(of["age"]["exact_group"], 100.0, ""),
             _number(of["gender"]["accuracy"], 100.0, ""),
             _number(of["race"]["accuracy"], 100.0, ""),
         )
@@ -267,7 +288,7 @@ def _group_table(groups: Mapping[str, Any]) -> list[str]:
         for name, of in (groups.get(attribute) or {}).items()
         if of["n"]
     ]
-    header = ("by true", "", "images", "age MAE, years", "age bias, years", "gender, %", "race, %")
+    header = ("by true", "", "images", "age MAE, years", "age bias, years", "age group, %", "gender, %", "race, %")
     return ["Where a group has few images, its figures say little.", "", *_table(header, rows)] if rows else []
 
 
@@ -277,15 +298,15 @@ def _under_represented(data: Mapping[str, Any]) -> list[str]:
     if not counts:
         return ["- How its training images are distributed over classes is not known."]
     scarce = []
-    for attribute, names in _GROUPS.items():
+    for attribute in _GROUPS:
         of = counts[attribute]
         total = sum(of.values())
         if total:
-            equal = total / len(names)
+            equal = total / len(of)
             scarce += [
-                f"{_attribute(attribute)} {name} ({of[name]:,}, {_share(of[name], total)})"
-                for name in names
-                if of[name] < max(_SCARCE * equal, _FEW)
+                f"{_attribute(attribute)} {name} ({n:,}, {_share(n, total)})"
+                for name, n in of.items()
+                if n < max(_SCARCE * equal, _FEW)
             ]
     rule = f"fewer than half of an equal share, or than {_FEW}, of the labelled training images"
     if not scarce:

@@ -39,10 +39,11 @@ from torch import Tensor
 import agr_ray
 from agr_ray.config import ModelConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
+from agr_ray.labels import LabelSpace
 from agr_ray.models.card import model_card
-from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, mismatch
+from agr_ray.models.network import MultiTaskNet, mismatch
 from agr_ray.models.transform import Transform
-from agr_ray.schema import GENDERS, RACES, SCHEMA_VERSION
+from agr_ray.schema import SCHEMA_VERSION
 
 FORMAT_VERSION: Final = 2
 """Raised whenever a reader of the old layout would misread the new one."""
@@ -52,13 +53,6 @@ TRAIN_STATE: Final = "train_state.pt"
 CALIBRATION: Final = "calibration.json"
 CARD: Final = "model_card.md"
 META: Final = "meta.json"
-
-LABELS: Final[Mapping[str, list[Any]]] = {
-    "genders": list(GENDERS),
-    "races": list(RACES),
-    "age_bins_years": [AGE_BINS_YEARS[0], AGE_BINS_YEARS[-1]],
-}
-"""What the outputs' indices mean; first and last bin of ages."""
 
 
 class CheckpointError(Exception):
@@ -118,7 +112,7 @@ def save_checkpoint(
         "schema_version": SCHEMA_VERSION,
         "model": model.config.model_dump(mode="json"),
         "transform": transform.to_json(),
-        "labels": LABELS,
+        "label_space": model.space.to_json(),
         **pipeline.to_json(),
         "data": dict(data or {}),
         "metrics": dict(metrics or {}),
@@ -142,7 +136,7 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
     meta = read_meta(directory)
     path = directory / META
     try:
-        model = MultiTaskNet(ModelConfig(**meta["model"]))
+        model = MultiTaskNet(ModelConfig(**meta["model"]), LabelSpace.from_json(meta["label_space"]))
         transform = Transform.from_json(meta["transform"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -204,11 +198,13 @@ def read_meta(directory: Path) -> dict[str, Any]:
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; train it again")
-    for key in ("model", "transform", "labels"):
+    for key in ("model", "transform", "label_space"):
         if not isinstance(meta.get(key), dict):
             raise CheckpointError(f"{path}: expected a table {key}, found {meta.get(key)!r}")
-    if meta["labels"] != LABELS:
-        raise CheckpointError(f"{path}: expected labels {json.dumps(LABELS)}, found {json.dumps(meta['labels'])}")
+    try:
+        LabelSpace.from_json(meta["label_space"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: label_space: {error}") from None
     return cast(dict[str, Any], meta)
 
 
@@ -234,7 +230,7 @@ def model_digest(directory: Path) -> str:
     """Return the SHA-256, in hex, of everything that decides predictions: weights, network, transform, labels."""
     meta = read_meta(directory)
     network = {key: value for key, value in meta["model"].items() if key not in ("preset", "pretrained")}
-    decisive = {"model": network, "transform": meta["transform"], "labels": meta["labels"]}
+    decisive = {"model": network, "transform": meta["transform"], "label_space": meta["label_space"]}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     try:
         with open(directory / WEIGHTS, "rb") as file:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from agr_ray.config import ModelConfig
-from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, RACES
+from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS, LabelSpace
 
 TASKS: Final = ("age", "gender", "race")
 """Order of the tasks wherever a tensor has one entry for each."""
@@ -48,7 +48,7 @@ class Outputs(NamedTuple):
     gender_logit: Tensor | None
     """(n,); its sigmoid is the probability of "male"."""
     race_logits: Tensor | None
-    """(n, len(RACES)), in the order of `RACES`."""
+    """(n, races), in the order of the label space."""
 
 
 class MultiTaskNet(nn.Module):
@@ -59,16 +59,24 @@ class MultiTaskNet(nn.Module):
 
     age_bins_years: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, space: LabelSpace) -> None:
+        """Draw the weights.
+
+        Raises:
+            ValueError: there is to be a race head, and the label space has no races.
+        """
         super().__init__()
         self.config = config
+        self.space = space
+        if "race" in config.tasks and not space.races:
+            raise ValueError(f"model.tasks has race, and the label space {space.name} has no races")
         self.backbone, num_features = _headless(config.backbone)
         self.dropout = nn.Dropout(config.dropout)
         has_bins = config.age_head == "distribution"
         num_age = len(AGE_BINS_YEARS) if has_bins else 1
         self.age_head = _head(num_features, num_age) if "age" in config.tasks else None
         self.gender_head = _head(num_features, 1) if "gender" in config.tasks else None
-        self.race_head = _head(num_features, len(RACES)) if "race" in config.tasks else None
+        self.race_head = _head(num_features, len(space.races)) if "race" in config.tasks else None
         bins = torch.tensor(AGE_BINS_YEARS, dtype=torch.float32)
         self.register_buffer("age_bins_years", bins, persistent=False)
         if config.bn_momentum is not None:

@@ -1,10 +1,12 @@
-"""What is predicted of faces."""
+"""What is predicted of faces, as arrays and as columns."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 
@@ -16,4 +18,24 @@ class Predictions(NamedTuple):
     p_male: NDArray[np.float32] | None
     """(n,) probability of "male"; male if and only if it is over 0.5."""
     race_probs: NDArray[np.float32] | None
-    """(n, len(RACES)), in the order of `RACES`; each row sums to 1."""
+    """(n, races), in the order of the label space; each row sums to 1."""
+
+
+def class_probs_column(probs: NDArray[np.float32], names: Sequence[str]) -> pa.MapArray:
+    """Return (n, classes) probabilities as a column of schema.CLASS_PROBS, which names the classes."""
+    num_rows, num_classes = probs.shape
+    offsets = pa.array(np.arange(num_rows + 1) * num_classes, pa.int32())
+    keys = pa.array(list(names) * num_rows, pa.string())
+    return pa.MapArray.from_arrays(offsets, keys, pa.array(probs.ravel(), pa.float32()))
+
+
+def class_probs_array(column: pa.ChunkedArray, names: Sequence[str]) -> NDArray[np.float32]:
+    """Return the (n, classes) probabilities of a column of schema.CLASS_PROBS without nulls.
+
+    Raises:
+        ValueError: its classes are not these, in this order.
+    """
+    maps = pa.concat_arrays(column.chunks)
+    if maps.keys.to_pylist() != list(names) * len(maps):
+        raise ValueError(f"expected probabilities of {', '.join(names)}, found others")
+    return np.asarray(maps.items, np.float32).reshape(-1, len(names))

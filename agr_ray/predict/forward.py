@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agr_ray.config import PredictConfig
+from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS
 from agr_ray.models.network import MultiTaskNet, Outputs
 from agr_ray.models.precision import autocast
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform, prepare_eval
-from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS
 
 
 def predict(

@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from agr_ray.evaluation.metrics import Labels, predicted_gender
+from agr_ray.evaluation.terms import predicted_gender
+from agr_ray.labels import Labels
 from agr_ray.models.predictions import Predictions
-from agr_ray.schema import GENDERS, RACES
 
 COLUMNS: Final = 6
 _INCHES: Final = 2.2
@@ -51,15 +51,22 @@ def describe(labels: Labels, predictions: Predictions, index: int) -> tuple[str,
     """Return one row's labels and predictions in words, and whether any prediction is wrong."""
     truth, said, is_wrong = [], [], False
     if predictions.age is not None:
-        label, guess = float(labels.age[index]), float(predictions.age[index])
-        truth.append("?" if math.isnan(label) else f"{label:.0f}")
+        low, high = (float(ends[index]) for ends in labels.age_range)
+        guess = float(predictions.age[index])
+        truth.append("?" if math.isnan(low) else f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}")
         said.append(f"{guess:.0f}")
-        is_wrong |= abs(guess - label) > _FAR_YEARS  # never, of a missing one
+        is_wrong |= max(low - guess, guess - high) > _FAR_YEARS  # never, of a missing one
     classes: list[tuple[int, Any, tuple[str, ...]]] = []
     if predictions.p_male is not None:
-        classes.append((int(labels.gender[index]), predicted_gender(predictions.p_male[index : index + 1])[0], GENDERS))
+        classes.append(
+            (
+                int(labels.gender[index]),
+                predicted_gender(predictions.p_male[index : index + 1])[0],
+                labels.space.genders,
+            )
+        )
     if predictions.race_probs is not None:
-        classes.append((int(labels.race[index]), predictions.race_probs[index].argmax(), RACES))
+        classes.append((int(labels.race[index]), predictions.race_probs[index].argmax(), labels.space.races))
     for code, guessed, names in classes:
         truth.append("?" if code < 0 else names[code])
         said.append(names[int(guessed)])

@@ -5,7 +5,7 @@ Imports neither torch nor a module that does, because each process of Ray Data t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from ray.train import DataConfig
 
 from agr_ray.data.crops import Slice, deal_parts, read_slices, training_arrays, usable_statuses
 from agr_ray.data.prepared import PreparedSet
+from agr_ray.labels import LabelSpace, race_mapping
 from agr_ray.runtime.cluster import configure_ray_data, worker_count
 from agr_ray.storage import Storage
 from agr_ray.storage.retry import Retry
@@ -41,6 +42,7 @@ def training_dataset(
     storage: Storage,
     sets: Sequence[PreparedSet],
     split: str,
+    space: LabelSpace,
     *,
     use_fallback: bool,
     outage_s: float = 0.0,
@@ -54,6 +56,7 @@ def training_dataset(
         storage: where the sets are.
         sets: whose crops have the same side.
         split: train, val or test; all: every one.
+        space: onto which the sets' races are mapped.
         use_fallback: whether chips in which no face was found are among them.
         outage_s: seconds for which reading is retried while storage is unavailable.
         cpus_per_task: logical CPUs that Ray reserves for each task that reads; 0 where workers may take all there are.
@@ -65,6 +68,8 @@ def training_dataset(
         split=split,
         statuses=usable_statuses(use_fallback=use_fallback),
         side_px=sets[0].crop_side_px,
+        space=space,
+        mappings=[race_mapping(each.label_space, space) for each in sets],
         retry=Retry(outage_s),
     )
     listed = [[info.uri for info in storage.list(each.crops(storage), (".parquet",))] for each in sets]
@@ -95,10 +100,17 @@ class SplitShares(DataConfig):
 
 
 def _decode_slices(
-    groups: pa.Table, storage: Storage, split: str, statuses: list[str], side_px: int, retry: Retry
+    groups: pa.Table,
+    storage: Storage,
+    split: str,
+    statuses: list[str],
+    side_px: int,
+    space: LabelSpace,
+    mappings: Sequence[Mapping[str, str]],
+    retry: Retry,
 ) -> Iterator[dict[str, NDArray[Any]]]:
     for slices in groups["slices"].to_pylist():
-        read = partial(read_slices, storage, [Slice(**each) for each in slices], split, statuses)
+        read = partial(read_slices, storage, [Slice(**each) for each in slices], split, statuses, mappings)
         rows = retry.call(read)
         for start in range(0, rows.num_rows, DECODED_ROWS):
-            yield training_arrays(rows.slice(start, DECODED_ROWS), side_px)
+            yield training_arrays(rows.slice(start, DECODED_ROWS), side_px, space)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +27,15 @@ from agr_ray.config import EvaluateConfig, EvaluateJob, PredictConfig
 from agr_ray.config import digest as digest_of
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
-from agr_ray.data.crops import decoded_crops, label_arrays, select_crops, usable_statuses
+from agr_ray.data.crops import decoded_crops, map_races, read_labels, select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.evaluation.calibration import NEVER_SURE, Calibration, coverage_report
-from agr_ray.evaluation.metrics import Baseline, Labels, metrics_report, predicted_gender
+from agr_ray.evaluation.calibration import Calibration
+from agr_ray.evaluation.coverage import coverage_report
+from agr_ray.evaluation.metrics import Baseline, metrics_report
+from agr_ray.evaluation.selection import NEVER_SURE
+from agr_ray.evaluation.terms import predicted_gender
+from agr_ray.labels import Labels, LabelSpace, race_mapping
 from agr_ray.models.card import HEADLINES, model_card, with_measured
 from agr_ray.models.checkpoint import (
     CALIBRATION,
@@ -45,13 +50,13 @@ from agr_ray.models.checkpoint import (
     read_meta,
 )
 from agr_ray.models.checkpoint_files import local_checkpoint, portable_checkpoint, unpacked_checkpoint
-from agr_ray.models.predictions import Predictions
+from agr_ray.models.predictions import Predictions, class_probs_array, class_probs_column
 from agr_ray.predict.forward import predict
 from agr_ray.predict.resolve import resolve
 from agr_ray.progress import progress
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.crops import part_dataset
-from agr_ray.schema import CROP_STATUSES, GENDERS, PREDICTION_FIELDS, PREDICTIONS, RACES, Status
+from agr_ray.schema import CROP_STATUSES, PREDICTION_FIELDS, PREDICTIONS, Status
 from agr_ray.storage import ChangedObject, MissingObject, Storage, StorageError, StorageFailed, StorageUnavailable
 from agr_ray.storage.lock import RunLock, run_lock
 
@@ -78,6 +83,8 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as directory:
         meta, digest = read_meta(directory), model_digest(directory)
         _check_compatible(meta, prepared, config)
+        space = LabelSpace.from_json(meta["label_space"])
+        measured_in, mapping = _mapped(meta, space, prepared)
         pipeline, calibration, reason = resolve(
             directory,
             Pipeline(predict=job.predict),
@@ -109,12 +116,15 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
             locks = [stack.enter_context(lock) for lock in held]
             stack.enter_context(cluster(job.cluster))
             packed = portable_checkpoint(directory)
-            table = _predict(config, measured.predict, storage, prepared, chosen.num_rows, packed, locks, console)
-            labels, predictions = _arrays(table)
+            table = _predict(
+                config, measured.predict, storage, prepared, chosen.num_rows, packed, mapping, locks, console
+            )
+            predictions = _predictions(table, space)
+            labels = read_labels(table, measured_in)
             _check_finite(predictions, checkpoint)
             if config.calibrate:
                 calibration = Calibration.fit(
-                    labels,
+                    read_labels(table, space),
                     predictions,
                     coverage=config.coverage,
                     risk=config.abstain_risk,
@@ -128,7 +138,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                 text = json.dumps(calibration.to_json(), allow_nan=False) + "\n"
                 _check(locks)
                 storage.write(storage.join(checkpoint, CALIBRATION), text.encode())
-            metrics = _measure(table, labels, predictions, meta)
+            metrics = _measure(table, labels, predictions, meta, space)
             if calibration is not None:
                 metrics["calibration"] = coverage_report(labels, predictions, calibration) | {
                     "num_calibrated_on": calibration.n,
@@ -150,6 +160,14 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                 "num_seen_in_training": num_seen,
                 "statuses": statuses,
                 **measured.to_json(),
+                "label_space": space.name,
+                "label_mapping": None
+                if prepared.label_space == space
+                else {
+                    "from": prepared.label_space.name,
+                    "races": mapping,
+                    "age_groups": list(measured_in.age_groups),
+                },
             }
             _check(locks)
             storage.write_table(table, storage.join(out, "predictions.parquet"))
@@ -263,6 +281,7 @@ class CropPredictor:
         side_px: int,
         config: EvaluateConfig,
         predict_config: PredictConfig,
+        mapping: Mapping[str, str],
     ) -> None:
         torch.set_num_threads(1)
         with unpacked_checkpoint(checkpoint) as directory:
@@ -272,30 +291,34 @@ class CropPredictor:
         self._side_px = side_px
         self._config = config
         self._predict_config = predict_config
+        self._mapping = mapping
 
     def __call__(self, parts: pa.Table) -> Iterator[pa.Table]:
         """Yield the predictions of the split's crops in each of the parts."""
         for uri in parts["part"].to_pylist():
             rows = self._storage.read_table(uri, columns=[*_KEPT_COLUMNS, "crop"])
             rows = select_crops(rows, self._config.split, usable_statuses(use_fallback=True))
+            rows = map_races(rows, self._mapping)
             for start in range(0, rows.num_rows, self._config.batch_size):
                 batch = rows.slice(start, self._config.batch_size)
                 made = predict(self._model, decoded_crops(batch, self._side_px), self._transform, self._predict_config)
-                columns = {name: batch[name] for name in _KEPT_COLUMNS} | prediction_columns(made, batch.num_rows)
+                columns = {name: batch[name] for name in _KEPT_COLUMNS} | prediction_columns(
+                    made, batch.num_rows, self._model.space
+                )
                 yield pa.table(columns, schema=PREDICTIONS)
 
 
-def prediction_columns(made: Predictions, num_rows: int) -> dict[str, pa.Array]:
+def prediction_columns(made: Predictions, num_rows: int, space: LabelSpace) -> dict[str, pa.Array]:
     """Return the columns of schema.PREDICTION_FIELDS; a task without a head gives nulls."""
     columns = {field.name: pa.nulls(num_rows, field.type) for field in PREDICTION_FIELDS}
     if made.age is not None:
         columns["age_pred"] = pa.array(made.age)
     if made.p_male is not None:
         columns["p_male"] = pa.array(made.p_male)
-        columns["gender_pred"] = pa.array(np.asarray(GENDERS)[predicted_gender(made.p_male)])
+        columns["gender_pred"] = pa.array(np.asarray(space.genders)[predicted_gender(made.p_male)])
     if made.race_probs is not None:
-        columns["race_pred"] = pa.array(np.asarray(RACES)[made.race_probs.argmax(axis=1)])
-        columns["race_probs"] = pa.FixedSizeListArray.from_arrays(made.race_probs.ravel(), len(RACES))
+        columns["race_pred"] = pa.array(np.asarray(space.races)[made.race_probs.argmax(axis=1)])
+        columns["race_probs"] = class_probs_column(made.race_probs, space.races)
     return columns
 
 
@@ -311,6 +334,27 @@ def _check_compatible(meta: dict[str, Any], prepared: PreparedSet, config: Evalu
                 f"evaluate.data {prepared.uri}: its crops have {key} {found}; the checkpoint {config.checkpoint} "
                 f"was trained on {needed}: prepare the source again with that"
             )
+
+
+def _mapped(meta: dict[str, Any], space: LabelSpace, prepared: PreparedSet) -> tuple[LabelSpace, dict[str, str]]:
+    """Return the label space to measure in, and the race in it for each race of the data.
+
+    Races are the checkpoint's, or the data's if it has no race head; age groups are the data's, because an age in years
+    has a group in any space, and an age range lies in a group of its own space.
+
+    Raises:
+        ConfigError: the data's races do not map onto the checkpoint's.
+    """
+    data = prepared.label_space
+    if space == data:
+        return space, race_mapping(data, space)
+    measured_in = replace(space, age_groups=data.age_groups)
+    if "race" not in meta["model"]["tasks"]:
+        measured_in = replace(measured_in, races=data.races)
+    try:
+        return measured_in, race_mapping(data, measured_in)
+    except ValueError as error:
+        raise ConfigError(f"evaluate.data {prepared.uri}: {error}") from None
 
 
 def _chosen_rows(storage: Storage, prepared: PreparedSet, config: EvaluateConfig) -> tuple[pa.Table, dict[str, int]]:
@@ -370,6 +414,7 @@ def _predict(
     prepared: PreparedSet,
     num_rows: int,
     checkpoint: Any,
+    mapping: Mapping[str, str],
     locks: Sequence[RunLock],
     console: Console,
 ) -> pa.Table:
@@ -379,7 +424,7 @@ def _predict(
     check_fits("evaluate.num_workers", num_workers, 1.0, gpus)
     predictions = part_dataset(storage, prepared).map_batches(
         CropPredictor,
-        fn_constructor_args=(storage, checkpoint, prepared.crop_side_px, config, predict_config),
+        fn_constructor_args=(storage, checkpoint, prepared.crop_side_px, config, predict_config, mapping),
         batch_format="pyarrow",
         batch_size=1,
         compute=ActorPoolStrategy(size=num_workers),
@@ -399,39 +444,33 @@ def _predict(
     return made
 
 
-def _arrays(table: pa.Table) -> tuple[Labels, Predictions]:
+def _predictions(table: pa.Table, space: LabelSpace) -> Predictions:
     def array(name: str) -> Any:
         return None if table[name].null_count == table.num_rows else np.asarray(table[name])
 
     race_probs = None
     if table["race_probs"].null_count < table.num_rows:
-        race_probs = np.asarray(table["race_probs"].combine_chunks().flatten()).reshape(-1, len(RACES))
-    return Labels(**label_arrays(table)), Predictions(array("age_pred"), array("p_male"), race_probs)
+        race_probs = class_probs_array(table["race_probs"], space.races)
+    return Predictions(array("age_pred"), array("p_male"), race_probs)
 
 
-def _measure(table: pa.Table, labels: Labels, predictions: Predictions, meta: dict[str, Any]) -> dict[str, Any]:
+def _measure(
+    table: pa.Table, labels: Labels, predictions: Predictions, meta: dict[str, Any], space: LabelSpace
+) -> dict[str, Any]:
     subjects = pc.rank(table["group_id"], tiebreaker="dense") if table["group_id"].null_count == 0 else None
     return metrics_report(
         labels,
         predictions,
         fallback=np.asarray(pc.equal(table["status"], str(Status.FALLBACK))),
-        baseline=_training_baseline(meta),
+        baseline=_training_baseline(meta, space),
         clusters=None if subjects is None else np.asarray(subjects).astype(np.int64),
     )
 
 
-def _training_baseline(meta: dict[str, Any]) -> Baseline | None:
+def _training_baseline(meta: dict[str, Any], space: LabelSpace) -> Baseline | None:
     """Return the guesses fitted on the training labels; None for a checkpoint that does not hold them."""
-    said = meta["data"].get("baseline")
-    if said is None:
-        return None
-    gender, race = said["gender"], said["race"]
-    return Baseline(
-        said["age_years"],
-        None if gender is None else GENDERS.index(gender),
-        None if race is None else RACES.index(race),
-        "train",
-    )
+    values = meta["data"].get("baseline")
+    return None if values is None else Baseline.from_json(values, space)
 
 
 def _print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:

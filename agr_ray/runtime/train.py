@@ -37,17 +37,20 @@ from torch import Tensor
 from agr_ray.config import ModelConfig, TrainConfig, TrainJob, digest
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
-from agr_ray.data.crops import label_arrays, select_crops, usable_statuses
+from agr_ray.data.crops import LABEL_COLUMNS, map_races, read_labels, select_crops, usable_statuses
 from agr_ray.data.guards import (
     check_no_overlaps,
     check_sets,
     class_warnings,
     copies_warnings,
+    training_space,
     vision_warnings,
 )
 from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.evaluation.metrics import Baseline, Labels, class_counts
+from agr_ray.evaluation.groups import class_counts
+from agr_ray.evaluation.metrics import Baseline
+from agr_ray.labels import Labels, race_mapping
 from agr_ray.learn.dry_run import dry_run
 from agr_ray.learn.resources import max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
@@ -94,7 +97,7 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
     run = dataclasses.replace(run, quiet=quiet)
     console.print(f"run {uri}")
     if job.dry_run:
-        dry_run(run, sets, first or MultiTaskNet(job.model), machine_cpus(), console)
+        dry_run(run, sets, first or MultiTaskNet(job.model, run.baseline.space), machine_cpus(), console)
         return storage.join(uri, "best")
     lock_uri, retry = storage.join(uri, "lock.json"), Retry(job.train.outage_s)
     owner = f"training run {uri}"
@@ -162,7 +165,7 @@ def settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
     fields = TrainConfig.model_fields
     data = sets[0].digest if len(sets) == 1 else json.dumps([prepared.digest for prepared in sets])
     settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": data})
-    return digest(job.model, job.loss, job.augment, settings, job.predict)
+    return digest(job.labels, job.model, job.loss, job.augment, settings, job.predict)
 
 
 def plan(
@@ -177,8 +180,14 @@ def plan(
             can't be had.
     """
     check_mlflow(job.train.mlflow_uri)
-    columns = ["content_hash", "split", "status", "age", "gender", "race"]
-    crops = [storage.read_table(prepared.crops(storage), columns=columns) for prepared in sets]
+    space = training_space(sets, job.labels)
+    columns = ["content_hash", "split", "status", *LABEL_COLUMNS]
+    crops = [
+        map_races(
+            storage.read_table(prepared.crops(storage), columns=columns), race_mapping(prepared.label_space, space)
+        )
+        for prepared in sets
+    ]
     statuses = usable_statuses(use_fallback=job.train.use_fallback)
     trained = [select_crops(table, "train", statuses) for table in crops]
     for prepared, table in zip(sets, trained, strict=True):
@@ -191,8 +200,9 @@ def plan(
     num_val_rows = [table.num_rows for table in validated]
     data = describe_sets(sets, [table.num_rows for table in trained], num_val_rows, job.train.data_shares)
     where = data["uri"]
+    labels = read_labels(rows, space)
     for task in job.model.tasks:
-        if rows[task].null_count == rows.num_rows:
+        if not labels.has(task).any():
             raise ConfigError(f"model.tasks has {task}, and no training row of {where} has that label")
     if rows.num_rows < 2 * job.train.max_workers:
         raise ConfigError(
@@ -210,7 +220,6 @@ def plan(
             f"train.{draws} draws from crops in memory, and train.cache_mib {job.train.cache_mib} "
             f"holds {max_rows} of the {math.ceil(rows.num_rows / job.train.min_workers)} of each worker"
         )
-    labels = Labels(**label_arrays(rows))
     set_index = np.repeat(np.arange(len(sets)), [table.num_rows for table in trained])
     baseline, counts = Baseline.fit(labels), class_counts(labels)
     warnings = class_warnings(counts, job.model.tasks, sets) + vision_warnings(sets) + copies_warnings(trained, sets)
@@ -238,7 +247,7 @@ def plan(
         settings_digest=settings,
     )
     goes_on = storage.exists(storage.join(uri, "run.json"))
-    return run, None if goes_on else _initial_model(run, rows)
+    return run, None if goes_on else _initial_model(run, labels)
 
 
 def _check_finite(run: Run) -> None:
@@ -266,16 +275,18 @@ def _begin(run: Run, first: MultiTaskNet | None) -> None:
     _write_record(run, finished="")
 
 
-def _initial_model(run: Run, rows: pa.Table) -> MultiTaskNet:
+def _initial_model(run: Run, labels: Labels) -> MultiTaskNet:
     """Draw the first weights, or read those that the configuration names.
 
     Raises:
         ConfigError: they can't be had, or don't fit.
     """
     torch.manual_seed(run.job.train.seed)
-    model = MultiTaskNet(run.job.model)
-    if rows["age"].null_count < rows.num_rows:
-        model.initialise_age(pc.mean(rows["age"]).as_py(), max(pc.stddev(rows["age"]).as_py(), 1.0))
+    model = MultiTaskNet(run.job.model, labels.space)
+    low, high = labels.age_range
+    ages = ((low + high) / 2)[labels.has("age")]
+    if len(ages):
+        model.initialise_age(float(ages.mean()), max(float(ages.std()), 1.0))
     try:
         state = _first_weights(run.job.model, run.storage)
         if state is not None:

@@ -37,6 +37,7 @@ from agr_ray.console import make_table
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
+from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint import model_digest, read_meta
 from agr_ray.models.checkpoint_files import local_checkpoint, portable_checkpoint
 from agr_ray.models.transform import Transform
@@ -119,6 +120,7 @@ class Model:
     checkpoint: Mapping[str, bytes]
     digest: str
     tasks: tuple[str, ...]
+    space: LabelSpace
     transform: Transform
     pipeline: Pipeline
     """The effective settings."""
@@ -260,6 +262,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             started_at=datetime.datetime.fromisoformat(run.started_at),
             num_parts=run.plan.num_parts,
             attributes=attributes,
+            space=model.space,
             group_by=job.score.group_by,
             aggregate_only=job.score.aggregate_only,
             ledger=storage.absolute(job.score.ledger) if job.score.ledger else "",
@@ -286,6 +289,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             "config_digest": config_digest,
             "key_id": _key_id(key),
             "schema_version": SCHEMA_VERSION,
+            "label_space": model.space.to_json(),
             **model.pipeline.to_json(),
             "calibrated": model.calibration is not None,
             "uncalibrated_because": model.uncalibrated_because,
@@ -389,6 +393,7 @@ def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
         checkpoint=portable_checkpoint(directory),
         digest=model_digest(directory),
         tasks=tuple(meta["model"]["tasks"]),
+        space=LabelSpace.from_json(meta["label_space"]),
         transform=Transform.from_json(meta["transform"]),
         pipeline=pipeline,
         calibration=calibration,

@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from agr_ray.evaluation.calibration import Calibration
+from agr_ray.labels import LabelSpace
 from agr_ray.schema import IMAGES, REJECTS, Status
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import PARTS_PER_FILE, Parts
@@ -66,12 +67,19 @@ class Publication:
     started_at: datetime.datetime
     num_parts: int
     attributes: tuple[str, ...]
+    space: LabelSpace
     group_by: tuple[str, ...]
     aggregate_only: bool
     ledger: str
     key: bytes
     """Of the HMACs that stand in for URIs; empty: URIs stay."""
     outage_s: float
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Return the classes that faces are counted by: those of the attributes that are predicted."""
+        predicted = {"age_group" if name == "age" else name for name in self.attributes}
+        return {name: names for name, names in self.space.classes.items() if name in predicted}
 
     @property
     def num_files(self) -> int:
@@ -86,7 +94,7 @@ class Publication:
         images = self._image_rows(file)
         faces = explode_faces(images, self.group_by)
         counts = Counts(
-            count_faces(faces, self.group_by),
+            count_faces(faces, self.group_by, self.space),
             count_images(images, faces, self.group_by),
             Counter(images["status"].to_pylist()),
         )
@@ -184,7 +192,7 @@ def publish_demographics(
         counts.cells,
         counts.groups,
         None if calibration is None else calibration.rows,
-        ["age_group" if name == "age" else name for name in publication.attributes],
+        publication.classes,
     )
     if min_cell:
         table = suppress(table, min_cell)

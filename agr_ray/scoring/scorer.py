@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration
-from agr_ray.evaluation.metrics import predicted_gender
+from agr_ray.evaluation.terms import predicted_gender
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
-from agr_ray.models.predictions import Predictions
+from agr_ray.models.predictions import Predictions, class_probs_column
 from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
 from agr_ray.predict.photographs import ImageReader, Photograph, Reject, landmark_columns
-from agr_ray.schema import FACE, GENDERS, IMAGES, RACES, SCORE_MANIFEST, SCORED_STATUSES, Status
+from agr_ray.schema import FACE, IMAGES, SCORE_MANIFEST, SCORED_STATUSES, Status
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Attempts, Parts
@@ -328,13 +328,15 @@ class AttributePredictor:
         if made.p_male is not None and "gender" in asked:
             is_nan = np.asarray(np.isnan(made.p_male))
             columns["p_male"] = pa.array(made.p_male, pa.float32())
-            columns["gender"] = pa.array(np.asarray(GENDERS)[predicted_gender(made.p_male)], mask=is_nan)
+            columns["gender"] = pa.array(
+                np.asarray(self._model.space.genders)[predicted_gender(made.p_male)], mask=is_nan
+            )
             abstained["gender"] = is_nan if made.abstain_gender is None else is_nan | made.abstain_gender
         if made.race_probs is not None and "race" in asked:
-            flat = pa.array(made.race_probs.ravel(), pa.float32())
-            columns["race_probs"] = pa.FixedSizeListArray.from_arrays(flat, len(RACES))
+            races = self._model.space.races
+            columns["race_probs"] = class_probs_column(made.race_probs, races)
             is_nan = np.asarray(np.isnan(made.race_probs).any(axis=1))
-            columns["race"] = pa.array(np.asarray(RACES)[made.race_probs.argmax(axis=1)], mask=is_nan)
+            columns["race"] = pa.array(np.asarray(races)[made.race_probs.argmax(axis=1)], mask=is_nan)
             abstained["race"] = is_nan if made.abstain_race is None else is_nan | made.abstain_race
         names = [[name for name, chosen in abstained.items() if chosen[face]] for face in range(len(crops))]
         columns["abstain"] = pa.array(names, pa.list_(pa.string()))

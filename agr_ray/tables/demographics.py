@@ -10,14 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from agr_ray.schema import ABSTAINED, DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
+from agr_ray.schema import ABSTAINED, DEMOGRAPHIC_ATTRIBUTES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
 from agr_ray.tables.prevalence import IntArray, Shares, confusion_counts, true_shares, why_not, why_not_together
+
+Classes = Mapping[str, Sequence[str]]
+"""Attribute -> the names of its classes."""
 
 
 class _Breakdown(NamedTuple):
     """What the faces are broken down by."""
 
     attributes: tuple[str, ...]
+    classes: Classes
 
     @property
     def factors(self) -> list[tuple[str, ...]]:
@@ -27,15 +31,15 @@ class _Breakdown(NamedTuple):
 
     @property
     def cells(self) -> list[tuple[str, ...]]:
-        """The classes of every cell, in the schema's order."""
-        return list(product(*(DEMOGRAPHIC_CLASSES[name] for name in self.attributes)))
+        """The classes of every cell, in the label space's order."""
+        return list(product(*(self.classes[name] for name in self.attributes)))
 
 
 def demographics(
     counts: pa.Table,
     groups: pa.Table,
     calibration: Mapping[str, IntArray] | None,
-    attributes: Sequence[str] = tuple(DEMOGRAPHIC_CLASSES),
+    classes: Classes,
     seed: int = 0,
 ) -> pa.Table:
     """Break down the faces of each group, and of all groups together, by each attribute and by all of them jointly.
@@ -54,7 +58,7 @@ def demographics(
             num_flagged; num_abstained is counted anew for each breakdown.
         calibration: (n,) arrays age_group, gender, race (-1: missing) and age_group_pred, gender_pred, race_pred (-1:
             abstained) of labelled images that training never saw; None: nothing is corrected.
-        attributes: those that were predicted, of `DEMOGRAPHIC_CLASSES`.
+        classes: of each attribute that was predicted, as `LabelSpace.classes`.
         seed: of the bootstrap.
 
     Returns:
@@ -66,19 +70,20 @@ def demographics(
         ValueError: counts of a group that is not among `groups` or one that is there twice, a class or attribute that
             there is not, or a grouping column that is named like one of the result's.
     """
-    unknown = sorted(set(attributes) - set(DEMOGRAPHIC_CLASSES))
+    unknown = sorted(set(classes) - set(DEMOGRAPHIC_ATTRIBUTES))
     if unknown:
-        raise ValueError(f"attributes: {unknown[0]!r} is none of {', '.join(DEMOGRAPHIC_CLASSES)}")
-    predicted = tuple(name for name in DEMOGRAPHIC_CLASSES if name in attributes)
+        raise ValueError(f"classes: {unknown[0]!r} is none of {', '.join(DEMOGRAPHIC_ATTRIBUTES)}")
+    predicted = tuple(name for name in DEMOGRAPHIC_ATTRIBUTES if name in classes)
     keys = [name for name in groups.column_names if name not in DEMOGRAPHIC_COUNTS]
     taken = [key for key in keys if key in DEMOGRAPHICS.names]
     if taken:
         raise ValueError(f"grouping column {taken[0]}: the tables have a column of that name already")
-    faces = _faces(counts, groups, keys, predicted)
+    faces = _faces(counts, groups, keys, predicted, classes)
     if keys:
         faces = np.concatenate([faces, faces.sum(axis=0, keepdims=True)])
         groups = _with_total(groups, keys)
-    breakdowns = [_Breakdown((name,)) for name in predicted] + ([_Breakdown(predicted)] if len(predicted) > 1 else [])
+    chosen = [(name,) for name in predicted] + ([predicted] if len(predicted) > 1 else [])
+    breakdowns = [_Breakdown(attributes, classes) for attributes in chosen]
     parts = [_broken_down(faces, breakdown, predicted, calibration, seed) for breakdown in breakdowns]
     table = pa.concat_tables(parts) if parts else pa.table({"group": pa.array([], pa.int64()), **_empty()})
     group = table.column("group").to_numpy()
@@ -99,12 +104,14 @@ def _with_total(groups: pa.Table, keys: Sequence[str]) -> pa.Table:
     return pa.concat_tables([groups, pa.Table.from_pylist([total], schema=groups.schema)])
 
 
-def _faces(counts: pa.Table, groups: pa.Table, keys: Sequence[str], attributes: Sequence[str]) -> IntArray:
+def _faces(
+    counts: pa.Table, groups: pa.Table, keys: Sequence[str], attributes: Sequence[str], classes: Classes
+) -> IntArray:
     """Return (groups, classes + 1 for each attribute) numbers of faces; the last index is "abstained"."""
     row_of = {tuple(row.values()): i for i, row in enumerate(groups.select(keys).to_pylist())} if keys else {(): 0}
     if len(row_of) != groups.num_rows:
         raise ValueError(f"groups: {groups.num_rows - len(row_of)} of the rows are there twice")
-    shape = [groups.num_rows, *(len(DEMOGRAPHIC_CLASSES[name]) + 1 for name in attributes)]
+    shape = [groups.num_rows, *(len(classes[name]) + 1 for name in attributes)]
     faces = np.zeros(shape, np.int64)
     rows = zip(*(counts.column(key).to_pylist() for key in keys), strict=True) if keys else [()] * counts.num_rows
     try:
@@ -112,7 +119,7 @@ def _faces(counts: pa.Table, groups: pa.Table, keys: Sequence[str], attributes: 
     except KeyError as error:
         raise ValueError(f"counts: group {error.args[0]} is not among the groups") from None
     for name in attributes:
-        code_of = {label: code for code, label in enumerate((*DEMOGRAPHIC_CLASSES[name], ABSTAINED))}
+        code_of = {label: code for code, label in enumerate((*classes[name], ABSTAINED))}
         try:
             index.append(np.array([code_of[label] for label in counts.column(name).to_pylist()], np.int64))
         except KeyError as error:
@@ -145,7 +152,7 @@ def _broken_down(
             "breakdown": [",".join(breakdown.attributes)] * n.size,
             **{
                 name: pa.array(list(labels.get(name, [None] * num_cells)) * num_groups, pa.string())
-                for name in DEMOGRAPHIC_CLASSES
+                for name in DEMOGRAPHIC_ATTRIBUTES
             },
             "n": n.ravel(),
             "share": _nullable(share),
@@ -168,11 +175,11 @@ def _corrected(
         return _no_shares(num_groups, len(breakdown.cells)), ["no calibration"] * num_groups
     confusions = []
     for factor in breakdown.factors:
-        sizes = [len(DEMOGRAPHIC_CLASSES[name]) for name in factor]
+        sizes = [len(breakdown.classes[name]) for name in factor]
         truth = [calibration[name] for name in factor]
         outcome = [calibration[f"{name}_pred"] for name in factor]
         confusions.append(confusion_counts(truth, outcome, sizes))
-        reason = why_not(confusions[-1], [" ".join(cell) for cell in _Breakdown(factor).cells])
+        reason = why_not(confusions[-1], [" ".join(cell) for cell in _Breakdown(factor, breakdown.classes).cells])
         if reason is not None:
             return _no_shares(num_groups, len(breakdown.cells)), [f"{','.join(factor)}: {reason}"] * num_groups
     reason = why_not_together(confusions)

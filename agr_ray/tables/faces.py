@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from agr_ray.evaluation.metrics import age_group
-from agr_ray.schema import ABSTAINED, AGE_GROUPS, FACE, FACES, REJECTS, SCORED_STATUSES, Status
+from agr_ray.labels import LabelSpace
+from agr_ray.schema import ABSTAINED, FACE, FACES, REJECTS, SCORED_STATUSES, Status
 
 _SCORED = pa.array([*SCORED_STATUSES])
 
@@ -36,8 +36,8 @@ def select_rejects(images: pa.Table) -> pa.Table:
     return rejected.select(REJECTS.names).cast(REJECTS)
 
 
-def count_faces(faces: pa.Table, keys: Sequence[str]) -> pa.Table:
-    """Count the faces without a flag by the columns `keys`, age_group, gender and race.
+def count_faces(faces: pa.Table, keys: Sequence[str], space: LabelSpace) -> pa.Table:
+    """Count the faces without a flag by the columns `keys`, by age group of the label space, by gender and by race.
 
     If the model abstains on an attribute, or it is null or NaN, it counts as `schema.ABSTAINED`, so every face counts.
 
@@ -46,7 +46,7 @@ def count_faces(faces: pa.Table, keys: Sequence[str]) -> pa.Table:
     """
     accepted = faces.filter(pc.equal(pc.list_value_length(faces["flags"]), 0))
     columns = {key: accepted[key] for key in keys}
-    columns["age_group"] = pc.fill_null(_age_groups(accepted["age"]), ABSTAINED)
+    columns["age_group"] = pc.fill_null(_age_groups(accepted["age"], space), ABSTAINED)
     for name in ("gender", "race"):
         columns[name] = pc.if_else(_abstains(accepted, name), ABSTAINED, pc.fill_null(accepted[name], ABSTAINED))
     counted = pa.table(columns).group_by([*keys, "age_group", "gender", "race"]).aggregate([([], "count_all")])
@@ -100,8 +100,7 @@ def _abstains(faces: pa.Table, attribute: str) -> pa.Array:
     return pa.array(mask)
 
 
-def _age_groups(ages: pa.ChunkedArray) -> pa.Array:
+def _age_groups(ages: pa.ChunkedArray, space: LabelSpace) -> pa.Array:
     """Return the age group of each age; null if the age is null or NaN."""
-    known = np.asarray(pc.fill_null(pc.is_finite(ages), False))
-    codes = age_group(np.where(known, np.asarray(pc.fill_null(ages, 0.0)), 0.0).astype(np.float64))
-    return pa.array(np.asarray(AGE_GROUPS)[codes], mask=~known)
+    codes = space.age_group(np.asarray(pc.fill_null(ages, np.nan)).astype(np.float64))
+    return pa.array(np.asarray(space.age_groups)[codes], mask=codes < 0)

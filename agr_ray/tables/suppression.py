@@ -36,7 +36,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csc_array, eye_array, hstack
 from scipy.sparse.linalg import splu
 
-from agr_ray.schema import DEMOGRAPHIC_CLASSES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
+from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
@@ -190,14 +190,16 @@ def _lines(table: pa.Table, keys: list[str], counts: _Counts) -> _Lines:
 
 def _is_joint(table: pa.Table) -> BoolArray:
     """Say of each row whether it is of the joint breakdown."""
-    return np.array([breakdown not in DEMOGRAPHIC_CLASSES for breakdown in table.column("breakdown").to_pylist()], bool)
+    return np.array(
+        [breakdown not in DEMOGRAPHIC_ATTRIBUTES for breakdown in table.column("breakdown").to_pylist()], bool
+    )
 
 
 def _joint_sums(table: pa.Table, groups: IntArray) -> list[tuple[int, list[int]]]:
     """Return each cell of one attribute, and the joint cells that lie in it."""
     cells: dict[tuple[int, str, str], list[int]] = defaultdict(list)
     single = []
-    labels = {name: table.column(name).to_pylist() for name in DEMOGRAPHIC_CLASSES}
+    labels = {name: table.column(name).to_pylist() for name in DEMOGRAPHIC_ATTRIBUTES}
     for row, (group, breakdown) in enumerate(zip(groups.tolist(), table.column("breakdown").to_pylist(), strict=True)):
         if breakdown in labels:
             single.append((row, (group, breakdown, labels[breakdown][row])))
@@ -214,7 +216,7 @@ def _group_sums(table: pa.Table, keys: list[str], counts: _Counts) -> list[tuple
     """
     group_keys = _first_rows(table.select(keys), counts.group)
     breakdown_keys = _first_rows(table.select([*keys, "breakdown"]), counts.breakdown)
-    cell_keys = [tuple(row.values()) for row in table.select([*keys, "breakdown", *DEMOGRAPHIC_CLASSES]).to_pylist()]
+    cell_keys = [tuple(row.values()) for row in table.select([*keys, "breakdown", *DEMOGRAPHIC_ATTRIBUTES]).to_pylist()]
     kinds = [
         (cell_keys, np.arange(table.num_rows)),
         *((group_keys, counts.of_group[name]) for name in (*_GROUP_COUNTS, "with_face")),

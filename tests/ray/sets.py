@@ -17,6 +17,7 @@ from agr_ray.data.manifest import labels_digest
 from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.data.rendered import RenderedChip, render_chip
 from agr_ray.data.splits import split_digest, split_manifest_text
+from agr_ray.labels import UTKFACE
 from agr_ray.models.checkpoint import content_codes, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
@@ -93,6 +94,7 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0, 
         finished=True,
         settings={
             "source": {"kind": "folder", "name": "rendered"},
+            "label_space": UTKFACE.to_json(),
             "vision": {"detector": "none"},
             "crop_side_px": SIDE_PX,
             "template": TEMPLATE,
@@ -112,7 +114,7 @@ def checkpoint(folder: Path, *, train_images: list[str] | None = None, data: dic
     Its batch norms have seen noise, so that its predictions differ between images.
     """
     torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX))
+    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX), UTKFACE)
     model.initialise_age(40.0)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

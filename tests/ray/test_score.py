@@ -19,11 +19,12 @@ from sets import checkpoint, iou
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.data.rendered import RenderedPhotograph, render_photograph
 from agr_ray.errors import ConfigError
+from agr_ray.labels import GENDERS, UTKFACE
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.runtime.parts import run_parts
 from agr_ray.runtime.score import RemotelyPredicted, remote_predictors, score
-from agr_ray.schema import GENDERS, IMAGES, RACES
+from agr_ray.schema import IMAGES, SCHEMA_VERSION
 from agr_ray.scoring.planning import plan
 from agr_ray.scoring.scorer import Scoring
 from agr_ray.storage import Storage
@@ -140,8 +141,9 @@ def test_every_face_has_every_attribute(published: Path, folder: Path) -> None:
         for face in row["faces"]:
             assert 0 <= face["age"] <= 116
             assert face["gender"] == GENDERS[int(face["p_male"] > 0.5)]
-            assert face["race"] == RACES[face["race_probs"].index(max(face["race_probs"]))]
-            assert sum(face["race_probs"]) == pytest.approx(1.0, abs=1e-5)
+            assert face["race"] == max(face["race_probs"], key=lambda pair: pair[1])[0]
+            assert [race for race, _ in face["race_probs"]] == list(UTKFACE.races)
+            assert sum(p for _, p in face["race_probs"]) == pytest.approx(1.0, abs=1e-5)
             assert face["detector_score"] >= 0.9
             assert face["sharpness"] > 0
             assert None not in (face["yaw"], face["pitch"], face["roll"])
@@ -152,7 +154,7 @@ def test_the_files_have_the_schema_and_say_where_they_come_from(published: Path,
         assert pq.read_schema(file).equals(IMAGES)
     rows = images(published, folder).values()
     assert {row["run_id"] for row in rows} == {published.name.removeprefix("run=")}
-    assert {(row["detector"], row["schema_version"]) for row in rows} == {("mtcnn", 1)}
+    assert {(row["detector"], row["schema_version"]) for row in rows} == {("mtcnn", SCHEMA_VERSION)}
     record = json.loads((folder / "out" / "_SUCCESS" / f"{published.name}.json").read_text())
     assert record["num_images"] == sum(record["counts"].values()) == len(rows)
     assert not any(path.is_file() for path in (folder / "out-work").rglob("*"))
@@ -167,7 +169,7 @@ def test_duckdb_reads_the_faces_as_they_are(published: Path) -> None:
     ).fetchall()
     faces = duckdb.sql(
         f"""
-        SELECT f.box[3] - f.box[1] AS width_px, f.age, f.race_probs[1] AS p_white
+        SELECT f.box[3] - f.box[1] AS width_px, f.age, f.race_probs['white'] AS p_white
         FROM (SELECT unnest(faces) AS f FROM read_parquet('{published.parent}/run=*/*.parquet'))
         """
     ).fetchall()
@@ -314,7 +316,12 @@ def test_predictors_in_other_processes_give_what_one_process_gives(
         transform=load_checkpoint(model).transform,
         checkpoint=portable_checkpoint(model),
         calibration=None,
-        provenance={"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1},
+        provenance={
+            "run_id": "run",
+            "model_digest": "model",
+            "config_digest": "config",
+            "schema_version": SCHEMA_VERSION,
+        },
         use_gpu=False,
     )
     made = plan(storage, job.score, Parts(storage, str(tmp_path)).manifest)

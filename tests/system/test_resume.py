@@ -15,7 +15,7 @@ import pytest
 from commands import ROOT, Cluster, job_command, kill_command, succeed
 
 from agr_ray.data.rendered import render_photograph
-from agr_ray.schema import GENDERS, RACES
+from agr_ray.labels import GENDERS, UTKFACE
 from agr_ray.vision.decode import encode_jpeg
 
 sys.path.append(str(ROOT / "tests" / "ray"))
@@ -50,7 +50,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = ["key,age,gender,race"]
     for number in range(NUM_PHOTOGRAPHS):
         (folder / f"{number:03d}.jpg").write_bytes(body + number.to_bytes(2))  # what follows the end is not decoded
-        lines.append(f"{number:03d}.jpg,{draw.randint(5, 90)},{draw.choice(GENDERS)},{draw.choice(RACES)}")
+        lines.append(f"{number:03d}.jpg,{draw.randint(5, 90)},{draw.choice(GENDERS)},{draw.choice(UTKFACE.races)}")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
+from agr_ray.labels import UTKFACE
 from agr_ray.schema import CROPS, TEMPLATE
 from agr_ray.storage import Storage
 from agr_ray.vision.align import crop_side_px
@@ -60,6 +61,7 @@ def prepared_set(
     pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), folder / "crops" / "part-0.parquet")
     settings = {
         "source": {"kind": "folder", "name": folder.name},
+        "label_space": UTKFACE.to_json(),
         "vision": {"detector": detector},
         "crop_side_px": side_px,
         "template": template,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,17 +13,12 @@ import pytest
 
 from agr_ray.config import EvaluateJob, PredictConfig, parse
 from agr_ray.config.pipeline import Pipeline
-from agr_ray.evaluation.calibration import (
-    NEVER_SURE,
-    TEMPERATURES,
-    Calibration,
-    coverage_report,
-    expected_calibration_error,
-)
-from agr_ray.evaluation.metrics import Labels
+from agr_ray.evaluation.calibration import Calibration
+from agr_ray.evaluation.coverage import coverage_report, expected_calibration_error
+from agr_ray.evaluation.selection import NEVER_SURE, TEMPERATURES
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.checkpoint import CALIBRATION, CheckpointError, read_calibration_json
 from agr_ray.models.predictions import Predictions
-from agr_ray.schema import AGE_GROUPS, RACES
 
 NAN = math.nan
 TRUE_TEMPERATURE = 2.5
@@ -38,11 +34,11 @@ def draw(num_rows: int, seed: int) -> tuple[Labels, Predictions]:
     predicted = rng.uniform(5.0, 85.0, num_rows)
     age = np.clip(predicted + rng.normal(0.0, 1.0 + predicted / 8.0), 0.0, 116.0)
     gender_logit = rng.normal(0.0, 3.0, num_rows)
-    race_logits = rng.normal(0.0, 4.0, (num_rows, len(RACES)))
+    race_logits = rng.normal(0.0, 4.0, (num_rows, len(UTKFACE.races)))
     gender = (rng.random(num_rows) < _sigmoid(gender_logit)).astype(np.int64)
     race = (race_logits + rng.gumbel(size=race_logits.shape)).argmax(axis=1)
     exponentials = np.exp(TRUE_TEMPERATURE * race_logits)
-    return Labels(age.astype(np.float32), gender, race), Predictions(
+    return Labels(UTKFACE, age.astype(np.float32), gender, race), Predictions(
         predicted.astype(np.float32),
         _sigmoid(TRUE_TEMPERATURE * gender_logit).astype(np.float32),
         (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32),
@@ -60,7 +56,7 @@ def fit(labels: Labels, predictions: Predictions, coverage: float = 0.9, risk: f
 def only_age(truth: list[float], predicted: list[float]) -> tuple[Labels, Predictions]:
     missing = np.full(len(truth), -1)
     age = np.asarray(predicted, np.float32)
-    return Labels(np.asarray(truth, np.float32), missing, missing), NOTHING._replace(age=age)
+    return Labels(UTKFACE, np.asarray(truth, np.float32), missing, missing), NOTHING._replace(age=age)
 
 
 FRESH = draw(10_000, seed=1)
@@ -87,10 +83,10 @@ def test_age_groups_with_enough_images_have_widths_of_their_own() -> None:
     assert calibration.age is not None
     assert calibration.age.half_widths_years[0] < 0.4 * calibration.age.half_widths_years[7]
     predicted_old = FRESH[1].age > 70  # type: ignore[operator]
-    old = Labels(*(column[predicted_old] for column in FRESH[0]))
+    old = FRESH[0].take(predicted_old)
     some = Predictions(*(column[predicted_old] for column in FRESH[1]))  # type: ignore[index]
     assert coverage_report(old, some, calibration)["age"]["coverage"] == pytest.approx(0.9, abs=0.03)
-    assert set(report["groups"]["age_group"]) == set(AGE_GROUPS)
+    assert set(report["groups"]["age_group"]) == set(UTKFACE.age_groups)
     assert sum(part["n"] for part in report["groups"]["race"].values()) == report["n"] == 10_000
 
 
@@ -113,7 +109,7 @@ def test_too_few_ages_give_no_interval_and_a_note() -> None:
     made = calibration.apply(predictions)
 
     assert calibration.age is None
-    assert calibration.notes == ("age: 2 labelled images are too few for intervals of coverage 0.9",)
+    assert calibration.notes == ("age: 2 images labelled with an exact age are too few for intervals of coverage 0.9",)
     assert made.age is predictions.age
     assert (made.age_low, made.age_high) == (None, None)
     assert coverage_report(labels, predictions, calibration) == {"n": 3, "age": None, "gender": None, "race": None}
@@ -172,7 +168,7 @@ def test_a_risk_that_everything_meets_needs_no_abstention_and_one_that_nothing_m
 
 def test_perfectly_separated_labels_stop_at_the_end_of_the_range_and_say_so() -> None:
     labels, predictions = draw(200, seed=2)
-    truth = labels._replace(race=predictions.race_probs.argmax(axis=1))  # type: ignore[union-attr]
+    truth = dataclasses.replace(labels, race=predictions.race_probs.argmax(axis=1))  # type: ignore[union-attr]
     calibration = fit(truth, predictions)
 
     assert calibration.race is not None
@@ -182,7 +178,7 @@ def test_perfectly_separated_labels_stop_at_the_end_of_the_range_and_say_so() ->
 
 def test_saturated_probabilities_stay_finite() -> None:
     labels, predictions = draw(200, seed=2)
-    certain = np.eye(len(RACES), dtype=np.float32)[labels.race]
+    certain = np.eye(len(UTKFACE.races), dtype=np.float32)[labels.race]
     certain[:5] = certain[5:10]  # some are wrong, with a probability of 1
     saturated = predictions._replace(p_male=labels.gender.astype(np.float32), race_probs=certain)
     calibration = fit(labels, saturated)
@@ -195,12 +191,13 @@ def test_missing_labels_leave_an_image_out_of_its_part_only() -> None:
     labels, predictions = draw(600, seed=2)
     gone = np.arange(600) < 200
     holes = Labels(
+        UTKFACE,
         np.where(gone, NAN, labels.age).astype(np.float32),
         np.where(np.roll(gone, 200), -1, labels.gender),
         np.where(np.roll(gone, 400), -1, labels.race),
     )
     calibration = fit(holes, predictions)
-    alone = fit(Labels(*(column[~gone] for column in labels)), Predictions(*(column[~gone] for column in predictions)))  # type: ignore[index]
+    alone = fit(labels.take(~gone), Predictions(*(column[~gone] for column in predictions)))  # type: ignore[index]
     report = coverage_report(holes, predictions, calibration)
 
     assert calibration.age == alone.age
@@ -212,7 +209,7 @@ def test_missing_labels_leave_an_image_out_of_its_part_only() -> None:
 
 def test_a_label_that_nobody_has_leaves_predictions_as_they_are() -> None:
     labels, predictions = draw(100, seed=2)
-    calibration = fit(labels._replace(race=np.full(100, -1)), predictions)
+    calibration = fit(dataclasses.replace(labels, race=np.full(100, -1)), predictions)
     made = calibration.apply(predictions)
 
     assert calibration.race is None

@@ -13,7 +13,7 @@ from test_jobs_errors import saved_checkpoint
 from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
 from agr_ray.evaluation.calibration import Calibration
-from agr_ray.evaluation.metrics import Labels
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.checkpoint import model_digest
 from agr_ray.models.predictions import Predictions
 from agr_ray.scoring.driver import _model
@@ -23,7 +23,7 @@ def calibration(folder: Path, num_seen: int | None) -> Calibration:
     rng = np.random.default_rng(0)
     age = rng.uniform(1, 90, 60).astype(np.float32)
     return Calibration.fit(
-        Labels(age, np.full(60, -1), np.full(60, -1)),
+        Labels(UTKFACE, age, np.full(60, -1), np.full(60, -1)),
         Predictions(age + rng.normal(0, 5, 60).astype(np.float32), None, None),
         coverage=0.9,
         risk=0.05,

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agr_ray.evaluation.metrics import Baseline, GroupSums, Labels, class_counts, metrics_report
+from agr_ray.evaluation.groups import GroupSums, class_counts
+from agr_ray.evaluation.metrics import Baseline, metrics_report
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.card import model_card, with_measured
 from agr_ray.models.predictions import Predictions
 
@@ -16,6 +18,7 @@ NUM_ROWS = 1000
 # Half of them white men of 25; the rest spread out. Nobody is over 80, and 40 are Indian.
 RACE = np.array([0] * 760 + [1] * 100 + [2] * 100 + [3] * 40)
 TRUTH = Labels(
+    UTKFACE,
     np.where(np.arange(NUM_ROWS) < 500, 25, RNG.integers(0, 80, NUM_ROWS)).astype(np.float32),
     (np.arange(NUM_ROWS) % 10 != 0).astype(np.int64),
     RACE,
@@ -29,7 +32,7 @@ GUESS = Predictions(
 
 def meta(**changes: Any) -> dict[str, Any]:
     report = metrics_report(TRUTH, GUESS, baseline=Baseline.fit(TRUTH))
-    groups = GroupSums()
+    groups = GroupSums(UTKFACE)
     groups.update(TRUTH, GUESS)
     report = {key: report[key] for key in ("n", "n_fallback", "age", "gender", "race", "baseline")}
     return {
@@ -40,11 +43,7 @@ def meta(**changes: Any) -> dict[str, Any]:
             "pretrained": "none",
         },
         "transform": {"template": "five_point_v1", "image_size": 88},
-        "labels": {
-            "genders": ["female", "male"],
-            "races": ["white", "black", "asian", "indian", "others"],
-            "age_bins_years": [0, 116],
-        },
+        "label_space": UTKFACE.to_json(),
         "data": {
             "uri": "s3://faces/prepared",
             "source": "utkface",
@@ -132,7 +131,7 @@ def test_validation_stands_beside_the_baseline_and_by_group() -> None:
     assert "| age MAE | 3.00 years |" in validation
     # 40 of 1000 genders are wrong; always saying male is wrong for the women.
     assert "| gender accuracy | 96.00 % | 90.00 % |" in validation
-    assert "| race | indian | 40 | 3.00 | +3.00 | 0.00 | 0.00 |" in validation
+    assert "| race | indian | 40 | 3.00 | +3.00 | 57.50 | 0.00 | 0.00 |" in validation
     assert "| race | others |" not in validation  # of whom there is none
 
 
@@ -168,7 +167,7 @@ def test_a_task_without_head_is_not_promised(task: str) -> None:
 
 
 def test_the_card_of_first_weights_says_that_nothing_was_measured() -> None:
-    card = model_card({key: value for key, value in meta().items() if key in ("model", "transform", "labels")})
+    card = model_card({key: value for key, value in meta().items() if key in ("model", "transform", "label_space")})
 
     assert "Not known." in section(card, "Training data")
     assert "Not trained" in section(card, "Training\n")

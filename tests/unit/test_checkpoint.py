@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from agr_ray.config import ModelConfig, PredictConfig, VisionConfig
 from agr_ray.config.pipeline import Pipeline
+from agr_ray.labels import UTKFACE
 from agr_ray.models.card import model_card
 from agr_ray.models.checkpoint import (
     CARD,
@@ -42,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     save_checkpoint(
         tmp_path / "checkpoint",
-        MultiTaskNet(CONFIG),
+        MultiTaskNet(CONFIG, UTKFACE),
         TRANSFORM,
         pipeline=PIPELINE,
         train_state={"epoch": 3, "history": [{"lr": 0.1}], "seed": torch.tensor(7)},
@@ -62,7 +63,7 @@ def edit_meta(directory: Path, change: Callable[[dict[str, Any]], None]) -> None
 
 def test_loaded_network_predicts_the_same(saved: Path) -> None:
     torch.manual_seed(0)
-    model = MultiTaskNet(CONFIG).eval()
+    model = MultiTaskNet(CONFIG, UTKFACE).eval()
     checkpoint = load_checkpoint(saved)
     images = torch.randn(2, 3, 32, 32)
     assert checkpoint.transform == TRANSFORM
@@ -75,7 +76,7 @@ def test_meta_says_where_it_comes_from(saved: Path) -> None:
     meta = load_checkpoint(saved).meta
     assert meta["git_commit"] == "c0ffee"
     assert meta["data"] == {"split_manifest_sha256": "ab"}
-    assert meta["labels"]["genders"] == ["female", "male"]
+    assert meta["label_space"]["genders"] == ["female", "male"]
     assert set(meta["versions"]) == {"agr_ray", "torch"}
 
 
@@ -163,8 +164,8 @@ def test_another_format_is_refused(saved: Path) -> None:
 
 
 def test_another_order_of_labels_is_refused(saved: Path) -> None:
-    edit_meta(saved, lambda meta: meta["labels"].update(genders=["male", "female"]))
-    with pytest.raises(CheckpointError, match=r'expected labels .*"female", "male".*found .*"male", "female"'):
+    edit_meta(saved, lambda meta: meta["label_space"].update(genders=["male", "female"]))
+    with pytest.raises(CheckpointError, match="label_space: genders must be female and male, in this order, not "):
         load_checkpoint(saved)
 
 

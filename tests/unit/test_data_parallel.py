@@ -11,7 +11,8 @@ from test_loop import STILL, TRANSFORM, faces, job, network, part, still_norms
 from torch import Tensor, nn
 
 from agr_ray.config import LossConfig
-from agr_ray.evaluation.metrics import Baseline, Labels
+from agr_ray.evaluation.metrics import Baseline
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.loop import Batch, LocalContext, train
 
 NUM = 11
@@ -47,7 +48,7 @@ def step(context: LocalContext) -> tuple[float, dict[str, Tensor]]:
     """Take the one step; return its loss and the gradients."""
     data, model = labelled(), still_norms(network(CONFIG))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     (row,) = train(context, model, TRANSFORM, CONFIG, baseline, NUM)
     return row["train_loss"], {name: before[name] - value.detach() for name, value in model.named_parameters()}
 

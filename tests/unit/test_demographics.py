@@ -9,11 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from agr_ray.schema import ABSTAINED, AGE_GROUPS, DEMOGRAPHIC_CLASSES, DEMOGRAPHICS, GENDERS, RACES
+from agr_ray.labels import GENDERS, UTKFACE
+from agr_ray.schema import ABSTAINED, DEMOGRAPHICS
 from agr_ray.tables.demographics import demographics
 
-SIZES = tuple(len(names) for names in DEMOGRAPHIC_CLASSES.values())
-ATTRIBUTES = tuple(DEMOGRAPHIC_CLASSES)
+SIZES = tuple(len(names) for names in UTKFACE.classes.values())
+ATTRIBUTES = tuple(UTKFACE.classes)
+
+
+CLASSES_OF_GENDER = {"gender": UTKFACE.genders}
 
 
 def group_row(num_faces: int, **keys: Any) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def counted(said: dict[str, np.ndarray], **keys: Any) -> list[dict[str, Any]]:
     """Return the cells of faces."""
     codes = np.stack([said[f"{name}_pred"] for name in ATTRIBUTES], axis=1)
     outcomes, numbers = np.unique(codes, axis=0, return_counts=True)
-    names = [(*labels, ABSTAINED) for labels in DEMOGRAPHIC_CLASSES.values()]  # -1: the last
+    names = [(*labels, ABSTAINED) for labels in UTKFACE.classes.values()]  # -1: the last
     return [
         cell(*(labels[code] for labels, code in zip(names, outcome, strict=True)), int(n), **keys)
         for outcome, n in zip(outcomes.tolist(), numbers, strict=True)
@@ -73,7 +77,7 @@ def test_faces_are_counted_by_each_attribute_and_by_all() -> None:
         cell("21-30", "male", "white", 1),
     ]
 
-    table = demographics(pa.Table.from_pylist(cells), pa.Table.from_pylist([group_row(12)]), None)
+    table = demographics(pa.Table.from_pylist(cells), pa.Table.from_pylist([group_row(12)]), None, UTKFACE.classes)
 
     assert table.schema.equals(DEMOGRAPHICS)
     assert table.num_rows == sum(SIZES) + np.prod(SIZES)
@@ -82,7 +86,7 @@ def test_faces_are_counted_by_each_attribute_and_by_all() -> None:
     assert [(row["n"], row["share"]) for row in rows_of(table, "age_group", age_group="0-10")] == [(5, 0.5)]
     assert [row["n"] for row in rows_of(table, "race")] == [1, 0, 5, 0, 0]
     joint = {(row["age_group"], row["gender"], row["race"]): row for row in rows_of(table, ",".join(ATTRIBUTES))}
-    assert list(joint) == list(product(AGE_GROUPS, GENDERS, RACES))
+    assert list(joint) == list(product(UTKFACE.age_groups, GENDERS, UTKFACE.races))
     assert {key: (row["n"], row["share"]) for key, row in joint.items() if row["n"]} == {
         ("0-10", "female", "asian"): (3, 0.75),
         ("21-30", "male", "white"): (1, 0.25),
@@ -101,7 +105,7 @@ def test_corrected_shares_are_closer_over_100_mixtures_and_intervals_cover() -> 
         for mixture, joint in enumerate(shares):
             cells += counted(said_of(drawn_truth(joint, 1500, rng), rng), mixture=str(mixture))
         groups = pa.Table.from_pylist([group_row(1500, mixture=str(mixture)) for mixture in range(25)])
-        table = demographics(pa.Table.from_pylist(cells), groups, calibration_rows(3000, rng), seed=seed)
+        table = demographics(pa.Table.from_pylist(cells), groups, calibration_rows(3000, rng), UTKFACE.classes, seed)
         for breakdown in (*ATTRIBUTES, ",".join(ATTRIBUTES)):
             rows = rows_of(table, breakdown, is_total=False)
             summed = tuple(1 + i for i, name in enumerate(ATTRIBUTES) if name not in breakdown.split(","))
@@ -124,7 +128,7 @@ def test_groups_keep_apart_and_one_without_faces_says_so() -> None:
     cells = counted(said_of(drawn_truth(np.full(SIZES, 1 / np.prod(SIZES)), 200, rng), rng), day="mon")
     groups = pa.Table.from_pylist([group_row(0, day="tue"), group_row(200, day="mon"), group_row(0, day=None)])
 
-    table = demographics(pa.Table.from_pylist(cells), groups, calibration_rows(3000, rng))
+    table = demographics(pa.Table.from_pylist(cells), groups, calibration_rows(3000, rng), UTKFACE.classes)
 
     firsts = [row for row in table.to_pylist() if (row["breakdown"], row["gender"]) == ("gender", "female")]
     assert [(row["day"], row["is_total"]) for row in firsts] == [
@@ -144,11 +148,13 @@ def test_groups_keep_apart_and_one_without_faces_says_so() -> None:
 def test_a_class_with_few_labelled_images_is_named_where_it_matters_only() -> None:
     rng = np.random.default_rng(7)
     calibration = calibration_rows(3000, rng)
-    few = np.flatnonzero(calibration["race"] == RACES.index("indian"))[19:]
+    few = np.flatnonzero(calibration["race"] == UTKFACE.races.index("indian"))[19:]
     calibration["race"][few] = -1
     cells = counted(said_of(drawn_truth(np.full(SIZES, 1 / np.prod(SIZES)), 200, rng), rng))
 
-    table = demographics(pa.Table.from_pylist(cells), pa.Table.from_pylist([group_row(200)]), calibration)
+    table = demographics(
+        pa.Table.from_pylist(cells), pa.Table.from_pylist([group_row(200)]), calibration, UTKFACE.classes
+    )
 
     assert {row["correction"] for row in rows_of(table, "race")} == {
         "race: indian: 19 calibration images, 20 are needed"
@@ -162,14 +168,16 @@ def test_the_joint_breakdown_is_not_corrected_where_the_product_of_conditions_is
     rng = np.random.default_rng(9)
     calibration = calibration_rows(6000, rng)
     for name in ("age_group", "race"):  # each alone is within the limit
-        classes = np.arange(len(DEMOGRAPHIC_CLASSES[name]))
+        classes = np.arange(len(UTKFACE.classes[name]))
         rates = 0.6 ** np.abs(np.subtract.outer(classes, classes))
         rates /= rates.sum(axis=1, keepdims=True)
         calibration[f"{name}_pred"] = np.array([rng.choice(classes, p=rates[truth]) for truth in calibration[name]])
     calibration["gender_pred"] = calibration["gender"]
     cells = counted(said_of(drawn_truth(np.full(SIZES, 1 / np.prod(SIZES)), 500, rng), rng))
 
-    table = demographics(pa.Table.from_pylist(cells), pa.Table.from_pylist([group_row(500)]), calibration)
+    table = demographics(
+        pa.Table.from_pylist(cells), pa.Table.from_pylist([group_row(500)]), calibration, UTKFACE.classes
+    )
 
     assert {row["correction"] for name in ATTRIBUTES for row in rows_of(table, name)} == {None}
     joint = rows_of(table, ",".join(ATTRIBUTES))
@@ -187,7 +195,7 @@ def test_a_classifier_that_guesses_is_not_corrected() -> None:
         pa.Table.from_pylist([cell(None, "male", None, 5)]),
         pa.Table.from_pylist([group_row(5)]),
         calibration,
-        ["gender"],
+        CLASSES_OF_GENDER,
     )
 
     assert [row["share"] for row in table.to_pylist()] == [0.0, 1.0]
@@ -200,7 +208,7 @@ def test_no_name_of_a_group_makes_it_the_total() -> None:
     cells = [cell(None, "male", None, 2**i, day=day) for i, day in enumerate(days)]
     groups = [group_row(2**i, day=day) for i, day in enumerate(days)]
 
-    table = demographics(pa.Table.from_pylist(cells), pa.Table.from_pylist(groups), None, attributes=["gender"])
+    table = demographics(pa.Table.from_pylist(cells), pa.Table.from_pylist(groups), None, CLASSES_OF_GENDER)
 
     numbers = [
         (row["day"], row["is_total"], row["n"], row["num_faces"]) for row in rows_of(table, "gender", gender="male")
@@ -210,7 +218,7 @@ def test_no_name_of_a_group_makes_it_the_total() -> None:
 
 def test_without_groups_all_rows_are_the_total() -> None:
     table = demographics(
-        pa.table({"gender": ["male"], "n": [5]}), pa.Table.from_pylist([group_row(5)]), None, attributes=["gender"]
+        pa.table({"gender": ["male"], "n": [5]}), pa.Table.from_pylist([group_row(5)]), None, CLASSES_OF_GENDER
     )
 
     assert [(row["is_total"], row["n"]) for row in table.to_pylist()] == [(True, 0), (True, 5)]
@@ -220,7 +228,7 @@ def test_a_run_without_images_has_a_total_of_none() -> None:
     groups = pa.Table.from_pylist([group_row(1, day="mon")]).slice(0, 0)
     cells = pa.Table.from_pylist([cell(None, "male", None, 1, day="mon")]).slice(0, 0)
 
-    table = demographics(cells, groups, None, attributes=["gender"])
+    table = demographics(cells, groups, None, CLASSES_OF_GENDER)
 
     assert [(row["day"], row["is_total"], row["n"], row["num_images"]) for row in table.to_pylist()] == [
         (None, True, 0, 0)
@@ -239,4 +247,6 @@ def test_a_run_without_images_has_a_total_of_none() -> None:
 )
 def test_what_does_not_fit_is_named(cells: list[Any], groups: list[Any], attributes: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        demographics(pa.Table.from_pylist(cells), pa.Table.from_pylist(groups), None, attributes)
+        demographics(
+            pa.Table.from_pylist(cells), pa.Table.from_pylist(groups), None, dict.fromkeys(attributes, UTKFACE.genders)
+        )

@@ -12,6 +12,7 @@ from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import ModelConfig, TrainConfig, TrainJob
 from agr_ray.errors import JobError
+from agr_ray.labels import UTKFACE
 from agr_ray.learn.dry_run import count_memory
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.runtime.train import train
@@ -46,7 +47,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(data: Path, capsys: pytest
 
     said = capsys.readouterr().out
     assert f"warning: train.data {data}: its crops were made with vision.detector none" in said
-    num_parameters = sum(p.numel() for p in MultiTaskNet(dry_job(data).model).parameters())
+    num_parameters = sum(p.numel() for p in MultiTaskNet(dry_job(data).model, UTKFACE).parameters())
     assert f"data: {data}: 2 training crops, 0 validation crops" in said
     assert "training labels, gender: female 1, male 1" in said
     assert f"heads age, gender, {num_parameters:,} parameters, {SIDE_PX} px" in said
@@ -98,7 +99,7 @@ def test_a_run_may_go_on_with_what_only_rounds_otherwise(data: Path, monkeypatch
 @pytest.mark.parametrize(("optimizer", "copies"), [("adamw", 2), ("sgd", 1)])
 def test_memory_of_optimiser_and_gradients_follows_the_parameters(tmp_path: Path, optimizer: str, copies: int) -> None:
     job = dry_job(tmp_path, optimizer=optimizer, ema_decay=0.9)
-    model = MultiTaskNet(job.model)
+    model = MultiTaskNet(job.model, UTKFACE)
     parameters = 4 * sum(p.numel() for p in model.parameters())
 
     memory = count_memory(model, job, SIDE_PX, 4, CPU)
@@ -112,7 +113,7 @@ def test_memory_of_optimiser_and_gradients_follows_the_parameters(tmp_path: Path
 def test_memory_of_activations_is_what_the_layers_keep(tmp_path: Path) -> None:
     # A linear layer keeps its input, and no weight counts: the pixels of each image, and the features of its heads.
     job = dry_job(tmp_path)
-    model = MultiTaskNet(job.model)
+    model = MultiTaskNet(job.model, UTKFACE)
     model.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE_PX**2, 1024))
 
     assert count_memory(model, job, SIDE_PX, 6, CPU).activations == 6 * 4 * (3 * SIDE_PX**2 + 1024)
@@ -120,7 +121,7 @@ def test_memory_of_activations_is_what_the_layers_keep(tmp_path: Path) -> None:
 
 def test_counting_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     job = dry_job(tmp_path)
-    model = MultiTaskNet(job.model)
+    model = MultiTaskNet(job.model, UTKFACE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     count_memory(model, job, SIDE_PX, 4, CPU)

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from agr_ray.labels import UTKFACE
 from agr_ray.schema import FACES, IMAGES, REJECTS
 from agr_ray.tables.demographics import demographics
 from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts
@@ -76,7 +77,7 @@ def test_rejects_are_the_images_that_could_not_be_scored(images: pa.Table) -> No
 
 
 def test_flagged_faces_are_not_counted_and_abstained_attributes_count_as_such(images: pa.Table) -> None:
-    counted = count_faces(explode_faces(images), ()).to_pylist()
+    counted = count_faces(explode_faces(images), (), UTKFACE).to_pylist()
 
     cells = {(row["age_group"], row["gender"], row["race"]): row["n"] for row in counted}
     assert cells == {
@@ -90,12 +91,12 @@ def test_a_face_without_an_age_is_in_no_age_group_and_counts() -> None:
     faces = [face(math.nan, "male", "asian"), face(None, "male", "asian"), face(30.0, "male", "asian")]
     images = pa.Table.from_pylist([image("three", faces=faces)], schema=IMAGES)
 
-    counted = count_faces(explode_faces(images), ())
+    counted = count_faces(explode_faces(images), (), UTKFACE)
 
     rows = [(row["age_group"], row["gender"], row["n"]) for row in counted.to_pylist()]
     assert sorted(rows) == [("21-30", "male", 1), ("abstained", "male", 2)]
     groups = count_images(images, explode_faces(images), ())
-    joint = demographics(counted, groups, None).to_pylist()[-1]
+    joint = demographics(counted, groups, None, UTKFACE.classes).to_pylist()[-1]
     assert joint["num_faces"] == 3
     assert joint["num_abstained"] == 2
 
@@ -115,7 +116,7 @@ def test_images_and_faces_are_counted_by_group(images: pa.Table) -> None:
 
 
 def test_counts_of_several_files_add_up(images: pa.Table) -> None:
-    one = count_faces(explode_faces(images), ())
+    one = count_faces(explode_faces(images), (), UTKFACE)
 
     added = sum_counts([one, one], ["age_group", "gender", "race"])
 

@@ -15,7 +15,8 @@ from test_loop import STILL, TRANSFORM, _Rank, faces, job, network, part, run, r
 from torch import Tensor, nn
 
 from agr_ray.config import AugmentConfig, LossConfig, TrainConfig, TrainJob
-from agr_ray.evaluation.metrics import Baseline, Labels
+from agr_ray.evaluation.metrics import Baseline
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn import loop
 from agr_ray.learn.loop import EpochReport, LocalContext, NonFiniteLossError, train
 from agr_ray.learn.optimise import build_optimizer
@@ -224,7 +225,7 @@ class _Counting(LocalContext):
 
 def test_gradients_are_exchanged_once_a_step_whatever_its_parts(process_group: None) -> None:
     data = faces(16)
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     loss = LossConfig(weighting="uncertainty")
     models = []
     for grad_accum_steps in (1, 4):
@@ -291,7 +292,7 @@ def test_a_second_image_size_compiles_once_more_and_a_third_does_not(num_compile
 
 def test_ddp_takes_a_compiled_network(process_group: None, num_compiled: list[int]) -> None:
     data = faces(16)
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     config = job({"epochs": 1, "optimizer": "sgd", "compile": True, "grad_accum_steps": 2})
     models = [small(config)]
     models.append(copy.deepcopy(models[0]))

@@ -12,6 +12,7 @@ from manifests import read_manifest
 from agr_ray.data.manifest import ParsedLabel, group_ids
 from agr_ray.data.sources.folder import source_rows
 from agr_ray.data.sources.label_table import LabelTableError, find_labels
+from agr_ray.labels import UTKFACE
 from agr_ray.storage import Storage
 
 Row = dict[str, object]
@@ -24,7 +25,7 @@ def manifest(folder: Path, table: str, name: str = "labels.csv", **options: obje
 
 def manifest_of(folder: Path, name: str, **options: object) -> dict[str, Row]:
     storage = Storage()
-    rows = source_rows(storage, str(folder), str(folder / name), **options)  # type: ignore[arg-type]
+    rows = source_rows(storage, str(folder), str(folder / name), space=UTKFACE, **options)  # type: ignore[arg-type]
     built = read_manifest(rows, source="folder", storage=storage)
     return {row["key"]: row for row in built.to_pylist()}
 
@@ -35,7 +36,7 @@ def rows_and_notes(
     """Return the rows of the manifest, and the notes on the labels."""
     (folder / name).write_bytes(table.encode() if isinstance(table, str) else table)
     notes: list[str] = []
-    rows = source_rows(Storage(), str(folder), str(folder / name), note=notes.append, **options)  # type: ignore[arg-type]
+    rows = source_rows(Storage(), str(folder), str(folder / name), space=UTKFACE, note=notes.append, **options)  # type: ignore[arg-type]
     return read_manifest(rows, source="folder", storage=Storage()).to_pylist(), notes
 
 

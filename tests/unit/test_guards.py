@@ -19,6 +19,7 @@ from agr_ray.data.guards import (
 )
 from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.errors import ConfigError
+from agr_ray.labels import UTKFACE
 from agr_ray.storage import Storage
 
 COUNTS = {"gender": {"female": 0, "male": 8}, "race": {"white": 5, "black": 1, "asian": 2, "indian": 0, "others": 0}}
@@ -30,7 +31,12 @@ def prepared(
     return PreparedSet(
         format_version=FORMAT_VERSION,
         finished=True,
-        settings={"vision": {"detector": detector}, "crop_side_px": side_px, "template": template},
+        settings={
+            "label_space": UTKFACE.to_json(),
+            "vision": {"detector": detector},
+            "crop_side_px": side_px,
+            "template": template,
+        },
         split_manifest_sha256="",
         labels_sha256=labels or uri,
         splits={},

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from agr_ray.config import ModelConfig, PredictConfig
+from agr_ray.labels import UTKFACE
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import predict
@@ -16,7 +17,7 @@ TRANSFORM = Transform(image_size=64, crop_side_px=64)
 def network(backbone: str) -> MultiTaskNet:
     """Return an untrained network whose batch norms have seen images, and whose outputs differ between images."""
     torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(backbone=backbone, image_size=64))
+    model = MultiTaskNet(ModelConfig(backbone=backbone, image_size=64), UTKFACE)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # running statistics are the mean of all batches

@@ -17,6 +17,7 @@ import torch
 from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import EvaluateJob, Job, ModelConfig, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
+from agr_ray.labels import UTKFACE
 from agr_ray.models.checkpoint import save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
@@ -91,7 +92,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def saved_checkpoint(folder: Path, *, template: str = TEMPLATE) -> Path:
     torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX))
+    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX), UTKFACE)
     save_checkpoint(folder, model, Transform(SIDE_PX, SIDE_PX, template=template))
     return folder
 
@@ -392,7 +393,7 @@ def test_a_damaged_checkpoint_is_named(
     else:
         meta = json.loads((checkpoint / "meta.json").read_text())
         if damage == "labels":
-            meta["labels"]["genders"] = ["male", "female"]
+            meta["label_space"]["genders"] = ["male", "female"]
         else:
             meta["transform"]["template"] = "five_point_v0"
         (checkpoint / "meta.json").write_text(json.dumps(meta))

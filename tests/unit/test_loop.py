@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
-from agr_ray.evaluation.metrics import Baseline, Labels
+from agr_ray.evaluation.metrics import Baseline
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn import loop
 from agr_ray.learn.loop import (
     Batch,
@@ -64,7 +65,7 @@ def job(
 
 def network(config: TrainJob) -> MultiTaskNet:
     torch.manual_seed(0)
-    model = MultiTaskNet(config.model)
+    model = MultiTaskNet(config.model, UTKFACE)
     model.initialise_age(50.0)
     return model
 
@@ -81,7 +82,7 @@ def run(
     on_report = options.pop("on_report", reports.append)
     context = LocalContext(data, data if val is None else val, config.train.batch_size, on_report=on_report, **options)
     model = network(config) if model is None else model
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     rows = train(context, model, TRANSFORM, config, baseline, len(data["age"]), resume)
     return rows, reports, model
 
@@ -219,7 +220,7 @@ def test_an_epoch_left_in_its_middle_is_gone_on_with_and_counted_once(
 ) -> None:
     monkeypatch.setattr(loop, "_ASK_EVERY_S", 0.0)
     config, data = job({"epochs": 2, "ema_decay": ema_decay}), faces(60)
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     context = _Preempted(data, data, config.train.batch_size)
     with pytest.raises(_TakenAway):
         train(context, network(config), TRANSFORM, config, baseline, 60)
@@ -270,7 +271,7 @@ def test_each_epoch_is_augmented_anew() -> None:
     # One face, four times: its order in the batch says nothing.
     data = {name: np.repeat(values, 4, axis=0) for name, values in faces(1).items()}
     config = job({"epochs": 2}, augment=AugmentConfig())
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     for _ in range(2):
         train(Context(data, data, 4), network(config), TRANSFORM, config, baseline, 4)
     assert len(set(seen)) == 2  # epochs differ, runs do not
@@ -304,7 +305,7 @@ def test_a_sampler_draws_the_rows_of_an_epoch() -> None:
     data = faces(400)
     data["gender"] = np.arange(400) % 10 // 9  # one in ten is a man
     data["age"] = np.arange(400, dtype=np.float32) / 4
-    sampler = Sampler.fit(Labels(data["age"], data["gender"], data["race"]), "gender", 1.0)
+    sampler = Sampler.fit(Labels.from_arrays(UTKFACE, data), "gender", 1.0)
     plain, even = LocalContext(data, data, 64), LocalContext(data, data, 64, sampler=sampler)
 
     def epoch(context: LocalContext, number: int) -> Any:
@@ -517,7 +518,7 @@ def run_ranks(
     rows: list[list[Row]] = [[] for _ in shares]
     errors: list[BaseException] = []
     data = faces(40)
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
 
     def work(rank: int) -> None:
         context = _Rank(shares[rank], vals[rank], 4, rank=rank, world_size=len(shares))
@@ -584,7 +585,7 @@ class _OneProcess(LocalContext):
 def test_ddp_takes_to_a_backbone_that_begins_to_learn() -> None:
     config = job({"epochs": 3, "freeze_epochs": 1}, loss=LossConfig(weighting="uncertainty"))
     data = faces(16)
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     models = [network(config), network(config)]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -633,7 +634,7 @@ def test_an_epoch_gone_on_with_that_has_no_step_left_keeps_its_statistics() -> N
     shares, vals = [part(data, slice(0, 8)), part(data, slice(8, 16))], [faces(2), faces(2)]
     reports: list[EpochReport] = []
     model = network(config)
-    baseline = Baseline.fit(Labels(data["age"], data["gender"], data["race"]))
+    baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     train(LocalContext(data, data, 8, on_report=reports.append), model, TRANSFORM, config, baseline, 16)
     state = reports[0].train_state()
     steps = steps_per_epoch(16, config.train)
@@ -713,7 +714,7 @@ def test_plateau_does_what_torchs_does() -> None:
 )
 def test_a_stage_begins_where_the_image_is_made_smaller(backbone: str, firsts: list[str]) -> None:
     with torch.device("meta"):
-        model = MultiTaskNet(ModelConfig(backbone=backbone))  # type: ignore[arg-type]  # one of them
+        model = MultiTaskNet(ModelConfig(backbone=backbone), UTKFACE)  # type: ignore[arg-type]  # one of them
     names = {id(parameter): name for name, parameter in model.backbone.named_parameters()}
     stages = [[names[id(parameter)] for parameter in stage] for stage in backbone_stages(model.backbone)]
     assert [name for stage in stages for name in stage] == list(names.values())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from agr_ray.config import LossConfig
+from agr_ray.labels import UTKFACE
 from agr_ray.learn.losses import Targets, first_log_variances, label_counts, multi_task_loss
 from agr_ray.models.network import AGE_BINS_YEARS, Outputs
-from agr_ray.schema import RACES
 
 NAN = math.nan
 ONE_EACH = LossConfig(age_weight=1.0, gender_weight=1.0, race_weight=1.0)
@@ -28,7 +28,7 @@ def linear(age: Tensor, gender: Tensor, race: Tensor) -> Outputs:
 
 
 def test_loss_is_the_weighted_sum_of_the_papers_three() -> None:
-    outputs = linear(torch.tensor([30.0, 40.0]), torch.tensor([0.0, 2.0]), torch.zeros(2, len(RACES)))
+    outputs = linear(torch.tensor([30.0, 40.0]), torch.tensor([0.0, 2.0]), torch.zeros(2, len(UTKFACE.races)))
     truth = targets([33.0, 39.0], [1, 0], [0, 4])
     loss, tasks = multi_task_loss(outputs, truth, LossConfig(), label_counts(truth))
     gender = (math.log(2.0) + math.log(1.0 + math.exp(2.0))) / 2
@@ -65,7 +65,7 @@ def test_age_losses(head: str, values: dict[str, Any], by_hand: list[float]) -> 
 
 
 def test_missing_labels_are_left_out_of_their_task_only() -> None:
-    outputs = linear(torch.tensor([30.0, 40.0]), torch.zeros(2), torch.zeros(2, len(RACES)))
+    outputs = linear(torch.tensor([30.0, 40.0]), torch.zeros(2), torch.zeros(2, len(UTKFACE.races)))
     truth = targets([NAN, 39.0], [-1, -1], [2, -1])
     loss, tasks = multi_task_loss(outputs, truth, ONE_EACH, label_counts(truth))
     assert loss.item() == pytest.approx(1.0 + 0.0 + math.log(5.0))
@@ -162,7 +162,7 @@ def test_smoothed_labels_are_spread_over_all_classes() -> None:
 )
 def test_uncertainty_is_kendalls(head: str, age_loss: str, age_by_hand: Callable[[float, float], float]) -> None:
     logits = torch.zeros(2, len(AGE_BINS_YEARS)) if head == "distribution" else None
-    outputs = Outputs(torch.tensor([30.0, 40.0]), logits, torch.tensor([0.0, 2.0]), torch.zeros(2, len(RACES)))
+    outputs = Outputs(torch.tensor([30.0, 40.0]), logits, torch.tensor([0.0, 2.0]), torch.zeros(2, len(UTKFACE.races)))
     truth = targets([33.0, 39.0], [1, 0], [0, 4])
     config = LossConfig(weighting="uncertainty", age_loss=age_loss)  # type: ignore[arg-type]  # one of them
     s = torch.tensor([1.5, -0.5, 0.25], requires_grad=True)

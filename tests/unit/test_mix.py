@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from agr_ray.config import AugmentConfig, LossConfig
+from agr_ray.labels import UTKFACE
 from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
 from agr_ray.learn.mix import Mix, draw_mix, mix_images
 from agr_ray.models.network import Outputs
-from agr_ray.schema import RACES
 
 NAN = math.nan
 NUM, SIDE = 400, 24
@@ -106,7 +106,7 @@ def test_a_missing_label_takes_its_share_of_the_weight_with_it() -> None:
     counts = label_counts(truth, mix)
     # The age of row 0 is 0.75 of row 0 and 0.5 of row 1; the gender of row 1 is 0.25 and 0.5; row 2 is wholly its own.
     assert counts.tolist() == pytest.approx([1.25, 1.75, 0.0])
-    outputs = Outputs(torch.tensor([28.0, 34.0, NAN]), None, torch.zeros(3), torch.full((3, len(RACES)), NAN))
+    outputs = Outputs(torch.tensor([28.0, 34.0, NAN]), None, torch.zeros(3), torch.full((3, len(UTKFACE.races)), NAN))
     loss, tasks = multi_task_loss(outputs, truth, LossConfig(gender_weight=1.0), counts, mix=mix)
     assert tasks.counts.tolist() == pytest.approx(counts.tolist())
     assert loss.item() == pytest.approx((0.75 * 2 + 0.5 * 4) / 1.25 + math.log(2.0))

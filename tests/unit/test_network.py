@@ -10,9 +10,9 @@ import torchvision
 from safetensors.torch import save_file
 
 from agr_ray.config import ModelConfig
+from agr_ray.labels import AGE_MAX_YEARS, UTKFACE
 from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, WeightsError, first_weights, load_backbone, read_state
 from agr_ray.models.transform import Transform
-from agr_ray.schema import AGE_MAX_YEARS, RACES
 
 SIDE = 32
 
@@ -27,17 +27,17 @@ def images(num: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large"])
 def test_every_backbone_predicts_every_task(backbone: str) -> None:
-    model = MultiTaskNet(small(backbone=backbone)).eval()
+    model = MultiTaskNet(small(backbone=backbone), UTKFACE).eval()
     with torch.inference_mode():
         outputs = model(images())
     assert outputs.age_years.shape == (2,)
     assert outputs.age_logits is None
     assert outputs.gender_logit.shape == (2,)
-    assert outputs.race_logits.shape == (2, len(RACES))
+    assert outputs.race_logits.shape == (2, len(UTKFACE.races))
 
 
 def test_distribution_is_read_out_by_expectation_over_all_ages() -> None:
-    model = MultiTaskNet(small(age_head="distribution")).eval()
+    model = MultiTaskNet(small(age_head="distribution"), UTKFACE).eval()
     with torch.inference_mode():
         outputs = model(images())
     probabilities = outputs.age_logits.softmax(dim=1)
@@ -48,20 +48,20 @@ def test_distribution_is_read_out_by_expectation_over_all_ages() -> None:
 
 @pytest.mark.parametrize("age_head", ["linear", "distribution"])
 def test_untrained_network_guesses_the_age_that_it_was_given(age_head: str) -> None:
-    model = MultiTaskNet(small(age_head=age_head)).eval()
+    model = MultiTaskNet(small(age_head=age_head), UTKFACE).eval()
     model.initialise_age(33.0, 5.0)
     with torch.inference_mode():
         assert model(images()).age_years.tolist() == pytest.approx([33.0, 33.0], abs=2.0)
 
 
 def test_tasks_without_head_give_none() -> None:
-    outputs = MultiTaskNet(small(tasks=("gender",))).eval()(images())
+    outputs = MultiTaskNet(small(tasks=("gender",)), UTKFACE).eval()(images())
     assert outputs.age_years is outputs.age_logits is outputs.race_logits is None
     assert outputs.gender_logit is not None
 
 
 def test_heads_compute_in_float32_under_autocast() -> None:
-    model = MultiTaskNet(small()).eval()
+    model = MultiTaskNet(small(), UTKFACE).eval()
     model.initialise_age(100.1)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(images())
@@ -70,7 +70,7 @@ def test_heads_compute_in_float32_under_autocast() -> None:
 
 def test_batch_norm_momentum_is_overridden() -> None:
     def momenta(config: ModelConfig) -> set[float | None]:
-        norms = (m for m in MultiTaskNet(config).modules() if isinstance(m, torch.nn.BatchNorm2d))
+        norms = (m for m in MultiTaskNet(config, UTKFACE).modules() if isinstance(m, torch.nn.BatchNorm2d))
         return {norm.momentum for norm in norms}
 
     assert momenta(small(bn_momentum=0.25)) == {0.25}
@@ -85,7 +85,7 @@ def test_backbone_takes_a_torchvision_state_dict(tmp_path: Path, suffix: str) ->
         torch.save(donor.state_dict(), path)
     else:
         save_file(donor.state_dict(), path)
-    model = MultiTaskNet(small(pretrained=str(path)))
+    model = MultiTaskNet(small(pretrained=str(path)), UTKFACE)
     state = first_weights(model.config)
     assert state is not None
     load_backbone(model, state)
@@ -94,13 +94,13 @@ def test_backbone_takes_a_torchvision_state_dict(tmp_path: Path, suffix: str) ->
 
 
 def test_weights_of_another_backbone_name_tensor_expected_and_found() -> None:
-    model = MultiTaskNet(small(backbone="resnet18"))
+    model = MultiTaskNet(small(backbone="resnet18"), UTKFACE)
     state = torchvision.models.resnet18().state_dict()
     state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
     with pytest.raises(WeightsError, match=r"layer1\.0\.conv1\.weight: expected .*64, 64, 3, 3.* found .*64, 64, 1, 1"):
         load_backbone(model, state)
     with pytest.raises(WeightsError, match=r"backbone resnet18: conv1\.weight: expected shape .* found nothing"):
-        load_backbone(model, MultiTaskNet(small()).backbone.state_dict())
+        load_backbone(model, MultiTaskNet(small(), UTKFACE).backbone.state_dict())
 
 
 @pytest.mark.parametrize(

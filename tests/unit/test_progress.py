@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from agr_ray.config import AugmentConfig, ModelConfig, TrainConfig, TrainJob
-from agr_ray.evaluation.metrics import Baseline, Labels, MetricSums
+from agr_ray.evaluation.metrics import Baseline, MetricSums
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn import loop
 from agr_ray.learn.loop import LocalContext, train
 from agr_ray.learn.losses import Targets
@@ -47,11 +48,11 @@ def shown_in_an_epoch(monkeypatch: pytest.MonkeyPatch, augment: AugmentConfig, *
         train=TrainConfig(epochs=1, batch_size=8, lr=1e-30, optimizer="sgd", schedule="constant"),
     )
     torch.manual_seed(0)
-    network = MultiTaskNet(job.model)
+    network = MultiTaskNet(job.model, UTKFACE)
     network.initialise_age(50.0)
     shown: list[Progress] = []
     context = LocalContext(data, data, 8, on_progress=shown.append)
-    labels = Labels(data["age"], data["gender"], data["race"])
+    labels = Labels.from_arrays(UTKFACE, data)
     train(context, network, Transform(SIDE, SIDE), job, Baseline.fit(labels), NUM)
     return shown
 
@@ -64,8 +65,8 @@ def random_outputs(num: int) -> Outputs:
 
 def test_running_sums_are_those_of_the_metrics() -> None:
     data, outputs = faces(), random_outputs(NUM)
-    expected = MetricSums()
-    expected.update(Labels(data["age"], data["gender"], data["race"]), average([outputs]))
+    expected = MetricSums(UTKFACE)
+    expected.update(Labels.from_arrays(UTKFACE, data), average([outputs]))
     report = expected.to_json()
 
     sums = running_sums(outputs, Targets(*(torch.tensor(data[task]) for task in ("age", "gender", "race"))))

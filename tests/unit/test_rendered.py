@@ -27,7 +27,7 @@ from agr_ray.data.rendered import (
     render_photograph,
 )
 from agr_ray.data.rendered.traits import draw_labels
-from agr_ray.schema import GENDERS, RACES
+from agr_ray.labels import GENDERS, UTKFACE
 
 BORDER_PX = 50
 MIN_IOU = 0.5
@@ -100,7 +100,7 @@ def test_the_same_arguments_give_the_same_photograph() -> None:
 def test_labels_cover_every_class_and_age_evenly() -> None:
     labels = [draw_labels(np.random.default_rng([1, index])) for index in range(4000)]
     pairs = Counter((one.gender, one.race) for one in labels)
-    assert set(pairs) == {(gender, race) for gender in GENDERS for race in RACES}
+    assert set(pairs) == {(gender, race) for gender in GENDERS for race in UTKFACE.races}
     assert min(pairs.values()) > 300  # 400 expected, deviation 19
     ages = [one.age_years for one in labels]
     assert min(ages) == AGE_FIRST_YEARS
@@ -112,7 +112,7 @@ def test_labels_cover_every_class_and_age_evenly() -> None:
 def test_chip_labels_follow_the_drawn_labels() -> None:
     chips = [render_chip(2, index, 32) for index in range(60)]
     assert {chip.gender for chip in chips} == set(GENDERS)
-    assert {chip.race for chip in chips} == set(RACES)
+    assert {chip.race for chip in chips} == set(UTKFACE.races)
 
 
 def test_a_chip_is_framed_like_one_of_utkface() -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from agr_ray.data.rendered import Labels, Pose, head_mask, render_chip, render_photograph
-from agr_ray.schema import GENDERS, RACES
+from agr_ray.labels import GENDERS, UTKFACE
 
 WIDTH_PX, HEIGHT_PX = 120, 130
 """Photographs of one person: about half of the pixels are not of the head. (A chip is all head: nothing is left.)"""
@@ -60,7 +60,7 @@ def faces() -> _Faces:
         whole.append(features(photograph.image_rgb, face.pose))
         blanked.append(features(hidden, face.pose))
         gender.append(GENDERS.index(face.gender))
-        race.append(RACES.index(face.race))
+        race.append(UTKFACE.races.index(face.race))
     return _Faces(np.stack(whole), np.stack(blanked), np.array(gender), np.array(race))
 
 

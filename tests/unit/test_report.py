@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agr_ray.evaluation.metrics import Labels
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.predictions import Predictions
 from agr_ray.report.curves import curves_png
 from agr_ray.report.samples import describe, samples_page
@@ -53,7 +53,9 @@ def test_curves_without_validation_can_be_drawn() -> None:
     assert decoded(curves_png(history(2, **nothing), "runs/one")).shape == (800, 1500, 3)
 
 
-LABELS = Labels(np.array([30, NAN, 60], np.float32), np.array([0, 1, -1], np.int64), np.array([2, -1, 0], np.int64))
+LABELS = Labels(
+    UTKFACE, np.array([30, NAN, 60], np.float32), np.array([0, 1, -1], np.int64), np.array([2, -1, 0], np.int64)
+)
 SAID = Predictions(
     np.array([33, 50, 75], np.float32),
     np.array([0.2, 0.1, 0.9], np.float32),

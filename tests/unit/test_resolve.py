@@ -14,7 +14,7 @@ from agr_ray.config import EvaluateJob, PredictConfig, ScoreJob, VisionConfig, p
 from agr_ray.config.pipeline import DECISIVE, Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
-from agr_ray.evaluation.metrics import Labels
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.checkpoint import CALIBRATION, META, model_digest
 from agr_ray.models.predictions import Predictions
 from agr_ray.predict.resolve import resolve
@@ -37,7 +37,7 @@ def calibrate(folder: Path, pipeline: Pipeline, digest: str = "") -> None:
     """Write a calibration that was fitted under these settings."""
     age = np.random.default_rng(0).uniform(1, 90, 60).astype(np.float32)
     fitted = Calibration.fit(
-        Labels(age, np.full(60, -1), np.full(60, -1)),
+        Labels(UTKFACE, age, np.full(60, -1), np.full(60, -1)),
         Predictions(age + 1, None, None),
         coverage=0.9,
         risk=0.05,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from agr_ray.evaluation.metrics import Labels
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.sampling import Balance, Sampler
 
 NAN = math.nan
@@ -16,7 +16,12 @@ NAN = math.nan
 def labels(*rows: tuple[float, int, int, int]) -> Labels:
     """Return labels of (age, gender, race), each so often as its last number says."""
     age, gender, race = (np.repeat([row[k] for row in rows], [row[3] for row in rows]) for k in range(3))
-    return Labels(age.astype(np.float32), gender.astype(np.int64), race.astype(np.int64))
+    return Labels(UTKFACE, age.astype(np.float32), gender.astype(np.int64), race.astype(np.int64))
+
+
+def joined(*parts: Labels) -> Labels:
+    arrays = [part.arrays for part in parts]
+    return Labels.from_arrays(UTKFACE, {name: np.concatenate([of[name] for of in arrays]) for name in arrays[0]})
 
 
 def fit(truth: Labels, by: Balance, power: float = 1.0) -> Sampler:
@@ -30,7 +35,7 @@ def shares(truth: Labels, by: Balance, power: float = 1.0) -> dict[tuple[float, 
     weights = fit(truth, by, power).weights(truth)
     assert weights.mean() == pytest.approx(1.0)
     found: dict[tuple[float, int, int], float] = {}
-    for age, gender, race, weight in zip(*truth, weights, strict=True):
+    for age, gender, race, weight in zip(truth.age, truth.gender, truth.race, weights, strict=True):
         key = (float(age), int(gender), int(race))
         found[key] = found.get(key, 0.0) + float(weight) / len(weights)
     return found
@@ -84,7 +89,7 @@ def test_labels_of_which_training_has_none_at_all_change_nothing() -> None:
 
 def test_a_label_weighs_the_same_on_every_rank() -> None:
     first, second = labels((20, 0, 0, 60), (20, 1, 0, 2)), labels((20, 0, 0, 20), (20, 1, 0, 18))
-    whole = Labels(*(np.concatenate(pair) for pair in zip(first, second, strict=True)))
+    whole = joined(first, second)
     sampler = fit(whole, "gender")
     weights = np.concatenate([sampler.weights(first), sampler.weights(second)])
     np.testing.assert_array_equal(weights, sampler.weights(whole))
@@ -97,14 +102,22 @@ def drawn_shares(
     parts: list[Labels], by: Balance, asked: list[float]
 ) -> tuple[list[float], dict[tuple[int, float, int, int], float]]:
     """Return the share of many draws that each set has, and each combination of set and labels."""
-    truth = Labels(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    truth = joined(*parts)
     set_index = np.repeat(np.arange(len(parts)), [len(part.age) for part in parts])
     sampler = Sampler.fit(truth, by, 1.0, set_index, asked)
     assert sampler is not None
     assert sampler.weights(truth, set_index).mean() == pytest.approx(1.0)
     rng = np.random.default_rng(1)
     drawn = np.concatenate([sampler.draw(truth, rng, set_index) for _ in range(100)])
-    keys = list(zip(set_index[drawn].tolist(), *(each[drawn].tolist() for each in truth), strict=True))
+    keys = list(
+        zip(
+            set_index[drawn].tolist(),
+            truth.age[drawn],
+            truth.gender[drawn],
+            truth.race[drawn],
+            strict=True,
+        )
+    )
     found = {key: keys.count(key) / len(keys) for key in set(keys)}
     return [float(np.mean(set_index[drawn] == k)) for k in range(len(parts))], found
 
@@ -132,7 +145,7 @@ def test_with_shares_labels_are_evened_out_within_each_set() -> None:
 
 
 def test_without_shares_all_sets_are_evened_out_as_one() -> None:
-    truth = Labels(*(np.concatenate(columns) for columns in zip(ONE, OTHER, strict=True)))
+    truth = joined(ONE, OTHER)
     set_index = np.repeat([0, 1], [300, 100])
     sampler = Sampler.fit(truth, "gender", 1.0, set_index)
     assert sampler is not None

@@ -18,11 +18,12 @@ from sets import checkpoint
 
 from agr_ray.config import GatesConfig, PredictConfig, ScoreConfig, VisionConfig
 from agr_ray.data.rendered import render_chip
+from agr_ray.labels import GENDERS
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.predictions import Predictions
 from agr_ray.predict.photographs import ImageReader
-from agr_ray.schema import GENDERS, IMAGES
+from agr_ray.schema import IMAGES
 from agr_ray.scoring import scorer
 from agr_ray.scoring.planning import plan
 from agr_ray.scoring.publish import pseudonymised

@@ -18,9 +18,10 @@ from agr_ray.config import ModelConfig, TrainConfig, TrainJob, digest
 from agr_ray.data.crops import Slice, deal_parts, read_slices, take_turns, training_arrays, usable_statuses
 from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.errors import ConfigError
+from agr_ray.labels import UTKFACE
 from agr_ray.learn.run import Run
 from agr_ray.models.card import model_card
-from agr_ray.models.checkpoint import LABELS, content_codes
+from agr_ray.models.checkpoint import content_codes
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.train import settings_digest, train
 from agr_ray.schema import CROPS
@@ -97,7 +98,7 @@ def test_rows_of_several_tables_take_turns_in_their_order() -> None:
 def test_rows_know_which_set_they_are_from_and_what_they_lack(one: Path, two: Path) -> None:
     slices = [Slice(str(folder / "crops" / "part-0.parquet"), 0, 1) for folder in (one, two)]
 
-    arrays = training_arrays(read_slices(STORAGE, slices, "train", STATUSES), SIDE_PX)
+    arrays = training_arrays(read_slices(STORAGE, slices, "train", STATUSES), SIDE_PX, UTKFACE)
 
     assert arrays["image_id"].tolist() == ["a.jpg", "d.jpg", "c.jpg", "f.jpg"]
     assert arrays["set_index"].tolist() == [0, 1, 0, 1]
@@ -167,7 +168,11 @@ def test_images_without_a_crop_are_no_rows_of_training_or_validation(
     assert [each["num_val_rows"] for each in both.data["sets"]] == [1, 1]
     card = model_card(
         {"model": {"tasks": ["age"], "backbone": "resnet18", "age_head": "linear", "pretrained": "none"}}
-        | {"transform": Transform(SIDE_PX, SIDE_PX).to_json(), "labels": LABELS, "data": dict(both.data)}
+        | {
+            "transform": Transform(SIDE_PX, SIDE_PX).to_json(),
+            "label_space": UTKFACE.to_json(),
+            "data": dict(both.data),
+        }
     )
     assert "| trained on | 4 |" in card
     assert "| validated on | 2 |" in card
@@ -279,7 +284,7 @@ def test_the_digest_of_a_run_on_one_set_does_not_know_of_several(one: Path, two:
     settings = job(one)
 
     assert settings_digest(settings, first) == digest(
-        settings.model, settings.loss, settings.augment, plain, settings.predict
+        settings.labels, settings.model, settings.loss, settings.augment, plain, settings.predict
     )
     digests = {
         settings_digest(job(one), first),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from agr_ray.learn.loop import labels_of
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.prefetch import prefetch
 from agr_ray.learn.sampling import Sampler
 from agr_ray.runtime.training.shard_batches import ShardBatches, share_sizes
@@ -46,7 +46,7 @@ def shard_batches(sampler: Sampler | None, *, keep: bool = True) -> ShardBatches
 
 
 def test_rows_are_evened_out_once_they_are_in_memory() -> None:
-    sampler = Sampler.fit(labels_of(rows_of(NUM)), "gender", 1.0)
+    sampler = Sampler.fit(Labels.from_arrays(UTKFACE, rows_of(NUM)), "gender", 1.0)
     batches = shard_batches(sampler)
     assert men(batches, 1) == (NUM, pytest.approx(0.1))
     assert men(batches, 2) == (NUM, pytest.approx(0.5, abs=0.07))
@@ -63,7 +63,7 @@ def test_an_epoch_gone_on_with_comes_in_another_order() -> None:
 
 
 def test_sets_come_at_their_shares_once_they_are_in_memory() -> None:
-    batches = shard_batches(Sampler.fit(labels_of(rows_of(NUM)), "none", 1.0, SETS, [1, 1]))
+    batches = shard_batches(Sampler.fit(Labels.from_arrays(UTKFACE, rows_of(NUM)), "none", 1.0, SETS, [1, 1]))
     for epoch, share in ((1, 0.2), (2, 0.5), (3, 0.5)):
         drawn = np.concatenate([batch["set_index"] for batch in batches.epoch(epoch)])
         assert (len(drawn), drawn.mean()) == (NUM, pytest.approx(share, abs=0.08))

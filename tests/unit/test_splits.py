@@ -15,7 +15,8 @@ from agr_ray.data.splits import (
     split_digest,
     split_manifest_text,
 )
-from agr_ray.schema import GENDERS, MANIFEST, RACES
+from agr_ray.labels import GENDERS, UTKFACE
+from agr_ray.schema import MANIFEST
 
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 Row = dict[str, object]
@@ -40,7 +41,7 @@ def random_rows(num_groups: int = 3000, seed: int = 0) -> list[Row]:
         age = None if rng.random() < 0.02 else float(min(116, round(rng.gamma(3, 11))))
         labels = {
             "gender": GENDERS[rng.integers(2)],
-            "race": RACES[rng.choice(5, p=[0.5, 0.2, 0.15, 0.12, 0.03])],
+            "race": UTKFACE.races[rng.choice(5, p=[0.5, 0.2, 0.15, 0.12, 0.03])],
         }
         for twin in range(rng.choice([1, 2, 3], p=[0.94, 0.04, 0.02])):
             conflict = twin > 0 and rng.random() < 0.5
@@ -111,7 +112,7 @@ def test_strata_of_one_image_each_still_give_the_right_total() -> None:
         make_row(f"{age}{gender}{race}", f"g{age}{gender}{race}", float(age), gender=gender, race=race)
         for age in range(0, 100, 10)
         for gender in GENDERS
-        for race in RACES
+        for race in UTKFACE.races
     ]
 
     counts = Counter(assign_splits(make_manifest(rows), FRACTIONS, seed=3).column("split").to_pylist())

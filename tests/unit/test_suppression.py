@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pytest
 from scipy.optimize import LinearConstraint, milp
 
-from agr_ray.schema import ABSTAINED, DEMOGRAPHIC_CLASSES
+from agr_ray.labels import UTKFACE
+from agr_ray.schema import ABSTAINED
 from agr_ray.tables.demographics import demographics
 from agr_ray.tables.suppression import suppress
 
@@ -22,7 +23,7 @@ MAY_BE_SMALL = ("num_no_face", "num_rejected", "num_flagged", "num_abstained")
 CORRECTED = ("share_corrected", "share_low", "share_high")
 # Every face of a group is in one of these, which are all that tables are made of.
 TOTAL = ("the total",)
-INNER_CELLS = list(product(*((*DEMOGRAPHIC_CLASSES[name], ABSTAINED) for name in ATTRIBUTES)))
+INNER_CELLS = list(product(*((*UTKFACE.classes[name], ABSTAINED) for name in ATTRIBUTES)))
 
 
 def made_table(
@@ -37,7 +38,12 @@ def made_table(
         said["num_faces"] = sum(numbers.values()) + said["num_flagged"]
         said["num_images"] = said["num_faces"] + said["num_no_face"] + said["num_rejected"] - said.pop("further", 0)
         groups.append(named | said)
-    return demographics(pa.Table.from_pylist(counts), pa.Table.from_pylist(groups), None, ATTRIBUTES)
+    return demographics(
+        pa.Table.from_pylist(counts),
+        pa.Table.from_pylist(groups),
+        None,
+        {name: UTKFACE.classes[name] for name in ATTRIBUTES},
+    )
 
 
 def random_table(seed: int) -> tuple[pa.Table, tuple[str, ...]]:
@@ -184,7 +190,7 @@ def test_small_counts_are_hidden_and_nothing_that_rests_on_them_is_shown(seed: i
 
 
 def test_five_faces_of_five_kinds_are_not_given_away_by_their_sum() -> None:
-    cells = {("female", race): 1 for race in DEMOGRAPHIC_CLASSES["race"]}
+    cells = {("female", race): 1 for race in UTKFACE.classes["race"]}
 
     published = suppress(made_table({(): cells}, ()), 5)
 
@@ -205,7 +211,7 @@ def test_zeros_stay_where_no_cell_is_small() -> None:
 
 @pytest.mark.parametrize("keys", [("day",), ("day", "camera")])
 def test_a_hidden_cell_does_not_follow_from_the_total_of_all_groups(keys: tuple[str, ...]) -> None:
-    large = dict.fromkeys(product(*(DEMOGRAPHIC_CLASSES[name] for name in ATTRIBUTES)), 50)
+    large = dict.fromkeys(product(*(UTKFACE.classes[name] for name in ATTRIBUTES)), 50)
     small = large | {("female", "asian"): 2, ("male", "asian"): 30, ("female", "white"): 20, ("male", "white"): 40}
     groups = {(day, *["x"] * (len(keys) - 1)): large for day in ("a", "b")} | {("c", *["y"] * (len(keys) - 1)): small}
 

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from agr_ray.config import ClusterConfig, LossConfig, ModelConfig, TrainJob, TuneJob, VisionConfig, parse
+from agr_ray.labels import UTKFACE
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CALIBRATION, model_digest, save_checkpoint
 from agr_ray.models.checkpoint_files import local_checkpoint
@@ -213,7 +214,7 @@ def published_best(folder: Path, console: Console) -> tuple[Sweep, Path]:
 def save(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     shutil.rmtree(folder, ignore_errors=True)
-    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=32))
+    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=32), UTKFACE)
     save_checkpoint(folder, model, Transform(32, 32), metrics={"epoch": 2, "val": {"baseline": GUESSED}})
 
 

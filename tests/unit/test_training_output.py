@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agr_ray.config import ModelConfig, TrainJob
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.crops import training_arrays
-from agr_ray.evaluation.metrics import Baseline, Labels, metrics_report
+from agr_ray.evaluation.metrics import Baseline, metrics_report
+from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.loop import EpochReport
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CARD, read_meta, save_checkpoint
@@ -39,12 +40,12 @@ JOB = TrainJob(model=ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_
 
 def network() -> MultiTaskNet:
     torch.manual_seed(0)
-    return MultiTaskNet(JOB.model).eval()
+    return MultiTaskNet(JOB.model, UTKFACE).eval()
 
 
 @pytest.fixture
 def arrays(tmp_path: Path) -> dict[str, Any]:
-    return training_arrays(pq.read_table(prepared_set(tmp_path / "prepared") / "crops"), SIDE_PX)
+    return training_arrays(pq.read_table(prepared_set(tmp_path / "prepared") / "crops"), SIDE_PX, UTKFACE)
 
 
 def test_batches_carry_the_ids_of_their_rows_through_ray_data(arrays: dict[str, Any]) -> None:
@@ -64,7 +65,7 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
         uri=str(tmp_path / "run"),
         transform=TRANSFORM,
         pipeline=Pipeline(),
-        baseline=Baseline(None, None, None),
+        baseline=Baseline(UTKFACE, None, None, None),
         sampler=None,
         num_train_rows=3,
         num_val_rows=3,
@@ -97,7 +98,7 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
 
 
 def measured() -> dict[str, Any]:
-    truth = Labels(np.full(3, 30, np.float32), np.array([0, 1, 1]), np.array([0, 1, 2]))
+    truth = Labels(UTKFACE, np.full(3, 30, np.float32), np.array([0, 1, 1]), np.array([0, 1, 2]))
     guess = Predictions(truth.age, truth.gender.astype(np.float32), None)
     said = {"source": "folder", "split": "test", "split_manifest_sha256": "0" * 64, "data": "data"}
     return metrics_report(truth, guess) | {"evaluation": said | {"num_seen_in_training": 0}}

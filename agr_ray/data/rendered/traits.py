@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from agr_ray.schema import GENDERS, RACES
+from agr_ray.labels import GENDERS, UTKFACE
 
 RenderedArray = npt.NDArray[np.float32]
 
@@ -133,7 +133,7 @@ def draw_labels(rng: np.random.Generator) -> Labels:
     return Labels(
         age_years=float(rng.integers(AGE_FIRST_YEARS, AGE_LAST_YEARS + 1)),
         gender=GENDERS[rng.integers(len(GENDERS))],
-        race=RACES[rng.integers(len(RACES))],
+        race=UTKFACE.races[rng.integers(len(UTKFACE.races))],
     )
 
 

@@ -11,6 +11,7 @@ from agr_ray.config import MISSING_VALUES
 from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow
 from agr_ray.data.sources.label_table import KEY_COLUMN, LabelTable, LabelTableError, read_labels
 from agr_ray.data.sources.label_values import LabelCodeError, LabelParser, RowLabels, merge_labels
+from agr_ray.labels import LabelSpace
 from agr_ray.storage import Storage
 
 NUM_EXAMPLES = 3
@@ -26,6 +27,7 @@ def source_rows(
     uri: str,
     labels_uri: str,
     *,
+    space: LabelSpace,
     key_column: str = KEY_COLUMN,
     gender_codes: Mapping[str, str] | None = None,
     race_codes: Mapping[str, str] | None = None,
@@ -42,6 +44,7 @@ def source_rows(
     that say the same count once. A value that can't be read is dropped, and the image keeps its other labels.
 
     Args:
+        space: The words that genders and races may be.
         note: Called with a line for each kind of thing that is dropped or ignored.
 
     Raises:
@@ -50,7 +53,7 @@ def source_rows(
     """
     name = labels_uri.rpartition("/")[2]
     try:
-        parser = LabelParser(gender_codes, race_codes, missing_values)
+        parser = LabelParser(space, gender_codes, race_codes, missing_values)
     except LabelCodeError as error:
         raise LabelTableError(str(error)) from error
     table = read_labels(storage, labels_uri, key_column=key_column)

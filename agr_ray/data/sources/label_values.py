@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from agr_ray.config import MISSING_VALUES
 from agr_ray.data.manifest import ParsedLabel, check_age
-from agr_ray.schema import AGE_MAX_YEARS, AGE_MIN_YEARS, GENDERS, RACES, SPLITS
+from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS, LabelSpace
+from agr_ray.schema import SPLITS
 
 Years = tuple[float, float]
 """First and last year of a range; an exact age is both."""
@@ -66,14 +67,15 @@ class LabelParser:
 
     def __init__(
         self,
+        space: LabelSpace,
         gender_codes: Mapping[str, str] | None = None,
         race_codes: Mapping[str, str] | None = None,
         missing_values: Iterable[str] = MISSING_VALUES,
     ) -> None:
         """Raise LabelCodeError where codes can't be used."""
         self._words = {
-            "gender": _meanings("gender", GENDERS, gender_codes),
-            "race": _meanings("race", RACES, race_codes),
+            "gender": _meanings("gender", space.genders, gender_codes),
+            "race": _meanings("race", space.races, race_codes),
             "split": _meanings("split", SPLITS, None),
         }
         self._missing = {_without_blanks(value) for value in missing_values} | {""}
@@ -94,6 +96,8 @@ class LabelParser:
 
     def _word(self, column: str, text: str | None, dropped: list[Dropped]) -> str | None:
         meanings = self._words[column]
+        if not meanings:  # a label space without races
+            return None
         word = None if text is None else meanings.get(_plain(text))
         # A code comes first: some sources write -1 for a class.
         if word is None and (given := self._given(text)) is not None:

@@ -12,13 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow, check_age
+from agr_ray.labels import UTKFACE
 from agr_ray.storage import Storage
 
 UTKFACE_GENDERS: Final = ("male", "female")
-"""By UTKFace's code, which is not the order of `schema.GENDERS`."""
-
-UTKFACE_RACES: Final = ("white", "black", "asian", "indian", "others")
-"""By UTKFace's code."""
+"""By UTKFace's code, which is not the order of `labels.GENDERS`."""
 
 EXPECTED_NAME: Final = "[age]_[gender]_[race]_[timestamp].jpg.chip.jpg"
 
@@ -48,7 +46,7 @@ def parse_name(name: str) -> ParsedLabel:
     else:
         age = float(texts[0])
     gender = _word("gender", texts[1], UTKFACE_GENDERS, errors)
-    race = _word("race", texts[2], UTKFACE_RACES, errors)
+    race = _word("race", texts[2], UTKFACE.races, errors)
     dropped = "; ".join(errors) or None
     if age is None and gender is None and race is None:
         return ParsedLabel(error=dropped)

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from ray.data import DataIterator
 
-from agr_ray.learn.loop import Batch, batches_of, labels_of
+from agr_ray.labels import Labels
+from agr_ray.learn.loop import Batch, batches_of
 from agr_ray.learn.prefetch import prefetch
 from agr_ray.learn.sampling import Sampler
 
@@ -83,7 +84,7 @@ class ShardBatches:
     ) -> Iterator[Batch]:
         num_rows = len(rows["age"]) if rows else 0
         if num_rows and self._sampler is not None:
-            order = self._sampler.draw(labels_of(rows), rng, rows.get("set_index"))
+            order = self._sampler.draw(Labels.from_arrays(self._sampler.space, rows), rng, rows.get("set_index"))
         else:
             order = rng.permutation(num_rows) if self._shuffle_rows else np.arange(num_rows)
         return batches_of(rows, order, sizes)

@@ -128,6 +128,7 @@ def _trainer(
             storage,
             sets,
             split,
+            run.baseline.space,
             use_fallback=config.use_fallback or split != "train",
             outage_s=config.outage_s,
             cpus_per_task=spare_cpus(config) / 2,

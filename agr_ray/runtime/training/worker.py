@@ -21,7 +21,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
 
 from agr_ray.config import TrainConfig
-from agr_ray.evaluation.metrics import Labels
+from agr_ray.labels import Labels
 from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Row, Snapshot
 from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.progress import Progress
@@ -276,7 +276,7 @@ class RunLogs:
         """Add a page of some validation crops with their labels and what the epoch's weights predict."""
         from agr_ray.report.samples import samples_page
 
-        labels = Labels(samples["age"], samples["gender"], samples["race"])
+        labels = Labels.from_arrays(report.model.space, samples)
         said = predict(report.model, samples["crop"], report.transform, self._run.job.predict)
         page = samples_page(samples["crop"], labels, said)
         self._writer.add_image("val/samples", page, report.row["epoch"], dataformats="HWC")

@@ -1,0 +1,41 @@
+"""Settings of the label space."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from agr_ray.config.section import Section
+from agr_ray.labels import SPACES, LabelSpace
+
+
+class LabelsConfig(Section):
+    """Which races and age groups there are. Empty: those of the source, or of the prepared sets."""
+
+    space: Literal["", "utkface", "fairface", "adience"] = ""
+    """Built-in label space. `prepare` needs it for the source `folder` only (empty: utkface). `train` needs it for
+    prepared sets of different label spaces, whose races are mapped onto it by a fixed table."""
+    races: tuple[str, ...] | None = None
+    """Own races in place of those of `space`, two at least; an empty list: the data has none."""
+    age_groups: tuple[str, ...] | None = None
+    """Own age groups in place of those of `space`, ascending, such as 0-17, 18-64 and 65+."""
+
+    @property
+    def label_space(self) -> LabelSpace | None:
+        """Return the configured label space; None if none is."""
+        if self.races is None and self.age_groups is None:
+            return SPACES[self.space] if self.space else None
+        base = SPACES[self.space or "utkface"]
+        return replace(
+            base,
+            name="custom",
+            races=base.races if self.races is None else self.races,
+            age_groups=base.age_groups if self.age_groups is None else self.age_groups,
+        )
+
+    @model_validator(mode="after")
+    def _is_usable(self) -> Self:
+        _ = self.label_space  # raises a ValueError, which names what is wrong
+        return self

@@ -1,0 +1,63 @@
+"""Which module reads which kind of source, and which labels it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from agr_ray.config import LabelsConfig, SourceConfig
+from agr_ray.data.manifest import SourceRow
+from agr_ray.data.sources import folder, utkface
+from agr_ray.data.sources.label_table import find_labels
+from agr_ray.errors import ConfigError
+from agr_ray.labels import UTKFACE, LabelSpace
+from agr_ray.storage import Storage
+
+LABEL_SPACES: Final = {"utkface": UTKFACE}
+"""Label space of each kind of source that has one of its own; of the others, the configuration says it."""
+
+
+def label_space(source: SourceConfig, labels: LabelsConfig) -> LabelSpace:
+    """Return the label space of a source.
+
+    Raises:
+        ConfigError: the configuration names another one than the source's own.
+    """
+    own, configured = LABEL_SPACES.get(source.kind), labels.label_space
+    if own is not None and configured not in (None, own):
+        raise ConfigError(
+            f"labels: source.kind {source.kind} has the label space {own.name}; leave out the others. To train in "
+            "another one, set labels.space for jobs/train.py"
+        )
+    return own or configured or UTKFACE
+
+
+def source_rows(
+    source: SourceConfig, space: LabelSpace, storage: Storage, note: Callable[[str], None]
+) -> Iterator[SourceRow]:
+    """Yield the images of a source with their labels.
+
+    Args:
+        source: kind and place.
+        space: of the labels.
+        storage: where it is.
+        note: called with a line for each kind of thing that is dropped or ignored.
+
+    Raises:
+        LabelTableError: the labels can't be used.
+        StorageUnavailable: the folder or bucket can't be listed.
+    """
+    uri = storage.absolute(source.uri)
+    if source.kind == "utkface":
+        return utkface.source_rows(storage, uri)
+    return folder.source_rows(
+        storage,
+        uri,
+        storage.absolute(source.labels) if source.labels else find_labels(storage, uri),
+        space=space,
+        key_column=source.key_column,
+        gender_codes=source.gender_codes,
+        race_codes=source.race_codes,
+        missing_values=source.missing_values,
+        note=note,
+    )

@@ -1,0 +1,117 @@
+"""How a calibration does on labelled images that it was not fitted on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from agr_ray.evaluation.calibration import Calibration, gender_probs
+from agr_ray.evaluation.groups import groups
+from agr_ray.evaluation.selection import CONFIDENCE, logits_of
+from agr_ray.labels import IntArray, Labels
+from agr_ray.models.predictions import Predictions
+
+_NUM_BINS = 15
+
+
+def coverage_report(labels: Labels, predictions: Predictions, calibration: Calibration) -> dict[str, Any]:
+    """Say how the calibration does on n labelled images, which should be others than it was fitted on.
+
+    Keys: `n`; `age` {nominal, groups} and, for all and for each of groups.{age_group,gender,race}.NAME of the true
+    label, {n, coverage, interval, mean_width_years}; `gender` and `race` {n, risk, abstained, accepted, error,
+    interval, nll, nll_before, ece, ece_before}: `abstained` and `error` are shares, the error that among the
+    accepted. `interval` is the exact 95 % interval (Clopper and Pearson 1934) of the share before it. Parts that are
+    not calibrated, or of which there is no labelled image, are None.
+
+    Args:
+        labels: the truth; a missing label leaves the image out.
+        predictions: of the same images, uncalibrated.
+        calibration: fitted on others.
+    """
+    made = calibration.apply(predictions)
+    age, gender, race = None, None, None
+    if made.age_low is not None and made.age_high is not None:
+        age = _coverage(labels, made.age_low, made.age_high, calibration.coverage)
+    if made.abstain_gender is not None:
+        before, after = gender_probs(predictions.p_male), gender_probs(made.p_male)
+        gender = _selection(labels.gender, before, after, made.abstain_gender, calibration.risk)
+    if made.abstain_race is not None:
+        race = _selection(labels.race, predictions.race_probs, made.race_probs, made.abstain_race, calibration.risk)
+    return {"n": len(labels), "age": age, "gender": gender, "race": race}
+
+
+def expected_calibration_error(probs: NDArray[np.floating[Any]], truth: IntArray) -> float:
+    """Return the mean gap between confidence and accuracy over 15 bins of equal width (Guo et al. 2017, eq. 3).
+
+    Args:
+        probs: (n, classes), n at least 1.
+        truth: (n,) indices, none missing.
+    """
+    confidence = probs.max(axis=1).astype(np.float64)
+    gap = (probs.argmax(axis=1) == truth) - confidence
+    bins = np.minimum((confidence * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
+    return float(np.abs(np.bincount(bins, gap)).sum() / len(truth))
+
+
+def _coverage(
+    labels: Labels, age_low: NDArray[np.float32], age_high: NDArray[np.float32], nominal: float
+) -> dict[str, Any] | None:
+    known = np.isfinite(labels.age)
+    within = (age_low <= labels.age) & (labels.age <= age_high)
+    widths = age_high.astype(np.float64) - age_low
+
+    def part(chosen: NDArray[np.bool_]) -> dict[str, Any]:
+        num, num_within = int(chosen.sum()), int(within[chosen].sum())
+        return {
+            "n": num,
+            "coverage": num_within / num,
+            "interval": _interval(num_within, num),
+            "mean_width_years": float(widths[chosen].mean()),
+        }
+
+    if not known.any():
+        return None
+    by_group = {
+        attribute: {name: part(known & chosen) for name, chosen in members if (known & chosen).any()}
+        for attribute, members in groups(labels).items()
+        if attribute != "gender_race"
+    }
+    return {"nominal": nominal, **part(known), "groups": by_group}
+
+
+def _selection(
+    truth: IntArray,
+    before: NDArray[np.floating[Any]] | None,
+    after: NDArray[np.floating[Any]] | None,
+    abstain: NDArray[np.bool_],
+    risk: float,
+) -> dict[str, Any] | None:
+    assert before is not None
+    assert after is not None
+    known = truth >= 0
+    if not known.any():
+        return None
+    truth, before, after, accept = truth[known], before[known], after[known], ~abstain[known]
+    num, num_accepted = len(truth), int(accept.sum())
+    num_wrong = int((after.argmax(axis=1) != truth)[accept].sum())
+    rows = np.arange(num)
+    return {
+        "n": num,
+        "risk": risk,
+        "abstained": 1.0 - num_accepted / num,
+        "accepted": num_accepted,
+        "error": num_wrong / num_accepted if num_accepted else None,
+        "interval": _interval(num_wrong, num_accepted) if num_accepted else None,
+        "nll": -float(logits_of(after)[rows, truth].mean()),
+        "nll_before": -float(logits_of(before)[rows, truth].mean()),
+        "ece": expected_calibration_error(after, truth),
+        "ece_before": expected_calibration_error(before, truth),
+    }
+
+
+def _interval(num_true: int, num: int) -> list[float]:
+    interval = binomtest(num_true, num).proportion_ci(CONFIDENCE, method="exact")
+    return [float(interval.low), float(interval.high)]

@@ -1,0 +1,108 @@
+"""Rows by the group that their labels name: how many there are, and how wrong the model is on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agr_ray.evaluation.terms import FloatArray, ratio, row_terms
+from agr_ray.labels import Labels, LabelSpace
+from agr_ray.models.predictions import Predictions
+
+MIN_GROUP_ROWS: Final = 10
+"""Rows of a group from which it may be called the worst."""
+_TERMS: Final = (
+    *("age", "age_absolute", "age_signed", "age_within", "age_known", "age_exact_group", "age_one_off"),
+    *("gender", "gender_right", "race", "race_right"),
+)
+"""Those of `row_terms` that `GroupSums` adds up."""
+
+
+class GroupSums:
+    """Errors and right answers of every group of `groups`, as sums over rows.
+
+    Cheap enough for every validation: a batch is one product of two small matrices.
+    """
+
+    def __init__(self, space: LabelSpace) -> None:
+        none = Labels(space, np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.int64))
+        self._names = [(attribute, name) for attribute, members in groups(none).items() for name, _ in members]
+        self._attributes = list(groups(none))
+        self.vector: FloatArray = np.zeros(len(self._names) * (1 + len(_TERMS)))
+        """All sums: what an all-reduce takes."""
+
+    def update(self, labels: Labels, predictions: Predictions) -> None:
+        """Count n rows. A row counts for the groups that its labels name, and as in `MetricSums.update`."""
+        columns = row_terms(labels, predictions)
+        terms = np.stack([np.ones(len(labels)), *(columns[name] for name in _TERMS)], axis=1)
+        members = np.stack([chosen for group in groups(labels).values() for _, chosen in group])
+        self.vector += (members.astype(np.float64) @ terms).ravel()
+
+    def to_json(self) -> dict[str, Any]:
+        """Divide: part of the shape of `metrics_report`'s `groups`; what is left out are matrices and CS@k."""
+        report: dict[str, Any] = {attribute: {} for attribute in self._attributes}
+        rows = self.vector.reshape(len(self._names), -1)
+        for (attribute, name), (num_rows, *sums) in zip(self._names, rows, strict=True):
+            of = dict(zip(_TERMS, sums, strict=True))
+            report[attribute][name] = {
+                "n": int(num_rows),
+                "age": {
+                    "n": int(of["age"]),
+                    "n_range": int(of["age_known"] - of["age"]),
+                    "mae_years": ratio(of["age_absolute"], of["age"]),
+                    "bias_years": ratio(of["age_signed"], of["age"]),
+                    "within_5": ratio(of["age_within"], of["age"]),
+                    "exact_group": ratio(of["age_exact_group"], of["age_known"]),
+                    "one_off": ratio(of["age_one_off"], of["age_known"]),
+                },
+                **{
+                    task: {"n": int(of[task]), "accuracy": ratio(of[f"{task}_right"], of[task])}
+                    for task in ("gender", "race")
+                },
+            }
+        return report
+
+
+def class_counts(labels: Labels) -> dict[str, dict[str, int]]:
+    """Return how many of n rows are in each group of `groups`.
+
+    A row whose label is missing is in no group of it.
+    """
+    return {
+        attribute: {name: int(chosen.sum()) for name, chosen in members}
+        for attribute, members in groups(labels).items()
+    }
+
+
+def worst_group_age_mae(groups: Mapping[str, Any]) -> float | None:
+    """Return the largest mean absolute error of age, years, of a group by gender, race or both.
+
+    Groups of fewer than `MIN_GROUP_ROWS` rows with an age say too little and are left out; None: all are. Age groups
+    are no groups here: whoever errs towards the middle errs most at the ends.
+
+    Args:
+        groups: `GroupSums.to_json`.
+    """
+    ages = [of["age"] for attribute in ("gender", "race", "gender_race") for of in groups[attribute].values()]
+    return max((age["mae_years"] for age in ages if age["n"] >= MIN_GROUP_ROWS), default=None)
+
+
+def groups(labels: Labels) -> dict[str, Iterator[tuple[str, NDArray[np.bool_]]]]:
+    """Return each attribute's groups by true label, gender, race, age_group and gender_race: name and (n,) members.
+
+    Without races, the groups of race and gender_race are empty.
+    """
+    space, ages = labels.space, labels.age_group
+    return {
+        "gender": ((name, labels.gender == k) for k, name in enumerate(space.genders)),
+        "race": ((name, labels.race == k) for k, name in enumerate(space.races)),
+        "age_group": ((name, ages == k) for k, name in enumerate(space.age_groups)),
+        "gender_race": (
+            (f"{gender}/{race}", (labels.gender == g) & (labels.race == r))
+            for g, gender in enumerate(space.genders)
+            for r, race in enumerate(space.races)
+        ),
+    }

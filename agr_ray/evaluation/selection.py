@@ -1,0 +1,125 @@
+"""Calibrated probabilities of a class, and when to tell it.
+
+Temperature scaling (Guo et al. 2017, ICML), and abstention by selective classification with a guaranteed risk (Geifman
+and El-Yaniv 2017, NeurIPS).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from scipy.stats import binomtest
+
+from agr_ray.evaluation.conformal import MIN_ROWS
+from agr_ray.evaluation.terms import FloatArray
+from agr_ray.labels import IntArray
+
+TEMPERATURES: Final = (0.2, 5.0)
+"""Lowest and highest temperature tried. Without errors to fit, the best one is 0, which claims certainty."""
+
+CONFIDENCE: Final = 0.95
+"""Of the intervals of measured shares, and that the risk among accepted images is as low as stated."""
+
+NEVER_SURE: Final = 2.0
+"""The `abstain_below` that no probability reaches."""
+
+_NUM_THRESHOLDS = 20
+_LEAST_PROBABILITY = 1e-7  # float32 probabilities saturate at 0 and 1, whose logit is infinite
+
+
+@dataclass(frozen=True)
+class ClassCalibration:
+    """Probabilities of gender or of race, and when to tell it."""
+
+    n: int
+    """Images that it was fitted on."""
+    temperature: float
+    """Divides the logits: over 1, the network was too sure."""
+    abstain_below: float
+    """Probability of the likeliest class below which the model abstains; 0: never; `NEVER_SURE`: always."""
+
+
+def fit_classes(
+    task: str, truth: IntArray, probs: NDArray[np.floating[Any]], risk: float, notes: list[str]
+) -> ClassCalibration | None:
+    """Fit temperature and threshold; None, and a note why, without a labelled image.
+
+    Args:
+        task: in notes.
+        truth: (n,) indices; -1: missing.
+        probs: (n, classes), uncalibrated.
+        risk: share of errors, among images for which the model does not abstain, that it is to stay below.
+        notes: what could not be fitted is appended.
+    """
+    known = truth >= 0
+    truth, probs = truth[known], probs[known]
+    if not len(truth):
+        notes.append(f"{task}: no labelled image")
+        return None
+    temperature = 1.0
+    if len(truth) < MIN_ROWS:
+        notes.append(f"{task}: {len(truth)} labelled images are too few to fit a temperature: 1 is used")
+    else:
+        temperature = _fit_temperature(truth, probs)
+        if np.isclose(temperature, TEMPERATURES, rtol=0.01).any():
+            notes.append(
+                f"{task}: its temperature {temperature:.2f} is the end of the range that is tried, "
+                f"{TEMPERATURES[0]} to {TEMPERATURES[1]}: its errors do not determine it"
+            )
+    calibrated = scaled_probs(probs, temperature)
+    wrong = calibrated.argmax(axis=1) != truth
+    abstain_below = _fit_threshold(calibrated.max(axis=1), wrong, risk)
+    if abstain_below == NEVER_SURE:
+        notes.append(
+            f"{task}: always abstains: with {len(truth)} labelled images, {wrong.mean():.1%} of them wrong, a risk of "
+            f"{risk} can't be promised at any confidence"
+        )
+    return ClassCalibration(len(truth), temperature, abstain_below)
+
+
+def _fit_temperature(truth: IntArray, probs: NDArray[np.floating[Any]]) -> float:
+    """Minimise the negative log-likelihood, which has one minimum, over the log of the temperature."""
+    logits = logits_of(probs)
+    rows = np.arange(len(truth))
+
+    def mean_nll(log_temperature: float) -> float:
+        return -float(log_softmax(logits / math.exp(log_temperature), axis=1)[rows, truth].mean())
+
+    found = minimize_scalar(mean_nll, bounds=np.log(TEMPERATURES), method="bounded")
+    return math.exp(found.x)
+
+
+def _fit_threshold(confidence: FloatArray, wrong: NDArray[np.bool_], risk: float) -> float:
+    """Return the smallest of 20 thresholds above which the error is at most `risk` with a confidence of 95 %.
+
+    They accept the surest 5, 10, ... 100 % of the images. Any of them may be chosen, so each is tested at a 20th of
+    the 5 %, where Geifman and El-Yaniv's bisection tests log2(n) and needs the error to fall with the confidence.
+    """
+    highest_first = np.sort(confidence)[::-1]
+    shares = np.arange(1, _NUM_THRESHOLDS) / _NUM_THRESHOLDS
+    thresholds = [0.0, *highest_first[np.ceil(shares * len(confidence)).astype(np.int64) - 1][::-1]]
+    chance = (1.0 - CONFIDENCE) / _NUM_THRESHOLDS
+    for threshold in thresholds:  # from the one that accepts most
+        accepted = confidence >= threshold
+        test = binomtest(int(wrong[accepted].sum()), int(accepted.sum()), alternative="less")
+        if test.proportion_ci(confidence_level=1.0 - chance, method="exact").high <= risk:
+            return float(threshold)
+    return NEVER_SURE
+
+
+def logits_of(probs: NDArray[np.floating[Any]]) -> FloatArray:
+    """Return the logs of probabilities, which serve as logits."""
+    logits: FloatArray = np.log(np.clip(probs.astype(np.float64), _LEAST_PROBABILITY, 1.0))
+    return logits
+
+
+def scaled_probs(probs: NDArray[np.floating[Any]], temperature: float) -> FloatArray:
+    """Return (n, classes) probabilities whose logits are divided by the temperature."""
+    scaled: FloatArray = softmax(logits_of(probs) / temperature, axis=1)
+    return scaled
