@@ -15,8 +15,9 @@ MISSING_VALUES: Final = ("nan", "none", "na", "n/a", "#n/a", "<na>", "null", "-1
 class SourceConfig(Section):
     """The labelled photographs."""
 
-    kind: Literal["utkface", "folder"] = "folder"
-    """`utkface`: labels are in the file names; `folder`: labels are in a CSV or Parquet table beside the images."""
+    kind: Literal["utkface", "fairface", "adience", "folder"] = "folder"
+    """`utkface`: labels are in the file names; `fairface` and `adience`: labels are in the files that the data set
+    publishes; `folder`: labels are in a CSV or Parquet table beside the images."""
     uri: str = ""
     """Folder or bucket prefix of the images, read with its subfolders."""
     name: str = ""
@@ -31,6 +32,9 @@ class SourceConfig(Section):
     """`folder` only: what codes beside male and female mean, such as {"M": "male", "F": "female"}."""
     race_codes: dict[str, str] = {}
     """`folder` only: what codes beside the races of the label space mean: {"East Asian": "asian"}."""
+    published_splits: bool = True
+    """`fairface` only: the published training set becomes train, and the published validation set val and test, in the
+    proportion of `split.val` to `split.test`. False: all images are dealt by [split]."""
     missing_values: tuple[str, ...] = MISSING_VALUES
     """`folder` only: values that mean a missing label or subject, beside an empty cell. Case and blanks do not count. A
     value that `gender_codes` or `race_codes` names is a code there."""

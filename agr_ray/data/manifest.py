@@ -196,7 +196,7 @@ def group_ids(labels: Sequence[ParsedLabel], digests: Sequence[str | None]) -> l
     # Within a group named by content every difference is a conflict, as splits.py sees for itself. Within a
     # subject ages differ by right, and only equal content tells.
     conflicting = {
-        root(f"sha256:{digest}") for digest, twins in of_content.items() if labels_conflict([_triple(t) for t in twins])
+        root(f"sha256:{digest}") for digest, twins in of_content.items() if labels_conflict([_values(t) for t in twins])
     }
     names: list[str | None] = []
     for digest in digests:
@@ -212,5 +212,5 @@ def labels_conflict(labels: Sequence[Sequence[object]]) -> bool:
     return any(len({value for value in column if value is not None}) > 1 for column in zip(*labels, strict=True))
 
 
-def _triple(label: ParsedLabel) -> tuple[float | None, str | None, str | None]:
-    return (label.age, label.gender, label.race)
+def _values(label: ParsedLabel) -> tuple[float | str | None, ...]:
+    return (label.age, label.age_low, label.age_high, label.gender, label.race)

@@ -118,7 +118,7 @@ class _Preparation:
         source = self._job.source.name or self._job.source.kind
         try:
             space = label_space(self._job.source, self._job.labels)
-            rows = in_key_order(source_rows(self._job.source, space, storage, console.print), source)
+            rows = in_key_order(source_rows(self._job.source, space, self._job.split, storage, console.print), source)
             listing = build_manifest(rows, source, {})
         except LabelTableError as error:
             raise ConfigError(str(error)) from error

@@ -121,12 +121,14 @@ def _groups(manifest: pa.Table) -> list[_Group]:
     """Return the groups of the rows that are ok, in the order of their ids."""
     members: dict[str, list[tuple[float | None, str | None, str | None]]] = defaultdict(list)
     given: dict[str, str] = {}
-    names = ("group_id", "age", "gender", "race", "split", "status")
-    for group, age, gender, race, split, status in zip(
+    names = ("group_id", "age", "age_low", "age_high", "gender", "race", "split", "status")
+    for group, age, low, high, gender, race, split, status in zip(
         *(manifest.column(name).to_pylist() for name in names), strict=True
     ):
         if status != Status.OK or group is None:
             continue
+        if age is None and low is not None:
+            age = (low + high) / 2
         members[group].append((age, gender, race))
         if split is not None and given.setdefault(group, split) != split:
             raise SplitLeakError(f"group {group!r} has two splits: {given[group]} and {split}")

@@ -16,7 +16,7 @@ from agr_ray.config.pipeline import Pipeline
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.coverage import coverage_report, expected_calibration_error
 from agr_ray.evaluation.selection import NEVER_SURE, TEMPERATURES
-from agr_ray.labels import UTKFACE, Labels
+from agr_ray.labels import FAIRFACE, UTKFACE, Labels
 from agr_ray.models.checkpoint import CALIBRATION, CheckpointError, read_calibration_json
 from agr_ray.models.predictions import Predictions
 
@@ -305,3 +305,38 @@ def test_the_file_of_a_checkpoint_is_read_or_named(tmp_path: Path) -> None:
 def test_calibrate_is_a_flag(argv: tuple[str, ...], expected: bool) -> None:
     needed = ("--evaluate.checkpoint", "best", "--evaluate.data", "prepared")
     assert parse(EvaluateJob, (*needed, *argv), {}).evaluate.calibrate is expected
+
+
+def test_ages_known_as_ranges_only_give_no_interval_and_say_so() -> None:
+    labels, predictions = draw(200, seed=2)
+    ranges = dataclasses.replace(
+        labels, age=np.full(200, NAN, np.float32), age_low=labels.age - 2, age_high=labels.age + 2
+    )
+    calibration = fit(ranges, predictions)
+
+    assert calibration.age is None
+    assert calibration.notes == (
+        "age: 0 images labelled with an exact age are too few for intervals of coverage 0.9; 200 others are labelled "
+        "with an age range, which tells no error",
+    )
+    assert (calibration.rows["age_group"] == labels.age_group).all()
+    assert coverage_report(ranges, predictions, calibration)["age"] is None
+
+
+def test_exact_ages_alone_make_the_interval() -> None:
+    labels, predictions = draw(300, seed=2)
+    exact = np.arange(300) < 200
+    mixed = dataclasses.replace(
+        labels, age=np.where(exact, labels.age, NAN).astype(np.float32), age_low=labels.age - 2, age_high=labels.age + 2
+    )
+    alone = fit(labels.take(exact), Predictions(*(column[exact] for column in predictions)))  # type: ignore[index]
+    assert fit(mixed, predictions).age == alone.age
+
+
+def test_a_calibration_keeps_its_label_space() -> None:
+    labels, predictions = draw(200, seed=2)
+    own = dataclasses.replace(labels, space=dataclasses.replace(FAIRFACE, races=UTKFACE.races))
+    calibration = fit(own, predictions)
+    again = Calibration.from_json(json.loads(json.dumps(calibration.to_json())))
+    assert again.space == own.space
+    np.testing.assert_array_equal(again.apply(predictions).age_low, calibration.apply(predictions).age_low)  # type: ignore[arg-type]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from agr_ray.labels import ADIENCE, FAIRFACE, RACE_MAPPINGS, SPACES, UTKFACE, LabelSpace
+from agr_ray.config import LabelsConfig
+from agr_ray.labels import ADIENCE, FAIRFACE, RACE_MAPPINGS, SPACES, UTKFACE, Labels, LabelSpace, race_mapping
 
 
 def test_ages_are_put_into_the_group_that_holds_their_whole_years() -> None:
@@ -54,3 +56,46 @@ def test_each_mapping_covers_its_source_and_stays_in_its_target() -> None:
     for (source, target), mapping in RACE_MAPPINGS.items():
         assert tuple(mapping) == SPACES[source].races
         assert set(mapping.values()) <= set(SPACES[target].races)
+
+
+def ranged() -> Labels:
+    """Return an exact age, a range within a group, one across groups, an open one, and a missing age."""
+    age = np.array([30, np.nan, np.nan, np.nan, np.nan], np.float32)
+    low, high = (np.array(ends, np.float32) for ends in ([25, 50, 38, 70, np.nan], [32, 59, 48, 116, np.nan]))
+    return Labels(FAIRFACE, age, np.array([0, 1, 1, -1, 0]), np.array([6, 2, -1, 0, 0]), low, high)
+
+
+def test_a_range_is_in_the_group_that_holds_it_or_its_middle() -> None:
+    assert [FAIRFACE.age_groups[k] for k in ranged().age_group[:4]] == ["30-39", "50-59", "40-49", "70+"]
+    assert ranged().age_group[4] == -1
+    assert ranged().has("age").tolist() == [True] * 4 + [False]
+
+
+def test_labels_survive_their_arrays() -> None:
+    again = Labels.from_arrays(FAIRFACE, ranged().take(slice(1, 4)).arrays)
+    for name, values in ranged().arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], values[1:4])
+
+
+def test_races_map_by_the_table_by_name_or_not_at_all() -> None:
+    assert race_mapping(FAIRFACE, UTKFACE)["middle_eastern"] == "others"
+    swapped = dataclasses.replace(UTKFACE, name="custom", races=UTKFACE.races[::-1])
+    assert race_mapping(UTKFACE, swapped) == {race: race for race in UTKFACE.races}
+    assert race_mapping(ADIENCE, UTKFACE) == race_mapping(UTKFACE, ADIENCE) == {}
+    with pytest.raises(ValueError, match=r"the races of utkface .* do not map onto those of fairface .*fairface onto"):
+        race_mapping(UTKFACE, FAIRFACE)
+
+
+def test_classes_without_races_are_age_groups_and_genders() -> None:
+    assert list(ADIENCE.classes) == ["age_group", "gender"]
+    assert list(FAIRFACE.classes) == ["age_group", "gender", "race"]
+
+
+def test_a_recipe_defines_its_own_classes() -> None:
+    assert LabelsConfig().label_space is None
+    assert LabelsConfig(space="adience").label_space == ADIENCE
+    own = LabelsConfig(races=(), age_groups=("0-17", "18+")).label_space
+    assert own is not None
+    assert (own.name, own.races, own.age_groups) == ("custom", (), ("0-17", "18+"))
+    with pytest.raises(ValueError, match="two classes at least, or none"):
+        LabelsConfig(races=("a",))

@@ -11,7 +11,7 @@ import pytest
 from agr_ray.evaluation.bootstrap import intervals
 from agr_ray.evaluation.groups import GroupSums, class_counts
 from agr_ray.evaluation.metrics import Baseline, MetricSums, metrics_report, objective
-from agr_ray.labels import UTKFACE, Labels
+from agr_ray.labels import ADIENCE, FAIRFACE, UTKFACE, Labels
 from agr_ray.models.predictions import Predictions
 
 NAN = math.nan
@@ -49,7 +49,7 @@ def some(num_rows: int, seed: int = 0) -> tuple[Labels, Predictions]:
 
 
 def summed(truth: Labels, guess: Predictions) -> MetricSums:
-    sums = MetricSums(UTKFACE)
+    sums = MetricSums(truth.space)
     sums.update(truth, guess)
     return sums
 
@@ -242,3 +242,47 @@ def test_one_row_or_one_person_has_no_interval() -> None:
     assert apart["gender"] == {"accuracy": None, "balanced_accuracy": None}
     assert apart["race"] == {"accuracy": None, "balanced_accuracy": None}
     assert list(together["age"].values()) == [None] * 5
+
+
+def test_ranges_count_for_age_groups_and_not_for_errors_in_years() -> None:
+    age = np.array([30, NAN, NAN, NAN, NAN], np.float32)
+    low, high = (np.array(ends, np.float32) for ends in ([NAN, 50, 20, 3, NAN], [NAN, 59, 29, 9, NAN]))
+    truth = Labels(FAIRFACE, age, np.full(5, -1), np.full(5, -1), low, high)
+    guess = Predictions(np.array([33, 52, 31, 30, 5], np.float32), None, None)
+
+    report = metrics_report(truth, guess)
+
+    of_age = report["age"]
+    assert (of_age["n"], of_age["n_range"], of_age["mae_years"]) == (1, 3, 3.0)
+    assert (of_age["exact_group"], of_age["one_off"]) == (2 / 4, 3 / 4)
+    assert of_age["distance_years"] == (3 + 0 + 2 + 21) / 4
+    assert report["labels"]["age_group"] == list(FAIRFACE.age_groups)
+    assert report["groups"]["age_group"]["3-9"]["age"]["exact_group"] == 0.0
+    assert report["baseline"]["guess"]["age_years"] == np.median([30, 54.5, 24.5, 6])
+    assert report["intervals"]["age"]["mae_years"] is None
+    assert report["intervals"]["age"]["one_off"] is not None
+    sums = GroupSums(FAIRFACE)
+    sums.update(truth, guess)
+    assert sums.to_json()["age_group"]["30-39"]["age"] == {
+        "n": 1, "n_range": 0, "mae_years": 3.0, "bias_years": 3.0, "within_5": 1.0, "exact_group": 1.0, "one_off": 1.0,
+    }  # fmt: skip
+    only_ranges = truth.take(np.isnan(age))
+    own = summed(only_ranges, Predictions(guess.age[1:], None, None)).to_json()  # type: ignore[index]
+    guessed = summed(only_ranges, Baseline.fit(only_ranges).predict(4)).to_json()
+    assert objective(own, guessed, ("age",)) == pytest.approx((23 / 3) / guessed["age"]["distance_years"])
+
+
+def test_a_space_without_races_has_no_race_figures() -> None:
+    truth = Labels(ADIENCE, np.array([30, 40], np.float32), np.array([0, 1]), np.full(2, -1))
+    report = metrics_report(truth, Predictions(np.array([30, 45], np.float32), np.array([0.1, 0.2], np.float32), None))
+
+    assert report["race"] == {"n": 0, "accuracy": None, "balanced_accuracy": None, "confusion": []}
+    assert (report["labels"]["race"], report["groups"]["race"], report["groups"]["gender_race"]) == ([], {}, {})
+    assert report["gender"]["confusion"] == [[1, 0], [1, 0]]
+    assert class_counts(truth)["race"] == {}
+
+
+def test_seven_races_have_a_matrix_of_seven() -> None:
+    truth = Labels(FAIRFACE, np.full(7, 30, np.float32), np.full(7, 0), np.arange(7))
+    guess = Predictions(None, None, np.eye(7, dtype=np.float32)[[0, 1, 2, 3, 4, 5, 5]])
+    assert metrics_report(truth, guess)["race"]["confusion"] == (np.eye(7)[[0, 1, 2, 3, 4, 5, 5]]).tolist()

@@ -62,8 +62,26 @@ def source_rows(
         raise LabelTableError(f"{labels_uri} has no rows")
     if table.other_columns:
         note(f"{name}: ignoring the columns {_examples(table.other_columns, len(table.other_columns))}")
-    _note_dropped(name, (row for rows in by_key.values() for row in rows), note)
+    yield from labelled_images(storage, uri, name, by_key, note)
 
+
+def labelled_images(
+    storage: Storage, uri: str, name: str, by_key: Mapping[str, Sequence[RowLabels]], note: Callable[[str], None]
+) -> Iterator[SourceRow]:
+    """Yield a row for each image below `uri`, and one for each labelled image that is not there, as `source_rows`.
+
+    Args:
+        storage: where the images are.
+        uri: folder or prefix of the images.
+        name: of the label table, in notes and errors.
+        by_key: labels of each image, by its path below `uri`.
+        note: called with a line for each kind of thing that is dropped or ignored.
+
+    Raises:
+        LabelTableError: no key is an image's.
+        StorageUnavailable: the folder or bucket can't be listed.
+    """
+    _note_dropped(name, (row for rows in by_key.values() for row in rows), note)
     keys = by_key.keys() | {_plain_key(key) for key in by_key}
     files = {
         info.key: info

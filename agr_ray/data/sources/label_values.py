@@ -58,6 +58,11 @@ class RowLabels:
     dropped: tuple[Dropped, ...]
 
 
+def unreadable_row(text: str, error: str) -> RowLabels:
+    """Return the labels of a row that can't be read at all: none, so that its image is a bad label."""
+    return RowLabels(None, None, None, None, None, (Dropped("row", text, error),))
+
+
 class LabelParser:
     """Reads the values of label rows.
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from agr_ray.config import LabelsConfig, SourceConfig
+from agr_ray.config import LabelsConfig, SourceConfig, SplitConfig
 from agr_ray.data.manifest import SourceRow
-from agr_ray.data.sources import folder, utkface
+from agr_ray.data.sources import adience, fairface, folder, utkface
 from agr_ray.data.sources.label_table import find_labels
 from agr_ray.errors import ConfigError
-from agr_ray.labels import UTKFACE, LabelSpace
+from agr_ray.labels import ADIENCE, FAIRFACE, UTKFACE, LabelSpace
 from agr_ray.storage import Storage
 
-LABEL_SPACES: Final = {"utkface": UTKFACE}
+LABEL_SPACES: Final = {"utkface": UTKFACE, "fairface": FAIRFACE, "adience": ADIENCE}
 """Label space of each kind of source that has one of its own; of the others, the configuration says it."""
 
 
@@ -33,13 +33,14 @@ def label_space(source: SourceConfig, labels: LabelsConfig) -> LabelSpace:
 
 
 def source_rows(
-    source: SourceConfig, space: LabelSpace, storage: Storage, note: Callable[[str], None]
+    source: SourceConfig, space: LabelSpace, split: SplitConfig, storage: Storage, note: Callable[[str], None]
 ) -> Iterator[SourceRow]:
     """Yield the images of a source with their labels.
 
     Args:
         source: kind and place.
         space: of the labels.
+        split: how FairFace's published validation set is dealt into val and test.
         storage: where it is.
         note: called with a line for each kind of thing that is dropped or ignored.
 
@@ -50,6 +51,11 @@ def source_rows(
     uri = storage.absolute(source.uri)
     if source.kind == "utkface":
         return utkface.source_rows(storage, uri)
+    if source.kind == "fairface":
+        val_share = split.val / (split.val + split.test or 1.0)
+        return fairface.source_rows(storage, uri, val_share=val_share if source.published_splits else None, note=note)
+    if source.kind == "adience":
+        return adience.source_rows(storage, uri, note=note)
     return folder.source_rows(
         storage,
         uri,

@@ -1,0 +1,40 @@
+"""Reading a label file that a data set publishes: fixed columns, one row for each image, rows that may be damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from agr_ray.data.sources.label_table import LabelTableError
+from agr_ray.storage import Storage
+
+
+def published_rows(
+    storage: Storage, uri: str, columns: Sequence[str], separator: str
+) -> Iterator[tuple[int, dict[str, str], str | None]]:
+    """Yield each row's line number, its values by column, and what is wrong with its form, or None.
+
+    Values are not quoted. Bytes that are not UTF-8 are replaced, so that they damage one value only. Values that a
+    damaged row lacks are empty.
+
+    Args:
+        storage: where the file is.
+        uri: of the file, with a header.
+        columns: that the header must have, in any order and among others.
+        separator: between values.
+
+    Raises:
+        LabelTableError: the header lacks a column.
+        StorageError, StorageUnavailable: the file can't be read.
+    """
+    lines = storage.read(uri).decode("utf-8-sig", errors="replace").replace("\r\n", "\n").split("\n")
+    header = [name.strip() for name in lines[0].split(separator)]
+    absent = [name for name in columns if name not in header]
+    if absent:
+        raise LabelTableError(f"{uri}: expected the columns {', '.join(columns)}, found {', '.join(header)}")
+    for number, line in enumerate(lines[1:], start=2):
+        if line.strip():
+            values = [value.strip() for value in line.split(separator)]
+            row = dict.fromkeys(columns, "") | dict(zip(header, values, strict=False))
+            is_whole = len(values) == len(header)
+            error = None if is_whole else f"line {number} has {len(values)} values for {len(header)} columns"
+            yield number, row, error
