@@ -62,7 +62,7 @@ class PrepareConfig(Section):
     allow_shrink: bool = False
     """Allow the set to follow a source that has lost more than half of its images; else that is an error."""
     outage_s: Annotated[float, Field(ge=0.0, le=1e6)] = 300.0
-    """Seconds that a running job waits for storage that has gone away before it gives up, resumably."""
+    """Seconds to retry while storage is unavailable. Then the job ends, and the same command resumes it."""
     lock_expiry_s: Timeout = 120.0
     """Seconds without a heartbeat after which the same command takes over the lock on `out` from a job that was killed
     on another machine. A job killed on this machine is detected at once. The heartbeat interval is a quarter of it."""

@@ -19,6 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Final, Protocol
 
 import pyarrow as pa
@@ -40,6 +41,7 @@ from agr_ray.schema import CROP_STATUSES, MANIFEST, SPLITS, TEMPLATE, Status
 from agr_ray.storage import Storage
 from agr_ray.storage.lock import RunLock, run_lock
 from agr_ray.storage.parts import Parts, read_plan, write_manifest
+from agr_ray.storage.retry import Retry
 from agr_ray.vision.align import DEFAULT_MARGIN
 
 LOCK: Final = "lock.json"
@@ -94,7 +96,8 @@ class _Preparation:
     def __init__(self, job: PrepareJob, storage: Storage, out: str, lock: RunLock, console: Console) -> None:
         self._job = job
         self._storage = storage
-        self._lock = lock
+        self._retry = Retry(job.prepare.outage_s)
+        self._check = partial(self._retry.call, lock.check)
         self._console = console
         self._work = storage.join(out, "work")
         settings = _settings(job)
@@ -132,11 +135,11 @@ class _Preparation:
         console.print(f"{len(rows):,} images: {valid.num_rows:,} done before, {todo.num_rows:,} to do")
         if todo.num_rows:
             made = self._make(todo, workers)
-            standing += find_standing(storage, listing, staged=made, retry=False)
+            standing += self._retry.call(lambda: find_standing(storage, listing, staged=made, retry=False))
             valid = standing_rows(standing)
         self._check_usable(valid, CROP_STATUSES)
-        manifest = self._with_splits(build_manifest(rows, source, dict(contents(valid))))
-        return self._publish(manifest, standing)
+        manifest = build_manifest(rows, source, dict(contents(valid)))
+        return self._publish(self._retry.call(lambda: self._with_splits(manifest)), standing)
 
     def _staged(self) -> list[str]:
         """Return the URIs of crop rows that killed jobs have made, or jobs that were refused."""
@@ -149,15 +152,16 @@ class _Preparation:
     def _make(self, todo: pa.Table, workers: Workers) -> list[str]:
         """Have crop rows made of these rows of the listing; return the URIs of the new parts."""
         if not self._has_record:
-            self._lock.check()
-            self._earlier.write(self._storage)  # the settings that staged crops are made with
+            self._check()
+            # The settings that staged crops are made with.
+            self._retry.call(lambda: self._earlier.write(self._storage))
         counts: Counter[str] = Counter()
         started = time.perf_counter()
         with workers.session() as num_workers:
-            parts, numbers = self._planned(todo, num_workers)
+            parts, numbers = self._retry.call(lambda: self._planned(todo, num_workers))
             with progress(self._console, "reading and cropping", todo.num_rows) as update:
                 for statuses in workers.crop(parts, numbers):
-                    self._lock.check()
+                    self._check()
                     counts.update(statuses)
                     said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
                     update(counts.total(), said)
@@ -168,7 +172,7 @@ class _Preparation:
     def _planned(self, todo: pa.Table, num_workers: int) -> tuple[Parts, list[int]]:
         """Return a plan and the numbers of its parts that hold these rows: a killed job's plan, or a new one."""
         storage, config = self._storage, self._job.prepare
-        self._lock.check()
+        self._check()
         folders = storage.list(self._work, ("plan.json",)) if storage.exists(self._work) else ()
         for plan_id in sorted({info.key.partition("/")[0] for info in folders}):
             parts = Parts(storage, storage.join(self._work, plan_id), config.outage_s)
@@ -233,27 +237,32 @@ class _Preparation:
             )
         is_same = self._earlier.finished and prepared.digest == self._earlier.digest
         is_same = is_same and not num_changed and not num_dropped and len(published) == len(standing)
-        self._lock.check()
-        if not is_same:
+        self._check()
+
+        def write_splits() -> None:
             prepared.write(storage)
             _remember(storage, prepared.uri, manifest)
             storage.write_table(manifest, prepared.manifest(storage))
             storage.write(storage.join(prepared.uri, "splits.tsv"), split_text.encode())
-            write_edits(storage, self._crops, standing, manifest, self._lock.check)
-        rows = storage.read_table(self._crops, columns=["image_id", "uri", "status", "error"])
+
+        if not is_same:
+            self._retry.call(write_splits)
+            write_edits(storage, self._crops, standing, manifest, self._check, self._retry)
+        columns = ["image_id", "uri", "status", "error"]
+        rows = self._retry.call(lambda: storage.read_table(self._crops, columns))
         if sorted(rows["image_id"].to_pylist()) != sorted(manifest["image_id"].to_pylist()):
             raise JobError(
                 f"{self._crops} holds {rows.num_rows:,} rows for {manifest.num_rows:,} images, so another job has "
                 "written there; run the same command again"
             )
         counts = dict(sorted(Counter(rows["status"].to_pylist()).items()))
-        prepared = prepared.model_copy(update={"finished": True, "counts": counts})
+        finished = prepared.model_copy(update={"finished": True, "counts": counts})
         if not is_same:
-            self._lock.check()
-            prepared.write(storage)
-        storage.delete_tree(self._work)
-        _print_summary(self._console, prepared, rows)
-        return prepared
+            self._check()
+            self._retry.call(lambda: finished.write(storage))
+        self._retry.call(lambda: storage.delete_tree(self._work))
+        _print_summary(self._console, finished, rows)
+        return finished
 
     def _check_usable(self, rows: pa.Table, usable: Sequence[str]) -> None:
         """Reject a source with no usable images, or with most images refused by storage for the same reason.

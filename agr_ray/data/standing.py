@@ -23,6 +23,7 @@ from agr_ray.data.manifest import Content
 from agr_ray.schema import CROP_STATUSES, CROPS, MANIFEST, RETRIED_STATUSES, Status
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import KILLED_ITS_WORKER
+from agr_ray.storage.retry import Retry
 
 COPIED: Final = tuple(name for name in MANIFEST.names if name not in ("status", "error"))
 """Columns of crop rows that are copied from the manifest."""
@@ -107,7 +108,12 @@ def contents(rows: pa.Table) -> Iterator[tuple[str, Content]]:
 
 
 def write_edits(
-    storage: Storage, folder: str, parts: Sequence[StandingPart], manifest: pa.Table, check: Callable[[], None]
+    storage: Storage,
+    folder: str,
+    parts: Sequence[StandingPart],
+    manifest: pa.Table,
+    check: Callable[[], None],
+    retry: Retry,
 ) -> None:
     """Make the set's crops agree with its manifest; safe to repeat after a kill.
 
@@ -120,20 +126,23 @@ def write_edits(
         parts: result of `find_standing`.
         manifest: schema.MANIFEST with hashes, groups and splits, in the order of the listing.
         check: called before every few parts; raises if this job may no longer write.
+        retry: for each request to storage.
     """
 
     def write(part: StandingPart) -> None:
         if not part.keeps.any():
             if not part.is_staged:
-                storage.delete(part.uri)
+                retry.call(lambda: storage.delete(part.uri))
             return
         if not part.is_staged and part.keeps.all() and not part.differs(manifest).any():
             return
-        rows, truth = storage.read_table(part.uri).filter(pa.array(part.keeps)), part.truth(manifest)
+        rows, truth = retry.call(lambda: storage.read_table(part.uri)), part.truth(manifest)
+        rows = rows.filter(pa.array(part.keeps))
         columns = {name: truth[name] for name in COPIED} | {"error": _errors(rows, truth)}
-        rows = pa.table({name: columns.get(name, rows[name]) for name in CROPS.names}, schema=CROPS)
+        edited = pa.table({name: columns.get(name, rows[name]) for name in CROPS.names}, schema=CROPS)
         name = hashlib.sha256("\n".join(rows["image_id"].to_pylist()).encode()).hexdigest()[:16]
-        storage.write_table(rows, storage.join(folder, f"part-{name}.parquet") if part.is_staged else part.uri)
+        uri = storage.join(folder, f"part-{name}.parquet") if part.is_staged else part.uri
+        retry.call(lambda: storage.write_table(edited, uri))
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         for start in range(0, len(parts), _NUM_THREADS):

@@ -29,8 +29,8 @@ from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError
 from agr_ray.predict.crop_maker import CropMaker
 from agr_ray.schema import CROPS
-from agr_ray.storage import ChangedObject, Storage, StorageFailed
-from agr_ray.storage.lock import LockLost, run_lock
+from agr_ray.storage import ChangedObject, Storage, StorageFailed, StorageUnavailable
+from agr_ray.storage.lock import LockLost, RunLock, run_lock
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
 from agr_ray.vision.decode import encode_jpeg
 
@@ -106,7 +106,9 @@ class Source:
             source=SourceConfig(uri=str(self.folder / "in")),
             split=SplitConfig(val=0.25, test=0.25),
             vision=VisionConfig(detector="none"),
-            prepare=PrepareConfig(out=str(self.folder / out), crop_side_px=16, rows_per_file=2, allow_shrink=True),
+            prepare=PrepareConfig(
+                out=str(self.folder / out), crop_side_px=16, rows_per_file=2, allow_shrink=True, outage_s=5
+            ),
         )
 
     def rows(self, out: str = "out") -> list[dict[str, Any]]:
@@ -451,6 +453,47 @@ def test_a_killed_job_downloads_no_image_again_that_it_has_staged(
     assert len(plans) == 1
     assert sorted(names) == sorted([*NAMES[:6], *names[4:6]])
     assert not (source.folder / "out" / "work").exists()
+    source.check()
+
+
+def test_every_request_of_a_running_job_is_retried(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agr_ray.storage.retry._RETRY_S", 0.0)
+    prepare(source.job())
+    source.put("g")
+    source.remove("a")
+    source.remove("b")
+    source.label("c", "44,male,black")
+    failures: list[str] = []
+
+    def fail_once(name: str, real: Any) -> Any:
+        def called(storage: Storage, uri: Any, *args: Any, **kwargs: Any) -> Any:
+            target = {"write_table": args[0], "upload_tree": "the plan"}.get(name, uri) if args else uri
+            key = f"{name} {target}"
+            is_running = "/out/work/" in str((uri, args)) or failures
+            if is_running and "/in/" not in key and "lock.json" not in key and key not in failures:
+                failures.append(key)
+                raise StorageUnavailable("away")
+            return real(storage, uri, *args, **kwargs)
+
+        return called
+
+    num_checks = 0
+
+    def check(lock: RunLock) -> None:
+        nonlocal num_checks
+        num_checks += 1
+        if num_checks % 2:
+            raise StorageUnavailable("away")
+
+    names = ("read", "read_table", "write", "write_table", "delete", "upload_tree", "delete_tree")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLock, "check", check)
+        for name in names:
+            patch.setattr(Storage, name, fail_once(name, getattr(Storage, name)))
+        prepare(source.job())
+
+    assert sorted({each.split()[0] for each in failures}) == sorted(names)
+    assert num_checks > 6
     source.check()
 
 
