@@ -10,21 +10,22 @@ from numpy.typing import NDArray
 
 from agr_ray.config import PrepareConfig, VisionConfig
 from agr_ray.data.manifest import content_hash
-from agr_ray.predict.photographs import ImageReader, Photograph, Reject, landmark_columns
+from agr_ray.predict.downloads import Downloads, use_one_cpu
+from agr_ray.predict.face_finder import FaceFinder, Photograph, Reject
 from agr_ray.schema import CROPS, MANIFEST, TEMPLATE, Status
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
 from agr_ray.storage.retry import Retry
-from agr_ray.vision.align import align, align_chip
 from agr_ray.vision.decode import encode_jpeg
-from agr_ray.vision.quality import sharpness
 
 
 class CropMaker:
     """Makes the crop rows of parts and writes them. Each worker process has its own."""
 
     def __init__(self, parts: Parts, vision: VisionConfig, config: PrepareConfig) -> None:
+        use_one_cpu()
         self._parts = parts
-        self._reader = ImageReader(parts.storage, vision)
+        self._downloads = Downloads(parts.storage, vision.max_mib)
+        self._finder = FaceFinder(vision, config.crop_side_px)
         self._config = config
         self._retry = Retry(parts.outage_s)
 
@@ -63,37 +64,26 @@ class CropMaker:
         return [row | next(made) if row["status"] == Status.OK else row for row in rows]
 
     def _read(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        fetched = self._reader.fetch([row["uri"] for row in rows], [row["etag"] for row in rows])
-        columns = []
-        for body, seen in zip(fetched, self._reader.read(fetched), strict=True):
-            data = body.result()
-            digest = None if isinstance(data, Reject) else content_hash(data)
-            columns.append({"content_hash": digest} | self._crop(seen))
-        return columns
+        fetched = self._downloads.fetch([row["uri"] for row in rows], [row["etag"] for row in rows])
+        bodies = [each.result() for each in fetched]
+        hashes = [None if isinstance(body, Reject) else content_hash(body) for body in bodies]
+        crops = [self._crop(seen) for seen in self._finder.find(bodies)]
+        return [{"content_hash": digest} | crop for digest, crop in zip(hashes, crops, strict=True)]
 
     def _crop(self, seen: Photograph | Reject) -> dict[str, Any]:
         """Return what an image adds to its row. The face nearest the centre is the labelled one."""
         if isinstance(seen, Reject):
             return {"status": str(seen.status), "error": seen.error}
-        rgb, faces = seen.upright_rgb, seen.faces
-        found: dict[str, Any] = {"status": str(Status.FALLBACK)}
-        if len(faces):
-            index = faces.nearest_centre(rgb.shape[1], rgb.shape[0])
-            crop = align(rgb, faces.boxes_xyxy[index], faces.landmarks[index], self._config.crop_side_px)
-            original = seen.original_faces
-            found = {
-                "status": str(Status.OK),
-                "detector_score": float(original.scores[index]),
-                "box": original.boxes_xyxy[index].tolist(),
-                **landmark_columns(original.landmarks[index]),
-            }
+        if len(seen.faces):
+            height, width = seen.upright_rgb.shape[:2]
+            status, face = Status.OK, self._finder.face(seen, seen.faces.nearest_centre(width, height))
         else:
-            crop = align_chip(rgb, self._config.crop_side_px)
-        return found | {
-            "crop": encode_jpeg(crop, self._config.jpeg_quality),
+            status, face = Status.FALLBACK, self._finder.chip(seen)
+        return face.columns | {
+            "status": str(status),
+            "crop": encode_jpeg(face.crop, self._config.jpeg_quality),
             "template": TEMPLATE,
-            "detector": self._reader.detector_name,
-            "num_faces": len(faces),
+            "detector": self._finder.detector_name,
+            "num_faces": len(seen.faces),
             "rotation_degrees": seen.rotation_degrees,
-            "sharpness": sharpness(crop),
         }

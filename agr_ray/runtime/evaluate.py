@@ -19,7 +19,6 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from ray.data import ActorPoolStrategy
 from rich.console import Console
 
@@ -34,7 +33,6 @@ from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.coverage import coverage_report
 from agr_ray.evaluation.metrics import Baseline, metrics_report
 from agr_ray.evaluation.selection import NEVER_SURE
-from agr_ray.evaluation.terms import predicted_gender
 from agr_ray.labels import Labels, LabelSpace, race_mapping
 from agr_ray.models.card import HEADLINES, model_card, with_measured
 from agr_ray.models.checkpoint import (
@@ -44,14 +42,14 @@ from agr_ray.models.checkpoint import (
     TRAIN_STATE,
     CheckpointError,
     content_codes,
-    load_checkpoint,
     load_train_state,
     model_digest,
     read_meta,
 )
 from agr_ray.models.checkpoint_files import local_checkpoint, portable_checkpoint, unpacked_checkpoint
-from agr_ray.models.predictions import Predictions, class_probs_array, class_probs_column
-from agr_ray.predict.forward import predict
+from agr_ray.models.predictions import Predictions, class_probs_array
+from agr_ray.predict.attributes import AttributePredictor, attribute_columns, uncalibrated
+from agr_ray.predict.downloads import use_one_cpu
 from agr_ray.predict.resolve import resolve
 from agr_ray.progress import progress
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
@@ -283,14 +281,13 @@ class CropPredictor:
         predict_config: PredictConfig,
         mapping: Mapping[str, str],
     ) -> None:
-        torch.set_num_threads(1)
+        use_one_cpu()
         with unpacked_checkpoint(checkpoint) as directory:
-            loaded = load_checkpoint(directory, device="cuda" if config.use_gpu else "cpu")
-        self._model, self._transform = loaded.model, loaded.transform
+            device = "cuda" if config.use_gpu else "cpu"
+            self._predictor = AttributePredictor.load(directory, predict_config, device=device)
         self._storage = storage
         self._side_px = side_px
         self._config = config
-        self._predict_config = predict_config
         self._mapping = mapping
 
     def __call__(self, parts: pa.Table) -> Iterator[pa.Table]:
@@ -301,25 +298,18 @@ class CropPredictor:
             rows = map_races(rows, self._mapping)
             for start in range(0, rows.num_rows, self._config.batch_size):
                 batch = rows.slice(start, self._config.batch_size)
-                made = predict(self._model, decoded_crops(batch, self._side_px), self._transform, self._predict_config)
-                columns = {name: batch[name] for name in _KEPT_COLUMNS} | prediction_columns(
-                    made, batch.num_rows, self._model.space
-                )
-                yield pa.table(columns, schema=PREDICTIONS)
+                predictions = self._predictor.predict(decoded_crops(batch, self._side_px))
+                columns = prediction_columns(predictions, batch.num_rows, self._predictor.space)
+                yield pa.table({name: batch[name] for name in _KEPT_COLUMNS} | columns, schema=PREDICTIONS)
 
 
-def prediction_columns(made: Predictions, num_rows: int, space: LabelSpace) -> dict[str, pa.Array]:
+def prediction_columns(predictions: Predictions, num_rows: int, space: LabelSpace) -> dict[str, pa.Array]:
     """Return the columns of schema.PREDICTION_FIELDS; a task without a head gives nulls."""
-    columns = {field.name: pa.nulls(num_rows, field.type) for field in PREDICTION_FIELDS}
-    if made.age is not None:
-        columns["age_pred"] = pa.array(made.age)
-    if made.p_male is not None:
-        columns["p_male"] = pa.array(made.p_male)
-        columns["gender_pred"] = pa.array(np.asarray(space.genders)[predicted_gender(made.p_male)])
-    if made.race_probs is not None:
-        columns["race_pred"] = pa.array(np.asarray(space.races)[made.race_probs.argmax(axis=1)])
-        columns["race_probs"] = class_probs_column(made.race_probs, space.races)
-    return columns
+    columns = attribute_columns(uncalibrated(predictions), num_rows, space)
+    return {
+        field.name: columns.get(field.name.removesuffix("_pred"), pa.nulls(num_rows, field.type))
+        for field in PREDICTION_FIELDS
+    }
 
 
 def _check_compatible(meta: dict[str, Any], prepared: PreparedSet, config: EvaluateConfig) -> None:

@@ -21,7 +21,7 @@ from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.parts import run_parts
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.publish import Counts, Publication
-from agr_ray.scoring.scorer import AttributePredictor, Found, PartScorer, Scoring
+from agr_ray.scoring.scorer import Found, PartScorer, RowPredictor, Scoring
 
 
 def score(job: ScoreJob) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class RayWorkers:
 @contextmanager
 def remote_predictors(scoring: Scoring, number: int, *, gpus_each: float) -> Iterator[list[ActorHandle[Any]]]:
     """Run this many predictors, each in its own process, until the block ends. Ray restarts those that die."""
-    actor: Any = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=-1, max_task_retries=-1)(AttributePredictor)
+    actor: Any = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=-1, max_task_retries=-1)(RowPredictor)
     actors = [actor.remote(scoring) for _ in range(number)]
     try:
         yield actors

@@ -1,6 +1,6 @@
 """What a scoring worker does: a part of a run's manifest -> photographs -> faces -> attributes -> image rows.
 
-`FaceFinder` runs on CPUs, `AttributePredictor` preferably on a GPU. Without a GPU, both run in one process. With a GPU,
+`PartFinder` runs on CPUs, `RowPredictor` preferably on a GPU. Without a GPU, both run in one process. With a GPU,
 each `PartScorer` sends its crops to a predictor in another process, a few batches ahead.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
@@ -19,25 +20,19 @@ from numpy.typing import NDArray
 
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
 from agr_ray.data.rejects import reject_reasons
-from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration
-from agr_ray.evaluation.terms import predicted_gender
-from agr_ray.models.checkpoint import load_checkpoint
+from agr_ray.evaluation.calibration import Calibration
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
-from agr_ray.models.predictions import Predictions, class_probs_column
 from agr_ray.models.transform import Transform
-from agr_ray.predict.forward import predict
-from agr_ray.predict.inference import for_inference
-from agr_ray.predict.photographs import ImageReader, Photograph, Reject, landmark_columns
+from agr_ray.predict.attributes import AttributePredictor, attribute_columns
+from agr_ray.predict.downloads import Downloads, use_one_cpu
+from agr_ray.predict.face_finder import FaceFinder, Photograph, Reject
 from agr_ray.schema import FACE, IMAGES, SCORE_MANIFEST, SCORED_STATUSES, Status
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Attempts, Parts
 from agr_ray.storage.retry import Retry
-from agr_ray.vision.align import align, crop_side_px
-from agr_ray.vision.quality import sharpness
+from agr_ray.vision.align import crop_side_px
 
-PREDICT_BATCH: Final = {"cpu": 32, "cuda": 256}
-"""Faces that go through the network at a time, at most: what a CPU's cache holds, and what fills a GPU."""
 MAX_CROPS: Final = 256
 """Maximum faces in a batch, unless one photograph has more: 56 MB of 224-pixel crops with margins."""
 MAX_PENDING: Final = 2
@@ -54,6 +49,7 @@ SUMMARY: Final = pa.schema(
 )
 """One row for each part that was scored."""
 
+_Fetched = Sequence[Future[bytes | Reject]]
 _Row = tuple[int, dict[str, Any]]
 """A row and its place in the part."""
 
@@ -114,8 +110,8 @@ class PartScorer:
     def __init__(self, scoring: Scoring, predictor: Predictor | None = None) -> None:
         """If `predictor` is None, predict attributes in this process."""
         self._scoring = scoring
-        self._finder = FaceFinder(scoring)
-        self._predictor = predictor or AttributePredictor(scoring, self._finder.stopwatch)
+        self._finder = PartFinder(scoring)
+        self._predictor = predictor or RowPredictor(scoring, self._finder.stopwatch)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
         """Score the parts numbered in `part`; yield a `SUMMARY` row for each."""
@@ -157,13 +153,16 @@ class PartScorer:
         }
 
 
-class FaceFinder:
-    """Downloads, decodes, detects and aligns. One worker's own."""
+class PartFinder:
+    """Downloads the photographs of a part and finds their faces. Each worker has its own."""
 
     def __init__(self, scoring: Scoring) -> None:
+        use_one_cpu()
         self.stopwatch = Stopwatch()
         self._scoring = scoring
-        self._reader = ImageReader(scoring.storage, scoring.vision, self.stopwatch)
+        self._downloads = Downloads(scoring.storage, scoring.vision.max_mib)
+        transform = scoring.transform
+        self._finder = FaceFinder(scoring.vision, transform.crop_side_px, transform.margin, self.stopwatch)
         self._retry = Retry(scoring.outage_s)
 
     def find(self, part: int) -> Iterator[Found]:
@@ -207,18 +206,24 @@ class FaceFinder:
             yield from self._find_batch([(position, row)], self._fetch([(position, row)]), refused)
         attempts.suspect("")
 
-    def _fetch(self, rows: Sequence[_Row]) -> Any:
-        return self._reader.fetch([row["uri"] for _, row in rows], [row["etag"] for _, row in rows])
+    def _fetch(self, rows: Sequence[_Row]) -> list[Future[bytes | Reject]]:
+        return self._downloads.fetch([row["uri"] for _, row in rows], [row["etag"] for _, row in rows])
 
-    def _find_batch(self, rows: Sequence[_Row], fetched: Any, refused: list[_Row] | None) -> Iterator[Found]:
+    def _bodies(self, fetched: _Fetched) -> list[bytes | Reject]:
+        """Wait for the files. Only storage that can't be reached raises."""
+        with self.stopwatch.stage("wait for storage"):
+            return [each.result() for each in fetched]
+
+    def _find_batch(self, rows: Sequence[_Row], fetched: _Fetched, refused: list[_Row] | None) -> Iterator[Found]:
         """Find the faces of a batch, in pieces of about `MAX_CROPS` faces.
 
         If `refused` is given, rows worth retrying are appended to it instead of being yielded.
         """
         try:
-            seen = self._reader.read(fetched)
+            bodies = self._bodies(fetched)
         except StorageUnavailable:
-            seen = self._retry.call(lambda: self._reader.read(self._fetch(rows)))
+            bodies = self._retry.call(lambda: self._bodies(self._fetch(rows)))
+        seen = self._finder.find(bodies)
         common = self._common()
         images: list[_Row] = []
         crops: list[NDArray[np.uint8]] = []
@@ -229,8 +234,7 @@ class FaceFinder:
             if isinstance(each, Reject):
                 columns = _rejected(each)
             else:
-                with self.stopwatch.stage("align"):
-                    columns, aligned = self._faces(each)
+                columns, aligned = self._faces(each)
                 crops += aligned
             images.append((position, row | common | columns))
             if len(crops) >= MAX_CROPS:
@@ -248,44 +252,31 @@ class FaceFinder:
         return {
             **self._scoring.provenance,
             "calibrated": self._scoring.calibration is not None,
-            "detector": self._reader.detector_name,
+            "detector": self._finder.detector_name,
             "scored_at": datetime.datetime.now(datetime.UTC),
         }
 
     def _faces(self, photograph: Photograph) -> tuple[dict[str, Any], list[NDArray[np.uint8]]]:
         """Return what a photograph adds to its row, and its faces' crops, both from left to right."""
-        original = photograph.original_faces
-        transform = self._scoring.transform
-        faces, crops = [], []
-        for index in np.argsort(original.boxes_xyxy[:, 0], kind="stable").tolist():
-            box, landmarks = photograph.faces.boxes_xyxy[index], photograph.faces.landmarks[index]
-            crop = align(photograph.upright_rgb, box, landmarks, transform.crop_side_px, transform.margin)
-            face = {
-                "box": original.boxes_xyxy[index].tolist(),
-                "detector_score": float(original.scores[index]),
-                **landmark_columns(original.landmarks[index]),
-                "sharpness": sharpness(crop),
-            }
-            faces.append(face | {"flags": flags(face, self._scoring.gates)})
-            crops.append(crop)
+        found = self._finder.faces(photograph)
+        faces = [face.columns | {"flags": flags(face.columns, self._scoring.gates)} for face in found]
         return {
             "status": str(Status.OK if faces else Status.NO_FACE),
             "width_px": photograph.image.width_px,
             "height_px": photograph.image.height_px,
             "rotation_degrees": photograph.rotation_degrees,
             "faces": faces,
-        }, crops
+        }, [face.crop for face in found]
 
 
-class AttributePredictor:
-    """Predicts and calibrates in this process. Each worker has its own."""
+class RowPredictor:
+    """Fills attributes into image rows, in this process. Each worker has its own."""
 
     def __init__(self, scoring: Scoring, stopwatch: Stopwatch | None = None) -> None:
-        self._device = "cuda" if scoring.use_gpu else "cpu"
         with unpacked_checkpoint(dict(scoring.checkpoint)) as directory:
-            loaded = load_checkpoint(directory, device=self._device)
-        self._model = for_inference(loaded.model, scoring.predict.precision)
-        self._scoring = scoring
+            device = "cuda" if scoring.use_gpu else "cpu"
+            self._predictor = AttributePredictor.load(directory, scoring.predict, scoring.calibration, device)
+        self._attributes = scoring.attributes
         self._stopwatch = stopwatch or Stopwatch()
 
     def submit(self, found: Found) -> Callable[[], pa.Table]:
@@ -301,46 +292,11 @@ class AttributePredictor:
         faces = found.images["faces"].combine_chunks()
         fields = {field.name: faces.flatten().field(field.name) for field in FACE}
         with self._stopwatch.stage("predict"):
-            fields |= self._attributes(found.crops)
+            predicted = self._predictor.attributes(found.crops)
+            fields |= attribute_columns(predicted, num_faces, self._predictor.space, self._attributes)
         filled = pa.StructArray.from_arrays(list(fields.values()), fields=list(FACE))
         lists = pa.ListArray.from_arrays(faces.offsets, filled)
         return found.images.set_column(IMAGES.get_field_index("faces"), IMAGES.field("faces"), lists)
-
-    def _attributes(self, crops: NDArray[np.uint8]) -> dict[str, pa.Array]:
-        """Return the columns of each face's attributes: of those that are asked for and that the network has."""
-        size = PREDICT_BATCH[self._device]
-        batches = [
-            predict(self._model, crops[start : start + size], self._scoring.transform, self._scoring.predict)
-            for start in range(0, len(crops), size)
-        ]
-        columns_of_batches = zip(*batches, strict=True)
-        predictions = Predictions(*(None if each[0] is None else np.concatenate(each) for each in columns_of_batches))
-        calibration = self._scoring.calibration
-        made = uncalibrated(predictions) if calibration is None else calibration.apply(predictions)
-        asked = self._scoring.attributes
-        columns: dict[str, pa.Array] = {}
-        abstained: dict[str, NDArray[np.bool_]] = {}
-        if made.age is not None and "age" in asked:
-            columns["age"] = pa.array(made.age, pa.float32())
-            if made.age_low is not None:
-                columns["age_low"] = pa.array(made.age_low, pa.float32())
-                columns["age_high"] = pa.array(made.age_high, pa.float32())
-        if made.p_male is not None and "gender" in asked:
-            is_nan = np.asarray(np.isnan(made.p_male))
-            columns["p_male"] = pa.array(made.p_male, pa.float32())
-            columns["gender"] = pa.array(
-                np.asarray(self._model.space.genders)[predicted_gender(made.p_male)], mask=is_nan
-            )
-            abstained["gender"] = is_nan if made.abstain_gender is None else is_nan | made.abstain_gender
-        if made.race_probs is not None and "race" in asked:
-            races = self._model.space.races
-            columns["race_probs"] = class_probs_column(made.race_probs, races)
-            is_nan = np.asarray(np.isnan(made.race_probs).any(axis=1))
-            columns["race"] = pa.array(np.asarray(races)[made.race_probs.argmax(axis=1)], mask=is_nan)
-            abstained["race"] = is_nan if made.abstain_race is None else is_nan | made.abstain_race
-        names = [[name for name, chosen in abstained.items() if chosen[face]] for face in range(len(crops))]
-        columns["abstain"] = pa.array(names, pa.list_(pa.string()))
-        return columns
 
 
 def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:
@@ -354,19 +310,6 @@ def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:
         "unsure": face["detector_score"] < gates.min_detector_score,
     }
     return [name for name, holds in found.items() if holds]
-
-
-def uncalibrated(predictions: Predictions) -> CalibratedPredictions:
-    """Return predictions as they are: without intervals, and never abstaining."""
-    return CalibratedPredictions(
-        age=predictions.age,
-        age_low=None,
-        age_high=None,
-        p_male=predictions.p_male,
-        race_probs=predictions.race_probs,
-        abstain_gender=None,
-        abstain_race=None,
-    )
 
 
 def _rejected(reject: Reject) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from agr_ray.config import PrepareConfig, VisionConfig
 from agr_ray.data.manifest import content_hash
 from agr_ray.data.rendered import render_chip
 from agr_ray.predict.crop_maker import CropMaker
-from agr_ray.predict.photographs import ImageReader, Photograph, landmark_columns
+from agr_ray.predict.face_finder import FaceFinder, Photograph, landmark_columns
 from agr_ray.schema import CROPS, MANIFEST
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import Parts
@@ -64,8 +64,7 @@ def turned_points(points: np.ndarray, degrees: int) -> np.ndarray:
 def read_one(tmp_path: Path, rgb: np.ndarray, **vision: Any) -> Photograph:
     path = tmp_path / "photograph.png"
     Image.fromarray(rgb).save(path)
-    reader = ImageReader(Storage(), VisionConfig(**vision))
-    (photograph,) = reader.read(reader.fetch([str(path)], [None]))
+    (photograph,) = FaceFinder(VisionConfig(**vision), 100).find([path.read_bytes()])
     assert isinstance(photograph, Photograph)
     return photograph
 

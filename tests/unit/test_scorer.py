@@ -22,15 +22,16 @@ from agr_ray.labels import GENDERS
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.predictions import Predictions
-from agr_ray.predict.photographs import ImageReader
+from agr_ray.predict import attributes
+from agr_ray.predict.face_finder import FaceFinder
 from agr_ray.schema import IMAGES
 from agr_ray.scoring import scorer
 from agr_ray.scoring.planning import plan
 from agr_ray.scoring.publish import pseudonymised
 from agr_ray.scoring.scorer import (
-    AttributePredictor,
     Found,
     PartScorer,
+    RowPredictor,
     Scoring,
     flags,
 )
@@ -97,17 +98,17 @@ def test_a_sideways_face_has_its_rotation_in_its_row_and_its_box_in_original_pix
 def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
     scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = ImageReader.read
+    find = FaceFinder.find
     deaths: Counter[int] = Counter()
 
-    def read_or_die(reader: ImageReader, fetched: Any) -> Any:
-        if any(each.result() == killer for each in fetched):
-            deaths[len(fetched)] += 1
+    def find_or_die(finder: FaceFinder, bodies: Any) -> Any:
+        if killer in bodies:
+            deaths[len(bodies)] += 1
             raise Killed
-        return read(reader, fetched)
+        return find(finder, bodies)
 
     killer = (Path(scoring.work).parent / "photographs" / "2.jpg").read_bytes()
-    monkeypatch.setattr(ImageReader, "read", read_or_die)
+    monkeypatch.setattr(FaceFinder, "find", find_or_die)
     num_attempts = 1
     while num_attempts < 10:
         try:
@@ -186,7 +187,7 @@ def test_only_the_attributes_asked_for_are_filled_in(scoring: Scoring) -> None:
     side_px = scoring.stored_side_px
     crops = np.random.default_rng(0).integers(0, 256, (3, side_px, side_px, 3), np.uint8)
 
-    filled = AttributePredictor(scoring).fill(Found(np.arange(3), images, crops))
+    filled = RowPredictor(scoring).fill(Found(np.arange(3), images, crops))
 
     assert filled.schema.equals(IMAGES)
     made = [face for row in filled.to_pylist() for face in row["faces"]]
@@ -204,14 +205,14 @@ def test_a_network_that_gives_nan_names_no_gender_and_no_race(
         p_male=np.array([0.9, np.nan], np.float32),
         race_probs=np.array([[0.1, 0.6, 0.1, 0.1, 0.1], [np.nan] * 5], np.float32),
     )
-    monkeypatch.setattr(scorer, "predict", lambda *_: predictions)
+    monkeypatch.setattr(attributes, "predict", lambda *_: predictions)
     scoring = dataclasses.replace(scoring, attributes=("age", "gender", "race"))
     side_px = scoring.stored_side_px
     faces = [{"box": [float(x), 0.0, 9.0, 9.0], "flags": []} for x in range(2)]
     images = pa.Table.from_pylist([image_row("a", faces)], schema=IMAGES)
 
     (row,) = (
-        AttributePredictor(scoring)
+        RowPredictor(scoring)
         .fill(Found(np.arange(1), images, np.zeros((2, side_px, side_px, 3), np.uint8)))
         .to_pylist()
     )
@@ -225,7 +226,7 @@ class Deferred:
     """Predicts only when the result is requested, like a busy process."""
 
     def __init__(self, scoring: Scoring) -> None:
-        self._predictor = AttributePredictor(scoring)
+        self._predictor = RowPredictor(scoring)
         self.num_pending = 0
         self.sizes: list[tuple[int, int]] = []
 

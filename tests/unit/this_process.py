@@ -13,7 +13,7 @@ from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.scoring.publish import Counts, Publication
-from agr_ray.scoring.scorer import AttributePredictor, PartScorer, Scoring
+from agr_ray.scoring.scorer import PartScorer, RowPredictor, Scoring
 from agr_ray.storage import Storage
 
 
@@ -22,7 +22,7 @@ class ThisProcess:
 
     num_workers = 1
 
-    def __init__(self, predictor: AttributePredictor) -> None:
+    def __init__(self, predictor: RowPredictor) -> None:
         self._predictor = predictor
 
     def session(self) -> AbstractContextManager[None]:
@@ -56,4 +56,4 @@ class ThisProcess:
             provenance={},
             use_gpu=False,
         )
-        return cls(AttributePredictor(scoring))
+        return cls(RowPredictor(scoring))

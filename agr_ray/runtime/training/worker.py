@@ -28,7 +28,7 @@ from agr_ray.learn.progress import Progress
 from agr_ray.learn.resources import MIN_VAL_BATCH, max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
-from agr_ray.predict.forward import predict
+from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.runtime.ray_compat import machine_cpus
 from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.shard_batches import ShardBatches
@@ -277,7 +277,7 @@ class RunLogs:
         from agr_ray.report.samples import samples_page
 
         labels = Labels.from_arrays(report.model.space, samples)
-        said = predict(report.model, samples["crop"], report.transform, self._run.job.predict)
+        said = AttributePredictor(report.model, report.transform, self._run.job.predict).predict(samples["crop"])
         page = samples_page(samples["crop"], labels, said)
         self._writer.add_image("val/samples", page, report.row["epoch"], dataformats="HWC")
         self._upload()

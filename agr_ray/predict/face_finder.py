@@ -1,30 +1,25 @@
-"""The one way from a URI to the faces of a photograph, for labelled sets and for scoring alike."""
+"""Bytes of an image file -> a photograph -> its faces: boxes, landmarks, pose, sharpness and aligned crops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
-import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from agr_ray.config import VisionConfig
-from agr_ray.memory import keep_freed_memory
 from agr_ray.schema import Status
 from agr_ray.stopwatch import Stopwatch
-from agr_ray.storage import ServerFailed, Storage, StorageError
+from agr_ray.vision.align import DEFAULT_MARGIN, align, align_chip
 from agr_ray.vision.decode import DecodedImage, ImageError, decode_image
 from agr_ray.vision.detect import make_detector
 from agr_ray.vision.faces import Faces
 from agr_ray.vision.pose import head_pose
+from agr_ray.vision.quality import sharpness
 
-MIB = 2**20
-NUM_DOWNLOADS = 8
-"""Objects that one worker reads at a time: storage is slow to answer and costs no CPU."""
+MIB: Final = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,31 +48,40 @@ class Reject:
     status: Status
     error: str
     may_pass: bool = False
-    """Whether it was storage that failed, and not the image: asked again, it may give it."""
+    """Whether storage failed, and not the image: a second request may succeed."""
 
 
-def landmark_columns(landmarks: NDArray[np.float32]) -> dict[str, Any]:
-    """Return landmarks (5, 2) and the head pose seen in them as columns; none where the detector gives none (NaN)."""
-    if not np.isfinite(landmarks).all():
-        return {}
-    yaw, pitch, roll = head_pose(landmarks)
-    return {"landmarks": landmarks.ravel().tolist(), "yaw": yaw, "pitch": pitch, "roll": roll}
+class Face(NamedTuple):
+    """One face of a photograph."""
+
+    crop: NDArray[np.uint8]
+    """(S, S, 3), RGB, aligned; S is the side of the template and its margins."""
+    columns: dict[str, Any]
+    """Columns of schema.FACE and schema.CROPS: box, detector_score, landmarks, yaw, pitch and roll (if the detector
+    gives landmarks), sharpness. Boxes and landmarks are in pixels of the original image."""
 
 
-class ImageReader:
-    """Download, decode and detect, a batch at a time. Build one in each worker process, which it claims whole.
+class FaceFinder:
+    """Decodes, detects and aligns: the first half of `FaceModel`.
 
-    Each worker has one CPU, so OpenCV and torch are told to use one thread here.
+    Args:
+        vision: how.
+        crop_side_px: side of the alignment template.
+        margin: of the crops, as a share of the template's side.
+        stopwatch: measures the stages.
     """
 
-    def __init__(self, storage: Storage, vision: VisionConfig, stopwatch: Stopwatch | None = None) -> None:
-        cv2.setNumThreads(1)
-        torch.set_num_threads(1)
-        keep_freed_memory()
-        self._stopwatch = stopwatch or Stopwatch()
-        self._storage = storage
+    def __init__(
+        self,
+        vision: VisionConfig,
+        crop_side_px: int,
+        margin: float = DEFAULT_MARGIN,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
         self._vision = vision
-        self._downloads = ThreadPoolExecutor(NUM_DOWNLOADS)
+        self._crop_side_px = crop_side_px
+        self._margin = margin
+        self._stopwatch = stopwatch or Stopwatch()
         # Haar's scores are no probabilities.
         min_score = vision.min_score if vision.detector == "mtcnn" else 0.0
         self._detector = make_detector(vision.detector, min_face_px=vision.min_face_px, min_score=min_score)
@@ -87,20 +91,43 @@ class ImageReader:
         """Return the name that goes into every row."""
         return self._detector.name
 
-    def fetch(self, uris: Sequence[str], etags: Sequence[str | None]) -> list[Future[bytes | Reject]]:
-        """Begin to download, without waiting: whoever fetches a batch ahead never waits for storage."""
-        return [self._downloads.submit(self._download, *each) for each in zip(uris, etags, strict=True)]
-
-    def read(self, fetched: Sequence[Future[bytes | Reject]]) -> list[Photograph | Reject]:
-        """Return, in order, each image with its faces, or why there is none. Only storage that is down raises."""
-        with self._stopwatch.stage("wait for storage"):
-            bodies = [each.result() for each in fetched]
+    def find(self, bodies: Sequence[bytes | Reject]) -> list[Photograph | Reject]:
+        """Return, in order, each image with its faces, or why there is none. A `Reject` stays as it is."""
         with self._stopwatch.stage("decode"):
             decoded = [body if isinstance(body, Reject) else self._decode(body) for body in bodies]
         images = [image for image in decoded if isinstance(image, DecodedImage)]
         with self._stopwatch.stage("detect"):
             photographs = iter(self._detect(images))
         return [next(photographs) if isinstance(each, DecodedImage) else each for each in decoded]
+
+    def faces(self, photograph: Photograph) -> list[Face]:
+        """Return all faces from left to right."""
+        order = np.argsort(photograph.original_faces.boxes_xyxy[:, 0], kind="stable")
+        return [self.face(photograph, index) for index in order.tolist()]
+
+    def face(self, photograph: Photograph, index: int) -> Face:
+        """Return one face, by its index in `photograph.faces`."""
+        faces, original = photograph.faces, photograph.original_faces
+        with self._stopwatch.stage("align"):
+            crop = align(
+                photograph.upright_rgb,
+                faces.boxes_xyxy[index],
+                faces.landmarks[index],
+                self._crop_side_px,
+                self._margin,
+            )
+            columns = {
+                "box": original.boxes_xyxy[index].tolist(),
+                "detector_score": float(original.scores[index]),
+                **landmark_columns(original.landmarks[index]),
+                "sharpness": sharpness(crop),
+            }
+        return Face(crop, columns)
+
+    def chip(self, photograph: Photograph) -> Face:
+        """Return the whole image as a face: a labelled chip in which no face was found."""
+        crop = align_chip(photograph.upright_rgb, self._crop_side_px, self._margin)
+        return Face(crop, {"sharpness": sharpness(crop)})
 
     def _detect(self, images: Sequence[DecodedImage]) -> list[Photograph]:
         """Find the faces of each image; if it has none upright, use the rotation whose best face scores highest."""
@@ -116,14 +143,6 @@ class ImageReader:
                     photographs[index] = Photograph(images[index], rgb, found, degrees)
         return photographs
 
-    def _download(self, uri: str, etag: str | None) -> bytes | Reject:
-        try:
-            return self._storage.read(uri, etag=etag, max_bytes=self._vision.max_mib * MIB)
-        except StorageError as error:
-            # A local name that is not UTF-8 does not fit into a table.
-            said = str(error).encode(errors="replace").decode()
-            return Reject(error.status, said, may_pass=isinstance(error, ServerFailed))
-
     def _decode(self, body: bytes) -> DecodedImage | Reject:
         try:
             return decode_image(
@@ -134,3 +153,11 @@ class ImageReader:
             )
         except ImageError as error:
             return Reject(error.status, str(error))
+
+
+def landmark_columns(landmarks: NDArray[np.float32]) -> dict[str, Any]:
+    """Return landmarks (5, 2) and the head pose seen in them as columns; none where the detector gives none (NaN)."""
+    if not np.isfinite(landmarks).all():
+        return {}
+    yaw, pitch, roll = head_pose(landmarks)
+    return {"landmarks": landmarks.ravel().tolist(), "yaw": yaw, "pitch": pitch, "roll": roll}

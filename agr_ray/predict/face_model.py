@@ -1,0 +1,86 @@
+"""A checkpoint ready for use: the only way from a photograph to faces, and from crops to attributes.
+
+    bytes -> FaceFinder: decode, detect, align -> crops -> AttributePredictor: network, calibration -> attributes
+
+The halves can run in different processes. Scoring does so with GPUs: finders on CPUs, predictors on GPUs. Evaluation
+runs the second half alone, on the crops of a prepared set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
+from agr_ray.models.checkpoint import load_checkpoint
+from agr_ray.models.checkpoint_files import local_checkpoint
+from agr_ray.predict.attributes import AttributePredictor, attribute_columns
+from agr_ray.predict.face_finder import FaceFinder, Reject
+from agr_ray.predict.resolve import Resolved, resolve
+from agr_ray.storage import Storage
+
+
+class FaceModel:
+    """Finds the faces of photographs and predicts their attributes.
+
+    Args:
+        finder: the first half.
+        predictor: the second half, for crops of the finder's side and margin.
+        resolved: the settings that both have, and the calibration.
+    """
+
+    def __init__(self, finder: FaceFinder, predictor: AttributePredictor, resolved: Resolved) -> None:
+        self.finder = finder
+        self.predictor = predictor
+        self.resolved = resolved
+
+    @classmethod
+    def load(
+        cls,
+        uri: str,
+        *,
+        device: torch.device | str = "cpu",
+        overrides: Pipeline = DEFAULT_PIPELINE,
+        allow_uncalibrated: bool = False,
+        storage: Storage | None = None,
+    ) -> Self:
+        """Load a checkpoint.
+
+        Args:
+            uri: path or URI of its directory.
+            device: of the network; detection stays on the CPU.
+            overrides: settings to use instead of the checkpoint's: only fields that were set explicitly count, as in
+                `Pipeline(vision=VisionConfig(min_face_px=20))`.
+            allow_uncalibrated: allow overrides that the calibration depends on, and do without it.
+            storage: where the checkpoint is; None: with default settings.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or an override is refused.
+        """
+        with local_checkpoint(storage or Storage(), uri, "checkpoint") as directory:
+            resolved = resolve(directory, overrides, key="checkpoint", allow_uncalibrated=allow_uncalibrated)
+            loaded = load_checkpoint(directory, device)
+        pipeline, transform = resolved.pipeline, loaded.transform
+        finder = FaceFinder(pipeline.vision, transform.crop_side_px, transform.margin)
+        predictor = AttributePredictor(loaded.model, transform, pipeline.predict, resolved.calibration)
+        return cls(finder, predictor, resolved)
+
+    def predict(self, bodies: Sequence[bytes]) -> list[list[dict[str, Any]] | Reject]:
+        """Return the faces of each image file, from left to right, or why it was rejected.
+
+        A face has the columns of schema.FACE but `flags`, as a scoring run writes them. Attributes without a head, and
+        intervals without a calibration, are missing.
+        """
+        seen = self.finder.find(bodies)
+        found = [[] if isinstance(each, Reject) else self.finder.faces(each) for each in seen]
+        faces = [face for each in found for face in each]
+        if not faces:
+            return [each if isinstance(each, Reject) else [] for each in seen]
+        predicted = self.predictor.attributes(np.stack([face.crop for face in faces]))
+        attributes = iter(pa.table(attribute_columns(predicted, len(faces), self.predictor.space)).to_pylist())
+        rows = [[face.columns | next(attributes) for face in each] for each in found]
+        return [each if isinstance(each, Reject) else of for each, of in zip(seen, rows, strict=True)]
