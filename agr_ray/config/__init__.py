@@ -3,17 +3,16 @@
 One recipe serves every job: a job reads the sections that it names, and only checks the others' spelling and range.
 """
 
-from agr_ray.config.cluster import ClusterConfig
 from agr_ray.config.evaluation import EvaluateConfig, Split
+from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
-from agr_ray.config.labels import LabelsConfig
+from agr_ray.config.label_space import LabelsConfig
 from agr_ray.config.model import PRESETS, ModelConfig, PredictConfig
 from agr_ray.config.parsing import load, one_line, parse, read_local
-from agr_ray.config.render import RenderConfig
+from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
 from agr_ray.config.section import PositiveFloat, Section, digest
 from agr_ray.config.source import MISSING_VALUES, SourceConfig, SplitConfig
-from agr_ray.config.storage import StorageConfig
 from agr_ray.config.training import AugmentConfig, LossConfig, TrainConfig
 from agr_ray.config.tuning import PAPER_POINT, ParameterConfig, Scalar, TrialError, TuneConfig
 from agr_ray.config.vision import PrepareConfig, VisionConfig

@@ -8,15 +8,14 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
 
-from agr_ray.config.cluster import ClusterConfig
 from agr_ray.config.evaluation import EvaluateConfig
-from agr_ray.config.labels import LabelsConfig
+from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
+from agr_ray.config.label_space import LabelsConfig
 from agr_ray.config.model import ModelConfig, PredictConfig
-from agr_ray.config.render import RenderConfig
+from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
 from agr_ray.config.section import MAX_INT, Section
 from agr_ray.config.source import SourceConfig, SplitConfig
-from agr_ray.config.storage import StorageConfig
 from agr_ray.config.training import AugmentConfig, LossConfig, TrainConfig
 from agr_ray.config.tuning import TuneConfig
 from agr_ray.config.vision import PrepareConfig, VisionConfig

@@ -19,9 +19,9 @@ from typing import Any, NoReturn, TypeVar, cast
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import CliSettingsSource, EnvSettingsSource, SettingsError
 
+from agr_ray.config.infrastructure import StorageConfig
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TuneJob
 from agr_ray.config.section import shown
-from agr_ray.config.storage import StorageConfig
 from agr_ray.config.tuning import ParameterConfig
 from agr_ray.errors import ConfigError
 from agr_ray.redact import redacted

@@ -1,4 +1,4 @@
-"""How much each parameter of a sweep mattered, where the trials are enough to tell."""
+"""Importance of each parameter of a sweep, if there are enough trials to tell."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import FanovaImportanceEvaluator
 from scipy.stats import rankdata
 
-from agr_ray.report.trials import TrialRow, finite, is_known, is_number, judged, objectives, param_names, values_of
+from agr_ray.report.trial_rows import TrialRow, finite, is_known, is_number, judged, objectives, param_names, values_of
 
 MIN_TRIALS: Final = 20
-"""Fewer say nothing about importance."""
+"""Fewer trials say nothing about importance."""
 
 NUM_SHUFFLES: Final = 19
-"""Of the objectives among the trials. What is larger than in all of them would be so by chance 1 time in 20."""
+"""Times that the objectives are shuffled among the trials. A share above all shuffled ones has p = 1/20."""
 
 _NUM_TREES = 16
 _MAX_DEPTH = 8
@@ -28,35 +28,35 @@ _MAX_DEPTH = 8
 
 @dataclass(frozen=True)
 class Importances:
-    """What can be said of the parameters' importances."""
+    """Importance of the parameters, or why it is unknown."""
 
     shares: Mapping[str, float]
-    """Share of the variance of the trials' ranks that a parameter alone explains (fANOVA), largest first; empty:
-    `why_not`. Ranks, as the objective of one trial that diverged would be most of the variance of all."""
+    """Share of the variance of the trials' ranks that each parameter explains by itself (fANOVA), largest first; empty:
+    see `why_not`. Ranks, because one diverged trial would otherwise dominate the variance."""
     chance: float
-    """The largest share that any parameter has when the objectives are shuffled among the trials."""
+    """The largest share of any parameter when the objectives are shuffled among the trials."""
     compared: str
-    """What was compared, in words."""
+    """Which objectives were compared, in words."""
     why_not: str
     """Why there are no shares; empty if there are."""
     left_out: tuple[str, ...] = ()
-    """Parameters that vary and that some of the compared trials do not have."""
+    """Parameters that vary but are missing from some of the compared trials."""
 
 
 def importances(trials: Sequence[TrialRow], logarithmic: frozenset[str] = frozenset(), seed: int = 0) -> Importances:
-    """Return the share of variance of each parameter, with what shuffled objectives give beside it.
+    """Return each parameter's share of the variance, and the largest share that chance gives.
 
-    Complete trials are compared by their objectives. Where early stopping leaves too few, all that were not failed are
-    compared after the last epoch that each of them reached.
+    Complete trials are compared by their final objectives. If early stopping leaves too few, complete and pruned trials
+    are compared after the last epoch that all of them reached.
 
     Args:
         trials: of any state.
         logarithmic: names of the parameters on a logarithmic scale.
-        seed: of the forest and of the shuffles.
+        seed: of the random forest and the shuffles.
     """
     rows, values, compared = _comparable(trials)
     if len(rows) < MIN_TRIALS:
-        return _none(f"Too few trials: {len(rows)} can be compared, and {MIN_TRIALS} are the least that says anything.")
+        return _none(f"Too few trials: {len(rows)} can be compared, but at least {MIN_TRIALS} are needed.")
     if np.ptp(values) == 0.0:
         return _none("All trials have the same objective.")
     varied = [name for name in param_names(rows) if len(values_of(rows, name)) > 1]
@@ -67,14 +67,14 @@ def importances(trials: Sequence[TrialRow], logarithmic: frozenset[str] = frozen
     }
     left_out = tuple(name for name in varied if name not in spaces)
     if len(spaces) < 2:
-        return _none("Fewer than two parameters were varied in all trials, so that there is nothing to share out.")
+        return _none("Fewer than two parameters were varied in all trials.")
     ranks = rankdata(values)
     shares = _shares(rows, ranks, spaces, seed)
     rng = np.random.default_rng(seed)
     chance = max(max(_shares(rows, rng.permutation(ranks), spaces, seed).values()) for _ in range(NUM_SHUFFLES))
     if max(shares.values()) <= chance:
         return _none(
-            f"From {compared}, no parameter can be told from chance: shuffling the objectives among the trials gives "
+            f"From {compared}, no parameter stands out from chance: shuffling the objectives among the trials gives "
             f"some parameter as large a share."
         )
     ordered = dict(sorted(shares.items(), key=lambda item: -item[1]))
@@ -86,7 +86,7 @@ def _none(why_not: str) -> Importances:
 
 
 def _comparable(trials: Sequence[TrialRow]) -> tuple[list[TrialRow], NDArray[np.float64], str]:
-    """Return trials, a value of each, and what that is in words."""
+    """Return the trials to compare, a value for each, and a description of the values."""
     rows = judged(trials)
     begun = [row for row in trials if row.state in ("complete", "pruned") and len(row.curve)]
     if len(rows) < MIN_TRIALS <= len(begun):
@@ -94,14 +94,14 @@ def _comparable(trials: Sequence[TrialRow]) -> tuple[list[TrialRow], NDArray[np.
         pairs = [(row, finite(row.curve[epoch - 1])) for row in begun]
         early = [(row, value) for row, value in pairs if value is not None]
         if len(early) >= MIN_TRIALS:
-            told = f"the objectives of {len(early)} trials after epoch {epoch}, the last that all of them reached"
-            return [row for row, _ in early], np.array([value for _, value in early], np.float64), told
-    picked = ", which early stopping had picked out" if any(row.state == "pruned" for row in trials) else ""
-    return rows, objectives(rows), f"the final objectives of {len(rows)} complete trials{picked}"
+            described = f"the objectives of {len(early)} trials after epoch {epoch}, the last that all of them reached"
+            return [row for row, _ in early], np.array([value for _, value in early], np.float64), described
+    selected = ", which early stopping had selected" if any(row.state == "pruned" for row in trials) else ""
+    return rows, objectives(rows), f"the final objectives of {len(rows)} complete trials{selected}"
 
 
 def _distribution(rows: Sequence[TrialRow], name: str, is_logarithmic: bool) -> BaseDistribution:
-    """Return the smallest space that holds all values."""
+    """Return the smallest distribution that contains all values."""
     values = values_of(rows, name)
     if not is_number(values):
         return CategoricalDistribution([repr(value) for value in values])
@@ -115,7 +115,7 @@ def _distribution(rows: Sequence[TrialRow], name: str, is_logarithmic: bool) -> 
 def _shares(
     rows: Sequence[TrialRow], values: NDArray[np.float64], spaces: dict[str, BaseDistribution], seed: int
 ) -> dict[str, float]:
-    """Rebuild the study in memory and ask Optuna."""
+    """Rebuild the study in memory and evaluate fANOVA."""
     with _quiet():
         study = optuna.create_study()
         study.add_trials(
@@ -135,13 +135,13 @@ def _shares(
 
 def _cast(value: Any, space: BaseDistribution) -> Any:
     if isinstance(space, CategoricalDistribution):
-        return repr(value)  # so that 1 and True are two
+        return repr(value)  # so that 1 and True stay distinct
     return float(value) if isinstance(space, FloatDistribution) else value
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Optuna from announcing studies that nobody asked for."""
+    """Silence Optuna's messages about the temporary study."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

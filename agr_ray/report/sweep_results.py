@@ -1,4 +1,4 @@
-"""What a sweep leaves: best.toml, best/, trials.parquet, sweep.html, and the table on the terminal."""
+"""Results of a sweep: best.toml, best/, trials.parquet, sweep.html, and the table on the terminal."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from agr_ray.tuning.trials import Trial, excesses, front, is_feasible, trials_ta
 
 BEST_RECIPE: Final = "best.toml"
 OBJECTIVE_WORDS: Final = (
-    "The mean, over age, gender and race, of the error on validation divided by the error of guessing the median "
-    "age or the most frequent class of the training images: mean absolute error in years for age, 1 - balanced "
-    "accuracy for gender and race. 1 is no better than guessing, 0 is perfect. A trial's is that of its best epoch, "
-    "whose checkpoint is kept."
+    "The mean, over age, gender and race, of the error on validation divided by the error of a constant baseline, the "
+    "median age or the most frequent class of the training images: mean absolute error in years for age, 1 - balanced "
+    "accuracy for gender and race. 1 is no better than the baseline, 0 is perfect. A trial has the objective of its "
+    "best epoch, whose checkpoint is kept."
 )
 _UNITS: Final = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 
 
 def write_results(sweep: Sweep, run: Run, console: Console) -> None:
-    """Write all of them, from the trials so far; again, with the same names, when there are more.
+    """Write all results from the trials so far; replace those of an earlier call.
 
     Args:
         sweep: with its trials.
-        run: the training run that trials change.
-        console: for what is left out.
+        run: the training run that trials are variants of.
+        console: for warnings.
     """
-    from agr_ray.report.sweep import sweep_page  # here, because matplotlib takes a while to import
+    from agr_ray.report.sweep_page import sweep_page  # here, because matplotlib takes a while to import
 
     storage, job, trials = sweep.storage, sweep.job, list(sweep.trials.values())
     table = trials_table(trials, job.tune.space, job.tune.constraints, job.model.tasks)
@@ -63,18 +63,18 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
 
 
 def best_recipe(sweep: Sweep, best: Trial) -> str:
-    """Return the best trial as a recipe that trains it again."""
+    """Return a recipe that trains the best trial again."""
     job, uri = sweep.job, sweep.join(BEST_RECIPE)
     values = values_of(job.tune.space, best.params) | {"train.name": f"{sweep.plan.name}-best"}
-    again = with_values(base_job(job), values)
+    retrained = with_values(base_job(job), values)
     sections: dict[str, Section] = {
         "vision": job.vision,
-        # What is None has no word in a recipe; `paper` puts nothing in its place, and all its own keys are written.
-        "model": again.model.model_copy(update={"preset": "paper"}),
-        "loss": again.loss,
-        "augment": again.augment,
-        "train": again.train,
-        "predict": again.predict,
+        # TOML has no null. `paper` sets no key that may be None, and all keys that it sets are written.
+        "model": retrained.model.model_copy(update={"preset": "paper"}),
+        "loss": retrained.loss,
+        "augment": retrained.augment,
+        "train": retrained.train,
+        "predict": retrained.predict,
     }
     if job.storage != StorageConfig():
         sections = {"storage": job.storage} | sections
@@ -87,13 +87,13 @@ def best_recipe(sweep: Sweep, best: Trial) -> str:
         "",
         f"  python jobs/train.py --config {uri if '://' not in uri else BEST_RECIPE}",
         "",
-        "Its checkpoint is best/ beside this file. What is not named was None.",
+        "Its checkpoint is best/ beside this file. Keys that are missing here were None.",
     ]
     return recipe_toml(sections, head, leave_out=("train.mlflow_uri",))
 
 
 def print_trials(sweep: Sweep, console: Console) -> None:
-    """Print the trials: those that came to their end by objective, then the others."""
+    """Print the trials: complete ones by objective, then the others."""
     job, best = sweep.job, sweep.best
     tasks, constraints = job.model.tasks, job.tune.constraints
     on_front = {trial.number for trial in front(list(sweep.trials.values()), constraints, tasks)}
@@ -134,19 +134,19 @@ def print_trials(sweep: Sweep, console: Console) -> None:
 
 
 def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> Any:
-    from agr_ray.report.sweep import GuessErrors, SweepReport
+    from agr_ray.report.sweep_page import BaselineErrors, SweepReport
 
     job, trials, best = sweep.job, list(sweep.trials.values()), sweep.best
     on_front = {trial.number for trial in front(trials, job.tune.constraints, job.model.tasks)}
-    guess = metrics.get("baseline", {})
+    constant = metrics.get("baseline", {})
 
     def missed(task: str) -> float | None:
-        accuracy = guess.get(task, {}).get("balanced_accuracy")
+        accuracy = constant.get(task, {}).get("balanced_accuracy")
         return None if accuracy is None else 1.0 - accuracy
 
-    baseline = GuessErrors(
-        objective=1.0 if guess else None,
-        age_mae_years=guess.get("age", {}).get("mae_years"),
+    baseline = BaselineErrors(
+        objective=1.0 if constant else None,
+        age_mae_years=constant.get("age", {}).get("mae_years"),
         gender_error=missed("gender"),
         race_error=missed("race"),
     )
@@ -166,7 +166,7 @@ def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> 
 
 
 def _row(job: TuneJob, trial: Trial, *, is_on_front: bool) -> Any:
-    from agr_ray.report.sweep import TrialRow
+    from agr_ray.report.sweep_page import TrialRow
 
     objective = trial.objective
     if trial.state == "pruned" and trial.curve:

@@ -31,7 +31,7 @@ from agr_ray.runtime.tuning.trial import trainable
 from agr_ray.storage import Storage
 from agr_ray.storage.lock import RunLock, run_lock
 from agr_ray.storage.retry import Retry
-from agr_ray.tuning.placement import TRIAL_CPUS, Room, room_for, trial_bundles
+from agr_ray.tuning.concurrency import TRIAL_CPUS, Room, room_for, trial_bundles
 from agr_ray.tuning.plan import Plan, plan_sweep
 from agr_ray.tuning.space import base_job, check_space, paper_point, recipes_value, unlike_papers, with_values
 from agr_ray.tuning.sweep import Sweep

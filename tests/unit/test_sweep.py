@@ -18,7 +18,7 @@ from agr_ray.errors import ConfigError, JobError
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.lock import LockLost, run_lock
-from agr_ray.tuning.placement import trials_that_fit
+from agr_ray.tuning.concurrency import trials_that_fit
 from agr_ray.tuning.study import MemoryJournal, Study
 from agr_ray.tuning.sweep import Sweep
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agr_ray.report.contour import smoothed
 from agr_ray.report.importance import MIN_TRIALS, importances
-from agr_ray.report.sweep import GuessErrors, SweepReport, TrialRow, sweep_page
-from agr_ray.report.sweep_figures import front_svg, smoothed
-from agr_ray.report.trials import best_so_far, looks_logarithmic
+from agr_ray.report.sweep_figures import front_svg
+from agr_ray.report.sweep_page import BaselineErrors, SweepReport, TrialRow, sweep_page
+from agr_ray.report.trial_rows import best_so_far, looks_logarithmic
 
 NAN = float("nan")
 VOID = {"meta", "br", "wbr", "hr", "img", "input"}
@@ -173,12 +174,12 @@ def test_the_same_rows_make_the_same_page() -> None:
 @pytest.mark.parametrize(
     ("trials", "said"),
     [
-        ([], "No trial was begun."),
+        ([], "No trial was started."),
         ([trial(0, None, state="failed", why="out of memory", curve=(), epochs=0)], "No trial was completed"),
         ([trial(0, state="pruned", why="ASHA")], "No trial was completed"),
-        ([trial(0, is_feasible=False), trial(1, is_feasible=False)], "None of the 2 complete trials holds all"),
+        ([trial(0, is_feasible=False), trial(1, is_feasible=False)], "None of the 2 complete trials satisfies all"),
         ([trial(0)], "No trial was chosen."),
-        ([trial(0, NAN, curve=(NAN, None))], "without an objective that is a finite number"),
+        ([trial(0, NAN, curve=(NAN, None))], "without a finite objective"),
     ],
 )
 def test_a_sweep_without_a_chosen_trial_says_why(trials: list[TrialRow], said: str) -> None:
@@ -194,7 +195,7 @@ def test_one_trial_makes_a_page() -> None:
 
     assert "1 trial:" in text
     assert "These are the paper's own weights" in text
-    assert f"{MIN_TRIALS} are the least that says anything" in text
+    assert f"at least {MIN_TRIALS} are needed" in text
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf, None])
@@ -213,7 +214,7 @@ def test_what_is_not_finite_is_shown_as_missing_and_drawn_nowhere(value: float |
 
     page = sweep_page(report(rows, 1))
 
-    assert "finite number, and so in no figure: 2." in words(page)
+    assert "without a finite objective, and so in no figure: 2." in words(page)
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         assert not re.search(r"\b(nan|inf)\b", svg)
 
@@ -221,7 +222,7 @@ def test_what_is_not_finite_is_shown_as_missing_and_drawn_nowhere(value: float |
 def test_the_headline_compares_with_the_papers_weights_and_the_guess() -> None:
     rows = [trial(0, 0.5, is_reference=True, age_mae_years=8.0), trial(1, 0.4, age_mae_years=6.0)]
 
-    text = words(sweep_page(report(rows, 1, baseline=GuessErrors(1.0, 15.0, 0.5, 0.8))))
+    text = words(sweep_page(report(rows, 1, baseline=BaselineErrors(1.0, 15.0, 0.5, 0.8))))
 
     assert "Trial 1 was chosen, with an objective of 0.4000. That is 20.0 % lower than the 0.5000" in text
     assert "Chosen, trial 1 0.4000 6.00 10.0 % 20.0 % 9.00" in text
@@ -242,7 +243,7 @@ def test_a_reference_that_was_stopped_is_not_compared() -> None:
 
     text = words(sweep_page(report(rows, 1)))
 
-    assert "was not completed, so that they cannot be compared" in text
+    assert "was not completed, so they cannot be compared" in text
     assert "Change" not in text
 
 
@@ -295,14 +296,14 @@ def test_a_model_without_a_head_has_a_front_of_the_other_errors() -> None:
 
     page = sweep_page(report(rows, 0, mode="pareto"))
 
-    assert "3 complete trials hold all constraints" in words(page)
+    assert "3 complete trials satisfy all constraints" in words(page)
     assert page.count("<svg") == 2 + 1
 
 
 def test_numbers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="two trials are number 4"):
         sweep_page(report([trial(4), trial(4)]))
-    with pytest.raises(ValueError, match="best_number is 9, which is none of the 1 trials"):
+    with pytest.raises(ValueError, match="best_number is 9, but none of the 1 trials has it"):
         sweep_page(report([trial(4)], 9))
 
 
@@ -311,7 +312,7 @@ def test_the_front_is_what_the_rows_say() -> None:
 
     page = sweep_page(report(rows, 0, mode="pareto"))
 
-    assert "2 complete trials hold all constraints" in words(page)
+    assert "2 complete trials satisfy all constraints" in words(page)
     table = page[page.index('id="trade-off"') : page.index('id="failures"')]
     assert re.findall(r'<th scope="row">(\d)</th>', table) == ["2", "0"]
 
@@ -368,7 +369,7 @@ def test_importance_of_noise_is_not_shown() -> None:
     found = importances(rows)
 
     assert found.shares == {}
-    assert "can be told from chance" in found.why_not
+    assert "stands out from chance" in found.why_not
 
 
 def test_stopped_trials_are_compared_where_all_of_them_got_to() -> None:

@@ -156,7 +156,7 @@ def test_the_page_has_the_front_of_the_table(tmp_path: Path, console: Console) -
 
     table = pq.read_table(Path(sweep.plan.uri) / "trials.parquet")
     assert table["is_on_front"].to_pylist() == [False, False, True, False, False, False]
-    assert "1 complete trial holds all constraints" in (Path(sweep.plan.uri) / "sweep.html").read_text()
+    assert "1 complete trial satisfies all constraints" in (Path(sweep.plan.uri) / "sweep.html").read_text()
 
 
 def test_the_terminal_shows_the_best_first_and_why_trials_failed(tmp_path: Path, console: Console) -> None:

@@ -20,7 +20,7 @@ from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.runtime.tune import tune
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
-from agr_ray.tuning.placement import Room
+from agr_ray.tuning.concurrency import Room
 from agr_ray.tuning.sweep import Sweep
 
 RUN = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Trials of a hyper-parameter sweep: what a row holds, and what follows from rows alone. Pure."""
+"""Trials of a hyperparameter sweep as rows, and values derived from rows alone. Pure."""
 
 from __future__ import annotations
 
@@ -23,66 +23,66 @@ _LOGARITHMIC_MEDIAN = 0.2
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial: what was tried and what came of it. What is None or not finite was not measured."""
+    """One trial: its parameters and results. A value that is None or non-finite was not measured."""
 
     number: int
-    """Of the trial, in the order in which trials were begun. Unique."""
+    """Number of the trial, in the order in which trials were started. Unique."""
     state: TrialState
     why: str
     """Why it was stopped or failed; empty for a complete one."""
     params: Mapping[str, ParamValue]
-    """By name. One that this trial did not have, because it depends on another's value, is left out."""
+    """Values by name. A conditional parameter that this trial did not have is left out."""
     objective: float | None
-    """Lower is better. A pruned trial's is its last, which is not compared with those of complete ones."""
+    """Lower is better. A pruned trial has its last objective, which is not compared with those of complete trials."""
     age_mae_years: float | None
     gender_error: float | None
     """1 - balanced accuracy, a fraction."""
     race_error: float | None
     """1 - balanced accuracy, a fraction."""
     worst_group_mae_years: float | None
-    """The mean absolute error of age in the group in which it is largest."""
+    """Mean absolute error of age in the group where it is largest."""
     epochs: int
-    """Finished."""
+    """Number of finished epochs."""
     duration_s: float
     is_feasible: bool
-    """Whether it holds all constraints."""
+    """Whether it satisfies all constraints."""
     curve: Sequence[float | None]
     """The objective after each epoch, from the first on."""
     is_reference: bool = False
     """Whether it has the paper's own weights."""
     is_on_front: bool = False
-    """Whether no other complete, feasible trial beats it in all errors: learn.trials.front."""
+    """Whether it is on the Pareto front of complete, feasible trials (`tuning.trials.front`)."""
 
 
 @dataclass(frozen=True)
-class GuessErrors:
-    """The errors of the guess that does not look: the median age and the most frequent classes. None: not known."""
+class BaselineErrors:
+    """Errors of the constant baseline: the median age and the most frequent classes. None: unknown."""
 
     objective: float | None = None
-    """What the objective gives for the guess: 1 where it is a mean of ratios to the guess's own errors."""
+    """The baseline's objective: 1 if the objective is a mean of ratios to the baseline's errors."""
     age_mae_years: float | None = None
     gender_error: float | None = None
-    """1 - balanced accuracy, a fraction: 1/2 for any constant guess between two classes."""
+    """1 - balanced accuracy, a fraction: 1/2 for any constant prediction of two classes."""
     race_error: float | None = None
 
 
 def finite(value: float | None) -> float | None:
-    """Return a value that can be shown, or None for one that is missing, infinite or not a number."""
+    """Return the value, or None if it is missing or non-finite."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def objectives(trials: Sequence[TrialRow]) -> NDArray[np.float64]:
-    """Return (n,) objectives of trials; NaN: none."""
+    """Return (n,) objectives; NaN: missing."""
     return np.array([math.nan if finite(row.objective) is None else row.objective for row in trials], np.float64)
 
 
 def judged(trials: Sequence[TrialRow]) -> list[TrialRow]:
-    """Return the trials whose objectives may be compared: complete ones that have one."""
+    """Return the trials whose objectives can be compared: complete ones with a finite objective."""
     return [row for row in trials if row.state == "complete" and finite(row.objective) is not None]
 
 
 def best_so_far(trials: Sequence[TrialRow]) -> list[tuple[int, float]]:
-    """Return number and objective of every trial that was better than all before it: complete and feasible ones."""
+    """Return the number and objective of each complete, feasible trial that was better than all before it."""
     steps: list[tuple[int, float]] = []
     for row in sorted(judged(trials), key=lambda row: row.number):
         if row.is_feasible and row.objective is not None and (not steps or row.objective < steps[-1][1]):
@@ -91,36 +91,36 @@ def best_so_far(trials: Sequence[TrialRow]) -> list[tuple[int, float]]:
 
 
 def measured_errors(trials: Sequence[TrialRow]) -> list[str]:
-    """Return those of `ERRORS` that any complete trial has: a model without a head has none of its task's."""
+    """Return those of `ERRORS` that any complete trial has. A model without a head lacks its error."""
     complete = [row for row in trials if row.state == "complete"]
     return [name for name in ERRORS if any(finite(getattr(row, name)) is not None for row in complete)]
 
 
 def param_names(trials: Sequence[TrialRow]) -> list[str]:
-    """Return the names of all parameters, in the order in which they first occur."""
+    """Return the names of all parameters, in order of first occurrence."""
     return list(dict.fromkeys(name for row in trials for name in row.params))
 
 
 def values_of(trials: Sequence[TrialRow], name: str) -> list[ParamValue]:
-    """Return the distinct values of a parameter that can be shown, numbers in their order."""
+    """Return the distinct finite values of a parameter, sorted."""
     seen = {(type(row.params[name]), row.params[name]) for row in trials if is_known(row, name)}
     values = [value for _, value in seen]
     return sorted(values, key=_order) if is_number(values) else sorted(values, key=str)
 
 
 def is_known(row: TrialRow, name: str) -> bool:
-    """Say whether a trial has a parameter, and its value is not an infinite or undefined number."""
+    """Return whether a trial has a parameter with a finite value."""
     value = row.params.get(name)
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def is_number(values: Sequence[ParamValue]) -> bool:
-    """Say whether values lie on an axis of numbers; bools and words are categories."""
+    """Return whether all values are numbers; booleans and strings are categories."""
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def looks_logarithmic(values: Sequence[ParamValue]) -> bool:
-    """Guess from distinct values whether they were sampled on a logarithmic scale: wide, and crowded at the low end."""
+    """Guess whether distinct values were sampled on a logarithmic scale: a wide range, crowded at the low end."""
     if not is_number(values) or len(values) < 3:
         return False
     numbers = np.array(values, np.float64)

@@ -1,10 +1,10 @@
-"""Settings of the S3 clients."""
+"""Settings of the S3 clients and of the Ray cluster."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from agr_ray.config.section import Address, PositiveInt, Section, Timeout
 
@@ -33,3 +33,19 @@ class StorageConfig(Section):
         if self.anonymous and self.requester_pays:
             raise ValueError("storage.requester_pays: needs credentials, but storage.anonymous sends none; unset one")
         return self
+
+
+class ClusterConfig(Section):
+    """Which Ray cluster does the work."""
+
+    address: str = ""
+    """`local` starts one in this process; `auto` or HOST:PORT joins one; empty: RAY_ADDRESS if set, else `local`."""
+    num_cpus: PositiveInt | None = None
+    """Logical CPUs of a `local` cluster; none: the machine's own, but at least 8: they cap scheduling, not threads."""
+    object_store_mib: PositiveInt = 1024
+    """Shared memory of a `local` cluster's object store, MiB."""
+    include_dashboard: bool = True
+    """Whether a `local` cluster starts Ray's dashboard."""
+    autoscaler_wait_s: Annotated[float, Field(ge=0.0, le=1e6)] = 900.0
+    """Seconds that a cluster's autoscaler has to add the nodes that a job asks for; 0: a cluster that is too small as
+    it is is refused. One without an autoscaler is refused at once."""

@@ -1,6 +1,6 @@
-"""The page that a hyper-parameter sweep ends with: one self-contained HTML file.
+"""The report of a hyperparameter sweep: one self-contained HTML file.
 
-`sweep.html.jinja` beside this module is its template; what it says and draws is decided here.
+`sweep.html.jinja` is its template; this module decides its text and figures.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Final, Literal, get_args
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from agr_ray.report.contour import contour_svg
 from agr_ray.report.importance import NUM_SHUFFLES, Importances, importances
 from agr_ray.report.sweep_figures import (
-    contour_svg,
     curves_svg,
     front_svg,
     history_svg,
@@ -24,8 +24,8 @@ from agr_ray.report.sweep_figures import (
     slice_svg,
     value_text,
 )
-from agr_ray.report.trials import (
-    GuessErrors,
+from agr_ray.report.trial_rows import (
+    BaselineErrors,
     ParamValue,
     TrialRow,
     best_so_far,
@@ -40,7 +40,7 @@ from agr_ray.report.trials import (
 )
 from agr_ray.schema import TrialState
 
-__all__ = ["GuessErrors", "ParamValue", "SweepReport", "TrialRow", "sweep_page"]
+__all__ = ["BaselineErrors", "ParamValue", "SweepReport", "TrialRow", "sweep_page"]
 
 _MISSING = "\N{EN DASH}"
 _MIN_CONTOUR_TRIALS = 3
@@ -54,44 +54,44 @@ _ERROR_LABELS: Final = {
 
 @dataclass(frozen=True)
 class SweepReport:
-    """All that the page shows."""
+    """Everything that the page shows."""
 
     title: str
     objective_formula: str
     """In words, a sentence or two."""
     mode: Literal["scalar", "pareto"]
-    """Whether one objective was minimised, or the three errors at once."""
+    """`scalar`: one objective was minimised; `pareto`: the three errors at once."""
     trials: Sequence[TrialRow]
     best_number: int | None
-    """Number of the trial that was chosen; None: there is none."""
+    """Number of the chosen trial; None: no trial was chosen."""
     recipe_toml: str
-    """What best.toml holds; empty: there is none."""
+    """Contents of best.toml; empty: there is none."""
     constraints: Sequence[str]
     """In words, one each."""
     provenance: Mapping[str, str]
-    """Name and value, in the order in which they are shown: data, hash of the split, seed, commit, wall time."""
-    baseline: GuessErrors = field(default_factory=GuessErrors)
+    """Names and values, in display order: data, hash of the split, seed, commit, wall time."""
+    baseline: BaselineErrors = field(default_factory=BaselineErrors)
     logarithmic: frozenset[str] = frozenset()
-    """Names of the parameters that were sampled on a logarithmic scale. Others whose values look so are drawn so."""
+    """Parameters that were sampled on a logarithmic scale. Others whose values look logarithmic are drawn so too."""
     loss_weights: tuple[str, ...] = ()
-    """Names of the parameters that are weights of losses, pairs of which are drawn; empty: those called so."""
+    """Parameters that are loss weights, of which pairs are drawn; empty: those whose names end in `_weight`."""
 
 
 def sweep_page(report: SweepReport) -> str:
-    """Return the page as HTML that loads nothing: no network, no other file.
+    """Return the page as HTML that loads no other file and needs no network.
 
     Args:
-        report: of any number of trials, none included.
+        report: of any number of trials, including none.
 
     Raises:
-        ValueError: two trials have the same number, or best_number is none of theirs.
+        ValueError: two trials have the same number, or no trial has the number best_number.
     """
     by_number = {row.number: row for row in report.trials}
     if len(by_number) < len(report.trials):
         numbers = [row.number for row in report.trials]
         raise ValueError(f"two trials are number {next(n for n in numbers if numbers.count(n) > 1)}")
     if report.best_number is not None and report.best_number not in by_number:
-        raise ValueError(f"best_number is {report.best_number}, which is none of the {len(by_number)} trials")
+        raise ValueError(f"best_number is {report.best_number}, but none of the {len(by_number)} trials has it")
     trials = sorted(report.trials, key=lambda row: row.number)
     best = None if report.best_number is None else by_number[report.best_number]
     varied = [name for name in param_names(trials) if len(values_of(trials, name)) > 1]
@@ -148,35 +148,35 @@ def _counts(trials: Sequence[TrialRow]) -> dict[str, int]:
 
 
 def _verdict(trials: Sequence[TrialRow], best: TrialRow | None) -> str:
-    """Say in a sentence or two what came of the sweep."""
+    """Return the result of the sweep in one or two sentences."""
     if not trials:
-        return "No trial was begun."
+        return "No trial was started."
     complete = [row for row in trials if row.state == "complete"]
     if best is None:
         if not complete:
-            return "No trial was completed, so that none could be chosen."
+            return "No trial was completed, so none could be chosen."
         if not any(row.is_feasible for row in complete):
-            return f"None of the {len(complete)} complete trials holds all constraints, so that none was chosen."
+            return f"None of the {len(complete)} complete trials satisfies all constraints, so none was chosen."
         return "No trial was chosen."
     value = finite(best.objective)
-    told = f"Trial {best.number} was chosen" + (f", with an objective of {value:.4f}." if value is not None else ".")
+    verdict = f"Trial {best.number} was chosen" + (f", with an objective of {value:.4f}." if value is not None else ".")
     if not best.is_feasible:
-        told += " It does not hold all constraints."
+        verdict += " It violates a constraint."
     reference = _reference(trials)
     if reference is None:
-        return f"{told} The paper's own weights were not among the trials."
+        return f"{verdict} The paper's own weights were not among the trials."
     if best.is_reference:
         steps = best_so_far(trials)
         is_best = value is not None and bool(steps) and value <= steps[-1][1]
-        return f"{told} These are the paper's own weights{': no other trial was better' if is_best else ''}."
+        return f"{verdict} These are the paper's own weights{': no other trial was better' if is_best else ''}."
     theirs = finite(reference.objective)
     if reference.state != "complete" or theirs is None:
-        return f"{told} The trial with the paper's own weights was not completed, so that they cannot be compared."
+        return f"{verdict} The trial with the paper's own weights was not completed, so they cannot be compared."
     if value is None or theirs <= 0.0:
-        return told
+        return verdict
     share = 100.0 * (value - theirs) / theirs
     word = "lower" if share < 0 else "higher"
-    return f"{told} That is {abs(share):.1f} % {word} than the {theirs:.4f} of the paper's own weights."
+    return f"{verdict} That is {abs(share):.1f} % {word} than the {theirs:.4f} of the paper's own weights."
 
 
 def _reference(trials: Sequence[TrialRow]) -> TrialRow | None:
@@ -188,8 +188,8 @@ def _reference(trials: Sequence[TrialRow]) -> TrialRow | None:
     return rows[0] if rows else None
 
 
-def _comparison(trials: Sequence[TrialRow], best: TrialRow | None, guess: GuessErrors) -> list[dict[str, Any]]:
-    """Return the rows of the headline's table: name, trial and figures."""
+def _comparison(trials: Sequence[TrialRow], best: TrialRow | None, baseline: BaselineErrors) -> list[dict[str, Any]]:
+    """Return the rows of the first table: name, trial and figures."""
     names = ("objective", *_ERROR_LABELS, "worst_group_mae_years")
     reference = _reference(trials)
     chosen = [("Chosen", best), ("Paper's own weights", reference if reference is not best else None)]
@@ -202,9 +202,9 @@ def _comparison(trials: Sequence[TrialRow], best: TrialRow | None, guess: GuessE
         pairs = {key: (rows[0][key], rows[1][key]) for key in names}
         changes = {key: 100.0 * (a - b) / b if a is not None and b else None for key, (a, b) in pairs.items()}
         rows.append({"name": "Change", "trial": None, **{key: _change(value) for key, value in changes.items()}})
-    guesses = {key: finite(getattr(guess, key, None)) for key in names}
-    if any(value is not None for value in guesses.values()):
-        rows.append({"name": "Median age, most frequent classes", "trial": None, **guesses})
+    baselines = {key: finite(getattr(baseline, key, None)) for key in names}
+    if any(value is not None for value in baselines.values()):
+        rows.append({"name": "Median age, most frequent classes", "trial": None, **baselines})
     return rows
 
 
@@ -219,7 +219,7 @@ def _curves(trials: Sequence[TrialRow], best_number: int | None) -> Markup | Non
 
 
 def _stopped(trials: Sequence[TrialRow]) -> dict[str, int] | None:
-    """Return how many trials were stopped early, the epochs that they ran, and those that they would have run."""
+    """Return how many trials were stopped early, the epochs that they ran, and the epochs of as many full trials."""
     pruned = [row for row in trials if row.state == "pruned"]
     whole = max((row.epochs for row in trials if row.state == "complete"), default=0)
     if not pruned or not whole:
@@ -234,7 +234,7 @@ def _slices(
     logarithmic: frozenset[str],
     best_number: int | None,
 ) -> list[dict[str, Any]]:
-    """Return a figure for each parameter that complete trials vary in, the important ones first."""
+    """Return a figure for each parameter that varies between complete trials, the most important first."""
     complete = judged(trials)
     order = sorted(varied, key=lambda name: -found.shares.get(name, 0.0))
     slices: list[dict[str, Any]] = []
@@ -256,7 +256,7 @@ def _held(trials: Sequence[TrialRow]) -> list[str]:
 def _contours(
     trials: Sequence[TrialRow], report: SweepReport, varied: Sequence[str], logarithmic: frozenset[str]
 ) -> list[Markup]:
-    """Return a figure for each pair of weights of losses."""
+    """Return a figure for each pair of loss weights."""
     weights = report.loss_weights or tuple(name for name in varied if name.endswith("_weight"))
     usable = [name for name in weights if name in varied and is_number(values_of(trials, name))]
     figures: list[Markup] = []
@@ -269,7 +269,7 @@ def _contours(
 
 
 def _trade_offs(trials: Sequence[TrialRow], best_number: int | None) -> list[Markup]:
-    """Return a figure for each pair of the errors that are measured."""
+    """Return a figure for each pair of measured errors."""
     pairs = combinations(measured_errors(trials), 2)
     return [
         Markup(front_svg(trials, pair, (_ERROR_LABELS[pair[0]], _ERROR_LABELS[pair[1]]), best_number, f"front-{place}"))
@@ -278,14 +278,14 @@ def _trade_offs(trials: Sequence[TrialRow], best_number: int | None) -> list[Mar
 
 
 def _front(trials: Sequence[TrialRow]) -> list[TrialRow]:
-    """Return the trials of the front in the order of the first error that is measured."""
+    """Return the trials on the Pareto front, sorted by the first measured error."""
     names = measured_errors(trials)
     rows = [row for row in trials if row.is_on_front]
     return sorted(rows, key=lambda row: [finite(getattr(row, name)) or 0.0 for name in names])
 
 
 def _failures(trials: Sequence[TrialRow]) -> list[dict[str, Any]]:
-    """Return the reasons for which trials failed, each with its trials."""
+    """Return each reason for failure, with the trials that failed for it."""
     reasons: dict[str, list[int]] = {}
     for row in trials:
         if row.state == "failed":
@@ -318,12 +318,12 @@ def _duration(seconds: float | None) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """Let a long name be broken after its dots and underscores."""
+    """Allow line breaks after the dots and underscores of a long name."""
     return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
 
 
 def _sort_key(value: ParamValue | None) -> str:
-    """Return what a column is sorted by: a number where it is one; empty sorts last."""
+    """Return a column's sort key, numeric for numbers; empty sorts last."""
     if isinstance(value, bool | str):
         return str(value)
     shown = finite(value)
