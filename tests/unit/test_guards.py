@@ -9,17 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from agr_ray.config import LabelsConfig
 from agr_ray.data.guards import (
     check_no_overlap,
     check_no_overlaps,
     check_sets,
     class_warnings,
     copies_warnings,
+    training_space,
     vision_warnings,
 )
 from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.errors import ConfigError
-from agr_ray.labels import UTKFACE
+from agr_ray.labels import FAIRFACE, UTKFACE, LabelSpace
 from agr_ray.storage import Storage
 
 COUNTS = {"gender": {"female": 0, "male": 8}, "race": {"white": 5, "black": 1, "asian": 2, "indian": 0, "others": 0}}
@@ -177,3 +179,18 @@ def test_sets_of_different_detectors_are_warned_of() -> None:
 
     assert "crops of one and two were made with different settings: vision.detector mtcnn and haar;" in different
     assert "its checkpoint stores those of the first" in different
+
+
+def in_space(uri: str, space: LabelSpace) -> PreparedSet:
+    made = prepared(uri)
+    return made.model_copy(update={"settings": made.settings | {"label_space": space.to_json()}})
+
+
+def test_sets_are_trained_in_their_space_or_in_the_configured_one() -> None:
+    first, second = in_space("/one", UTKFACE), in_space("/two", FAIRFACE)
+    assert training_space([second, second], LabelsConfig()) == FAIRFACE
+    assert training_space([first, second], LabelsConfig(space="utkface")) == UTKFACE
+    with pytest.raises(ConfigError, match="/one has the label space utkface, /two has fairface; name the one"):
+        training_space([first, second], LabelsConfig())
+    with pytest.raises(ConfigError, match=r"/one: the races of utkface .* do not map onto those of fairface"):
+        training_space([first, second], LabelsConfig(space="fairface"))

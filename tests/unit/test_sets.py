@@ -293,3 +293,15 @@ def test_the_digest_of_a_run_on_one_set_does_not_know_of_several(one: Path, two:
         settings_digest(job(one, two, data_shares=[1, 2]), both),
     }
     assert len(digests) == 4
+
+
+def test_races_of_a_set_are_mapped_as_it_is_read(two: Path) -> None:
+    slices = [Slice(str(two / "crops" / "part-0.parquet"), 0, 1)]
+    mapping = {"white": "others"}
+
+    rows = read_slices(STORAGE, slices, "train", STATUSES, [mapping])
+
+    assert rows["race"].to_pylist() == [
+        mapping.get(race) for race in read_slices(STORAGE, slices, "train", STATUSES)["race"].to_pylist()
+    ]
+    assert "others" in rows["race"].to_pylist()
