@@ -1,12 +1,12 @@
-"""Work cut into numbered parts, which the same command finishes after a kill at any time: prepare's and scoring's.
+"""Work divided into numbered parts, with which prepare and scoring resume after a kill at any moment.
 
-    WORK/manifest/parts-000000.parquet ...   rows of work, PARTS_PER_FILE row groups each: row group N is part N
+    WORK/manifest/parts-000000.parquet ...   input rows, PARTS_PER_FILE row groups a file: row group N is part N
     WORK/manifest/plan.json                  the plan's record; written last
-    WORK/parts/part-00000000.parquet ...     what was made of each part, whole or not there
-    WORK/attempts/part-00000000.json ...     notes on parts under way
+    WORK/parts/part-00000000.parquet ...     output rows of each part, whole or absent
+    WORK/attempts/part-00000000.json ...     notes on parts in progress
 
-The manifest never changes. So the names in parts/ say what is done, no row is read or joined to find out, and a part
-that is made twice replaces itself.
+The manifest never changes, so the names in parts/ tell which parts are finished: no row is read or joined to find out,
+and a part that is written twice replaces itself.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from agr_ray.storage.scratch import scratch_folder
 
 PLAN: Final = "plan.json"
 PARTS_PER_FILE: Final = 256
-"""Readers of one part read the footer of its file, which grows with the row groups."""
+"""A reader of one part reads the footer of its file, which grows with the number of row groups."""
 MAX_DEATHS: Final = 3
-"""Times that an image may kill its worker before its row says `failed`."""
+"""Number of times an image may kill its worker before its row gets the status `failed`."""
 KILLED_ITS_WORKER: Final = f"killed its worker {MAX_DEATHS} times"
 """Error message of such an image."""
 
@@ -42,7 +42,7 @@ class Parts:
 
     storage: Storage
     work: str
-    """Folder of the plan's work."""
+    """Folder of the plan, its parts and its notes."""
     outage_s: float = 0.0
     """Seconds for which a call is retried; 0: never."""
 
@@ -52,11 +52,11 @@ class Parts:
         return self.storage.join(self.work, "manifest")
 
     def uri(self, number: int) -> str:
-        """Return the URI of what was made of a part."""
+        """Return the URI of a part's output rows."""
         return self.storage.join(self.work, "parts", f"part-{number:08d}.parquet")
 
     def finished(self) -> list[int]:
-        """Return the numbers of the parts that are there, in order."""
+        """Return the numbers of the finished parts, in order."""
         folder = self.storage.join(self.work, "parts")
         if not self.storage.exists(folder):
             return []
@@ -65,15 +65,15 @@ class Parts:
         )
 
     def rows(self, number: int) -> pa.Table:
-        """Read a part's rows of the manifest."""
+        """Read a part's input rows."""
         return Retry(self.outage_s).call(lambda: read_rows(self.storage, self.manifest, number))
 
     def begin(self, number: int) -> Attempts:
-        """Note that work on a part begins, and return what is known of earlier attempts."""
+        """Note that work on a part begins, and return the notes on it."""
         return Attempts(self.storage, self._attempts_uri(number), self.outage_s)
 
     def write(self, number: int, table: pa.Table) -> None:
-        """Write what was made of a part, and delete its notes."""
+        """Write a part's output rows, and delete its notes."""
         retry = Retry(self.outage_s)
         retry.call(lambda: self.storage.write_table(table, self.uri(number)))
         retry.call(lambda: self.storage.delete(self._attempts_uri(number)))
@@ -83,10 +83,10 @@ class Parts:
 
 
 class Attempts:
-    """Notes on which image of a part is at work, kept in storage because a worker that is killed loses its memory.
+    """Notes on the image in progress of a part, kept in storage because a killed worker loses its memory.
 
-    Where an earlier attempt at the part has died, images are to be taken one at a time. Each is noted before it begins.
-    One that has killed its worker `MAX_DEATHS` times is given up.
+    After an attempt at the part has died, its images must be processed one at a time, and each noted before it begins.
+    An image that has killed its worker `MAX_DEATHS` times is given up.
     """
 
     def __init__(self, storage: Storage, uri: str, outage_s: float = 0.0) -> None:
@@ -95,9 +95,9 @@ class Attempts:
         self._retry = Retry(outage_s)
         record = self._retry.call(self._read)
         self.has_died = record is not None
-        """Whether an earlier attempt at the part did not end."""
+        """Whether an earlier attempt at the part died."""
         self.deaths: Counter[str] = Counter(record["deaths"] if record else {})
-        """Times that each image has killed its worker, by image_id."""
+        """Number of times each image has killed its worker, by image_id."""
         if record and record["suspect"]:
             self.deaths[record["suspect"]] += 1
         self.suspect("")
@@ -107,7 +107,7 @@ class Attempts:
         return self.deaths[image_id] >= MAX_DEATHS
 
     def suspect(self, image_id: str) -> None:
-        """Note which image is next; empty: none alone."""
+        """Note the image that is processed next; empty: images are not processed one at a time."""
         record = {"suspect": image_id, "deaths": self.deaths}
         self._retry.call(lambda: self._storage.write(self._uri, json.dumps(record).encode()))
 
@@ -126,15 +126,15 @@ def write_manifest(
     rows_per_part: int,
     record: Mapping[str, Any],
 ) -> None:
-    """Write rows as parts of exactly `rows_per_part` rows, but for the last; whole or not at all.
+    """Write input rows as parts of exactly `rows_per_part` rows, except the last; all of them or none.
 
     Args:
-        storage: of `folder`.
+        storage: storage of `folder`.
         folder: new folder or prefix of the manifest.
-        batches: the rows, of `schema`, which stream through a temporary folder.
-        schema: of the rows.
-        rows_per_part: rows of a part.
-        record: what `read_plan` is to return.
+        batches: rows of `schema`, streamed through a temporary folder.
+        schema: schema of the rows.
+        rows_per_part: number of rows in each part.
+        record: result of `read_plan`.
 
     Raises:
         FileExistsError: `folder` holds a whole manifest.
@@ -152,7 +152,7 @@ def write_manifest(
 
 
 def read_plan(storage: Storage, folder: str) -> dict[str, Any] | None:
-    """Return the record of the manifest at `folder`, or None if there is no whole one."""
+    """Return the record of the manifest at `folder`, or None if there is no complete one."""
     try:
         record: dict[str, Any] = json.loads(storage.read(storage.join(folder, PLAN)))
         return record

@@ -1,4 +1,4 @@
-"""Private temporary folders that do not stay for ever when their process is killed."""
+"""Private temporary folders that are deleted eventually, even if their process is killed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MIN_AGE_S: Final = 60.0
 def scratch_folder() -> Iterator[str]:
     """Yield a new folder that only this user can read, and delete it at the end.
 
-    The folder is locked while its process lives. So each call also deletes folders that killed processes of this user
-    have left on this machine.
+    The folder is locked while its process lives, so each call can also delete the folders that killed processes of
+    this user have left on this machine.
     """
     _delete_abandoned()
     folder = tempfile.mkdtemp(prefix=PREFIX)

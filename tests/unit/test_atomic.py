@@ -233,3 +233,27 @@ def test_what_a_killed_writer_left_is_deleted_and_a_live_ones_is_not(
     finally:
         live.kill()
         live.wait()
+
+
+FULL_DISK = """
+import resource, sys
+import numpy as np
+import pyarrow as pa
+from agr_ray.storage import Storage, StorageUnavailable
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+table = pa.table({"a": np.random.rand(100_000)})
+for write, content in ((Storage().write_table, (table, sys.argv[1])), (Storage().write, (sys.argv[1], bytes(100_000)))):
+    try:
+        write(*content)
+    except StorageUnavailable as error:
+        assert str(error) == f"{sys.argv[1]} can't be written: File too large", error
+    else:
+        sys.exit("nothing was raised")
+"""
+
+
+def test_a_file_that_does_not_fit_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+    run_python(FULL_DISK, str(tmp_path / "t.parquet"))
+
+    assert os.listdir(tmp_path) == []
