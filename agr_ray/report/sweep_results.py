@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from agr_ray.config import ClusterConfig, Section, StorageConfig, TuneJob
+from agr_ray.config import ClusterConfig, LabelsConfig, Section, StorageConfig, TuneJob
 from agr_ray.console import make_table
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
@@ -76,6 +76,8 @@ def best_recipe(sweep: Sweep, best: Trial) -> str:
         "train": retrained.train,
         "predict": retrained.predict,
     }
+    if job.labels != LabelsConfig():
+        sections = {"labels": job.labels} | sections
     if job.storage != StorageConfig():
         sections = {"storage": job.storage} | sections
     if job.cluster != ClusterConfig():

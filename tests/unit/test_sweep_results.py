@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from agr_ray.config import ClusterConfig, LossConfig, ModelConfig, TrainJob, TuneJob, VisionConfig, parse
+from agr_ray.config import ClusterConfig, LabelsConfig, LossConfig, ModelConfig, TrainJob, TuneJob, VisionConfig, parse
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CALIBRATION, model_digest, save_checkpoint
@@ -116,14 +116,15 @@ def test_the_recipe_gives_the_same_training_again(tmp_path: Path, console: Conso
     job = tune_job(tmp_path)
     # What the preset sets and the command line takes back has no word in TOML.
     model = ModelConfig(preset="lightweight", bn_momentum=None)
-    cluster = ClusterConfig(num_cpus=12)
-    sweep = swept(job.model_copy(update={"model": model, "cluster": cluster}), console)
+    cluster, labels = ClusterConfig(num_cpus=12), LabelsConfig(space="fairface", age_groups=("0-17", "18+"))
+    sweep = swept(job.model_copy(update={"model": model, "cluster": cluster, "labels": labels}), console)
 
     write_results(sweep, RUN, console)
 
     again = parse(TrainJob, ["--config", f"{sweep.plan.uri}/best.toml"], {})
     assert again.model == model.model_copy(update={"preset": "paper"})
     assert again.cluster == cluster
+    assert again.labels == labels
     assert "[cluster]" not in best_recipe(swept(tune_job(tmp_path / "other"), console), sweep.trials[2])
 
 
