@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from agr_ray.labels import GENDERS, UTKFACE
+from agr_ray.labels import ADIENCE, FAIRFACE, GENDERS, UTKFACE, LabelSpace
 from agr_ray.schema import ABSTAINED, DEMOGRAPHICS
 from agr_ray.tables.demographics import demographics
+from agr_ray.tables.suppression import suppress
 
 SIZES = tuple(len(names) for names in UTKFACE.classes.values())
 ATTRIBUTES = tuple(UTKFACE.classes)
@@ -250,3 +251,25 @@ def test_what_does_not_fit_is_named(cells: list[Any], groups: list[Any], attribu
         demographics(
             pa.Table.from_pylist(cells), pa.Table.from_pylist(groups), None, dict.fromkeys(attributes, UTKFACE.genders)
         )
+
+
+@pytest.mark.parametrize("space", [FAIRFACE, ADIENCE], ids=lambda space: space.name)
+def test_a_label_space_gives_tables_their_cells(space: LabelSpace) -> None:
+    rng = np.random.default_rng(11)
+    names, sizes = list(space.classes), [len(classes) for classes in space.classes.values()]
+    truth = {name: rng.integers(0, size, 4000) for name, size in zip(names, sizes, strict=True)}
+    calibration = truth | {f"{name}_pred": codes for name, codes in truth.items()}  # without an error
+    faces = [{name: space.classes[name][codes[k]] for name, codes in truth.items()} | {"n": 1} for k in range(600)]
+
+    table = demographics(
+        pa.Table.from_pylist(faces), pa.Table.from_pylist([group_row(600)]), calibration, space.classes
+    )
+
+    assert table.num_rows == sum(sizes) + np.prod(sizes)
+    for name, classes in space.classes.items():
+        rows = rows_of(table, name)
+        assert [row[name] for row in rows] == list(classes)
+        assert [row["n"] for row in rows] == np.bincount(truth[name][:600], minlength=len(classes)).tolist()
+        assert [row["share_corrected"] for row in rows] == pytest.approx([row["share"] for row in rows], abs=0.01)
+    hidden = suppress(table, 5)
+    assert [row["n"] for row in hidden.to_pylist() if 0 < (row["n"] or 0) < 5] == []
