@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,9 @@ from agr_ray.schema import CROPS, MANIFEST, TEMPLATE, Status
 from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
 from agr_ray.storage.retry import Retry
 from agr_ray.vision.decode import encode_jpeg
+
+Row = dict[str, Any]
+Download = Future[bytes | Reject]
 
 
 class CropMaker:
@@ -42,7 +46,7 @@ class CropMaker:
         """
         rows = self._parts.rows(number).select(MANIFEST.names).to_pylist()
         attempts = self._parts.begin(number)
-        made: list[dict[str, Any]] = []
+        made: list[Row] = []
         if attempts.has_died:
             for row in rows:
                 if attempts.is_given_up(row["image_id"]):
@@ -51,26 +55,42 @@ class CropMaker:
                 attempts.suspect(row["image_id"])
                 made += self.crop_rows([row])
         else:
-            for start in range(0, len(rows), self._config.batch_size):
-                made += self.crop_rows(rows[start : start + self._config.batch_size])
+            size = self._config.batch_size
+            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+            ahead = self._fetch(batches[0])
+            for batch, following in zip(batches, [*batches[1:], []], strict=True):
+                fetched, ahead = ahead, self._fetch(following)  # downloads go on while this batch is cropped
+                made += self.crop_rows(batch, fetched)
         table = pa.Table.from_pylist(made, schema=CROPS)
         self._parts.write(number, table)
         return table
 
-    def crop_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return a row of schema.CROPS for each of schema.MANIFEST, in order; one that is not ok stays as it is."""
-        readable = [row for row in rows if row["status"] == Status.OK]
-        made = iter(self._retry.call(lambda: self._read(readable)))
+    def crop_rows(self, rows: Sequence[Row], fetched: Sequence[Download] | None = None) -> list[Row]:
+        """Return a row of schema.CROPS for each of schema.MANIFEST, in order; one that is not ok stays as it is.
+
+        Args:
+            rows: of schema.MANIFEST.
+            fetched: downloads of the rows that are ok, if they have begun.
+        """
+        begun = [self._fetch(rows) if fetched is None else fetched]
+
+        def read() -> list[Row]:
+            return self._read(begun.pop() if begun else self._fetch(rows))  # again, after storage was unavailable
+
+        made = iter(self._retry.call(read))
         return [row | next(made) if row["status"] == Status.OK else row for row in rows]
 
-    def _read(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        fetched = self._downloads.fetch([row["uri"] for row in rows], [row["etag"] for row in rows])
+    def _fetch(self, rows: Sequence[Row]) -> list[Download]:
+        readable = [row for row in rows if row["status"] == Status.OK]
+        return self._downloads.fetch([row["uri"] for row in readable], [row["etag"] for row in readable])
+
+    def _read(self, fetched: Sequence[Download]) -> list[Row]:
         bodies = [each.result() for each in fetched]
         hashes = [None if isinstance(body, Reject) else content_hash(body) for body in bodies]
         crops = [self._crop(seen) for seen in self._finder.find(bodies)]
         return [{"content_hash": digest} | crop for digest, crop in zip(hashes, crops, strict=True)]
 
-    def _crop(self, seen: Photograph | Reject) -> dict[str, Any]:
+    def _crop(self, seen: Photograph | Reject) -> Row:
         """Return what an image adds to its row. The face nearest the centre is the labelled one."""
         if isinstance(seen, Reject):
             return {"status": str(seen.status), "error": seen.error}

@@ -346,10 +346,10 @@ def test_an_image_that_kills_its_worker_is_given_up(tmp_path: Path, monkeypatch:
     class Deadly(CropMaker):
         """Dies of one image, as a decoder that crashes does."""
 
-        def crop_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        def crop_rows(self, rows: Any, *fetched: Any) -> list[dict[str, Any]]:
             if any(row["key"] == "chip-003.jpg" for row in rows):
                 os._exit(1)
-            return super().crop_rows(rows)
+            return super().crop_rows(rows, *fetched)
 
     chips = write_chips(tmp_path / "faces", range(6))
     write_labels(tmp_path / "faces", [chip_label(key, chip) for key, chip in chips.items()])

@@ -503,10 +503,10 @@ def test_an_image_that_kills_its_worker_is_given_up_and_tried_again_when_it_is_a
 ) -> None:
     crop_rows = CropMaker.crop_rows
 
-    def die(maker: CropMaker, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def die(maker: CropMaker, rows: list[dict[str, Any]], *fetched: Any) -> list[dict[str, Any]]:
         if any(row["key"] == "c.jpg" for row in rows):
             raise Killed
-        return crop_rows(maker, rows)
+        return crop_rows(maker, rows, *fetched)
 
     num_runs = 0
     with monkeypatch.context() as patch:
