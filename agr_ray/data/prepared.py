@@ -5,6 +5,7 @@ splits.tsv          group_id, key and split of every image, sorted: its SHA-256 
 split_memory.parquet    content_hash and split of all content that the set ever held, so that images keep their split
 crops/*.parquet     schema.CROPS: one row for every manifest row, whatever happened to it
 prepare.json        the record below; `finished` is true once every row is there
+work/               while the set is made or updated: `data.preparation`
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ from agr_ray.placement import places, process_bundles
 from agr_ray.runtime.ray_compat import NO_PRESTART, has_autoscaler, machine_cpus, pace_ray_data
 
 MIN_LOCAL_CPUS: Final = 8
-"""Logical CPUs of a local cluster at least: actors that hold all CPUs leave Ray Data none to read and write with."""
+"""Fewest logical CPUs of a local cluster: actors that hold all CPUs leave none for Ray Data to read and write with."""
 
 T = TypeVar("T")
 
 _LOOK_EVERY_S: Final = 1.0
 _MOST_BUNDLES: Final = 10_000
-"""More processes than any cluster has are a mistake, and too many to ask an autoscaler for."""
+"""Most processes to ask an autoscaler for; more are a mistake."""
 _autoscaler_wait_s: ContextVar[float] = ContextVar("autoscaler_wait_s", default=0.0)
 """`cluster.autoscaler_wait_s`, inside `cluster`."""
 
@@ -36,11 +36,11 @@ _autoscaler_wait_s: ContextVar[float] = ContextVar("autoscaler_wait_s", default=
 def cluster(config: ClusterConfig) -> Iterator[None]:
     """Join the configured cluster, or start one in this process and end it afterwards.
 
-    Does nothing where this process is connected already: the tests share one cluster among them.
+    Does nothing if this process is connected already: the tests share one cluster.
 
     Raises:
-        ConfigError: if there is no cluster at the address.
-        JobError: if Ray does not start.
+        ConfigError: there is no cluster at the address.
+        JobError: Ray does not start.
     """
     waiting = _autoscaler_wait_s.set(config.autoscaler_wait_s)
     try:
@@ -71,7 +71,7 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
     except (ConnectionError, ValueError) as error:
         said = "Ray refuses to start" if address == "local" else "no Ray cluster answers there"
         raise ConfigError(f"cluster.address {address}: {said}: {' '.join(str(error).split())}") from None
-    except Exception as error:  # Ray raises just that where its processes don't come up in time
+    except Exception as error:  # Ray raises a plain Exception if its processes do not start in time
         raise JobError(f"Ray did not start at cluster.address {address}: {' '.join(str(error).split())}") from error
     try:
         yield
@@ -80,13 +80,13 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
 
 
 def configure_ray_data() -> None:
-    """Set Ray Data up for our jobs, in the process that builds a dataset."""
+    """Configure Ray Data for our jobs; call it in the process that builds a dataset."""
     context = DataContext.get_current()
-    # Our own progress is to be seen: where there is no terminal, Ray Data logs a page every ten seconds.
+    # We show our own progress. Without a terminal, Ray Data logs a page every ten seconds.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # An error that ends the work comes out of it as an exception, of the class that it had in the worker, so that
-    # it need not be logged as well.
+    # An error that ends the work is raised in the driver, as an instance of its class in the worker, so it need not be
+    # logged as well.
     context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     pace_ray_data(context)
@@ -95,12 +95,12 @@ def configure_ray_data() -> None:
 def check_fits(
     purpose: str, num_processes: int, cpus_each: float, gpus_each: float = 0.0, spare_cpus: float = 1.0
 ) -> None:
-    """Refuse a plan that would wait for ever for CPUs or GPUs that the cluster does not have.
+    """Check that the cluster has the CPUs and GPUs that a plan needs; without them it would wait without end.
 
-    A cluster that has an autoscaler is asked for them first, and waited for, `cluster.autoscaler_wait_s` at most.
+    If the cluster has an autoscaler, ask it for nodes and wait for up to `cluster.autoscaler_wait_s`.
 
     Raises:
-        ConfigError: with what is asked and what there is.
+        ConfigError: it has not; the message says what is needed and what there is.
     """
     bundles = process_bundles(num_processes, cpus_each, gpus_each, spare_cpus)
     wait_for_nodes(lambda: refuse_misfit(purpose, num_processes, cpus_each, gpus_each, spare_cpus), bundles, purpose)
@@ -109,12 +109,12 @@ def check_fits(
 def wait_for_nodes(check: Callable[[], T], bundles: Sequence[Mapping[str, float]], purpose: str) -> T:
     """Return what `check` returns, at once or once the cluster's autoscaler has added nodes.
 
-    What is needed is asked for by a placement group, which Ray removes when this job ends, however it ends.
+    A placement group asks for the resources. Ray removes it when this job ends, however it ends.
 
     Args:
         check: raises ConfigError while the cluster is too small.
         bundles: resources that are needed, each on one node.
-        purpose: the configuration's key that asks for them.
+        purpose: the configuration key that asks for them.
 
     Raises:
         ConfigError: of `check`, from a cluster without an autoscaler or after `cluster.autoscaler_wait_s`.
@@ -145,13 +145,13 @@ def wait_for_nodes(check: Callable[[], T], bundles: Sequence[Mapping[str, float]
 def refuse_misfit(
     purpose: str, num_processes: int, cpus_each: float, gpus_each: float = 0.0, spare_cpus: float = 1.0
 ) -> None:
-    """Refuse a plan that does not fit the cluster as it is.
+    """Check that a plan fits the cluster as it is.
 
-    A process is on one node, so what nodes have left beside whole processes counts only towards `spare_cpus`, which
-    Ray Data's own tasks need, that read and write.
+    A process is on one node. So resources that are left over on a node only count towards `spare_cpus`, which Ray
+    Data's tasks need to read and write.
 
     Raises:
-        ConfigError: with what is asked and what there is.
+        ConfigError: it does not; the message says what is needed and what there is.
     """
     resources = _resources()
     for kind, each, spare in (("CPU", cpus_each, spare_cpus), ("GPU", gpus_each, 0.0)):
@@ -173,7 +173,7 @@ def refuse_misfit(
 
 
 def worker_count(num_workers: int | None, *, use_gpu: bool = False, besides: int = 0) -> int:
-    """Return the configured number of processes, or as many as there are GPUs, or spare CPUs, logical and real.
+    """Return the configured number of processes, or one for each GPU, or one for each spare CPU.
 
     `besides` is the number of other processes that take a logical CPU each.
     """
@@ -186,7 +186,7 @@ def worker_count(num_workers: int | None, *, use_gpu: bool = False, besides: int
 
 
 def nodes() -> list[dict[str, float]]:
-    """Return what each node that is alive has, by Ray's names."""
+    """Return the resources of each live node, by Ray's names."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray leaves it bare
 
 

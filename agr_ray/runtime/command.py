@@ -1,4 +1,4 @@
-"""What every job's script does around its one call."""
+"""What the scripts of all jobs share: the command line, and errors of one line."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def read_recipe(path: str, storage: StorageConfig) -> bytes:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line on stderr where the work fails: status 2 if the set-up is to blame, else 1."""
+    """If the work fails, end the process with one line on stderr: status 2 if the set-up is at fault, otherwise 1."""
     try:
         yield
     except RayTaskError as error:
-        # First, because it is an instance of its cause's class as well, with the traceback for a message.
+        # First, because it is also an instance of its cause's class, with the traceback as its message.
         if not isinstance(error.cause, StorageUnavailable | StorageError):
             raise
-        # Ray Data adds a paragraph of its own to the one line.
+        # Ray Data appends a paragraph to the one line.
         _fail(type(error.cause)(str(error.cause).partition("\n")[0]))
     except (ConfigError, StorageUnavailable, StorageError) as error:
         _fail(error)

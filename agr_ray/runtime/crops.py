@@ -23,16 +23,16 @@ from agr_ray.storage import Storage
 from agr_ray.storage.retry import Retry
 
 DECODED_ROWS: Final = 256
-"""Rows of a block of decoded crops: some 50 MiB at 224 pixels."""
+"""Rows of a block of decoded crops: about 50 MiB at 224 pixels."""
 
 
 def part_dataset(storage: Storage, prepared: PreparedSet) -> Dataset:
     """Return one row a Parquet part of the crops: its URI, in the column `part`.
 
-    Whoever maps over it reads the part. One operator that reads and decodes needs a third of the processes of Ray
-    Data's Parquet reader followed by a map, and on a small machine starting processes is what takes the time.
+    The map over it reads the part. One operator that reads and decodes needs a third of the processes of Ray Data's
+    Parquet reader followed by a map, and on a small machine, starting processes takes most of the time.
     """
-    # Here and not in the driver: Ray Train calls this in a process of its own.
+    # Here, not in the driver, because Ray Train calls this in another process.
     configure_ray_data()
     parts = [{"part": info.uri} for info in storage.list(prepared.crops(storage), (".parquet",))]
     return ray.data.from_items(parts, override_num_blocks=len(parts))
@@ -50,16 +50,16 @@ def training_dataset(
 ) -> Dataset:
     """Return the crops of one split of all sets, decoded as they stream: the columns of `training_arrays`.
 
-    Every stretch of it, and so what each worker gets, has rows of all sets in proportion.
+    Every stretch of rows, and so each worker's share, has rows of all sets in proportion.
 
     Args:
         storage: where the sets are.
-        sets: whose crops have the same side.
-        split: train, val or test; all: every one.
+        sets: prepared sets whose crops have the same side.
+        split: train, val or test; "all" for every split.
         space: onto which the sets' races are mapped.
-        use_fallback: whether chips in which no face was found are among them.
+        use_fallback: whether to include chips in which no face was found.
         outage_s: seconds for which reading is retried while storage is unavailable.
-        cpus_per_task: logical CPUs that Ray reserves for each task that reads; 0 where workers may take all there are.
+        cpus_per_task: logical CPUs that Ray reserves for each reading task; 0 if workers may take all.
     """
     configure_ray_data()  # as in part_dataset
     decode = partial(
@@ -84,7 +84,7 @@ def training_dataset(
 
 
 class SplitShares(DataConfig):
-    """Training in equal shares, which lose a row at most to each worker; validation in shares that lose none."""
+    """Equal shares of training, which drop at most one row for each worker; shares of validation that drop none."""
 
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any

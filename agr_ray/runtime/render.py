@@ -33,10 +33,10 @@ LOCK: Final = "lock.json"
 
 
 def render(job: RenderJob) -> str:
-    """Draw them, unless all are there already, and return the folder.
+    """Draw the faces, unless all are there already, and return the folder.
 
     Raises:
-        ConfigError: the folder holds faces of another seed or number, or something else.
+        ConfigError: the folder holds faces of another seed or number, or other files.
         StorageUnavailable: it can't be written.
     """
     console = make_console()

@@ -1,19 +1,19 @@
-"""Train on a cluster: the loop of `learn.loop` in Ray Train's workers, fed by Ray Data.
+"""Train on a cluster: Ray Train's workers run the loop of `learn.loop`, and Ray Data feeds them.
 
 A run is a folder, OUT/NAME:
 
     run.json            configuration, data and state; `finished` says why it ended
     initial/            the checkpoint with the first weights
-    checkpoints/        Ray Train's own: after every epoch, of which the best and the last are kept; and where a machine
-                        was to be taken away, in the middle of one
-    best/  last/        the same two as plain checkpoints, once the run has finished
+    checkpoints/        Ray Train's own, one after every epoch, of which the best and the last are kept; also one within
+                        an epoch if a machine was about to be preempted
+    best/  last/        these two as plain checkpoints, once the run has finished
     history.parquet     schema.HISTORY, rewritten after every epoch
-    history.png         the same as curves, once the run has finished
+    history.png         learning curves, once the run has finished
     tensorboard/        its event files; the last epoch adds a page of sample predictions
-    lock.json           while a driver is at work: nobody else may be
-    failure.txt         only where the loss was no number: which step, and the image_ids of its batch
+    lock.json           the lock of the driver that is at work
+    failure.txt         only if the loss was NaN or infinite: the step, and the image_ids of its batch
 
-The same command again resumes at the last epoch that was checkpointed.
+The same command resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -72,20 +72,20 @@ from agr_ray.vision.align import DEFAULT_MARGIN
 
 
 def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool = False) -> str:
-    """Train, or go on training, and return the URI of the best checkpoint.
+    """Train, or resume training, and return the URI of the best checkpoint.
 
-    With `job.dry_run`, only print the plan: nothing is started or written, and there will be no such checkpoint.
+    With `job.dry_run`, only print the plan: nothing is started or written, and the checkpoint will not exist.
 
     Args:
         job: what to train.
-        callbacks: of Ray Train, which hear of each epoch.
+        callbacks: Ray Train callbacks, called after each epoch.
         quiet: print nothing but warnings, here and in workers.
 
     Raises:
-        ConfigError: there is no such prepared set, the run has finished already or another driver is at work on it, or
-            the plan can't fit.
-        JobError: the loss is no number any more, or workers failed more often than `train.max_failures`.
-        LockLost: another driver took the run over.
+        ConfigError: the prepared set does not exist, the run has finished, another driver is at work on it, or the
+            cluster is too small.
+        JobError: the loss is NaN or infinite, or workers failed more often than `train.max_failures`.
+        LockLost: another driver has taken over the run.
     """
     console = make_console(quiet=quiet)
     storage = Storage.from_config(job.storage)
@@ -118,10 +118,10 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
 
 
 def open_sets(job: TrainJob, storage: Storage) -> list[PreparedSet]:
-    """Return the prepared sets that are trained on.
+    """Return the prepared sets to train on.
 
     Raises:
-        ConfigError: there is none, or they don't go together.
+        ConfigError: one does not exist, or they can't be combined.
     """
     for uri in job.train.data_uris:
         storage.probe(uri, "train.data")
@@ -134,7 +134,7 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
     """Return the folder of the run that this configuration names.
 
     Raises:
-        ConfigError: it has finished, and no new one is asked for.
+        ConfigError: the run has finished, and --new-run is not given.
     """
     name = job.train.name or f"train-{settings}"
     out = storage.absolute(job.train.out)
@@ -158,8 +158,8 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 
 
 def settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
-    """Return the digest of all that decides what is learnt: of knobs and of data, wherever they lie."""
-    # Threads, TF32 and the compiler round otherwise, no more; `grad_accum_steps` stays: batch norm sees its parts.
+    """Return the digest of all settings and data that affect the weights, wherever the data is."""
+    # Threads, TF32 and the compiler only round differently. `grad_accum_steps` counts: batch norm sees each part.
     moot = {"out", "name", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "cache_mib"}
     moot |= {"threads_per_worker", "cpus_per_worker", "gpus_per_worker", "tf32", "compile", "mlflow_uri"}
     fields = TrainConfig.model_fields
@@ -171,13 +171,13 @@ def settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
 def plan(
     job: TrainJob, storage: Storage, sets: Sequence[PreparedSet], uri: str, settings: str, console: Console
 ) -> tuple[Run, MultiTaskNet | None]:
-    """Look at the labels, and draw or read the first weights; none where the run goes on. Nothing is written yet.
+    """Check the labels, and draw or read the first weights; None if the run is resumed. Write nothing.
 
-    What is odd about the data and may be meant is a warning on the console.
+    Suspicious data triggers a warning on the console.
 
     Raises:
-        ConfigError: there is too little to train on, images of training are in another split too, or first weights
-            can't be had.
+        ConfigError: there are too few crops, training images are in another split too, or the first weights can't be
+            read.
     """
     check_mlflow(job.train.mlflow_uri)
     space = training_space(sets, job.labels)
@@ -251,10 +251,10 @@ def plan(
 
 
 def _check_finite(run: Run) -> None:
-    """Say so if the loss was no number.
+    """Check that no worker has met a loss that is NaN or infinite.
 
     Raises:
-        JobError: with the step and the rows.
+        JobError: one has; the message names the step and its rows.
     """
     failure = run.storage.join(run.uri, FAILURE)
     if run.storage.exists(failure):
@@ -279,7 +279,7 @@ def _initial_model(run: Run, labels: Labels) -> MultiTaskNet:
     """Draw the first weights, or read those that the configuration names.
 
     Raises:
-        ConfigError: they can't be had, or don't fit.
+        ConfigError: they can't be read, or don't fit the network.
     """
     torch.manual_seed(run.job.train.seed)
     model = MultiTaskNet(run.job.model, labels.space)
@@ -310,7 +310,7 @@ def _first_weights(config: ModelConfig, storage: Storage) -> dict[str, Tensor] |
 
 
 def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:
-    """Copy the best and the last checkpoint out of Ray's folder, mark the run as finished, return the best's URI.
+    """Copy the best and last checkpoints out of Ray's folder, mark the run as finished, and return the best one's URI.
 
     Raises:
         LockLost: the run's lock was lost; everything written before that was written under the lock.
@@ -331,7 +331,7 @@ def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:
             if publish_checkpoint(run.storage, directory, run.storage.join(run.uri, name)):
                 console.print(calibration_hint(run.storage.join(run.uri, name)))
             state = load_train_state(directory)
-    # Again, for a run that was killed between its last checkpoint and its last line of history.
+    # Again, because the run may have been killed between its last checkpoint and its last line of history.
     lock.check()
     write_history(run, state["history"])
     curves = curves_png(state["history"], run.uri)
@@ -364,7 +364,7 @@ def _write_record(run: Run, finished: str) -> None:
 
 
 def _git_commit() -> str:
-    """Return the commit of the code, with a + where it was changed since; empty outside a checkout."""
+    """Return the git commit of the code, with a + if files have changed since; empty outside a checkout."""
     folder = Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:

@@ -1,6 +1,6 @@
-"""Tune: a sweep on a cluster. Ray Tune runs its trials, Optuna proposes them, `sweep.Sweep` remembers them.
+"""A sweep on a cluster: Ray Tune runs the trials, Optuna proposes them, `tuning.sweep.Sweep` records them.
 
-The folder's layout, and what a sweep resumes from, are in `runtime.tuning.sweep`.
+`tuning.sweep` describes the folder's layout, and what a sweep resumes from.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from agr_ray.tuning.sweep import Sweep
 from agr_ray.tuning.trials import ERROR_TASKS
 
 TUNE_FOLDER: Final = "tune"
-"""Of Tune's own files, which nothing is read from again."""
+"""Folder of Tune's own files, which are never read again."""
 
 
 def tune(job: TuneJob) -> str:
-    """Make a sweep, or go on with one, and return the URI of the best trial's checkpoint.
+    """Run a sweep, or resume one, and return the URI of the best trial's checkpoint.
 
-    There is none yet where a budget or an interruption ended the sweep before any trial's end, nor with `job.dry_run`:
-    that only checks everything and prints the plan of the first trial.
+    The checkpoint does not exist if a budget or an interruption ended the sweep before any trial finished, or with
+    `job.dry_run`, which only checks everything and prints the plan of the first trial.
 
     Raises:
-        ConfigError: the search space, the data or the plan can't be meant, the sweep has finished already, or another
-            driver is at work on it.
-        JobError: no trial came to its end, or the first ones failed before their first epoch.
-        LockLost: another driver took the sweep over.
+        ConfigError: the search space, the data or the plan is invalid, the sweep has finished, or another driver is at
+            work on it.
+        JobError: no trial finished, or the first ones failed before their first epoch.
+        LockLost: another driver has taken over the sweep.
     """
     console, folder = make_console(), os.getcwd()
     storage = Storage.from_config(job.storage)
@@ -122,10 +122,10 @@ def room(config: TrainConfig, asked: int | None) -> Room:
 
 
 def _planned_again(planned: Plan, storage: Storage, job: TuneJob, digest: str) -> Plan:
-    """Return the plan as it is now that no other driver can change it.
+    """Return the plan again, now that no other driver can change it.
 
     Raises:
-        ConfigError: another has finished the sweep since.
+        ConfigError: another driver has finished the sweep since.
     """
     again = plan_sweep(storage, job, digest)
     if again.uri != planned.uri:
@@ -134,10 +134,10 @@ def _planned_again(planned: Plan, storage: Storage, job: TuneJob, digest: str) -
 
 
 def _check_labels(job: TuneJob, sets: Sequence[PreparedSet], storage: Storage) -> None:
-    """Refuse errors of which validation has no labels: no trial could be judged by them.
+    """Check that validation has the labels of every error that trials are judged by.
 
     Raises:
-        ConfigError: with the task and what needs it.
+        ConfigError: it has not; the message names the task and what needs it.
     """
     needed = {ERROR_TASKS[name]: f"tune.constraints {name}" for name in job.tune.constraints}
     needed |= dict.fromkeys(job.model.tasks, "tune.mode pareto") if job.tune.mode == "pareto" else {}
@@ -152,7 +152,7 @@ def _check_labels(job: TuneJob, sets: Sequence[PreparedSet], storage: Storage) -
 
 
 def with_absolute_paths(job: TuneJob, storage: Storage) -> TuneJob:
-    """Return the job with the paths that trials read from as they are here: Tune runs each in a folder of its own."""
+    """Return the job with absolute paths, because Tune runs each trial in a folder of its own."""
 
     def absolute(weights: Any) -> Any:
         return weights if weights in ("none", "imagenet") else storage.absolute(weights)
@@ -175,7 +175,7 @@ def with_absolute_paths(job: TuneJob, storage: Storage) -> TuneJob:
 
 
 def _trial_job(base: TrainJob, sweep: Sweep, threads_per_worker: int | None) -> TrainJob:
-    """Return what trials have in common."""
+    """Return the settings that all trials share."""
     train = {"train.out": sweep.join("trials"), "train.max_failures": 0, "train.threads_per_worker": threads_per_worker}
     return with_values(base, train)
 
@@ -183,15 +183,15 @@ def _trial_job(base: TrainJob, sweep: Sweep, threads_per_worker: int | None) -> 
 def _run_trials(
     sweep: Sweep, lock: RunLock, base: TrainJob, max_concurrent: int, folder: str, console: Console
 ) -> None:
-    """Run trials until there is none left, a budget is spent, or somebody interrupts.
+    """Run trials until none is left, a budget is spent, or the user interrupts.
 
-    What goes wrong while Tune calls the sweep, is raised when Tune has ended.
+    An error in one of the sweep's callbacks is raised when Tune has ended.
     """
-    # The driver says what there is to say, and the records hold what these loggers would write.
+    # The driver prints progress itself, and the records hold what these loggers would write.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
-    # A trial that diverges in its first epoch, or was over before its process died, ends without a result.
+    # A trial that diverges in its first epoch, or had finished before its process died, ends without a result.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
     for name in ("ray.tune", "ray.train"):
@@ -236,7 +236,7 @@ def _budget(job: TuneJob) -> str:
 
 
 def _dry_run(job: TuneJob, planned: Plan, run: Run, console: Console) -> None:
-    """Say what would be searched."""
+    """Print what would be searched."""
     console.print(f"{planned.num_trials} trials of {run.job.train.epochs} epochs; {_budget(job)}")
     for key, parameter in job.tune.space.items():
         said = parameter.model_dump(exclude_defaults=True)

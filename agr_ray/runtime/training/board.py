@@ -1,8 +1,8 @@
-"""How training's progress gets from its first worker to the driver's terminal.
+"""Show the progress of training on the driver's terminal.
 
-The worker leaves its latest `Progress` on a board, an actor that keeps just that; a thread of the driver looks at it
-and draws two bars and a line of figures. Training depends on none of it: nobody waits for what is left on the board, a
-board that dies is started again by Ray, and one that is gone swallows what it is told.
+The first worker puts its latest `Progress` on a board, an actor that keeps nothing else. A thread of the driver reads
+it and draws two bars and a line of figures. Training does not depend on the board: no worker waits for it, Ray restarts
+one that dies, and calls to one that is gone are ignored.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Board:
         self._latest = progress
 
     def latest(self) -> Progress | None:
-        """Return it; None: nothing yet, or not since Ray started the board again."""
+        """Return it; None: there is none yet, or none since Ray restarted the board."""
         return self._latest
 
 
 class TrainingBars:
-    """What the driver's terminal shows: epochs, this epoch's images, figures. Rich draws it anew as it changes."""
+    """Bars of epochs and of this epoch's images, and a line of figures. Rich redraws them as they change."""
 
     def __init__(self) -> None:
         self._bars = bars.Progress(
@@ -55,7 +55,7 @@ class TrainingBars:
         self._tasks: tuple[bars.TaskID, bars.TaskID] | None = None
 
     def show(self, progress: Progress) -> None:
-        """Move the bars; also back, where a run went on from an earlier checkpoint."""
+        """Move the bars; backwards if a run has resumed from an earlier checkpoint."""
         if self._tasks is None:
             self._tasks = (self._bars.add_task("epochs", left=""), self._bars.add_task("epoch", left=""))
         epochs, epoch = self._tasks
@@ -79,7 +79,7 @@ class TrainingBars:
 def progress_board(console: Console) -> Iterator[Any]:
     """Show training's progress on the terminal until the block ends; yield the board's handle, for the first worker.
 
-    What workers print meanwhile appears above the bars. Yields None, and starts nothing, where there is no terminal.
+    Lines that workers print appear above the bars. Without a terminal, yield None and start nothing.
     The board ends with its last handle, or with the driver.
     """
     if not console.is_terminal:
@@ -93,7 +93,7 @@ def progress_board(console: Console) -> Iterator[Any]:
         while not is_over.wait(LOOK_EVERY_S):
             try:
                 latest = ray.get(board.latest.remote(), timeout=TIMEOUT_S)
-            except RayError:  # it is being started again, or the machine is busy
+            except RayError:  # it is being restarted, or the machine is busy
                 continue
             if latest is not None:
                 shown.show(latest)

@@ -1,4 +1,4 @@
-"""A training worker's batches: its share of the crops, streamed once and then kept in memory where it fits."""
+"""A training worker's batches: its share of the crops, streamed once and then kept in memory if it fits."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ NUM_AHEAD: Final = 2
 def share_sizes(batch_size: int, rank: int, world_size: int) -> Iterator[int]:
     """Yield how many images of each step of an epoch are one worker's.
 
-    Over all workers they add up to `batch_size` in every step, and over `world_size` steps all take as many, so that
-    workers with equally many images run out of them together.
+    In every step, they add up to `batch_size` over all workers. Over `world_size` steps, all workers take equally many,
+    so that workers with equal shares run out of images together.
     """
     whole, over = divmod(batch_size, world_size)
     for step in count():
@@ -32,9 +32,9 @@ def share_sizes(batch_size: int, rank: int, world_size: int) -> Iterator[int]:
 
 
 class ShardBatches:
-    """The batches of one worker's share: streamed once, then from memory where that is allowed.
+    """The batches of one worker's share: streamed once, then from memory if that is allowed.
 
-    The next ones are made while the device computes. For a GPU, crops lie in pinned memory, as tensors.
+    The next batches are made while the device computes. For a GPU, crops are tensors in pinned memory.
 
     Args:
         shard: yields the rows of `crops.training_dataset`.
@@ -42,8 +42,8 @@ class ShardBatches:
         keep: whether the share is kept, decoded; the same in all workers.
         shuffle_rows: rows in the shuffle buffer while streaming; 0: rows come in their order, always.
         seed: of the shuffling, together with the epoch.
-        sampler: draws the rows of an epoch from memory; none: each comes once.
-        device: where batches will go.
+        sampler: draws the rows of an epoch from memory; None: each row comes once.
+        device: that the batches are for.
         rank: of this worker, among `world_size`.
         world_size: workers that share a batch.
     """
@@ -71,7 +71,7 @@ class ShardBatches:
         self._rows: dict[str, NDArray[Any]] | None = None
 
     def epoch(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
-        """Iterate over the share once, in an order of its own where some steps of the epoch are done."""
+        """Iterate over the share once; after a resume within the epoch, in another order."""
         rng = np.random.default_rng([*self._seed, epoch, steps_done])
         sizes = share_sizes(*self._share)
         batches = self._stream(rng, sizes) if self._rows is None else self._from_memory(self._rows, rng, sizes)
@@ -100,7 +100,7 @@ class ShardBatches:
 
         def copies() -> Iterator[dict[str, NDArray[Any]]]:
             for batch in batches:
-                # What comes from the object store can't be written to, and kept it would hold its blocks there.
+                # Arrays from the object store are read-only, and would keep its blocks there.
                 copied = {name: np.array(values) for name, values in batch.items()}
                 if self._keep:
                     kept.append(copied)
@@ -128,15 +128,15 @@ def _recut(batches: Iterator[dict[str, NDArray[Any]]], sizes: Iterator[int]) -> 
 
 
 def _joined(batches: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Return the rows of all batches; without columns where there is none."""
+    """Return the rows of all batches; without columns if there is no batch."""
     if len(batches) == 1:
         return batches[0]
     return {name: np.concatenate([each[name] for each in batches]) for name in (batches[0] if batches else {})}
 
 
 def _pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Put crops where the device can fetch them from while it computes."""
+    """Pin crops in memory, so that the device can copy them while it computes."""
     for batch in batches:
-        with torch.cuda.device(device):  # in a thread, which would else take up with the first GPU
+        with torch.cuda.device(device):  # in a thread, which would otherwise use the first GPU
             crops = torch.from_numpy(batch["crop"]).pin_memory()
         yield {**batch, "crop": crops}

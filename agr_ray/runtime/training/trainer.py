@@ -1,4 +1,4 @@
-"""The workers of a training run, started, and started again whatever ends them."""
+"""Start the workers of a training run, and restart them after failures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from agr_ray.storage.retry import Retry
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0
 CONTROLLER_FAILURES: Final = 3
-"""Without a finished epoch between. Ray's default is to ask for ever for what a cluster does not have."""
+"""Without a finished epoch in between. By default, Ray asks without end for resources that a cluster does not have."""
 
 
 def fit(
@@ -49,14 +49,22 @@ def fit(
     console: Console,
     callbacks: Sequence[UserCallback] = (),
 ) -> Result:
-    """Run the workers to the end of the run; `board` as `RayContext`'s, `callbacks` as Ray Train's.
+    """Run the workers to the end of the run.
+
+    Args:
+        run: what is trained.
+        sets: its prepared sets.
+        lock: of the run.
+        board: handle of the `Board`, or None, as in `RayContext`.
+        console: for warnings.
+        callbacks: of Ray Train.
 
     Raises:
-        JobError: they failed for good.
-        LockLost: the run's lock is no longer ours; the workers have been stopped.
+        JobError: the workers failed for good.
+        LockLost: another driver has the run's lock; the workers have been stopped.
     """
     retry = Retry(run.job.train.outage_s)
-    # Of one start; Ray tries it again CONTROLLER_FAILURES times.
+    # The time of one attempt; Ray makes CONTROLLER_FAILURES more.
     start_s = max(MIN_START_S, run.job.train.outage_s / (CONTROLLER_FAILURES + 1))
     limit_worker_start(start_s)
     fence = Fence.of(lock, run.storage)
@@ -86,17 +94,17 @@ def fit(
 
 
 def _epochs_done(run: Run) -> int:
-    """Return how many epochs the history has."""
+    """Return the number of epochs in the history."""
     uri = run.storage.join(run.uri, "history.parquet")
     return run.storage.read_table(uri, columns=["epoch"]).num_rows if run.storage.exists(uri) else 0
 
 
 def _delete_unknown_checkpoints(run: Run, lock: RunLock) -> None:
-    """Delete what was sent, or half of it, when the worker that sent it was killed: Ray Train never does.
+    """Delete checkpoints, whole or not, whose upload was cut short because the worker was killed.
 
     Raises:
-        JobError: Ray Train's list of checkpoints is not whole, which it writes in place.
-        LockLost: the run's lock is no longer ours.
+        JobError: Ray Train's list of checkpoints, which it writes in place, is not whole.
+        LockLost: another driver has the run's lock.
     """
     folder = run.storage.join(run.uri, CHECKPOINTS)
     snapshot = run.storage.join(folder, SNAPSHOT)
@@ -120,7 +128,7 @@ def _delete_unknown_checkpoints(run: Run, lock: RunLock) -> None:
 def _trainer(
     run: Run, sets: Sequence[PreparedSet], fence: Fence, board: Any, callbacks: Sequence[UserCallback]
 ) -> ray.train.torch.TorchTrainer:
-    """Return what runs the workers; it goes on where one before it ended."""
+    """Return the trainer, which resumes where an earlier one ended."""
     storage, config = run.storage, run.job.train
 
     def dataset(split: str) -> Callable[[], Dataset]:
@@ -165,10 +173,10 @@ def _trainer(
 
 
 def check_workers_fit(config: TrainConfig) -> None:
-    """Refuse what would wait for ever for CPUs or GPUs that the cluster does not have; an autoscaler may add them.
+    """Check that the cluster has the CPUs and GPUs for the workers, or that its autoscaler adds them.
 
     Raises:
-        ConfigError: with what is asked and what there is.
+        ConfigError: it does not; the message says what is needed and what there is.
     """
     _check_workers(config, check_fits)
 
@@ -189,12 +197,12 @@ def _failed(run: Run, why: str) -> JobError:
 
 @contextmanager
 def _enough_workers(run: Run) -> Iterator[None]:
-    """End the training within where the cluster stays too small for it.
+    """End the training in this block if the cluster stays too small for it.
 
-    A fixed number of workers is given so much time to start; for one that may vary, Ray waits without end.
+    A fixed number of workers has a limited time to start; for an elastic number, Ray waits without end.
 
     Raises:
-        JobError: with what is asked and what there is.
+        JobError: it is too small; the message says what is needed and what there is.
     """
     config = run.job.train
     if config.min_workers == config.max_workers:
@@ -231,10 +239,10 @@ def _enough_workers(run: Run) -> Iterator[None]:
 
 
 def _check_still_fits(run: Run) -> None:
-    """Say so if the workers don't fit the cluster any more.
+    """Check that the workers still fit the cluster.
 
     Raises:
-        JobError: with what is asked and what there is.
+        JobError: they do not; the message says what is needed and what there is.
     """
     try:
         _check_workers(run.job.train, refuse_misfit)
@@ -243,6 +251,6 @@ def _check_still_fits(run: Run) -> None:
 
 
 def _last_line(error: Exception) -> str:
-    """Return what went wrong, of an error whose text is a traceback."""
+    """Return the last line of an error, whose text may be a traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return redacted(lines[-1].strip()) if lines else type(error).__name__

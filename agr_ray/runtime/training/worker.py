@@ -1,4 +1,4 @@
-"""One of a run's workers: the loop of `learn.loop` in a process of Ray Train's."""
+"""One worker of a training run: the loop of `learn.loop` in a process of Ray Train."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ NUM_SAMPLES: Final = 24
 """Crops on the page of sample predictions."""
 COLLECTIVE_MARGIN_S: Final = 1800.0
 NOT_VALIDATED: Final = 1e30
-"""The objective of a checkpoint that is to be gone on from only, never to be the best."""
+"""The objective of a checkpoint that is only for resuming, never the best."""
 
 
 def work(config: dict[str, Any]) -> None:
-    """Be one worker."""
+    """Run one worker."""
     run: Run = config["run"]
     fence: Fence = config["fence"]
     logging.disable(logging.INFO)  # Ray Train logs every report as a page
@@ -68,7 +68,7 @@ def work(config: dict[str, Any]) -> None:
     try:
         train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
     except NonFiniteLossError as error:
-        # Starting again would only meet it again, so this is no failure to Ray. Whose batch it was knows its rows.
+        # Not a failure to Ray, because a restart would only fail again. The worker whose batch it was knows the rows.
         if error.image_ids is not None:
             text = "\n".join([str(error), *error.image_ids])
             uri = run.storage.join(run.uri, FAILURE)
@@ -77,7 +77,7 @@ def work(config: dict[str, Any]) -> None:
 
 
 def collective_timeout_s(train: TrainConfig) -> float:
-    """Return for how long workers wait for each other, seconds: one may be waiting for storage, with a margin."""
+    """Return how long workers wait for each other, seconds: one may be waiting for storage."""
     return train.outage_s + COLLECTIVE_MARGIN_S
 
 
@@ -87,9 +87,9 @@ class RayContext:
     Args:
         run: what is trained.
         fence: checks that the driver still holds the run's lock.
-        board: handle of the `Board` that the driver's terminal shows; None: it has none, and lines are printed.
+        board: handle of the `Board` that the driver's terminal shows; None: there is no terminal, so lines are printed.
         retry: for requests to storage.
-        epochs_done: before this process goes on.
+        epochs_done: epochs finished before this process started.
     """
 
     def __init__(self, run: Run, fence: Fence, board: Any, retry: Retry, epochs_done: int) -> None:
@@ -102,12 +102,12 @@ class RayContext:
         self.world_size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self.num_threads = train.threads_per_worker or max(1, machine_cpus() // context.get_local_world_size())
-        # Small tensors are added up on the CPU, whatever the gradients travel by.
+        # Small tensors are summed on the CPU, whatever the gradients' backend.
         is_gloo = self.world_size == 1 or torch.distributed.get_backend() == "gloo"
         timeout = datetime.timedelta(seconds=collective_timeout_s(train))
         self._cpu_group: Any = None if is_gloo else torch.distributed.new_group(backend="gloo", timeout=timeout)
-        # All workers stream or none: those that share a dataset must iterate over it together. So what decides is
-        # the same for all. Validation's shares may be as unequal as they like.
+        # All workers stream or none does, because workers that share a dataset must iterate over it together. So the
+        # condition is the same for all. Shares of validation may be unequal.
         max_rows = max_kept_rows(train, run.transform)
         self._train = ShardBatches(
             ray.train.get_dataset_shard("train"),
@@ -129,18 +129,18 @@ class RayContext:
         self._retry = retry
         self._logs = RunLogs(run, fence, retry, epochs_done) if self.rank == 0 else None
         self._sending = threading.Semaphore()
-        """One checkpoint is on its way at a time: the disk holds no more, and a kill costs no more than two epochs."""
+        """One checkpoint is uploaded at a time, so the disk holds no more, and a kill costs at most two epochs."""
         if context.get_local_rank() == 0:
             delete_leftovers(run.uri)
         self._samples: Batch | None = None
         self._shown = time.monotonic()
 
     def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
-        """Iterate over this worker's share, in an order drawn by seed, rank, epoch and where it is gone on with."""
+        """Iterate over this worker's share, in an order drawn from seed, rank, epoch and `steps_done`."""
         return self._train.epoch(epoch, steps_done)
 
     def val_batches(self) -> Iterator[Batch]:
-        """Iterate over this worker's share of validation; the first worker remembers some of it to show."""
+        """Iterate over this worker's share of validation; the first worker keeps some crops to show."""
         for batch in self._val.epoch(0):
             if self._samples is None and self._logs is not None and len(batch["age"]):
                 self._samples = {name: np.array(values[:NUM_SAMPLES]) for name, values in batch.items()}
@@ -159,17 +159,17 @@ class RayContext:
         return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
 
     def report(self, report: EpochReport) -> None:
-        """Keep a checkpoint and the history; all workers wait for each other here."""
+        """Write a checkpoint and the history; all workers wait for each other here."""
         row = dict(report.row)
         if row[OBJECTIVE] is None:
-            row[OBJECTIVE] = -float(row["epoch"])  # nothing to validate on: the last epoch counts as the best
+            row[OBJECTIVE] = -float(row["epoch"])  # no validation: the last epoch counts as the best
         else:
-            row[OBJECTIVE] += 1e-12 * row["epoch"]  # of equal epochs the first is the best; Ray would keep the last
+            row[OBJECTIVE] += 1e-12 * row["epoch"]  # of equal epochs, the first is the best; Ray would take the last
         if self._logs is None:
             ray.train.report(row)
             return
         metrics = {"epoch": row["epoch"], "val": report.metrics}
-        # Training goes on while it is on its way; Ray knows of it, and so goes on from it, once all of it is there.
+        # Training continues during the upload; Ray resumes from the checkpoint once the upload is complete.
         self._keep(report, row, metrics, CheckpointUploadMode.ASYNC)
         self._logs.write(report.row, report.train_state()["history"])
         if report.finished and self._samples is not None:
@@ -177,11 +177,11 @@ class RayContext:
         self.say(_epoch_line(report, self._run.job.train.epochs))
 
     def must_save(self) -> bool:
-        """Ask Ray, which asks the cluster, whether the machine of a worker is about to be taken away."""
+        """Ask Ray whether the machine of a worker is about to be preempted."""
         return ray.train.get_preemption_info() is not None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Keep a checkpoint that is only to be gone on from, and return once it is there."""
+        """Write a checkpoint that is only for resuming, and return once it is uploaded."""
         row = {OBJECTIVE: NOT_VALIDATED}
         if self._logs is None:
             ray.train.report(row)
@@ -192,7 +192,7 @@ class RayContext:
     def _keep(
         self, kept: EpochReport | Snapshot, row: Row, metrics: Mapping[str, Any], mode: CheckpointUploadMode
     ) -> None:
-        """Write a checkpoint to the disk, and have Ray Train send it and then delete it there."""
+        """Write a checkpoint to the disk, and have Ray Train upload it and then delete it from the disk."""
         run = self._run
         self._sending.acquire()
         directory = outgoing_folder(run.uri)
@@ -228,7 +228,7 @@ class RayContext:
         return Checkpoint(path, filesystem)
 
     def progress(self, progress: Progress) -> None:
-        """Leave it on the board, or print a line now and then."""
+        """Put it on the board, or print a line every `PROGRESS_EVERY_S`."""
         if self.rank:
             return
         if self._board is not None:
@@ -240,7 +240,7 @@ class RayContext:
             self.say(progress.line())
 
     def say(self, line: str) -> None:
-        """Write a line, unless the run is a quiet one."""
+        """Print a line, unless the run is quiet."""
         if not self._run.quiet:
             _say(line)
 
@@ -256,7 +256,7 @@ class RunLogs:
         self._retry = retry
         self._events = run.storage.join(run.uri, "tensorboard")
         self._local = TemporaryDirectory()
-        # Of epochs that are done again, TensorBoard forgets what earlier files say.
+        # TensorBoard drops earlier values of epochs that are repeated.
         self._writer = SummaryWriter(self._local.name, purge_step=epochs_done + 1)
         self._tracked, problem = tracked_again(run)
         _warn(problem)
@@ -273,7 +273,7 @@ class RunLogs:
             _warn(self._tracked.log(history))
 
     def show(self, samples: Batch, report: EpochReport) -> None:
-        """Add a page of some validation crops with their labels and what the epoch's weights predict."""
+        """Add a page of some validation crops with their labels and predictions."""
         from agr_ray.report.samples import samples_page
 
         labels = Labels.from_arrays(report.model.space, samples)
@@ -295,7 +295,7 @@ def _workers(count: int) -> str:
 
 
 def _say(line: str) -> None:
-    """Write a line that Ray passes on to the driver's terminal; in Ray Train's workers `print` writes twice."""
+    """Print a line, which Ray forwards to the driver's terminal; in Ray Train's workers, `print` prints twice."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

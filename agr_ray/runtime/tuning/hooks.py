@@ -1,4 +1,4 @@
-"""What Ray Tune asks and tells while a sweep runs: which trial is next, whether one goes on, what became of it."""
+"""Ray Tune's callbacks during a sweep: the next trial, whether a trial continues, and how it ended."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from agr_ray.tuning.trials import JUDGED_BY
 
 @contextmanager
 def kept_problem(sweep: Sweep) -> Iterator[None]:
-    """Keep what goes wrong within, which `Budget` ends the sweep for: Tune would log it and train the trial on."""
+    """Keep an error raised in this block, for which `Budget` ends the sweep; Tune would log it and go on training."""
     try:
         yield
     except Exception as error:  # raised when Tune has ended
@@ -36,21 +36,21 @@ def kept_problem(sweep: Sweep) -> Iterator[None]:
 
 
 class NotPickled:
-    """Of what Tune pickles for a resume of its own, which is never done: it holds the sweep's storage and study."""
+    """Base of objects with the sweep's storage and study. Tune pickles them to resume by itself, which we never do."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class NextTrials(NotPickled, Searcher):
-    """Hands the sweep's next trial to Tune. What came of it, `Watcher` says."""
+    """Hands the sweep's next trial to Tune; `Watcher` reports its outcome."""
 
     def __init__(self, sweep: Sweep) -> None:
         super().__init__()
         self._sweep = sweep
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the trial's configuration, or that there is none."""
+        """Return the trial's configuration, or `Searcher.FINISHED`."""
         following = None
         if self._sweep.problem is None:
             with kept_problem(self._sweep):
@@ -58,14 +58,14 @@ class NextTrials(NotPickled, Searcher):
         if following is None:
             return Searcher.FINISHED
         number, values = following
-        # Not nested: Tune would take a dotted key apart.
+        # In a dictionary of its own, because Tune splits dotted keys.
         return {"number": number, "values": values}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Write an empty file: the sweep's records are what it is resumed from."""
+        """Write an empty file: a sweep is resumed from its own records."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
@@ -74,15 +74,15 @@ class NextTrials(NotPickled, Searcher):
 
 @dataclass(frozen=True)
 class _Named:
-    """Stands for a trial of Tune's, whose own id is another in each command."""
+    """Stands for a trial of Tune, whose own id differs between commands."""
 
     trial_id: int
 
 
 class Halving(NotPickled, ASHAScheduler):
-    """ASHA that remembers earlier commands' trials, knows trials by number, and lets those at their last epoch end.
+    """ASHA that counts the trials of earlier commands, knows trials by number, and never stops one at its last epoch.
 
-    Ray's own would stop a trial at its last epoch too, with its best checkpoint not published.
+    Ray's own may stop a trial at its last epoch, before it publishes its best checkpoint.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -104,11 +104,11 @@ class Halving(NotPickled, ASHAScheduler):
                 self._judge(named, row, trial.params)
 
     def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
-        """Begin to watch a trial, or go on."""
+        """Start or continue watching a trial."""
         super().on_trial_add(tune_controller, _Named(trial.config["number"]))  # type: ignore[arg-type]  # as above
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        """Say whether the trial goes on."""
+        """Return whether the trial continues."""
         number = trial.config["number"]
         if self._judge(_Named(number), result, trial.config["values"]) != TrialScheduler.STOP:
             return str(TrialScheduler.CONTINUE)
@@ -119,7 +119,7 @@ class Halving(NotPickled, ASHAScheduler):
         return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
-        """Do nothing: its last epoch has been judged."""
+        """Do nothing: the last epoch has been judged."""
 
     def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
         """Do nothing."""
@@ -131,18 +131,18 @@ class Halving(NotPickled, ASHAScheduler):
 
 
 class Budget(NotPickled, ray_tune.Stopper):
-    """Ends the sweep when a budget is spent, as an interruption would, or when something went wrong."""
+    """Ends the sweep when a budget is spent or a callback has failed."""
 
     def __init__(self, sweep: Sweep, lock: RunLock) -> None:
         self._sweep = sweep
         self._lock = lock
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Stop no single trial."""
+        """Never stop a single trial."""
         return False
 
     def stop_all(self) -> bool:
-        """Say whether it is, or something did."""
+        """Return whether to end the sweep."""
         if self._lock.lost:
             with kept_problem(self._sweep):
                 self._lock.check()
@@ -150,13 +150,13 @@ class Budget(NotPickled, ray_tune.Stopper):
 
 
 class Watcher(NotPickled, ray_tune.Callback):
-    """Tells the sweep what Tune tells of trials.
+    """Passes Tune's events on to the sweep.
 
     Args:
-        sweep: which.
-        scheduler: ASHA; None: no trial is stopped.
-        status: the line beneath all others on a terminal.
-        folder: the current one when the command began.
+        sweep: that the trials belong to.
+        scheduler: ASHA; None: no trial is stopped early.
+        status: the terminal's last line.
+        folder: the current folder when the command began.
     """
 
     def __init__(self, sweep: Sweep, scheduler: Halving | None, status: Status, folder: str) -> None:
@@ -166,46 +166,46 @@ class Watcher(NotPickled, ray_tune.Callback):
         self._folder = folder
 
     def on_experiment_end(self, trials: list[RayTrial], **info: Any) -> None:
-        """Enter the current folder anew, where Tune looks next.
+        """Enter the current folder again, because Tune reads it next.
 
-        Nodes that share a machine each put a submitted job's folder in the place of the one that is there.
+        Nodes that share a machine each replace a submitted job's folder.
         """
         os.chdir(self._folder)
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Pass it on."""
+        """Pass the event on."""
         self._tell(lambda: self._sweep.started(trial.config["number"]), trials)
 
     def on_trial_result(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Pass it on."""
+        """Pass the event on."""
         if "epoch" in result:
             self._tell(lambda: self._sweep.reported(trial.config["number"], result), trials)
 
     def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Pass it on."""
+        """Pass the event on."""
         self._tell(lambda: self._sweep.failed_once(trial.config["number"], why_failed(trial)), trials)
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Pass it on."""
+        """Pass the event on."""
         self._tell(lambda: self._sweep.failed(trial.config["number"], why_failed(trial)), trials)
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Pass it on, with the reason if the scheduler stopped it."""
+        """Pass the event on, with the reason if the scheduler stopped the trial."""
         number = trial.config["number"]
         pruned = self._scheduler.pruned.get(number, "") if self._scheduler else ""
         self._tell(lambda: self._sweep.ended(number, pruned), trials)
 
     def _tell(self, event: Callable[[], None], trials: list[RayTrial]) -> None:
-        """Tell the sweep, unless something went wrong before: it is ending, and the same command goes on."""
+        """Tell the sweep, unless a callback has failed: then the sweep is ending, and the same command resumes it."""
         if self._sweep.problem is None:
             with kept_problem(self._sweep):
                 event()
                 self._show(trials)
 
     def _show(self, trials: list[RayTrial]) -> None:
-        """Draw the line beneath all others, where there is a terminal."""
+        """Update the terminal's last line."""
         sweep = self._sweep
         running = []
         for each in trials:
@@ -219,18 +219,18 @@ class Watcher(NotPickled, ray_tune.Callback):
 
 
 def last_epoch(job: TuneJob, values: Mapping[str, Any]) -> int:
-    """Return how many epochs a trial of these values makes at most."""
+    """Return the maximum number of epochs of a trial with these values."""
     return int(values.get("train.epochs", job.train.epochs))
 
 
 def why_failed(trial: RayTrial) -> str:
-    """Return in a line what ended a trial, from what Tune wrote down of it."""
+    """Return one line that says why a trial ended, from Tune's files."""
     error = _error(trial)
     if isinstance(error, RayActorError):
         return "killed: its process died"
     said = str(error) if error is not None else Path(trial.error_file or os.devnull).read_text()
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    # Ours say all themselves; of others the class helps.
+    # Messages of our own errors need no class name.
     return (
         f"raised: {redacted(re.sub(r'^agr_ray[.a-zA-Z_]*: ', '', lines[-1]))}" if lines else "raised: nothing is known"
     )

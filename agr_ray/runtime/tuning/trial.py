@@ -1,4 +1,4 @@
-"""One trial of a sweep: a training run in a process of Ray Tune's, which tells Tune of each epoch."""
+"""One trial of a sweep: a training run in a process of Ray Tune, which reports each epoch to Tune."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from agr_ray.tuning.sweep import trial_name
 
 
 class EpochReports(TuneReportCallback):
-    """Passes epochs on to Tune, and not the checkpoints that are made in the middle of one."""
+    """Reports epochs to Tune, but not checkpoints within an epoch."""
 
     def after_report(
         self, run_context: TrainRunContext, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
     ) -> None:
-        """Pass on what the first worker reports."""
+        """Pass on the first worker's report."""
         if "epoch" in metrics[0]:
             super().after_report(run_context, metrics, checkpoint)
 
 
 def trainable(base: TrainJob) -> Callable[[dict[str, Any]], None]:
-    """Return what Tune runs for each trial.
+    """Return the function that Tune runs for each trial.
 
     The job goes through Ray's object store, because Tune writes the function itself into the sweep's folder, and the
     job may hold passwords.
@@ -54,7 +54,7 @@ def trainable(base: TrainJob) -> Callable[[dict[str, Any]], None]:
             reports = EpochReports()  # type: ignore[no-untyped-call]  # Ray leaves it bare
             train(job, callbacks=[reports], quiet=True)
         except JobError:
-            # A loss that is no number would be none again; the driver reads the file.
+            # A NaN loss would come again; the driver reads the file.
             if not storage.exists(storage.join(uri, FAILURE)):
                 raise
 
