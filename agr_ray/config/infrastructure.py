@@ -10,7 +10,7 @@ from agr_ray.config.section import Address, PositiveInt, Section, Timeout
 
 
 class StorageConfig(Section):
-    """Where `s3://` is. Keys come from the usual AWS variables, profiles or instance roles."""
+    """How `s3://` is reached. Credentials come from the usual AWS variables, profiles or instance roles."""
 
     endpoint_url: Address = None
     """Address of an S3-compatible server; none: AWS_ENDPOINT_URL if set, else AWS itself."""
@@ -24,9 +24,9 @@ class StorageConfig(Section):
     """Where URLs name the bucket: `path` puts it in the path, `virtual` in the host name. `auto` follows the AWS
     profile; without a setting there, it means `virtual` on AWS and `path` elsewhere."""
     timeout_s: Timeout = 30.0
-    """Seconds to connect, and between two packets, before a request is tried again."""
+    """Seconds to connect, and between two packets, before a request is retried."""
     max_attempts: PositiveInt = 6
-    """Times that a throttled, timed-out or failed request is tried in all, with back-off between."""
+    """Maximum attempts of a throttled, timed-out or failed request, with back-off."""
 
     @model_validator(mode="after")
     def _someone_pays(self) -> Self:
@@ -36,16 +36,17 @@ class StorageConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Which Ray cluster does the work."""
+    """The Ray cluster that runs the job."""
 
     address: str = ""
     """`local` starts one in this process; `auto` or HOST:PORT joins one; empty: RAY_ADDRESS if set, else `local`."""
     num_cpus: PositiveInt | None = None
-    """Logical CPUs of a `local` cluster; none: the machine's own, but at least 8: they cap scheduling, not threads."""
+    """Logical CPUs of a `local` cluster; none: the machine's own, but at least 8. They limit scheduling, not
+    threads."""
     object_store_mib: PositiveInt = 1024
     """Shared memory of a `local` cluster's object store, MiB."""
     include_dashboard: bool = True
     """Whether a `local` cluster starts Ray's dashboard."""
     autoscaler_wait_s: Annotated[float, Field(ge=0.0, le=1e6)] = 900.0
-    """Seconds that a cluster's autoscaler has to add the nodes that a job asks for; 0: a cluster that is too small as
-    it is is refused. One without an autoscaler is refused at once."""
+    """Seconds to wait for the autoscaler to add nodes. 0, or no autoscaler: a cluster that is too small is rejected at
+    once."""

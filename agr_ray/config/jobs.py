@@ -100,9 +100,9 @@ class TrainJob(Job):
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
     new_run: CliImplicitFlag[bool] = False
-    """Start anew where a run of this name has finished: the number of the run is added to the name."""
+    """Start another run if the run of this name has finished; its name gets a number."""
     dry_run: CliImplicitFlag[bool] = False
-    """Print the plan, an estimate of memory and, after 20 steps in this process, of time; train and write nothing."""
+    """Print the plan with estimates of memory and, from 20 real steps, of time; write nothing."""
 
     @model_validator(mode="after")
     def _batch_is_large_enough(self) -> Self:
@@ -112,7 +112,7 @@ class TrainJob(Job):
             )
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is too small for train.num_workers "
-                f"{self.train.max_workers}{parts}: each needs two images a step, for batch normalisation"
+                f"{self.train.max_workers}{parts}: each needs two images per step, for batch normalisation"
             )
         return self
 
@@ -137,12 +137,12 @@ class TrainJob(Job):
 
 
 class TuneJob(TrainJob):
-    """Search for better settings: train under different ones, stop what falls behind, keep the best.
+    """Search for better settings: train with different ones, stop bad trials early, keep the best.
 
     The recipe's [tune.space] says what is searched; the built-in recipe tune_lite is an example. Each trial is a
     training run in OUT/NAME/trials. In OUT/NAME the sweep ends with best.toml, a recipe for jobs/train.py; best/, the
-    checkpoint; trials.parquet, a row for each trial; and sweep.html, a page that says what mattered. Run the same
-    command again to resume a sweep that was killed; --add 20 makes 20 more trials of one that has finished.
+    checkpoint; trials.parquet, a row for each trial; and sweep.html, a report. Run the same command again to
+    resume a sweep that was killed; --add 20 adds 20 trials to a finished sweep.
     """
 
     required = ("train.data", "tune.space")
@@ -150,7 +150,7 @@ class TuneJob(TrainJob):
     """Not used: passed on into best.toml, which scoring needs it from."""
     tune: TuneConfig = TuneConfig()
     add: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
-    """Trials more, of a sweep that has finished; 0: none."""
+    """Number of trials to add to a finished sweep."""
 
 
 class EvaluateJob(Job):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
 from agr_ray.config.section import Section
-from agr_ray.labels import SPACES, LabelSpace
+
+if TYPE_CHECKING:
+    from agr_ray.labels import LabelSpace
 
 
 class LabelsConfig(Section):
@@ -25,8 +27,12 @@ class LabelsConfig(Section):
     @property
     def label_space(self) -> LabelSpace | None:
         """Return the configured label space; None if none is."""
+        if not self.space and self.races is None and self.age_groups is None:
+            return None
+        from agr_ray.labels import SPACES  # here, so that importing the configuration does not import numpy
+
         if self.races is None and self.age_groups is None:
-            return SPACES[self.space] if self.space else None
+            return SPACES[self.space]
         base = SPACES[self.space or "utkface"]
         return replace(
             base,

@@ -16,16 +16,16 @@ _LONGEST_SHOWN: Final = 100
 
 
 def _one_or_several(value: Any) -> Any:
-    """Return a list of words, given as one or as JSON, as JSON; a list of one is its word, and one word is itself."""
+    """Return a list of strings, given as a list or as JSON, as JSON. One string stays, and a list of one becomes it."""
     if isinstance(value, str) and value.startswith("["):
         try:
             value = json.loads(value)
         except ValueError:
-            raise ValueError(f'{value!r} is no JSON, as which lists are written, such as \'["a", "b"]\'') from None
+            raise ValueError(f'{value!r} is not JSON; write a list as \'["a", "b"]\'') from None
     if not isinstance(value, list | tuple):
         return value
     if not all(isinstance(each, str) and each for each in value):
-        raise ValueError(f"{list(value)} must be a list of words, none of them empty")
+        raise ValueError(f"{list(value)} must be a list of non-empty strings")
     return json.dumps(value) if len(value) > 1 else "".join(value)
 
 
@@ -52,7 +52,7 @@ def _without_login(value: str | None) -> str | None:
 Name = Annotated[str, AfterValidator(_plain_name)]
 Address = Annotated[str | None, AfterValidator(_without_login)]
 OneOrSeveral = Annotated[str, BeforeValidator(_one_or_several)]
-"""Text to all sources of settings: they would tear a path at its comma, or take 7 for a number, were it a union."""
+"""Text for all sources of settings: a union type would split paths at commas and parse 7 as a number."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_INT = 2**31 - 1
 """Largest integer that any knob accepts: some parts of torch, OpenCV and Ray accept no larger one."""

@@ -21,41 +21,41 @@ class SourceConfig(Section):
     uri: str = ""
     """Folder or bucket prefix of the images, read with its subfolders."""
     name: str = ""
-    """What the source is called in tables and reports; empty: its kind."""
+    """Name of the source in tables and reports; empty: its kind."""
     labels: str = ""
     """`folder` only: URI of the label table, .csv, .tsv or .parquet; empty: the one labels.csv, labels.tsv or
     labels.parquet in the folder."""
     key_column: str = "key"
-    """`folder` only: column of the image's path below the folder. The others are age (years, or a range such as 25-32),
-    age_low and age_high, gender, race, subject and split, in upper or lower case."""
+    """`folder` only: column with the image's path below the folder. Other columns: age (years, or a range such as
+    25-32), age_low and age_high, gender, race, subject and split, in upper or lower case."""
     gender_codes: dict[str, str] = {}
-    """`folder` only: what codes beside male and female mean, such as {"M": "male", "F": "female"}."""
+    """`folder` only: meaning of codes other than male and female, such as {"M": "male", "F": "female"}."""
     race_codes: dict[str, str] = {}
-    """`folder` only: what codes beside the races of the label space mean: {"East Asian": "asian"}."""
+    """`folder` only: meaning of codes other than the label space's races: {"East Asian": "asian"}."""
     published_splits: bool = True
     """`fairface` only: the published training set becomes train, and the published validation set val and test, in the
-    proportion of `split.val` to `split.test`. False: all images are dealt by [split]."""
+    proportion of `split.val` to `split.test`. False: [split] assigns all images."""
     missing_values: tuple[str, ...] = MISSING_VALUES
-    """`folder` only: values that mean a missing label or subject, beside an empty cell. Case and blanks do not count. A
-    value that `gender_codes` or `race_codes` names is a code there."""
+    """`folder` only: values that mean a missing label or subject, as an empty cell does. Case and blanks are ignored.
+    `gender_codes` and `race_codes` take precedence."""
 
 
 class SplitConfig(Section):
-    """How images are dealt into train, validation and test: by content hash or subject, stratified."""
+    """How images are split into train, validation and test: by content hash or subject, stratified."""
 
     val: Fraction = 0.1
-    """Share of the images that validation gets."""
+    """Fraction of the images for validation."""
     test: Fraction = 0.15
-    """Share of the images that the held-back test part gets; training gets what val and test leave."""
+    """Fraction of the images for the test split; the rest is for training."""
     seed: Seed = 0
-    """Which of the possible splits is drawn."""
+    """Seed of the split."""
     sample: PositiveInt | None = None
-    """Draw a stratified sample of so many images first and leave the rest out (the paper: 20000); none: use all."""
+    """Size of a stratified sample of the images to use (the paper: 20000); none: all."""
 
     @model_validator(mode="after")
     def _leaves_training_data(self) -> Self:
         if self.val + self.test > 1.0:
-            raise ValueError(f"val {self.val} + test {self.test} is over 1")
+            raise ValueError(f"val {self.val} + test {self.test} is greater than 1")
         return self
 
     @property

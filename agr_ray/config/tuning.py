@@ -1,4 +1,4 @@
-"""Settings of a sweep: its search space, its budget and how it chooses."""
+"""Settings of a sweep: its search space, budget and objective."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from agr_ray.config.section import MAX_INT, AnyInt, Name, PositiveFloat, PositiveInt, Section, Seed, shown
 
 Scalar = bool | int | float | str
-"""A value as TOML writes it; bool first, because it is an int as well."""
+"""A TOML scalar; bool first, because it is a subclass of int."""
 
 TrialError = Literal["age_mae_years", "gender_error", "race_error", "worst_group_age_mae_years"]
-"""What a sweep's constraints may limit, all on validation: the mean absolute error of age; 1 - balanced accuracy; the
-mean absolute error of age in the worst group by gender, race or both of ten rows and more."""
+"""Errors that a sweep can constrain, all on validation: the mean absolute error of age; 1 - balanced accuracy; the mean
+absolute error of age in the worst group by gender, race or both of at least ten rows."""
 
 PAPER_POINT: Mapping[str, Scalar] = {
     "loss.age_weight": 1.0,
@@ -22,25 +22,25 @@ PAPER_POINT: Mapping[str, Scalar] = {
     "loss.race_weight": 0.5,
     "train.lr": 1e-4,
 }
-"""What the paper trains with (its eqs 11 and 19)."""
+"""The paper's own values (its eqs 11 and 19)."""
 
 
 class ParameterConfig(Section):
-    """What a sweep tries for one key. Exactly one of uniform, log_uniform, integer and choice."""
+    """Search range of one key: exactly one of uniform, log_uniform, integer and choice."""
 
     uniform: tuple[float, float] | None = None
-    """Any number from the first to the second, both included."""
+    """Any number between the two, both included."""
     log_uniform: tuple[PositiveFloat, PositiveFloat] | None = None
-    """The same, each factor as likely as any other: for learning rates and weights over several powers of ten."""
+    """The same, uniform in the logarithm: for learning rates and weights over several powers of ten."""
     integer: tuple[AnyInt, AnyInt] | None = None
-    """Any whole number from the first to the second, both included."""
+    """Any integer between the two, both included."""
     choice: tuple[Scalar | tuple[Scalar, ...], ...] | None = None
-    """One of these, in no order."""
+    """One of these values, without an order."""
     step: PositiveFloat | None = None
-    """`uniform` and `integer` only: distance between the values that are tried, counted from the first; none: any."""
+    """`uniform` and `integer` only: step between values, from the lower bound; none: any value."""
     when: dict[str, Scalar | tuple[Scalar, ...]] = {}
-    """Other searched keys, and the value or values of each for which this one is searched: {"train.optimizer" = "sgd"}.
-    Where one has another value, this key stays what the recipe says."""
+    """Condition on other searched keys, with the allowed value or values of each: {"train.optimizer" = "sgd"}. If it
+    does not hold, this key keeps the recipe's value."""
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Self:
@@ -50,12 +50,12 @@ class ParameterConfig(Section):
             raise ValueError(f"exactly one of {', '.join(kinds)} is needed, not {' and '.join(given) or 'none'}")
         if self.choice is not None:
             if len(set(self.choice)) < 2 or len(set(self.choice)) < len(self.choice):
-                raise ValueError(f"choice {list(self.choice)} needs two values or more, each once")
+                raise ValueError(f"choice {list(self.choice)} needs at least two distinct values")
         elif self.low >= self.high:
             raise ValueError(f"{given[0]} [{self.low:g}, {self.high:g}]: the first must be less than the second")
         if self.step is not None:
             if self.uniform is None and self.integer is None:
-                raise ValueError(f"step {self.step:g} goes with uniform and integer only, not with {given[0]}")
+                raise ValueError(f"step {self.step:g} is for uniform and integer only, not for {given[0]}")
             if self.integer is not None and self.step != int(self.step):
                 raise ValueError(f"step {self.step:g} of an integer must be whole")
             if self.step > self.high - self.low:
@@ -81,58 +81,57 @@ class ParameterConfig(Section):
 
 
 class TuneConfig(Section):
-    """A sweep: trainings under different settings, of which the best is kept."""
+    """A sweep: trainings with different settings, of which the best is kept."""
 
     space: dict[str, ParameterConfig] = {}
-    """What is searched: a table [tune.space] with a line for each dotted key of [model], [loss], [augment], [train] or
+    """Search space: a table [tune.space] with a line for each dotted key of [model], [loss], [augment], [train] or
     [predict], such as "train.lr" = {log_uniform = [1e-4, 1e-2]}, "train.batch_size" = {integer = [32, 128], step = 32}
-    or "train.optimizer" = {choice = ["adam", "sgd"]}. All other keys are the recipe's."""
+    or "train.optimizer" = {choice = ["adam", "sgd"]}. Other keys keep the recipe's values."""
     out: str = "sweeps"
-    """Folder or prefix of all sweeps; this one goes into OUT/NAME. Shared storage where there are several nodes."""
+    """Folder or prefix of all sweeps; this one is written to OUT/NAME. Must be shared storage if there are several
+    nodes."""
     name: Name = ""
     """Name of the sweep; empty: `sweep-` and the digest of the configuration. The same name resumes the sweep."""
     trials: PositiveInt = 20
-    """Trials, pruned and failed ones included. A sweep that has made fewer goes on when this is raised; so does
-    one that has finished, with --add."""
+    """Number of trials, including pruned and failed ones. Raise it to continue an unfinished sweep, or give --add for a
+    finished one."""
     max_epochs: PositiveInt | None = None
-    """Epochs of all trials together after which the sweep stops; none: no limit."""
+    """Maximum total epochs of all trials; none: no limit."""
     max_hours: PositiveFloat | None = None
-    """Hours after which the sweep stops, as if it were interrupted: the same command goes on, for as long again; none:
-    no limit."""
+    """Hours after which the sweep is interrupted; the same command resumes it for as long again. None: no limit."""
     mode: Literal["scalar", "pareto"] = "scalar"
-    """`scalar` minimises the mean, over the model's tasks, of the error on validation over the error of guessing the
-    median age or the most frequent class: years for age, 1 - balanced accuracy for gender and race. 1 is no better than
-    guessing, 0 is perfect. `pareto` minimises the three errors at once, stops no trial early, and reports the front:
-    the trials that no other beats in all errors."""
+    """`scalar` minimises one objective: the mean, over the model's tasks, of the error on validation divided by the
+    error of the constant baseline (median age, most frequent class): MAE in years for age, 1 - balanced accuracy for
+    gender and race. 1 is no better than the baseline, 0 is perfect. `pareto` minimises the three errors at once, stops
+    no trial early, and reports the Pareto front."""
     constraints: dict[TrialError, float] = {}
-    """Highest values allowed of age_mae_years, gender_error, race_error (1 - balanced accuracy) and
-    worst_group_age_mae_years (the largest age MAE of a group by gender, race or both of ten validation rows and more).
-    A trial beyond one is best only if all are, and Optuna is told by how much; ASHA goes by the objective alone."""
+    """Upper limits of age_mae_years, gender_error, race_error (1 - balanced accuracy) and worst_group_age_mae_years
+    (the largest age MAE of a group by gender, race or both of at least ten validation rows). A trial that violates one
+    can only be best if all do, and Optuna learns the excess; ASHA uses the objective alone."""
     asha: bool = True
-    """`scalar` only: stop a trial that after grace_epochs, and after reduction times as many, and so on, is not among
-    the best 1 / reduction of those that got so far (asynchronous successive halving). train.epochs can't be searched
-    then: schedules of other lengths can't be compared epoch by epoch."""
+    """`scalar` only: asynchronous successive halving. After grace_epochs, grace_epochs * reduction and so on, a trial
+    stops unless it is among the best 1 / reduction of those that got as far. Excludes a search over train.epochs,
+    because schedules of different lengths can't be compared epoch by epoch."""
     grace_epochs: PositiveInt = 2
-    """`asha` only: epochs that each trial may make."""
+    """`asha` only: epochs that every trial runs."""
     reduction: Annotated[int, Field(ge=2, le=MAX_INT)] = 3
-    """`asha` only: 1 in so many goes on."""
+    """`asha` only: 1 in this many trials continues."""
     paper_first: bool = True
-    """Whether the first trial has the paper's values (loss weights 1, 0.5, 0.5; train.lr 1e-4) of what is searched."""
+    """Give the searched keys the paper's values in the first trial (loss weights 1, 0.5, 0.5; train.lr 1e-4)."""
     points_to_evaluate: tuple[dict[str, Scalar | tuple[Scalar, ...]], ...] = ()
-    """Values of searched keys that the next trials have: [[tune.points_to_evaluate]] tables of "train.lr" = 3e-3 and
-    the like. Keys that one leaves out are drawn."""
+    """Values of searched keys for the next trials: [[tune.points_to_evaluate]] tables such as "train.lr" = 3e-3. Keys
+    that are left out are sampled."""
     random_trials: Annotated[int, Field(ge=0, le=MAX_INT)] = 10
-    """Trials whose values are drawn at random before Optuna's sampler (TPE) makes something of those before."""
+    """Number of random trials before Optuna's TPE sampler takes over."""
     seed: Seed = 0
-    """Seed of what is drawn. Trials at the same time end in another order each time, so only one after the other
-    are the same again."""
+    """Seed of the sampler. Concurrent trials end in varying order, so only a sequential sweep is reproducible."""
     max_concurrent: PositiveInt | None = None
-    """Trials at the same time; none: as many as the cluster has room for, on one machine as it has cores."""
+    """Maximum concurrent trials; none: as many as fit the cluster, and on one machine its cores."""
     max_failures: Annotated[int, Field(ge=0, le=MAX_INT)] = 1
-    """Times that a trial which raises, or a process of which dies, goes on from its last checkpoint. A loss that is no
-    number is not tried again. In a sweep this stands for train.max_failures."""
+    """Retries of a trial that raises or loses a process, from its last checkpoint. A non-finite loss is not retried. In
+    a sweep, this replaces train.max_failures."""
     study: str = ""
-    """Where Optuna keeps the study: a file of the local disk that ends in .journal, or sqlite:///FILE or
+    """Storage of the Optuna study: a local file that ends in .journal, or sqlite:///FILE or
     postgresql://USER:PASSWORD@HOST/DB; empty: study.journal in the sweep's folder. Sweeps with the same study and
     study_name learn from each other's trials."""
     study_name: str = ""

@@ -257,7 +257,7 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--model.preset", "huge"], "'paper' or 'lightweight'"),
         (["--model.tasks", '["height"]'], "model.tasks"),
         (["--model.tasks", '["age", "age"]'], "at most once"),
-        (["--model.tasks", "[]"], "one at least"),
+        (["--model.tasks", "[]"], "at least one of"),
         (["--model.tasks", "[broken"], "model.tasks"),
         (["--train.image_sizes", "[64, 96]"], "train.image_sizes [64, 96] must end with model.image_size 224"),
         (
@@ -268,7 +268,7 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--loss.age_scale_years", "0"], "loss.age_scale_years: '0' is not allowed: input should be greater than 0"),
         (
             ["--loss.weighting", "uncertainty", "--loss.gender_weight", "0"],
-            "loss: gender_weight 0.0 must be over 0 where weighting is uncertainty",
+            "loss: gender_weight 0.0 must be greater than 0 when weighting is uncertainty",
         ),
         (["--train.balance", "ages"], "'none', 'age', 'gender', 'race' or 'cells'"),
         (["--train.balance_power", "2"], "train.balance_power: '2' is not allowed: input should be less than or equal"),
@@ -278,7 +278,7 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--train.freeze_epochs", "-1"], "train.freeze_epochs: '-1' is not allowed"),
         (["--train.batch_size", "3", "--train.num_workers", "2"], "train.batch_size 3 is too small for"),
         (["--train.batch_size", "15", "--train.num_workers", "[2, 8]"], "train.num_workers 8: each needs two images"),
-        (["--train.num_workers", "[3, 2]"], "num_workers [3, 2]: the fewest come first"),
+        (["--train.num_workers", "[3, 2]"], "num_workers [3, 2]: the minimum comes first"),
         (["--train.batch_size", "1"], "train.batch_size 1 is too small"),
         (
             ["--train.batch_size", "12", "--train.num_workers", "2", "--train.grad_accum_steps", "4"],
@@ -289,12 +289,15 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
             ["--train.grad_accum_steps", "0"],
             "train.grad_accum_steps: '0' is not allowed: input should be greater than 0",
         ),
-        (["--train.precision", "float16"], "train: precision float16 needs use_gpu; on a CPU: auto, float32, bfloat16"),
+        (
+            ["--train.precision", "float16"],
+            "train: precision float16 requires use_gpu; on a CPU: auto, float32, bfloat16",
+        ),
         (["--predict.precision", "float16"], "'auto', 'float32' or 'bfloat16'"),
-        (["--train.sync_batch_norm", "true"], "train: sync_batch_norm true needs use_gpu"),
-        (["--train.data", '["a"'], "train.data: '[\"a\"' is no JSON"),
-        (["--train.data", '["a", ""]'], "train.data: ['a', ''] must be a list of words, none of them empty"),
-        (["--train.data", '["a", 3]'], "train.data: ['a', 3] must be a list of words"),
+        (["--train.sync_batch_norm", "true"], "train: sync_batch_norm true requires use_gpu"),
+        (["--train.data", '["a"'], "train.data: '[\"a\"' is not JSON"),
+        (["--train.data", '["a", ""]'], "train.data: ['a', ''] must be a list of non-empty strings"),
+        (["--train.data", '["a", 3]'], "train.data: ['a', 3] must be a list of non-empty strings"),
         (["--train.data", "[]"], "train.data is needed"),
         (
             ["--train.data_shares", "[1]"],
@@ -351,7 +354,7 @@ def test_a_bad_environment_is_one_line_and_status_2(
         ("[model]\npreset = ['paper']\n", "model.preset: ['paper'] is not allowed"),
         ("[score]\nouts = 'a'\n", "score.outs: there is no such key; did you mean out?"),
         ("[score]\nbatch_size = 0\n", "score.batch_size: 0 is not allowed"),
-        ("[split]\nval = 0.6\ntest = 0.5\n", "split: val 0.6 + test 0.5 is over 1"),
+        ("[split]\nval = 0.6\ntest = 0.5\n", "split: val 0.6 + test 0.5 is greater than 1"),
         ("lr = \n", "not valid TOML"),
         ("[train]\nlr = 1\nlr = 2\n", "not valid TOML"),
     ],
@@ -464,8 +467,8 @@ def test_help_shows_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
         load(TrainJob, ["--help"], {})
 
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Learning rate; the highest one of the schedule. (default: 0.0001)" in shown
-    assert "Side of the square that the network sees, pixels. (default: 224)" in shown
+    assert "Peak learning rate of the schedule. (default: 0.0001)" in shown
+    assert "Side of the network's input, pixels. (default: 224)" in shown
 
 
 # Recipes
