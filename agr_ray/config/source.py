@@ -33,8 +33,8 @@ class SourceConfig(Section):
     race_codes: dict[str, str] = {}
     """`folder` only: meaning of codes other than the label space's races: {"East Asian": "asian"}."""
     published_splits: bool = True
-    """`fairface` only: the published training set becomes train, and the published validation set val and test, in the
-    proportion of `split.val` to `split.test`. False: [split] assigns all images."""
+    """`fairface` only: the published validation set is the split test, whatever `split.test` says, and the published
+    training set is split into train and val by `split.val`. False: [split] assigns all images."""
     missing_values: tuple[str, ...] = MISSING_VALUES
     """`folder` only: values that mean a missing label or subject, as an empty cell does. Case and blanks are ignored.
     `gender_codes` and `race_codes` take precedence."""

@@ -32,7 +32,7 @@ from agr_ray.data.manifest import build_manifest, in_key_order, labels_digest
 from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet, find_prepared
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.data.sources.label_table import LabelTableError
-from agr_ray.data.sources.registry import label_space, source_rows
+from agr_ray.data.sources.registry import label_space, source_rows, split_fractions
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
 from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_edits
 from agr_ray.errors import ConfigError, JobError
@@ -121,7 +121,7 @@ class _Preparation:
         source = self._job.source.name or self._job.source.kind
         try:
             space = label_space(self._job.source, self._job.labels)
-            rows = in_key_order(source_rows(self._job.source, space, self._job.split, storage, console.print), source)
+            rows = in_key_order(source_rows(self._job.source, space, storage, console.print), source)
             listing = build_manifest(rows, source, {})
         except LabelTableError as error:
             raise ConfigError(str(error)) from error
@@ -203,7 +203,9 @@ class _Preparation:
         manifest = _with_earlier_splits(manifest, _remembered(storage, self._earlier.uri))
         drawn = None if before is None else _drawn(manifest, before)
         try:
-            manifest = assign_splits(manifest, job.split.fractions, job.split.seed, job.split.sample, drawn)
+            manifest = assign_splits(
+                manifest, split_fractions(job.source, job.split), job.split.seed, job.split.sample, drawn
+            )
             check_no_leak(manifest)
         except SplitLeakError as error:
             more = (

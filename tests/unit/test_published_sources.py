@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from agr_ray.config import LabelsConfig, SourceConfig, SplitConfig
-from agr_ray.data.manifest import SourceRow
+from agr_ray.data.manifest import Content, SourceRow, build_manifest, content_hash, image_id, in_key_order
 from agr_ray.data.sources.label_table import LabelTableError
-from agr_ray.data.sources.registry import label_space, source_rows
+from agr_ray.data.sources.registry import label_space, source_rows, split_fractions
+from agr_ray.data.splits import assign_splits
 from agr_ray.errors import ConfigError
 from agr_ray.labels import ADIENCE, FAIRFACE, UTKFACE
 from agr_ray.storage import Storage
@@ -44,7 +45,7 @@ def read(folder: Path, kind: str, notes: list[str] | None = None, **options: Any
     source = SourceConfig(kind=kind, uri=str(folder), **options)  # type: ignore[arg-type]
     space = label_space(source, LabelsConfig())
     note = [].append if notes is None else notes.append
-    rows = list(source_rows(source, space, SplitConfig(val=0.1, test=0.3), Storage(), note))
+    rows = list(source_rows(source, space, Storage(), note))
     assert len({row.key for row in rows}) == len(rows)
     return {row.key: row for row in rows}
 
@@ -66,15 +67,12 @@ def test_fairface_has_age_ranges_seven_races_and_its_own_split(fairface: Path) -
     notes: list[str] = []
     rows = read(fairface, "fairface", notes)
 
-    assert said(rows["train/1.jpg"]) == (None, 50.0, 59.0, "male", "east_asian", "train")
-    assert said(rows["train/2.jpg"]) == (None, 70.0, 116.0, "female", "latino_hispanic", "train")
-    assert said(rows["train/3.jpg"]) == (None, 0.0, 2.0, "female", None, "train")
+    assert said(rows["train/1.jpg"]) == (None, 50.0, 59.0, "male", "east_asian", None)
+    assert said(rows["train/2.jpg"]) == (None, 70.0, 116.0, "female", "latino_hispanic", None)
+    assert said(rows["train/3.jpg"]) == (None, 0.0, 2.0, "female", None, None)
     assert "race 'Martian' is not understood" in str(rows["train/3.jpg"].label.dropped)
     assert any("values of race that can't be used and are dropped: 2" in note for note in notes)
-    splits = [rows[f"val/{n}.jpg"].label.split for n in range(1, 41)]
-    assert set(splits) == {"val", "test"}
-    assert splits.count("val") == pytest.approx(10, abs=6)  # a quarter, by a hash
-    assert splits == [rows[f"val/{n}.jpg"].label.split for n in range(1, 41)]
+    assert {rows[f"val/{n}.jpg"].label.split for n in range(1, 41)} == {"test"}
 
 
 def test_damaged_rows_of_fairface_are_bad_labels(fairface: Path) -> None:
@@ -89,6 +87,28 @@ def test_damaged_rows_of_fairface_are_bad_labels(fairface: Path) -> None:
 def test_the_published_split_of_fairface_can_be_left(fairface: Path) -> None:
     rows = read(fairface, "fairface", published_splits=False)
     assert {row.label.split for row in rows.values()} == {None}
+    split = SplitConfig(val=0.1, test=0.3)
+    published, own = SourceConfig(kind="fairface"), SourceConfig(kind="fairface", published_splits=False)
+    assert split_fractions(published, split) == {"train": 0.9, "val": 0.1, "test": 0.0}
+    assert split_fractions(own, split) == split_fractions(SourceConfig(), split) == split.fractions
+
+
+def test_an_image_of_both_published_sets_is_in_test_only(fairface: Path) -> None:
+    (fairface / "train/1.jpg").write_bytes((fairface / "val/1.jpg").read_bytes())
+    labels = FAIRFACE_VAL.replace("val/1.jpg,20-29,Male,Black", "val/1.jpg,50-59,Male,East Asian")
+    (fairface / "fairface_label_val.csv").write_text(labels)
+    rows = in_key_order(read(fairface, "fairface").values(), "fairface")
+    contents = {
+        image_id(row.uri): Content(content_hash(Path(row.uri).read_bytes())) for row in rows if Path(row.uri).exists()
+    }
+    table = build_manifest(rows, "fairface", contents)
+
+    splits = assign_splits(table, split_fractions(SourceConfig(kind="fairface"), SplitConfig(val=0.5)), seed=0)
+
+    by_key = dict(zip(splits["key"].to_pylist(), splits["split"].to_pylist(), strict=True))
+    assert [by_key[f"train/{n}.jpg"] for n in (1, 4, 5)] == ["test", None, None]
+    assert sorted(by_key[f"train/{n}.jpg"] for n in (2, 3)) == ["train", "val"]
+    assert {by_key[f"val/{n}.jpg"] for n in range(1, 41)} == {"test"}
 
 
 def test_each_published_word_of_fairface_has_a_class(fairface: Path) -> None:

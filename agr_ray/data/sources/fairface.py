@@ -6,7 +6,6 @@ Mitigation, WACV 2021. CC BY 4.0. Ages are ranges, and all labels are perceived 
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -33,7 +32,7 @@ RACE_WORDS: Final = {
 
 
 def source_rows(
-    storage: Storage, uri: str, *, val_share: float | None, note: Callable[[str], None]
+    storage: Storage, uri: str, *, published_splits: bool, note: Callable[[str], None]
 ) -> Iterator[SourceRow]:
     """Yield a row for each image below `uri`, and one for each labelled image that is not there.
 
@@ -42,8 +41,7 @@ def source_rows(
     Args:
         storage: where the data set is.
         uri: folder or prefix of the label files, train/ and val/.
-        val_share: share of the published validation set that becomes the split val, by a hash of the path; the rest
-            becomes test, and the published training set train. None: no image gets a split.
+        published_splits: whether the published validation set is the split test.
         note: called with a line for each kind of thing that is dropped or ignored.
 
     Raises:
@@ -59,16 +57,9 @@ def source_rows(
     for split, file in files.items():
         for line, row, error in published_rows(storage, file, COLUMNS, ","):
             key = row["file"]
-            given = None if val_share is None else _split(split, key, val_share)
+            given = "test" if published_splits and split == "val" else None
             labels = parser.parse({name: row[name] or None for name in COLUMNS[1:]} | {"split": given})
             if not key:
                 error, key = f"line {line} names no file", f"{LABEL_FILES[split]}:{line}"
             by_key[key].append(labels if error is None else unreadable_row(key, error))
     yield from labelled_images(storage, uri, " and ".join(LABEL_FILES[split] for split in files), by_key, note)
-
-
-def _split(published: str, key: str, val_share: float) -> str:
-    if published == "train":
-        return "train"
-    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-    return "val" if number < val_share * 2**64 else "test"

@@ -32,15 +32,21 @@ def label_space(source: SourceConfig, labels: LabelsConfig) -> LabelSpace:
     return own or configured or UTKFACE
 
 
+def split_fractions(source: SourceConfig, split: SplitConfig) -> dict[str, float]:
+    """Return the shares by which images without a split of their own are dealt."""
+    if source.kind == "fairface" and source.published_splits:
+        return {"train": round(1.0 - split.val, 9), "val": split.val, "test": 0.0}
+    return split.fractions
+
+
 def source_rows(
-    source: SourceConfig, space: LabelSpace, split: SplitConfig, storage: Storage, note: Callable[[str], None]
+    source: SourceConfig, space: LabelSpace, storage: Storage, note: Callable[[str], None]
 ) -> Iterator[SourceRow]:
     """Yield the images of a source with their labels.
 
     Args:
         source: kind and place.
         space: of the labels.
-        split: how FairFace's published validation set is dealt into val and test.
         storage: where it is.
         note: called with a line for each kind of thing that is dropped or ignored.
 
@@ -52,8 +58,7 @@ def source_rows(
     if source.kind == "utkface":
         return utkface.source_rows(storage, uri)
     if source.kind == "fairface":
-        val_share = split.val / (split.val + split.test or 1.0)
-        return fairface.source_rows(storage, uri, val_share=val_share if source.published_splits else None, note=note)
+        return fairface.source_rows(storage, uri, published_splits=source.published_splits, note=note)
     if source.kind == "adience":
         return adience.source_rows(storage, uri, note=note)
     return folder.source_rows(
