@@ -34,14 +34,23 @@ def demo(out: str) -> None:
 
     def step(title: str, job_class: Any, work: Callable[[Any], Any], *arguments: str) -> Any:
         console.print(f"--- {title} ({time.perf_counter() - started:.0f} s)")
-        return work(parse(job_class, [*RECIPE, *arguments]))
+        return work(parse(job_class, arguments))
 
     with cluster(ClusterConfig()):
-        step("render", RenderJob, render, "--render.out", f"{out}/faces")
-        step("prepare", PrepareJob, prepare, "--source.uri", f"{out}/faces/chips", "--prepare.out", f"{out}/prepared")
-        checkpoint = step(
-            "train", TrainJob, train, "--train.data", f"{out}/prepared", "--train.out", f"{out}/runs", "--new-run"
+        step("render", RenderJob, render, *RECIPE, "--render.out", f"{out}/faces")
+        step(
+            "prepare",
+            PrepareJob,
+            prepare,
+            *(*RECIPE, "--source.uri", f"{out}/faces/chips", "--prepare.out", f"{out}/prepared"),
         )
+        checkpoint = step(
+            "train",
+            TrainJob,
+            train,
+            *(*RECIPE, "--train.data", f"{out}/prepared", "--train.out", f"{out}/runs", "--new-run"),
+        )
+        # A checkpoint needs no recipe.
         metrics = step(
             "evaluate",
             EvaluateJob,

@@ -8,11 +8,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from rich.console import Console
 
 from agr_ray.errors import ConfigError
+from agr_ray.models.card import model_card, with_measured
 from agr_ray.models.checkpoint import (
     CALIBRATION,
+    CARD,
     META,
     WEIGHTS,
     CheckpointError,
@@ -20,11 +24,12 @@ from agr_ray.models.checkpoint import (
     model_digest,
 )
 from agr_ray.schema import TEMPLATE
-from agr_ray.storage import MissingObject, Storage, StorageFailed
+from agr_ray.storage import ChangedObject, MissingObject, Storage, StorageError, StorageFailed, StorageUnavailable
 from agr_ray.storage.scratch import scratch_folder
 
 _REPLACED_WITHIN_S: Final = 15.0
 _PAUSE_S: Final = 0.5
+_CARD_ATTEMPTS: Final = 20
 
 
 @contextmanager
@@ -122,3 +127,25 @@ def unpacked_checkpoint(files: dict[str, bytes]) -> Iterator[Path]:
         for name, body in files.items():
             Path(temporary, name).write_bytes(body)
         yield Path(temporary)
+
+
+def add_to_card(
+    storage: Storage, checkpoint: str, meta: dict[str, Any], metrics: dict[str, Any], console: Console
+) -> None:
+    """Put what was measured into the checkpoint's model card; make one for a checkpoint from before there were any.
+
+    A checkpoint that may only be read keeps its card, with a warning: the measurement itself is kept elsewhere.
+    """
+    uri = storage.join(checkpoint, CARD)
+    try:
+        for _ in range(_CARD_ATTEMPTS):  # several evaluations of one checkpoint may run at once
+            with contextlib.suppress(ChangedObject, MissingObject, FileExistsError):
+                if storage.exists(uri):
+                    card, etag = storage.read_with_etag(uri)
+                    storage.write(uri, with_measured(card.decode(), metrics).encode(), if_match=etag)
+                else:
+                    storage.write(uri, with_measured(model_card(meta), metrics).encode(), if_absent=True)
+                return
+        raise StorageFailed(f"{uri} was changed by others in each of {_CARD_ATTEMPTS} attempts to write it")
+    except (StorageError, StorageUnavailable) as error:
+        console.print(f"warning: the model card was not updated: {error}")

@@ -17,58 +17,46 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import json
 import random
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 from rich.console import Console
 
 from agr_ray.config import ScoreConfig, ScoreJob, digest
-from agr_ray.config.pipeline import Pipeline
-from agr_ray.console import make_table
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.errors import ConfigError
-from agr_ray.evaluation.calibration import Calibration
-from agr_ray.labels import LabelSpace
-from agr_ray.models.checkpoint import model_digest, read_meta
-from agr_ray.models.checkpoint_files import local_checkpoint, portable_checkpoint
-from agr_ray.models.transform import Transform
-from agr_ray.predict.resolve import resolve
-from agr_ray.progress import print_failed, progress
+from agr_ray.models.checkpoint_files import local_checkpoint
+from agr_ray.progress import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
 from agr_ray.scoring.grouping import check_grouping
-from agr_ray.scoring.planning import Plan, plan, read_counts, scored_ids
+from agr_ray.scoring.messages import print_plan, print_summary, print_timings
+from agr_ray.scoring.model import Model, load_model, short_digest
+from agr_ray.scoring.planning import Plan
 from agr_ray.scoring.publish import (
     Counts,
     Publication,
     add_counts,
     delete_unpublished,
     promote,
-    pseudonym,
     publish_demographics,
     published_runs,
 )
+from agr_ray.scoring.refusals import Refusals, TooManyRefused
 from agr_ray.scoring.scorer import Scoring
+from agr_ray.scoring.unpublished import Planned, keep_for_later, new_id, now, open_plan, resume
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
-from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
+from agr_ray.storage.parts import KILLED_ITS_WORKER
 from agr_ray.storage.retry import Retry
 from agr_ray.storage.uri import is_bucket
 
 MIN_KEY_BYTES: Final = 32
-MANY_REFUSED: Final = 100
-"""Photographs rejected for the same reason that fail a run, even if earlier runs scored far more."""
-EARLY_IMAGES: Final = 500
-"""Photographs, sampled over the whole input, after which a run may fail early because storage refuses most of them."""
 _RESOURCE_KNOBS: Final = {
     "checkpoint",  # the model's digest identifies it better
     "num_workers",
@@ -105,84 +93,6 @@ class Workers(Protocol):
         ...
 
 
-class TooManyRefused(ConfigError):
-    """Most photographs are rejected for the same reason. The message is one line that quotes it."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Model:
-    """What predicts."""
-
-    checkpoint: Mapping[str, bytes]
-    digest: str
-    tasks: tuple[str, ...]
-    space: LabelSpace
-    transform: Transform
-    pipeline: Pipeline
-    """The effective settings."""
-    calibration: Calibration | None
-    uncalibrated_because: str
-    calibration_digest: str
-
-
-@dataclass(frozen=True)
-class Planned:
-    """An unpublished plan, made by this job or by one that was killed."""
-
-    plan_id: str
-    started_at: str
-    plan_s: float
-    plan: Plan
-
-
-class _Refusals:
-    """Detects that most photographs are rejected for the same reason, which indicates a setup error."""
-
-    def __init__(self, config: ScoreConfig, plan: Plan) -> None:
-        self._config = config
-        self._plan = plan
-        self._reasons: Counter[str] = Counter()
-        self._num_images = 0
-
-    def add(self, reasons: Mapping[str, int], num_images: int) -> None:
-        """Count a part's rejected rows by reason."""
-        self._reasons.update(reasons)
-        self._num_images += num_images
-
-    def check(self, *, at_end: bool) -> None:
-        """Fail the run if too many photographs are rejected: before the end, only for storage errors.
-
-        Raises:
-            TooManyRefused: there are too many; the message quotes the reason.
-        """
-        for reason, num_refused in self._reasons.most_common(2):
-            self._check_reason(reason, num_refused, at_end=at_end)
-
-    def _check_reason(self, reason: str, num_refused: int, *, at_end: bool) -> None:
-        most = self._config.max_refused
-        status = reason.partition(":")[0]
-        num_inputs = self._plan.num_to_do + self._plan.num_scored
-        if num_refused <= most * self._num_images:
-            return
-        if status == Status.ARCHIVED:  # the bucket's owner has archived them: an error only if nothing else is there
-            is_fatal = at_end and num_refused == num_inputs
-        elif at_end:
-            is_fatal = num_refused > most * num_inputs or (status == Status.FAILED and num_refused >= MANY_REFUSED)
-        else:
-            is_fatal = status == Status.FAILED and num_refused >= MANY_REFUSED and self._num_images >= EARLY_IMAGES
-        if is_fatal:
-            raise TooManyRefused(
-                reason,
-                f"score.input {self._config.input}: {num_refused:,} of {self._num_images:,} photographs were "
-                f"rejected for the same reason: {reason}. Nothing is published; fix the cause and repeat the command, "
-                f"or allow it with --score.max_refused 1 (now {most:g})",
-            )
-
-
 def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, Any]:
     """Score all new photographs, publish, and return the run's record, `_SUCCESS/run=ID.json`.
 
@@ -205,11 +115,11 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     if job.score.min_cell and not job.score.aggregate_only:
         console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
-        model = _model(directory, job, console)
+        model = load_model(directory, job, console)
     attributes = tuple(name for name in job.score.attributes if name in model.tasks)
     settings = digest(model.pipeline, job.gates)
-    config_digest = _digest([settings, attributes, model.calibration_digest])
-    identity = _digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key)])
+    config_digest = short_digest([settings, attributes, model.calibration_digest])
+    identity = short_digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key)])
     works = storage.join(f"{out}-work", identity)
     lock_uri = storage.join(f"{out}-work", "lock.json")
     retry = Retry(job.score.outage_s)
@@ -228,11 +138,11 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         if left:
             console.print(f"deleted unpublished files of killed jobs: {', '.join(left)}")
         skipped = _scored_folders(storage, out, job, model, config_digest, key)
-        run = _resumed(storage, works, skipped, job.score.max_refused, console)
+        run = resume(storage, works, skipped, job.score.max_refused, console)
         if run is None:
-            run = _opened(job, storage, works, skipped, key, check, console)
-        _print_plan(job.score, run.plan, console)
-        run_id = _new_id(_now())
+            run = open_plan(job, storage, works, skipped, key, check, console)
+        print_plan(job.score, run.plan, console)
+        run_id = new_id(now())
         work = storage.join(works, run.plan_id)
         scoring = Scoring(
             storage=storage,
@@ -273,7 +183,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             try:
                 timings = _score_parts(job, scoring, run, workers, check, console)
             except TooManyRefused as error:
-                retry.call(lambda error=error: _keep_for_later(job.score, scoring, works, error.reason))  # type: ignore[misc]
+                retry.call(lambda error=error: keep_for_later(job.score, scoring, works, error.reason))  # type: ignore[misc]
                 raise
             check()
             started = time.perf_counter()
@@ -299,7 +209,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             "min_cell": job.score.min_cell,
             **({} if job.score.min_cell else totals),
             "timings": timings,
-            "published_at": _now().isoformat(timespec="milliseconds"),
+            "published_at": now().isoformat(timespec="milliseconds"),
         }
         retry.call(lambda: promote(publication, record, lock.check))
         try:
@@ -312,8 +222,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     if job.score.min_cell:
         console.print(f"published {title}; score.min_cell withholds its totals")
     else:
-        _print_summary(console, totals, title)
-    _print_timings(console, timings)
+        print_summary(console, totals, title)
+    print_timings(console, timings)
     return record
 
 
@@ -371,37 +281,6 @@ def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
     return selection | paths
 
 
-def _model(directory: Path, job: ScoreJob, console: Console) -> Model:
-    """Load the model, and warn if it does not fit the job well."""
-    meta = read_meta(directory)
-    pipeline, calibration, reason = resolve(
-        directory,
-        Pipeline(vision=job.vision, predict=job.predict),
-        key="score.checkpoint",
-        allow_uncalibrated=job.score.allow_uncalibrated,
-    )
-    if pipeline.vision.detector == "none":
-        raise ConfigError("vision.detector 'none' detects no faces; scoring allows: mtcnn, haar")
-    if meta["vision"]["detector"] != pipeline.vision.detector:
-        trained, chosen = meta["vision"]["detector"], pipeline.vision.detector
-        console.print(f"warning: trained on crops found by {trained}, scoring with {chosen}")
-    if calibration is None:
-        console.print(f"warning: uncalibrated: no age_low and age_high, no abstention, no corrected shares: {reason}")
-    elif calibration.overlap_warning:
-        console.print(f"warning: {calibration.overlap_warning}")
-    return Model(
-        checkpoint=portable_checkpoint(directory),
-        digest=model_digest(directory),
-        tasks=tuple(meta["model"]["tasks"]),
-        space=LabelSpace.from_json(meta["label_space"]),
-        transform=Transform.from_json(meta["transform"]),
-        pipeline=pipeline,
-        calibration=calibration,
-        uncalibrated_because=reason,
-        calibration_digest="" if calibration is None else _digest(calibration.to_json()),
-    )
-
-
 def _scored_folders(
     storage: Storage, out: str, job: ScoreJob, model: Model, config_digest: str, key: bytes
 ) -> list[str]:
@@ -429,141 +308,6 @@ def _scored_folders(
 # The run
 
 
-def _plan_uri(storage: Storage, works: str) -> str:
-    return storage.join(works, "plan.json")
-
-
-def _resumed(storage: Storage, works: str, skipped: list[str], max_refused: float, console: Console) -> Planned | None:
-    """Return the unpublished run of this configuration, if its plan is complete and no run was published since."""
-    try:
-        record = json.loads(storage.read(_plan_uri(storage, works)))
-    except MissingObject:
-        return None
-    if max_refused <= record.get("rejected_above", -1.0):
-        return None
-    if record["skipped"] != skipped:
-        console.print(
-            "another run was published since this one was planned; planning again, so that no image is published twice"
-        )
-        return None
-    made = read_counts(storage, Parts(storage, storage.join(works, record["plan_id"])).manifest)
-    if made is None:
-        # A job that was stopped just before it wrote this record woke up after another had deleted its plan.
-        console.print(f"the plan {record['plan_id']} is gone; planning again")
-        return None
-    return Planned(record["plan_id"], record["started_at"], record["plan_s"], made)
-
-
-def _keep_for_later(config: ScoreConfig, scoring: Scoring, works: str, reason: str) -> None:
-    """Prepare a run that was rejected as a whole for the next command.
-
-    If storage refused photographs, the same command scores their parts again and keeps the others. If photographs were
-    rejected for their content, the same command plans again, because they must change first. Only a command with a
-    higher score.max_refused resumes that run.
-    """
-    storage, uri = scoring.storage, _plan_uri(scoring.storage, works)
-    if not reason.startswith(f"{Status.FAILED}:"):
-        record = json.loads(storage.read(uri)) | {"rejected_above": config.max_refused}
-        storage.write(uri, json.dumps(record, indent=2).encode())
-
-
-def _opened(
-    job: ScoreJob,
-    storage: Storage,
-    works: str,
-    skipped: list[str],
-    key: bytes,
-    check: Callable[[], None],
-    console: Console,
-) -> Planned:
-    """Plan a new run.
-
-    Raises:
-        ConfigError: the input has nothing to score.
-    """
-    try:
-        storage.delete_tree(works)  # left by a run that was killed during planning or after publishing
-    except (StorageError, StorageUnavailable) as error:
-        console.print(f"warning: the old work folder {works} can't be deleted: {error}")
-    started_at, started = _now(), time.perf_counter()
-    plan_id = _new_id(started_at)
-    with progress(console, "listing", None) as update:
-
-        def report(done: int, remark: str) -> None:
-            check()
-            update(*((0, "") if job.score.min_cell else (done, remark)))
-
-        made = plan(
-            storage,
-            job.score,
-            Parts(storage, storage.join(works, plan_id)).manifest,
-            scored_ids(storage, skipped),
-            scored_as=(lambda image: pseudonym(image, key)) if key else None,
-            progress=report,
-        )
-    try:
-        _check_input(job.score, storage, made)
-    except ConfigError:
-        storage.delete_tree(works)
-        raise
-    run = Planned(plan_id, started_at.isoformat(timespec="milliseconds"), time.perf_counter() - started, made)
-    record = {"plan_id": plan_id, "started_at": run.started_at, "plan_s": run.plan_s, "skipped": skipped}
-    check()
-    storage.write(_plan_uri(storage, works), json.dumps(record, indent=2).encode())
-    return run
-
-
-def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:
-    """Reject an input without any photograph, new or scored before, unless that is allowed.
-
-    Raises:
-        ConfigError: there is none; the message says what the input contains.
-    """
-    if config.allow_empty or plan.num_to_do or plan.num_scored:
-        return
-    where = f"score.input {storage.absolute(config.input)}"
-    if not plan.num_listed:
-        raise ConfigError(f"{where}: nothing is there; check the spelling, or allow it with --score.allow_empty true")
-    raise ConfigError(
-        f"{where}: none of its {plan.num_listed:,} keys is read as a photograph: {_endings(plan)}; score.include "
-        "selects the keys to read, such as --score.include '[\"**\"]' for all"
-    )
-
-
-def _endings(plan: Plan, *, hides: bool = False) -> str:
-    """Return how many keys of which ending were left out; with `hides` the endings alone."""
-    if hides:
-        return "keys " + " and ".join(
-            f"that end in {each}" if each else "without ending" for each in plan.endings_left_out
-        )
-    return ", ".join(
-        f"{number:,} end in {ending}" if ending else f"{number:,} have no ending"
-        for ending, number in plan.endings_left_out.items()
-    )
-
-
-def _print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
-    """Print the plan and warn of likely mistakes; with score.min_cell, without counts."""
-    if not config.min_cell:
-        left_out = f"{plan.num_excluded:,} left out by name or size, " if plan.num_excluded else ""
-        console.print(
-            f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} scored before, {plan.num_to_do:,} to do"
-        )
-    if plan.endings_left_out and not config.include:
-        console.print(
-            f"left out: {_endings(plan, hides=bool(config.min_cell))}; score.include selects the keys to read"
-        )
-    for name, number in plan.num_grouped.items():
-        if number < plan.num_to_do / 2:
-            of = "few" if config.min_cell else f"{number:,} of {plan.num_to_do:,}"
-            source = (
-                "score.key_pattern captures it"
-                if f"(?P<{name}>" in config.key_pattern
-                else (f"it comes from score.metadata {config.metadata}, joined on the column uri")
-            )
-            console.print(f"warning: score.group_by {name}: known for {of} photographs, null for the others; {source}")
-
-
 def _score_parts(
     job: ScoreJob, scoring: Scoring, run: Planned, workers: Workers, check: Callable[[], None], console: Console
 ) -> dict[str, Any]:
@@ -572,7 +316,7 @@ def _score_parts(
     Raises:
         TooManyRefused: most photographs are rejected for the same reason.
     """
-    refusals = _Refusals(job.score, run.plan)
+    refusals = Refusals(job.score, run.plan)
     done = _finished_parts(scoring, refusals, check)
     todo = [part for part in range(run.plan.num_parts) if part not in done]
     if done:
@@ -607,7 +351,7 @@ def _score_parts(
     return {"score_s": score_s, "num_workers": workers.num_workers, "worker_s": stopwatch.take()}
 
 
-def _finished_parts(scoring: Scoring, refusals: _Refusals, check: Callable[[], None]) -> set[int]:
+def _finished_parts(scoring: Scoring, refusals: Refusals, check: Callable[[], None]) -> set[int]:
     """Return the parts that earlier jobs finished, and count the rejected rows in them.
 
     Parts with photographs that storage refused are not counted as finished, because storage may serve them now.
@@ -650,41 +394,6 @@ def _totals(counts: Counts, plan: Plan) -> dict[str, Any]:
     return totals | {"counts": dict(sorted(counts.statuses.items())), "plan": dataclasses.asdict(plan)}
 
 
-def _print_summary(console: Console, totals: Mapping[str, Any], title: str) -> None:
-    console.print(title)
-    table = make_table("", "number")
-    rows = [("photographs", totals["num_images"])]
-    rows += [(f"  {status}", count) for status, count in totals["counts"].items()]
-    rows += [("faces", totals["num_faces"]), ("  flagged", totals["num_flagged"])]
-    rows += [("  with an attribute too uncertain to tell", totals["num_abstained"])]
-    for label, number in rows:
-        table.add_row(label, f"{number:,}")
-    console.print(table)
-    print_failed(console, totals["counts"])
-
-
-def _print_timings(console: Console, timings: Mapping[str, Any]) -> None:
-    stages: dict[str, float] = timings["worker_s"]
-    if stages:
-        total_s = sum(stages.values())
-        most_first = sorted(stages.items(), key=lambda stage: -stage[1])
-        said = ", ".join(f"{name} {spent_s / total_s:.0%}" for name, spent_s in most_first)
-        console.print(f"where the workers' time went: {said}")
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def _key_id(key: bytes) -> str:
     """Return an id that distinguishes keys without revealing them."""
     return hashlib.sha256(b"agr_ray key id" + key).hexdigest()[:12] if key else ""
-
-
-def _new_id(now: datetime.datetime) -> str:
-    """Return a unique id that sorts by time."""
-    return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{secrets.token_hex(4)}"
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from agr_ray.config import ModelConfig
+from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
 from agr_ray.data.manifest import labels_digest
 from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.data.rendered import RenderedChip, render_chip
@@ -108,7 +109,13 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0, 
     return folder
 
 
-def checkpoint(folder: Path, *, train_images: list[str] | None = None, data: dict[str, Any] | None = None) -> Path:
+def checkpoint(
+    folder: Path,
+    *,
+    train_images: list[str] | None = None,
+    data: dict[str, Any] | None = None,
+    pipeline: Pipeline = DEFAULT_PIPELINE,
+) -> Path:
     """Write a checkpoint of random weights that claims to have been trained on images of these content hashes.
 
     Its batch norms have seen noise, so that its predictions differ between images.
@@ -127,6 +134,7 @@ def checkpoint(folder: Path, *, train_images: list[str] | None = None, data: dic
         Transform(SIDE_PX, SIDE_PX),
         train_images=None if train_images is None else content_codes(train_images),
         data=data,
+        pipeline=pipeline,
     )
     return folder
 

@@ -16,7 +16,7 @@ from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.checkpoint import model_digest
 from agr_ray.models.predictions import Predictions
-from agr_ray.scoring.driver import _model
+from agr_ray.scoring.model import load_model
 
 
 def calibration(folder: Path, num_seen: int | None) -> Calibration:
@@ -47,7 +47,7 @@ def test_scoring_warns_of_a_calibration_on_images_of_training(tmp_path: Path, nu
     (folder / "calibration.json").write_text(json.dumps(fitted.to_json()))
     printed = StringIO()
 
-    model = _model(folder, ScoreJob(), make_console(printed))
+    model = load_model(folder, ScoreJob(), make_console(printed))
 
     assert model.calibration is not None
     assert model.calibration.num_seen_in_training == num_seen

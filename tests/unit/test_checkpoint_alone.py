@@ -43,7 +43,7 @@ class Workers:
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         scorer = PartScorer(scoring)
         for part in parts:
-            yield {name: values[0] for name, values in scorer.score(part).items()}
+            yield scorer.score(part)
 
     def publish(self, publication: Publication) -> Iterator[Counts]:
         for file in range(publication.num_files):

@@ -18,7 +18,7 @@ from agr_ray.data.prepared import PreparedSet
 from agr_ray.progress import progress
 from agr_ray.runtime.training.board import TrainingBars
 from agr_ray.schema import Status
-from agr_ray.scoring import driver
+from agr_ray.scoring import messages
 
 ROOT = Path(__file__).parents[2]
 ODD = "/data/[bold]x[/nope]/[1]/:key:/" + "0123456789" * 12
@@ -111,7 +111,7 @@ def test_scoring_s_summary_names_its_run_in_one_line() -> None:
         "counts": {"ok": 2, "unreadable": 1},
     }
 
-    driver._print_summary(make_console(out), totals, f"{ODD} run=5")
+    messages.print_summary(make_console(out), totals, f"{ODD} run=5")
 
     assert f"{ODD} run=5" in out.getvalue().splitlines()
 

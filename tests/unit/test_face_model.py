@@ -27,9 +27,9 @@ from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.transform import Transform
 from agr_ray.predict import attributes
 from agr_ray.predict.attributes import AttributePredictor
+from agr_ray.predict.crop_predictor import CropPredictor
 from agr_ray.predict.face_finder import Reject
 from agr_ray.predict.face_model import FaceModel
-from agr_ray.runtime.evaluate import CropPredictor
 from agr_ray.schema import CROPS, IMAGES
 from agr_ray.scoring.planning import plan
 from agr_ray.scoring.scorer import Found, PartScorer, RowPredictor, Scoring

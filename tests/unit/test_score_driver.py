@@ -23,12 +23,14 @@ from sets import checkpoint
 from this_process import ThisProcess
 
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, REJECTS
-from agr_ray.scoring import driver, grouping
-from agr_ray.scoring.driver import TooManyRefused, score_input
+from agr_ray.scoring import driver, grouping, unpublished
+from agr_ray.scoring.driver import score_input
+from agr_ray.scoring.refusals import TooManyRefused
 from agr_ray.storage import ArchivedObject, ServerFailed, Storage, StorageFailed
 from agr_ray.storage.lock import LockLost
 from agr_ray.storage.parts import Parts
@@ -39,7 +41,8 @@ NAMES = [f"{number}.jpg" for number in range(6)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("model") / "model")
+    stored = Pipeline(vision=VisionConfig(detector="haar"))
+    return checkpoint(tmp_path_factory.mktemp("model") / "model", pipeline=stored)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,7 @@ def test_a_whole_bucket_as_output_is_refused(bucket: Bucket, out: str) -> None:
 def test_a_job_that_loses_its_lock_while_it_plans_stops_and_leaves_no_plan(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = driver.plan
+    plan = unpublished.plan
 
     def plan_and_lose(*args: Any, progress: Any, **kwargs: Any) -> Any:
         progress(0, "")
@@ -197,7 +200,7 @@ def test_a_job_that_loses_its_lock_while_it_plans_stops_and_leaves_no_plan(
             progress(1, "")
         return plan(*args, progress=progress, **kwargs)
 
-    monkeypatch.setattr(driver, "plan", plan_and_lose)
+    monkeypatch.setattr(unpublished, "plan", plan_and_lose)
     with pytest.raises(LockLost):
         bucket.score(lock_expiry_s=0.4)
     assert not list((bucket.folder / "out-work").rglob("plan.json"))
@@ -424,7 +427,7 @@ def test_a_refused_run_that_was_killed_before_its_end_is_refused_too(
 ) -> None:
     refuse(monkeypatch, lambda _: True, StorageFailed)
     with monkeypatch.context() as patch:
-        patch.setattr(driver._Refusals, "check", lambda *_, **__: interrupt())
+        patch.setattr(driver.Refusals, "check", lambda *_, **__: interrupt())
         with pytest.raises(KeyboardInterrupt):
             bucket.score()
     with pytest.raises(TooManyRefused, match="6 of 6"):
@@ -479,7 +482,7 @@ def test_metadata_join_by_any_form_of_a_uri(bucket: Bucket, monkeypatch: pytest.
 
     groups = "SELECT DISTINCT day, num_images FROM demographics WHERE NOT is_total ORDER BY day"
     assert bucket.query(groups) == [("monday", 3), (None, 3)]
-    assert "warning" not in bucket.printed.replace("warning: no age_low", "")
+    assert "warning" not in bucket.printed.replace("warning: uncalibrated: no age_low", "")
 
 
 def test_metadata_that_join_little_are_warned_of(bucket: Bucket) -> None:

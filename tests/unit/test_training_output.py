@@ -22,10 +22,10 @@ from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.loop import EpochReport
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CARD, read_meta, save_checkpoint
+from agr_ray.models.checkpoint_files import add_to_card
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform
-from agr_ray.runtime.evaluate import add_to_card
 from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.worker import RunLogs
 from agr_ray.schema import HISTORY

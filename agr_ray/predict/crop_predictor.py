@@ -1,0 +1,76 @@
+"""Crops of a prepared set -> rows of predictions, in one worker, by the predictor that scoring runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from agr_ray.config import EvaluateConfig, PredictConfig
+from agr_ray.data.crops import decoded_crops, map_races, select_crops, usable_statuses
+from agr_ray.labels import LabelSpace
+from agr_ray.models.checkpoint_files import unpacked_checkpoint
+from agr_ray.models.predictions import Predictions, class_probs_array
+from agr_ray.predict.attributes import AttributePredictor, attribute_columns, uncalibrated
+from agr_ray.predict.downloads import use_one_cpu
+from agr_ray.schema import PREDICTION_FIELDS, PREDICTIONS
+from agr_ray.storage import Storage
+
+_KEPT_COLUMNS: Final = tuple(field.name for field in PREDICTIONS if field not in PREDICTION_FIELDS)
+
+
+class CropPredictor:
+    """Parts of crop rows -> rows of schema.PREDICTIONS. One worker's own."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        checkpoint: dict[str, bytes],
+        side_px: int,
+        config: EvaluateConfig,
+        predict_config: PredictConfig,
+        mapping: Mapping[str, str],
+    ) -> None:
+        use_one_cpu()
+        with unpacked_checkpoint(checkpoint) as directory:
+            device = "cuda" if config.use_gpu else "cpu"
+            self._predictor = AttributePredictor.load(directory, predict_config, device=device)
+        self._storage = storage
+        self._side_px = side_px
+        self._config = config
+        self._mapping = mapping
+
+    def __call__(self, parts: pa.Table) -> Iterator[pa.Table]:
+        """Yield the predictions of the split's crops in each of the parts."""
+        for uri in parts["part"].to_pylist():
+            rows = self._storage.read_table(uri, columns=[*_KEPT_COLUMNS, "crop"])
+            rows = select_crops(rows, self._config.split, usable_statuses(use_fallback=True))
+            rows = map_races(rows, self._mapping)
+            for start in range(0, rows.num_rows, self._config.batch_size):
+                batch = rows.slice(start, self._config.batch_size)
+                predictions = self._predictor.predict(decoded_crops(batch, self._side_px))
+                columns = prediction_columns(predictions, batch.num_rows, self._predictor.space)
+                yield pa.table({name: batch[name] for name in _KEPT_COLUMNS} | columns, schema=PREDICTIONS)
+
+
+def prediction_columns(predictions: Predictions, num_rows: int, space: LabelSpace) -> dict[str, pa.Array]:
+    """Return the columns of schema.PREDICTION_FIELDS; a task without a head gives nulls."""
+    columns = attribute_columns(uncalibrated(predictions), num_rows, space)
+    return {
+        field.name: columns.get(field.name.removesuffix("_pred"), pa.nulls(num_rows, field.type))
+        for field in PREDICTION_FIELDS
+    }
+
+
+def read_predictions(table: pa.Table, space: LabelSpace) -> Predictions:
+    """Return the predictions in rows of schema.PREDICTIONS; a task without a head has nulls only."""
+
+    def array(name: str) -> Any:
+        return None if table[name].null_count == table.num_rows else np.asarray(table[name])
+
+    race_probs = None
+    if table["race_probs"].null_count < table.num_rows:
+        race_probs = class_probs_array(table["race_probs"], space.races)
+    return Predictions(array("age_pred"), array("p_male"), race_probs)

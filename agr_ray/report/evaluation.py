@@ -1,0 +1,138 @@
+"""What an evaluation prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from agr_ray.config.pipeline import Pipeline
+from agr_ray.console import make_table
+from agr_ray.evaluation.calibration import Calibration
+from agr_ray.evaluation.selection import NEVER_SURE
+from agr_ray.models.card import HEADLINES
+from agr_ray.schema import CROP_STATUSES
+
+
+def vision_differences(
+    measured: Pipeline, checkpoint: Pipeline, *, calibrates: bool, calibration: Calibration | None
+) -> list[str]:
+    """Return a line about crops that were made with other settings than the checkpoint's, where that matters."""
+    before, after = checkpoint.decisive(), measured.decisive()
+    different = ", ".join(f"{key} = {after[key]}, not {before[key]}" for key in before if before[key] != after[key])
+    if not different:
+        return []
+    if calibrates:
+        return [
+            f"note: the crops were made with {different}; a calibrated checkpoint scores with the settings that it "
+            "was calibrated under, and so with these"
+        ]
+    if calibration is not None:
+        return [
+            f"warning: the crops were made with {different}, under which the checkpoint was calibrated; what "
+            "follows says little of how its intervals hold"
+        ]
+    return []
+
+
+def print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
+    """Print the headline metrics beside the baseline's, and what was measured."""
+    said = metrics["evaluation"]
+    console.print(f"{said['source']}, split {said['split']}")
+    table = make_table("metric", "model", "95 % interval", "baseline")
+    for task, name, label, scale, unit in HEADLINES:
+        value, guess = metrics[task][name], metrics["baseline"][task][name]
+        between = metrics["intervals"].get(task, {}).get(name)
+        if value is not None:
+            table.add_row(
+                label,
+                f"{value * scale:.2f}{unit}",
+                "" if between is None else f"{between[0] * scale:.2f} to {between[1] * scale:.2f}",
+                "" if guess is None else f"{guess * scale:.2f}{unit}",
+            )
+    console.print(table)
+    seen = said["num_seen_in_training"]
+    overlap = "not known" if seen is None else f"{seen:,}"
+    console.print(
+        f"{metrics['n']:,} labelled images, {metrics['n_fallback']:,} of them without a detected face; "
+        f"seen in training: {overlap}",
+    )
+    without_crop = {name: count for name, count in said["statuses"].items() if name not in CROP_STATUSES}
+    if without_crop:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in without_crop.items())
+        console.print(f"not measured, because they have no crop: {reasons}")
+    console.print(f"split manifest SHA-256 {said['split_manifest_sha256']}")
+    console.print(f"{out}/metrics.json, {out}/predictions.parquet")
+
+
+def print_fitted(console: Console, calibration: Calibration, uri: str) -> None:
+    """Say what was fitted, and what could not be."""
+    parts = []
+    if calibration.age is not None:
+        widths = calibration.age.half_widths_years
+        parts.append(f"age +-{min(widths):.1f} to {max(widths):.1f} years by predicted age group")
+    for task, part in (("gender", calibration.gender), ("race", calibration.race)):
+        if part is not None:
+            parts.append(f"{task} temperature {part.temperature:.2f}, abstains {_below(part.abstain_below)}")
+    said = "; ".join(parts) or "nothing could be fitted"
+    console.print(f"calibrated on {calibration.n:,} images: {said}")
+    for note in calibration.notes:
+        console.print(f"note: {note}")
+    console.print(uri)
+
+
+def _below(abstain_below: float) -> str:
+    if abstain_below in (0.0, NEVER_SURE):
+        return "never" if abstain_below == 0.0 else "always"
+    return f"below {100 * abstain_below:.1f} %"
+
+
+def print_calibration(console: Console, measured: dict[str, Any]) -> None:
+    """Say what was measured beside what was promised."""
+    if measured["warning"]:
+        console.print(f"warning: {measured['warning']}")
+    seen = measured["num_seen_in_calibration"]
+    if seen:
+        console.print(
+            f"warning: {seen:,} of these images were calibrated on, which flatters what follows; measure on others",
+        )
+    table = make_table("calibrated", "promised", "measured", "95 % interval", "images")
+    remarks = []
+    age = measured["age"]
+    if age is not None:
+        share, between = _per_cent(age["coverage"]), _between(age["interval"])
+        table.add_row("true age in its interval", _per_cent(age["nominal"]), share, between, f"{age['n']:,}")
+        remarks.append(f"age: intervals are {age['mean_width_years']:.1f} years wide on average")
+    for task in ("gender", "race"):
+        part = measured[task]
+        if part is not None:
+            error, between = _per_cent(part["error"]), _between(part["interval"])
+            table.add_row(
+                f"{task} error where told", f"<= {_per_cent(part['risk'])}", error, between, f"{part['accepted']:,}"
+            )
+            remarks.append(
+                f"{task}: abstains on {_per_cent(part['abstained'])} of {part['n']:,}; "
+                f"calibration error {_per_cent(part['ece_before'])}, now {_per_cent(part['ece'])}; "
+                f"NLL {part['nll_before']:.3f}, now {part['nll']:.3f}"
+            )
+    console.print(table)
+    for remark in remarks:
+        console.print(remark)
+    if age is not None:
+        members = (item for group in age["groups"].values() for item in group.items())
+        failed = [
+            f"{name} {_per_cent(part['coverage'])} of {part['n']:,}"
+            for name, part in members
+            if part["interval"][1] < age["nominal"]
+        ]
+        if failed:
+            said = ", ".join(failed)
+            console.print(f"age intervals cover less than promised for: {said}")
+
+
+def _per_cent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _between(interval: list[float] | None) -> str:
+    return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"

@@ -1,0 +1,69 @@
+"""What a scoring job prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from agr_ray.config import ScoreConfig
+from agr_ray.console import make_table
+from agr_ray.progress import print_failed
+from agr_ray.scoring.planning import Plan
+
+
+def endings(plan: Plan, *, hides: bool = False) -> str:
+    """Return how many keys of which ending were left out; with `hides` the endings alone."""
+    if hides:
+        return "keys " + " and ".join(
+            f"that end in {each}" if each else "without ending" for each in plan.endings_left_out
+        )
+    return ", ".join(
+        f"{number:,} end in {ending}" if ending else f"{number:,} have no ending"
+        for ending, number in plan.endings_left_out.items()
+    )
+
+
+def print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
+    """Print the plan and warn of likely mistakes; with score.min_cell, without counts."""
+    if not config.min_cell:
+        left_out = f"{plan.num_excluded:,} left out by name or size, " if plan.num_excluded else ""
+        console.print(
+            f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} scored before, {plan.num_to_do:,} to do"
+        )
+    if plan.endings_left_out and not config.include:
+        console.print(f"left out: {endings(plan, hides=bool(config.min_cell))}; score.include selects the keys to read")
+    for name, number in plan.num_grouped.items():
+        if number < plan.num_to_do / 2:
+            of = "few" if config.min_cell else f"{number:,} of {plan.num_to_do:,}"
+            source = (
+                "score.key_pattern captures it"
+                if f"(?P<{name}>" in config.key_pattern
+                else (f"it comes from score.metadata {config.metadata}, joined on the column uri")
+            )
+            console.print(f"warning: score.group_by {name}: known for {of} photographs, null for the others; {source}")
+
+
+def print_summary(console: Console, totals: Mapping[str, Any], title: str) -> None:
+    """Print the run's totals."""
+    console.print(title)
+    table = make_table("", "number")
+    rows = [("photographs", totals["num_images"])]
+    rows += [(f"  {status}", count) for status, count in totals["counts"].items()]
+    rows += [("faces", totals["num_faces"]), ("  flagged", totals["num_flagged"])]
+    rows += [("  with an attribute too uncertain to tell", totals["num_abstained"])]
+    for label, number in rows:
+        table.add_row(label, f"{number:,}")
+    console.print(table)
+    print_failed(console, totals["counts"])
+
+
+def print_timings(console: Console, timings: Mapping[str, Any]) -> None:
+    """Print the share of the workers' time that each stage took."""
+    stages: dict[str, float] = timings["worker_s"]
+    if stages:
+        total_s = sum(stages.values())
+        most_first = sorted(stages.items(), key=lambda stage: -stage[1])
+        said = ", ".join(f"{name} {spent_s / total_s:.0%}" for name, spent_s in most_first)
+        console.print(f"where the workers' time went: {said}")

@@ -1,0 +1,146 @@
+"""The unpublished plan of a configuration: resumed if a job was killed, made anew otherwise."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from agr_ray.config import ScoreConfig, ScoreJob
+from agr_ray.errors import ConfigError
+from agr_ray.progress import progress
+from agr_ray.schema import Status
+from agr_ray.scoring.messages import endings
+from agr_ray.scoring.planning import Plan, plan, read_counts, scored_ids
+from agr_ray.scoring.publish import (
+    pseudonym,
+)
+from agr_ray.scoring.scorer import Scoring
+from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
+from agr_ray.storage.parts import Parts
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An unpublished plan, made by this job or by one that was killed."""
+
+    plan_id: str
+    started_at: str
+    plan_s: float
+    plan: Plan
+
+
+def _plan_uri(storage: Storage, works: str) -> str:
+    return storage.join(works, "plan.json")
+
+
+def resume(storage: Storage, works: str, skipped: list[str], max_refused: float, console: Console) -> Planned | None:
+    """Return the unpublished run of this configuration, if its plan is complete and no run was published since."""
+    try:
+        record = json.loads(storage.read(_plan_uri(storage, works)))
+    except MissingObject:
+        return None
+    if max_refused <= record.get("rejected_above", -1.0):
+        return None
+    if record["skipped"] != skipped:
+        console.print(
+            "another run was published since this one was planned; planning again, so that no image is published twice"
+        )
+        return None
+    made = read_counts(storage, Parts(storage, storage.join(works, record["plan_id"])).manifest)
+    if made is None:
+        # A job that was stopped just before it wrote this record woke up after another had deleted its plan.
+        console.print(f"the plan {record['plan_id']} is gone; planning again")
+        return None
+    return Planned(record["plan_id"], record["started_at"], record["plan_s"], made)
+
+
+def keep_for_later(config: ScoreConfig, scoring: Scoring, works: str, reason: str) -> None:
+    """Prepare a run that was rejected as a whole for the next command.
+
+    If storage refused photographs, the same command scores their parts again and keeps the others. If photographs were
+    rejected for their content, the same command plans again, because they must change first. Only a command with a
+    higher score.max_refused resumes that run.
+    """
+    storage, uri = scoring.storage, _plan_uri(scoring.storage, works)
+    if not reason.startswith(f"{Status.FAILED}:"):
+        record = json.loads(storage.read(uri)) | {"rejected_above": config.max_refused}
+        storage.write(uri, json.dumps(record, indent=2).encode())
+
+
+def open_plan(
+    job: ScoreJob,
+    storage: Storage,
+    works: str,
+    skipped: list[str],
+    key: bytes,
+    check: Callable[[], None],
+    console: Console,
+) -> Planned:
+    """Plan a new run.
+
+    Raises:
+        ConfigError: the input has nothing to score.
+    """
+    try:
+        storage.delete_tree(works)  # left by a run that was killed during planning or after publishing
+    except (StorageError, StorageUnavailable) as error:
+        console.print(f"warning: the old work folder {works} can't be deleted: {error}")
+    started_at, started = now(), time.perf_counter()
+    plan_id = new_id(started_at)
+    with progress(console, "listing", None) as update:
+
+        def report(done: int, remark: str) -> None:
+            check()
+            update(*((0, "") if job.score.min_cell else (done, remark)))
+
+        made = plan(
+            storage,
+            job.score,
+            Parts(storage, storage.join(works, plan_id)).manifest,
+            scored_ids(storage, skipped),
+            scored_as=(lambda image: pseudonym(image, key)) if key else None,
+            progress=report,
+        )
+    try:
+        _check_input(job.score, storage, made)
+    except ConfigError:
+        storage.delete_tree(works)
+        raise
+    run = Planned(plan_id, started_at.isoformat(timespec="milliseconds"), time.perf_counter() - started, made)
+    record = {"plan_id": plan_id, "started_at": run.started_at, "plan_s": run.plan_s, "skipped": skipped}
+    check()
+    storage.write(_plan_uri(storage, works), json.dumps(record, indent=2).encode())
+    return run
+
+
+def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:
+    """Reject an input without any photograph, new or scored before, unless that is allowed.
+
+    Raises:
+        ConfigError: there is none; the message says what the input contains.
+    """
+    if config.allow_empty or plan.num_to_do or plan.num_scored:
+        return
+    where = f"score.input {storage.absolute(config.input)}"
+    if not plan.num_listed:
+        raise ConfigError(f"{where}: nothing is there; check the spelling, or allow it with --score.allow_empty true")
+    raise ConfigError(
+        f"{where}: none of its {plan.num_listed:,} keys is read as a photograph: {endings(plan)}; score.include "
+        "selects the keys to read, such as --score.include '[\"**\"]' for all"
+    )
+
+
+def new_id(now: datetime.datetime) -> str:
+    """Return a unique id that sorts by time."""
+    return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{secrets.token_hex(4)}"
+
+
+def now() -> datetime.datetime:
+    """Return the time, in UTC."""
+    return datetime.datetime.now(datetime.UTC)
