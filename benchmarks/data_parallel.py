@@ -34,7 +34,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from agr_ray.config import LossConfig, ModelConfig, TrainConfig
 from agr_ray.console import make_console
 from agr_ray.labels import UTKFACE
-from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
+from agr_ray.learn.losses import label_counts, multi_task_loss
 from agr_ray.learn.optimise import build_optimizer
 from agr_ray.models.network import MultiTaskNet
 
@@ -132,17 +132,18 @@ def work(rank: int, size: int, folder: str, config: ModelConfig, batch: int, num
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
     model = MultiTaskNet(config, UTKFACE).to(memory_format=torch.channels_last)
+    heads = model.heads_by_task
     optimizer = build_optimizer(model, TrainConfig())
     wrapped = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     sent = SentBytes()
     wrapped.register_comm_hook(sent, add_up_and_send)
     images = torch.rand(batch, 3, config.image_size, config.image_size)
     images = images.contiguous(memory_format=torch.channels_last)
-    targets = Targets(torch.rand(batch) * 90, torch.randint(2, (batch,)), torch.randint(5, (batch,)))
-    counts = label_counts(targets) * size
+    targets = {"age": torch.rand(batch) * 90, "gender": torch.randint(2, (batch,)), "race": torch.randint(5, (batch,))}
+    counts = label_counts(heads, targets) * size
 
     def step() -> None:
-        loss, _ = multi_task_loss(wrapped(images), targets, LossConfig(), counts, size)
+        loss, _ = multi_task_loss(heads, wrapped(images), targets, LossConfig(), counts, size)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

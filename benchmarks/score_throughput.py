@@ -198,13 +198,11 @@ def make_checkpoint(paths: list[Path], directory: Path) -> None:
     with torch.inference_mode():
         model.train()
         for chunk in images.split(16):
-            model.backbone(chunk)
+            model.features(chunk)
         model.eval()
-        features = torch.cat([model.backbone(chunk) for chunk in images.split(16)])
-    heads = {"age": (model.age_head, 40.0, 15.0), "gender": (model.gender_head, 0.0, 2.0)}
-    heads["race"] = (model.race_head, 0.0, 2.0)
-    for head, mean, std in heads.values():
-        assert head is not None
+        features = torch.cat([model.features(chunk) for chunk in images.split(16)])
+    for task, mean, std in (("age", 40.0, 15.0), ("gender", 0.0, 2.0), ("race", 0.0, 2.0)):
+        head: Any = model.heads[task].layer
         with torch.no_grad():
             logits = head(features)
             head.weight.mul_(std / logits.std(dim=0)[:, None])
@@ -226,7 +224,10 @@ def attribute_agreement(paths: list[Path], directory: Path, name: str) -> tuple[
     ours = predict(model, crops, loaded.transform, PREDICT)
     seconds = (time.perf_counter() - started) / len(paths)
     with torch.inference_mode():
-        plain = average([loaded.model(prepare_eval(to_nchw(crops, torch.device("cpu")), loaded.transform))])
+        plain = average(
+            loaded.model.heads_by_task,
+            [loaded.model(prepare_eval(to_nchw(crops, torch.device("cpu")), loaded.transform))],
+        )
     return agreement_table(ours, plain, name), seconds
 
 

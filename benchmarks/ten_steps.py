@@ -21,7 +21,8 @@ import torch
 from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
 from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.learn.loop import LocalContext, train
+from agr_ray.learn.context import LocalContext
+from agr_ray.learn.loop import train
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import predict
@@ -88,7 +89,7 @@ def ten_steps(sections: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
     data = faces()
     torch.manual_seed(0)
     model = MultiTaskNet(job.model, UTKFACE)
-    model.initialise_age(40.0)
+    model.initialise({"age": np.array([20.0, 60.0])})  # mean 40, standard deviation 20
     baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     transform = Transform(image_size=SIDE, crop_side_px=SIDE)
     rows = train(LocalContext(data, data, NUM), model, transform, job, baseline, NUM)

@@ -46,9 +46,10 @@ from agr_ray.data.crops import decoded_crops, read_labels, select_crops, usable_
 from agr_ray.data.prepared import open_prepared
 from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import Labels
-from agr_ray.learn.loop import Batch, LocalContext
+from agr_ray.learn.batches import Batch
+from agr_ray.learn.context import LocalContext
 from agr_ray.learn.loop import train as train_loop
-from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
+from agr_ray.learn.losses import label_counts, multi_task_loss
 from agr_ray.learn.optimise import build_optimizer
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import autocast, compute_dtype
@@ -61,6 +62,7 @@ from agr_ray.vision.align import DEFAULT_MARGIN
 T = TypeVar("T")
 
 MIN_SHARE: Final = 0.9
+LABELS: Final = ("age", "gender", "race")
 TIMED_EPOCHS: Final = 2
 """Of (c), after the one that warms up."""
 AUGMENT: Final = AugmentConfig(scale=0.1, brightness=0.3, contrast=0.3, saturation=0.3)
@@ -261,7 +263,7 @@ class Crops(Dataset[tuple[Any, ...]]):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         image = Image.open(io.BytesIO(self.setup.jpegs[index])).convert("RGB")
-        return self.transform(image), *(getattr(self.setup.labels, name)[index] for name in ("age", "gender", "race"))
+        return self.transform(image), *(getattr(self.setup.labels, name)[index] for name in LABELS)
 
 
 def user_loop(job: TrainJob, num_steps: int) -> float:
@@ -280,6 +282,7 @@ def user_loop(job: TrainJob, num_steps: int) -> float:
         drop_last=True,
     )
     model = MultiTaskNet(job.model, setup.labels.space).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    heads = model.heads_by_task
     optimizer = build_optimizer(model, job.train)
     started, num_samples = 0.0, 0
     for epoch in range(1 + TIMED_EPOCHS):
@@ -288,10 +291,10 @@ def user_loop(job: TrainJob, num_steps: int) -> float:
         total_loss = torch.zeros((), device=device)
         for images, *labels in loader:
             images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            targets = Targets(*(values.to(device, non_blocking=True) for values in labels))
+            targets = {name: values.to(device, non_blocking=True) for name, values in zip(LABELS, labels, strict=True)}
             with autocast(device, job.train.precision):
                 outputs = model(images)
-            loss, _ = multi_task_loss(outputs, targets, job.loss, label_counts(targets))
+            loss, _ = multi_task_loss(heads, outputs, targets, job.loss, label_counts(heads, targets))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
             optimizer.step()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from agr_ray.config.section import Section
+from agr_ray.registry import ATTENTION, BACKBONES, HEADS, NECKS
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {"backbone": "resnet50", "age_head": "linear", "image_size": 224},
@@ -16,20 +17,42 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Values that `model.preset` puts in place of `ModelConfig`'s defaults; explicit keys override both."""
 
 
+def _distinct_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    if not tasks or len(set(tasks)) != len(tasks) or not all(task in HEADS for task in tasks):
+        raise ValueError(f"must name at least one of {', '.join(HEADS)}, each at most once")
+    return tasks
+
+
 class ModelConfig(Section):
-    """The network: backbone and heads."""
+    """The network: backbone, attention, neck and heads."""
 
     preset: Literal["paper", "lightweight"] = "paper"
     """`paper`: ResNet50 and linear heads; `lightweight`: MobileNetV3-small. Other keys of this table override it."""
-    backbone: Literal["resnet18", "resnet34", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large"] = "resnet50"
-    """torchvision network, whose last layer the heads replace."""
+    backbone: Annotated[str, AfterValidator(BACKBONES.check)] = Field(
+        "resnet50", description=f"Network that computes the feature map: {', '.join(BACKBONES.names)}."
+    )
     pretrained: str = "none"
-    """Initial weights of the backbone: `none` (random), `imagenet` (torchvision's download), or a path or URI."""
-    tasks: tuple[Literal["age", "gender", "race"], ...] = ("age", "gender", "race")
-    """Which heads the network has."""
-    age_head: Literal["linear", "distribution"] = "linear"
-    """`linear`: one number (paper eq. 7); `distribution`: a bin for each year, 0 to 116, read out as the
-    expectation."""
+    """Pretrained weights of the backbone: `none` (random), `imagenet` (a download), or a path or URI."""
+    attention: Annotated[str, AfterValidator(ATTENTION.check)] = Field(
+        "none", description=f"Attention block over the feature map: {', '.join(ATTENTION.names)}."
+    )
+    neck: Annotated[str, AfterValidator(NECKS.check)] = Field(
+        "average", description=f"Pooling of the feature map: {', '.join(NECKS.names)}."
+    )
+    tasks: Annotated[tuple[str, ...], AfterValidator(_distinct_tasks)] = Field(
+        ("age", "gender", "race"), description=f"Which heads it has: {', '.join(HEADS)}."
+    )
+    age_head: Annotated[str, AfterValidator(HEADS["age"].check)] = Field(
+        "linear",
+        description=f"{', '.join(HEADS['age'].names)}. `linear`: one number (paper eq. 7); `distribution`: a bin for "
+        "each year, 0 to 116, read out by expectation.",
+    )
+    gender_head: Annotated[str, AfterValidator(HEADS["gender"].check)] = Field(
+        "binary", description=f"{', '.join(HEADS['gender'].names)}: one logit."
+    )
+    race_head: Annotated[str, AfterValidator(HEADS["race"].check)] = Field(
+        "softmax", description=f"{', '.join(HEADS['race'].names)}: a logit for each race."
+    )
     image_size: Annotated[int, Field(ge=32, le=512)] = 224
     """Side of the network's input, pixels."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -44,12 +67,6 @@ class ModelConfig(Section):
             return values
         preset = values.get("preset", "paper")
         return {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **values}
-
-    @model_validator(mode="after")
-    def _has_distinct_tasks(self) -> Self:
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ValueError(f"tasks must name at least one of age, gender, race, each at most once: {self.tasks}")
-        return self
 
 
 class PredictConfig(Section):

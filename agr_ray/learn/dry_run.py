@@ -24,11 +24,14 @@ from agr_ray.config import TrainJob
 from agr_ray.data.crops import TRAINING_COLUMNS, select_crops, training_arrays, usable_statuses
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import JobError
-from agr_ray.learn.loop import Batch, LocalContext, NonFiniteLossError, epoch_side_px, steps_per_epoch
+from agr_ray.learn.batches import Batch
+from agr_ray.learn.context import LocalContext
 from agr_ray.learn.loop import train as train_loop
+from agr_ray.learn.monitor import NonFiniteLossError
 from agr_ray.learn.optimise import build_optimizer
 from agr_ray.learn.resources import MIN_VAL_BATCH, crop_bytes, max_kept_rows, spare_cpus
 from agr_ray.learn.run import Run
+from agr_ray.learn.schedule import epoch_side_px, steps_per_epoch
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import autocast, compute_dtype
 
@@ -210,7 +213,8 @@ def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, num_images: i
         with autocast(device, job.train.precision):
             outputs = model(images)
         # What the pass kept is alive until backward, so no address was given out twice.
-        loss = torch.stack([each.float().mean() for each in outputs if each is not None]).sum()
+        parts = [each for said in outputs.values() for each in (said if isinstance(said, tuple) else (said,))]
+        loss = torch.stack([each.mean() for each in parts]).sum()
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
     optimizer.step()
     weights = _num_bytes(model.state_dict().values())

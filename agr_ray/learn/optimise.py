@@ -1,10 +1,8 @@
-"""Optimisers, learning rates and the moving average of weights."""
+"""Optimisers and the moving average of weights."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,8 +11,6 @@ from torch import nn
 from agr_ray.config import TrainConfig
 from agr_ray.models.network import MultiTaskNet
 
-_WARMUP_START = 1.0 / 25.0
-_ONE_CYCLE_END = 1.0 / 25.0e4
 _SGD_MOMENTUM = 0.9
 
 
@@ -50,70 +46,6 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def backbone_stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
-    """Return the backbone's parameters in stages, from the image to the features.
-
-    A stage begins at each block that makes the image smaller, by a convolution or by pooling. torchvision's ResNets
-    and MobileNetV3s have five, at 1/2 to 1/32 of the input's side.
-    """
-    stages: list[list[nn.Parameter]] = [[]]
-    for child in backbone.children():
-        for block in child if isinstance(child, nn.Sequential) else [child]:
-            if stages[-1] and any(map(_shrinks, block.modules())):
-                stages.append([])
-            stages[-1].extend(block.parameters())
-    assert sum(map(len, stages)) == len(list(backbone.parameters())), "a parameter outside the backbone's blocks"
-    return stages
-
-
-def learning_rate(epochs_done: float, config: TrainConfig, num_cuts: int = 0) -> float:
-    """Return the learning rate of the step that begins after so many epochs, a fraction within one.
-
-    A function of progress alone, so a resumed run needs no state of it, and an epoch that happens to
-    have a step more than foreseen shifts nothing.
-
-    `step`: times gamma each `step_size_epochs` (eq. 20). `one_cycle`: from 1/25 of `lr` up in the share
-    `warmup` of the run, then down to nearly 0, both along a cosine (Smith and Topin, arXiv 1708.07120).
-    `cosine`: straight up from 1/25 in the share `warmup`, then down to 0. `plateau`: times gamma for each
-    of the `num_cuts` that `plateau_cuts` counts.
-    """
-    progress = min(max(epochs_done / config.epochs, 0.0), 1.0)
-    if config.schedule == "constant":
-        factor = 1.0
-    elif config.schedule == "step":
-        # Rounded, because a sum of fractions of epochs may end a hair before the whole number.
-        factor = config.gamma ** int(round(epochs_done, 6) // config.step_size_epochs)
-    elif config.schedule == "plateau":
-        factor = config.gamma**num_cuts
-    elif config.schedule == "one_cycle":
-        if progress < config.warmup:
-            factor = _cosine(_WARMUP_START, 1.0, progress / config.warmup)
-        else:
-            factor = _cosine(1.0, _ONE_CYCLE_END, _share(progress - config.warmup, 1.0 - config.warmup))
-    elif progress < config.warmup:
-        factor = _WARMUP_START + (1.0 - _WARMUP_START) * progress / config.warmup
-    else:
-        factor = _cosine(1.0, 0.0, _share(progress - config.warmup, 1.0 - config.warmup))
-    return config.lr * factor
-
-
-def plateau_cuts(objectives: Iterable[float | None], config: TrainConfig) -> int:
-    """Count how often `plateau` has cut the learning rate after epochs with these objectives on validation.
-
-    A cut comes after `plateau_epochs` epochs none of which was better than all before, and the next one not until
-    as many more were not. None, an epoch without a labelled validation row, says nothing either way.
-    """
-    best, num_stale, num_cuts = math.inf, 0, 0
-    for score in objectives:
-        if score is None:
-            continue
-        num_stale = 0 if score < best else num_stale + 1
-        best = min(score, best)
-        if num_stale == config.plateau_epochs:
-            num_stale, num_cuts = 0, num_cuts + 1
-    return num_cuts
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set it for all parameters, scaled as `build_optimizer` says."""
     for group in optimizer.param_groups:
@@ -121,7 +53,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class Ema:
-    """An exponential moving average of a network's weights; batch norm's statistics are copied.
+    """An exponential moving average of a network's weights; buffers such as running statistics are copied.
 
     The decay of update t is min(decay, (1 + t) / (10 + t)), so that the first steps' weights fade soon.
     """
@@ -142,7 +74,7 @@ class Ema:
 
     @torch.no_grad()
     def copy_buffers(self, model: MultiTaskNet) -> None:
-        """Take over batch norm's statistics; needed only before the average is used."""
+        """Take over running statistics; needed only before the average is used."""
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
 
@@ -151,22 +83,7 @@ def _layers(model: MultiTaskNet, decay: float) -> list[tuple[list[nn.Parameter],
     """Return all parameters in parts, each with its share of the learning rate."""
     if decay == 1.0:
         return [(list(model.parameters()), 1.0)]
-    stages = backbone_stages(model.backbone)
+    stages = model.backbone.stages()
     in_backbone = {id(parameter) for stage in stages for parameter in stage}
     heads = [parameter for parameter in model.parameters() if id(parameter) not in in_backbone]
     return [*((stage, decay ** (len(stages) - k)) for k, stage in enumerate(stages)), (heads, 1.0)]
-
-
-def _shrinks(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-        return False
-    stride = module.stride
-    return (max(stride) if isinstance(stride, tuple) else stride) > 1
-
-
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * share))
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole > 0.0 else 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -21,11 +22,10 @@ class Progress:
     """Of all ranks, in this epoch."""
     num_samples_total: int
     loss: float
-    """Of this rank, mean since the epoch began, as are the three below; None there: no label or no head."""
-    age_mae_years: float | None
-    gender_accuracy: float | None
-    """0 to 1. Of mixed images (mixup, CutMix) against their own label, of which little may be left to see."""
-    race_accuracy: float | None
+    """Of this rank, mean since the epoch began."""
+    running: Mapping[str, float]
+    """The same of each task's metric by `TASK_METRIC`: `age_mae_years`, `race_accuracy` (0 to 1). A task without a
+    label is left out. Mixed images (mixup, CutMix) count against their own label, which they may hardly show."""
     samples_per_s: float
     """Of all ranks, since the epoch began."""
     data_wait_share: float
@@ -45,12 +45,11 @@ class Progress:
     def figures(self) -> str:
         """Say how it goes: `loss 2.803, age MAE 5.01 years, gender 92.8 %, ...`; what isn't there is left out."""
         parts = [f"loss {self.loss:.3f}"]
-        if self.age_mae_years is not None:
-            parts.append(f"age MAE {self.age_mae_years:.2f} years")
-        if self.gender_accuracy is not None:
-            parts.append(f"gender {100 * self.gender_accuracy:.1f} %")
-        if self.race_accuracy is not None:
-            parts.append(f"race {100 * self.race_accuracy:.1f} %")
+        for name, value in self.running.items():
+            if name.endswith("_mae_years"):
+                parts.append(f"{name.removesuffix('_mae_years')} MAE {value:.2f} years")
+            else:
+                parts.append(f"{name.removesuffix('_accuracy')} {100 * value:.1f} %")
         parts += [f"{self.samples_per_s:.0f} samples/s", f"{self.data_wait_share:.0%} waiting for data"]
         return ", ".join(parts)
 

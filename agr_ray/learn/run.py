@@ -16,7 +16,7 @@ from agr_ray.config import TrainJob
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.metrics import Baseline
-from agr_ray.learn.loop import Row
+from agr_ray.learn.history import Row
 from agr_ray.learn.sampling import Sampler
 from agr_ray.learn.tracking import TrackedRun
 from agr_ray.models.transform import Transform

@@ -41,7 +41,8 @@ from agr_ray.config import ModelConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
 from agr_ray.labels import LabelSpace
 from agr_ray.models.card import model_card
-from agr_ray.models.network import MultiTaskNet, mismatch
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.pretrained import mismatch
 from agr_ray.models.transform import Transform
 from agr_ray.schema import SCHEMA_VERSION
 

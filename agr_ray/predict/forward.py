@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agr_ray.config import PredictConfig
-from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS
+from agr_ray.models.heads.base import Head
 from agr_ray.models.network import MultiTaskNet, Outputs
 from agr_ray.models.precision import autocast
 from agr_ray.models.predictions import Predictions
@@ -29,7 +29,7 @@ def predict(
         config: whether mirror images are averaged in, and the arithmetic.
     """
     device = next(model.parameters()).device
-    return average(infer(model, to_nchw(images_u8, device), transform, config))
+    return average(model.heads_by_task, infer(model, to_nchw(images_u8, device), transform, config))
 
 
 def to_nchw(images_nhwc_u8: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
@@ -59,16 +59,10 @@ def infer(model: MultiTaskNet, images_u8: Tensor, transform: Transform, config: 
         return [model(view) for view in views]
 
 
-def average(views: Sequence[Outputs]) -> Predictions:
+def average(heads: Mapping[str, Head], views: Sequence[Outputs]) -> Predictions:
     """Average ages and probabilities over the views of the same faces."""
-    ages = [view.age_years.clamp(AGE_MIN_YEARS, AGE_MAX_YEARS) for view in views if view.age_years is not None]
-    p_males = [view.gender_logit.sigmoid() for view in views if view.gender_logit is not None]
-    race_probs = [view.race_logits.softmax(dim=1) for view in views if view.race_logits is not None]
-    return Predictions(_mean(ages), _mean(p_males), _mean(race_probs))
-
-
-def _mean(values: Sequence[Tensor]) -> NDArray[np.float32] | None:
-    if not values:
-        return None
-    mean: NDArray[np.float32] = torch.stack(tuple(values)).mean(dim=0).float().cpu().numpy()
-    return mean
+    means = {
+        task: torch.stack([head.read_out(view[task]) for view in views]).mean(dim=0).float().cpu().numpy()
+        for task, head in heads.items()
+    }
+    return Predictions(means.get("age"), means.get("gender"), means.get("race"))

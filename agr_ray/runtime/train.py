@@ -22,7 +22,7 @@ import dataclasses
 import json
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,7 +34,7 @@ from ray.train import Result, UserCallback
 from rich.console import Console
 from torch import Tensor
 
-from agr_ray.config import ModelConfig, TrainConfig, TrainJob, digest
+from agr_ray.config import TrainConfig, TrainJob, digest
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
 from agr_ray.data.crops import LABEL_COLUMNS, map_races, read_labels, select_crops, usable_statuses
@@ -56,9 +56,11 @@ from agr_ray.learn.resources import max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
 from agr_ray.learn.sampling import Sampler
 from agr_ray.learn.tracking import check_mlflow
+from agr_ray.models.backbones.base import Backbone, WeightsError
 from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
-from agr_ray.models.network import MultiTaskNet, WeightsError, first_weights, load_backbone
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.pretrained import load_backbone, pretrained_weights
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.ray_compat import machine_cpus
@@ -283,12 +285,9 @@ def _initial_model(run: Run, labels: Labels) -> MultiTaskNet:
     """
     torch.manual_seed(run.job.train.seed)
     model = MultiTaskNet(run.job.model, labels.space)
-    low, high = labels.age_range
-    ages = ((low + high) / 2)[labels.has("age")]
-    if len(ages):
-        model.initialise_age(float(ages.mean()), max(float(ages.std()), 1.0))
+    model.initialise(labels.arrays)
     try:
-        state = _first_weights(run.job.model, run.storage)
+        state = _pretrained_weights(model.backbone, run.job.model.pretrained, run.storage)
         if state is not None:
             load_backbone(model, state, run.job.model.pretrained)
     except WeightsError as error:
@@ -296,17 +295,17 @@ def _initial_model(run: Run, labels: Labels) -> MultiTaskNet:
     return model
 
 
-def _first_weights(config: ModelConfig, storage: Storage) -> dict[str, Tensor] | None:
-    if config.pretrained in ("none", "imagenet"):
-        return first_weights(config)
+def _pretrained_weights(backbone: Backbone, pretrained: str, storage: Storage) -> Mapping[str, Tensor] | None:
+    if pretrained in ("none", "imagenet"):
+        return pretrained_weights(backbone, pretrained)
     with TemporaryDirectory() as temporary:
         try:
-            body = storage.read(config.pretrained)
+            body = storage.read(pretrained)
         except MissingObject as error:
             raise WeightsError(f"{error}; allowed: none, imagenet, or the path or URI of a state dict") from None
-        path = Path(temporary, f"weights{Path(config.pretrained).suffix}")
+        path = Path(temporary, f"weights{Path(pretrained).suffix}")
         path.write_bytes(body)
-        return first_weights(config.model_copy(update={"pretrained": str(path)}))
+        return pretrained_weights(backbone, str(path))
 
 
 def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:

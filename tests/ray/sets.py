@@ -122,7 +122,7 @@ def checkpoint(
     """
     torch.manual_seed(0)
     model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX), UTKFACE)
-    model.initialise_age(40.0)
+    model.initialise({"age": np.array([20.0, 60.0])})
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # running statistics are the mean of all batches

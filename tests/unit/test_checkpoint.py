@@ -128,7 +128,7 @@ def test_digest_follows_weights_and_transform_only(saved: Path, tmp_path: Path) 
     save_checkpoint(tmp_path / "same", model, TRANSFORM, git_commit="another")
     save_checkpoint(tmp_path / "transform", model, Transform(image_size=32, crop_side_px=44))
     with torch.no_grad():
-        model.race_head.bias[0] += 1.0  # type: ignore[union-attr]  # this model has one
+        model.heads["race"].layer.bias[0] += 1.0
     save_checkpoint(tmp_path / "weights", model, TRANSFORM)
     assert model_digest(tmp_path / "same") == digest
     assert len({digest, model_digest(tmp_path / "transform"), model_digest(tmp_path / "weights")}) == 3
@@ -183,7 +183,9 @@ def test_broken_transform_is_refused(saved: Path) -> None:
 
 def test_tensor_of_another_shape_is_named(saved: Path) -> None:
     weights = load_file(saved / WEIGHTS)
-    weights["race_head.bias"] = torch.zeros(7)
+    weights["heads.race.layer.bias"] = torch.zeros(7)
     save_file(weights, saved / WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors: race_head\.bias: expected .*\[5\], found \[7\]"):
+    with pytest.raises(
+        CheckpointError, match=r"weights\.safetensors: heads\.race\.layer\.bias: expected .*\[5\], found \[7\]"
+    ):
         load_checkpoint(saved)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from agr_ray.config import LossConfig
 from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.learn.loop import Batch, LocalContext, train
+from agr_ray.learn.batches import Batch
+from agr_ray.learn.context import LocalContext
+from agr_ray.learn.loop import train
 
 NUM = 11
 SHARES = (slice(0, 6), slice(6, 10), slice(10, 11))

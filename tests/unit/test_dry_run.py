@@ -14,6 +14,7 @@ from agr_ray.config import ModelConfig, TrainConfig, TrainJob
 from agr_ray.errors import JobError
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.dry_run import count_memory
+from agr_ray.models.backbones.base import Backbone
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.runtime.train import train
 
@@ -110,11 +111,21 @@ def test_memory_of_optimiser_and_gradients_follows_the_parameters(tmp_path: Path
     assert memory.total == sum((memory.weights, memory.gradients, memory.optimizer, memory.average, memory.activations))
 
 
+class _Linear(Backbone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * SIDE_PX**2, 1024)
+
+    def forward(self, images_nchw: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layer(images_nchw.flatten(1))
+        return features
+
+
 def test_memory_of_activations_is_what_the_layers_keep(tmp_path: Path) -> None:
     # A linear layer keeps its input, and no weight counts: the pixels of each image, and the features of its heads.
     job = dry_job(tmp_path)
     model = MultiTaskNet(job.model, UTKFACE)
-    model.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE_PX**2, 1024))
+    model.backbone, model.neck = _Linear(), torch.nn.Identity()
 
     assert count_memory(model, job, SIDE_PX, 6, CPU).activations == 6 * 4 * (3 * SIDE_PX**2 + 1024)
 

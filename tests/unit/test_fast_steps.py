@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from agr_ray.config import AugmentConfig, LossConfig, TrainConfig, TrainJob
 from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.learn import loop
-from agr_ray.learn.loop import EpochReport, LocalContext, NonFiniteLossError, train
+from agr_ray.learn import step
+from agr_ray.learn.context import EpochReport, LocalContext
+from agr_ray.learn.loop import train
+from agr_ray.learn.monitor import NonFiniteLossError
 from agr_ray.learn.optimise import build_optimizer
+from agr_ray.models.backbones.base import Backbone
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import allow_tf32, autocast
@@ -37,7 +40,7 @@ def some_unlabelled(num: int) -> dict[str, Any]:
 
 def scaled_by(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     """Scale gradients although the arithmetic is float32, which has the range for any scale."""
-    monkeypatch.setattr(loop, "grad_scaler", lambda device, precision: torch.amp.GradScaler(device.type, **options))
+    monkeypatch.setattr(step, "grad_scaler", lambda device, precision: torch.amp.GradScaler(device.type, **options))
 
 
 # float16
@@ -113,7 +116,7 @@ def test_a_loss_that_is_no_number_stops_a_scaled_run_too(monkeypatch: pytest.Mon
     config = job({"epochs": 1})
     model = network(config)
     with torch.no_grad():
-        model.age_head.bias.fill_(np.nan)  # type: ignore[union-attr]  # this model has one
+        model.heads["age"].layer.bias.fill_(np.nan)
     scaled_by(monkeypatch)
     with pytest.raises(NonFiniteLossError, match="epoch 1, step 1"):
         run(config, faces(16), model=model)
@@ -257,12 +260,20 @@ def num_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     torch.compiler.reset()
 
 
+class _Small(Backbone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 1024, 5, stride=5), nn.BatchNorm2d(1024), nn.ReLU())
+
+    def forward(self, images_nchw: Tensor) -> Tensor:
+        feature_map: Tensor = self.layers(images_nchw)
+        return feature_map
+
+
 def small(config: TrainJob) -> MultiTaskNet:
     """Return a network of three layers, for which a graph is made in no time."""
     model = network(config)
-    model.backbone = nn.Sequential(
-        nn.Conv2d(3, 1024, 5, stride=5), nn.BatchNorm2d(1024), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
+    model.backbone = _Small()
     return model
 
 
@@ -379,10 +390,10 @@ def test_sgd_is_torchs_own() -> None:
     config = TrainConfig(optimizer="sgd", lr=0.1, weight_decay=0.01)
     mine = build_optimizer(models[0], config)  # type: ignore[arg-type]  # any module will do
     theirs = torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
-    for step in range(5):
+    for number in range(5):
         for model, optimizer in zip(models, (mine, theirs), strict=True):
             optimizer.zero_grad()
-            model(torch.linspace(-1, 1 + step, 50)).square().sum().backward()
+            model(torch.linspace(-1, 1 + number, 50)).square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-6, atol=1e-6)
 

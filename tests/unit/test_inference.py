@@ -25,8 +25,8 @@ def network(backbone: str) -> MultiTaskNet:
             torch.nn.init.uniform_(module.bias, -0.2, 0.2)
     with torch.no_grad():
         model.train()(torch.randn(8, 3, 64, 64))
-    for head in (model.age_head, model.gender_head, model.race_head):
-        torch.nn.init.normal_(head.weight, std=0.05)
+    for head in model.heads.values():
+        torch.nn.init.normal_(head.layer.weight, std=0.05)
     return model.eval()
 
 
@@ -53,7 +53,7 @@ def test_it_predicts_nearly_the_same_in_bfloat16() -> None:
     ready = for_inference(model, config.precision)
     after = predict(ready, crops(), TRANSFORM, config)
     assert {weight.dtype for weight in ready.backbone.parameters()} == {torch.bfloat16}
-    assert {weight.dtype for weight in ready.race_head.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in ready.heads["race"].parameters()} == {torch.float32}
     assert after.p_male == pytest.approx(before.p_male, abs=0.03)
 
 

@@ -18,19 +18,14 @@ from agr_ray.config import AugmentConfig, LossConfig, ModelConfig, PredictConfig
 from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn import loop
-from agr_ray.learn.loop import (
-    Batch,
-    EpochReport,
-    LocalContext,
-    NonFiniteLossError,
-    Row,
-    Snapshot,
-    epoch_side_px,
-    steps_per_epoch,
-    train,
-)
-from agr_ray.learn.optimise import Ema, backbone_stages, build_optimizer, learning_rate, plateau_cuts, set_learning_rate
+from agr_ray.learn.batches import Batch
+from agr_ray.learn.context import EpochReport, LocalContext, Snapshot
+from agr_ray.learn.history import Row
+from agr_ray.learn.loop import train
+from agr_ray.learn.monitor import NonFiniteLossError
+from agr_ray.learn.optimise import Ema, build_optimizer, set_learning_rate
 from agr_ray.learn.sampling import Sampler
+from agr_ray.learn.schedule import epoch_side_px, learning_rate, plateau_cuts, steps_per_epoch
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import autocast
@@ -66,7 +61,7 @@ def job(
 def network(config: TrainJob) -> MultiTaskNet:
     torch.manual_seed(0)
     model = MultiTaskNet(config.model, UTKFACE)
-    model.initialise_age(50.0)
+    model.initialise({"age": np.array([30.0, 70.0])})
     return model
 
 
@@ -359,8 +354,8 @@ def test_task_without_any_label_moves_nothing_of_its_head() -> None:
     after = model.state_dict()
     assert math.isfinite(rows[0]["train_loss"])
     assert rows[0]["val_race_accuracy"] is None
-    assert torch.equal(after["race_head.weight"], before["race_head.weight"])
-    assert not torch.equal(after["gender_head.weight"], before["gender_head.weight"])
+    assert torch.equal(after["heads.race.layer.weight"], before["heads.race.layer.weight"])
+    assert not torch.equal(after["heads.gender.layer.weight"], before["heads.gender.layer.weight"])
 
 
 def test_batch_of_one_row_is_trained_on() -> None:
@@ -374,11 +369,11 @@ def test_non_finite_loss_stops_and_names_epoch_step_and_tasks() -> None:
     config = job({"epochs": 3})
     model = network(config)
     with torch.no_grad():
-        model.age_head.bias.fill_(math.inf)  # type: ignore[union-attr]  # this model has one
-    before = model.gender_head.weight.clone()  # type: ignore[union-attr]  # this model has one
+        model.heads["age"].layer.bias.fill_(math.inf)
+    before = model.heads["gender"].layer.weight.clone()
     with pytest.raises(NonFiniteLossError, match=r"epoch 1, step 1: loss inf: age inf, gender 0\.\d+, race 1\.\d+"):
         run(config, faces(16), model=model)
-    assert torch.equal(model.gender_head.weight, before)  # type: ignore[union-attr]  # this model has one
+    assert torch.equal(model.heads["gender"].layer.weight, before)
 
 
 def named(data: dict[str, Any]) -> dict[str, Any]:
@@ -414,7 +409,7 @@ def test_non_finite_loss_on_validation_names_its_rows() -> None:
     config = job({"epochs": 1, "lr": 1e-12})
     model = network(config)
     with torch.no_grad():
-        model.age_head.bias.fill_(-3e37)  # type: ignore[union-attr]  # this model has one
+        model.heads["age"].layer.bias.fill_(-3e37)
 
     with pytest.raises(NonFiniteLossError, match=r"on validation: loss inf: .* image_id face-8, ") as caught:
         run(config, faces(16), val, model)
@@ -600,7 +595,7 @@ def test_non_finite_loss_of_one_rank_stops_all() -> None:
     config = job({"epochs": 1})
     models = [network(config), network(config)]
     with torch.no_grad():
-        models[1].age_head.bias.fill_(math.nan)  # type: ignore[union-attr]  # this model has one
+        models[1].heads["age"].layer.bias.fill_(math.nan)
     data = faces(8)
     _, errors = run_ranks(config, [part(data, slice(0, 4)), part(data, slice(4, 8))], [faces(2), faces(2)], models)
     assert len(errors) == 2
@@ -716,7 +711,7 @@ def test_a_stage_begins_where_the_image_is_made_smaller(backbone: str, firsts: l
     with torch.device("meta"):
         model = MultiTaskNet(ModelConfig(backbone=backbone), UTKFACE)  # type: ignore[arg-type]  # one of them
     names = {id(parameter): name for name, parameter in model.backbone.named_parameters()}
-    stages = [[names[id(parameter)] for parameter in stage] for stage in backbone_stages(model.backbone)]
+    stages = [[names[id(parameter)] for parameter in stage] for stage in model.backbone.stages()]
     assert [name for stage in stages for name in stage] == list(names.values())
     assert [stage[0][: len(first)] for stage, first in zip(stages, firsts, strict=True)] == firsts
 
@@ -750,7 +745,7 @@ def test_frozen_backbone_stands_still_and_then_learns() -> None:
     backbone = [name for name in kept[0] if name.startswith("backbone.") and not name.endswith("num_batches_tracked")]
     assert all(torch.equal(kept[epoch][name], kept[0][name]) for name in backbone for epoch in (1, 2))
     assert not any(torch.equal(kept[3][name], kept[0][name]) for name in backbone)
-    assert not torch.equal(kept[1]["age_head.weight"], kept[0]["age_head.weight"])
+    assert not torch.equal(kept[1]["heads.age.layer.weight"], kept[0]["heads.age.layer.weight"])
 
 
 def test_adamw_decays_weights_only() -> None:
@@ -767,8 +762,7 @@ def test_average_of_weights_warms_up() -> None:
     model = network(job({}))
     ema = Ema(model, decay=0.999)
     with torch.no_grad():
-        model.gender_head.weight.fill_(1.0)  # type: ignore[union-attr]  # this model has one
-        ema.model.gender_head.weight.zero_()  # type: ignore[union-attr]  # this model has one
+        model.heads["gender"].layer.weight.fill_(1.0)
+        ema.model.heads["gender"].layer.weight.zero_()
     ema.update(model)
-    assert ema.model.gender_head is not None
-    assert ema.model.gender_head.weight.unique().tolist() == pytest.approx([1 - 2 / 11])
+    assert ema.model.heads["gender"].layer.weight.unique().tolist() == pytest.approx([1 - 2 / 11])

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from heads import LINEAR, heads, linear, targets
 from torch import Tensor
 
 from agr_ray.config import AugmentConfig, LossConfig
 from agr_ray.labels import UTKFACE
-from agr_ray.learn.losses import Targets, label_counts, multi_task_loss
+from agr_ray.learn.losses import label_counts, multi_task_loss, rows_of
 from agr_ray.learn.mix import Mix, draw_mix, mix_images
-from agr_ray.models.network import Outputs
 
 NAN = math.nan
 NUM, SIDE = 400, 24
@@ -78,20 +78,21 @@ def test_same_generator_state_gives_the_same_mix() -> None:
 
 def test_ages_are_never_averaged() -> None:
     # Half 20 and half 60: an answer of 40 is 20 years off either way, and so is 20, on average.
-    truth = Targets(torch.tensor([20.0, 60.0]), torch.tensor([-1, -1]), torch.tensor([-1, -1]))
+    truth = targets([20.0, 60.0], [-1, -1], [-1, -1])
     mix = blend([1, 0], [0.5, 0.5])
     for answer in (20.0, 40.0, 60.0):
-        outputs = Outputs(torch.full((2,), answer), None, None, None)
-        loss, _ = multi_task_loss(outputs, truth, LossConfig(), label_counts(truth, mix), mix=mix)
+        outputs = {"age": torch.full((2,), answer)}
+        age = heads(tasks=("age",))
+        loss, _ = multi_task_loss(age, outputs, truth, LossConfig(), label_counts(age, truth, mix), mix=mix)
         assert loss.item() == pytest.approx(20.0)
 
 
 def test_labels_count_by_their_shares() -> None:
-    truth = Targets(torch.tensor([33.0, 39.0]), torch.tensor([1, 0]), torch.tensor([0, 4]))
+    truth = targets([33.0, 39.0], [1, 0], [0, 4])
     logits = torch.log(torch.tensor([[0.6, 0.1, 0.1, 0.1, 0.1], [0.2] * 5]))
-    outputs = Outputs(torch.tensor([30.0, 40.0]), None, torch.tensor([0.0, 2.0]), logits)
+    outputs = linear(torch.tensor([30.0, 40.0]), torch.tensor([0.0, 2.0]), logits)
     mix = blend([1, 0], [0.9, 0.25])
-    loss, tasks = multi_task_loss(outputs, truth, LossConfig(), label_counts(truth, mix), mix=mix)
+    loss, tasks = multi_task_loss(LINEAR, outputs, truth, LossConfig(), label_counts(LINEAR, truth, mix), mix=mix)
     age = (0.9 * 3 + 0.1 * 9) + (0.25 * 1 + 0.75 * 7)
     gender = math.log(2.0) + math.log(1 + math.exp(2.0)) - 0.75 * 2.0
     race = -(0.9 * math.log(0.6) + 0.1 * math.log(0.1)) + math.log(5.0)
@@ -101,39 +102,35 @@ def test_labels_count_by_their_shares() -> None:
 
 
 def test_a_missing_label_takes_its_share_of_the_weight_with_it() -> None:
-    truth = Targets(torch.tensor([30.0, NAN, NAN]), torch.tensor([-1, 1, 1]), torch.tensor([-1, -1, -1]))
+    truth = targets([30.0, NAN, NAN], [-1, 1, 1], [-1, -1, -1])
     mix = blend([1, 0, 2], [0.75, 0.5, 0.1])
-    counts = label_counts(truth, mix)
+    counts = label_counts(LINEAR, truth, mix)
     # The age of row 0 is 0.75 of row 0 and 0.5 of row 1; the gender of row 1 is 0.25 and 0.5; row 2 is wholly its own.
     assert counts.tolist() == pytest.approx([1.25, 1.75, 0.0])
-    outputs = Outputs(torch.tensor([28.0, 34.0, NAN]), None, torch.zeros(3), torch.full((3, len(UTKFACE.races)), NAN))
-    loss, tasks = multi_task_loss(outputs, truth, LossConfig(gender_weight=1.0), counts, mix=mix)
+    outputs = linear(torch.tensor([28.0, 34.0, NAN]), torch.zeros(3), torch.full((3, len(UTKFACE.races)), NAN))
+    loss, tasks = multi_task_loss(LINEAR, outputs, truth, LossConfig(gender_weight=1.0), counts, mix=mix)
     assert tasks.counts.tolist() == pytest.approx(counts.tolist())
     assert loss.item() == pytest.approx((0.75 * 2 + 0.5 * 4) / 1.25 + math.log(2.0))
 
 
 def test_gradients_of_mixed_images_averaged_over_ranks_are_those_of_one_process() -> None:
     features = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
-    truth = Targets(
-        torch.tensor([20.0, NAN, 35.0, 50.0, 61.0, NAN, 70.0]),
-        torch.tensor([0, 1, -1, 1, 0, -1, -1]),
-        torch.tensor([0, 1, 2, -1, 4, 3, -1]),
-    )
+    truth = targets([20.0, NAN, 35.0, 50.0, 61.0, NAN, 70.0], [0, 1, -1, 1, 0, -1, -1], [0, 1, 2, -1, 4, 3, -1])
     # Partners are of the same rank: rows 0 to 4, and 5 and 6.
     mix = blend([2, 0, 1, 4, 3, 6, 5], [0.1, 0.9, 0.5, 0.3, 1.0, 0.8, 0.6])
 
     def gradients(first: int, last: int, counts: Tensor, world_size: int) -> Tensor:
         weights = torch.linspace(-1, 1, 4 * 7).view(4, -1).requires_grad_()
         age, gender, race = (features[first:last] @ weights).split([1, 1, 5], dim=1)
-        outputs = Outputs(age.squeeze(1), None, gender.squeeze(1), race)
-        share = Targets(*(values[first:last] for values in truth))
+        outputs = linear(age.squeeze(1), gender.squeeze(1), race)
+        share = rows_of(truth, slice(first, last))
         part = Mix(mix.partner[first:last] - first, mix.share[first:last], mix.boxes[first:last])
-        loss, _ = multi_task_loss(outputs, share, LossConfig(), counts, world_size, mix=part)
+        loss, _ = multi_task_loss(LINEAR, outputs, share, LossConfig(), counts, world_size, mix=part)
         loss.backward()
         assert weights.grad is not None
         return weights.grad
 
-    counts = label_counts(truth, mix)
+    counts = label_counts(LINEAR, truth, mix)
     whole = gradients(0, 7, counts, 1)
     averaged = (gradients(0, 5, counts, 2) + gradients(5, 7, counts, 2)) / 2
     torch.testing.assert_close(averaged, whole, rtol=1e-5, atol=1e-5)

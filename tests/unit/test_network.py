@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
 
 from agr_ray.config import ModelConfig
-from agr_ray.labels import AGE_MAX_YEARS, UTKFACE
-from agr_ray.models.network import AGE_BINS_YEARS, MultiTaskNet, WeightsError, first_weights, load_backbone, read_state
+from agr_ray.errors import ConfigError
+from agr_ray.labels import ADIENCE, AGE_MAX_YEARS, FAIRFACE, UTKFACE
+from agr_ray.models.backbones.base import WeightsError
+from agr_ray.models.heads.distribution_age import AGE_BINS_YEARS
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.pretrained import load_backbone, pretrained_weights, read_state
 from agr_ray.models.transform import Transform
 
 SIDE = 32
@@ -30,42 +35,48 @@ def test_every_backbone_predicts_every_task(backbone: str) -> None:
     model = MultiTaskNet(small(backbone=backbone), UTKFACE).eval()
     with torch.inference_mode():
         outputs = model(images())
-    assert outputs.age_years.shape == (2,)
-    assert outputs.age_logits is None
-    assert outputs.gender_logit.shape == (2,)
-    assert outputs.race_logits.shape == (2, len(UTKFACE.races))
+    assert {task: tuple(values.shape) for task, values in outputs.items()} == {
+        "age": (2,),
+        "gender": (2,),
+        "race": (2, len(UTKFACE.races)),
+    }
 
 
 def test_distribution_is_read_out_by_expectation_over_all_ages() -> None:
     model = MultiTaskNet(small(age_head="distribution"), UTKFACE).eval()
     with torch.inference_mode():
         outputs = model(images())
-    probabilities = outputs.age_logits.softmax(dim=1)
+    probabilities = outputs["age"].logits.softmax(dim=1)
     expected = (probabilities * torch.arange(len(AGE_BINS_YEARS))).sum(dim=1)
     assert AGE_BINS_YEARS[-1] == AGE_MAX_YEARS
-    torch.testing.assert_close(outputs.age_years, expected)
+    torch.testing.assert_close(outputs["age"].years, expected)
 
 
 @pytest.mark.parametrize("age_head", ["linear", "distribution"])
 def test_untrained_network_guesses_the_age_that_it_was_given(age_head: str) -> None:
     model = MultiTaskNet(small(age_head=age_head), UTKFACE).eval()
-    model.initialise_age(33.0, 5.0)
+    model.initialise({"age": np.array([28.0, np.nan, 38.0], np.float32)})
     with torch.inference_mode():
-        assert model(images()).age_years.tolist() == pytest.approx([33.0, 33.0], abs=2.0)
+        ages = model.heads_by_task["age"].read_out(model(images())["age"])
+    assert ages.tolist() == pytest.approx([33.0, 33.0], abs=2.0)
 
 
-def test_tasks_without_head_give_none() -> None:
-    outputs = MultiTaskNet(small(tasks=("gender",)), UTKFACE).eval()(images())
-    assert outputs.age_years is outputs.age_logits is outputs.race_logits is None
-    assert outputs.gender_logit is not None
+def test_there_are_outputs_of_the_tasks_only() -> None:
+    assert list(MultiTaskNet(small(tasks=("race", "gender")), UTKFACE).eval()(images())) == ["gender", "race"]
+
+
+def test_the_label_space_gives_the_number_of_classes() -> None:
+    assert MultiTaskNet(small(tasks=("race",)), FAIRFACE).eval()(images())["race"].shape == (2, 7)
+    with pytest.raises(ConfigError, match=r"model\.tasks: the label space adience has no races; allowed: age, gender"):
+        MultiTaskNet(small(), ADIENCE)
 
 
 def test_heads_compute_in_float32_under_autocast() -> None:
     model = MultiTaskNet(small(), UTKFACE).eval()
-    model.initialise_age(100.1)
+    model.initialise({"age": np.array([100.1])})
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(images())
-    assert outputs.age_years.dtype == outputs.gender_logit.dtype == outputs.race_logits.dtype == torch.float32
+    assert [values.dtype for values in outputs.values()] == [torch.float32] * 3
 
 
 def test_batch_norm_momentum_is_overridden() -> None:
@@ -86,11 +97,13 @@ def test_backbone_takes_a_torchvision_state_dict(tmp_path: Path, suffix: str) ->
     else:
         save_file(donor.state_dict(), path)
     model = MultiTaskNet(small(pretrained=str(path)), UTKFACE)
-    state = first_weights(model.config)
+    state = pretrained_weights(model.backbone, str(path))
     assert state is not None
     load_backbone(model, state)
     donor.classifier[3] = torch.nn.Identity()
-    torch.testing.assert_close(model.eval().backbone(images()), donor.eval()(images()))
+    model.eval()
+    features = model.backbone.project(model.neck(model.backbone(images())))
+    torch.testing.assert_close(features, donor.eval()(images()))
 
 
 def test_weights_of_another_backbone_name_tensor_expected_and_found() -> None:
@@ -140,7 +153,7 @@ def test_imagenet_without_network_names_the_address_and_the_way_out(
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(WeightsError) as raised:
-        first_weights(small(pretrained="imagenet"))
+        pretrained_weights(MultiTaskNet(small(), UTKFACE).backbone, "imagenet")
     message = str(raised.value)
     assert "https://" in message
     assert "mobilenet_v3_small" in message

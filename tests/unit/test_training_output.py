@@ -19,7 +19,7 @@ from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.crops import training_arrays
 from agr_ray.evaluation.metrics import Baseline, metrics_report
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.learn.loop import EpochReport
+from agr_ray.learn.context import EpochReport
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CARD, read_meta, save_checkpoint
 from agr_ray.models.checkpoint_files import add_to_card

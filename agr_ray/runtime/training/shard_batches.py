@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ray.data import DataIterator
 
 from agr_ray.labels import Labels
-from agr_ray.learn.loop import Batch, batches_of
+from agr_ray.learn.batches import Batch, batches_of
 from agr_ray.learn.prefetch import prefetch
 from agr_ray.learn.sampling import Sampler
 

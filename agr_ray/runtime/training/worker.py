@@ -22,8 +22,11 @@ from torch import Tensor, nn
 
 from agr_ray.config import TrainConfig
 from agr_ray.labels import Labels
-from agr_ray.learn.loop import Batch, EpochReport, NonFiniteLossError, Row, Snapshot
+from agr_ray.learn.batches import Batch
+from agr_ray.learn.context import EpochReport, Snapshot
+from agr_ray.learn.history import Row
 from agr_ray.learn.loop import train as train_loop
+from agr_ray.learn.monitor import NonFiniteLossError
 from agr_ray.learn.progress import Progress
 from agr_ray.learn.resources import MIN_VAL_BATCH, max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history

@@ -1,0 +1,38 @@
+"""Rows of schema.HISTORY: one an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from agr_ray.evaluation.groups import worst_group_age_mae
+from agr_ray.evaluation.metrics import objective
+from agr_ray.schema import HISTORY
+
+Row: TypeAlias = dict[str, Any]
+"""One row of `schema.HISTORY`."""
+
+_VALIDATION = "val_"
+
+
+def history_row(values: Mapping[str, Any], metrics: Mapping[str, Any], tasks: Sequence[str]) -> Row:
+    """Return a row.
+
+    Args:
+        values: the columns that are not metrics of validation.
+        metrics: of validation, as in `EpochReport.metrics`. A column `val_TASK_METRIC` is `metrics[TASK][METRIC]`, null
+            where there is no such task.
+        tasks: of the network.
+    """
+    row = {
+        **values,
+        "val_objective": objective(metrics, metrics["baseline"], tuple(tasks)),
+        "val_balanced_objective": objective(metrics, metrics["baseline"], tuple(tasks), balanced=True),
+        "val_worst_group_age_mae_years": worst_group_age_mae(metrics["groups"]),
+    }
+    for column in HISTORY.names:
+        if column not in row:
+            task = next((task for task in tasks if column.startswith(f"{_VALIDATION}{task}_")), None)
+            row[column] = None if task is None else metrics[task][column.removeprefix(f"{_VALIDATION}{task}_")]
+    assert len(row) == len(HISTORY.names), sorted({*row} - {*HISTORY.names})
+    return {column: row[column] for column in HISTORY.names}

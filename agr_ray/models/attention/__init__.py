@@ -1,0 +1,1 @@
+"""Attention blocks over the feature map: one file each."""

@@ -1,0 +1,95 @@
+"""torchvision's ResNets (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from agr_ray.models.backbones.base import Backbone
+from agr_ray.models.backbones.torchvision_parts import fold_batch_norms, published_weights, shrinking_stages
+
+_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+
+class ResNet(Backbone):
+    """All layers up to the last feature map, named as torchvision names them."""
+
+    replaced_layers = ("fc.",)
+    conv1: nn.Module
+    relu: nn.Module
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+        net: Any = torchvision.models.get_model(name, weights=None)
+        self.num_channels = self.num_features = int(net.fc.in_features)
+        for layer in _LAYERS:
+            self.add_module(layer, getattr(net, layer))
+
+    def forward(self, images_nchw: Tensor) -> Tensor:
+        """Return the feature map at 1/32 of the input's side."""
+        for layer in self.children():
+            images_nchw = layer(images_nchw)
+        return images_nchw
+
+    def stages(self) -> list[list[nn.Parameter]]:
+        """Return five stages."""
+        return shrinking_stages(self)
+
+    def imagenet_weights(self) -> Mapping[str, Tensor]:
+        """Download torchvision's."""
+        return published_weights(self._name)
+
+    def fuse(self, device: torch.device) -> bool:
+        """Fold batch norms. On a CPU convolutions also add and rectify, an eighth of the time."""
+        fold_batch_norms(self)
+        if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            self.conv1, self.relu = _FusedConv(self.conv1, "relu"), nn.Identity()
+            for stage in self.children():
+                for name, block in list(stage.named_children()):
+                    if isinstance(block, BasicBlock | Bottleneck):
+                        setattr(stage, name, _FusedBlock(block))
+        return True
+
+
+class _FusedConv(nn.Module):
+    """A convolution and its ReLU or addition, by the oneDNN operators that `torch.compile` uses."""
+
+    def __init__(self, conv: Any, then: str) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self._geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self._then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *self._geometry, self._then, [], ""
+        )
+        return y
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return relu(y + conv(x)), computed in the memory of `y`."""
+        added: Tensor = torch.ops.mkldnn._convolution_pointwise_(
+            y, x, self.weight, self.bias, *self._geometry, "add", 1.0, "relu", [], ""
+        )
+        return added
+
+
+class _FusedBlock(nn.Module):
+    """A residual block whose batch norms are folded."""
+
+    def __init__(self, block: BasicBlock | Bottleneck) -> None:
+        super().__init__()
+        convs = [block.conv1, block.conv2] + ([block.conv3] if isinstance(block, Bottleneck) else [])
+        self.first = nn.Sequential(*(_FusedConv(conv, "relu") for conv in convs[:-1]))
+        self.last = _FusedConv(convs[-1], "none")
+        self.downsample = block.downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last.add_to(x if self.downsample is None else self.downsample(x), y)

@@ -1,0 +1,109 @@
+"""What every head has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from agr_ray.config import LossConfig
+
+Targets: TypeAlias = Mapping[str, Tensor]
+"""Label arrays of n images by name, (n,) each: float32 with NaN for a missing label, or int64 with -1."""
+
+_INITIAL_STD = 0.01
+
+
+class TaskSum(NamedTuple):
+    """A sum over rows, and the number of rows that it is of; scalars, float32."""
+
+    total: Tensor
+    rows: Tensor
+
+
+class Head(nn.Module):
+    """From the features of n faces to what the network says of them for one task.
+
+    A subclass sets `labels` and `metric` and defines `forward`, `labelled`, `losses`, `read_out` and `score`.
+    """
+
+    labels: Mapping[str, float | int]
+    """The label arrays that it learns from, and the value that marks a missing label in each."""
+    metric: str
+    """Metric that the mean of `score` is: `mae_years` or `accuracy`."""
+
+    def forward(self, features: Tensor) -> Any:
+        """Return the raw outputs, one tensor or a tuple of tensors, of (n, num_features) float32."""
+        raise NotImplementedError
+
+    def labelled(self, targets: Targets) -> Tensor:
+        """Return where there is a label, (n,) bool."""
+        raise NotImplementedError
+
+    def losses(self, outputs: Any, targets: Targets, config: LossConfig) -> Tensor:
+        """Return the loss of each row, (n,) float32.
+
+        Of a row without a label it is exactly 0, and its outputs, finite or not, get no gradient but 0.
+        """
+        raise NotImplementedError
+
+    def read_out(self, outputs: Any) -> Tensor:
+        """Return the prediction, float32: (n,), or (n, k) probabilities of k classes."""
+        raise NotImplementedError
+
+    def score(self, outputs: Any, targets: Targets) -> TaskSum:
+        """Return the sum of |error| or the number of right answers, without waiting for the device."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Any, targets: Targets, config: LossConfig, share: Tensor | None = None) -> TaskSum:
+        """Return the sum of `losses` and the number of labelled rows.
+
+        Args:
+            outputs: of n images.
+            targets: of the same, on their device.
+            config: the loss.
+            share: (n,) weight of each row; none: each counts once.
+        """
+        return TaskSum(weighted_sum(self.losses(outputs, targets, config), share), self.num_labelled(targets, share))
+
+    def num_labelled(self, targets: Targets, share: Tensor | None = None) -> Tensor:
+        """Return the number of labelled rows, or the sum of their shares; a scalar, float32."""
+        return weighted_sum(self.labelled(targets), share).float()
+
+    def likelihood(self, config: LossConfig) -> tuple[float, float]:  # noqa: ARG002  # for subclasses
+        """Return a and b of the table in `learn.losses`."""
+        return 1.0, 0.5
+
+    def initialise(self, labels: Mapping[str, NDArray[Any]]) -> None:  # most heads need nothing
+        """Let the untrained head predict something near the training labels."""
+
+    def missing_targets(self, num_rows: int) -> dict[str, Tensor]:
+        """Return targets on the CPU in which every label is missing."""
+        dtypes = {name: torch.int64 if isinstance(value, int) else torch.float32 for name, value in self.labels.items()}
+        return {name: torch.full((num_rows,), value, dtype=dtypes[name]) for name, value in self.labels.items()}
+
+    def targets(self, labels: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
+        """Return copies of this head's label arrays on the CPU; an array that is not there has no label."""
+        missing = self.missing_targets(num_rows)
+        return {
+            name: torch.tensor(np.asarray(labels[name]), dtype=empty.dtype) if name in labels else empty
+            for name, empty in missing.items()
+        }
+
+
+def linear(num_features: int, num_outputs: int) -> nn.Linear:
+    """Return a layer whose first outputs are nearly its bias, which is 0."""
+    layer = nn.Linear(num_features, num_outputs)
+    nn.init.normal_(layer.weight, std=min(_INITIAL_STD, 1.0 / math.sqrt(num_features)))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def weighted_sum(rows: Tensor, share: Tensor | None) -> Tensor:
+    """Return the sum of (n,) rows, each times its share."""
+    return rows.sum() if share is None else (rows * share).sum()

@@ -1,0 +1,1 @@
+"""Necks, which pool the feature map: one file each."""

@@ -1,0 +1,86 @@
+"""Pretrained weights of a backbone: where they come from, and whether they fit."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from agr_ray.models.backbones.base import Backbone, WeightsError
+from agr_ray.models.network import MultiTaskNet
+
+
+def pretrained_weights(backbone: Backbone, pretrained: str) -> Mapping[str, Tensor] | None:
+    """Return the state dict that `model.pretrained` asks for; none for `none`.
+
+    Args:
+        backbone: that they are for.
+        pretrained: `none`, `imagenet` or a local path: fetch a remote file first.
+
+    Raises:
+        WeightsError: the file or the download cannot be read.
+    """
+    if pretrained == "none":
+        return None
+    return backbone.imagenet_weights() if pretrained == "imagenet" else read_state(Path(pretrained))
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict: .safetensors, or any file that `torch.load(weights_only=True)` reads.
+
+    Raises:
+        WeightsError: there is no such file, or it holds anything but named tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"weights {path}: {error.strerror or error}") from None
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"weights {path}: not a state dict: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"weights {path}: expected a state dict of tensors, found {type(state).__name__} of others")
+    return cast(dict[str, Tensor], state)
+
+
+def load_backbone(model: MultiTaskNet, state: Mapping[str, Tensor], where: str = "weights") -> None:
+    """Load published weights into the backbone, without the layers that the heads replace.
+
+    Args:
+        model: whose backbone is changed in place.
+        state: named as the backbone's state dict; `num_batches_tracked` may be missing, as in old files.
+        where: what messages call the state.
+
+    Raises:
+        WeightsError: names the first tensor that is missing, unknown or of another shape.
+    """
+    backbone = model.backbone
+    found = {name: tensor for name, tensor in state.items() if not name.startswith(backbone.replaced_layers)}
+    expected = backbone.state_dict()
+    counters = {name: expected[name] for name in expected if name.endswith("num_batches_tracked")}
+    problem = mismatch(expected, {**counters, **found})
+    if problem:
+        raise WeightsError(f"{where}: does not fit the backbone {model.config.backbone}: {problem}")
+    backbone.load_state_dict({**counters, **found})
+
+
+def mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Describe the first tensor that keeps `found` from replacing `expected`: name, expected, found. Empty: none."""
+    for name, tensor in expected.items():
+        shape = list(tensor.shape)
+        if name not in found:
+            return f"{name}: expected shape {shape}, found nothing"
+        if found[name].shape != tensor.shape:
+            return f"{name}: expected shape {shape}, found {list(found[name].shape)}"
+    for name, tensor in found.items():
+        if name not in expected:
+            return f"{name}: expected no such tensor, found shape {list(tensor.shape)}"
+    return ""
