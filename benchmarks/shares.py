@@ -43,7 +43,7 @@ from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.predictions import Predictions, class_probs_array
 from agr_ray.schema import DEMOGRAPHIC_COUNTS, PREDICTIONS
 from agr_ray.tables.demographics import demographics
-from agr_ray.tables.faces import count_faces
+from agr_ray.tables.face_rows import count_faces
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

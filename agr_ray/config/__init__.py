@@ -3,11 +3,11 @@
 One recipe serves every job: a job reads the sections that it names, and only checks the others' spelling and range.
 """
 
+from agr_ray.config.architecture import PRESETS, ModelConfig, PredictConfig
 from agr_ray.config.evaluation import EvaluateConfig, Split
 from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
 from agr_ray.config.label_space import LabelsConfig
-from agr_ray.config.model import PRESETS, ModelConfig, PredictConfig
 from agr_ray.config.parsing import load, one_line, parse, read_local
 from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig

@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
 
+from agr_ray.config.architecture import ModelConfig, PredictConfig
 from agr_ray.config.evaluation import EvaluateConfig
 from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
 from agr_ray.config.label_space import LabelsConfig
-from agr_ray.config.model import ModelConfig, PredictConfig
 from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
 from agr_ray.config.section import MAX_INT, Section

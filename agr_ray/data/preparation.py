@@ -36,7 +36,7 @@ from agr_ray.data.sources.registry import label_space, source_rows, split_fracti
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
 from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_edits
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.progress import print_failed, progress
+from agr_ray.progress_bar import print_failed, progress
 from agr_ray.schema import CROP_STATUSES, MANIFEST, SPLITS, TEMPLATE, Status
 from agr_ray.storage import Storage
 from agr_ray.storage.lock import RunLock, run_lock

@@ -13,7 +13,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from agr_ray.errors import ConfigError
-from agr_ray.models.card import model_card, with_measured
+from agr_ray.models.card import with_measured
 from agr_ray.models.checkpoint import (
     CALIBRATION,
     CARD,
@@ -129,22 +129,17 @@ def unpacked_checkpoint(files: dict[str, bytes]) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def add_to_card(
-    storage: Storage, checkpoint: str, meta: dict[str, Any], metrics: dict[str, Any], console: Console
-) -> None:
-    """Put what was measured into the checkpoint's model card; make one for a checkpoint from before there were any.
+def add_to_card(storage: Storage, checkpoint: str, metrics: dict[str, Any], console: Console) -> None:
+    """Add an evaluation's metrics to the checkpoint's model card.
 
-    A checkpoint that may only be read keeps its card, with a warning: the measurement itself is kept elsewhere.
+    If the card is missing or can't be written, print a warning: the metrics themselves are stored elsewhere.
     """
     uri = storage.join(checkpoint, CARD)
     try:
         for _ in range(_CARD_ATTEMPTS):  # several evaluations of one checkpoint may run at once
-            with contextlib.suppress(ChangedObject, MissingObject, FileExistsError):
-                if storage.exists(uri):
-                    card, etag = storage.read_with_etag(uri)
-                    storage.write(uri, with_measured(card.decode(), metrics).encode(), if_match=etag)
-                else:
-                    storage.write(uri, with_measured(model_card(meta), metrics).encode(), if_absent=True)
+            card, etag = storage.read_with_etag(uri)
+            with contextlib.suppress(ChangedObject):
+                storage.write(uri, with_measured(card.decode(), metrics).encode(), if_match=etag)
                 return
         raise StorageFailed(f"{uri} was changed by others in each of {_CARD_ATTEMPTS} attempts to write it")
     except (StorageError, StorageUnavailable) as error:

@@ -40,13 +40,8 @@ class Transform:
     """Whether the luminance of the stored crop is equalised first, the margin included."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for meta.json.
-
-        `equalize` is there only where it is on: so checkpoints without it are what they always were, and code that
-        does not know it refuses the others.
-        """
-        values = {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
-        return values if self.equalize else {key: value for key, value in values.items() if key != "equalize"}
+        """Return plain values for meta.json."""
+        return {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -56,7 +51,7 @@ class Transform:
             ValueError: a key is missing or unknown, or mean or std has not three numbers.
         """
         expected = {field.name for field in dataclasses.fields(cls)}
-        if {*values, "equalize"} != expected:
+        if values.keys() != expected:
             raise ValueError(f"expected the keys {sorted(expected)}, found {sorted(values)}")
         mean, std = tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
         if len(mean) != 3 or len(std) != 3:

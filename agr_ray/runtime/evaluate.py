@@ -45,10 +45,10 @@ from agr_ray.models.checkpoint_files import add_to_card, local_checkpoint, porta
 from agr_ray.models.predictions import Predictions
 from agr_ray.predict.crop_predictor import CropPredictor, read_predictions
 from agr_ray.predict.resolve import resolve
-from agr_ray.progress import progress
-from agr_ray.report.evaluation import print_calibration, print_fitted, print_summary, vision_differences
+from agr_ray.progress_bar import progress
+from agr_ray.report.evaluation_summary import print_calibration, print_fitted, print_summary, vision_differences
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.crops import part_dataset
+from agr_ray.runtime.crop_stream import part_dataset
 from agr_ray.schema import Status
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
@@ -141,7 +141,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
             _check(locks)
             storage.write(storage.join(out, "metrics.json"), text.encode())
             _check(locks)
-            add_to_card(storage, checkpoint, meta, metrics, console)
+            add_to_card(storage, checkpoint, metrics, console)
     print_summary(console, metrics, out)
     if config.calibrate and calibration is not None:
         print_fitted(console, calibration, storage.join(checkpoint, CALIBRATION))

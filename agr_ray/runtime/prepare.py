@@ -13,7 +13,7 @@ from agr_ray.data.preparation import prepare_set
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.predict.crop_maker import CropMaker
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.parts import run_parts
+from agr_ray.runtime.part_runner import run_parts
 from agr_ray.storage.parts import Parts
 
 

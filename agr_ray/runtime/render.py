@@ -20,7 +20,7 @@ from agr_ray.config import RenderJob
 from agr_ray.console import make_console
 from agr_ray.data.rendered import chip_labels_table, photograph_labels_table, render_chip, render_photograph
 from agr_ray.errors import ConfigError
-from agr_ray.progress import progress
+from agr_ray.progress_bar import progress
 from agr_ray.runtime.cluster import cluster, configure_ray_data, worker_count
 from agr_ray.storage import Storage
 from agr_ray.storage.lock import run_lock

@@ -18,7 +18,7 @@ from ray.data import ActorPoolStrategy
 from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.parts import run_parts
+from agr_ray.runtime.part_runner import run_parts
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.publish import Counts, Publication
 from agr_ray.scoring.scorer import Found, PartScorer, RowPredictor, Scoring

@@ -31,7 +31,7 @@ from agr_ray.config import ScoreConfig, ScoreJob, digest
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint_files import local_checkpoint
-from agr_ray.progress import progress
+from agr_ray.progress_bar import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
 from agr_ray.scoring.grouping import check_grouping
 from agr_ray.scoring.messages import print_plan, print_summary, print_timings

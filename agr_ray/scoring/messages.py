@@ -9,7 +9,7 @@ from rich.console import Console
 
 from agr_ray.config import ScoreConfig
 from agr_ray.console import make_table
-from agr_ray.progress import print_failed
+from agr_ray.progress_bar import print_failed
 from agr_ray.scoring.planning import Plan
 
 

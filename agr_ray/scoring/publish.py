@@ -30,7 +30,7 @@ from agr_ray.storage import Storage
 from agr_ray.storage.parts import PARTS_PER_FILE, Parts
 from agr_ray.storage.retry import Retry
 from agr_ray.tables.demographics import demographics
-from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts
+from agr_ray.tables.face_rows import count_faces, count_images, explode_faces, select_rejects, sum_counts
 from agr_ray.tables.suppression import suppress
 
 SUCCESS: Final = "_SUCCESS"

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from agr_ray.config import ScoreConfig, ScoreJob
 from agr_ray.errors import ConfigError
-from agr_ray.progress import progress
+from agr_ray.progress_bar import progress
 from agr_ray.schema import Status
 from agr_ray.scoring.messages import endings
 from agr_ray.scoring.planning import Plan, plan, read_counts, scored_ids

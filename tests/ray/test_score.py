@@ -22,7 +22,7 @@ from agr_ray.errors import ConfigError
 from agr_ray.labels import GENDERS, UTKFACE
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
-from agr_ray.runtime.parts import run_parts
+from agr_ray.runtime.part_runner import run_parts
 from agr_ray.runtime.score import RemotelyPredicted, remote_predictors, score
 from agr_ray.schema import IMAGES, SCHEMA_VERSION
 from agr_ray.scoring.planning import plan

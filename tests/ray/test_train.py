@@ -23,7 +23,7 @@ from agr_ray.config import AugmentConfig, EvaluateConfig, EvaluateJob, ModelConf
 from agr_ray.data.prepared import open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state
-from agr_ray.runtime.crops import training_dataset
+from agr_ray.runtime.crop_stream import training_dataset
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.runtime.train import train
 from agr_ray.schema import HISTORY

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from test_progress import PROGRESS
 
-from agr_ray import progress as log_progress
+from agr_ray import progress_bar as log_progress
 from agr_ray.console import make_console, make_table
 from agr_ray.data import preparation
 from agr_ray.data.prepared import PreparedSet
-from agr_ray.progress import progress
+from agr_ray.progress_bar import progress
 from agr_ray.runtime.training.board import TrainingBars
 from agr_ray.schema import Status
 from agr_ray.scoring import messages

@@ -12,7 +12,7 @@ import pytest
 from agr_ray.labels import UTKFACE
 from agr_ray.schema import FACES, IMAGES, REJECTS
 from agr_ray.tables.demographics import demographics
-from agr_ray.tables.faces import count_faces, count_images, explode_faces, select_rejects, sum_counts
+from agr_ray.tables.face_rows import count_faces, count_images, explode_faces, select_rejects, sum_counts
 
 
 def face(age: float | None, gender: str | None, race: str | None, **others: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from agr_ray.evaluation.metrics import Baseline, metrics_report
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.context import EpochReport
 from agr_ray.learn.run import Run
-from agr_ray.models.checkpoint import CARD, read_meta, save_checkpoint
+from agr_ray.models.checkpoint import CARD, save_checkpoint
 from agr_ray.models.checkpoint_files import add_to_card
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
@@ -104,18 +104,25 @@ def measured() -> dict[str, Any]:
     return metrics_report(truth, guess) | {"evaluation": said | {"num_seen_in_training": 0}}
 
 
-@pytest.mark.parametrize("has_card", [True, False])
-def test_what_evaluate_measured_is_added_to_the_card(tmp_path: Path, has_card: bool) -> None:
+def test_what_evaluate_measured_is_added_to_the_card(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, network(), TRANSFORM)
     card = (tmp_path / CARD).read_text()
-    if not has_card:
-        (tmp_path / CARD).unlink()  # as in a checkpoint of an earlier version
 
-    add_to_card(Storage(), str(tmp_path), read_meta(tmp_path), measured(), Console())
+    add_to_card(Storage(), str(tmp_path), measured(), Console())
 
     made = (tmp_path / CARD).read_text()
     assert made.startswith(card.rstrip())
     assert "## Measured on folder, split test, 00000000" in made
+
+
+def test_a_missing_card_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path, network(), TRANSFORM)
+    (tmp_path / CARD).unlink()
+
+    add_to_card(Storage(), str(tmp_path), measured(), Console())
+
+    assert not (tmp_path / CARD).exists()
+    assert "warning: the model card was not updated" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_can_only_be_read_keeps_its_card(
@@ -128,7 +135,7 @@ def test_a_checkpoint_that_can_only_be_read_keeps_its_card(
         def write(self, uri: str, *args: Any, **options: Any) -> str:
             raise StorageUnavailable(f"{uri} can't be written: Permission denied")
 
-    add_to_card(ReadOnly(), str(tmp_path), read_meta(tmp_path), measured(), Console())
+    add_to_card(ReadOnly(), str(tmp_path), measured(), Console())
 
     assert (tmp_path / CARD).read_text() == card
     assert "warning: the model card was not updated" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from agr_ray.learn.resources import spare_cpus
 from agr_ray.learn.run import CHECKPOINTS, OBJECTIVE, Run
 from agr_ray.redact import redacted
 from agr_ray.runtime.cluster import check_fits, refuse_misfit
-from agr_ray.runtime.crops import SplitShares, training_dataset
+from agr_ray.runtime.crop_stream import SplitShares, training_dataset
 from agr_ray.runtime.ray_compat import (
     SNAPSHOT,
     could_not_start,
