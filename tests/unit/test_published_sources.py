@@ -194,6 +194,13 @@ def test_a_label_file_without_a_column_is_refused(fairface: Path) -> None:
         read(fairface, "fairface")
 
 
+def test_a_label_file_that_cannot_be_read_is_refused(fairface: Path) -> None:
+    (fairface / "fairface_label_val.csv").unlink()
+    (fairface / "fairface_label_val.csv").mkdir()
+    with pytest.raises(LabelTableError, match=r"the label file can't be read: .*fairface_label_val\.csv"):
+        read(fairface, "fairface")
+
+
 def test_a_source_with_its_own_labels_takes_no_others() -> None:
     fairface, own = SourceConfig(kind="fairface"), LabelsConfig(races=("a", "b"))
     assert label_space(fairface, LabelsConfig()) == FAIRFACE

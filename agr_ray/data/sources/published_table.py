@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from agr_ray.data.sources.label_table import LabelTableError
-from agr_ray.storage import Storage
+from agr_ray.storage import Storage, StorageError
 
 
 def published_rows(
@@ -23,10 +23,14 @@ def published_rows(
         separator: between values.
 
     Raises:
-        LabelTableError: the header lacks a column.
-        StorageError, StorageUnavailable: the file can't be read.
+        LabelTableError: the file can't be read, or its header lacks a column.
+        StorageUnavailable: no file can be read.
     """
-    lines = storage.read(uri).decode("utf-8-sig", errors="replace").replace("\r\n", "\n").split("\n")
+    try:
+        data = storage.read(uri)
+    except StorageError as failure:
+        raise LabelTableError(f"the label file can't be read: {failure}") from failure
+    lines = data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").split("\n")
     header = [name.strip() for name in lines[0].split(separator)]
     absent = [name for name in columns if name not in header]
     if absent:
