@@ -146,8 +146,6 @@ class TuneJob(TrainJob):
     """
 
     required = ("train.data", "tune.space")
-    vision: VisionConfig = VisionConfig()
-    """Not used: passed on into best.toml, which scoring needs it from."""
     tune: TuneConfig = TuneConfig()
     add: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     """Number of trials to add to a finished sweep."""

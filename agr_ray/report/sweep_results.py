@@ -68,7 +68,6 @@ def best_recipe(sweep: Sweep, best: Trial) -> str:
     values = values_of(job.tune.space, best.params) | {"train.name": f"{sweep.plan.name}-best"}
     retrained = with_values(base_job(job), values)
     sections: dict[str, Section] = {
-        "vision": job.vision,
         # TOML has no null. `paper` sets no key that may be None, and all keys that it sets are written.
         "model": retrained.model.model_copy(update={"preset": "paper"}),
         "loss": retrained.loss,

@@ -34,8 +34,8 @@ from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.progress_bar import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
 from agr_ray.scoring.grouping import check_grouping
+from agr_ray.scoring.loaded_model import Model, load_model, short_digest
 from agr_ray.scoring.messages import print_plan, print_summary, print_timings
-from agr_ray.scoring.model import Model, load_model, short_digest
 from agr_ray.scoring.planning import Plan
 from agr_ray.scoring.publish import (
     Counts,

@@ -16,7 +16,7 @@ from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.checkpoint import model_digest
 from agr_ray.models.predictions import Predictions
-from agr_ray.scoring.model import load_model
+from agr_ray.scoring.loaded_model import load_model
 
 
 def calibration(folder: Path, num_seen: int | None) -> Calibration:

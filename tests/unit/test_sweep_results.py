@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from agr_ray.config import ClusterConfig, LabelsConfig, LossConfig, ModelConfig, TrainJob, TuneJob, VisionConfig, parse
+from agr_ray.config import ClusterConfig, LabelsConfig, LossConfig, ModelConfig, TrainJob, TuneJob, parse
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CALIBRATION, model_digest, save_checkpoint
@@ -54,7 +54,6 @@ RUN = cast(
 def tune_job(folder: Path, **changes: Any) -> TuneJob:
     settings = {"space": SPACE, "out": str(folder / "sweeps"), "name": "lite", "trials": 6, "random_trials": 6}
     return TuneJob(
-        vision=VisionConfig(min_score=0.9),
         loss=LossConfig(gender_weight=0.7),
         train={"data": str(folder / "data"), "out": str(folder / "runs"), "epochs": 4},
         tune=settings | changes,
@@ -109,7 +108,7 @@ def test_everything_is_written_from_the_trials(tmp_path: Path, console: Console)
     job = parse(TrainJob, ["--config", str(folder / "best.toml")], {})
     assert job.train.lr == sweep.trials[2].params["train.lr"]
     assert (job.train.name, job.train.out) == ("lite-best", str(tmp_path / "runs"))
-    assert "min_score = 0.9" in (folder / "best.toml").read_text()
+    assert "[vision]" not in (folder / "best.toml").read_text()
 
 
 def test_the_recipe_gives_the_same_training_again(tmp_path: Path, console: Console) -> None:
