@@ -22,12 +22,13 @@ def history_row(values: Mapping[str, Any], metrics: Mapping[str, Any], tasks: Se
         values: the columns that are not metrics of validation.
         metrics: of validation, as in `EpochReport.metrics`. A column `val_TASK_METRIC` is `metrics[TASK][METRIC]`, null
             where there is no such task.
-        tasks: of the network.
+        tasks: of the network; one that validation does not measure is left out.
     """
+    tasks = tuple(task for task in tasks if task in metrics)
     row = {
         **values,
-        "val_objective": objective(metrics, metrics["baseline"], tuple(tasks)),
-        "val_balanced_objective": objective(metrics, metrics["baseline"], tuple(tasks), balanced=True),
+        "val_objective": objective(metrics, metrics["baseline"], tasks),
+        "val_balanced_objective": objective(metrics, metrics["baseline"], tasks, balanced=True),
         "val_worst_group_age_mae_years": worst_group_age_mae(metrics["groups"]),
     }
     for column in HISTORY.names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from agr_ray.models.heads.base import Head, Targets, TaskSum
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
-from agr_ray.registry import ATTENTION, BACKBONES, HEADS
+from agr_ray.registry import ATTENTION, BACKBONES, HEADS, Registry
 
 
 class Patches(Backbone):
@@ -86,14 +86,46 @@ class LogAge(Head):
         return ages.age_score(self.read_out(outputs), targets)
 
 
+class Smile(Head):
+    """A fourth task: how broad a smile is, 0 to 1."""
+
+    labels: ClassVar[dict[str, float]] = {"smile": float("nan")}
+    metric = "mae_years"
+
+    def __init__(self, num_features: int, task: str, space: LabelSpace) -> None:  # as all heads
+        super().__init__()
+        self.layer = nn.Linear(num_features, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layer(features).squeeze(1)
+
+    def labelled(self, targets: Targets) -> Tensor:
+        return targets["smile"].isfinite()
+
+    def losses(self, outputs: Tensor, targets: Targets, config: LossConfig) -> Tensor:
+        known = self.labelled(targets)
+        return torch.where(known, outputs - torch.where(known, targets["smile"], 0.0), 0.0).square()
+
+    def read_out(self, outputs: Tensor) -> Tensor:
+        return outputs.clamp(0.0, 1.0)
+
+    def score(self, outputs: Tensor, targets: Targets) -> TaskSum:
+        known = self.labelled(targets)
+        errors = torch.where(known, (self.read_out(outputs) - targets["smile"]).abs(), 0.0)
+        return TaskSum(errors.sum(), known.sum().float())
+
+
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     BACKBONES.register("patches", Patches)
+    HEADS["smile"] = Registry("smile head", {})
+    HEADS["smile"].register("square", Smile)
     ATTENTION.register("gain", Gain)
     HEADS["age"].register("log", LogAge)
     yield
     for registry, name in ((BACKBONES, "patches"), (ATTENTION, "gain"), (HEADS["age"], "log")):
         registry.unregister(name)
+    del HEADS["smile"]
 
 
 PARTS = {
@@ -141,3 +173,25 @@ def test_a_part_is_trained_saved_loaded_evaluated_and_used(model_values: dict[st
         tolerance = {"rtol": 0.05, "atol": 0.5} if is_known else {"rtol": 0.0, "atol": 0.0}
         for before, after in zip(plain, ready, strict=True):
             np.testing.assert_allclose(after, before, **tolerance)
+
+
+def test_a_fourth_task_is_learnt_beside_the_others() -> None:
+    tasks = ("age", "gender", "race", "smile")
+    job = TrainJob(
+        model=ModelConfig(image_size=32, backbone="patches", tasks=tasks),
+        train=TrainConfig(epochs=2, batch_size=8, lr=2e-3),
+        augment=STILL.model_copy(update={"mixup_alpha": 0.4}),
+        loss=LossConfig(weighting="uncertainty"),
+    )
+    data = faces(24) | {"smile": np.linspace(0, 1, 24).astype(np.float32)}
+    data["smile"][::3] = np.nan
+    torch.manual_seed(0)
+    model = MultiTaskNet(job.model, UTKFACE)
+    assert model.tasks == tasks
+    before = model.heads["smile"].layer.weight.clone()
+    reports: list[EpochReport] = []
+    context = LocalContext(data, data, 8, on_report=reports.append)
+    rows = train(context, model, TRANSFORM, job, Baseline.fit(Labels.from_arrays(UTKFACE, data)), 24)
+    assert all(np.isfinite(row["train_loss"]) and np.isfinite(row["val_objective"]) for row in rows)
+    assert not torch.equal(model.heads["smile"].layer.weight, before)
+    assert reports[-1].train_state()["log_variances"].shape == (4,)
