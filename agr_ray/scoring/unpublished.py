@@ -45,7 +45,7 @@ def resume(storage: Storage, works: str, skipped: list[str], max_refused: float,
         record = json.loads(storage.read(_plan_uri(storage, works)))
     except MissingObject:
         return None
-    if max_refused <= record.get("rejected_above", -1.0):
+    if "rejected_above" in record and max_refused <= record["rejected_above"]:
         return None
     if record["skipped"] != skipped:
         console.print(

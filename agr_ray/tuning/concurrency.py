@@ -1,4 +1,4 @@
-"""How many trials of a sweep a cluster has room for."""
+"""How many trials of a sweep fit a cluster."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Room:
 
 
 def trial_bundles(config: TrainConfig) -> list[dict[str, float]]:
-    """Return the resources that a trial asks for, each on one node, by Ray's names.
+    """Return the resource bundles of a trial, each for one node, by Ray's names.
 
-    A trial's process itself asks for next to nothing: it waits for its workers.
+    The trial's own process reserves next to nothing, because it only waits for its workers.
     """
     gpus_each = config.gpus_per_worker if config.use_gpu else 0.0
     bundles = process_bundles(config.max_workers, config.cpus_per_worker, gpus_each, spare_cpus(config))
@@ -38,7 +38,7 @@ def trial_bundles(config: TrainConfig) -> list[dict[str, float]]:
 def room_for(
     config: TrainConfig, asked: int | None, has_each: Sequence[Mapping[str, float]], machine_cpus: int
 ) -> Room:
-    """Return how many trials run at the same time, and with how many threads a worker.
+    """Return the number of concurrent trials and of threads per worker.
 
     Args:
         config: of a trial.
@@ -67,7 +67,7 @@ def room_for(
 
 
 def trials_that_fit(has_each: Sequence[Mapping[str, float]], config: TrainConfig) -> int:
-    """Return for how many trials there are resources: each worker on one node, and CPUs for reading on any.
+    """Return the number of trials that fit the cluster: each worker on one node, CPUs for reading on any.
 
     Args:
         has_each: what each node has, by Ray's names.

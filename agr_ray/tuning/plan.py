@@ -1,4 +1,4 @@
-"""Which sweep a command means: a new one, or one that it goes on with."""
+"""Which sweep a command starts or resumes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ RECORD: Final = "sweep.json"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which sweep a command begins or goes on with."""
+    """The sweep that a command starts or resumes."""
 
     uri: str
     name: str
     sweep_id: str
-    """Drawn once: by it the sweep knows its trials in a study that others share."""
+    """Random id, by which the sweep recognises its trials in a shared study."""
     settings_digest: str
     num_trials: int
-    """In all."""
+    """Total number of trials."""
     added: int
-    """Of --add, until the sweep has finished: the same command again adds none."""
+    """Value of --add until the sweep has finished, so that repeating the command adds no more."""
 
 
 def plan_sweep(storage: Storage, job: TuneJob, training_digest: str) -> Plan:
@@ -73,7 +73,7 @@ def plan_sweep(storage: Storage, job: TuneJob, training_digest: str) -> Plan:
 
 
 def sweep_digest(config: TuneConfig, training_digest: str) -> str:
-    """Return the digest of all that decides what a trial is, and how trials are judged."""
+    """Return the digest of all settings that define a trial and how trials are compared."""
     moot = {"out", "name", "trials", "max_epochs", "max_hours", "max_concurrent", "max_failures", "study", "study_name"}
     fields = TuneConfig.model_fields
     settings = {name: fields[name].default for name in moot} | {"name": training_digest}

@@ -1,4 +1,4 @@
-"""A sweep's study in Optuna: what it proposes next, and what it is told.
+"""A sweep's Optuna study: it proposes trials and records their results.
 
 The trials' records, not the study, are what a sweep resumes from: a study is brought up to date with them when it is
 opened. So it may be lost, be older than they are (in a bucket it is uploaded after each trial), or hold trials of other
@@ -30,9 +30,9 @@ from agr_ray.tuning.trials import Trial, error_names, excesses
 
 JOURNAL: Final = "study.journal"
 SWEEP: Final = "agr_ray.sweep"
-"""Attribute of a trial in the study: the id of the sweep that it is of."""
+"""Attribute of a trial in the study: the id of its sweep."""
 NUMBER: Final = "agr_ray.trial"
-"""The same: its number there, by which its training run is named."""
+"""Attribute: its number in the sweep, which names its training run."""
 _STATES: Final = {
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -83,7 +83,7 @@ class Study:
             )
 
     def catch_up(self, trials: Sequence[Trial]) -> None:
-        """Tell the study what the records know and it does not.
+        """Update the study from the records.
 
         A trial that it proposed and of which there is no record was never begun: it failed, to Optuna.
         """
@@ -125,13 +125,13 @@ class Study:
         return params
 
     def report(self, number: int, epoch: int, objective: float | None) -> None:
-        """Tell the objective after an epoch; of several objectives at once, Optuna does not want to know."""
+        """Report the objective after an epoch. Optuna does not accept this for several objectives."""
         if objective is None or self._config.mode == "pareto":
             return
         self._live(number).report(objective, epoch)
 
     def tell(self, trial: Trial) -> None:
-        """Tell how a trial ended; one that has not ended, or of which it was told, is left as it is."""
+        """Report how a trial ended, unless it has not ended or was reported before."""
         if trial.state == "unfinished" or self._frozen(trial.number).state.is_finished():
             return
         live = self._live(trial.number)
@@ -143,7 +143,7 @@ class Study:
         self._study.tell(live, values, state=state)
 
     def save(self) -> None:
-        """Upload the journal, where the sweep is in a bucket."""
+        """Upload the journal if the sweep is in a bucket."""
         if "://" in self._uri:
             self._storage.write(self._uri, self._journal.to_bytes())
 
@@ -179,7 +179,7 @@ class Study:
         return self._study._storage.get_trial(self._ids[number])
 
     def _known_ids(self) -> dict[int, int]:
-        """Return the ids of this sweep's trials by number; of one that was tried again, the last."""
+        """Return the ids of this sweep's trials by number; for a retried trial, the last."""
         return {
             each.user_attrs[NUMBER]: each._trial_id
             for each in self._study.get_trials(deepcopy=False)
@@ -187,7 +187,7 @@ class Study:
         }
 
     def _report(self, trial: Trial) -> None:
-        """Tell of the epochs that the study has not heard of."""
+        """Report the epochs that the study lacks."""
         heard = self._frozen(trial.number).intermediate_values
         for row, objective in zip(trial.epochs, trial.curve, strict=True):
             if row["epoch"] not in heard:
@@ -220,7 +220,7 @@ class Study:
         return excesses(trial, self._config.constraints) if trial.state in ("complete", "pruned") else {}
 
     def _values(self, trial: Trial) -> list[float] | None:
-        """Return what is minimised, of a complete trial; None: it is another, or was not measured."""
+        """Return the minimised values of a complete trial; None: it is not complete or was not measured."""
         if trial.state != "complete":
             return None
         errors: list[float | None] = (
@@ -256,7 +256,7 @@ class MemoryJournal(BaseJournalBackend):
 
 
 def _mend(path: Path) -> None:
-    """Cut off the line that a killed writer left unfinished: Optuna would write the next one after it, and fail."""
+    """Remove an unfinished last line of a killed writer. Optuna would append to it, and fail."""
     if path.exists():
         body = path.read_bytes()
         whole = body[: body.rfind(b"\n") + 1]
@@ -265,5 +265,5 @@ def _mend(path: Path) -> None:
 
 
 def study_address(storage: Storage, uri: str, config: TuneConfig) -> str:
-    """Return where the study is, without a password."""
+    """Return the address of the study, without a password."""
     return redacted(config.study) or storage.join(uri, JOURNAL)

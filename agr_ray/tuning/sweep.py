@@ -1,4 +1,4 @@
-"""A sweep's state: which trials there are, which is next, and what is kept of each. Knows nothing of Ray.
+"""A sweep's state: its trials, the next trial, and the files of each. Does not depend on Ray.
 
 A sweep is a folder, OUT/NAME:
 
@@ -39,13 +39,13 @@ from agr_ray.tuning.study import Study
 from agr_ray.tuning.trials import DIVERGED, REFUSED, Trial, best_trial, front
 
 _WEIGHTS: Final = (CHECKPOINTS, "best", "last", "initial")
-"""Of a trial's run: what is deleted of those that are not the best."""
+"""Parts of a trial's run that are deleted unless the trial is the best."""
 _FIRST: Final = 3
-"""Trials to end of which one must have made an epoch."""
+"""Number of ended trials, of which at least one must have finished an epoch."""
 
 
 class Sweep:
-    """What the driver knows of its trials. Each method is one thing that happens to one of them.
+    """The driver's view of its trials. Each method records one event.
 
     Args:
         storage: where the sweep is.
@@ -64,7 +64,7 @@ class Sweep:
         self.config = job.tune
         self.trials: dict[int, Trial] = {}
         self.problem: Exception | None = None
-        """What went wrong here while Tune called: the sweep ends of it."""
+        """Exception in one of Tune's callbacks, which ends the sweep."""
         self._console = console
         self._lock = lock
         self._retry = Retry(job.train.outage_s)
@@ -88,7 +88,7 @@ class Sweep:
             self._lock.check()
 
     def join(self, *parts: str) -> str:
-        """Return the URI of something in the sweep's folder."""
+        """Return the URI of an entry of the sweep's folder."""
         return self.storage.join(self.plan.uri, *parts)
 
     def trial_uri(self, number: int) -> str:
@@ -97,16 +97,16 @@ class Sweep:
 
     @property
     def best(self) -> Trial | None:
-        """The best trial so far; None: none has come to its end."""
+        """The best trial so far; None: no trial is complete."""
         return best_trial(list(self.trials.values()), self.config.constraints)
 
     @property
     def num_ended(self) -> int:
-        """How many trials are complete, pruned or failed."""
+        """Number of complete, pruned and failed trials."""
         return sum(trial.state != "unfinished" for trial in self.trials.values())
 
     def begin(self) -> None:
-        """Write sweep.json, settle trials that ended while no driver looked, and queue those that are to be run."""
+        """Write sweep.json, settle trials that ended while no driver was running, and queue the trials to run."""
         self.write_record("")
         for number, trial in sorted(self.trials.items()):
             if trial.never_learnt:
@@ -127,7 +127,7 @@ class Sweep:
             self._say(f"{len(self.trials)} of {self.plan.num_trials} trials were begun before{gone_on}")
 
     def next(self) -> tuple[int, dict[str, Any]] | None:
-        """Return the number and the values of the trial to run next; None: there is none any more.
+        """Return the number and values of the next trial; None: no trial is left.
 
         Those whose values the configuration does not take together are over at once: rows that say why.
         """
@@ -152,12 +152,12 @@ class Sweep:
 
     @property
     def num_left(self) -> int:
-        """How many trials `next` will give, unless something ends the sweep before."""
+        """Number of trials that `next` will return, unless the sweep ends earlier."""
         return len(self._queue) + max(self.plan.num_trials - len(self.trials), 0)
 
     @property
     def spent(self) -> str:
-        """Which budget is spent; empty: none."""
+        """Name of the exhausted budget; empty: none."""
         config = self.config
         if config.max_hours is not None and time.monotonic() - self._began > 3600.0 * config.max_hours:
             return f"tune.max_hours {config.max_hours:g}"
@@ -167,14 +167,14 @@ class Sweep:
         return ""
 
     def started(self, number: int) -> None:
-        """Take note that a trial runs."""
+        """Record that a trial is running."""
         again = bool(self.trials[number].epochs or self.trials[number].failures)
         self._started[number] = time.monotonic()
         shown = ", ".join(f"{key} {shown_value(value)}" for key, value in self.trials[number].params.items())
         self._say(f"trial {number} {'goes on' if again else 'begins'}: {shown}")
 
     def reported(self, number: int, row: Mapping[str, Any]) -> None:
-        """Take note of an epoch: of schema.HISTORY as a trial reports it."""
+        """Record an epoch: a row of schema.HISTORY, as the trial reports it."""
         trial = self.trials[number].with_epochs([row])
         if len(trial.epochs) > len(self.trials[number].epochs):
             self.check_lock()
@@ -182,18 +182,18 @@ class Sweep:
         self.trials[number] = trial
 
     def failed_once(self, number: int, why: str) -> None:
-        """Take note that a trial failed and will be tried again."""
+        """Record that a trial failed and will be retried."""
         trial = self._timed(number)
         self._keep(dataclasses.replace(trial, failures=(*trial.failures, why)))
         self._say(f"trial {number} failed ({why}); it goes on from its last checkpoint")
 
     def failed(self, number: int, why: str) -> None:
-        """Take note that a trial failed for good."""
+        """Record that a trial failed for good."""
         trial = self._timed(number).with_epochs(self._history(number))
         self._end(dataclasses.replace(trial, state="failed", why=why, failures=(*trial.failures, why)))
 
     def ended(self, number: int, pruned: str = "") -> None:
-        """Take note that a trial was stopped, for a reason, or is over by itself."""
+        """Record that a trial was stopped, with the reason, or finished by itself."""
         trial = self._timed(number).with_epochs(self._history(number))
         if pruned:
             self._end(dataclasses.replace(trial, state="pruned", why=pruned))
@@ -218,7 +218,7 @@ class Sweep:
         self._write(RECORD, record)
 
     def clean(self, but: int | None = None) -> None:
-        """Delete the checkpoints of trials that ended and are neither the best nor on the front of `pareto`.
+        """Delete the checkpoints of ended trials that are neither the best nor on the Pareto front.
 
         Args:
             but: a trial whose workers may still be writing; without one, those that were deleted are deleted again.
@@ -239,7 +239,7 @@ class Sweep:
                 self._cleaned.add(number)
 
     def _settled(self, trial: Trial) -> Trial:
-        """Return the record of a trial that nobody stopped, by what its training run says."""
+        """Return the record of a trial that was not stopped, from its training run's files."""
         said = self._said(trial.number, FAILURE)
         if said is not None:
             return dataclasses.replace(trial, state="failed", why=DIVERGED + said.partition("\n")[0])
@@ -248,7 +248,7 @@ class Sweep:
         return dataclasses.replace(trial, state="complete") if is_complete else trial
 
     def _said(self, number: int, name: str) -> str | None:
-        """Return what a file of a trial's run holds; None: there is none."""
+        """Return the contents of a file of a trial's run; None: it does not exist."""
         uri = self.storage.join(self.trial_uri(number), name)
         try:
             return self._retry.call(lambda: self.storage.read(uri)).decode()
@@ -275,7 +275,7 @@ class Sweep:
         self._check_something_works()
 
     def _check_something_works(self) -> None:
-        """End the sweep, before it has used up its trials, where it is not their values that they fail of.
+        """End the sweep early if its trials fail for a reason other than their values.
 
         Raises:
             JobError: the first trials to end, or all, failed before their first epoch.
@@ -326,5 +326,5 @@ def trial_name(number: int) -> str:
 
 
 def shown_value(value: Scalar) -> str:
-    """Return a parameter's value as it is shown."""
+    """Return a parameter's value as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What became of a sweep's trials: their records, which of them is best, and the table of all.
+"""Results of a sweep's trials: their records, the best trial, and the table of all.
 
 A trial is judged by the checkpoint that it leaves: by the epoch with the lowest val_objective.
 """
@@ -25,7 +25,7 @@ EPOCH_COLUMNS: Final = (
     "val_worst_group_age_mae_years",
     "epoch_s",
 )
-"""Of schema.HISTORY: what a record keeps of each epoch."""
+"""Columns of schema.HISTORY that a record stores for each epoch."""
 JUDGED_BY: Final = "val_balanced_objective"
 ERROR_TASKS: Final[Mapping[TrialError, str]] = {
     "age_mae_years": "age",
@@ -33,12 +33,12 @@ ERROR_TASKS: Final[Mapping[TrialError, str]] = {
     "race_error": "race",
     "worst_group_age_mae_years": "age",
 }
-"""Of which task each error is."""
+"""Task of each error."""
 DIVERGED: Final = "diverged: "
 REFUSED: Final = "refused: "
-"""Why a trial failed that is not tried again: its loss was no number; the configuration does not take its values."""
+"""Reasons for failure without a retry: a non-finite loss; values that the configuration rejects."""
 NOT_MEASURED: Final = 1e6
-"""By how much a trial is beyond a limit of what was not measured."""
+"""Excess of an error that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -47,30 +47,30 @@ class Trial:
 
     number: int
     params: Mapping[str, Scalar]
-    """By dotted key; one whose condition does not hold is left out."""
+    """Values by dotted key; a key whose condition does not hold is left out."""
     state: TrialState = "unfinished"
     why: str = ""
-    """Why it was pruned or failed."""
+    """Reason why it was pruned or failed."""
     epochs: tuple[Mapping[str, Any], ...] = ()
     """`EPOCH_COLUMNS` of each epoch, in order."""
     failures: tuple[str, ...] = ()
-    """What ended it before it went on, and at last."""
+    """Reasons of all its ends: before each retry, and the last."""
     wall_s: float = 0.0
-    """From its beginnings to its ends, waiting for workers included."""
+    """Seconds from start to end, summed over retries, including the wait for workers."""
 
     @property
     def was_refused(self) -> bool:
-        """Whether the configuration did not take its values, so that it was never begun."""
+        """Whether the configuration rejected its values, so it never started."""
         return self.state == "failed" and self.why.startswith(REFUSED)
 
     @property
     def never_learnt(self) -> bool:
-        """Whether it failed before its first epoch, for a reason that may lie outside: it may be tried again."""
+        """Whether it failed before its first epoch, perhaps for an external reason: it may be retried."""
         return self.state == "failed" and not self.epochs and not self.why.startswith((DIVERGED, REFUSED))
 
     @property
     def kept(self) -> Mapping[str, Any] | None:
-        """The epoch whose checkpoint is kept; None: there is none yet."""
+        """The epoch whose checkpoint is kept; None: no epoch yet."""
         judged = [row for row in self.epochs if row["val_objective"] is not None]
         return min(judged, key=lambda row: float(row["val_objective"])) if judged else None
 
@@ -96,7 +96,7 @@ class Trial:
         return None if accuracy is None else 1.0 - accuracy
 
     def with_epochs(self, rows: Sequence[Mapping[str, Any]]) -> Self:
-        """Return the record with further epochs of schema.HISTORY; of one that is there already, the later counts."""
+        """Return the record with further epochs of schema.HISTORY; a repeated epoch replaces the earlier one."""
         by_epoch = {int(row["epoch"]): dict(row) for row in self.epochs}
         by_epoch |= {int(row["epoch"]): {name: row.get(name) for name in EPOCH_COLUMNS} for row in rows}
         return replace(self, epochs=tuple(by_epoch[epoch] for epoch in sorted(by_epoch)))
@@ -107,12 +107,12 @@ class Trial:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Self:
-        """Undo `to_json`."""
+        """Rebuild from `to_json`'s result."""
         return cls(**{**said, "epochs": tuple(said["epochs"]), "failures": tuple(said["failures"])})
 
 
 def excesses(trial: Trial, constraints: Mapping[TrialError, float]) -> dict[str, float]:
-    """Return by how much the trial is over each limit; 0 or less: within it."""
+    """Return the excess over each limit; 0 or less: satisfied."""
     found = {name: trial.error(name) for name in constraints}
     return {
         name: NOT_MEASURED if value is None else value - constraints[name]
@@ -121,12 +121,12 @@ def excesses(trial: Trial, constraints: Mapping[TrialError, float]) -> dict[str,
 
 
 def is_feasible(trial: Trial, constraints: Mapping[TrialError, float]) -> bool:
-    """Say whether the trial is within all limits."""
+    """Return whether the trial satisfies all constraints."""
     return all(excess <= 0.0 for excess in excesses(trial, constraints).values())
 
 
 def best_trial(trials: Sequence[Trial], constraints: Mapping[TrialError, float]) -> Trial | None:
-    """Return the complete trial with the lowest objective, of those within all limits if there is one.
+    """Return the complete trial with the lowest objective, among feasible trials if there are any.
 
     Where none is, those that are least beyond come first. Of equal ones the first counts. None: none is complete.
     """
@@ -145,7 +145,7 @@ def error_names(tasks: Sequence[str]) -> list[TrialError]:
 
 
 def front(trials: Sequence[Trial], constraints: Mapping[TrialError, float], tasks: Sequence[str]) -> list[Trial]:
-    """Return the complete trials, within all limits, that no other such trial beats in all errors, or equals and beats.
+    """Return the Pareto front of the complete, feasible trials.
 
     Trials of which an error was not measured are left out.
     """
@@ -171,7 +171,7 @@ def trials_table(
     constraints: Mapping[TrialError, float],
     tasks: Sequence[str],
 ) -> pa.Table:
-    """Return schema.TRIALS, in the order of numbers, and a column for each searched key."""
+    """Return schema.TRIALS sorted by number, with a column for each searched key."""
     best = best_trial(trials, constraints)
     on_front = {trial.number for trial in front(trials, constraints, tasks)}
     rows = [
@@ -205,7 +205,7 @@ def trials_table(
 
 
 def _column_type(parameter: ParameterConfig) -> pa.DataType:
-    """Return the type of a searched key's column; a choice of several types is written as text."""
+    """Return the type of a searched key's column; a choice of several types is stored as text."""
     if parameter.choice is None:
         return pa.float64() if parameter.integer is None else pa.int64()
     types = {type(value) for value in parameter.choice}
