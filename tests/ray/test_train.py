@@ -194,7 +194,7 @@ def test_what_streams_to_workers_has_rows_of_all_sets_in_proportion_in_every_blo
     storage = Storage()
     sets = [open_prepared(storage, str(folder), "train.data") for folder in (data, other)]
 
-    dataset = training_dataset(storage, sets, "train", use_fallback=True)
+    dataset = training_dataset(storage, sets, "train", sets[0].label_space, use_fallback=True)
     blocks = [batch["set_index"] for batch in dataset.iter_batches(batch_size=None)]
 
     assert np.bincount(np.concatenate(blocks)).tolist() == [37, 18]
