@@ -29,6 +29,8 @@ from agr_ray.tuning.space import distribution_of, points, suggest
 from agr_ray.tuning.trials import Trial, error_names, excesses
 
 JOURNAL: Final = "study.journal"
+_MAX_EXCESS: Final = 1e6
+"""Optuna needs a finite excess for an error that was not measured."""
 SWEEP: Final = "agr_ray.sweep"
 """Attribute of a trial in the study: the id of its sweep."""
 NUMBER: Final = "agr_ray.trial"
@@ -217,7 +219,8 @@ class Study:
         return {row["epoch"]: objective for row, objective in rows if objective is not None}
 
     def _excesses(self, trial: Trial) -> Mapping[str, float]:
-        return excesses(trial, self._config.constraints) if trial.state in ("complete", "pruned") else {}
+        found = excesses(trial, self._config.constraints) if trial.state in ("complete", "pruned") else {}
+        return {name: min(excess, _MAX_EXCESS) for name, excess in found.items()}
 
     def _values(self, trial: Trial) -> list[float] | None:
         """Return the minimised values of a complete trial; None: it is not complete or was not measured."""

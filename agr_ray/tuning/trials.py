@@ -37,8 +37,6 @@ ERROR_TASKS: Final[Mapping[TrialError, str]] = {
 DIVERGED: Final = "diverged: "
 REFUSED: Final = "refused: "
 """Reasons for failure without a retry: a non-finite loss; values that the configuration rejects."""
-NOT_MEASURED: Final = 1e6
-"""Excess of an error that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +110,9 @@ class Trial:
 
 
 def excesses(trial: Trial, constraints: Mapping[TrialError, float]) -> dict[str, float]:
-    """Return the excess over each limit; 0 or less: satisfied."""
-    found = {name: trial.error(name) for name in constraints}
-    return {
-        name: NOT_MEASURED if value is None else value - constraints[name]
-        for name, value in ((name, found[name]) for name in constraints)
-    }
+    """Return the excess over each limit; 0 or less: satisfied; infinite: the error was not measured."""
+    errors = {name: trial.error(name) for name in constraints}
+    return {name: math.inf if value is None else value - constraints[name] for name, value in errors.items()}
 
 
 def is_feasible(trial: Trial, constraints: Mapping[TrialError, float]) -> bool:
