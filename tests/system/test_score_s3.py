@@ -36,6 +36,7 @@ from servers import free_ports
 from agr_ray.config import ScoreConfig, ScoreJob
 from agr_ray.data.rendered import render_photograph
 from agr_ray.errors import ConfigError
+from agr_ray.models.checkpoint import FORMAT_VERSION
 from agr_ray.runtime.score import score
 from agr_ray.schema import IMAGES
 from agr_ray.storage import StorageUnavailable
@@ -444,7 +445,9 @@ def test_a_checkpoint_of_another_format_is_refused(bucket: Bucket, model: str) -
     meta = bucket.json("model/meta.json") | {"format_version": 99}
     bucket.put("newer/meta.json", json.dumps(meta).encode())
 
-    with pytest.raises(ConfigError, match=f"^score.checkpoint {bucket.uri}/newer: .*format_version 1, found 99"):
+    with pytest.raises(
+        ConfigError, match=f"^score.checkpoint {bucket.uri}/newer: .*format_version {FORMAT_VERSION}, found 99"
+    ):
         score(score_job(f"{bucket.uri}/newer", bucket, "refused"))
 
     assert not bucket.keys("refused/")
