@@ -9,7 +9,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NEEDED_BY = {"pytz": "duckdb", "tensorboard": "torch.utils.tensorboard"}
+NEEDED_BY = {"pytz": "duckdb", "scikit-learn": "optuna.importance", "tensorboard": "torch.utils.tensorboard"}
 """Dependencies that a library imports only if they are installed."""
 
 
