@@ -210,7 +210,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
 
 
 def read_calibration_json(directory: Path) -> dict[str, Any] | None:
-    """Read what `learn.calibration.Calibration.to_json` returned; None if the checkpoint is not calibrated.
+    """Read what `evaluation.calibration.Calibration.to_json` returned; None if the checkpoint is not calibrated.
 
     Raises:
         CheckpointError: the file is damaged.
