@@ -19,9 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +29,13 @@ from agr_ray.config import PrepareConfig, PrepareJob, SourceConfig, VisionConfig
 from agr_ray.console import make_console
 from agr_ray.data.manifest import content_hash
 from agr_ray.data.preparation import prepare_set
-from agr_ray.predict.crop_maker import CropMaker
 from agr_ray.storage import Storage
-from agr_ray.storage.parts import Parts
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "system"))
+sys.path += [str(Path(__file__).parents[1] / "tests" / name) for name in ("system", "unit")]
+from cropping_here import CroppingHere
 from seaweedfs import run_seaweedfs
 
 NUM_DRIVER_THREADS = 8
-
-
-class Here:
-    """Makes crops in this process."""
-
-    def __init__(self, job: PrepareJob) -> None:
-        self._job = job
-
-    @contextmanager
-    def session(self) -> Iterator[int]:
-        """Yield the number of workers."""
-        yield 1
-
-    def crop(self, parts: Parts, numbers: Sequence[int]) -> Iterator[list[str]]:
-        """Make the crop rows of parts."""
-        maker = CropMaker(parts, self._job.vision, self._job.prepare)
-        for number in numbers:
-            yield maker.make(number)["status"].to_pylist()
 
 
 class Requests:
@@ -103,7 +82,7 @@ def main() -> None:
                 vision=VisionConfig(detector=arguments.detector),
                 prepare=PrepareConfig(out=f"s3://sets/{number}"),
             )
-            prepare_set(job, Here(job), make_console(quiet=True))
+            prepare_set(job, CroppingHere(job), make_console(quiet=True))
             seconds[way].append(time.perf_counter() - started)
             table.add_row(way, f"{requests.count:,}", f"{seconds[way][-1]:.1f}", f"{hashed_s:.1f}")
         console.print(table)

@@ -7,9 +7,7 @@ import itertools
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from cropping_here import CroppingHere
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -43,27 +42,8 @@ class Killed(BaseException):
     """Stands for SIGKILL: no code runs after it."""
 
 
-class Here:
-    """Does in this process what Ray's workers do."""
-
-    def __init__(self, job: PrepareJob, pause_s: float = 0.0) -> None:
-        self._job = job
-        self._pause_s = pause_s
-
-    @contextmanager
-    def session(self) -> Iterator[int]:
-        yield 1
-
-    def crop(self, parts: Parts, numbers: Sequence[int]) -> Iterator[list[str]]:
-        maker = CropMaker(parts, self._job.vision, self._job.prepare)
-        for number in numbers:
-            statuses = maker.make(number)["status"].to_pylist()
-            time.sleep(self._pause_s)
-            yield statuses
-
-
 def prepare(job: PrepareJob, pause_s: float = 0.0) -> PreparedSet:
-    return prepare_set(job, Here(job, pause_s), make_console(io.StringIO()))
+    return prepare_set(job, CroppingHere(job, pause_s), make_console(io.StringIO()))
 
 
 class Source:
