@@ -40,7 +40,7 @@ class ModelConfig(Section):
         "average", description=f"Pooling of the feature map: {', '.join(NECKS.names)}."
     )
     tasks: Annotated[tuple[str, ...], AfterValidator(_distinct_tasks)] = Field(
-        ("age", "gender", "race"), description=f"Which heads it has: {', '.join(HEADS)}."
+        ("age", "gender", "race"), description=f"Tasks of the network, one head each: {', '.join(HEADS)}."
     )
     age_head: Annotated[str, AfterValidator(HEADS["age"].check)] = Field(
         "linear",

@@ -34,10 +34,10 @@ class EvaluateConfig(Section):
     calibrate: CliImplicitFlag[bool] = False
     """Fit age intervals, probabilities and abstention on this split, and write calibration.json to the checkpoint."""
     allow_uncalibrated: CliImplicitFlag[bool] = False
-    """Allow [predict] settings other than those that the checkpoint was calibrated under: its calibration is then not
+    """Allow [predict] settings that differ from those of the checkpoint's calibration. The calibration is then not
     measured."""
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
-    """`calibrate` only: coverage: fraction of true ages that the intervals age_low to age_high shall contain."""
+    """`calibrate` only: target fraction of true ages inside the intervals from age_low to age_high."""
     abstain_risk: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """`calibrate` only: target error rate of gender, and of race, where the model does not abstain."""
     lock_expiry_s: Timeout = 120.0

@@ -53,7 +53,7 @@ class Job(BaseSettings):
         env_nested_delimiter="__",
     )
     required: ClassVar[Sequence[str]] = ()
-    """Dotted keys that have no default that could work."""
+    """Dotted keys that must be set."""
 
     storage: StorageConfig = StorageConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -154,7 +154,7 @@ class TuneJob(TrainJob):
 class EvaluateJob(Job):
     """Measure a checkpoint on a split of any prepared set, beside majority and median baselines.
 
-    Settings of [predict] that are not given are the checkpoint's.
+    Settings of [predict] that are not given come from the checkpoint.
     """
 
     required = ("evaluate.checkpoint", "evaluate.data")
@@ -163,9 +163,9 @@ class EvaluateJob(Job):
 
 
 class ScoreJob(Job):
-    """Score every face of every photograph below a folder or bucket prefix: one Parquet row an image.
+    """Score every face of every photograph below a folder or bucket prefix: one Parquet row per image.
 
-    Settings of [vision] and [predict] that are not given are the checkpoint's.
+    Settings of [vision] and [predict] that are not given come from the checkpoint.
     """
 
     required = ("score.checkpoint", "score.input", "score.out")

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 class LabelsConfig(Section):
-    """Which races and age groups there are. Empty: those of the source, or of the prepared sets."""
+    """Races and age groups. Without settings: those of the source or of the prepared sets."""
 
     space: Literal["", "utkface", "fairface", "adience"] = ""
     """Built-in label space. `prepare` needs it for the source `folder` only (empty: utkface). `train` needs it for
     prepared sets of different label spaces, whose races are mapped onto it by a fixed table."""
     races: tuple[str, ...] | None = None
-    """Own races in place of those of `space`, two at least; an empty list: the data has none."""
+    """Custom races in place of those of `space`, at least two; an empty list: the data has no races."""
     age_groups: tuple[str, ...] | None = None
-    """Own age groups in place of those of `space`, ascending, such as 0-17, 18-64 and 65+."""
+    """Custom age groups in place of those of `space`, ascending, such as 0-17, 18-64 and 65+."""
 
     @property
     def label_space(self) -> LabelSpace | None:

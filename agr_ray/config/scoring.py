@@ -40,7 +40,7 @@ class ScoreConfig(Section):
     rows_per_file: PositiveInt = 256
     """Images in one part, the unit of work that a killed worker loses. A published file contains 256 parts."""
     attributes: tuple[Literal["age", "gender", "race"], ...] = ("age", "gender", "race")
-    """Which attributes are written."""
+    """Attributes to write."""
     group_by: tuple[str, ...] = ()
     """Columns by which demographic tables are grouped: names captured by key_pattern, or columns of metadata."""
     key_pattern: str = ""
@@ -65,8 +65,8 @@ class ScoreConfig(Section):
     """Largest share of the photographs that may be rejected for the same reason (access denied, not an image, ...).
     Above it the run fails with an error that quotes the reason, and nothing is published. 1: no limit."""
     allow_uncalibrated: CliImplicitFlag[bool] = False
-    """Allow [vision] and [predict] settings other than those that the checkpoint was calibrated under: rows then have
-    no age intervals, no calibrated probabilities and no abstention, and `calibrated` is false in each."""
+    """Allow [vision] and [predict] settings that differ from those of the checkpoint's calibration. Rows then have no
+    age intervals, no calibrated probabilities and no abstention, and `calibrated` is false."""
     allow_empty: bool = False
     """Publish an empty run if the input has no photographs; otherwise that is an error."""
     limit: PositiveInt | None = None

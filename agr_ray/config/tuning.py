@@ -64,18 +64,18 @@ class ParameterConfig(Section):
 
     @property
     def range(self) -> tuple[float, float] | None:
-        """The bounds; None: it is a choice."""
+        """Return the bounds, or None for a choice."""
         return self.uniform or self.log_uniform or self.integer
 
     @property
     def low(self) -> float:
-        """The first bound, of what is no choice."""
+        """Return the lower bound; not for a choice."""
         assert self.range is not None
         return self.range[0]
 
     @property
     def high(self) -> float:
-        """The second bound, of what is no choice."""
+        """Return the upper bound; not for a choice."""
         assert self.range is not None
         return self.range[1]
 

@@ -10,7 +10,7 @@ from agr_ray.config.section import MAX_INT, Fraction, PositiveInt, Section, Time
 
 
 class VisionConfig(Section):
-    """How bytes become aligned faces. Training and scoring must agree in it."""
+    """How bytes become aligned faces. Training and scoring must use the same settings."""
 
     detector: Literal["mtcnn", "haar", "none"] = "mtcnn"
     """`mtcnn` finds faces and five landmarks; `haar` boxes only, with no weights; `none` takes whole chips."""
@@ -58,7 +58,7 @@ class PrepareConfig(Section):
     batch_size: PositiveInt = 32
     """Images that a worker takes at a time."""
     rows_per_file: PositiveInt = 1024
-    """Crop rows in one Parquet file: what a killed run may have to do again, for each worker."""
+    """Crop rows in one Parquet file, the unit of work that a killed worker loses."""
     allow_shrink: bool = False
     """Allow the set to follow a source that has lost more than half of its images; else that is an error."""
     outage_s: Annotated[float, Field(ge=0.0, le=1e6)] = 300.0

@@ -27,7 +27,7 @@ ROW_NAMES: Final = ("age_group", "gender", "race", "age_group_pred", "gender_pre
 
 
 class CalibratedPredictions(NamedTuple):
-    """What is said of n faces; None for a task without head, and where it was not calibrated, as said."""
+    """Predictions for n faces, calibrated where a calibration was fitted; None for a task without a head."""
 
     age: NDArray[np.float32] | None
     """(n,) years, as predicted."""

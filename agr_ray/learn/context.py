@@ -70,7 +70,7 @@ class Context(Protocol):
     def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
         """Iterate over this rank's share of one epoch (from 1), shuffled anew for each.
 
-        An epoch that was left after some steps is gone on with in another order; the loop takes as much as is left.
+        An epoch that was interrupted is resumed in another order; the loop takes only the remaining steps.
         """
 
     def val_batches(self) -> Iterator[Batch]:

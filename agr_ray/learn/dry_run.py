@@ -77,12 +77,12 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus
     Args:
         run: as workers would be told it.
         sets: its data, of which a part or so is read.
-        model: with its first weights; left as it is.
+        model: with its initial weights; not changed.
         num_cpus: CPUs of this machine that this process may use.
         console: where to print.
 
     Raises:
-        JobError: the loss is no number within these few steps.
+        JobError: the loss is not finite within these steps.
     """
     job, config = run.job, run.job.train
     for line in plan_lines(run, model):

@@ -61,7 +61,7 @@ def train(
 
     Args:
         context: where batches come from and reports go to.
-        model: with its first weights, or those of the checkpoint to resume from; ends with the last epoch's
+        model: with its initial weights, or those of the checkpoint to resume from; ends with the last epoch's
             raw weights, on the context's device.
         transform: the model's.
         job: sections model, loss, augment, train and predict are read.

@@ -14,9 +14,9 @@ _NAMED_ROWS: Final = 8
 
 
 class NonFiniteLossError(Exception):
-    """The loss is no number: names the epoch, the step, each task's loss and the rows. The run stops; nothing is saved.
+    """The loss is not finite: names the epoch, the step, each task's loss and the rows.
 
-    Raised on all ranks.
+    The run stops and nothing is saved. Raised on all ranks.
     """
 
     def __init__(self, said: str, image_ids: Sequence[str] | None) -> None:
@@ -39,7 +39,7 @@ class Monitor:
         self.pending: list[tuple[int, Tensor, list[str]]] = []
         self.problem = ""
         self.bad_step = 0
-        """The first whose loss is no number; 0: there is none."""
+        """The first step whose loss is not finite; 0: none."""
         self.image_ids: list[str] = []
 
     def watch(self, step: int, loss: Tensor, sums: Tensor, counts: Tensor, batch: Batch | None) -> None:

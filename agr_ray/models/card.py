@@ -222,7 +222,7 @@ def _training(meta: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         return "Not trained, or not known how."
     model = meta["model"]
     rows = [
-        ("first weights of the backbone", model["pretrained"]),
+        ("initial weights of the backbone", model["pretrained"]),
         ("age head", model["age_head"] if "age" in model["tasks"] else None),
         *((name, _said(config.get(name) or {}, leave)) for name, leave in (("loss", ()), ("augment", ()))),
         ("train", _said(config.get("train") or {}, _MOOT)),
@@ -247,7 +247,7 @@ def _validation(metrics: Mapping[str, Any]) -> str:
         [
             f"After epoch {metrics['epoch']}, on {val['n']:,} images of the validation split. Which epoch is kept was "
             "chosen on them,\nso these figures flatter the model a little: measure it on others with jobs/evaluate.py. "
-            "The baseline is the guess\nthat does not look: the training labels' median age and most frequent classes.",
+            "The constant baseline\npredicts the training labels' median age and most frequent classes for every face.",
             "",
             *_headline_table(val),
             "",

@@ -5,7 +5,7 @@
         format_version      of this layout
         model               configuration of the network
         transform           how a stored crop becomes the network's input
-        labels              what the outputs' indices mean
+        label_space         classes and age groups, in the order of the outputs
         vision              how photographs become faces: the detector and every other setting of [vision]
         predict             how outputs become predictions: every setting of [predict]
         data, metrics, config, git_commit, created, versions    where it comes from

@@ -1,4 +1,4 @@
-"""What is predicted of faces, as arrays and as columns."""
+"""Predictions for faces, as arrays and as columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class Predictions(NamedTuple):
-    """What is said of n faces, float32; None for a task without head."""
+    """Predictions for n faces, float32; None for a task without a head."""
 
     age: NDArray[np.float32] | None
     """(n,) years, within the range that labels may have."""

@@ -1,4 +1,4 @@
-"""With which settings and which calibration a checkpoint is used, given the settings that a user sets explicitly."""
+"""Choose a checkpoint's settings and calibration, given the settings that a user sets explicitly."""
 
 from __future__ import annotations
 

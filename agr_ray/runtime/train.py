@@ -3,7 +3,7 @@
 A run is a folder, OUT/NAME:
 
     run.json            configuration, data and state; `finished` says why it ended
-    initial/            the checkpoint with the first weights
+    initial/            the checkpoint with the initial weights
     checkpoints/        Ray Train's own, one after every epoch, of which the best and the last are kept; also one within
                         an epoch if a machine was about to be preempted
     best/  last/        these two as plain checkpoints, once the run has finished
@@ -173,12 +173,12 @@ def settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
 def plan(
     job: TrainJob, storage: Storage, sets: Sequence[PreparedSet], uri: str, settings: str, console: Console
 ) -> tuple[Run, MultiTaskNet | None]:
-    """Check the labels, and draw or read the first weights; None if the run is resumed. Write nothing.
+    """Check the labels, and draw or read the initial weights; None if the run is resumed. Write nothing.
 
     Suspicious data triggers a warning on the console.
 
     Raises:
-        ConfigError: there are too few crops, training images are in another split too, or the first weights can't be
+        ConfigError: there are too few crops, training images are in another split too, or the initial weights can't be
             read.
     """
     check_mlflow(job.train.mlflow_uri)
@@ -266,7 +266,7 @@ def _check_finite(run: Run) -> None:
 
 
 def _begin(run: Run, first: MultiTaskNet | None) -> None:
-    """Write the first weights and run.json, unless the run is resumed; the caller holds the lock."""
+    """Write the initial weights and run.json, unless the run is resumed; the caller holds the lock."""
     storage = run.storage
     storage.delete(storage.join(run.uri, FAILURE))
     if first is None or storage.exists(storage.join(run.uri, "run.json")):
@@ -278,7 +278,7 @@ def _begin(run: Run, first: MultiTaskNet | None) -> None:
 
 
 def _initial_model(run: Run, labels: Labels) -> MultiTaskNet:
-    """Draw the first weights, or read those that the configuration names.
+    """Draw the initial weights, or read those that the configuration names.
 
     Raises:
         ConfigError: they can't be read, or don't fit the network.

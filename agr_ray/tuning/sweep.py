@@ -110,7 +110,7 @@ class Sweep:
         self.write_record("")
         for number, trial in sorted(self.trials.items()):
             if trial.never_learnt:
-                # It begins as if for the first time: its first weights may have been deleted.
+                # It begins as if for the first time: its initial weights may have been deleted.
                 self.check_lock()
                 self.storage.delete(self.storage.join(self.trial_uri(number), "run.json"))
                 trial = dataclasses.replace(trial, state="unfinished", why="")

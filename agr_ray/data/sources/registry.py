@@ -1,4 +1,4 @@
-"""Which module reads which kind of source, and which labels it has."""
+"""The module and the label space of each kind of source."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def label_space(source: SourceConfig, labels: LabelsConfig) -> LabelSpace:
 
 
 def split_fractions(source: SourceConfig, split: SplitConfig) -> dict[str, float]:
-    """Return the shares by which images without a split of their own are dealt."""
+    """Return the fractions by which images without a split of their own are split."""
     if source.kind == "fairface" and source.published_splits:
         return {"train": round(1.0 - split.val, 9), "val": split.val, "test": 0.0}
     return split.fractions
