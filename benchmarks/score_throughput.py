@@ -233,17 +233,14 @@ def attribute_agreement(paths: list[Path], directory: Path, name: str) -> tuple[
 
 def agreement_table(ours: Predictions, plain: Predictions, name: str) -> Table:
     """Say by how much two predictions of the same faces differ."""
-    assert ours.age is not None
-    assert ours.p_male is not None
-    assert ours.race_probs is not None
-    assert plain.race_probs is not None
+    num_faces = len(ours["age"])
     table = Table(
-        "attribute", "mean difference", "largest", title=f"(b) against plain float32, {name}, {len(ours.age)} faces"
+        "attribute", "mean difference", "largest", title=f"(b) against plain float32, {name}, {num_faces} faces"
     )
-    for attribute, one, other in (("age, years", ours.age, plain.age), ("p_male", ours.p_male, plain.p_male)):
-        difference = np.abs(one - other)
+    for attribute, task in (("age, years", "age"), ("p_male", "gender")):
+        difference = np.abs(ours[task] - plain[task])
         table.add_row(attribute, f"{difference.mean():.4f}", f"{difference.max():.4f}")
-    same = (ours.race_probs.argmax(axis=1) == plain.race_probs.argmax(axis=1)).mean()
+    same = (ours["race"].argmax(axis=1) == plain["race"].argmax(axis=1)).mean()
     table.add_row("race, same class", f"{same:.1%}", "")
     return table
 

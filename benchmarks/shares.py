@@ -40,7 +40,8 @@ from agr_ray.data.crops import read_labels
 from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration
 from agr_ray.evaluation.terms import predicted_gender
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.models.predictions import Predictions, class_probs_array
+from agr_ray.models.predictions import Predictions
+from agr_ray.predict.crop_predictor import read_predictions
 from agr_ray.schema import DEMOGRAPHIC_COUNTS, PREDICTIONS
 from agr_ray.tables.demographics import demographics
 from agr_ray.tables.face_rows import count_faces
@@ -106,12 +107,8 @@ def read(path: Path) -> Scored:
     missing = [name for name in ("age_pred", "p_male", "race_probs") if rows[name].null_count]
     if missing:
         raise SystemExit(f"{path}: has rows without {missing[0]}: a model of age, gender and race is needed")
-    race_probs = class_probs_array(rows["race_probs"], UTKFACE.races)
-    predictions = (np.asarray(rows["age_pred"]), np.asarray(rows["p_male"]), race_probs)
-    return Scored(
-        labels.take(known),
-        Predictions(*(values[known] for values in predictions)),
-    )
+    predictions = read_predictions(rows, UTKFACE)
+    return Scored(labels.take(known), {task: values[known] for task, values in predictions.items()})
 
 
 def draw_mixtures(

@@ -97,12 +97,12 @@ class Calibration:
             coverage: as the field, and so are the rest.
         """
         notes: list[str] = []
-        age = None if predictions.age is None else fit_age(labels, predictions.age, coverage, notes)
+        age = fit_age(labels, predictions["age"], coverage, notes) if "age" in predictions else None
         gender, race = (
             None if probs is None else fit_classes(task, truth, probs, risk, notes)
             for task, truth, probs in (
-                ("gender", labels.gender, gender_probs(predictions.p_male)),
-                ("race", labels.race, predictions.race_probs),
+                ("gender", labels.gender, gender_probs(predictions.get("gender"))),
+                ("race", labels.race, predictions.get("race")),
             )
         )
         num_rows = len(labels)
@@ -112,7 +112,7 @@ class Calibration:
             "age_group": labels.age_group,
             "gender": labels.gender,
             "race": labels.race,
-            "age_group_pred": unknown if predictions.age is None else labels.space.age_group(predictions.age),
+            "age_group_pred": labels.space.age_group(predictions["age"]) if "age" in predictions else unknown,
             "gender_pred": unknown,
             "race_pred": unknown,
         }
@@ -202,9 +202,9 @@ def _apply(
     race: ClassCalibration | None,
 ) -> CalibratedPredictions:
     age_low, age_high, abstain_gender, abstain_race = None, None, None, None
-    p_male, race_probs = predictions.p_male, predictions.race_probs
-    if predictions.age is not None and age is not None:
-        age_low, age_high = age.apply(predictions.age, space)
+    ages, p_male, race_probs = (predictions.get(task) for task in ("age", "gender", "race"))
+    if ages is not None and age is not None:
+        age_low, age_high = age.apply(ages, space)
     probs = gender_probs(p_male)
     if probs is not None and gender is not None:
         scaled = scaled_probs(probs, gender.temperature)
@@ -212,7 +212,7 @@ def _apply(
     if race_probs is not None and race is not None:
         scaled = scaled_probs(race_probs, race.temperature)
         race_probs, abstain_race = scaled.astype(np.float32), scaled.max(axis=1) < race.abstain_below
-    return CalibratedPredictions(predictions.age, age_low, age_high, p_male, race_probs, abstain_gender, abstain_race)
+    return CalibratedPredictions(ages, age_low, age_high, p_male, race_probs, abstain_gender, abstain_race)
 
 
 def gender_probs(p_male: NDArray[np.float32] | None) -> FloatArray | None:

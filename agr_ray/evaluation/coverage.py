@@ -36,10 +36,10 @@ def coverage_report(labels: Labels, predictions: Predictions, calibration: Calib
     if made.age_low is not None and made.age_high is not None:
         age = _coverage(labels, made.age_low, made.age_high, calibration.coverage)
     if made.abstain_gender is not None:
-        before, after = gender_probs(predictions.p_male), gender_probs(made.p_male)
+        before, after = gender_probs(predictions["gender"]), gender_probs(made.p_male)
         gender = _selection(labels.gender, before, after, made.abstain_gender, calibration.risk)
     if made.abstain_race is not None:
-        race = _selection(labels.race, predictions.race_probs, made.race_probs, made.abstain_race, calibration.risk)
+        race = _selection(labels.race, predictions["race"], made.race_probs, made.abstain_race, calibration.risk)
     return {"n": len(labels), "age": age, "gender": gender, "race": race}
 
 

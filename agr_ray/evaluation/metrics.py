@@ -56,11 +56,14 @@ class Baseline:
 
     def predict(self, num_rows: int) -> Predictions:
         """Guess so many times."""
-        age = None if self.age_years is None else np.full(num_rows, self.age_years, np.float32)
-        p_male = None if self.gender is None else np.full(num_rows, self.gender, np.float32)
-        chances = np.eye(len(self.space.races), dtype=np.float32)
-        race_probs = None if self.race is None else np.tile(chances[self.race], (num_rows, 1))
-        return Predictions(age, p_male, race_probs)
+        guesses: dict[str, NDArray[np.float32]] = {}
+        if self.age_years is not None:
+            guesses["age"] = np.full(num_rows, self.age_years, np.float32)
+        if self.gender is not None:
+            guesses["gender"] = np.full(num_rows, self.gender, np.float32)
+        if self.race is not None:
+            guesses["race"] = np.tile(np.eye(len(self.space.races), dtype=np.float32)[self.race], (num_rows, 1))
+        return guesses
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, classes as words."""
@@ -119,24 +122,23 @@ class MetricSums:
             fallback: (n,) where no face was found; none: nowhere.
         """
         self.rows += (len(labels), 0 if fallback is None else int(fallback.sum()))
-        if predictions.age is not None:
+        if "age" in predictions:
             low, high = labels.age_range
             known = np.isfinite(low)
-            low, high, guess = low[known], high[known], predictions.age[known].astype(np.float64)
+            low, high, guess = low[known], high[known], predictions["age"][known].astype(np.float64)
             distance = np.maximum(np.maximum(low - guess, guess - high), 0.0)
             exact = np.isfinite(labels.age[known])
             error = guess[exact] - low[exact]
             self.age += (len(error), np.abs(error).sum(), error.sum(), distance.sum())
             self.within += (np.abs(error)[:, None] <= np.arange(CS_YEARS)).sum(axis=0)
             self.age_group += _confusion(labels.age_group[known], self.space.age_group(guess), len(self.age_group))
-        if predictions.p_male is not None:
+        if "gender" in predictions:
             known = labels.gender >= 0
-            self.gender += _confusion(
-                labels.gender[known], predicted_gender(predictions.p_male[known]), len(self.gender)
-            )
-        if predictions.race_probs is not None:
+            guesses = predicted_gender(predictions["gender"][known])
+            self.gender += _confusion(labels.gender[known], guesses, len(self.gender))
+        if "race" in predictions:
             known = labels.race >= 0
-            self.race += _confusion(labels.race[known], predictions.race_probs[known].argmax(axis=1), len(self.race))
+            self.race += _confusion(labels.race[known], predictions["race"][known].argmax(axis=1), len(self.race))
 
     def to_json(self) -> dict[str, Any]:
         """Divide: n, n_fallback, and a table for each task."""
@@ -187,8 +189,7 @@ def metrics_report(
         seed: of the bootstrap.
     """
     baseline = Baseline.fit(labels, fitted_on="evaluated") if baseline is None else baseline
-    headed = baseline.predict(len(labels))
-    guesses = Predictions(*(g if p is not None else None for g, p in zip(headed, predictions, strict=True)))
+    guesses = {task: guess for task, guess in baseline.predict(len(labels)).items() if task in predictions}
     return {
         **_sums(labels, predictions, fallback).to_json(),
         "labels": {
@@ -245,7 +246,7 @@ def _take(
 ) -> tuple[Labels, Predictions, NDArray[np.bool_] | None]:
     return (
         labels.take(chosen),
-        Predictions(*(None if values is None else values[chosen] for values in predictions)),
+        {task: values[chosen] for task, values in predictions.items()},
         None if fallback is None else fallback[chosen],
     )
 

@@ -31,10 +31,10 @@ def row_terms(labels: Labels, predictions: Predictions) -> dict[str, FloatArray]
     """
     none = np.zeros(len(labels), bool)
     low, high = labels.age_range
-    known = none if predictions.age is None else np.isfinite(low)
+    known = np.isfinite(low) if "age" in predictions else none
     exact = known & np.isfinite(labels.age)
     low, high = np.where(known, low, 0.0), np.where(known, high, 0.0)
-    guess = low if predictions.age is None else np.where(known, predictions.age, 0.0).astype(np.float64)
+    guess = np.where(known, predictions.get("age", low), 0.0).astype(np.float64)
     off = np.abs(labels.space.age_group(guess) - labels.age_group)
     terms: dict[str, NDArray[Any]] = {
         "age": exact,
@@ -46,8 +46,8 @@ def row_terms(labels: Labels, predictions: Predictions) -> dict[str, FloatArray]
         "age_exact_group": known & (off == 0),
         "age_one_off": known & (off <= 1),
     }
-    genders = None if predictions.p_male is None else predicted_gender(predictions.p_male)
-    races = None if predictions.race_probs is None else predictions.race_probs.argmax(axis=1)
+    genders = predicted_gender(predictions["gender"]) if "gender" in predictions else None
+    races = predictions["race"].argmax(axis=1) if "race" in predictions else None
     for task, classes, predicted, names in (
         ("gender", labels.gender, genders, labels.space.genders),
         ("race", labels.race, races, labels.space.races),

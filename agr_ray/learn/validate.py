@@ -17,7 +17,6 @@ from agr_ray.learn.context import Context
 from agr_ray.learn.losses import label_counts, multi_task_loss, weighted_loss
 from agr_ray.learn.monitor import NonFiniteLossError, describe
 from agr_ray.models.network import MultiTaskNet
-from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import average, infer, to_nchw
 
@@ -73,8 +72,8 @@ def validate(
         predictions = average(heads, views)
         sums.update(labels, predictions)
         groups.update(labels, predictions)
-        headed = zip(baseline.predict(num_rows(batch)), predictions, strict=True)
-        guesses.update(labels, Predictions(*(g if p is not None else None for g, p in headed)))
+        guessed = baseline.predict(num_rows(batch))
+        guesses.update(labels, {task: guess for task, guess in guessed.items() if task in predictions})
     parts = (losses.numpy(), sums.vector, guesses.vector, groups.vector)
     total = context.all_reduce_sum(torch.from_numpy(np.concatenate(parts))).numpy()
     ends = np.cumsum([part.size for part in parts])

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+Predictions: TypeAlias = Mapping[str, NDArray[np.float32]]
+"""What each head reads out for n faces, by task; a task without a head is not there.
 
-class Predictions(NamedTuple):
-    """Predictions for n faces, float32; None for a task without a head."""
-
-    age: NDArray[np.float32] | None
-    """(n,) years, within the range that labels may have."""
-    p_male: NDArray[np.float32] | None
-    """(n,) probability of "male"; male if and only if it is over 0.5."""
-    race_probs: NDArray[np.float32] | None
-    """(n, races), in the order of the label space; each row sums to 1."""
+- `age`: (n,) years, within the range that labels may have.
+- `gender`: (n,) probability of "male"; male if and only if it is over 0.5.
+- `race`: (n, races) probabilities in the order of the label space; each row sums to 1.
+"""
 
 
 def class_probs_column(probs: NDArray[np.float32], names: Sequence[str]) -> pa.MapArray:

@@ -83,8 +83,7 @@ class AttributePredictor:
             batch = crops_u8[start : start + size]
             padding = ((0, size - len(batch)), (0, 0), (0, 0), (0, 0))
             batches.append(predict(self._model, np.pad(batch, padding), self._transform, self._config))
-        columns = zip(*batches, strict=True)
-        return Predictions(*(None if each[0] is None else np.concatenate(each)[:num_crops] for each in columns))
+        return {task: np.concatenate([each[task] for each in batches])[:num_crops] for task in batches[0]}
 
     def attributes(self, crops_u8: NDArray[np.uint8]) -> CalibratedPredictions:
         """Return predictions, calibrated if there is a calibration. Arguments are those of `predict`."""
@@ -95,11 +94,11 @@ class AttributePredictor:
 def uncalibrated(predictions: Predictions) -> CalibratedPredictions:
     """Return predictions as they are: without intervals, and never abstaining."""
     return CalibratedPredictions(
-        age=predictions.age,
+        age=predictions.get("age"),
         age_low=None,
         age_high=None,
-        p_male=predictions.p_male,
-        race_probs=predictions.race_probs,
+        p_male=predictions.get("gender"),
+        race_probs=predictions.get("race"),
         abstain_gender=None,
         abstain_race=None,
     )

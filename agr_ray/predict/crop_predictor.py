@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -66,11 +66,9 @@ def prediction_columns(predictions: Predictions, num_rows: int, space: LabelSpac
 
 def read_predictions(table: pa.Table, space: LabelSpace) -> Predictions:
     """Return the predictions in rows of schema.PREDICTIONS; a task without a head has nulls only."""
-
-    def array(name: str) -> Any:
-        return None if table[name].null_count == table.num_rows else np.asarray(table[name])
-
-    race_probs = None
-    if table["race_probs"].null_count < table.num_rows:
-        race_probs = class_probs_array(table["race_probs"], space.races)
-    return Predictions(array("age_pred"), array("p_male"), race_probs)
+    columns = {"age": "age_pred", "gender": "p_male", "race": "race_probs"}
+    return {
+        task: class_probs_array(table[name], space.races) if task == "race" else np.asarray(table[name])
+        for task, name in columns.items()
+        if table[name].null_count < table.num_rows
+    }

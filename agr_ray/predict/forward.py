@@ -60,9 +60,8 @@ def infer(model: MultiTaskNet, images_u8: Tensor, transform: Transform, config: 
 
 
 def average(heads: Mapping[str, Head], views: Sequence[Outputs]) -> Predictions:
-    """Average ages and probabilities over the views of the same faces."""
-    means = {
+    """Average what each head reads out over the views of the same faces."""
+    return {
         task: torch.stack([head.read_out(view[task]) for view in views]).mean(dim=0).float().cpu().numpy()
         for task, head in heads.items()
     }
-    return Predictions(means.get("age"), means.get("gender"), means.get("race"))

@@ -50,23 +50,23 @@ def samples_page(crops_nhwc: NDArray[np.uint8], labels: Labels, predictions: Pre
 def describe(labels: Labels, predictions: Predictions, index: int) -> tuple[str, str, bool]:
     """Return one row's labels and predictions in words, and whether any prediction is wrong."""
     truth, said, is_wrong = [], [], False
-    if predictions.age is not None:
+    if "age" in predictions:
         low, high = (float(ends[index]) for ends in labels.age_range)
-        guess = float(predictions.age[index])
+        guess = float(predictions["age"][index])
         truth.append("?" if math.isnan(low) else f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}")
         said.append(f"{guess:.0f}")
         is_wrong |= max(low - guess, guess - high) > _FAR_YEARS  # never, of a missing one
     classes: list[tuple[int, Any, tuple[str, ...]]] = []
-    if predictions.p_male is not None:
+    if "gender" in predictions:
         classes.append(
             (
                 int(labels.gender[index]),
-                predicted_gender(predictions.p_male[index : index + 1])[0],
+                predicted_gender(predictions["gender"][index : index + 1])[0],
                 labels.space.genders,
             )
         )
-    if predictions.race_probs is not None:
-        classes.append((int(labels.race[index]), predictions.race_probs[index].argmax(), labels.space.races))
+    if "race" in predictions:
+        classes.append((int(labels.race[index]), predictions["race"][index].argmax(), labels.space.races))
     for code, guessed, names in classes:
         truth.append("?" if code < 0 else names[code])
         said.append(names[int(guessed)])

@@ -213,9 +213,8 @@ def _check_finite(predictions: Predictions, checkpoint: str) -> None:
         JobError: some predictions are not finite.
     """
     bad = np.zeros(1, bool)
-    for values in predictions:
-        if values is not None:
-            bad = bad | ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    for values in predictions.values():
+        bad = bad | ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
     if bad.any():
         raise JobError(
             f"evaluate.checkpoint {checkpoint}: its predictions for {bad.sum():,} of {len(bad):,} images are not "

@@ -12,9 +12,11 @@ import pytest
 import ray
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "unit"))  # bad_images
+UNIT = str(HERE.parent / "unit")
+sys.path.insert(0, UNIT)  # bad_images
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [UNIT, os.environ.get("PYTHONPATH")]))  # toy_registry
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +29,7 @@ def ray_cluster() -> Iterator[None]:
             num_cpus=8,
             object_store_memory=512 * 2**20,
             include_dashboard=True,  # Ray Train asks it which workers live
+            runtime_env={"worker_process_setup_hook": "toy_registry.register"},
             _temp_dir=temporary,
         )
         yield

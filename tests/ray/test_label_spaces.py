@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import toy_registry
 from published_sets import write_adience, write_fairface
 from sets import SIDE_PX, checkpoint, prepared_set
 
@@ -51,15 +52,10 @@ def prepared(folder: Path, kind: str) -> PreparedSet:
     )
 
 
-def trained(folder: Path, tasks: tuple[str, ...]) -> str:
+def trained(folder: Path, **model: Any) -> str:
     return train(
         TrainJob(
-            model=ModelConfig(
-                backbone="mobilenet_v3_small",
-                image_size=SIDE_PX,
-                age_head="distribution",
-                tasks=tasks,  # type: ignore[arg-type]
-            ),
+            model=ModelConfig(image_size=SIDE_PX, **model),
             train=TrainConfig(
                 data=str(folder / "set"),
                 out=str(folder / "runs"),
@@ -112,7 +108,7 @@ def test_fairface_from_its_files_to_tables(tmp_path: Path) -> None:
     assert made.splits["train"] + made.splits["val"] == 60
     assert made.splits["val"] > 10
 
-    model = trained(tmp_path, ("age", "gender", "race"))
+    model = trained(tmp_path, backbone="mobilenet_v3_small", age_head="distribution")
     meta = json.loads((Path(model) / "meta.json").read_text())
     assert meta["label_space"] == FAIRFACE.to_json()
     assert list(meta["data"]["train_labels"]["race"]) == list(FAIRFACE.races)
@@ -162,7 +158,7 @@ def test_fairface_from_its_files_to_tables(tmp_path: Path) -> None:
         measured(tmp_path / "utkface", model, "test")
 
 
-def test_adience_from_its_files_to_tables(tmp_path: Path) -> None:
+def test_adience_from_its_files_to_tables_with_added_parts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     write_adience(tmp_path / "source", num_users=20, num_each=4)
 
     made = prepared(tmp_path, "adience")
@@ -172,7 +168,9 @@ def test_adience_from_its_files_to_tables(tmp_path: Path) -> None:
     assert len({(row["group_id"], row["split"]) for row in rows}) == 20
     assert [row["age"] is None for row in rows].count(False) == 8
 
-    model = trained(tmp_path, ("age", "gender"))
+    toy_registry.register()  # as each of Ray's workers does
+    request.addfinalizer(toy_registry.unregister)
+    model = trained(tmp_path, backbone="patches", attention="gain", age_head="log", tasks=("age", "gender"))
     metrics = measured(tmp_path, model, "val", calibrate=True)
     num_exact = sum(row["split"] == "val" and row["age"] is not None for row in rows)
     assert metrics["age"]["n"] == num_exact

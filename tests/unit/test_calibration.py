@@ -22,7 +22,6 @@ from agr_ray.models.predictions import Predictions
 
 NAN = math.nan
 TRUE_TEMPERATURE = 2.5
-NOTHING = Predictions(None, None, None)
 
 
 def draw(num_rows: int, seed: int) -> tuple[Labels, Predictions]:
@@ -38,11 +37,11 @@ def draw(num_rows: int, seed: int) -> tuple[Labels, Predictions]:
     gender = (rng.random(num_rows) < _sigmoid(gender_logit)).astype(np.int64)
     race = (race_logits + rng.gumbel(size=race_logits.shape)).argmax(axis=1)
     exponentials = np.exp(TRUE_TEMPERATURE * race_logits)
-    return Labels(UTKFACE, age.astype(np.float32), gender, race), Predictions(
-        predicted.astype(np.float32),
-        _sigmoid(TRUE_TEMPERATURE * gender_logit).astype(np.float32),
-        (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32),
-    )
+    return Labels(UTKFACE, age.astype(np.float32), gender, race), {
+        "age": predicted.astype(np.float32),
+        "gender": _sigmoid(TRUE_TEMPERATURE * gender_logit).astype(np.float32),
+        "race": (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32),
+    }
 
 
 def _sigmoid(logit: Any) -> Any:
@@ -56,7 +55,7 @@ def fit(labels: Labels, predictions: Predictions, coverage: float = 0.9, risk: f
 def only_age(truth: list[float], predicted: list[float]) -> tuple[Labels, Predictions]:
     missing = np.full(len(truth), -1)
     age = np.asarray(predicted, np.float32)
-    return Labels(UTKFACE, np.asarray(truth, np.float32), missing, missing), NOTHING._replace(age=age)
+    return Labels(UTKFACE, np.asarray(truth, np.float32), missing, missing), {"age": age}
 
 
 FRESH = draw(10_000, seed=1)
@@ -67,8 +66,8 @@ def test_age_intervals_cover_as_promised_over_repeated_draws(num_rows: int, cove
     reports = []
     for seed in range(2, 62):
         labels, predictions = draw(num_rows, seed)
-        calibration = fit(labels, NOTHING._replace(age=predictions.age), coverage=coverage)
-        reports.append(coverage_report(FRESH[0], NOTHING._replace(age=FRESH[1].age), calibration)["age"])
+        calibration = fit(labels, {"age": predictions["age"]}, coverage=coverage)
+        reports.append(coverage_report(FRESH[0], {"age": FRESH[1]["age"]}, calibration)["age"])
 
     # Conformal coverage is nominal to nominal + 1 / (n + 1) on average; the width of the pooled intervals is taken
     # from all ages, so small sets are a little off.
@@ -82,9 +81,9 @@ def test_age_groups_with_enough_images_have_widths_of_their_own() -> None:
 
     assert calibration.age is not None
     assert calibration.age.half_widths_years[0] < 0.4 * calibration.age.half_widths_years[7]
-    predicted_old = FRESH[1].age > 70  # type: ignore[operator]
+    predicted_old = FRESH[1]["age"] > 70
     old = FRESH[0].take(predicted_old)
-    some = Predictions(*(column[predicted_old] for column in FRESH[1]))  # type: ignore[index]
+    some = {task: values[predicted_old] for task, values in FRESH[1].items()}
     assert coverage_report(old, some, calibration)["age"]["coverage"] == pytest.approx(0.9, abs=0.03)
     assert set(report["groups"]["age_group"]) == set(UTKFACE.age_groups)
     assert sum(part["n"] for part in report["groups"]["race"].values()) == report["n"] == 10_000
@@ -94,7 +93,7 @@ def test_the_half_width_is_the_finite_sample_quantile_by_hand() -> None:
     # 9 errors 1 .. 9: ceil(10 * 0.7) = the 7th smallest. The ends stay within what labels can be.
     labels, predictions = only_age([21, 22, 23, 24, 25, 26, 27, 28, 29], [20] * 9)
     calibration = fit(labels, predictions, coverage=0.7)
-    made = calibration.apply(NOTHING._replace(age=np.array([3, 50, 112], np.float32)))
+    made = calibration.apply({"age": np.array([3, 50, 112], np.float32)})
 
     assert made.age_low is not None
     assert made.age_high is not None
@@ -110,7 +109,7 @@ def test_too_few_ages_give_no_interval_and_a_note() -> None:
 
     assert calibration.age is None
     assert calibration.notes == ("age: 2 images labelled with an exact age are too few for intervals of coverage 0.9",)
-    assert made.age is predictions.age
+    assert made.age is predictions["age"]
     assert (made.age_low, made.age_high) == (None, None)
     assert coverage_report(labels, predictions, calibration) == {"n": 3, "age": None, "gender": None, "race": None}
 
@@ -132,19 +131,18 @@ def test_the_likeliest_class_stays_the_likeliest() -> None:
 
     assert made.p_male is not None
     assert made.race_probs is not None
-    assert ((made.p_male > 0.5) == (predictions.p_male > 0.5)).all()  # type: ignore[operator]
-    assert (made.race_probs.argmax(axis=1) == predictions.race_probs.argmax(axis=1)).all()  # type: ignore[union-attr]
+    assert ((made.p_male > 0.5) == (predictions["gender"] > 0.5)).all()
+    assert (made.race_probs.argmax(axis=1) == predictions["race"].argmax(axis=1)).all()
     assert made.race_probs.sum(axis=1) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("task", ["gender", "race"])
 def test_the_risk_is_held_in_95_of_100_draws(task: str) -> None:
-    field = {"gender": "p_male", "race": "race_probs"}[task]
-    fresh = NOTHING._replace(**{field: getattr(FRESH[1], field)})
+    fresh = {task: FRESH[1][task]}
     reports = []
     for seed in range(2, 102):
         labels, predictions = draw(800, seed)
-        calibration = fit(labels, NOTHING._replace(**{field: getattr(predictions, field)}))
+        calibration = fit(labels, {task: predictions[task]})
         reports.append(coverage_report(FRESH[0], fresh, calibration)[task])
 
     assert sum(report["error"] is None or report["error"] <= 0.1 for report in reports) >= 95
@@ -168,7 +166,7 @@ def test_a_risk_that_everything_meets_needs_no_abstention_and_one_that_nothing_m
 
 def test_perfectly_separated_labels_stop_at_the_end_of_the_range_and_say_so() -> None:
     labels, predictions = draw(200, seed=2)
-    truth = dataclasses.replace(labels, race=predictions.race_probs.argmax(axis=1))  # type: ignore[union-attr]
+    truth = dataclasses.replace(labels, race=predictions["race"].argmax(axis=1))
     calibration = fit(truth, predictions)
 
     assert calibration.race is not None
@@ -180,7 +178,7 @@ def test_saturated_probabilities_stay_finite() -> None:
     labels, predictions = draw(200, seed=2)
     certain = np.eye(len(UTKFACE.races), dtype=np.float32)[labels.race]
     certain[:5] = certain[5:10]  # some are wrong, with a probability of 1
-    saturated = predictions._replace(p_male=labels.gender.astype(np.float32), race_probs=certain)
+    saturated = {**predictions, "gender": labels.gender.astype(np.float32), "race": certain}
     calibration = fit(labels, saturated)
 
     json.dumps(calibration.to_json(), allow_nan=False)
@@ -197,7 +195,7 @@ def test_missing_labels_leave_an_image_out_of_its_part_only() -> None:
         np.where(np.roll(gone, 400), -1, labels.race),
     )
     calibration = fit(holes, predictions)
-    alone = fit(labels.take(~gone), Predictions(*(column[~gone] for column in predictions)))  # type: ignore[index]
+    alone = fit(labels.take(~gone), {task: values[~gone] for task, values in predictions.items()})
     report = coverage_report(holes, predictions, calibration)
 
     assert calibration.age == alone.age
@@ -213,7 +211,7 @@ def test_a_label_that_nobody_has_leaves_predictions_as_they_are() -> None:
     made = calibration.apply(predictions)
 
     assert calibration.race is None
-    assert made.race_probs is predictions.race_probs
+    assert made.race_probs is predictions["race"]
     assert made.abstain_race is None
     assert made.abstain_gender is not None
     assert (calibration.rows["race_pred"] == -1).all()
@@ -222,12 +220,13 @@ def test_a_label_that_nobody_has_leaves_predictions_as_they_are() -> None:
 
 def test_a_missing_head_is_none() -> None:
     labels, predictions = draw(300, seed=2)
-    calibration = fit(labels, predictions._replace(p_male=None))
-    made = calibration.apply(predictions._replace(p_male=None))
+    predictions = {task: values for task, values in predictions.items() if task != "gender"}
+    calibration = fit(labels, predictions)
+    made = calibration.apply(predictions)
 
     assert calibration.gender is None
     assert (made.p_male, made.abstain_gender) == (None, None)
-    assert coverage_report(labels, predictions._replace(p_male=None), calibration)["gender"] is None
+    assert coverage_report(labels, predictions, calibration)["gender"] is None
     assert (calibration.rows["gender_pred"] == -1).all()
 
 
@@ -329,7 +328,7 @@ def test_exact_ages_alone_make_the_interval() -> None:
     mixed = dataclasses.replace(
         labels, age=np.where(exact, labels.age, NAN).astype(np.float32), age_low=labels.age - 2, age_high=labels.age + 2
     )
-    alone = fit(labels.take(exact), Predictions(*(column[exact] for column in predictions)))  # type: ignore[index]
+    alone = fit(labels.take(exact), {task: values[exact] for task, values in predictions.items()})
     assert fit(mixed, predictions).age == alone.age
 
 

@@ -15,7 +15,6 @@ from agr_ray.console import make_console
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.checkpoint import model_digest
-from agr_ray.models.predictions import Predictions
 from agr_ray.scoring.loaded_model import load_model
 
 
@@ -24,7 +23,7 @@ def calibration(folder: Path, num_seen: int | None) -> Calibration:
     age = rng.uniform(1, 90, 60).astype(np.float32)
     return Calibration.fit(
         Labels(UTKFACE, age, np.full(60, -1), np.full(60, -1)),
-        Predictions(age + rng.normal(0, 5, 60).astype(np.float32), None, None),
+        {"age": age + rng.normal(0, 5, 60).astype(np.float32)},
         coverage=0.9,
         risk=0.05,
         model_digest=model_digest(folder),

@@ -11,7 +11,6 @@ from agr_ray.evaluation.groups import GroupSums, class_counts
 from agr_ray.evaluation.metrics import Baseline, metrics_report
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.card import model_card, with_measured
-from agr_ray.models.predictions import Predictions
 
 RNG = np.random.default_rng(0)
 NUM_ROWS = 1000
@@ -23,11 +22,11 @@ TRUTH = Labels(
     (np.arange(NUM_ROWS) % 10 != 0).astype(np.int64),
     RACE,
 )
-GUESS = Predictions(
-    TRUTH.age + 3,
-    np.where(RACE == 3, 1 - TRUTH.gender, TRUTH.gender).astype(np.float32),
-    np.eye(5, dtype=np.float32)[np.zeros(NUM_ROWS, int)],
-)
+GUESS = {
+    "age": TRUTH.age + 3,
+    "gender": np.where(RACE == 3, 1 - TRUTH.gender, TRUTH.gender).astype(np.float32),
+    "race": np.eye(5, dtype=np.float32)[np.zeros(NUM_ROWS, int)],
+}
 
 
 def meta(**changes: Any) -> dict[str, Any]:

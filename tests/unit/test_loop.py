@@ -120,11 +120,9 @@ def test_validation_reports_what_predict_says() -> None:
     data = faces(10)
     _, reports, model = run(job({"epochs": 1}), data)
     predictions = predict(model.eval(), data["crop"], TRANSFORM, PredictConfig())
-    assert predictions.age is not None
-    assert predictions.race_probs is not None
-    error = np.abs(predictions.age - data["age"]).mean()
+    error = np.abs(predictions["age"] - data["age"]).mean()
     assert reports[0].metrics["age"]["mae_years"] == pytest.approx(float(error), rel=1e-4)
-    np.testing.assert_allclose(predictions.race_probs.sum(axis=1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(predictions["race"].sum(axis=1), 1.0, rtol=1e-5)
 
 
 def test_flip_average_is_the_mean_of_both_views() -> None:
@@ -132,17 +130,14 @@ def test_flip_average_is_the_mean_of_both_views() -> None:
     crops[:, :, :19] //= 2
     averaged = predict(model, crops, TRANSFORM, PredictConfig(flip_average=True))
     plain, mirrored = (predict(model, c, TRANSFORM, PredictConfig()) for c in (crops, crops[:, :, ::-1].copy()))
-    for mean, first, second in zip(averaged, plain, mirrored, strict=True):
-        assert mean is not None
-        assert first is not None
-        assert second is not None
-        np.testing.assert_allclose(mean, (first + second) / 2, rtol=1e-5)
+    assert list(averaged) == ["age", "gender", "race"]
+    for task, mean in averaged.items():
+        np.testing.assert_allclose(mean, (plain[task] + mirrored[task]) / 2, rtol=1e-5)
 
 
 def test_predicting_nothing_gives_nothing() -> None:
     predictions = predict(network(job({})).eval(), faces(0)["crop"], TRANSFORM, PredictConfig())
-    assert predictions.race_probs is not None
-    assert predictions.race_probs.shape == (0, 5)
+    assert predictions["race"].shape == (0, 5)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def labels(age: list[float], gender: list[int], race: list[int]) -> Labels:
 def predictions(age: list[float], p_male: list[float], race: list[int]) -> Predictions:
     probabilities = np.full((len(race), len(UTKFACE.races)), 0.1, np.float32)
     probabilities[np.arange(len(race)), race] = 0.6
-    return Predictions(np.array(age, np.float32), np.array(p_male, np.float32), probabilities)
+    return {"age": np.array(age, np.float32), "gender": np.array(p_male, np.float32), "race": probabilities}
 
 
 TRUTH = labels([10, 25, 40, NAN], [0, 0, 1, 1], [0, 1, 1, -1])
@@ -40,11 +40,11 @@ def some(num_rows: int, seed: int = 0) -> tuple[Labels, Predictions]:
         rng.integers(-1, 5, num_rows),
     )
     age = np.nan_to_num(truth.age) + rng.normal(0, 8, num_rows)
-    guess = Predictions(
-        age.astype(np.float32),
-        rng.random(num_rows, np.float32),
-        rng.dirichlet(np.ones(5), num_rows).astype(np.float32),
-    )
+    guess = {
+        "age": age.astype(np.float32),
+        "gender": rng.random(num_rows, np.float32),
+        "race": rng.dirichlet(np.ones(5), num_rows).astype(np.float32),
+    }
     return truth, guess
 
 
@@ -99,7 +99,7 @@ def test_parts_add_up_to_the_whole() -> None:
     parts = MetricSums(UTKFACE)
     for rows in (slice(0, 20), slice(20, 50)):
         share = Labels(UTKFACE, truth.age[rows], truth.gender[rows], truth.race[rows])
-        parts.update(share, Predictions(*(values[rows] for values in guess if values is not None)))
+        parts.update(share, {task: values[rows] for task, values in guess.items()})
     np.testing.assert_allclose(parts.vector, summed(truth, guess).vector)
 
 
@@ -122,7 +122,7 @@ def test_report_of_no_rows_at_all() -> None:
 
 def test_single_task_model_reports_its_task_only() -> None:
     truth, guess = some(30)
-    report = metrics_report(truth, Predictions(None, guess.p_male, None))
+    report = metrics_report(truth, {"gender": guess["gender"]})
     assert report["age"]["n"] == report["race"]["n"] == report["baseline"]["age"]["n"] == 0
     assert report["gender"]["n"] == report["baseline"]["gender"]["n"] > 0
 
@@ -136,8 +136,8 @@ def test_groups_partition_the_labelled_rows() -> None:
     assert sum(table["n"] for table in groups["age_group"].values()) == np.isfinite(truth.age).sum()
     assert len(groups["gender_race"]) == 10
     chosen = (truth.gender == 1) & (truth.race == 2) & np.isfinite(truth.age)
-    assert guess.age is not None
-    expected = np.abs(guess.age - truth.age)[chosen].mean()
+    assert guess["age"] is not None
+    expected = np.abs(guess["age"] - truth.age)[chosen].mean()
     assert groups["gender_race"]["male/asian"]["age"]["mae_years"] == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -145,7 +145,7 @@ def test_group_sums_over_batches_are_the_reports_groups() -> None:
     truth, guess = some(300)
     sums = GroupSums(UTKFACE)
     for rows in (slice(0, 100), slice(100, 101), slice(101, 300)):
-        part = Predictions(*(None if values is None else values[rows] for values in guess))
+        part = {task: values[rows] for task, values in guess.items()}
         sums.update(truth.take(rows), part)
     groups = metrics_report(truth, guess)["groups"]
 
@@ -164,7 +164,7 @@ def test_group_sums_over_batches_are_the_reports_groups() -> None:
 def test_group_sums_of_nothing_and_of_a_task_without_head() -> None:
     sums = GroupSums(UTKFACE)
     assert sums.to_json()["race"]["indian"]["age"]["mae_years"] is None
-    sums.update(TRUTH, Predictions(None, GUESS.p_male, None))
+    sums.update(TRUTH, {"gender": GUESS["gender"]})
     table = sums.to_json()["gender"]["female"]
     assert (table["n"], table["age"]["n"], table["race"]["n"]) == (2, 0, 0)
     assert table["gender"] == {"n": 2, "accuracy": 0.5}
@@ -193,7 +193,7 @@ def test_intervals_hold_the_value_and_are_as_wide_as_theory_says() -> None:
     rng = np.random.default_rng(1)
     right = rng.random(2000) < 0.8
     truth = Labels(UTKFACE, np.full(2000, NAN, np.float32), np.ones(2000, np.int64), np.full(2000, -1))
-    guess = Predictions(None, np.where(right, 0.9, 0.1).astype(np.float32), None)
+    guess = {"gender": np.where(right, 0.9, 0.1).astype(np.float32)}
     interval = intervals(truth, guess, seed=3)["gender"]["accuracy"]
     assert interval is not None
     low, high = interval
@@ -210,7 +210,7 @@ def test_intervals_are_the_same_for_the_same_seed() -> None:
 def test_images_of_one_person_are_resampled_together() -> None:
     truth, guess = some(40)
     repeated = truth.take(np.repeat(np.arange(len(truth)), 25))
-    repeated_guess = Predictions(*(np.repeat(values, 25, axis=0) for values in guess if values is not None))
+    repeated_guess = {task: np.repeat(values, 25, axis=0) for task, values in guess.items()}
     clusters = np.repeat(np.arange(40), 25)
 
     def width(found: dict[str, dict[str, list[float] | None]]) -> float:
@@ -234,7 +234,7 @@ def test_objective_is_the_mean_of_errors_relative_to_guessing() -> None:
 
 def test_one_row_or_one_person_has_no_interval() -> None:
     labels = Labels(UTKFACE, np.full(3, 30, np.float32), np.array([1, -1, -1]), np.array([-1, -1, -1]))
-    guess = Predictions(np.array([31, 35, 50], np.float32), np.array([0.9, 0.9, 0.9], np.float32), None)
+    guess = {"age": np.array([31, 35, 50], np.float32), "gender": np.array([0.9, 0.9, 0.9], np.float32)}
 
     apart, together = intervals(labels, guess), intervals(labels, guess, clusters=np.array([4, 4, 4]))
 
@@ -248,7 +248,7 @@ def test_ranges_count_for_age_groups_and_not_for_errors_in_years() -> None:
     age = np.array([30, NAN, NAN, NAN, NAN], np.float32)
     low, high = (np.array(ends, np.float32) for ends in ([NAN, 50, 20, 3, NAN], [NAN, 59, 29, 9, NAN]))
     truth = Labels(FAIRFACE, age, np.full(5, -1), np.full(5, -1), low, high)
-    guess = Predictions(np.array([33, 52, 31, 30, 5], np.float32), None, None)
+    guess = {"age": np.array([33, 52, 31, 30, 5], np.float32)}
 
     report = metrics_report(truth, guess)
 
@@ -267,14 +267,14 @@ def test_ranges_count_for_age_groups_and_not_for_errors_in_years() -> None:
         "n": 1, "n_range": 0, "mae_years": 3.0, "bias_years": 3.0, "within_5": 1.0, "exact_group": 1.0, "one_off": 1.0,
     }  # fmt: skip
     only_ranges = truth.take(np.isnan(age))
-    own = summed(only_ranges, Predictions(guess.age[1:], None, None)).to_json()  # type: ignore[index]
+    own = summed(only_ranges, {"age": guess["age"][1:]}).to_json()
     guessed = summed(only_ranges, Baseline.fit(only_ranges).predict(4)).to_json()
     assert objective(own, guessed, ("age",)) == pytest.approx((23 / 3) / guessed["age"]["distance_years"])
 
 
 def test_a_space_without_races_has_no_race_figures() -> None:
     truth = Labels(ADIENCE, np.array([30, 40], np.float32), np.array([0, 1]), np.full(2, -1))
-    report = metrics_report(truth, Predictions(np.array([30, 45], np.float32), np.array([0.1, 0.2], np.float32), None))
+    report = metrics_report(truth, {"age": np.array([30, 45], np.float32), "gender": np.array([0.1, 0.2], np.float32)})
 
     assert report["race"] == {"n": 0, "accuracy": None, "balanced_accuracy": None, "confusion": []}
     assert (report["labels"]["race"], report["groups"]["race"], report["groups"]["gender_race"]) == ([], {}, {})
@@ -284,5 +284,5 @@ def test_a_space_without_races_has_no_race_figures() -> None:
 
 def test_seven_races_have_a_matrix_of_seven() -> None:
     truth = Labels(FAIRFACE, np.full(7, 30, np.float32), np.full(7, 0), np.arange(7))
-    guess = Predictions(None, None, np.eye(7, dtype=np.float32)[[0, 1, 2, 3, 4, 5, 5]])
+    guess = {"race": np.eye(7, dtype=np.float32)[[0, 1, 2, 3, 4, 5, 5]]}
     assert metrics_report(truth, guess)["race"]["confusion"] == (np.eye(7)[[0, 1, 2, 3, 4, 5, 5]]).tolist()

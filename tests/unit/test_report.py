@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.models.predictions import Predictions
 from agr_ray.report.curves import curves_png
 from agr_ray.report.samples import describe, samples_page
 from agr_ray.schema import HISTORY
@@ -56,11 +55,11 @@ def test_curves_without_validation_can_be_drawn() -> None:
 LABELS = Labels(
     UTKFACE, np.array([30, NAN, 60], np.float32), np.array([0, 1, -1], np.int64), np.array([2, -1, 0], np.int64)
 )
-SAID = Predictions(
-    np.array([33, 50, 75], np.float32),
-    np.array([0.2, 0.1, 0.9], np.float32),
-    np.eye(5, dtype=np.float32)[[2, 1, 0]],
-)
+SAID = {
+    "age": np.array([33, 50, 75], np.float32),
+    "gender": np.array([0.2, 0.1, 0.9], np.float32),
+    "race": np.eye(5, dtype=np.float32)[[2, 1, 0]],
+}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_samples_are_described_beside_their_labels(index: int, truth: str, said:
 
 
 def test_a_task_without_head_is_not_described() -> None:
-    assert describe(LABELS, Predictions(None, SAID.p_male, None), 1) == ("label: male", "model: female", True)
+    assert describe(LABELS, {"gender": SAID["gender"]}, 1) == ("label: male", "model: female", True)
 
 
 def test_the_page_of_samples_shows_the_crops() -> None:

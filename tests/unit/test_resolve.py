@@ -16,7 +16,6 @@ from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.checkpoint import CALIBRATION, META, model_digest
-from agr_ray.models.predictions import Predictions
 from agr_ray.predict.resolve import resolve
 
 STORED = Pipeline(vision=VisionConfig(detector="haar", max_side_px=900), predict=PredictConfig(flip_average=True))
@@ -38,7 +37,7 @@ def calibrate(folder: Path, pipeline: Pipeline, digest: str = "") -> None:
     age = np.random.default_rng(0).uniform(1, 90, 60).astype(np.float32)
     fitted = Calibration.fit(
         Labels(UTKFACE, age, np.full(60, -1), np.full(60, -1)),
-        Predictions(age + 1, None, None),
+        {"age": age + 1},
         coverage=0.9,
         risk=0.05,
         model_digest=digest or model_digest(folder),

@@ -21,7 +21,6 @@ from agr_ray.data.rendered import render_chip
 from agr_ray.labels import GENDERS
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
-from agr_ray.models.predictions import Predictions
 from agr_ray.predict import attributes
 from agr_ray.predict.face_finder import FaceFinder
 from agr_ray.schema import IMAGES
@@ -200,11 +199,11 @@ def test_only_the_attributes_asked_for_are_filled_in(scoring: Scoring) -> None:
 def test_a_network_that_gives_nan_names_no_gender_and_no_race(
     scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predictions = Predictions(
-        age=np.array([30.0, np.nan], np.float32),
-        p_male=np.array([0.9, np.nan], np.float32),
-        race_probs=np.array([[0.1, 0.6, 0.1, 0.1, 0.1], [np.nan] * 5], np.float32),
-    )
+    predictions = {
+        "age": np.array([30.0, np.nan], np.float32),
+        "gender": np.array([0.9, np.nan], np.float32),
+        "race": np.array([[0.1, 0.6, 0.1, 0.1, 0.1], [np.nan] * 5], np.float32),
+    }
     monkeypatch.setattr(attributes, "predict", lambda *_: predictions)
     scoring = dataclasses.replace(scoring, attributes=("age", "gender", "race"))
     side_px = scoring.stored_side_px

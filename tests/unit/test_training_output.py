@@ -24,7 +24,6 @@ from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CARD, save_checkpoint
 from agr_ray.models.checkpoint_files import add_to_card
 from agr_ray.models.network import MultiTaskNet
-from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.worker import RunLogs
@@ -99,7 +98,7 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
 
 def measured() -> dict[str, Any]:
     truth = Labels(UTKFACE, np.full(3, 30, np.float32), np.array([0, 1, 1]), np.array([0, 1, 2]))
-    guess = Predictions(truth.age, truth.gender.astype(np.float32), None)
+    guess = {"age": truth.age, "gender": truth.gender.astype(np.float32)}
     said = {"source": "folder", "split": "test", "split_manifest_sha256": "0" * 64, "data": "data"}
     return metrics_report(truth, guess) | {"evaluation": said | {"num_seen_in_training": 0}}
 

@@ -15,7 +15,6 @@ from agr_ray.config import ModelConfig, SourceConfig, TrainConfig, TrainJob, Tri
 from agr_ray.evaluation.groups import GroupSums, worst_group_age_mae
 from agr_ray.evaluation.metrics import MetricSums, objective
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.models.predictions import Predictions
 from agr_ray.schema import TRIALS
 from agr_ray.tuning.recipe import recipe_toml
 from agr_ray.tuning.trials import (
@@ -213,8 +212,8 @@ def test_the_balanced_objective_counts_each_class_the_same() -> None:
     p_male = np.array([0.0] * 10 + [1.0, 0.0], np.float32)
     labels = Labels(UTKFACE, np.full(12, np.nan, np.float32), genders, np.full(12, -1))
     sums, guesses = MetricSums(UTKFACE), MetricSums(UTKFACE)
-    sums.update(labels, Predictions(None, p_male, None))
-    guesses.update(labels, Predictions(None, np.zeros(12, np.float32), None))
+    sums.update(labels, {"gender": p_male})
+    guesses.update(labels, {"gender": np.zeros(12, np.float32)})
 
     plain = objective(sums.to_json(), guesses.to_json(), ("gender",))
     balanced = objective(sums.to_json(), guesses.to_json(), ("gender",), balanced=True)
@@ -230,7 +229,7 @@ def test_the_worst_group_is_not_a_small_one() -> None:
     ages = np.full(43, 30.0, np.float32)
     guessed = ages + np.array([2.0] * 30 + [4.0] * 10 + [20.0] * 3, np.float32)
     groups = GroupSums(UTKFACE)
-    groups.update(Labels(UTKFACE, ages, genders, races), Predictions(guessed, None, None))
+    groups.update(Labels(UTKFACE, ages, genders, races), {"age": guessed})
 
     assert worst_group_age_mae(groups.to_json()) == pytest.approx((10 * 4 + 3 * 20) / 13)
     assert worst_group_age_mae(GroupSums(UTKFACE).to_json()) is None
