@@ -253,7 +253,7 @@ def test_json_brings_back_the_same() -> None:
     labels, predictions = draw(300, seed=2)
     calibration = Calibration.fit(
         labels,
-        predictions._replace(p_male=None),
+        {task: values for task, values in predictions.items() if task != "gender"},
         coverage=0.8,
         risk=0.1,
         model_digest="ab",
