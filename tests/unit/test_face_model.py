@@ -106,7 +106,7 @@ def test_every_forward_pass_has_the_same_number_of_crops(model: Path, monkeypatc
     predictor = AttributePredictor.load(model, PredictConfig())
     side = crop_side_px(SIDE_PX)
 
-    lengths = [len(predictor.predict(np.zeros((n, side, side, 3), np.uint8)).age) for n in (0, 1, 8, 9)]
+    lengths = [len(predictor.predict(np.zeros((n, side, side, 3), np.uint8))["age"]) for n in (0, 1, 8, 9)]
 
     assert lengths == [0, 1, 8, 9]
     assert sizes == [8] * 5
