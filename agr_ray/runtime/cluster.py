@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _LOOK_EVERY_S: Final = 1.0
 _MOST_BUNDLES: Final = 10_000
-"""Most processes to ask an autoscaler for; more are a mistake."""
+"""Maximum number of processes to request from an autoscaler; a larger number is a mistake."""
 _autoscaler_wait_s: ContextVar[float] = ContextVar("autoscaler_wait_s", default=0.0)
 """`cluster.autoscaler_wait_s`, inside `cluster`."""
 
@@ -95,12 +95,12 @@ def configure_ray_data() -> None:
 def check_fits(
     purpose: str, num_processes: int, cpus_each: float, gpus_each: float = 0.0, spare_cpus: float = 1.0
 ) -> None:
-    """Check that the cluster has the CPUs and GPUs that a plan needs; without them it would wait without end.
+    """Check that the cluster has the CPUs and GPUs that a plan needs; without them it would wait forever.
 
     If the cluster has an autoscaler, ask it for nodes and wait for up to `cluster.autoscaler_wait_s`.
 
     Raises:
-        ConfigError: it has not; the message says what is needed and what there is.
+        ConfigError: the cluster is too small; the message says what is needed and what exists.
     """
     bundles = process_bundles(num_processes, cpus_each, gpus_each, spare_cpus)
     wait_for_nodes(lambda: refuse_misfit(purpose, num_processes, cpus_each, gpus_each, spare_cpus), bundles, purpose)
@@ -117,7 +117,7 @@ def wait_for_nodes(check: Callable[[], T], bundles: Sequence[Mapping[str, float]
         purpose: the configuration key that asks for them.
 
     Raises:
-        ConfigError: of `check`, from a cluster without an autoscaler or after `cluster.autoscaler_wait_s`.
+        ConfigError: from `check`, if there is no autoscaler or `cluster.autoscaler_wait_s` has passed.
     """
     try:
         return check()
@@ -137,7 +137,7 @@ def wait_for_nodes(check: Callable[[], T], bundles: Sequence[Mapping[str, float]
                 return check()
             except ConfigError as error:
                 if time.monotonic() > until_s:
-                    raise ConfigError(f"{error}. Its autoscaler added too little within {wait_s:g} s") from None
+                    raise ConfigError(f"{error}. Its autoscaler added too few nodes within {wait_s:g} s") from None
     finally:
         remove_placement_group(group)
 
@@ -147,11 +147,11 @@ def refuse_misfit(
 ) -> None:
     """Check that a plan fits the cluster as it is.
 
-    A process is on one node. So resources that are left over on a node only count towards `spare_cpus`, which Ray
+    A process runs on one node. So resources that are left over on a node only count towards `spare_cpus`, which Ray
     Data's tasks need to read and write.
 
     Raises:
-        ConfigError: it does not; the message says what is needed and what there is.
+        ConfigError: it does not fit; the message says what is needed and what exists.
     """
     resources = _resources()
     for kind, each, spare in (("CPU", cpus_each, spare_cpus), ("GPU", gpus_each, 0.0)):

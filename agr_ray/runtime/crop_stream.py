@@ -27,7 +27,7 @@ DECODED_ROWS: Final = 256
 
 
 def part_dataset(storage: Storage, prepared: PreparedSet) -> Dataset:
-    """Return one row a Parquet part of the crops: its URI, in the column `part`.
+    """Return one row for each Parquet part of the crops: its URI, in the column `part`.
 
     The map over it reads the part. One operator that reads and decodes needs a third of the processes of Ray Data's
     Parquet reader followed by a map, and on a small machine, starting processes takes most of the time.

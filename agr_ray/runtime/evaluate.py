@@ -1,8 +1,8 @@
 """A checkpoint on a split of any prepared set -> predictions.parquet and metrics.json, its calibration and its card.
 
-Accuracy is over every labelled image, chips in which no face was found included. Images that the checkpoint was
-trained on are looked for by content, and refused. Metrics are those of the uncalibrated predictions; what the
-checkpoint's calibration makes of them is a section of its own.
+Metrics cover every labelled image, including chips in which no face was found, and use the uncalibrated predictions.
+A separate section measures the checkpoint's calibration. The evaluation is rejected if the checkpoint was trained on
+any of the images, which are compared by content.
 """
 
 from __future__ import annotations
@@ -153,14 +153,14 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
 def _overlap(
     num_seen: int | None, num_rows: int, checkpoint: str, prepared: PreparedSet, config: EvaluateConfig
 ) -> str:
-    """Return why images that training saw, or may have seen, are not measured on."""
+    """Return why the evaluation is rejected: training saw, or may have seen, some of its images."""
     problem = (
         f"evaluate.checkpoint {checkpoint}: does not say on which images it was trained"
         if num_seen is None
         else f"evaluate.split {config.split} of {prepared.uri}: the checkpoint was trained on {num_seen:,} of its "
         f"{num_rows:,} images"
     )
-    return f"{problem}; --evaluate.allow_overlap true measures all the same"
+    return f"{problem}; --evaluate.allow_overlap true measures them anyway"
 
 
 def _record(
@@ -296,7 +296,7 @@ def _mapped(meta: dict[str, Any], space: LabelSpace, prepared: PreparedSet) -> t
 
 
 def _chosen_rows(storage: Storage, prepared: PreparedSet, config: EvaluateConfig) -> tuple[pa.Table, dict[str, int]]:
-    """Return the rows that are measured, and how many of the split have which status: some have no crop."""
+    """Return the rows to measure, and the number of rows of the split by status: some have no crop."""
     rows = storage.read_table(prepared.crops(storage), columns=["content_hash", "split", "status"])
     in_split = rows if config.split == "all" else rows.filter(pc.equal(rows["split"], config.split))
     statuses = Counter(in_split["status"].to_pylist())
@@ -357,6 +357,6 @@ def _measure(
 
 
 def _training_baseline(meta: dict[str, Any], space: LabelSpace) -> Baseline | None:
-    """Return the guesses fitted on the training labels; None for a checkpoint that does not hold them."""
+    """Return the constant baseline fitted on the training labels; None if the checkpoint does not hold it."""
     values = meta["data"].get("baseline")
     return None if values is None else Baseline.from_json(values, space)

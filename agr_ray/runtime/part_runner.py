@@ -12,13 +12,13 @@ from ray.data import ActorPoolStrategy
 from agr_ray.runtime.cluster import configure_ray_data
 
 MAX_BLOCKS: Final = 4096
-"""Parts that Ray Data is given at a time, each a block of its own: of a block that holds several, a kill undoes all."""
+"""Parts that Ray Data gets at a time, each as its own block: if a block held several, a kill would lose all of them."""
 
 
 def run_parts(
     worker: Callable[..., Any], arguments: Sequence[Any], numbers: Sequence[int], pool: ActorPoolStrategy
 ) -> Iterator[pa.Table]:
-    """Have parts made by actors on the cluster that is connected; yield what they return, as tables.
+    """Have actors on the connected cluster make parts; yield the tables that they return.
 
     Args:
         worker: class of the actors, each with one logical CPU, which get one number at a time in the column `part`.

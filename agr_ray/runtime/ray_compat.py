@@ -1,6 +1,6 @@
-"""What leans on parts of Ray that Ray does not promise to keep, each with its reason. Seen with Ray 2.60.0.
+"""Uses of undocumented parts of Ray, each with its reason. Written for Ray 2.60.0.
 
-`tests/unit/test_ray_compat.py` has a test for each, which fails when Ray changes it.
+`tests/unit/test_ray_compat.py` has a test for each, which fails if Ray changes it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def limit_worker_start(timeout_s: float) -> None:
 
 
 def could_not_start(error: Exception) -> bool:
-    """Return whether workers could not be started, which Ray Train has tried several times."""
+    """Return whether Ray Train could not start workers, after several attempts."""
     failure = getattr(error, "controller_failure", None)
     return isinstance(failure, WorkerGroupStartupFailedError | WorkerGroupStartupTimeoutError)
 
@@ -119,8 +119,8 @@ def could_not_start(error: Exception) -> bool:
 def named_cluster() -> Iterator[None]:
     """Tell all processes that Ray Train starts which cluster they belong to.
 
-    The process that frees the workers' resources after a kill, such as that of a sweep's trial that falls behind, looks
-    for the cluster by itself. Where a machine runs two, it finds neither, and the resources stay reserved until the job
+    After a kill, for example of a trial that ASHA stops, another process frees the workers' resources. It looks for the
+    cluster by itself. If the machine runs two clusters, it finds neither, and the resources stay reserved until the job
     ends.
     """
     before = os.environ.get(_ADDRESS)
@@ -138,8 +138,8 @@ def named_cluster() -> Iterator[None]:
 def interrupt_training(has_ended: threading.Event) -> None:
     """Make `TorchTrainer.fit` in this process end, which no public function does.
 
-    The first SIGINT asks the controller to stop in good order. One that looks for nodes never does. The third makes Ray
-    Train give up.
+    The first SIGINT asks the controller to stop cleanly. A controller that is waiting for nodes never does. After the
+    third SIGINT, Ray Train exits without it.
     """
     for _ in range(3):
         signal.raise_signal(signal.SIGINT)
@@ -148,5 +148,5 @@ def interrupt_training(has_ended: threading.Event) -> None:
 
 
 def abort_training(controller: Any) -> None:
-    """Make Ray Train's controller, an actor, stop its workers and end; public functions act in the driver only."""
+    """Make Ray Train's controller, an actor, stop its workers and end; public functions only work in the driver."""
     controller.abort.remote()

@@ -51,7 +51,7 @@ def render(job: RenderJob) -> str:
         if found.get("settings") != settings:
             raise ConfigError(f"render.out {out}: holds faces drawn with other settings; choose another folder")
         if found["finished"]:
-            console.print(f"{out} is there already")
+            console.print(f"{out} already exists")
             return out
     elif storage.exists(out) and any(info.key != LOCK for info in storage.list(out)):
         raise ConfigError(f"render.out {out}: exists and holds no rendered faces; choose another folder")

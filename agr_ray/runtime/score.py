@@ -1,4 +1,4 @@
-"""Photographs -> a Parquet row for each, with every face in it, and demographic tables: what is new, exactly once.
+"""Photographs -> a Parquet row for each, with every face in it, and demographic tables; each new photograph once.
 
 `scoring.driver` defines the steps; Ray's workers, in this module, carry them out.
 """

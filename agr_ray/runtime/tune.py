@@ -74,7 +74,7 @@ def tune(job: TuneJob) -> str:
     console.print(f"sweep {planned.uri}")
     if unlike_papers(job) and paper_point(job.tune.space):
         said = ", ".join(f"{key} {recipes_value(job, key):g} (not {PAPER_POINT[key]:g})" for key in unlike_papers(job))
-        console.print(f"warning: {said} is not searched, so no trial is the paper's own to compare with")
+        console.print(f"warning: {said} is not searched, so no trial has the paper's values")
     if job.dry_run:
         _dry_run(job, planned, run, console)
         if first is not None:
@@ -103,19 +103,19 @@ def tune(job: TuneJob) -> str:
         why = f"{sweep.spent} is spent" if sweep.spent else "it was interrupted"
         console.print(f"the sweep is not finished: {why}; the same command resumes it")
     elif sweep.best is None:
-        raise JobError(f"{sweep.plan.uri}: no trial came to its end; trials.parquet there says why")
+        raise JobError(f"{sweep.plan.uri}: no trial is complete; trials.parquet there gives the reasons")
     return sweep.join("best")
 
 
 def room(config: TrainConfig, asked: int | None) -> Room:
-    """Return what a sweep may use of the cluster that is connected, which an autoscaler may enlarge for it.
+    """Return how much of the connected cluster a sweep uses. An autoscaler may enlarge the cluster for it.
 
     Args:
         config: of a trial.
         asked: tune.max_concurrent.
 
     Raises:
-        ConfigError: not one trial fits, or fewer than are asked for, and no autoscaler makes room for them.
+        ConfigError: no trial fits, or fewer than requested, and no autoscaler adds enough nodes.
     """
     bundles = trial_bundles(config) * (asked or 1)
     return wait_for_nodes(lambda: room_for(config, asked, nodes(), machine_cpus()), bundles, "tune.max_concurrent")
@@ -129,7 +129,7 @@ def _planned_again(planned: Plan, storage: Storage, job: TuneJob, digest: str) -
     """
     again = plan_sweep(storage, job, digest)
     if again.uri != planned.uri:
-        raise ConfigError(f"the sweep {planned.uri} was finished by another driver just now; give the command again")
+        raise ConfigError(f"the sweep {planned.uri} was finished by another driver just now; run the command again")
     return again
 
 
@@ -137,7 +137,7 @@ def _check_labels(job: TuneJob, sets: Sequence[PreparedSet], storage: Storage) -
     """Check that validation has the labels of every error that trials are judged by.
 
     Raises:
-        ConfigError: it has not; the message names the task and what needs it.
+        ConfigError: labels are missing; the message names the task and the setting that needs it.
     """
     needed = {ERROR_TASKS[name]: f"tune.constraints {name}" for name in job.tune.constraints}
     needed |= dict.fromkeys(job.model.tasks, "tune.mode pareto") if job.tune.mode == "pareto" else {}
@@ -157,7 +157,7 @@ def with_absolute_paths(job: TuneJob, storage: Storage) -> TuneJob:
     def absolute(weights: Any) -> Any:
         return weights if weights in ("none", "imagenet") else storage.absolute(weights)
 
-    # As the configuration keeps it: one as its word, several as JSON.
+    # The configuration stores one URI as text and several as JSON.
     uris = [storage.absolute(uri) if uri else uri for uri in job.train.data_uris]
     data = uris[0] if len(uris) == 1 else json.dumps(uris)
     space = dict(job.tune.space)
@@ -191,7 +191,7 @@ def _run_trials(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
-    # A trial that diverges in its first epoch, or had finished before its process died, ends without a result.
+    # A trial ends without a result if it diverges in its first epoch, or had finished before its process died.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
     for name in ("ray.tune", "ray.train"):
@@ -228,15 +228,15 @@ def _run_trials(
 
 def _budget(job: TuneJob) -> str:
     config = job.tune
-    parts = [f"{config.max_epochs} epochs in all at most"] if config.max_epochs else []
-    parts += [f"{config.max_hours:g} hours at most"] if config.max_hours else []
+    parts = [f"at most {config.max_epochs} epochs in total"] if config.max_epochs else []
+    parts += [f"at most {config.max_hours:g} hours"] if config.max_hours else []
     halving = f"ASHA stops all but 1 in {config.reduction} from epoch {config.grace_epochs}"
     parts.append(halving if config.asha and config.mode == "scalar" else "no trial is stopped early")
     return ", ".join(parts)
 
 
 def _dry_run(job: TuneJob, planned: Plan, run: Run, console: Console) -> None:
-    """Print what would be searched."""
+    """Print the search space."""
     console.print(f"{planned.num_trials} trials of {run.job.train.epochs} epochs; {_budget(job)}")
     for key, parameter in job.tune.space.items():
         said = parameter.model_dump(exclude_defaults=True)

@@ -1,1 +1,1 @@
-"""What a sweep is without Ray: search space, study, trial records, results."""
+"""The parts of a sweep that do not depend on Ray: search space, study, trial records, results."""

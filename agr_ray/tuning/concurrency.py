@@ -12,17 +12,17 @@ from agr_ray.learn.resources import spare_cpus
 from agr_ray.placement import ROUNDING, places, process_bundles
 
 TRIAL_CPUS: Final = 0.001
-"""Of the process that waits for a trial's workers."""
+"""Logical CPUs of the process that waits for a trial's workers."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a sweep may use."""
+    """How much of the cluster a sweep uses."""
 
     num_trials: int
-    """At the same time."""
+    """Number of concurrent trials."""
     threads_per_worker: int | None
-    """That a worker computes with; None: as it would alone."""
+    """Threads that a worker computes with; None: as many as without other trials."""
 
 
 def trial_bundles(config: TrainConfig) -> list[dict[str, float]]:
@@ -47,7 +47,7 @@ def room_for(
         machine_cpus: CPUs of this machine, which count if it is the only node.
 
     Raises:
-        ConfigError: not one trial fits, or fewer than are asked for.
+        ConfigError: no trial fits, or fewer than requested.
     """
     fits = trials_that_fit(has_each, config)
     if fits < (asked or 1):
@@ -62,7 +62,7 @@ def room_for(
     cores = machine_cpus if len(has_each) == 1 else None
     num_trials = asked or fits
     if cores is not None and asked is None and not config.use_gpu:
-        num_trials = min(num_trials, max(1, cores // config.max_workers))  # logical CPUs are no cores
+        num_trials = min(num_trials, max(1, cores // config.max_workers))  # logical CPUs are not cores
     return Room(num_trials, _threads(config, num_trials, cores))
 
 
@@ -76,7 +76,7 @@ def trials_that_fit(has_each: Sequence[Mapping[str, float]], config: TrainConfig
     gpus_each = config.gpus_per_worker if config.use_gpu else 0.0
     slots = 0
     for has in has_each:
-        # A trial's own process may be on any node, and a worker needs its CPUs whole; what reads only takes turns.
+        # A trial's own process may be on any node. A worker needs all its CPUs at once; reading tasks can take turns.
         left = max(has.get("CPU", 0.0) - TRIAL_CPUS, 0.0)
         slots += places({**has, "CPU": left}, config.cpus_per_worker, gpus_each)
     cpus = sum(has.get("CPU", 0.0) for has in has_each)
@@ -85,7 +85,7 @@ def trials_that_fit(has_each: Sequence[Mapping[str, float]], config: TrainConfig
 
 
 def _threads(config: TrainConfig, num_trials: int, cores: int | None) -> int | None:
-    """Return a worker's threads: where several trials share a machine, none may take all of its cores."""
+    """Return a worker's threads: if several trials share a machine, none may take all of its cores."""
     if config.threads_per_worker is not None or num_trials == 1:
         return config.threads_per_worker
     if cores is None:

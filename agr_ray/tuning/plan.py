@@ -35,10 +35,10 @@ def plan_sweep(storage: Storage, job: TuneJob, training_digest: str) -> Plan:
     Args:
         storage: where it is.
         job: what is searched.
-        training_digest: of what trials have in common, data included.
+        training_digest: digest of all that the trials have in common, including the data.
 
     Raises:
-        ConfigError: it has finished, and no more is asked for; or it was begun with other settings.
+        ConfigError: the sweep has finished and no trials are added, or it was started with other settings.
     """
     settings = sweep_digest(job.tune, training_digest)
     name = job.tune.name or f"sweep-{settings}"
@@ -66,8 +66,8 @@ def plan_sweep(storage: Storage, job: TuneJob, training_digest: str) -> Plan:
             wanted, added = wanted + job.add, job.add
         if record["finished"] and wanted == record["trials"]:
             raise ConfigError(
-                f"the sweep {uri} has finished ({record['finished']}); --add 10 makes 10 trials more, "
-                "--new-run starts another beside it"
+                f"the sweep {uri} has finished ({record['finished']}); --add 10 adds 10 trials, "
+                "--new-run starts another sweep beside it"
             )
         return Plan(uri, numbered, record["id"], settings, wanted, added)
 

@@ -1,7 +1,7 @@
 """A sweep's search space: what [tune.space] means, checked against the configuration before anything starts.
 
-A trial's parameters are what Optuna knows them by: one scalar a key, a list as its JSON text. Its values are what the
-configuration takes.
+A trial's parameters are in Optuna's form: one scalar per key, a list as its JSON text. Its values are in the form of
+the configuration.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ FIXED: Final = {
             "train.compile",
             "train.mlflow_uri",
         ),
-        "it decides nothing of what is learnt",
+        "it does not affect what is learnt",
     ),
 }
 """Keys that can't be searched, and why."""
 _BETWEEN: Final = 0.6180339887
-"""Where between two bounds a value is tried that is no whole number."""
+"""Position between two bounds of the non-integer value that is tried."""
 
 
 def check_space(job: TuneJob) -> None:
-    """Try each bound, each choice and each point that is given in the configuration that trials are trained with.
+    """Check each bound, each choice and each given point against the configuration of the trials.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -65,7 +65,7 @@ def check_space(job: TuneJob) -> None:
         _check_condition(space, key, parameter)
     in_order(space)
     for key, parameter in space.items():
-        # Under the first value of each key that it depends on: only then does it mean anything.
+        # With the first value of each key that it depends on, because it has no meaning otherwise.
         conditions: dict[str, Any] = {}
         _add_conditions(space, key, conditions)
         for value in _tried(parameter):
@@ -73,7 +73,7 @@ def check_space(job: TuneJob) -> None:
                 with_values(base, conditions | {key: value})
             except ConfigError as error:
                 said = str(error)
-                where = "" if said.startswith(f"{key}:") else f"{value!r} does not go with the recipe: "
+                where = "" if said.startswith(f"{key}:") else f"{value!r} can't be combined with the recipe: "
                 raise ConfigError(f'tune.space."{key}": {where}{said.removeprefix(f"{key}: ")}') from None
     for point in job.tune.points_to_evaluate:
         _check_point(base, space, point, "tune.points_to_evaluate")
@@ -90,13 +90,13 @@ def check_space(job: TuneJob) -> None:
             )
     if "train.epochs" in space and job.tune.asha and job.tune.mode == "scalar":
         raise ConfigError(
-            'tune.space."train.epochs": can\'t be searched where trials are stopped early: schedules of other lengths '
+            'tune.space."train.epochs": can\'t be searched if trials are stopped early: schedules of other lengths '
             "can't be compared epoch by epoch; set tune.asha = false"
         )
 
 
 def base_job(job: TuneJob) -> TrainJob:
-    """Return the training job that trials change."""
+    """Return the training job that each trial modifies."""
     return TrainJob(**{name: getattr(job, name) for name in TrainJob.model_fields})
 
 
@@ -127,12 +127,12 @@ def with_values(job: TrainJob, values: Mapping[str, Any]) -> TrainJob:
 
 
 def values_of(space: Space, params: Params) -> dict[str, Any]:
-    """Return what the configuration takes for a trial's parameters."""
+    """Return a trial's parameters as values of the configuration."""
     return {key: _decoded(space[key], value) for key, value in params.items()}
 
 
 def in_order(space: Space) -> list[str]:
-    """Return the keys such that each comes after those that it depends on.
+    """Return the keys in an order in which each comes after those that it depends on.
 
     Raises:
         ConfigError: some depend on each other in a circle.
@@ -168,7 +168,7 @@ def suggest(trial: Trial, space: Space) -> dict[str, Scalar]:
 
 
 def is_searched(parameter: ParameterConfig, params: Params, space: Space) -> bool:
-    """Say whether all that the parameter depends on has the values that it is searched for."""
+    """Return whether the parameter's condition holds (`when`)."""
     return all(
         other in params and _decoded(space[other], params[other]) in _wanted(values)
         for other, values in parameter.when.items()
@@ -176,7 +176,7 @@ def is_searched(parameter: ParameterConfig, params: Params, space: Space) -> boo
 
 
 def distribution_of(parameter: ParameterConfig) -> BaseDistribution:
-    """Return what Optuna draws a parameter from."""
+    """Return the distribution from which Optuna draws a parameter."""
     if parameter.choice is not None:
         return CategoricalDistribution([_encoded(value) for value in parameter.choice])
     if parameter.integer is not None:
@@ -193,12 +193,12 @@ def distribution_of(parameter: ParameterConfig) -> BaseDistribution:
 
 
 def paper_point(space: Space) -> dict[str, Scalar]:
-    """Return the paper's values of what is searched, whatever it depends on."""
+    """Return the paper's values of the searched keys, even if their conditions do not hold."""
     return {key: value for key, value in PAPER_POINT.items() if key in space}
 
 
 def is_papers(job: TuneJob, params: Params) -> bool:
-    """Say whether a trial is trained with the paper's loss weights and learning rate, some of which are searched."""
+    """Return whether a trial has the paper's loss weights and learning rate, at least one of which is searched."""
     return bool(paper_point(job.tune.space)) and all(
         params.get(key, recipes_value(job, key)) == value for key, value in PAPER_POINT.items()
     )
@@ -210,20 +210,20 @@ def unlike_papers(job: TuneJob) -> list[str]:
 
 
 def recipes_value(job: TrainJob, key: str) -> Any:
-    """Return what the recipe says of a dotted key."""
+    """Return the recipe's value of a dotted key."""
     section, _, field = key.partition(".")
     return getattr(getattr(job, section), field)
 
 
 def points(config: TuneConfig) -> list[dict[str, Scalar]]:
-    """Return the parameters that the first trials have, as far as they are set, the paper's own first."""
+    """Return the given parameters of the first trials, the paper's first."""
     own = [{key: _encoded(value) for key, value in point.items()} for point in config.points_to_evaluate]
     paper = paper_point(config.space) if config.paper_first else {}
     return [paper, *own] if paper else own
 
 
 def _check_key(base: TrainJob, key: str) -> None:
-    """Refuse a key that is none, or that can't be searched."""
+    """Reject a key that does not exist or can't be searched."""
     section, _, field = key.partition(".")
     if section not in SEARCHED:
         allowed = ", ".join(f"{name}.*" for name in SEARCHED)
@@ -246,7 +246,7 @@ def _check_condition(space: Space, key: str, parameter: ParameterConfig) -> None
 
 
 def _check_point(base: TrainJob, space: Space, point: Mapping[str, Any], where: str, hint: str = "") -> None:
-    """Refuse a point of which a value is never drawn, or that the configuration does not take as a whole."""
+    """Reject a point with a value outside the space, or that the configuration rejects as a whole."""
     conditions: dict[str, Any] = {}
     for key, value in point.items():
         if key not in space:
@@ -259,11 +259,11 @@ def _check_point(base: TrainJob, space: Space, point: Mapping[str, Any], where: 
         with_values(base, {key: value for key, value in values.items() if is_searched(space[key], params, space)})
     except ConfigError as error:
         said = ", ".join(f"{key} {value}" for key, value in point.items())
-        raise ConfigError(f"{where}: {said} do not go together with the recipe: {error}") from None
+        raise ConfigError(f"{where}: {said} can't be combined with the recipe: {error}") from None
 
 
 def _check_value(space: Space, key: str, value: Any, where: str, hint: str = "") -> None:
-    """Refuse a value that is never drawn."""
+    """Reject a value outside the space."""
     parameter = space[key]
     if parameter.choice is not None:
         if not any(value == each and type(value) is type(each) for each in parameter.choice):
@@ -287,7 +287,7 @@ def _add_conditions(space: Space, key: str, conditions: dict[str, Any]) -> None:
 
 
 def _tried(parameter: ParameterConfig) -> list[Any]:
-    """Return the values that stand for all that may be drawn."""
+    """Return values that represent all possible values."""
     if parameter.choice is not None:
         return list(parameter.choice)
     if parameter.integer is not None:

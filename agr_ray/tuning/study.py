@@ -1,7 +1,7 @@
 """A sweep's Optuna study: it proposes trials and records their results.
 
-The trials' records, not the study, are what a sweep resumes from: a study is brought up to date with them when it is
-opened. So it may be lost, be older than they are (in a bucket it is uploaded after each trial), or hold trials of other
+A sweep resumes from its trials' records, not from the study, which is updated from the records when it is opened. So
+the study may be lost, be older than the records (in a bucket it is uploaded after each trial), or hold trials of other
 sweeps.
 """
 
@@ -87,7 +87,7 @@ class Study:
     def catch_up(self, trials: Sequence[Trial]) -> None:
         """Update the study from the records.
 
-        A trial that it proposed and of which there is no record was never begun: it failed, to Optuna.
+        A proposed trial without a record never started. It is reported to Optuna as failed.
         """
         known = {trial.number for trial in trials}
         frozen = {each._trial_id: each for each in self._study.get_trials(deepcopy=False)}
@@ -122,7 +122,7 @@ class Study:
                 f"tune.study_name {self._study.study_name}: the study there has trials of another space: {error}"
             ) from None
         asked.set_user_attr(NUMBER, number)
-        asked.set_user_attr(SWEEP, self._sweep_id)  # last: what has it is ours, and has its number
+        asked.set_user_attr(SWEEP, self._sweep_id)  # last, so that every trial with it also has its number
         self._ids[number] = asked._trial_id
         return params
 
@@ -140,7 +140,7 @@ class Study:
         for name, excess in self._excesses(trial).items():
             live.set_constraint(name, excess)
         values = self._values(trial)
-        # A trial that measured nothing to judge it by is none that came to its end.
+        # A trial without a measured objective does not count as complete.
         state = _STATES[trial.state] if values is not None or trial.state != "complete" else TrialState.FAIL
         self._study.tell(live, values, state=state)
 
@@ -163,12 +163,12 @@ class Study:
             return JournalStorage(self._journal)
         path = Path(self._config.study or self._uri)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._config.study:  # only the sweep's own: in another, somebody may be writing the line
+        if not self._config.study:  # only the sweep's own, because another may be in use
             _mend(path)
         return JournalStorage(JournalFileBackend(str(path)))
 
     def _sampler(self, number: int) -> BaseSampler:
-        # Made anew for each trial: one that is seeded once would, after a resume, draw again what it drew at first.
+        # A new sampler for each trial, because one that is seeded once would repeat its first draws after a resume.
         seed = int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0])
         sampler: BaseSampler = TPESampler(n_startup_trials=self._config.random_trials, seed=seed)
         given = points(self._config)
@@ -199,7 +199,7 @@ class Study:
         values, heard = self._values(trial), self._intermediate(trial)
         state = _STATES[trial.state] if values is not None or trial.state != "complete" else TrialState.FAIL
         if trial.state == "pruned" and heard:
-            values = [heard[max(heard)]]  # as Optuna does it for one that it has watched
+            values = [heard[max(heard)]]  # as Optuna does for a trial that it has pruned itself
         added: FrozenTrial = create_trial(
             state=state,
             values=values,
@@ -237,7 +237,7 @@ class MemoryJournal(BaseJournalBackend):
     """A journal in memory, which leaves nothing on the disk when the driver is killed.
 
     Args:
-        body: written by `to_bytes` or a `JournalFileBackend`, one JSON document a line. A last line without a newline
+        body: written by `to_bytes` or a `JournalFileBackend`, one JSON document per line. A last line without a newline
             comes from a killed writer and is dropped.
     """
 

@@ -2,14 +2,14 @@
 
 A sweep is a folder, OUT/NAME:
 
-    sweep.json          configuration, how many trials are wanted, and whether they have been made
-    lock.json           while a driver is at work: nobody else may be
-    records/0000.json   what became of each trial: learn.trials.Trial
-    trials/0000/        the trial as a training run (runtime.train); checkpoints are of the best alone, or of the front
-    study.journal       Optuna's study, unless tune.study says where it is
+    sweep.json          configuration, number of trials, and whether the sweep has finished
+    lock.json           lock of the active driver
+    records/0000.json   record of each trial: tuning.trials.Trial
+    trials/0000/        the trial's training run (runtime.train); only the best trial, or the front, keeps checkpoints
+    study.journal       Optuna's study, unless tune.study names another
     best.toml  best/    the best trial as a recipe, and its checkpoint
     trials.parquet      schema.TRIALS and the searched keys, a row for each trial
-    sweep.html          the page
+    sweep.html          the report
 
 The records are what a sweep is resumed from. A trial whose record says that it has not ended goes on, from the last
 checkpoint of its training run; one that failed before its first epoch is tried again.
@@ -51,7 +51,7 @@ class Sweep:
         storage: where the sweep is.
         plan: which it is.
         job: its configuration.
-        console: to which it says how trials do.
+        console: for messages about trials.
         lock: the sweep's lock, checked before each write. None: no other process writes, as in tests.
     """
 
@@ -110,7 +110,7 @@ class Sweep:
         self.write_record("")
         for number, trial in sorted(self.trials.items()):
             if trial.never_learnt:
-                # It begins as if for the first time: its initial weights may have been deleted.
+                # It starts from scratch, because its initial weights may have been deleted.
                 self.check_lock()
                 self.storage.delete(self.storage.join(self.trial_uri(number), "run.json"))
                 trial = dataclasses.replace(trial, state="unfinished", why="")
@@ -129,7 +129,7 @@ class Sweep:
     def next(self) -> tuple[int, dict[str, Any]] | None:
         """Return the number and values of the next trial; None: no trial is left.
 
-        Those whose values the configuration does not take together are over at once: rows that say why.
+        A trial whose combination of values the configuration rejects fails at once, with the reason in its record.
         """
         while not self.spent:
             self.check_lock()
@@ -285,8 +285,8 @@ class Sweep:
         enough = min(_FIRST, self.plan.num_trials - refused)
         if tried and len(tried) >= enough and all(trial.never_learnt for trial in tried):
             raise JobError(
-                f"{self.plan.uri}: nothing works: the {len(tried)} trials that have ended failed before their first "
-                f"epoch ({tried[-1].why}); once that is mended, the same command tries them again"
+                f"{self.plan.uri}: all {len(tried)} trials that have ended failed before their first epoch "
+                f"({tried[-1].why}); fix the cause and run the same command again to retry them"
             )
 
     def _timed(self, number: int) -> Trial:

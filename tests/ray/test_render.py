@@ -59,7 +59,7 @@ def test_what_is_there_is_not_drawn_again(faces: Path, capsys: pytest.CaptureFix
     before = chip.stat().st_mtime_ns
 
     assert render(job(faces)) == str(faces)
-    assert "is there already" in capsys.readouterr().out.replace("\n", " ")
+    assert "already exists" in capsys.readouterr().out.replace("\n", " ")
     assert chip.stat().st_mtime_ns == before
 
 

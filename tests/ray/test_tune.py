@@ -147,7 +147,7 @@ def test_there_is_a_page(sweep: Path) -> None:
 
 def test_a_finished_sweep_is_refused_and_gone_on_with_by_add(sweep: Path, data: Path) -> None:
     before = trials(sweep)
-    with pytest.raises(ConfigError, match=r"has finished \(3 trials\); --add 10 makes 10 trials more"):
+    with pytest.raises(ConfigError, match=r"has finished \(3 trials\); --add 10 adds 10 trials"):
         tune(tune_job(data, "small"))
 
     tune(tune_job(data, "small", add=1))

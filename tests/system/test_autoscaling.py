@@ -106,7 +106,7 @@ def test_nodes_are_waited_for_and_what_never_comes_is_refused() -> None:
 
         never = tried(cluster, 9, 5.0)
         assert "refused prepare.num_workers asks for 9 x 1 CPU" in never
-        assert "Its autoscaler added too little within 5 s" in never
+        assert "Its autoscaler added too few nodes within 5 s" in never
         assert never.count("'REMOVED'") == never.count("groups [") * 2
 
 

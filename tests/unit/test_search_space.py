@@ -126,9 +126,9 @@ def test_a_study_that_can_not_be_locked_is_refused(tmp_path: Path, study: str) -
         ({"score.batch_size": LR}, "can't be searched; allowed: model.*, loss.*"),
         ({"train.num_workers": {"integer": [1, 2]}}, "how many trials the cluster has room for"),
         ({"model.tasks": {"choice": [["age"], ["age", "race"]]}}, "objectives of other tasks can't be compared"),
-        ({"train.lock_expiry_s": {"uniform": [1, 2]}}, "it decides nothing of what is learnt"),
-        ({"train.tf32": {"choice": [True, False]}}, "it decides nothing of what is learnt"),
-        ({"train.compile": {"choice": [True, False]}}, "it decides nothing of what is learnt"),
+        ({"train.lock_expiry_s": {"uniform": [1, 2]}}, "it does not affect what is learnt"),
+        ({"train.tf32": {"choice": [True, False]}}, "it does not affect what is learnt"),
+        ({"train.compile": {"choice": [True, False]}}, "it does not affect what is learnt"),
         ({"train.epochs": {"integer": [2, 8]}}, "can't be searched where trials are stopped early"),
         ({"model.preset": {"choice": ["paper", "lightweight"]}}, "such as model.backbone"),
         ({"loss.age_weight": {"uniform": [-1, 2]}}, 'tune.space."loss.age_weight": -1.0 is not allowed'),
@@ -136,7 +136,7 @@ def test_a_study_that_can_not_be_locked_is_refused(tmp_path: Path, study: str) -
         ({"train.epochs": {"uniform": [2, 8]}}, 'tune.space."train.epochs": 5.7'),
         ({"train.optimizer": {"choice": ["adam", "lion"]}}, "'lion' is not allowed: input should be 'adam', 'adamw'"),
         ({"train.batch_size": {"integer": [1, 64]}}, "train.batch_size 1 is too small"),
-        ({"model.image_size": {"choice": [64, 96]}}, "96 does not go with the recipe"),
+        ({"model.image_size": {"choice": [64, 96]}}, "96 can't be combined with the recipe"),
     ],
 )
 def test_bounds_and_choices_are_tried_in_the_configuration(space: dict[str, Any], said: str) -> None:
@@ -207,7 +207,7 @@ def test_a_point_is_tried_as_a_whole() -> None:
 
     said = refused(space, points_to_evaluate=[point])
 
-    assert "train.schedule plateau, train.plateau_epochs 12 do not go together with the recipe: " in said
+    assert "train.schedule plateau, train.plateau_epochs 12 can't be combined with the recipe: " in said
     assert "plateau_epochs 12 must be less than early_stopping_patience 10" in said
     check_space(tune_job(space, points_to_evaluate=[{**point, "train.schedule": "step"}]))
     # What a value depends on is drawn, so that it means something.

@@ -471,7 +471,7 @@ def test_a_finished_sweep_is_refused_unless_more_is_asked_for(tmp_path: Path) ->
     complete(sweep, [0.9])
     sweep.write_record("1 trials")
 
-    with pytest.raises(ConfigError, match=r"has finished \(1 trials\); --add 10 makes 10 trials more"):
+    with pytest.raises(ConfigError, match=r"has finished \(1 trials\); --add 10 adds 10 trials"):
         planned(tune_job(tmp_path, trials=1))
     assert planned(tune_job(tmp_path, trials=2)).num_trials == 2
     assert planned(tune_job(tmp_path, trials=1, new_run=True)).name == "sweep-2"

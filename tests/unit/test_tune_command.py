@@ -153,7 +153,7 @@ def test_a_sweep_of_which_no_trial_came_to_its_end_is_an_error_once_it_is_finish
     assert "the sweep is not finished: it was interrupted; the same command resumes it" in capsys.readouterr().out
 
     run_trials(all_fail)
-    with pytest.raises(JobError, match="no trial came to its end"):
+    with pytest.raises(JobError, match="no trial is complete"):
         tune(quick(tmp_path))
 
 
@@ -164,7 +164,7 @@ def test_a_recipe_that_is_not_the_papers_is_said(
 
     tune(quick(tmp_path).model_copy(update={"loss": LossConfig(age_weight=0.2)}))
 
-    said = "warning: loss.age_weight 0.2 (not 1) is not searched, so no trial is the paper's own to compare with"
+    said = "warning: loss.age_weight 0.2 (not 1) is not searched, so no trial has the paper's values"
     assert capsys.readouterr().out.count(said) == 1
 
 

@@ -235,7 +235,7 @@ def test_an_error_that_was_not_pickled_is_read_as_text(tmp_path: Path) -> None:
     path.write_text("Failure # 1\nTuneError: y\n\n")
 
     assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=str(path))) == "raised: TuneError: y"
-    assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=None)) == "raised: nothing is known"
+    assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=None)) == "raised an unknown error"
 
 
 def test_a_folder_that_was_replaced_meanwhile_is_entered_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

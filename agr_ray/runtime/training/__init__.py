@@ -1,1 +1,1 @@
-"""What `train` is made of: a run, the workers that make it, what they read and report."""
+"""The parts of `train`: starting workers, what they run, read and report."""

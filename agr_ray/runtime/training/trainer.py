@@ -103,7 +103,7 @@ def _delete_unknown_checkpoints(run: Run, lock: RunLock) -> None:
     """Delete checkpoints, whole or not, whose upload was cut short because the worker was killed.
 
     Raises:
-        JobError: Ray Train's list of checkpoints, which it writes in place, is not whole.
+        JobError: Ray Train's list of checkpoints, which it writes in place, is incomplete.
         LockLost: another driver has the run's lock.
     """
     folder = run.storage.join(run.uri, CHECKPOINTS)
@@ -115,8 +115,8 @@ def _delete_unknown_checkpoints(run: Run, lock: RunLock) -> None:
         json.loads(known)
     except json.JSONDecodeError:
         raise JobError(
-            f"{snapshot} is not whole: the disk was full, or the machine stopped, while it was written; restore it, or "
-            "begin another run with train.name"
+            f"{snapshot} is incomplete: the disk was full, or the machine stopped, while it was written; restore it, "
+            "or start another run with train.name"
         ) from None
     found = {info.key.partition("/")[0] for info in run.storage.list(folder) if "/" in info.key}
     for name in sorted(found):

@@ -190,7 +190,7 @@ class RayContext:
             ray.train.report(row)
             return
         self._keep(snapshot, row, {}, CheckpointUploadMode.SYNC)
-        self.say(f"a machine will be taken away: checkpoint of epoch {snapshot.epoch} after {snapshot.num_steps} steps")
+        self.say(f"preemption notice: checkpoint of epoch {snapshot.epoch} after {snapshot.num_steps} steps")
 
     def _keep(
         self, kept: EpochReport | Snapshot, row: Row, metrics: Mapping[str, Any], mode: CheckpointUploadMode

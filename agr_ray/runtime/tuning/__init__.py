@@ -1,1 +1,1 @@
-"""What `tune` is made of: a sweep and its records, its study, and what Ray Tune asks and tells."""
+"""The parts of `tune` that use Ray Tune: its callbacks, and one trial."""

@@ -28,7 +28,7 @@ from agr_ray.tuning.trials import JUDGED_BY
 
 @contextmanager
 def kept_problem(sweep: Sweep) -> Iterator[None]:
-    """Keep an error raised in this block, for which `Budget` ends the sweep; Tune would log it and go on training."""
+    """Store an error raised in this block, so that `Budget` ends the sweep; Tune would log it and continue training."""
     try:
         yield
     except Exception as error:  # raised when Tune has ended
@@ -232,7 +232,7 @@ def why_failed(trial: RayTrial) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     # Messages of our own errors need no class name.
     return (
-        f"raised: {redacted(re.sub(r'^agr_ray[.a-zA-Z_]*: ', '', lines[-1]))}" if lines else "raised: nothing is known"
+        f"raised: {redacted(re.sub(r'^agr_ray[.a-zA-Z_]*: ', '', lines[-1]))}" if lines else "raised an unknown error"
     )
 
 
