@@ -1,1 +1,1 @@
-"""What a scoring run does without Ray: planning, grouping, scoring parts, publishing."""
+"""The parts of a scoring run that do not depend on Ray: planning, grouping, scoring parts, publishing."""

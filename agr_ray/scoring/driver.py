@@ -67,7 +67,7 @@ _RESOURCE_KNOBS: Final = {
     "lock_expiry_s",
     "max_refused",
     "allow_empty",
-    "allow_uncalibrated",  # the settings and the calibration say what came of it
+    "allow_uncalibrated",  # the settings and the calibration show its effect
 }
 _PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
 
@@ -311,7 +311,7 @@ def _scored_folders(
 def _score_parts(
     job: ScoreJob, scoring: Scoring, run: Planned, workers: Workers, check: Callable[[], None], console: Console
 ) -> dict[str, Any]:
-    """Make the missing parts; return the time taken in seconds.
+    """Score the missing parts; return timings.
 
     Raises:
         TooManyRefused: most photographs are rejected for the same reason.

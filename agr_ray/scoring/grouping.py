@@ -34,13 +34,13 @@ _BATCH_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Grouping:
-    """How SQL makes the grouping columns of rows with a `uri`. All are strings; null: not known."""
+    """SQL that adds grouping columns to rows with a `uri`. All are strings; null: unknown."""
 
     names: tuple[str, ...]
     select: str
-    """Expressions with their names, to follow other columns: begins with a comma unless empty."""
+    """Named expressions to append to other columns: begins with a comma unless empty."""
     join: str
-    """To follow FROM."""
+    """Join to append to the FROM clause."""
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -52,34 +52,34 @@ def check_grouping(config: ScoreConfig) -> dict[str, int]:
     """Return the number of each named group of score.key_pattern.
 
     Raises:
-        ConfigError: a pattern that is none, or a grouping column that nothing gives, or whose name is taken.
+        ConfigError: the pattern is invalid, or a grouping column has no source or a reserved name.
     """
     try:
-        # DuckDB's engine is RE2, which knows less than Python's; Python's knows the names' numbers.
+        # DuckDB's engine is RE2, which supports less than Python's; only Python's reports the groups' numbers.
         with duckdb.connect() as database:
             database.execute("SELECT regexp_extract('', ?)", [config.key_pattern]).fetchall()
         captured = dict(re.compile(config.key_pattern).groupindex)
     except (re.error, duckdb.Error) as error:
         said = " ".join(str(error).split())
-        raise ConfigError(f"score.key_pattern {config.key_pattern!r}: no regular expression of RE2: {said}") from None
+        raise ConfigError(f"score.key_pattern {config.key_pattern!r}: not a valid RE2 expression: {said}") from None
     for name in config.group_by:
         if name.lower() in RESERVED:
             raise ConfigError(f"score.group_by {name}: the tables have a column of that name; choose another")
         if [other.lower() for other in config.group_by].count(name.lower()) > 1:
-            raise ConfigError(f"score.group_by {name}: is named twice (capitals do not count)")
+            raise ConfigError(f"score.group_by {name}: is named twice (case does not count)")
         if not re.fullmatch(r"\w+", name):
-            raise ConfigError(f"score.group_by {name!r}: a name has letters, digits and _ only")
+            raise ConfigError(f"score.group_by {name!r}: a name may only contain letters, digits and _")
         if name not in captured and not config.metadata:
             has = ", ".join(captured) or "none"
             raise ConfigError(
                 f"score.group_by {name}: score.key_pattern captures no such group (it has {has}), and there is no "
-                "score.metadata to have such a column"
+                "score.metadata with such a column"
             )
     return captured
 
 
 def make_grouping(storage: Storage, config: ScoreConfig, folder: str) -> Grouping:
-    """Prepare the grouping; a copy of what is needed of score.metadata goes into the local `folder`.
+    """Prepare the grouping; the needed columns of score.metadata are copied into the local `folder`.
 
     Raises:
         ConfigError: as `check_grouping`, or the metadata lack a column or have several rows for one URI.
@@ -102,7 +102,7 @@ def make_grouping(storage: Storage, config: ScoreConfig, folder: str) -> Groupin
 
 
 def _copy_metadata(storage: Storage, uri: str, names: list[str], path: str) -> None:
-    """Write a local copy of a Parquet file or folder with the columns uri, canonical, and `names`, as strings.
+    """Write a local copy of a Parquet file or folder with the columns uri (canonical) and `names`, as strings.
 
     Rows whose uri is null or malformed are dropped, because they match no photograph.
     """

@@ -1,4 +1,4 @@
-"""What the input of a scoring run lists, and which of it the filters keep; streamed, never in memory as a whole."""
+"""List and filter the input of a scoring run; rows are streamed, never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agr_ray.storage import BadUri, MissingObject, Storage, StorageUnavailable
 MAX_ENDINGS: Final = 10
 """Number of endings of left-out keys that a plan counts."""
 _BATCH_ROWS = 65_536
-_LISTED_ROWS = 8192  # at a time: a trial of a few keys should not list many
+_LISTED_ROWS = 8192  # at a time, so that a trial run over a few keys does not list many
 _BUFFER_BYTES = 2**23
 _ENDING = r"(?P<ending>(?:\.[^./]{1,10})?)$"
 _GLOB_TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^]/]*\]|.", re.DOTALL)
@@ -32,7 +32,7 @@ class Listing:
     """The input of a run, and counts of what has been listed so far.
 
     Raises:
-        ConfigError: the input is not of its kind, or a pattern can't be understood.
+        ConfigError: the input is not of its kind, or a pattern is invalid.
     """
 
     def __init__(self, storage: Storage, config: ScoreConfig) -> None:
@@ -46,7 +46,7 @@ class Listing:
         """Number of left-out keys by ending."""
 
     def kept(self) -> Iterator[pa.RecordBatch]:
-        """Yield the rows that the filters keep, as `LISTED`; stop at the limit: a trial must not list a whole bucket.
+        """Yield the rows that pass the filters, as `LISTED`; stop at the limit, so as not to list a whole bucket.
 
         Raises:
             ConfigError: the input is not what its kind says.
@@ -141,7 +141,7 @@ def _read_manifest(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
 def _manifest_rows(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
     """Yield one file of a manifest as `LISTED`; its URIs, in their canonical form, are its keys too."""
     fs, path = storage.arrow_filesystem(uri)
-    # The buffer, because whole columns of a row group are fetched without one.
+    # Without a buffer, whole columns of a row group would be fetched.
     with pq.ParquetFile(path, filesystem=fs, buffer_size=_BUFFER_BYTES) as file:
         names = file.schema_arrow.names
         if "uri" not in names:
@@ -158,7 +158,7 @@ def _manifest_rows(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
 
 
 def _filter(config: ScoreConfig, kind: str) -> Callable[[pa.RecordBatch], Any]:
-    """Return what says of each row of `LISTED` whether it is kept."""
+    """Return a function that says for each row of `LISTED` whether it is kept."""
     include = _any_of("score.include", config.include)
     if not config.include and kind != "manifest":
         include = rf"(?i)(?:{'|'.join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)})\z"
@@ -185,13 +185,14 @@ def _any_of(name: str, globs: Sequence[str]) -> str:
 
 
 def glob_expression(glob: str) -> str:
-    r"""Return the regular expression (RE2) of the keys that a glob matches from end to end, in their own case.
+    r"""Return a regular expression (RE2) that matches the same whole keys as a case-sensitive glob.
 
-    `*` is any characters but a slash, `?` one of them, `[a-z]` one of a set and `[!a-z]` one not in it; `**` between
-    slashes is any number of folders, and at the end everything below. Every other character is itself.
+    `*` matches any characters except a slash, `?` one of these, `[a-z]` one character of a set and `[!a-z]` one not in
+    it. `**` between slashes matches any number of folders, and at the end everything below. Every other character
+    matches itself.
 
     Raises:
-        ValueError: a set is not closed or out of order, or `**` is not a whole part between slashes.
+        ValueError: a set is not closed or out of order, or `**` does not stand alone between slashes.
     """
     if not glob or any("**" in part and part != "**" for part in glob.split("/")):
         raise ValueError(f"{glob!r} is not understood: ** must stand alone between slashes, as in **/*.jpg")

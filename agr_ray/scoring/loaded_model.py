@@ -1,4 +1,4 @@
-"""What a scoring run predicts with."""
+"""The model of a scoring run, with its settings and calibration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from agr_ray.predict.resolve import resolve
 
 @dataclass(frozen=True)
 class Model:
-    """What predicts."""
+    """A checkpoint with its effective settings and calibration."""
 
     checkpoint: Mapping[str, bytes]
     digest: str
@@ -51,7 +51,7 @@ def load_model(directory: Path, job: ScoreJob, console: Console) -> Model:
         raise ConfigError("vision.detector 'none' detects no faces; scoring allows: mtcnn, haar")
     if meta["vision"]["detector"] != pipeline.vision.detector:
         trained, chosen = meta["vision"]["detector"], pipeline.vision.detector
-        console.print(f"warning: trained on crops found by {trained}, scoring with {chosen}")
+        console.print(f"warning: the model was trained on crops found by {trained}, but scoring uses {chosen}")
     if calibration is None:
         console.print(f"warning: uncalibrated: no age_low and age_high, no abstention, no corrected shares: {reason}")
     elif calibration.overlap_warning:

@@ -14,7 +14,7 @@ from agr_ray.scoring.planning import Plan
 
 
 def endings(plan: Plan, *, hides: bool = False) -> str:
-    """Return how many keys of which ending were left out; with `hides` the endings alone."""
+    """Return the number of left-out keys for each ending; with `hides`, only the endings."""
     if hides:
         return "keys " + " and ".join(
             f"that end in {each}" if each else "without ending" for each in plan.endings_left_out

@@ -1,4 +1,4 @@
-"""What a scoring run is to do, decided once: the manifest of `storage.parts`, with the photographs that are new.
+"""Plan a scoring run, once: write the manifest of `storage.parts`, with the photographs that are new.
 
 The input and the ids of scored photographs stream through Parquet files in a temporary folder, which DuckDB joins
 within a memory limit: neither is ever in memory as a whole.
@@ -28,12 +28,12 @@ from agr_ray.storage.parts import read_plan, write_manifest
 from agr_ray.storage.scratch import scratch_folder
 
 MAX_GROUPS: Final = 10_000
-"""Of score.group_by: each makes up to a hundred rows of demographics, which are worked out together."""
+"""Maximum groups of score.group_by: each has up to a hundred rows of demographics, which are computed together."""
 
 MEMORY_LIMIT: Final = "1GB"
-"""Of DuckDB, which goes to the temporary folder beyond it."""
+"""Memory limit of DuckDB, which then spills to the temporary folder."""
 NUM_THREADS: Final = 4
-"""Of DuckDB at most: each takes its share of the memory."""
+"""Maximum threads of DuckDB: each takes its share of the memory."""
 
 _BATCH_ROWS = 65_536
 _FILES_AHEAD = 16
@@ -89,14 +89,14 @@ def plan(
     Args:
         storage: of the input and of `out`.
         config: names the input, the filters, the limit and the rows of a part (rows_per_file).
-        out: nothing whole is there yet (`read_counts` returns None).
+        out: must not hold a whole manifest (`read_counts` returns None).
         scored: photographs to skip, with schema `SCORED` (`scored_ids`).
-        scored_as: makes the id in `scored` from our image_id, where they differ (an HMAC); none: they are the same.
+        scored_as: maps an image_id to its id in `scored`, if they differ (an HMAC); none: they are the same.
         progress: called with the number of listed objects and a remark, every few thousand rows and before the
             manifest is written; it may raise to stop the planning.
 
     Raises:
-        ConfigError: the input is not what its kind says, or a pattern can't be understood.
+        ConfigError: the input is not what its kind says, or a pattern is invalid.
         FileExistsError: `out` holds a whole manifest.
         StorageUnavailable: input or output can't be reached.
     """
@@ -145,7 +145,7 @@ def read_counts(storage: Storage, out: str) -> Plan | None:
 
 
 def photograph_id(uri: str, etag: str | None) -> str:
-    """Return the image_id of a photograph to score: another etag is another photograph; none known is one for ever."""
+    """Return the image_id of a photograph to score: another etag means another photograph."""
     return image_id(f"{uri}\n{etag or ''}")
 
 
@@ -154,7 +154,7 @@ def scored_ids(storage: Storage, folders: Iterable[str]) -> Iterator[pa.RecordBa
 
     An archived photograph is skipped only as long as its storage class stays the same.
 
-    Several files are read at a time, for there are many small ones, and few batches are held. A folder that does
+    Several files are read at a time, because there are many small ones; few batches are in memory. A folder that does
     not exist holds none.
 
     Args:
@@ -225,7 +225,7 @@ def _open_database(folder: str) -> duckdb.DuckDBPyConnection:
 
 
 def _select(database: duckdb.DuckDBPyConnection, listed: str, scored: str) -> tuple[int, int]:
-    """Make the table `to_do` of the positions in `listed` that are to be scored; count rows not scored, and these."""
+    """Create the table `to_do` of positions in `listed` to score; return the numbers of unscored rows and positions."""
     database.execute(
         """
         CREATE TEMP TABLE to_do AS
@@ -253,7 +253,7 @@ _TO_DO: Final = """
 
 
 def _check_groups(database: duckdb.DuckDBPyConnection, listed: str, grouping: Grouping) -> dict[str, int]:
-    """Refuse a grouping that makes a table as long as the bucket, before anything is scored.
+    """Reject a grouping that would make a table as long as the bucket, before anything is scored.
 
     Returns:
         Number of photographs to score with a value, by grouping column.

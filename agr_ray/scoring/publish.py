@@ -46,7 +46,7 @@ _NUM_READS: Final = 8
 
 
 class Counts(NamedTuple):
-    """Of one file, or added up."""
+    """Counts of one file, or of several added up."""
 
     cells: pa.Table
     """`tables.faces.count_faces` by the grouping columns."""
@@ -58,7 +58,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Publication:
-    """What turning parts into published files needs to know."""
+    """Settings for turning parts into published files."""
 
     storage: Storage
     work: str
@@ -72,7 +72,7 @@ class Publication:
     aggregate_only: bool
     ledger: str
     key: bytes
-    """Of the HMACs that stand in for URIs; empty: URIs stay."""
+    """Key of the HMACs that replace URIs; empty: URIs are kept."""
     outage_s: float
 
     @property
@@ -83,7 +83,7 @@ class Publication:
 
     @property
     def num_files(self) -> int:
-        """Return how many files there will be: one at least, so that readers of an empty run find its columns."""
+        """Return the number of files: at least one, so that readers of an empty run find its columns."""
         return max(1, -(-self.num_parts // PARTS_PER_FILE))
 
     def publish_file(self, file: int) -> Counts:
@@ -139,7 +139,7 @@ class Publication:
             grouping = [pa.field(name, pa.string()) for name in self.group_by]
             return pa.schema([*IMAGES, *grouping]).empty_table()
         with ThreadPoolExecutor(_NUM_READS) as pool:
-            parts = Parts(self.storage, self.work)  # whoever calls this waits for storage
+            parts = Parts(self.storage, self.work)  # the caller retries
             images = pa.concat_tables(pool.map(self.storage.read_table, map(parts.uri, numbers)))
             manifest = pa.concat_tables(pool.map(parts.rows, numbers))
         # A part has the rows of its row group, in their order.
@@ -153,7 +153,7 @@ class Publication:
 
 
 def pseudonymised(images: pa.Table, key: bytes, scored_at: datetime.datetime) -> pa.Table:
-    """Replace all that names or identifies an image: URI and id by HMACs, etag and size by null.
+    """Replace everything that names or identifies an image: URI and id by HMACs, etag and size by null.
 
     Errors quote them, so errors are null too, and only the status says why an image was rejected. All rows get the same
     `scored_at`, the start of the run, because exact times would reveal the order of the keys.

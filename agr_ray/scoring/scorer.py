@@ -1,4 +1,4 @@
-"""What a scoring worker does: a part of a run's manifest -> photographs -> faces -> attributes -> image rows.
+"""A scoring worker: a part of a run's manifest -> photographs -> faces -> attributes -> image rows.
 
 `PartFinder` runs on CPUs, `RowPredictor` preferably on a GPU. Without a GPU, both run in one process. With a GPU,
 each `PartScorer` sends its crops to a predictor in another process, a few batches ahead.
@@ -56,7 +56,7 @@ _Row = tuple[int, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Scoring:
-    """What every worker of a run is told."""
+    """Settings of a run that every worker gets."""
 
     storage: Storage
     work: str
@@ -166,15 +166,15 @@ class PartFinder:
         self._retry = Retry(scoring.outage_s)
 
     def find(self, part: int) -> Iterator[Found]:
-        """Find the faces of all images of a part, a batch at a time; one that kills its worker is given up.
+        """Find the faces of all images of a part, a batch at a time.
 
         Each row of the part is yielded once, mostly in manifest order. A server that has just restarted may refuse
         requests that succeed a moment later. So refused photographs are requested once more, after all others, once
         the part's manifest can be read again.
 
-        That the part is begun is noted in storage until it is written. Where an earlier attempt at it has died, images
-        are taken one at a time, and which one is at work is noted beforehand: an image that has killed its worker
-        `storage.parts.MAX_DEATHS` times, before its attributes were there, is given up.
+        A note in storage marks the part as in progress until it is written. If an earlier attempt died, images are
+        processed one at a time, and each is noted beforehand. An image that has killed its worker
+        `storage.parts.MAX_DEATHS` times gets the status `failed`.
         """
         parts = self._scoring.parts
         rows = list(enumerate(parts.rows(part).select(SCORE_MANIFEST.names).to_pylist()))
@@ -210,7 +210,7 @@ class PartFinder:
         return self._downloads.fetch([row["uri"] for _, row in rows], [row["etag"] for _, row in rows])
 
     def _bodies(self, fetched: _Fetched) -> list[bytes | Reject]:
-        """Wait for the files. Only storage that can't be reached raises."""
+        """Wait for the files. Raises only if storage can't be reached."""
         with self.stopwatch.stage("wait for storage"):
             return [each.result() for each in fetched]
 
@@ -257,7 +257,7 @@ class PartFinder:
         }
 
     def _faces(self, photograph: Photograph) -> tuple[dict[str, Any], list[NDArray[np.uint8]]]:
-        """Return what a photograph adds to its row, and its faces' crops, both from left to right."""
+        """Return the columns that a photograph adds to its row, and its faces' crops, both from left to right."""
         found = self._finder.faces(photograph)
         faces = [face.columns | {"flags": flags(face.columns, self._scoring.gates)} for face in found]
         return {
@@ -300,7 +300,7 @@ class RowPredictor:
 
 
 def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:
-    """Return which of schema.FLAGS a face has, in their order. Without landmarks it is never `turned`."""
+    """Return the schema.FLAGS that a face has, in their order. Without landmarks it is never `turned`."""
     x0, y0, x1, y1 = face["box"]
     turn = max(abs(face.get("yaw") or 0.0), abs(face.get("pitch") or 0.0))
     found = {

@@ -1,4 +1,4 @@
-"""The unpublished plan of a configuration: resumed if a job was killed, made anew otherwise."""
+"""The unpublished plan of a configuration: resumed if a job was killed, otherwise created."""
 
 from __future__ import annotations
 
