@@ -1,1 +1,1 @@
-"""Labelled sources of photographs: listing, labels, manifest and splits."""
+"""From labelled sources to prepared sets: listing, labels, manifest, splits and crops."""

@@ -1,4 +1,4 @@
-"""Prepared crops as arrays: which rows are read together, which are selected, and how they are decoded.
+"""Read prepared crops as arrays: choose which rows to read together, select and decode them.
 
 Imports neither torch nor a module that does, because each process of Ray Data that decodes crops imports this one.
 """
@@ -32,16 +32,16 @@ class Slice(NamedTuple):
 
 
 def deal_parts(listed: Sequence[Sequence[str]]) -> list[list[Slice]]:
-    """Return what is read together: a slice of each set, so that whatever reads one of these has rows of all sets.
+    """Group slices of parts such that each group has rows of all sets.
 
-    There are as many as the longest list has parts. Of a set with fewer, a part is read several times, for some of its
-    rows each time, which costs little beside decoding.
+    There are as many groups as the largest set has parts. A part of a smaller set is read several times, for some of
+    its rows each time, which costs little compared with decoding.
 
     Args:
-        listed: the URIs of each set's parts, one at least.
+        listed: the URIs of each set's parts, at least one.
 
     Returns:
-        For each reading, a slice of each set, in the sets' order.
+        For each group, a slice of each set, in the sets' order.
     """
     groups: list[list[Slice]] = [[] for _ in range(max(map(len, listed)))]
     for uris in listed:
@@ -52,7 +52,7 @@ def deal_parts(listed: Sequence[Sequence[str]]) -> list[list[Slice]]:
 
 
 def take_turns(lengths: Sequence[int]) -> NDArray[np.int64]:
-    """Return an order of the rows of several tables, one below the other, that spreads each table's evenly."""
+    """Return an order of the rows of several concatenated tables that spreads the rows of each table evenly."""
     places = np.concatenate([(np.arange(length) + 0.5) / length for length in lengths])
     return np.argsort(places, kind="stable")
 
@@ -63,7 +63,7 @@ def usable_statuses(*, use_fallback: bool) -> list[str]:
 
 
 def select_crops(table: pa.Table, split: str, statuses: list[str]) -> pa.Table:
-    """Return the rows of a split ("all": of every one) that carry a crop."""
+    """Return the rows of a split ("all": of every split) that have a crop."""
     keep = pc.is_in(table["status"], value_set=pa.array(statuses))
     if split != "all":
         keep = pc.and_(keep, pc.equal(table["split"], split))
@@ -94,17 +94,17 @@ def read_labels(table: pa.Table, space: LabelSpace) -> Labels:
 
 
 def map_races(table: pa.Table, mapping: Mapping[str, str]) -> pa.Table:
-    """Return a table whose races are replaced by those of `labels.race_mapping`; one that it leaves out is null."""
+    """Return a table with races replaced by `labels.race_mapping`; races that it leaves out become null."""
     words = [mapping.get(race) for race in table["race"].to_pylist()]
     return table.set_column(table.schema.get_field_index("race"), "race", pa.array(words, pa.string()))
 
 
 def training_arrays(table: pa.Table, side_px: int, space: LabelSpace) -> dict[str, NDArray[Any]]:
-    """Return what a network is trained on: image_id (n,) words, `decoded_crops`, and the arrays of `Labels`.
+    """Return the arrays that a network is trained on: image_id (n,) words, `decoded_crops`, and those of `Labels`.
 
-    And set_index, (n,) int64: which of several sets a row is from; 0 where the table has no such column.
+    Also set_index, (n,) int64: which of several sets a row is from; 0 if the table has no such column.
 
-    Some hundred bytes of image_id beside a crop's tens of thousands: so a row that breaks a run can be named.
+    image_id takes about a hundred bytes beside tens of thousands for a crop. It names the rows of a failed run.
     """
     image_ids = np.asarray(table["image_id"].to_pylist(), dtype=object)
     has_index = "set_index" in table.column_names
@@ -124,14 +124,14 @@ def read_slices(
     statuses: list[str],
     mappings: Sequence[Mapping[str, str]] = (),
 ) -> pa.Table:
-    """Return the rows of a split, with a crop, of one slice of each set, taking turns; set_index says of which set.
+    """Return the rows of a split that have a crop, from one slice of each set, interleaved; set_index names the set.
 
     Args:
         storage: where the sets are.
         slices: one of each set.
         split: as in `select_crops`.
         statuses: as in `select_crops`.
-        mappings: what `map_races` does to each set; none: nothing.
+        mappings: mapping of `map_races` for each set; empty: races are kept.
     """
     tables = []
     for index, (uri, first, step) in enumerate(slices):

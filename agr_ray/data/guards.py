@@ -1,4 +1,4 @@
-"""What is looked at before the first step of training: labels, splits and detectors of prepared sets."""
+"""Checks of prepared sets before the first step of training: labels, splits and detectors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agr_ray.storage import Storage
 
 
 def check_sets(sets: Sequence[PreparedSet]) -> None:
-    """Refuse sets that can't be learnt from together: crops of different size or template, or one set twice.
+    """Reject sets that can't be combined: crops of different size or template, or one set twice.
 
     Raises:
         ConfigError: names both sets.
@@ -28,10 +28,10 @@ def check_sets(sets: Sequence[PreparedSet]) -> None:
             if other.settings[key] != first.settings[key]:
                 raise ConfigError(
                     f"train.data: the crops of {first.uri} have {key} {first.settings[key]}, those of {other.uri} "
-                    f"{other.settings[key]}; prepare one of them again with that of the other"
+                    f"{other.settings[key]}; prepare one of them again with the same value"
                 )
         for earlier in sets[:number]:
-            if earlier.digest == other.digest:  # wherever its copies lie
+            if earlier.digest == other.digest:  # also if one is a copy of the other
                 raise ConfigError(f"train.data: {earlier.uri} and {other.uri} are the same set; name it once")
 
 
@@ -63,7 +63,7 @@ def training_space(sets: Sequence[PreparedSet], config: LabelsConfig) -> LabelSp
 def check_no_overlaps(
     trained: Sequence[pa.Table], crops: Sequence[pa.Table], sets: Sequence[PreparedSet], storage: Storage
 ) -> None:
-    """Do what `check_no_overlap` does within each set and between any two: the tables of each, in their order."""
+    """Call `check_no_overlap` within each set and between any two; the tables are in the order of the sets."""
     for rows, table, prepared in zip(trained, crops, sets, strict=True):
         check_no_overlap(rows, table, prepared, storage)
     for i, j in itertools.permutations(range(len(sets)), 2):
@@ -73,19 +73,19 @@ def check_no_overlaps(
 def check_no_overlap(
     train: pa.Table, crops: pa.Table, prepared: PreparedSet, storage: Storage, trained: PreparedSet | None = None
 ) -> None:
-    """Refuse a set that has, byte for byte, an image of training in another split.
+    """Reject a set with an image in val or test that is byte for byte in train.
 
-    `prepare` keeps an image's copies together, unless they are labelled as different subjects; it knows of one set.
+    Within a set, `prepare` keeps an image's copies together, unless they are labelled as different subjects.
 
     Args:
-        train: the rows trained on.
+        train: the training rows.
         crops: the rows of all splits; both have content_hash and split.
-        prepared: where the latter are from.
-        storage: it is on; the name of an image is read only where there is something to say.
-        trained: another set, where the former are from; None: the same.
+        prepared: the set that `crops` are from.
+        storage: where the set is; the name of an image is read only for an error.
+        trained: the set that `train` is from; None: the same set.
 
     Raises:
-        ConfigError: with how many images, and the name of one.
+        ConfigError: there is an overlap; the message gives the number of images and the name of one.
     """
     others = crops.filter(pc.and_(pc.is_valid(crops["split"]), pc.not_equal(crops["split"], "train")))
     seen = pc.is_in(others["content_hash"], value_set=pc.unique(train["content_hash"]).drop_null())
@@ -102,17 +102,17 @@ def check_no_overlap(
         "give copies the same subject, or leave them out," if trained is None else "leave them out of one of the two"
     )
     raise ConfigError(
-        f"train.data {prepared.uri}: {shared.num_rows:,} images of {_listed(shared['split'])} are, byte for byte, in "
-        f"train{of} too, such as {where}; {copies} and prepare again"
+        f"train.data {prepared.uri}: {shared.num_rows:,} images of {_listed(shared['split'])} are also, byte for byte, "
+        f"in train{of}, such as {where}; {copies} and prepare again"
     )
 
 
 def copies_warnings(trained: Sequence[pa.Table], sets: Sequence[PreparedSet]) -> list[str]:
-    """Say how many images are trained on in more than one set: they count that much more, perhaps with other labels.
+    """Return a warning if images are in train of several sets: they count more than once, perhaps with other labels.
 
     Args:
-        trained: the rows of each set that are trained on, with content_hash.
-        sets: where they are from.
+        trained: the training rows of each set, with content_hash.
+        sets: the sets, in the same order.
     """
     contents = [pc.unique(rows["content_hash"]).drop_null() for rows in trained]
     counted = pa.chunked_array(contents, pa.string()).value_counts()
@@ -120,20 +120,20 @@ def copies_warnings(trained: Sequence[pa.Table], sets: Sequence[PreparedSet]) ->
     if not num_copies:
         return []
     return [
-        f"train.data {_uris(sets)}: {num_copies:,} images are, byte for byte, in train of more than one set, and are "
-        "learnt from in each"
+        f"train.data {_uris(sets)}: {num_copies:,} images are, byte for byte, in train of more than one set, and "
+        "count once for each"
     ]
 
 
 def class_warnings(
     counts: Mapping[str, Mapping[str, int]], tasks: Sequence[str], sets: Sequence[PreparedSet]
 ) -> list[str]:
-    """Say which classes of a gender or race head no training row has: it will never learn to say them.
+    """Return warnings about classes of a gender or race head that no training row has: the head can't learn them.
 
     Args:
-        counts: of training's labels, by `evaluation.groups.class_counts`.
-        tasks: that have a head.
-        sets: where the labels are from.
+        counts: the training labels, counted by `evaluation.groups.class_counts`.
+        tasks: the tasks that have a head.
+        sets: the sets that the labels are from.
     """
     warnings = []
     for task in ("gender", "race"):
@@ -141,8 +141,8 @@ def class_warnings(
         if task in tasks and missing:
             has = ", ".join(f"{name} {count:,}" for name, count in counts[task].items())
             warnings.append(
-                f"train.data {_uris(sets)}: no training row has {task} {' or '.join(missing)}, which the model will "
-                f"not learn to tell; it has {has}"
+                f"train.data {_uris(sets)}: no training row has {task} {' or '.join(missing)}, so the model can't "
+                f"learn to predict it; the rows have {has}"
             )
     return warnings
 
@@ -150,8 +150,8 @@ def class_warnings(
 def vision_warnings(sets: Sequence[PreparedSet]) -> list[str]:
     """Return warnings about how the crops were made: without a detector, or with settings that differ between sets.
 
-    A checkpoint stores the vision settings of its first set. If crops differ by set, a network can tell the set, and
-    so what its labels are like, by the crop.
+    A checkpoint stores the vision settings of its first set. If crops differ between sets, a network can recognise the
+    set by the crop, and learn the distribution of its labels.
     """
     warnings = [
         f"train.data {prepared.uri}: its crops were made with vision.detector none, which scoring can't use; prepare "

@@ -36,7 +36,7 @@ LISTED: Final = pa.schema(
         pa.field("storage_class", pa.string()),  # S3's storage class; null: unknown, or a local file
     ]
 )
-"""One row an object that was listed."""
+"""One row for each listed object."""
 
 _BATCH_ROWS = 65_536
 _NEEDED: Final = {"key": pa.string(), "size": pa.int64(), "e_tag": pa.string()}
@@ -74,17 +74,17 @@ class _Manifest:
 def read_inventory(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
     """Yield the objects of an inventory as batches of `LISTED`, in its own order, one data file in memory at a time.
 
-    Objects are the latest versions only; delete markers, and the empty objects whose key ends in `/` that stand for
-    folders, are skipped. The key is the whole key in the bucket. Where the manifest is a local copy, the data files
-    are looked for below the folders above it.
+    Only the latest versions are included. Delete markers, and empty objects that stand for folders (their key ends in
+    `/`), are skipped. The key is the whole key in the bucket. If the manifest is a local copy, the data files are
+    searched for below its parent folders.
 
     Args:
         storage: reads the manifest and the data files; the listed objects are not touched.
         uri: of the manifest.json.
 
     Raises:
-        InventoryError: it is no inventory, of another format than CSV or Parquet, without a field that is needed, or
-            a data file is not there or not the one that the manifest means.
+        InventoryError: the object is not an inventory, its format is neither CSV nor Parquet, it lacks a needed field,
+            or a data file does not exist or differs from its MD5.
         MissingObject: there is no such manifest.
     """
     manifest = _parse_manifest(storage.read(uri))
@@ -130,18 +130,18 @@ def _check_fields(names: tuple[str, ...]) -> None:
 
 
 def _data_root(storage: Storage, uri: str, key: str) -> str:
-    """Return what the data files' keys are below: the manifest's bucket, or the folder that a copy of it lies in."""
+    """Return the root of the data files' keys: the manifest's bucket, or a parent folder of its copy."""
     for root in ancestors(uri):
         if storage.exists(storage.join(root, key)):
             return root
-    raise InventoryError(f"data file {key} is not there")
+    raise InventoryError(f"data file {key} does not exist")
 
 
 def _read_data_file(storage: Storage, uri: str, file: _DataFile) -> bytes:
     try:
         body = storage.read(uri)
     except MissingObject:
-        raise InventoryError(f"data file {file.key} is not there") from None
+        raise InventoryError(f"data file {file.key} does not exist") from None
     if file.md5 is not None and hashlib.md5(body, usedforsecurity=False).hexdigest() != file.md5:
         raise InventoryError(f"data file {file.key} is not the one listed: its MD5 is not {file.md5}")
     return body

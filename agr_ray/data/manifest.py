@@ -1,4 +1,4 @@
-"""From the rows of a labelled source to its manifest: one row an image, whatever is wrong with it."""
+"""From the rows of a labelled source to its manifest: one row per image, whatever its status."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ IMAGE_SUFFIXES: Final = (
     *(".heic", ".heif", ".avif"),
     *(".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
 )
-"""Files of a source with one of these endings, in either case, are its images and become rows; others do not."""
+"""Files of a source with one of these endings, in upper or lower case, are its images and become rows."""
 
 CONFLICT_PREFIX: Final = "conflict:"
-"""Begins the group_id of a subject of whom one image occurs twice under different labels."""
+"""Prefix of the group_id of a subject with two copies of one image under different labels."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedLabel:
-    """The label of one image, or why there is none that can be used.
+    """The labels of one image, or why they can't be used.
 
     A label that is None is missing, which is allowed. With an `error` everything else is None.
 
-    Either `age` or the range `age_low` to `age_high` is given, or neither.
+    At most one of `age` and the range `age_low` to `age_high` is given.
     """
 
     age: float | None = None
@@ -44,9 +44,9 @@ class ParsedLabel:
     race: str | None = None
     """One of the label space's races."""
     subject: str | None = None
-    """Who is shown, as the source names them."""
+    """The person shown, as named by the source."""
     split: str | None = None
-    """One of `schema.SPLITS`, where the source brings its own."""
+    """One of `schema.SPLITS`, if the source has its own splits."""
     error: str | None = None
     age_low: float | None = None
     """Years; first of a range."""
@@ -66,17 +66,17 @@ class SourceRow:
     etag: str | None = None
     size_bytes: int | None = None
     missing: bool = False
-    """The source labels an image that is not there."""
+    """Whether the source labels an image that does not exist."""
 
     @classmethod
     def listed(cls, info: ObjectInfo, label: ParsedLabel) -> SourceRow:
-        """Return the row of an image that was listed."""
+        """Return the row of a listed image."""
         return cls(info.uri, info.key, label, info.etag, info.size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What reading one image gave: the hash of its bytes, or why there is none."""
+    """Result of reading one image: the hash of its bytes, or why there is none."""
 
     digest: str | None
     status: str = str(Status.OK)
@@ -94,7 +94,7 @@ def content_hash(data: bytes) -> str:
 
 
 def check_age(years: float) -> str | None:
-    """Return what is wrong with an age, or None."""
+    """Return the error in an age, or None if it is valid."""
     if math.isfinite(years) and AGE_MIN_YEARS <= years <= AGE_MAX_YEARS:
         return None
     return f"age {years:g} is outside {AGE_MIN_YEARS:g} to {AGE_MAX_YEARS:g} years"
@@ -114,9 +114,9 @@ def in_key_order(rows: Iterable[SourceRow], source: str) -> list[SourceRow]:
 
 
 def build_manifest(rows: Sequence[SourceRow], source: str, contents: Mapping[str, Content]) -> pa.Table:
-    """Return the manifest of a source: a row for each image, whatever is wrong with it, in the order of `rows`.
+    """Return the manifest of a source: a row for each image, whatever its status, in the order of `rows`.
 
-    `group_id` is `subject:<name>` where the subject is known, else `sha256:<hash of the content>`. Images of equal
+    `group_id` is `subject:<name>` if the subject is known, else `sha256:<hash of the content>`. Images of equal
     content share one group, even under the names of two subjects. No split is assigned here.
 
     Args:
@@ -126,7 +126,7 @@ def build_manifest(rows: Sequence[SourceRow], source: str, contents: Mapping[str
             content_hash and no group; it is `ok` unless its label can't be used or the source says that it is missing.
 
     Returns:
-        A table of `schema.MANIFEST`, the same for the same source on every machine but for URIs and etags.
+        A table of `schema.MANIFEST`, the same for the same source on every machine, except for URIs and etags.
     """
     found = [_content(row, contents) for row in rows]
     groups = group_ids([row.label for row in rows], [content.digest for content in found])
@@ -158,23 +158,23 @@ def _content(row: SourceRow, contents: Mapping[str, Content]) -> Content:
     if row.label.error is not None:
         return Content(None, str(Status.BAD_LABEL), row.label.error)
     if row.missing:
-        return Content(None, str(Status.MISSING), f"{row.key} is labelled and not there")
+        return Content(None, str(Status.MISSING), f"{row.key} is labelled but does not exist")
     return contents.get(image_id(row.uri), Content(None))
 
 
 def labels_digest(manifest: pa.Table) -> str:
-    """Return the SHA-256, in hex, of what is learnt from: each image's content, labels and split, not where it lies."""
+    """Return the SHA-256, in hex, of each image's key, content, labels and split, independent of its URI."""
     names = ("key", "content_hash", "split", "age", "age_low", "age_high", "gender", "race", "status")
     rows = sorted(zip(*(manifest.column(name).to_pylist() for name in names), strict=True), key=lambda row: str(row[0]))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def group_ids(labels: Sequence[ParsedLabel], digests: Sequence[str | None]) -> list[str | None]:
-    """Return the group of each image: a set of images that must not be torn apart by a split.
+    """Return the group of each image: a set of images that must be in the same split.
 
-    Images belong together that show one subject or have equal content, and so do those that a chain of such links
-    connects. The group is named by the first of its subjects in sorted order, else by its content. An image
-    without digest, which was not read, has no group.
+    Images belong together if they show one subject or have equal content, or if a chain of such links connects them.
+    The group is named after the first of its subjects in sorted order, else after its content. An image without a
+    digest, which was not read, has no group.
     """
     parent: dict[str, str] = {}
 
@@ -189,12 +189,12 @@ def group_ids(labels: Sequence[ParsedLabel], digests: Sequence[str | None]) -> l
             of_content[digest].append(label)
             content = root(f"sha256:{digest}")
             if label.subject is not None:
-                # "subject:" sorts after "sha256:", and the smallest subject is to name the group.
+                # The smallest subject must name the group, but "subject:" sorts after "sha256:".
                 ends = sorted((content, root(f"subject:{label.subject}")), key=lambda each: (each[:3] != "sub", each))
                 parent[ends[1]] = ends[0]
 
-    # Within a group named by content every difference is a conflict, as splits.py sees for itself. Within a
-    # subject ages differ by right, and only equal content tells.
+    # Within a group named after its content, every difference is a conflict, which splits.py detects. The ages of one
+    # subject may differ, so only images of equal content can conflict.
     conflicting = {
         root(f"sha256:{digest}") for digest, twins in of_content.items() if labels_conflict([_values(t) for t in twins])
     }
@@ -208,7 +208,7 @@ def group_ids(labels: Sequence[ParsedLabel], digests: Sequence[str | None]) -> l
 
 
 def labels_conflict(labels: Sequence[Sequence[object]]) -> bool:
-    """Say whether any label takes two values among the given ones; a missing label agrees with every value."""
+    """Return whether any label has two different values; a missing label agrees with every value."""
     return any(len({value for value in column if value is not None}) > 1 for column in zip(*labels, strict=True))
 
 

@@ -8,8 +8,8 @@ Each image is downloaded once, by a worker, which hashes and crops it. Groups an
 So the crop rows are staged in work/. Once all are there, the driver assigns splits, checks the set, and writes the rows
 with their splits to OUT/crops/.
 
-Nothing is remembered but these files. After a kill, the same command finds in crops/ and work/ which rows are valid
-(`data.standing`), and makes the rest. A job that is refused leaves the set as it was.
+These files are the only state. After a kill, the same command finds in crops/ and work/ which rows are valid
+(`data.standing`), and makes the rest. A job that is rejected leaves the set as it was.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Workers(Protocol):
 
 
 def prepare_set(job: PrepareJob, workers: Workers, console: Console) -> PreparedSet:
-    """Make the prepared set that the job describes, or finish it; of one that is whole, do nothing again.
+    """Make the prepared set that the job describes, or finish it; if it is complete and unchanged, redo nothing.
 
     If the source has changed since, the set is updated: new images are added, deleted images are removed, replaced
     images are cropped again, and corrected labels are copied into the crops' rows. Images keep their split.
@@ -87,7 +87,7 @@ def prepare_set(job: PrepareJob, workers: Workers, console: Console) -> Prepared
         with run_lock(storage, lock_uri, owner, expiry_s=job.prepare.lock_expiry_s, console=console) as lock:
             return _Preparation(job, storage, out, lock, console).run(workers)
     finally:
-        storage.delete_if_empty(out)  # the lock made the folder; a job that is refused leaves nothing
+        storage.delete_if_empty(out)  # the lock created the folder; a job that is rejected leaves nothing
 
 
 class _Preparation:
@@ -130,7 +130,7 @@ class _Preparation:
         self._check_usable(listing, [Status.OK])
         standing = find_standing(storage, listing, self._parts(self._crops), self._staged())
         valid = standing_rows(standing)
-        # In the order of the ids, which are hashes: the parts are well mixed, whatever the order of the keys means.
+        # In the order of the ids, which are hashes, so that the parts are well mixed whatever the order of the keys.
         todo = _without(listing, valid["image_id"]).sort_by("image_id")
         console.print(f"{len(rows):,} images: {valid.num_rows:,} done before, {todo.num_rows:,} to do")
         if todo.num_rows:
@@ -142,7 +142,7 @@ class _Preparation:
         return self._publish(self._retry.call(lambda: self._with_splits(manifest)), standing)
 
     def _staged(self) -> list[str]:
-        """Return the URIs of crop rows that killed jobs have made, or jobs that were refused."""
+        """Return the URIs of crop rows that killed or rejected jobs have left."""
         return [uri for uri in self._parts(self._work) if "/parts/" in uri.removeprefix(self._work)]
 
     def _parts(self, folder: str) -> list[str]:
@@ -150,10 +150,10 @@ class _Preparation:
         return [info.uri for info in storage.list(folder, (".parquet",))] if storage.exists(folder) else []
 
     def _make(self, todo: pa.Table, workers: Workers) -> list[str]:
-        """Have crop rows made of these rows of the listing; return the URIs of the new parts."""
+        """Have workers make crop rows for these rows of the listing; return the URIs of the new parts."""
         if not self._has_record:
             self._check()
-            # The settings that staged crops are made with.
+            # The settings of the staged crops.
             self._retry.call(lambda: self._earlier.write(self._storage))
         counts: Counter[str] = Counter()
         started = time.perf_counter()
@@ -181,7 +181,7 @@ class _Preparation:
             rows = [parts.rows(number).select(_SAME_PLAN) for number in missing]
             if rows and pa.concat_tables(rows).equals(todo.select(_SAME_PLAN)):
                 return parts, missing
-        # What a kill may cost each worker; where rows are few, parts are smaller, so that every worker gets several.
+        # A kill costs each worker at most one part. If rows are few, parts are smaller, so each worker has several.
         part_rows = max(1, min(config.rows_per_file, -(-todo.num_rows // (4 * num_workers))))
         num_parts = -(-todo.num_rows // part_rows)
         parts = Parts(storage, storage.join(self._work, uuid.uuid4().hex[:12]), config.outage_s)
@@ -300,7 +300,7 @@ def _without(table: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
 
 
 def _settings(job: PrepareJob) -> dict[str, Any]:
-    """Return what must stay the same while a prepared set grows."""
+    """Return the settings that must stay the same while a prepared set grows."""
     return {
         "source": job.source.model_dump(mode="json", exclude={"uri", "labels"}),
         "label_space": label_space(job.source, job.labels).to_json(),
@@ -314,15 +314,15 @@ def _settings(job: PrepareJob) -> dict[str, Any]:
 
 
 def _check_out(storage: Storage, out: str, settings: dict[str, Any]) -> PreparedSet | None:
-    """Return the set that is at `out` already, None if there is nothing.
+    """Return the existing set at `out`, or None if there is none.
 
     Raises:
-        ConfigError: what is there was made with other settings, or is no prepared set.
+        ConfigError: `out` holds a set with other settings, or something else.
     """
     earlier = find_prepared(storage, out, "prepare.out")
     if earlier is None:
         if storage.exists(out) and any(info.key != LOCK for info in storage.list(out)):
-            raise ConfigError(f"prepare.out {out}: exists and is no prepared set; choose another folder")
+            raise ConfigError(f"prepare.out {out}: exists and is not a prepared set; choose another folder")
         return None
     old, new = _flat(earlier.settings), _flat(settings)
     for key in sorted(old.keys() | new.keys()):
@@ -356,7 +356,7 @@ def _drawn(table: pa.Table, before: pa.Table) -> dict[str, bool]:
 def _remembered(storage: Storage, out: str) -> dict[str, str]:
     """Return the split of each content that ever had one in this set, by content hash.
 
-    The manifest alone would forget images that are away for a while: mislabelled, unreadable or deleted.
+    The manifest alone would forget images that are temporarily mislabelled, unreadable or deleted.
     """
     uri = storage.join(out, SPLIT_MEMORY)
     if not storage.exists(uri):
@@ -366,7 +366,7 @@ def _remembered(storage: Storage, out: str) -> dict[str, str]:
 
 
 def _remember(storage: Storage, out: str, table: pa.Table) -> None:
-    """Add the splits of a manifest to those that are remembered; write this before the manifest."""
+    """Add the splits of a manifest to the split memory; call this before writing the manifest."""
     rows = table.filter(pc.is_valid(table["split"]))
     now = dict(zip(rows["content_hash"].to_pylist(), rows["split"].to_pylist(), strict=True))
     split_of = dict(sorted((_remembered(storage, out) | now).items()))
@@ -385,14 +385,14 @@ def _check_not_another_source(job: PrepareJob, before: pa.Table, table: pa.Table
     """Fail if most images of the prepared set are no longer in the source: it is probably another source.
 
     Raises:
-        ConfigError: it says how many are there.
+        ConfigError: most images are missing; the message says how many remain.
     """
     known, now = (each.filter(pc.equal(each["status"], str(Status.OK)))["content_hash"] for each in (before, table))
     num_left = pc.sum(pc.is_in(known, value_set=now.combine_chunks())).as_py() or 0
     if num_left < len(known) / 2 and not job.prepare.allow_shrink:
         raise ConfigError(
             f"source.uri {job.source.uri}: has {num_left:,} of the {len(known):,} images that {job.prepare.out} was "
-            "prepared from; choose another prepare.out, or drop the others from it with --prepare.allow_shrink true"
+            "prepared from; choose another prepare.out, or remove the others from it with --prepare.allow_shrink true"
         )
 
 

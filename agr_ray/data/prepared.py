@@ -1,9 +1,9 @@
-"""What a prepared set is: the folder that `prepare` makes, and that training and evaluation read.
+"""A prepared set: the folder that `prepare` writes, and that training and evaluation read.
 
 manifest.parquet    schema.MANIFEST: every input with its labels, group and split
 splits.tsv          group_id, key and split of every image, sorted: its SHA-256 names the split
 split_memory.parquet    content_hash and split of all content that the set ever held, so that images keep their split
-crops/*.parquet     schema.CROPS: one row for every manifest row, whatever happened to it
+crops/*.parquet     schema.CROPS: one row for every manifest row, whatever its status
 prepare.json        the record below; `finished` is true once every row is there
 work/               while the set is made or updated: `data.preparation`
 """
@@ -27,32 +27,32 @@ FORMAT_VERSION: Final = 3
 
 
 class PreparedSet(BaseModel):
-    """The content of `prepare.json`, and where it was found."""
+    """The content of `prepare.json`, and the URI of its set."""
 
     model_config = ConfigDict(frozen=True)
 
     format_version: int
     finished: bool
     settings: dict[str, Any]
-    """What must stay the same while the set grows: source, label space, split, vision, crop."""
+    """Settings that must stay the same while the set grows: source, label space, split, vision, crop."""
     split_manifest_sha256: str
     labels_sha256: str
-    """Of all images' content, labels and splits."""
+    """SHA-256 of all images' content, labels and splits."""
     splits: dict[str, int]
-    """Images by split; those among them that turn out to be no image have a row without a crop."""
+    """Images by split; files that turn out not to be images have a row without a crop."""
     counts: dict[str, int]
     """Rows by status; empty until finished."""
     uri: str = ""
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256, in hex, of what decides the content: images, labels, splits and settings."""
+        """Return the SHA-256, in hex, of all that determines the content: images, labels, splits and settings."""
         text = json.dumps([self.labels_sha256, self.settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def label_space(self) -> LabelSpace:
-        """Return what the labels in the rows may be."""
+        """Return the label space of the rows."""
         return LabelSpace.from_json(self.settings["label_space"])
 
     @property
@@ -62,7 +62,7 @@ class PreparedSet(BaseModel):
 
     @property
     def source(self) -> str:
-        """Return what the source is called."""
+        """Return the name of the source."""
         return str(self.settings["source"]["name"] or self.settings["source"]["kind"])
 
     @property
@@ -113,12 +113,12 @@ def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
     """Return the finished set at `uri`, which the configuration's `key` names.
 
     Raises:
-        ConfigError: if there is none, or one that can't be used.
+        ConfigError: there is no set, or it can't be used.
     """
     uri = storage.absolute(uri).rstrip("/")
     found = find_prepared(storage, uri, key)
     if found is None:
-        raise ConfigError(f"{key} {uri}: no prepared set, it holds no prepare.json; jobs/prepare.py makes one")
+        raise ConfigError(f"{key} {uri}: not a prepared set: it holds no prepare.json; jobs/prepare.py makes one")
     if not found.finished:
         raise ConfigError(f"{key} {uri}: preparation has not finished; the same jobs/prepare.py command resumes it")
     ids = storage.read_table(found.crops(storage), columns=["image_id"])["image_id"]
@@ -137,10 +137,10 @@ def describe_sets(
     num_val_rows: Sequence[int],
     shares: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Return what a checkpoint says of the sets that it learns from: where, what, split how, and how much of each.
+    """Return a checkpoint's record of its training sets: location, source, splits, and number of rows of each.
 
-    Of several, names are joined by " + ", counts are added up, `split_manifest_sha256` is the SHA-256 of the sets' own,
-    sorted, a line each; and `sets` has an entry for each, with its share of the training rows drawn.
+    For several sets, names are joined by " + " and counts are added up. `split_manifest_sha256` is the SHA-256 of the
+    sets' own, sorted, one per line. `sets` has an entry for each set, with its share of the training rows drawn.
 
     Args:
         sets: in the order of `train.data`.

@@ -1,6 +1,6 @@
-"""Splits of a manifest into train, val and test: by group, stratified, and the same everywhere.
+"""Split a manifest into train, val and test: by group, stratified, and the same on every machine.
 
-What decides is the groups' ids, their labels and the seed: neither paths nor the order of rows.
+The split depends on the groups' ids, their labels and the seed, but not on paths or the order of rows.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ TRAIN: Final = "train"
 DECADE_YEARS: Final = 10
 
 Stratum = tuple[int, str, str]
-"""Age decade, gender and race; -1 or "" where the label is missing."""
+"""Age decade, gender and race; -1 or "" if the label is missing."""
 
 
 class SplitLeakError(ValueError):
-    """A group lies in two splits."""
+    """A group is in two splits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +49,25 @@ def assign_splits(
 ) -> pa.Table:
     """Return the manifest with its column `split` filled in.
 
-    Groups are dealt out stratum by stratum (age decade x gender x race), in an order hashed from the seed, each to
-    the split that is furthest behind its fraction. What a stratum leaves over or short is carried into the next,
-    so that the totals come out right however small the strata are.
+    Groups are assigned stratum by stratum (age decade x gender x race), in an order hashed from the seed, each to
+    the split that is furthest behind its fraction. The surplus or deficit of a stratum is carried into the next, so
+    that the totals are right however small the strata are.
 
-    - Groups whose equal images carry different labels go to train; where train has no fraction, to no split.
-    - A split that the source gave is kept and counts towards its fraction; the rest of its group joins it. Only a
-      conflicting group that was given to val or test is left out.
+    - Groups with equal images under different labels go to train, or to no split if train has no fraction.
+    - A split that the source assigned is kept and counts towards its fraction; the rest of the group joins it. Only a
+      conflicting group that the source assigned to val or test is left out.
     - With `sample`, a stratified sample of that many images is drawn first, and the rest has no split. If there
       are fewer images, all are taken.
     - Rows that are not ok have no split.
 
     Args:
-        fractions: Of the images, by name of split; a split that is not named gets nothing. Their sum is 1.
-        drawn: With `sample`: whether each group of a manifest that has grown since was in its sample. They stay in or
-            out; new groups are drawn only as far as the sample is not full.
+        fractions: fractions of the images by split; a split that is not named gets none. Their sum is 1.
+        drawn: with `sample`, whether each known group was drawn for an earlier version of the manifest. These groups
+            stay in or out; new groups are drawn only until the sample is full.
 
     Raises:
         ValueError: fractions or sample are impossible.
-        SplitLeakError: the source gave one group two splits.
+        SplitLeakError: the source assigned one group to two splits.
     """
     _check_fractions(fractions)
     if sample is not None and sample < 1:
@@ -87,21 +87,21 @@ def assign_splits(
 
 
 def check_no_leak(manifest: pa.Table) -> None:
-    """Raise if any group lies in two splits.
+    """Check that no group is in two splits.
 
     Raises:
-        SplitLeakError: names the first such group.
+        SplitLeakError: a group is; the message names the first.
     """
     seen: dict[str, str] = {}
     for group, split in zip(manifest.column("group_id").to_pylist(), manifest.column("split").to_pylist(), strict=True):
         if group is not None and split is not None and seen.setdefault(group, split) != split:
-            raise SplitLeakError(f"group {group!r} lies in both {seen[group]} and {split}")
+            raise SplitLeakError(f"group {group!r} is in both {seen[group]} and {split}")
 
 
 def split_manifest_text(manifest: pa.Table) -> str:
-    """Return the record of who is in which split: sorted lines of group, key and split, parted by tabs.
+    """Return the split manifest: sorted lines of group, key and split, separated by tabs.
 
-    Rows in no split are left out. Backslash, tab and line breaks in a key are written as in C.
+    Rows without a split are left out. Backslash, tab and line breaks in a key are escaped as in C.
     """
     columns = [manifest.column(name).to_pylist() for name in ("group_id", "key", "split")]
     lines = [
@@ -139,7 +139,7 @@ def _groups(manifest: pa.Table) -> list[_Group]:
 
 
 def _stratum(labels: list[tuple[float | None, str | None, str | None]]) -> Stratum:
-    """Return the stratum of a group: of its smallest label, so that the order of rows has no say."""
+    """Return the stratum of a group: that of its smallest label, so that the order of rows does not matter."""
     strata = [
         (-1 if age is None else int(age // DECADE_YEARS), gender or "", race or "") for age, gender, race in labels
     ]
@@ -149,12 +149,12 @@ def _stratum(labels: list[tuple[float | None, str | None, str | None]]) -> Strat
 def _conflicts(group: str, labels: list[tuple[float | None, str | None, str | None]]) -> bool:
     if group.startswith(CONFLICT_PREFIX):
         return True
-    # One person's photographs differ in age by right.
+    # One person's photographs may differ in age.
     return labels_conflict([label[1:] if group.startswith("subject:") else label for label in labels])
 
 
 def _order(*parts: object) -> bytes:
-    """Return a hash to sort by: a shuffle that depends on nothing but its arguments."""
+    """Return a hash to sort by: a shuffle that depends only on its arguments."""
     return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
 
 
@@ -178,7 +178,7 @@ class _Dealer:
         self._dealt = dict.fromkeys(fractions, 0)
 
     def give(self, share: str | None, num_images: int) -> None:
-        """Count a group whose share was settled by something else."""
+        """Count a group whose share is already decided."""
         if share in self._dealt:
             self._dealt[share] += num_images
 
@@ -187,7 +187,7 @@ class _Dealer:
         total = sum(self._dealt.values()) + num_images
         # They sum to num_images, so the largest is above 0 and never that of a share without a fraction.
         behind = {share: fraction * total - self._dealt[share] for share, fraction in self._fractions.items()}
-        share = max(behind, key=lambda each: behind[each])  # of equals the first, in the order of `fractions`
+        share = max(behind, key=lambda each: behind[each])  # the first of equal ones, in the order of `fractions`
         self._dealt[share] += num_images
         return share
 
@@ -201,7 +201,7 @@ def _deal(groups: list[_Group], fractions: Mapping[str, float], seed: int) -> di
         by_stratum[group.stratum].append(group)
     splits: dict[str, str | None] = {}
     for members in by_stratum.values():
-        # What is settled comes first, so that the rest of its stratum makes up for it.
+        # Groups with a fixed split come first, so that the rest of their stratum makes up for them.
         for group in members:
             if group.conflicting:
                 splits[group.group_id] = refuge if group.given in (None, TRAIN) else None
@@ -217,7 +217,7 @@ def _deal(groups: list[_Group], fractions: Mapping[str, float], seed: int) -> di
 
 
 def _draw_more(groups: list[_Group], sample: int, seed: int, drawn: Mapping[str, bool]) -> list[_Group]:
-    """Return the groups that were drawn before, and of the new ones as many as are missing."""
+    """Return the groups that were drawn before, and as many new ones as the sample lacks."""
     kept = [group for group in groups if drawn.get(group.group_id)]
     missing = sample - sum(group.num_images for group in kept)
     new = [group for group in groups if group.group_id not in drawn]
@@ -225,7 +225,7 @@ def _draw_more(groups: list[_Group], sample: int, seed: int, drawn: Mapping[str,
 
 
 def _draw(groups: list[_Group], sample: int, seed: int) -> list[_Group]:
-    """Return a stratified sample of groups that holds `sample` images, or as near to it as whole groups come."""
+    """Return a stratified sample of groups with `sample` images, or as close to it as whole groups allow."""
     total = sum(group.num_images for group in groups)
     if sample >= total:
         return groups
@@ -234,7 +234,7 @@ def _draw(groups: list[_Group], sample: int, seed: int) -> list[_Group]:
     taken = {group.group_id: dealer.deal(group.num_images) == "in" for group in shuffled}
     surplus = sum(group.num_images for group in shuffled if taken[group.group_id]) - sample
     for group in sorted(shuffled, key=lambda each: _order(seed, "adjust", each.group_id)):
-        # Dealing ends within a group of the goal: groups that fit into what is over or short settle it.
+        # The total is now off by less than one group; groups that fit into the difference correct it.
         if surplus > 0 and taken[group.group_id] and group.num_images <= surplus:
             taken[group.group_id] = False
             surplus -= group.num_images
@@ -247,10 +247,10 @@ def _draw(groups: list[_Group], sample: int, seed: int) -> list[_Group]:
 def _check_fractions(fractions: Mapping[str, float]) -> None:
     unknown = sorted(set(fractions) - set(SPLITS))
     if unknown:
-        raise ValueError(f"fractions name {', '.join(unknown)}: expected {', '.join(SPLITS)}")
+        raise ValueError(f"fractions has the keys {', '.join(unknown)}: expected {', '.join(SPLITS)}")
     shown = ", ".join(f"{split} {fraction:g}" for split, fraction in fractions.items())
     if not all(0 <= fraction <= 1 for fraction in fractions.values()):
-        raise ValueError(f"fractions are {shown}: each must lie between 0 and 1")
+        raise ValueError(f"fractions are {shown}: each must be between 0 and 1")
     if not math.isclose(sum(fractions.values()), 1.0, abs_tol=1e-6):
         raise ValueError(f"fractions are {shown}: their sum is {sum(fractions.values()):g} and must be 1")
 

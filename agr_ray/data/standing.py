@@ -151,7 +151,7 @@ def write_edits(
 
 
 def _stands(rows: pa.Table, listed: pa.Table, *, retry: bool) -> pa.Array:
-    """Return whether each crop row is what reading the listed image gives."""
+    """Return whether each crop row is what reading the listed image would give."""
     is_read = pc.and_(pc.equal(listed["status"], str(Status.OK)), pc.not_equal(rows["status"], str(Status.BAD_LABEL)))
     is_read = pc.and_(is_read, pc.equal(rows["etag"], listed["etag"]))
     if retry:

@@ -183,7 +183,7 @@ def test_an_age_range_is_kept_and_no_age(rows: dict[str, dict[str, Any]]) -> Non
 def test_an_unlabelled_image_and_an_absent_one_are_rejects(rows: dict[str, dict[str, Any]]) -> None:
     assert (rows["unlabelled.jpg"]["status"], rows["gone.jpg"]["status"]) == ("bad_label", "missing")
     assert "no label row" in rows["unlabelled.jpg"]["error"]
-    assert "not there" in rows["gone.jpg"]["error"]
+    assert "does not exist" in rows["gone.jpg"]["error"]
 
 
 def test_blank_labels_are_missing_and_no_fault(rows: dict[str, dict[str, Any]]) -> None:

@@ -128,7 +128,7 @@ def test_a_value_that_cannot_be_read_is_dropped_alone(
     ]
     column = error.partition(" ")[0]
     text = values.split(",")[("age", "gender", "race").index(column)]
-    assert notes == [f"labels.csv: values of {column} that can't be used and are dropped: 1 ({text!r})"]
+    assert notes == [f"labels.csv: invalid values of {column}, dropped: 1 ({text!r})"]
 
 
 def test_a_row_of_which_no_label_can_be_read_is_a_bad_label(folder: Path) -> None:
@@ -148,8 +148,8 @@ def test_dropped_values_are_counted_by_column_with_the_first_examples(folder: Pa
     _, notes = rows_and_notes(folder, "\n".join(["key,age,gender", *lines]))
 
     assert notes == [
-        "labels.csv: values of gender that can't be used and are dropped: 1 ('x')",
-        "labels.csv: values of age that can't be used and are dropped: 5 ('old0', 'old1', 'old2', ...)",
+        "labels.csv: invalid values of gender, dropped: 1 ('x')",
+        "labels.csv: invalid values of age, dropped: 5 ('old0', 'old1', 'old2', ...)",
     ]
 
 
@@ -419,8 +419,8 @@ def test_a_table_of_which_no_key_is_an_image_is_refused_with_examples(folder: Pa
 
     key = f"{prefix}b.png"
     assert error == (
-        f"no image below {folder} has a key of labels.csv: it has keys such as {key!r}, and an image is 'sub/b.png'; "
-        "a key is the path of an image below source.uri, in its own upper and lower case"
+        f"no key of labels.csv matches an image below {folder}: a key is {key!r}, and an image is 'sub/b.png'; "
+        "a key is the path of an image below source.uri, in the same upper and lower case"
     )
 
 
@@ -436,10 +436,10 @@ def test_keys_of_which_few_are_images_are_named_with_how_they_are_matched(folder
         ("sub/b.png", None, "bad_label"),
     ]
     assert notes == [
-        "labels.csv: labelled images that are not there: 4 ('/x/b.png', '/x/c.png', '/x/d.png', ...)",
+        "labels.csv: labelled images that do not exist: 4 ('/x/b.png', '/x/c.png', '/x/d.png', ...)",
         "labels.csv: images without a label row: 1 ('sub/b.png')",
-        "labels.csv: most keys are no image's: the table has '/x/b.png', and an image is 'sub/b.png'; "
-        "a key is the path of an image below source.uri, in its own upper and lower case",
+        "labels.csv: most keys match no image: a key is '/x/b.png', and an image is 'sub/b.png'; "
+        "a key is the path of an image below source.uri, in the same upper and lower case",
     ]
 
 
@@ -448,7 +448,7 @@ def test_keys_that_differ_only_in_case_are_named(folder: Path) -> None:
 
     assert said(rows, "age") == [("Sub/B.PNG", 4.0, "missing"), ("a.jpg", 3.0, "ok"), ("sub/b.png", None, "bad_label")]
     assert notes == [
-        "labels.csv: labelled images that are not there: 1 ('Sub\\\\B.PNG')",
+        "labels.csv: labelled images that do not exist: 1 ('Sub\\\\B.PNG')",
         "labels.csv: images without a label row: 1 ('sub/b.png')",
         "labels.csv: keys that differ from an image's only in case or Unicode form: 1 ('Sub\\\\B.PNG' for 'sub/b.png')",
     ]
@@ -523,8 +523,8 @@ def test_an_unknown_split_is_rejected(folder: Path) -> None:
         ("key,height\na.jpg,3\n", "at least one of age, age_low, age_high, gender, race"),
         ("key,age_low\na.jpg,3\n", "only one of the columns age_low and age_high"),
         ("key,age\n", "has no rows"),
-        ("key,age,age\na.jpg,3,4\n", "two columns of one name"),
-        ("key,age,Age \na.jpg,3,4\n", "two columns of one name, 'age' and 'Age ', among"),
+        ("key,age,age\na.jpg,3,4\n", "two columns with the same name"),
+        ("key,age,Age \na.jpg,3,4\n", "two columns with the same name, 'age' and 'Age ', among"),
         ("key,age\na.jpg,3,4\n", "can't be read as CSV: line 2 has 3 values for 2 columns"),
         ('key,age\na.jpg,"3\n', "can't be read as CSV: line 2"),
         ("", "can't be read as CSV"),

@@ -148,7 +148,7 @@ def test_an_image_in_training_of_one_set_and_validation_of_another_is_refused(tm
     with pytest.raises(ConfigError) as caught:
         check_both(tmp_path, *order)
 
-    assert f"train.data {held_back}: 1 images of test are, byte for byte, in train of {trained} too" in str(
+    assert f"train.data {held_back}: 1 images of test are also, byte for byte, in train of {trained}" in str(
         caught.value
     )
     assert "such as y.jpg in test; leave them out of one of the two and prepare again" in str(caught.value)

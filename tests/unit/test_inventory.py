@@ -73,7 +73,7 @@ def test_an_inventory_without_etags_says_which_field_to_add(tmp_path: Path, file
     [
         ({"fileFormat": "ORC"}, "fileFormat is 'ORC': allowed are CSV, Parquet"),
         ({"files": [{"name": "x"}]}, "files must be a list of tables with a key"),
-        ({"files": [{"key": "inv/none.csv.gz"}]}, "data file inv/none.csv.gz is not there"),
+        ({"files": [{"key": "inv/none.csv.gz"}]}, "data file inv/none.csv.gz does not exist"),
         ({"files": [{"key": "inv/photos/daily/data/0.csv", "MD5checksum": "0" * 32}]}, "is not the one listed"),
         ({"fileFormat": "Parquet"}, "can't be read as Parquet"),
     ],

@@ -221,7 +221,7 @@ def test_preparing_into_a_folder_of_something_else(complaint: Complaint, faces: 
 
     said = complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
 
-    assert f"prepare.out {tmp_path}/out: exists and is no prepared set" in said
+    assert f"prepare.out {tmp_path}/out: exists and is not a prepared set" in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
@@ -244,7 +244,7 @@ def test_preparing_over_a_damaged_record(complaint: Complaint, faces: Path, prep
 def test_training_on_nothing(complaint: Complaint, tmp_path: Path) -> None:
     said = complaint("train", "--train.data", "nowhere")
 
-    assert f"train.data {tmp_path}/nowhere: no prepared set" in said
+    assert f"train.data {tmp_path}/nowhere: not a prepared set" in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -317,7 +317,7 @@ def test_training_on_images_of_another_split(complaint: Complaint, tmp_path: Pat
 
     said = complaint("train", "--train.data", copied, *TASKS)
 
-    assert "1 images of test are, byte for byte, in train too, such as a.jpg in train, b.jpg in test;" in said
+    assert "1 images of test are also, byte for byte, in train, such as a.jpg in train, b.jpg in test;" in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -350,7 +350,7 @@ def test_evaluating_no_checkpoint(complaint: Complaint, prepared: Path, tmp_path
 def test_evaluating_on_nothing(complaint: Complaint, checkpoint: Path, tmp_path: Path) -> None:
     said = complaint("evaluate", "--evaluate.checkpoint", checkpoint, "--evaluate.data", tmp_path / "gone")
 
-    assert f"evaluate.data {tmp_path}/gone: no prepared set" in said
+    assert f"evaluate.data {tmp_path}/gone: not a prepared set" in said
 
 
 def test_evaluating_an_empty_split(complaint: Complaint, checkpoint: Path, prepared: Path) -> None:

@@ -71,7 +71,7 @@ def test_fairface_has_age_ranges_seven_races_and_its_own_split(fairface: Path) -
     assert said(rows["train/2.jpg"]) == (None, 70.0, 116.0, "female", "latino_hispanic", None)
     assert said(rows["train/3.jpg"]) == (None, 0.0, 2.0, "female", None, None)
     assert "race 'Martian' is not understood" in str(rows["train/3.jpg"].label.dropped)
-    assert any("values of race that can't be used and are dropped: 2" in note for note in notes)
+    assert any("invalid values of race, dropped: 2" in note for note in notes)
     assert {rows[f"val/{n}.jpg"].label.split for n in range(1, 41)} == {"test"}
 
 

@@ -258,7 +258,7 @@ def test_a_leak_is_found_and_named(assigned: list[Row]) -> None:
     check_no_leak(make_manifest(assigned))
     rows = [make_row("a", "g1", split="train"), make_row("b", "g1", split="val")]
 
-    with pytest.raises(SplitLeakError, match="'g1' lies in both train and val"):
+    with pytest.raises(SplitLeakError, match="'g1' is in both train and val"):
         check_no_leak(make_manifest(rows))
 
 

@@ -17,7 +17,7 @@ def test_rows_of_images_that_were_not_read_stand(tmp_path: Path) -> None:
     said: list[dict[str, Any]] = [
         {"image_id": "1", "status": "ok", "etag": "1", "content_hash": "1", "error": "age 'x' is not a number"},
         {"image_id": "2", "status": "bad_label", "error": "no label row in labels.csv"},
-        {"image_id": "3", "status": "missing", "error": "c.jpg is labelled and not there"},
+        {"image_id": "3", "status": "missing", "error": "c.jpg is labelled but does not exist"},
     ]
     rows = pa.Table.from_pylist(
         [{"uri": row["image_id"], "key": row["image_id"], "source": "folder"} | row for row in said], schema=CROPS

@@ -1,7 +1,7 @@
 """Rendered synthetic faces: labelled chips and photographs for demos, tests and benchmarks.
 
-Deterministic by seed, any number, drawn with numpy and OpenCV. The labels of a face show only in the
-face and the hair, each by several continuous cues.
+They are drawn with numpy and OpenCV, in any number, and are determined by the seed. The labels of a face show only in
+the face and the hair, each by several continuous cues.
 """
 
 from agr_ray.data.rendered.scene import (

@@ -30,7 +30,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Expression:
-    """What a face does at the moment: the same for all labels."""
+    """Expression of a face, drawn independently of its labels."""
 
     smile: float
     mouth_open: float
@@ -40,7 +40,7 @@ class Expression:
 
 
 def draw_expression(rng: np.random.Generator) -> Expression:
-    """Draw what a face does at the moment."""
+    """Draw an expression at random."""
     return Expression(
         smile=float(rng.uniform(-0.2, 1.0)),
         mouth_open=float(max(rng.uniform(-0.6, 1.0), 0.0)),

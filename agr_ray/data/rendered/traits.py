@@ -24,7 +24,7 @@ AGE_LAST_YEARS: Final = 100
 
 @dataclass(frozen=True)
 class Labels:
-    """What is to be read off a face."""
+    """The labels of a face."""
 
     age_years: float
     gender: str
@@ -209,7 +209,7 @@ def draw_traits(labels: Labels, rng: np.random.Generator) -> Traits:
 
 
 def _ramp(value: float, first: float, last: float) -> float:
-    """Rise from 0 at `first` to 1 at `last`, straight."""
+    """Rise linearly from 0 at `first` to 1 at `last`."""
     return min(max((value - first) / (last - first), 0.0), 1.0)
 
 

@@ -20,19 +20,19 @@ from agr_ray.storage import Storage
 
 LABEL_FILES: Final = tuple(f"fold_{fold}_data.txt" for fold in range(5))
 COLUMNS: Final = ("user_id", "original_image", "face_id", "age", "gender")
-"""Those that are read; the others are about the face in the original photograph, which is not published."""
+"""Columns that are read; the others describe the face in the original photograph, which is not published."""
 
 IMAGE_NAMES: Final = {"faces": "coarse_tilt_aligned_face", "aligned": "landmark_aligned_face"}
-"""Folder of images, and how its names begin. Where both are there, the first is read: it has more margin."""
+"""Folders of images, and the prefix of their file names. If both exist, the first is read: it has more margin."""
 
 GENDER_WORDS: Final = {"m": "male", "f": "female"}
 
 
 def source_rows(storage: Storage, uri: str, *, note: Callable[[str], None]) -> Iterator[SourceRow]:
-    """Yield a row for each image below `uri`, and one for each labelled image that is not there.
+    """Yield a row for each image below `uri`, and one for each labelled image that does not exist.
 
     The subject is the user_id, so that all images of a user get one split. A row of a label file that can't be read is
-    a bad label, and so is an image without a row.
+    a bad label, as is an image without a row.
 
     Args:
         storage: where the data set is.
@@ -40,7 +40,7 @@ def source_rows(storage: Storage, uri: str, *, note: Callable[[str], None]) -> I
         note: called with a line for each kind of thing that is dropped or ignored.
 
     Raises:
-        LabelTableError: there is no label file or no folder of images, a file lacks a column, or no key is an image's.
+        LabelTableError: there is no label file or image folder, a file lacks a column, or no key matches an image.
         StorageUnavailable: the folder or bucket can't be listed.
     """
     files = [name for name in LABEL_FILES if storage.exists(storage.join(uri, name))]

@@ -20,7 +20,7 @@ from agr_ray.storage import Storage
 
 LABEL_FILES: Final = {"train": "fairface_label_train.csv", "val": "fairface_label_val.csv"}
 COLUMNS: Final = ("file", "age", "gender", "race")
-"""Those that are read; `service_test` marks a subset of the published validation set and is not."""
+"""Columns that are read; `service_test`, which marks a subset of the published validation set, is not."""
 
 RACE_WORDS: Final = {
     "Latino_Hispanic": "latino_hispanic",
@@ -28,24 +28,24 @@ RACE_WORDS: Final = {
     "Southeast Asian": "southeast_asian",
     "Middle Eastern": "middle_eastern",
 }
-"""Those of the published words that are not the label space's own in another case."""
+"""Published races that differ from the label space's names in more than case."""
 
 
 def source_rows(
     storage: Storage, uri: str, *, published_splits: bool, note: Callable[[str], None]
 ) -> Iterator[SourceRow]:
-    """Yield a row for each image below `uri`, and one for each labelled image that is not there.
+    """Yield a row for each image below `uri`, and one for each labelled image that does not exist.
 
-    A row of a label file that can't be read is a bad label, and so is an image without a row.
+    A row of a label file that can't be read is a bad label, as is an image without a row.
 
     Args:
         storage: where the data set is.
         uri: folder or prefix of the label files, train/ and val/.
-        published_splits: whether the published validation set is the split test.
+        published_splits: whether the published validation set becomes the test split.
         note: called with a line for each kind of thing that is dropped or ignored.
 
     Raises:
-        LabelTableError: there is no label file, it lacks a column, or no key is an image's.
+        LabelTableError: there is no label file, it lacks a column, or no key matches an image.
         StorageUnavailable: the folder or bucket can't be listed.
     """
     files = {split: storage.join(uri, name) for split, name in LABEL_FILES.items()}

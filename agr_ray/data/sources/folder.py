@@ -34,21 +34,21 @@ def source_rows(
     missing_values: Iterable[str] = MISSING_VALUES,
     note: Callable[[str], None] = print_note,
 ) -> Iterator[SourceRow]:
-    """Yield a row for each image below `uri`, and one for each labelled image that is not there.
+    """Yield a row for each image below `uri`, and one for each labelled image that does not exist.
 
-    Images are the files with one of `IMAGE_SUFFIXES`, and whatever else has a row in the table. A row's key is the
-    path of its image below `uri`. Where no file has exactly that path, backslashes count as slashes, and a leading
-    `./` and outer blanks do not count.
+    Images are the files with one of `IMAGE_SUFFIXES`, and any other file with a row in the table. A row's key is the
+    path of its image below `uri`. If no file has exactly that path, backslashes count as slashes, and a leading `./`
+    and outer blanks are ignored.
 
-    An image without a row in the table is a bad label ("no label row"), and so is one whose rows disagree. Rows
-    that say the same count once. A value that can't be read is dropped, and the image keeps its other labels.
+    An image without a row in the table is a bad label ("no label row"), as is one whose rows disagree. Identical rows
+    count once. A value that can't be read is dropped, and the image keeps its other labels.
 
     Args:
-        space: The words that genders and races may be.
-        note: Called with a line for each kind of thing that is dropped or ignored.
+        space: allowed genders and races.
+        note: called with a line for each kind of thing that is dropped or ignored.
 
     Raises:
-        LabelTableError: the table can't be used, the codes name a word that does not exist, or no key is an image's.
+        LabelTableError: the table can't be used, a code stands for an unknown word, or no key matches an image.
         StorageUnavailable: the folder or bucket can't be listed.
     """
     name = labels_uri.rpartition("/")[2]
@@ -68,7 +68,7 @@ def source_rows(
 def labelled_images(
     storage: Storage, uri: str, name: str, by_key: Mapping[str, Sequence[RowLabels]], note: Callable[[str], None]
 ) -> Iterator[SourceRow]:
-    """Yield a row for each image below `uri`, and one for each labelled image that is not there, as `source_rows`.
+    """Yield a row for each image below `uri`, and one for each labelled image that does not exist, as `source_rows`.
 
     Args:
         storage: where the images are.
@@ -78,7 +78,7 @@ def labelled_images(
         note: called with a line for each kind of thing that is dropped or ignored.
 
     Raises:
-        LabelTableError: no key is an image's.
+        LabelTableError: no key matches an image.
         StorageUnavailable: the folder or bucket can't be listed.
     """
     _note_dropped(name, (row for rows in by_key.values() for row in rows), note)
@@ -127,37 +127,37 @@ def _plain_key(key: str) -> str:
 def _check_keys(
     name: str, uri: str, written: Mapping[str, str], files: Sequence[str], note: Callable[[str], None]
 ) -> None:
-    """Name labelled images that are not there and images without a label row.
+    """Report labelled images that do not exist and images without a label row.
 
     Args:
         name: of the label table, in notes.
         uri: of the images.
-        written: each labelled key, and how the table writes it.
-        files: keys of the images that are there.
+        written: each labelled key, and its spelling in the table.
+        files: keys of the existing images.
         note: called with each line.
 
     Raises:
-        LabelTableError: no key is an image's.
+        LabelTableError: no key matches an image.
     """
     file_keys = set(files)
     missing = [key for key in written if key not in file_keys]
     missing_written = [written[key] for key in missing]
     unlabelled = [key for key in files if key not in written]
-    how = "a key is the path of an image below source.uri, in its own upper and lower case"
+    how = "a key is the path of an image below source.uri, in the same upper and lower case"
     if len(missing) == len(written):
         if not files:
             raise LabelTableError(f"source.uri {uri}: there is no image below it, and {name} labels {len(written):,}")
         raise LabelTableError(
-            f"no image below {uri} has a key of {name}: it has keys such as {missing_written[0]!r}, and an image is "
+            f"no key of {name} matches an image below {uri}: a key is {missing_written[0]!r}, and an image is "
             f"{_likeliest(missing[0], unlabelled)!r}; {how}"
         )
     if missing:
-        note(f"{name}: labelled images that are not there: {len(missing):,} ({_examples(missing_written)})")
+        note(f"{name}: labelled images that do not exist: {len(missing):,} ({_examples(missing_written)})")
     if unlabelled:
         note(f"{name}: images without a label row: {len(unlabelled):,} ({_examples(unlabelled)})")
     if missing and unlabelled and 2 * len(missing) > len(written):
         note(
-            f"{name}: most keys are no image's: the table has {missing_written[0]!r}, and an image is "
+            f"{name}: most keys match no image: a key is {missing_written[0]!r}, and an image is "
             f"{_likeliest(missing[0], unlabelled)!r}; {how}"
         )
     folded = {_fold(key): key for key in unlabelled}
@@ -168,7 +168,7 @@ def _check_keys(
 
 
 def _likeliest(key: str, files: Sequence[str]) -> str:
-    """Return the file that the key probably means, else the first."""
+    """Return the file that the key probably means, or else the first."""
     name = _fold(_plain_key(key)).rpartition("/")[2]
     return next((each for each in files if _fold(each).rpartition("/")[2] == name), files[0])
 
@@ -178,14 +178,14 @@ def _fold(key: str) -> str:
 
 
 def _note_dropped(name: str, rows: Iterable[RowLabels], note: Callable[[str], None]) -> None:
-    """Say of each column how many values were dropped."""
+    """Report how many values of each column were dropped."""
     texts: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         for dropped in row.dropped:
             texts[dropped.column].append(dropped.text)
     for column, values in texts.items():
         examples = _examples(list(dict.fromkeys(values)))
-        note(f"{name}: values of {column} that can't be used and are dropped: {len(values):,} ({examples})")
+        note(f"{name}: invalid values of {column}, dropped: {len(values):,} ({examples})")
 
 
 def _examples(values: Sequence[str], num: int = NUM_EXAMPLES) -> str:

@@ -1,4 +1,4 @@
-"""Reading a label table, CSV or Parquet, whatever its separator and however its columns are spelt."""
+"""Read a label table: CSV with any of three separators, or Parquet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY_COLUMN: Final = "key"
 LABEL_COLUMNS: Final = ("age", "age_low", "age_high", "gender", "race")
 OPTIONAL_COLUMNS: Final = ("subject", "split")
 TABLE_NAMES: Final = ("labels.parquet", "labels.csv", "labels.tsv")
-"""Label tables that are looked for in the folder of the images."""
+"""Names of label tables that are searched for in the folder of the images."""
 
 _SEPARATORS: Final = (",", "\t", ";")
 _MEANT: Final = {
@@ -40,7 +40,7 @@ _LIMIT_WORDS: Final = {
 }
 _CLOSE: Final = 0.8
 _LONG: Final = 5
-"""Letters of a column's name that is recognised within another name."""
+"""Minimum length of a column's name that is recognised within another name."""
 
 
 _Columns = dict[str, list[str | None]]
@@ -55,9 +55,9 @@ class LabelTable:
     """The rows of a label table, every value as text and an empty one as None."""
 
     rows: list[dict[str, str | None]]
-    """By `KEY_COLUMN`, `LABEL_COLUMNS` and `OPTIONAL_COLUMNS`, as far as the table has them."""
+    """By `KEY_COLUMN`, `LABEL_COLUMNS` and `OPTIONAL_COLUMNS`, if the table has them."""
     other_columns: list[str]
-    """Columns that mean nothing here."""
+    """Columns that are ignored."""
 
 
 def find_labels(storage: Storage, uri: str) -> str:
@@ -85,7 +85,7 @@ def read_labels(storage: Storage, uri: str, *, key_column: str = KEY_COLUMN) -> 
     `LABEL_COLUMNS`, and may have `OPTIONAL_COLUMNS`.
 
     Raises:
-        LabelTableError: it is not there, can't be read, lacks a column, or has one that is nearly right.
+        LabelTableError: it does not exist, can't be read, lacks a column, or has a misspelt one.
     """
     try:
         if uri.lower().endswith(".parquet"):
@@ -118,7 +118,7 @@ def _columns_of_parquet(table: pa.Table, uri: str, key_column: str) -> tuple[_Co
 
 
 def _without_nan(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column of a Parquet table with null for NaN, by which many tools mean the same."""
+    """Return a column of a Parquet table with null for NaN, which many tools use for a missing value."""
     return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
 
 
@@ -134,7 +134,7 @@ def _columns_of_csv(data: bytes, uri: str, key_column: str) -> tuple[_Columns, l
     separator, names = _header(text, uri, key_column)
     indices = _find_columns(names, uri, key_column)
     columns: dict[str, list[str | None]] = {column: [] for column in indices}
-    # Where names follow a blank, values do, and their quotes.
+    # If names follow a blank, so do values and their quotes.
     has_blanks = any(name.startswith(" ") for name in names)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=has_blanks)
     try:
@@ -153,7 +153,7 @@ def _columns_of_csv(data: bytes, uri: str, key_column: str) -> tuple[_Columns, l
 
 
 def _header(text: str, uri: str, key_column: str) -> tuple[str, list[str]]:
-    """Return the separator under which the first line has the most known columns, then the most columns, and these."""
+    """Return the separator that gives the first line the most known columns, then the most columns; and the columns."""
     known = {_plain(key_column), *LABEL_COLUMNS, *OPTIONAL_COLUMNS}
     headers: dict[str, list[str]] = {}
     for separator in _SEPARATORS:
@@ -162,23 +162,25 @@ def _header(text: str, uri: str, key_column: str) -> tuple[str, list[str]]:
         except csv.Error:
             continue
     if not any(headers.values()):
-        raise LabelTableError(f"{uri} can't be read as CSV: its first line is no header")
+        raise LabelTableError(f"{uri} can't be read as CSV: its first line is not a header")
     best = max(headers, key=lambda each: (len(known & set(map(_plain, headers[each]))), len(headers[each])))
     return best, headers[best]
 
 
 def _find_columns(names: Sequence[str], uri: str, key_column: str) -> dict[str, int]:
-    """Return the index of each column that is known.
+    """Return the index of each known column.
 
     Raises:
-        LabelTableError: two columns have one name, a name is nearly right, or a column is lacking.
+        LabelTableError: two columns have the same name, a name is misspelt, or a column is missing.
     """
     shown = ", ".join(names)
     plain_names = [_plain(name) for name in names]
     for index, plain in enumerate(plain_names):
         if plain and plain in plain_names[:index]:
             first = names[plain_names.index(plain)]
-            raise LabelTableError(f"{uri} has two columns of one name, {first!r} and {names[index]!r}, among {shown}")
+            raise LabelTableError(
+                f"{uri} has two columns with the same name, {first!r} and {names[index]!r}, among {shown}"
+            )
     wanted = {KEY_COLUMN: _plain(key_column)} | {name: name for name in (*LABEL_COLUMNS, *OPTIONAL_COLUMNS)}
     indices = {name: plain_names.index(plain) for name, plain in wanted.items() if plain in plain_names}
     lacking = [plain for name, plain in wanted.items() if name not in indices]
@@ -198,7 +200,7 @@ def _find_columns(names: Sequence[str], uri: str, key_column: str) -> dict[str, 
 
 
 def _column_meant(name: str, lacking: Sequence[str]) -> str | None:
-    """Return which of the columns that a table lacks a name probably means, or None."""
+    """Return the missing column that a name probably means, or None."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
     words = re.findall(r"[^\W_]+", spaced.casefold())
     joined = "".join(words)
@@ -209,11 +211,11 @@ def _column_meant(name: str, lacking: Sequence[str]) -> str | None:
     guesses += [each for each in lacking if len(each) >= _LONG and each in joined]
     guesses += [each for each in lacking if each.replace("_", "") == joined]
     guesses += difflib.get_close_matches(joined, lacking, n=1, cutoff=_CLOSE)
-    # A table of age ranges may well have a further column about age.
+    # A table of age ranges may have another column about age.
     absent = [each for each in lacking if each != "age" or "age_low" in lacking]
     return next((guess for guess in guesses if guess in absent), None)
 
 
 def _plain(name: str) -> str:
-    """Return a column's name without case, outer blanks and byte order mark."""
+    """Return a column's name in lower case, without outer blanks and byte order mark."""
     return name.strip("\ufeff \t\r\n\u00a0").casefold()

@@ -1,4 +1,4 @@
-"""From the texts of a label table to labels: each value is read, or dropped alone."""
+"""From the texts of a label table to labels. A value that can't be read is dropped; the others are kept."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ class RowLabels:
 
 
 def unreadable_row(text: str, error: str) -> RowLabels:
-    """Return the labels of a row that can't be read at all: none, so that its image is a bad label."""
+    """Return the labels of a row that can't be read at all: none, so its image is a bad label."""
     return RowLabels(None, None, None, None, None, (Dropped("row", text, error),))
 
 
 class LabelParser:
     """Reads the values of label rows.
 
-    Words and codes are matched regardless of case and outer blanks, and a code that was written as a float (1.0)
-    matches as a whole number. A code, such as 0 for a gender, means something only if it is given.
+    Words and codes are matched regardless of case and outer blanks, and a code written as a float (1.0) matches the
+    whole number. Only configured codes, such as 0 for a gender, have a meaning.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LabelParser:
         race_codes: Mapping[str, str] | None = None,
         missing_values: Iterable[str] = MISSING_VALUES,
     ) -> None:
-        """Raise LabelCodeError where codes can't be used."""
+        """Raise LabelCodeError if a code is invalid."""
         self._words = {
             "gender": _meanings("gender", space.genders, gender_codes),
             "race": _meanings("race", space.races, race_codes),
@@ -86,12 +86,12 @@ class LabelParser:
         self._missing = {_without_blanks(value) for value in missing_values} | {""}
 
     def parse(self, row: Mapping[str, str | None]) -> RowLabels:
-        """Return what can be read of the row, and what was dropped."""
+        """Return the values of the row that can be read, and those that were dropped."""
         dropped: list[Dropped] = []
         years = self._years(row, dropped)
         gender, race, split = (self._word(name, row.get(name), dropped) for name in ("gender", "race", "split"))
         subject = self._given(row.get("subject"))
-        # A float of pandas names the same person as the whole number.
+        # pandas may have written a subject's number as a float.
         subject = _WHOLE_FLOAT.sub(r"\1", subject.strip()) if subject else None
         return RowLabels(years, gender, race, subject, split, tuple(dropped))
 
@@ -104,7 +104,7 @@ class LabelParser:
         if not meanings:  # a label space without races
             return None
         word = None if text is None else meanings.get(_plain(text))
-        # A code comes first: some sources write -1 for a class.
+        # A code takes precedence over a missing value, because some sources use -1 for a class.
         if word is None and (given := self._given(text)) is not None:
             error = f"{column} {given!r} is not understood: expected one of {', '.join(meanings)}"
             dropped.append(Dropped(column, given, error))
@@ -129,10 +129,10 @@ class LabelParser:
 
 
 def merge_labels(rows: Sequence[RowLabels]) -> ParsedLabel:
-    """Return the label of an image that has one row or several.
+    """Return the labels of an image with one row or several.
 
-    Rows that say the same count once, and one row may have what another lacks. Rows that contradict each other give
-    no label, and neither do rows of whose labels none can be read, or whose split can't.
+    Identical rows count once, and rows may complement each other. There is no label if rows contradict each other, if
+    no label can be read, or if the split can't be read.
     """
     dropped = list(dict.fromkeys(each.error for row in rows for each in row.dropped))
     years: Years | None = None
@@ -152,7 +152,7 @@ def merge_labels(rows: Sequence[RowLabels]) -> ParsedLabel:
     if contradictions:
         return ParsedLabel(error=f"{len(rows)} label rows disagree: {'; '.join((*contradictions, *dropped))}")
     has_label = years is not None or words["gender"] is not None or words["race"] is not None
-    # An image whose split is not understood must not land in another one.
+    # An image whose split can't be read must not be put into another one.
     if dropped and (not has_label or any(each.column == "split" for row in rows for each in row.dropped)):
         return ParsedLabel(error="; ".join(dropped))
     is_exact = years is not None and years[0] == years[1]
@@ -169,7 +169,7 @@ def merge_labels(rows: Sequence[RowLabels]) -> ParsedLabel:
 
 
 def common_years(one: Years, other: Years) -> Years | None:
-    """Return what two statements of an age agree on: equal ones, or the exact age within the other's range."""
+    """Return the age that two values agree on: equal values, or the exact age within the other's range."""
     if one == other:
         return one
     for exact, years in ((one, other), (other, one)):
@@ -184,7 +184,7 @@ def show_years(years: Years) -> str:
 
 
 def _parse_limits(low: str | None, high: str | None) -> Years | Dropped | None:
-    """Return the range of age_low and age_high; one that is missing is open."""
+    """Return the range of age_low and age_high; a missing end is open."""
     if low is None and high is None:
         return None
     ends = []
@@ -228,7 +228,7 @@ def _first_match(patterns: Iterable[re.Pattern[str]], text: str) -> re.Match[str
 
 
 def _meanings(column: str, words: Sequence[str], codes: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the word that each spelling means."""
+    """Return the word for each spelling."""
     meanings = {word: word for word in words}
     for code, word in (codes or {}).items():
         if word not in words:
@@ -239,7 +239,7 @@ def _meanings(column: str, words: Sequence[str], codes: Mapping[str, str] | None
 
 
 def _plain(text: str) -> str:
-    """Return a word or code without case, outer blanks and the .0 of a float."""
+    """Return a word or code in lower case, without outer blanks and the .0 of a float."""
     plain = " ".join(text.split()).casefold()
     match = _WHOLE_FLOAT.fullmatch(plain)
     return match[1] if match else plain

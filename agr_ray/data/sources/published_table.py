@@ -1,4 +1,4 @@
-"""Reading a label file that a data set publishes: fixed columns, one row for each image, rows that may be damaged."""
+"""Read a label file that a data set publishes: fixed columns, one row for each image, possibly damaged rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from agr_ray.storage import Storage, StorageError
 def published_rows(
     storage: Storage, uri: str, columns: Sequence[str], separator: str
 ) -> Iterator[tuple[int, dict[str, str], str | None]]:
-    """Yield each row's line number, its values by column, and what is wrong with its form, or None.
+    """Yield each row's line number, its values by column, and the error in its form, or None.
 
-    Values are not quoted. Bytes that are not UTF-8 are replaced, so that they damage one value only. Values that a
+    Values are not quoted. Bytes that are not UTF-8 are replaced, so that they damage only one value. Values that a
     damaged row lacks are empty.
 
     Args:

@@ -14,26 +14,26 @@ from agr_ray.labels import ADIENCE, FAIRFACE, UTKFACE, LabelSpace
 from agr_ray.storage import Storage
 
 LABEL_SPACES: Final = {"utkface": UTKFACE, "fairface": FAIRFACE, "adience": ADIENCE}
-"""Label space of each kind of source that has one of its own; of the others, the configuration says it."""
+"""Label space of each kind of source that has its own; for the others, the configuration sets it."""
 
 
 def label_space(source: SourceConfig, labels: LabelsConfig) -> LabelSpace:
     """Return the label space of a source.
 
     Raises:
-        ConfigError: the configuration names another one than the source's own.
+        ConfigError: the configuration names a different one from the source's own.
     """
     own, configured = LABEL_SPACES.get(source.kind), labels.label_space
     if own is not None and configured not in (None, own):
         raise ConfigError(
-            f"labels: source.kind {source.kind} has the label space {own.name}; leave out the others. To train in "
+            f"labels: source.kind {source.kind} has the label space {own.name}; leave out [labels]. To train in "
             "another one, set labels.space for jobs/train.py"
         )
     return own or configured or UTKFACE
 
 
 def split_fractions(source: SourceConfig, split: SplitConfig) -> dict[str, float]:
-    """Return the fractions by which images without a split of their own are split."""
+    """Return the split fractions for images without a split of their own."""
     if source.kind == "fairface" and source.published_splits:
         return {"train": round(1.0 - split.val, 9), "val": split.val, "test": 0.0}
     return split.fractions

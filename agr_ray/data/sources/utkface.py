@@ -1,4 +1,4 @@
-"""UTKFace: a folder of images that carry their labels in their names.
+"""UTKFace: a folder of images with their labels in their file names.
 
 Z. Zhang, Y. Song, H. Qi: Age Progression/Regression by Conditional Adversarial Autoencoder, CVPR 2017. For
 non-commercial research only, as its authors state. Its labels were estimated by a model and checked by one
@@ -27,11 +27,11 @@ _CODE = re.compile(r"[0-9]+", re.ASCII)
 
 
 def parse_name(name: str) -> ParsedLabel:
-    """Return the label that a file's name spells, or what is wrong with it.
+    """Return the labels in a file name, or the error in it.
 
-    A label that is missing or can't be read is dropped alone: many names lack the race. A name with a stray blank or
-    dot, or a timestamp too short, is rejected: it was damaged, and nothing says that its labels were not. Names of
-    the uncropped images (`....jpg`) parse too.
+    If one label is missing or can't be read, only that label is dropped: many names lack the race. A name with a stray
+    blank or dot, or with too short a timestamp, is rejected: it was damaged, and so may be its labels. Names of the
+    uncropped images (`....jpg`) parse too.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -54,7 +54,7 @@ def parse_name(name: str) -> ParsedLabel:
 
 
 def _word(label: str, code: str, words: Sequence[str], errors: list[str]) -> str | None:
-    """Return the word that a code means, or None and append what is wrong."""
+    """Return the word that a code means; if it is invalid, append the error and return None."""
     if not code:
         errors.append(f"the name lacks the {label}")
     elif _CODE.fullmatch(code) and int(code) < len(words):
