@@ -78,7 +78,7 @@ def unchanged(path: str, etag: str) -> Iterator[None]:
         StorageUnavailable: it can't be opened or replaced.
     """
     try:
-        # Writable, because NFS gives exclusive locks on nothing else.
+        # Writable, because NFS gives exclusive locks only on writable files.
         with open(path, "r+b") as file:
             _flock(file, path)
             info = os.fstat(file.fileno())
@@ -147,7 +147,7 @@ def _take_name_and_replace(temporary: str, path: str) -> None:
 
 
 def _flock(file: IO[bytes], path: str) -> None:
-    """Lock a file against other conditional writers, who hold it for moments only, unless they are stopped.
+    """Lock a file against other conditional writers. They hold the lock only briefly, unless they are stopped.
 
     Raises:
         StorageUnavailable: another process holds it for longer than `_MAX_FLOCK_S`.

@@ -27,11 +27,11 @@ DEFAULT_REGION = "us-east-1"
 class Connection:
     """Settings of all S3 clients: the fields of `StorageConfig`.
 
-    Keys come from AWS's usual chain (variables, profile, instance role); they are never held here.
+    Keys come from AWS's usual chain (variables, profile, instance role); they are never stored here.
     """
 
     endpoint_url: str | None = None
-    """Of an S3-compatible server, such as `http://host:8333`. None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the
+    """URL of an S3-compatible server, such as `http://host:8333`. None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the
     profile's, else AWS itself."""
     region: str | None = None
     """None: AWS_REGION, AWS_DEFAULT_REGION or the profile's, else us-east-1."""
@@ -43,9 +43,9 @@ class Connection:
     """`path`: the bucket is in the URL's path; `virtual`: in its host name; `auto`: as the AWS profile says, else
     virtual for AWS and path for other servers."""
     timeout_s: float = 30.0
-    """For a connection, and for each wait on a socket."""
+    """Timeout for a connection, and for each wait on a socket."""
     max_attempts: int = 6
-    """For each request, the first included."""
+    """Attempts for each request, including the first."""
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -54,7 +54,7 @@ class Connection:
             raise ValueError(f"timeout_s is {self.timeout_s:g}: it must be above 0")
 
     def limited(self, timeout_s: float, max_attempts: int) -> Connection:
-        """Return a connection that gives up sooner."""
+        """Return a connection with fewer attempts and shorter timeouts."""
         return replace(
             self, timeout_s=min(timeout_s, self.timeout_s), max_attempts=min(max_attempts, self.max_attempts)
         )
@@ -157,7 +157,7 @@ class Clients:
 
     def get(self, name: str, make: Callable[[], T]) -> T:
         """Return this process's client of that name."""
-        # No lock, because a fork could inherit it held: of two made at once, one is dropped.
+        # No lock, because a forked process could inherit it locked. If two clients are created at once, one is dropped.
         key = (os.getpid(), name)
         if key not in self._clients:
             self._clients.setdefault(key, make())

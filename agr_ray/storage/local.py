@@ -49,7 +49,7 @@ class LocalBackend:
         """Return a file's bytes and etag, checked before and after reading."""
         path = local_path(uri)
         try:
-            # Before opening, because opening a pipe could block for ever.
+            # Before opening, because opening a pipe could block forever.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise StorageFailed(f"{path} is not a file")
             with open(path, "rb") as file:

@@ -1,8 +1,8 @@
-"""Work divided into numbered parts, with which prepare and scoring resume after a kill at any moment.
+"""Work divided into numbered parts, from which prepare and scoring resume after a kill at any time.
 
     WORK/manifest/parts-000000.parquet ...   input rows, PARTS_PER_FILE row groups a file: row group N is part N
     WORK/manifest/plan.json                  the plan's record; written last
-    WORK/parts/part-00000000.parquet ...     output rows of each part, whole or absent
+    WORK/parts/part-00000000.parquet ...     output rows of each part, complete or absent
     WORK/attempts/part-00000000.json ...     notes on parts in progress
 
 The manifest never changes, so the names in parts/ tell which parts are finished: no row is read or joined to find out,
@@ -86,7 +86,7 @@ class Attempts:
     """Notes on the image in progress of a part, kept in storage because a killed worker loses its memory.
 
     After an attempt at the part has died, its images must be processed one at a time, and each noted before it begins.
-    An image that has killed its worker `MAX_DEATHS` times is given up.
+    An image that has killed its worker `MAX_DEATHS` times gets the status `failed`.
     """
 
     def __init__(self, storage: Storage, uri: str, outage_s: float = 0.0) -> None:

@@ -76,7 +76,7 @@ class S3Backend:
                 yield ObjectInfo(root + folder["Prefix"], folder["Prefix"].removeprefix(prefix), "", 0)
             for entry in page.get("Contents", []):
                 found = entry["Key"]
-                # SeaweedFS stores `d//e` as `d/e` and yet lists it under the prefix `d//`.
+                # SeaweedFS stores `d//e` as `d/e`, but lists it under the prefix `d//`.
                 relative = found[len(prefix) :] if found.startswith(prefix) else found
                 yield ObjectInfo(root + found, relative, entry["ETag"].strip('"'), entry["Size"], _storage_class(entry))
 

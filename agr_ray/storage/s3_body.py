@@ -1,4 +1,4 @@
-"""Bodies of S3's answers: whole objects, decompressed if need be, and ranges."""
+"""Bodies of S3's responses: whole objects, decompressed if necessary, and ranges."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BrokenBody(Exception):
 
 
 def read_body(uri: str, response: Any, etag: str | None, *, max_bytes: int | None, is_range: bool) -> ObjectRange:
-    """Return the body of an answer to GetObject; with `is_range`, as it is stored, else decompressed.
+    """Return the body of a response to GetObject; with `is_range`, as it is stored, else decompressed.
 
     Raises:
         ChangedObject: the object does not have `etag`.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from botocore.exceptions import BotoCoreError, ClientError
 
 Action = Literal["read", "list", "write", "create"]
-"""What a request was to do; `create`: to write an object that must not exist."""
+"""Purpose of a request; `create`: to write an object that must not exist."""
 
 _UNAVAILABLE_CODES: Final = frozenset(
     {
@@ -37,8 +37,8 @@ _UNAVAILABLE_CODES: Final = frozenset(
         "SignatureDoesNotMatch",
     }
 )
-"""Answers of S3 that the next object would get too. A bare AccessDenied is not among them: on a read it may
-concern the one object."""
+"""Error codes that requests for any other object would get, too. A bare AccessDenied is not among them: on a read it
+may concern one object only."""
 _NO_MULTI_DELETE_CODES: Final = frozenset(
     {
         "BadDigest",

@@ -14,7 +14,7 @@ from typing import Final
 
 PREFIX: Final = "agr-ray-scratch-"
 MIN_AGE_S: Final = 60.0
-"""A younger folder may be one whose process has not locked it yet."""
+"""Minimum age of a stale folder: the process of a younger one may not have locked it yet."""
 
 
 @contextmanager

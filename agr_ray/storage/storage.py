@@ -129,11 +129,11 @@ class Storage:
 
         S3 gets it in one request (objects up to 5 GB), so a killed writer leaves nothing there.
 
-        With `if_absent`, or with the ETag that the object must still have as `if_match`, of several writers at once
-        exactly one succeeds. On S3, If-None-Match and If-Match ensure that. On disks, `if_absent` uses a hard link or a
-        no-replace rename, and `if_match` uses flock, which works only if all writers and deleters pass `if_match`. On
-        S3, a condition can also fail if our first attempt succeeded but its response was lost: read the object to find
-        out.
+        With `if_absent`, or with `if_match` (the ETag that the object must still have), exactly one of several
+        concurrent writers succeeds. On S3, If-None-Match and If-Match ensure that. On disks, `if_absent` uses a hard
+        link or a no-replace rename, and `if_match` uses flock, which works only if all writers and deleters pass
+        `if_match`. On S3, a condition can also fail if our first attempt succeeded but its response was lost: read the
+        object to find out.
 
         Raises:
             FileExistsError: `if_absent`, and the object exists.
@@ -195,7 +195,7 @@ class Storage:
         """Copy the tree at `uri` to the local folder `local_dir`, which appears whole or not at all.
 
         Raises:
-            MissingObject: there is no `marker` at `uri`: no tree, or one whose upload did not end.
+            MissingObject: there is no `marker` at `uri`: no tree, or an unfinished upload.
             FileExistsError: `local_dir` exists.
         """
         trees.download(self._backend(uri), uri, local_dir, marker=marker)

@@ -1,4 +1,4 @@
-"""Temporary files and folders beside their target, in which a writer prepares what it then moves into place.
+"""Temporary files and folders beside their target; a writer fills them, then moves them into place.
 
 A live writer holds a lock on its own temporary. The system releases the lock when the writer dies, and the next
 writer in the same folder then deletes the temporary.
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import IO, Final
 
 PREFIX: Final = ".tmp-"
-"""Start of the names of temporaries. They are never listed."""
+"""Prefix of the names of temporaries, which are never listed."""
 OLD: Final = "old"
 """Folder, in a temporary one, that holds the tree being replaced."""
 _LIVE: Final = "live"

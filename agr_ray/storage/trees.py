@@ -21,7 +21,7 @@ from agr_ray.storage.errors import MissingObject, StorageFailed, StorageUnavaila
 from agr_ray.storage.temporary import OLD, temporary_folder_beside
 
 DEFAULT_MARKER: Final = "meta.json"
-"""The file of a tree that is written last, and whose presence says that the tree is whole."""
+"""The file of a tree that is written last; its presence shows that the tree is complete."""
 _NUM_COPIES: Final = 16
 """Number of parallel copy requests to a server."""
 

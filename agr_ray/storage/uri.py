@@ -32,7 +32,7 @@ def is_s3(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """Return the URI in its one canonical form: a bare absolute local path, or `s3://bucket/key`.
 
-    A relative path is taken from the present working directory, so call this before Ray changes it.
+    A relative path is resolved against the working directory, so call this before Ray changes it.
 
     Raises:
         BadUri: the URI is empty, malformed, or of an unknown scheme.
@@ -141,7 +141,7 @@ def _scheme(uri: str) -> str:
         return ""
     scheme = match.group(1).lower()
     if scheme == "s3" and not uri[match.end() :].startswith("/"):
-        raise BadUri(f"{uri!r} has lost a slash (has a Path mangled it?): expected {ALLOWED_FORMS}")
+        raise BadUri(f"{uri!r} lacks a slash (did pathlib.Path remove it?): expected {ALLOWED_FORMS}")
     if scheme not in ("s3", "file"):
         raise BadUri(f"{uri!r} has the scheme {scheme!r}: expected {ALLOWED_FORMS}")
     return scheme
