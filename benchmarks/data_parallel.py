@@ -1,21 +1,23 @@
-"""What data-parallel training costs in exchange: measured on this machine's CPUs, and on paper for 8 to 64 GPUs.
+"""Communication cost of data-parallel training: measured on this machine's CPUs, and calculated for 8 to 64 GPUs.
 
     python benchmarks/data_parallel.py [--backbone resnet50] [--side 224] [--batch 8] [--steps 8]
 
-Measured, without Ray: one process, then --workers processes (DDP, gloo), of one thread each. Each has --batch random
-images a step, so twice the workers see twice the images. Printed: samples/s, and as efficiency the share of what so
-many processes would do that wait for nobody; the same without any exchange (`no_sync`), which is what they lose by
-sharing one machine's memory and caches; the bytes of gradients that DDP hands over in a step (a hook adds up its
-buckets) beside 4 bytes for each parameter; and how long an all-reduce of so many bytes takes alone.
+Measured, without Ray: one process, then --workers processes (DDP, gloo) with one thread each. Each gets --batch random
+images per step, so twice the workers see twice the images. The benchmark prints
 
-On paper: a ring all-reduce among N sends 2 (N - 1) / N of the gradient's bytes through each GPU's link, which at
---link-gbit-s takes bytes / speed. A step computes for --batch-per-gpu / --samples-per-s-per-gpu. Shown is the share of
-a step that exchange would take if nothing overlapped; DDP sends a bucket while backward works on the next, so that is
-the most it can cost, but for latency and for links that are shared. --samples-per-s-per-gpu is an assumption until it
-has been measured: `jobs/train.py --dry-run` says it for a GPU at hand.
+- samples/s, and the efficiency: the share of the throughput of as many independent processes;
+- the same without communication (`no_sync`): the loss from sharing one machine's memory and caches;
+- the bytes of gradients that DDP sends per step (a hook adds up its buckets), beside 4 bytes per parameter;
+- the time of an all-reduce of as many bytes alone.
+
+Calculated: a ring all-reduce among N GPUs sends 2 (N - 1) / N of the gradient's bytes through each GPU's link, which
+takes bytes / speed at --link-gbit-s. A step computes for --batch-per-gpu / --samples-per-s-per-gpu. The table shows the
+share of a step that communication would take if nothing overlapped. DDP sends a bucket while backward computes the
+next, so this is an upper bound, except for latency and shared links. --samples-per-s-per-gpu is an assumption until it
+is measured: `jobs/train.py --dry-run` reports it for an available GPU.
 """
 
-# No annotations from __future__: DDP wants a hook's to be no strings.
+# No annotations from __future__, because DDP needs a hook's annotations as types, not strings.
 import argparse
 import tempfile
 import time
@@ -45,28 +47,28 @@ NUM_GPUS: Final = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Measured:
-    """What one group of processes did."""
+    """Results of one group of processes."""
 
     step_s: float
     alone_step_s: float
-    """The same without exchange of gradients."""
+    """The same without communication."""
     sent_bytes: float
-    """Of gradients, handed over by one process in one step."""
+    """Bytes of gradients that one process sends in one step."""
     all_reduce_s: float
-    """Of so many bytes, with nothing beside it; 0: there is nobody to exchange with."""
+    """Time of an all-reduce of as many bytes alone; 0: there is only one process."""
 
 
 def main() -> None:
     """Measure one process and several, and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="resnet50", help="torchvision network (%(default)s)")
-    parser.add_argument("--side", type=int, default=224, help="of the images, pixels (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images of each process in a step (%(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="that are timed (%(default)s)")
+    parser.add_argument("--side", type=int, default=224, help="side of the images, pixels (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images per process and step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes of the larger group (%(default)s)")
-    parser.add_argument("--link-gbit-s", type=float, nargs="+", default=[100.0, 400.0], help="on paper (100 400)")
-    parser.add_argument("--samples-per-s-per-gpu", type=float, default=1000.0, help="on paper (%(default)s)")
-    parser.add_argument("--batch-per-gpu", type=int, default=64, help="on paper (%(default)s)")
+    parser.add_argument("--link-gbit-s", type=float, nargs="+", default=[100.0, 400.0], help="calculated (100 400)")
+    parser.add_argument("--samples-per-s-per-gpu", type=float, default=1000.0, help="calculated (%(default)s)")
+    parser.add_argument("--batch-per-gpu", type=int, default=64, help="calculated (%(default)s)")
     arguments = parser.parse_args()
     console = make_console()
     config = ModelConfig(backbone=arguments.backbone, image_size=arguments.side)
@@ -76,8 +78,8 @@ def main() -> None:
     console.print(measured_table(groups, arguments.batch, title))
     several = groups[arguments.workers]
     console.print(
-        f"gradients: DDP hands over {several.sent_bytes:,.0f} bytes a step in each process; {num_parameters:,} "
-        f"parameters of 4 bytes are {4 * num_parameters:,}; all-reduce of so many alone: "
+        f"gradients: each process sends {several.sent_bytes:,.0f} bytes per step; {num_parameters:,} "
+        f"parameters of 4 bytes are {4 * num_parameters:,}; all-reduce of as many bytes alone: "
         f"{several.all_reduce_s * 1000:.0f} ms",
     )
     compute_s = arguments.batch_per_gpu / arguments.samples_per_s_per_gpu
@@ -85,8 +87,8 @@ def main() -> None:
 
 
 def measured_table(groups: dict[int, Measured], batch: int, title: str) -> Table:
-    """Return what was measured, a row for each group."""
-    table = Table("processes", "samples/s", "efficiency", "without exchange", "efficiency", "ms a step", title=title)
+    """Return the measurements, a row for each group."""
+    table = Table("processes", "samples/s", "efficiency", "no communication", "efficiency", "ms a step", title=title)
     one = batch / groups[1].alone_step_s
     for size, found in groups.items():
         speed, alone = size * batch / found.step_s, size * batch / found.alone_step_s
@@ -96,9 +98,9 @@ def measured_table(groups: dict[int, Measured], batch: int, title: str) -> Table
 
 
 def paper_table(gradient_bytes: int, compute_s: float, links_gbit_s: list[float]) -> Table:
-    """Return what exchange would cost at most, a row for each number of GPUs."""
+    """Return the maximum cost of communication, a row for each number of GPUs."""
     links = [f"at {link:g} Gbit/s" for link in links_gbit_s]
-    title = f"on paper: {gradient_bytes / 1e6:.0f} MB of gradients, {compute_s * 1000:.0f} ms of computing a step"
+    title = f"calculated: {gradient_bytes / 1e6:.0f} MB of gradients, {compute_s * 1000:.0f} ms of computing a step"
     table = Table("GPUs", "MB sent by each", *(f"{each}: ms, share of a step" for each in links), title=title)
     for num_gpus in NUM_GPUS:
         sent = ring_bytes(gradient_bytes, num_gpus)
@@ -109,12 +111,12 @@ def paper_table(gradient_bytes: int, compute_s: float, links_gbit_s: list[float]
 
 
 def ring_bytes(gradient_bytes: int, num_gpus: int) -> float:
-    """Return what each of a ring sends, and receives, to add up so many bytes: N - 1 parts to add, N - 1 of the sum."""
+    """Return the bytes that each member of a ring sends and receives: N - 1 parts to add, N - 1 parts of the sum."""
     return 2 * (num_gpus - 1) / num_gpus * gradient_bytes
 
 
 def measure(size: int, config: ModelConfig, batch: int, num_steps: int) -> Measured:
-    """Train in so many processes, and return what the slowest of them took."""
+    """Train in this many processes, and return the time of the slowest."""
     with tempfile.TemporaryDirectory(prefix="data-parallel-") as folder:
         torch.multiprocessing.spawn(work, (size, folder, config, batch, num_steps), nprocs=size)
         found = [Measured(**torch.load(Path(folder, f"{rank}.pt"))) for rank in range(size)]
@@ -127,7 +129,7 @@ def measure(size: int, config: ModelConfig, batch: int, num_steps: int) -> Measu
 
 
 def work(rank: int, size: int, folder: str, config: ModelConfig, batch: int, num_steps: int) -> None:
-    """Be one of the processes: time steps and all-reduces, and write a `Measured` into the folder."""
+    """Run one of the processes: time steps and all-reduces, and write a `Measured` into the folder."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
@@ -162,7 +164,7 @@ def work(rank: int, size: int, folder: str, config: ModelConfig, batch: int, num
 
 @dataclass
 class SentBytes:
-    """What a hook has seen."""
+    """Bytes counted by the hook."""
 
     num_bytes: int = 0
 
@@ -175,7 +177,7 @@ def add_up_and_send(sent: SentBytes, bucket: dist.GradBucket) -> torch.futures.F
 
 
 def timed(act: Callable[[], object], num_times: int) -> float:
-    """Return the seconds of one of so many acts, begun by all processes together, after some to warm up."""
+    """Return the mean time of an action, started by all processes together, after a warm-up, seconds."""
     for _ in range(WARM_UP_STEPS):
         act()
     dist.barrier()

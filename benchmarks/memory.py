@@ -1,4 +1,4 @@
-"""Memory of a process and of all that it started (Linux)."""
+"""Memory of a process and its descendants (Linux)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SAMPLE_S = 5.0
 
 @contextmanager
 def watched_memory(root: int) -> Iterator[list[Counter[str]]]:
-    """Yield a growing list: every five seconds the MiB of a process and all below it, proportional set sizes summed.
+    """Yield a growing list: every five seconds the MiB of a process and its descendants, by their names.
 
-    By what processes are called. Shared pages, such as Ray's object store, count once.
+    Proportional set sizes are summed, so shared pages, such as Ray's object store, count once.
     """
     samples_mib: list[Counter[str]] = []
     done = threading.Event()
@@ -42,13 +42,13 @@ def peak(samples_mib: Sequence[Counter[str]]) -> Counter[str]:
 
 
 def described(sample_mib: Counter[str]) -> str:
-    """Say which processes are most of it."""
+    """Return the total, and the processes that use most of it."""
     largest = ", ".join(f"{name} {mib:,.0f}" for name, mib in sample_mib.most_common(6))
     return f"{sample_mib.total():,.0f} MiB: {largest}"
 
 
 def title(process: int) -> str:
-    """Return what a process is called: Ray's workers by what they do, others by their program."""
+    """Return the name of a process: for Ray's workers their task, for others their program."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # it has ended
@@ -60,7 +60,7 @@ def title(process: int) -> str:
 
 
 def descendants(root: int) -> list[int]:
-    """Return the ids of a process and of all below it."""
+    """Return the ids of a process and its descendants."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:

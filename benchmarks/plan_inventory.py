@@ -1,10 +1,10 @@
-"""How long and in how much memory a scoring run is planned from an S3 Inventory, most of which is scored already.
+"""Time and memory to plan a scoring run from an S3 Inventory, most of which is already scored.
 
     python benchmarks/plan_inventory.py --work FOLDER [--rows 10000000] [--format Parquet]
 
 Generates an inventory and the published ids of nine in ten of its objects below --work (once: 10 million rows take
-1.5 GB and some minutes), then plans in a process of its own, whose peak memory is measured. Beside each figure
-stands its limit for 10 million rows.
+1.5 GB and some minutes). Then plans in a separate process, whose peak memory is measured. The table shows each figure
+beside its limit for 10 million rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROWS_PER_PUBLISHED_FILE = 65_536
 
 
 def main() -> None:
-    """Generate what is not there yet, plan in a child process, and print a table."""
+    """Generate the missing files, plan in a child process, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the generated files")
     parser.add_argument("--rows", type=int, default=10_000_000)
@@ -116,7 +116,7 @@ def generate(folder: Path, num_rows: int, file_format: str) -> None:
 
 
 def key_of(number: int) -> str:
-    """Return a key such as a camera's uploads have, in the order in which buckets are listed."""
+    """Return a key like those of a camera's uploads; keys are in the order in which buckets are listed."""
     return f"uploads/2026/{number // 50_000:04d}/camera {number // 500 % 100:02d}/IMG_{number:09d}_é.jpg"
 
 

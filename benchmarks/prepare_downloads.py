@@ -1,4 +1,4 @@
-"""Preparing from a bucket: one download of each image against two, as `prepare` made them before.
+"""Prepare from a bucket: one download of each image, compared with two, as in an earlier version of `prepare`.
 
     python benchmarks/prepare_downloads.py --images UTKFACE [--num 1000] [--latency_ms 20] [--detector none]
 
@@ -7,9 +7,9 @@ Puts labelled chips into a bucket of SeaweedFS and prepares them in this process
 - before: eight threads read and hash every image first, as the driver did; then the images are prepared;
 - now: the images are prepared, which hashes them.
 
-Each request takes `latency_ms` longer than the local server does, as one to a bucket in the same region would. Prints
-downloads and seconds, in the order now, before, now, before, now, because other processes may disturb a run; the
-first is a warm-up.
+Each request takes `latency_ms` longer than the local server needs, to simulate a bucket in the same region. Prints
+downloads and seconds. The order is now, before, now, before, now, because other processes may disturb a run; the first
+is a warm-up.
 """
 
 from __future__ import annotations

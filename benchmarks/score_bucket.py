@@ -1,4 +1,4 @@
-"""A bucket of small photographs scored night after night on a real S3 server, and what stays in memory meanwhile.
+"""Score a bucket of small photographs repeatedly on a real S3 server, and measure whether memory grows.
 
     python benchmarks/score_bucket.py --checkpoint RUN/best --chips UTKFACE --photographs FOLDER [--num 20000]
 
@@ -8,9 +8,9 @@ object in a hundred; objects of the same picture differ in trailing bytes. Then 
 1. on a quarter of the objects, for its peak memory, into an output of its own;
 2. on all of them; 3. again; 4. once more after 100 were added and 50 replaced;
 
-and has DuckDB check after each that input rows = output rows, none twice, the bad objects with their statuses and no
-others. Prints counts, images/s and the peak of the summed proportional set sizes of all processes of 1 and 2: the
-second may be a fifth more. Parts and files are small, so that a quarter has several files, too.
+After each, DuckDB checks that each object has one row, and that exactly the bad objects have reject statuses. Prints
+counts, images/s and, for 1 and 2, the peak of the summed proportional set sizes of all processes: that of 2 may be a
+fifth larger. Parts and files are small, so that a quarter has several files, too.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def parse_arguments(description: str | None) -> argparse.Namespace:
-    """Return what the command line says of model, pictures and bucket."""
+    """Return the arguments for model, pictures and bucket."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--chips", type=Path, required=True, help="folder of face chips (.jpg)")
@@ -106,7 +106,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
 
 @contextmanager
 def filled_server(pictures: list[bytes], num: int) -> Iterator[S3Server]:
-    """Run an S3 server that the environment points at, with so many objects, and an empty bucket for tables."""
+    """Run an S3 server with this many objects and an empty bucket for tables; set the environment to it."""
     with tempfile.TemporaryDirectory(prefix="bucket-") as temporary, run_seaweedfs(Path(temporary)) as server:
         os.environ.update(server.environment())
         for bucket in (BUCKET, TABLES):
@@ -126,17 +126,17 @@ def make_pictures(chips: Path, photographs: Path) -> list[bytes]:
 
 
 def is_bad(number: int) -> bool:
-    """Say whether the object of that number is bad, until it is replaced."""
+    """Return whether the object of this number is bad, until it is replaced."""
     return number % BAD_EVERY == FIRST_BAD
 
 
 def bad_body(number: int) -> Callable[[], bytes]:
-    """Return what makes a bad object's body."""
+    """Return the function that makes the body of a bad object."""
     return list(BAD)[number // BAD_EVERY % len(BAD)]
 
 
 def put_all(server: S3Server, pictures: list[bytes], numbers: range, version: int = 0) -> None:
-    """Put the objects of these numbers; those of another version have other content."""
+    """Put the objects of these numbers; each version has different content."""
     client = server.client()
 
     def put(number: int) -> None:
@@ -179,7 +179,7 @@ def add_row(table: Table, name: str, expected: int, measured: Mapping[str, Any])
 
 
 def check(numbers: range, replaced: range) -> None:
-    """Have DuckDB look at all rows: each key is there, no image id twice, the bad ones with their statuses."""
+    """Check all rows with DuckDB: each key exists, no image id occurs twice, bad objects have their statuses."""
     fs, path = Storage().arrow_filesystem(f"s3://{TABLES}/all/images")
     images = pyarrow.dataset.dataset(path, filesystem=fs, format="parquet")  # noqa: F841  # DuckDB finds it by name
     counted = duckdb.sql("SELECT count(DISTINCT uri), count(DISTINCT image_id), count(*) FROM images").fetchall()

@@ -1,12 +1,12 @@
-"""A large bucket scored while everything that can be killed is killed, and whether each photograph is there once.
+"""Score a large bucket while every kind of process is killed, and check that each photograph is scored once.
 
     python benchmarks/score_kills.py --checkpoint RUN/best --chips UTKFACE --photographs FOLDER [--num 20000]
 
-Runs `jobs/score.py` on a bucket as `score_bucket.py` fills it, with two more objects that kill whatever decodes them,
-on a cluster of three node processes. While it runs, in this order: SIGKILL of a worker; SIGKILL of a node, with a new
-one in its place; the S3 server killed, and started again after 30 s; SIGKILL of the driver. Then the same command again
-through a proxy that answers 5 % of all requests with 503, killed while it publishes, and once more to its end. Prints
-what happened when, and has DuckDB check the published rows.
+Runs `jobs/score.py` on a cluster of three node processes, on a bucket filled as in `score_bucket.py` with two more
+objects that kill any process that decodes them. While it runs, in this order: SIGKILL of a worker; SIGKILL of a node,
+which is replaced; the S3 server is killed, and restarted after 30 s; SIGKILL of the driver. Then the same command runs
+again through a proxy that answers 5 % of all requests with 503, is killed while it publishes, and finally runs to its
+end. Prints a log of events, and checks the published rows with DuckDB.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 class Disturbance:
-    """One run that is disturbed in every way."""
+    """One run with all disturbances."""
 
     def __init__(
         self, console: Console, server: S3Server, cluster: Cluster, checkpoint: Path, num: int, folder: Path
@@ -75,7 +75,7 @@ class Disturbance:
         self._started = time.monotonic()
 
     def run(self) -> None:
-        """Start the command three times; the third ends."""
+        """Start the command three times; the third time it runs to its end."""
         self._say("started")
         kill_command(
             self._command(self._server.endpoint_url),
@@ -107,7 +107,7 @@ class Disturbance:
         return job_command("score", *(word for option in options.items() for word in option))
 
     def _disturbed(self) -> bool:
-        """Return true when so much is done that the driver is to be killed; do the other harm before."""
+        """Return whether it is time to kill the driver; cause the other failures first."""
         self._wait_for(0.1)
         titled_processes(self._cluster.nodes, DATA_WORKER)[0].kill()
         self._say("worker killed")
@@ -127,7 +127,7 @@ class Disturbance:
         return True
 
     def _wait_for(self, share: float) -> None:
-        """Return once that share of the photographs is scored."""
+        """Return once this share of the photographs is scored."""
         deadline = time.monotonic() + TIMEOUT_S
         while self._num_parts_done() * 128 < share * self._num:
             if time.monotonic() > deadline:
@@ -153,7 +153,7 @@ class Disturbance:
 
 
 def check(console: Console, num_objects: int) -> None:
-    """Have DuckDB count what is published."""
+    """Count the published rows with DuckDB."""
     (record,) = published_runs(Storage(), f"s3://{TABLES}/all")
     fs, path = Storage().arrow_filesystem(f"s3://{TABLES}/all/images")
     images = pyarrow.dataset.dataset(path, filesystem=fs, format="parquet")  # noqa: F841  # DuckDB finds it by name
@@ -164,7 +164,7 @@ def check(console: Console, num_objects: int) -> None:
     console.print(f"failed: {given_up}")
     wanted = [f"s3://{BUCKET}/uploads/{name}.jpg" for name in KILLERS]
     if num_rows != num_uris or num_rows != num_objects + len(KILLERS) or [uri for uri, _ in given_up] != wanted:
-        raise SystemExit("a photograph was lost, doubled, or failed for another reason")
+        raise SystemExit("a photograph was lost, duplicated, or failed for another reason")
     if Counter(record["counts"]) != Counter(statuses):
         raise SystemExit(f"_SUCCESS says {record['counts']}")
 

@@ -1,14 +1,14 @@
-"""What ASHA saves: the same trials with and without it, in one run; and whether the recipe that comes out holds.
+"""Time that ASHA saves on the same trials, and whether training with the best recipe reproduces its trial.
 
     python benchmarks/sweep.py --data data/utkface3000 --work FOLDER [--recipe RECIPE] [--trials 12]
 
-Two sweeps of one recipe, one after the other on the same machine: with ASHA, then without. All values are drawn at
-random with one seed (`tune.random_trials`), so both have the same trials whatever came of those before. Then the first
-sweep's best.toml is trained from the command line as it is, and again with other seeds, whose spread is the noise that
-the trial's figures are compared with. The page is at FOLDER/sweeps/asha/sweep.html.
+Runs two sweeps of one recipe, one after the other on the same machine: with ASHA, then without. All values are drawn at
+random with one seed (`tune.random_trials`), so both have the same trials, whatever the results of earlier ones. Then
+trains with the first sweep's best.toml, unchanged and with other seeds. The spread between seeds is the noise to
+compare the trial's figures with. The report is at FOLDER/sweeps/asha/sweep.html.
 
-Printed: wall time of each command, epochs, the best trial of each with its objective (what a sweep goes by, see
-`tune.mode`), and the same figures of the trainings. Give it the machine alone: on two cores, two trials run at a time.
+Prints the wall time of each command, epochs, the best trial of each sweep with its objective (see `tune.mode`), and the
+same figures of the trainings. Nothing else should run on the machine: on two cores, two trials run at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = ("val_balanced_objective", "val_age_mae_years", "val_gender_balanced_a
 
 @dataclass(frozen=True)
 class Sweep:
-    """What came of one sweep."""
+    """Results of one sweep."""
 
     wall_s: float
     trials: list[dict[str, Any]]
@@ -45,20 +45,20 @@ class Sweep:
         return next(row for row in self.trials if row["is_best"])
 
     def count(self, state: str) -> int:
-        """Return how many trials ended so."""
+        """Return how many trials ended in this state."""
         return sum(row["state"] == state for row in self.trials)
 
 
 def main() -> None:
-    """Run both sweeps and the trainings, and print what they took and gave."""
+    """Run both sweeps and the trainings, and print times and results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="prepared set, or as train.data takes it")
     parser.add_argument(
-        "--work", required=True, type=Path, help="folder for sweeps and runs, which it should not have yet"
+        "--work", required=True, type=Path, help="folder for sweeps and runs, without any yet"
     )
     parser.add_argument("--recipe", default="tune_lite", help="(%(default)s)")
-    parser.add_argument("--trials", type=int, default=12, help="of each sweep (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="of further trainings (1 2)")
+    parser.add_argument("--trials", type=int, default=12, help="trials of each sweep (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="seeds of further trainings (1 2)")
     arguments, more = parser.parse_known_args()
     console = make_console()
 
@@ -129,7 +129,7 @@ def train(arguments: argparse.Namespace, recipe: str | Path, name: str, more: li
 
 
 def run(job: str, *words: object) -> float:
-    """Run a job and return its seconds; what it says goes to stderr."""
+    """Run a job and return its seconds; its output goes to stderr."""
     start = time.monotonic()
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *map(str, words)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}

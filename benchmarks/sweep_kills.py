@@ -1,14 +1,14 @@
-"""A submitted sweep of a dozen trials whose driver, a worker and a trial are killed, and whether all are accounted for.
+"""Run a submitted sweep of a dozen trials, kill its driver, a worker and a trial, and check all records.
 
     python benchmarks/sweep_kills.py --data data/utkface3000 [--trials 12] [--page sweep.html]
 
 Submits `jobs/tune.py` with `ray job submit` to a cluster of three node processes, with data and sweep in a bucket of a
-real S3 server. Trial 1 raises: its weights are not there. Trial 2 diverges. When five trials have ended and two are
-under way, SIGKILL of the driver. The same again, a trial at a time, which tries trial 1 once more, for it had not made
-an epoch, and goes on with the two. Of those that then begin: SIGKILL of a worker of the first after an epoch, which the
-trial survives, and twice of the next one's own process, which it does not. Then checks that whatever else had ended
-before was not repeated, and that the table has each trial once and says what became of it. Prints what happened when,
-and the table.
+real S3 server. Trial 1 raises an error, because its weights do not exist. Trial 2 diverges. When five trials have ended
+and two are running, the driver is killed. The same command, now with one trial at a time, retries trial 1, which had
+not finished an epoch, and resumes the two. Of the trials that then start, a worker of the first is killed after an
+epoch, which the trial survives. The own process of the next is killed twice, which it does not survive. Then the
+benchmark checks that no other ended trial was repeated, and that the table has each trial once, with its outcome.
+Prints a log of events, and the table.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def main() -> None:
     """Submit, kill, submit again, kill more, check and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder of a prepared set")
-    parser.add_argument("--trials", type=int, default=12, help="9 at least (%(default)s)")
+    parser.add_argument("--trials", type=int, default=12, help="at least 9 (%(default)s)")
     parser.add_argument("--page", type=Path, help="copy the sweep's page here")
     arguments = parser.parse_args()
     if arguments.trials < ENDED_BEFORE_KILL + 4:
-        parser.error(f"--trials {arguments.trials}: 9 at least, or none begins after the driver was killed")
+        parser.error(f"--trials {arguments.trials}: at least 9 are needed, or none starts after the driver was killed")
     console = make_console()
     with tempfile.TemporaryDirectory(prefix="sweep-") as temporary, run_seaweedfs(Path(temporary)) as server:
         bucket = Bucket.create(server, "sweeps")
@@ -73,14 +73,14 @@ def main() -> None:
 
 
 class KilledSweep:
-    """One sweep that is disturbed in every way."""
+    """One sweep with all disturbances."""
 
     def __init__(self, console: Console, bucket: Bucket, cluster: Cluster, trials: int, log: Path) -> None:
         self._console, self._bucket, self._cluster, self._trials, self._log = console, bucket, cluster, trials, log
         self._started = time.monotonic()
 
     def run(self) -> None:
-        """Submit the job twice, and check what the second leaves."""
+        """Submit the job twice, and check the results of the second."""
         self._say("submitted")
         with start_command(self._command(max_concurrent=2), self._cluster.environment, self._log) as process:
             wait_until(self._is_in_the_middle, process, self._log, TIMEOUT_S, pause_s=0.5)
@@ -176,16 +176,16 @@ class KilledSweep:
         why = {row["number"]: row["why"] for row in rows}
         failed = [row["number"] for row in rows if row["state"] == "failed"]
         checks = {
-            "each trial is there once": [row["number"] for row in rows] == list(range(self._trials)),
+            "each trial has one row": [row["number"] for row in rows] == list(range(self._trials)),
             "all have ended": all(row["state"] != "unfinished" for row in rows),
-            "what had ended was not repeated": all(record == now[record["number"]] for record in ended),
-            "two went on": sum(record["state"] == "unfinished" for record in before) == 2,
-            "one raised": why[RAISES].startswith("raised: ") and WEIGHTS in why[RAISES],
+            "ended trials were not repeated": all(record == now[record["number"]] for record in ended),
+            "two were resumed": sum(record["state"] == "unfinished" for record in before) == 2,
+            "one raised an error": why[RAISES].startswith("raised: ") and WEIGHTS in why[RAISES],
             "one diverged": why[DIVERGES].startswith("diverged: "),
             "one was killed": why[victim] == "killed: its process died",
             "one survived": rows[survivor]["num_failures"] == 1,
             "no other failed": failed == [RAISES, DIVERGES, victim],
-            "there is a best": sum(row["is_best"] for row in rows) == 1,
+            "there is a best trial": sum(row["is_best"] for row in rows) == 1,
             "and its recipe": f"sweeps/{NAME}/best.toml" in self._bucket.keys(f"sweeps/{NAME}/best"),
         }
         for what, is_so in checks.items():

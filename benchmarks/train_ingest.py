@@ -1,22 +1,22 @@
-"""Does training wait for data? Our path beside the same steps with no data path, and beside a user's own loop.
+"""Compare training with the same steps without a data pipeline, and with a loop that a user would write.
 
     python benchmarks/train_ingest.py --data PREPARED [--backbone resnet18] [--side 88] [--batch-size 64] [--epochs 3]
     python benchmarks/train_ingest.py --data PREPARED --backbone resnet50 --side 224 --batch-size 256 \
         --steps 200 --use-gpu
 
-Samples a second of the same network, loss, optimiser, batch and arithmetic (bfloat16 where the device has it), with as
-strong an augmentation, on all CPUs or one GPU:
+Measures samples per second with the same network, loss, optimiser, batch, arithmetic (bfloat16 if the device supports
+it) and strength of augmentation, on all CPUs or one GPU:
 
-(a) the training loop on one batch that lies on the device: what the device can do.
+(a) the training loop on one batch that is already on the device: the device's maximum.
 (b) `jobs/train.py` on the prepared set, one worker, on an embedded local cluster. The first epoch, which streams and
-    decodes, apart from the later ones, which come from memory: the set must fit `train.cache_mib`.
-(c) the loop that a user would write: torch's DataLoader with a worker for each CPU, which stay, from JPEGs in memory;
-    PIL and torchvision's transforms; pinned memory, no waiting for the device. An epoch warms it up.
+    decodes, is reported separately from later ones, which read from memory: the set must fit `train.cache_mib`.
+(c) the loop that a user would write: torch's DataLoader with a persistent worker for each CPU, JPEGs in memory, PIL and
+    torchvision's transforms, pinned memory, no waiting for the device. The first epoch is a warm-up.
 
-One after the other, each in processes of its own, in the order (a) (c) (b) (c) (a), because such machines' speed
-drifts; ratios are to the means. Only steps are timed: no start-up, validation or checkpoint. Ray starts workers at a
-low priority; here they have that of (a) and (c). Fails if (b) after its first epoch makes less than 0.9 of (a), or no
-more than (c).
+They run one after the other, each in its own processes, in the order (a) (c) (b) (c) (a), because the machine's speed
+may drift; ratios use the means. Only steps are timed: no start-up, validation or checkpoint. Ray starts workers at a
+low priority; here they have that of (a) and (c). Fails if (b) after its first epoch is slower than 0.9 of (a), or not
+faster than (c).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ T = TypeVar("T")
 MIN_SHARE: Final = 0.9
 LABELS: Final = ("age", "gender", "race")
 TIMED_EPOCHS: Final = 2
-"""Of (c), after the one that warms up."""
+"""Epochs of (c), after the warm-up."""
 AUGMENT: Final = AugmentConfig(scale=0.1, brightness=0.3, contrast=0.3, saturation=0.3)
 
 
@@ -72,11 +72,11 @@ def main() -> None:
     """Measure all three and print them side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of a prepared set (jobs/prepare.py)")
-    parser.add_argument("--backbone", default="resnet18", help="of the network (resnet18)")
-    parser.add_argument("--side", type=int, default=88, help="of the network's input, pixels (88)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in a step (64)")
-    parser.add_argument("--epochs", type=int, default=3, help="of (b), two or more (3)")
-    parser.add_argument("--steps", type=int, default=40, help="in an epoch of (a) and (c) (40)")
+    parser.add_argument("--backbone", default="resnet18", help="backbone of the network (resnet18)")
+    parser.add_argument("--side", type=int, default=88, help="side of the network's input, pixels (88)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step (64)")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of (b), at least two (3)")
+    parser.add_argument("--steps", type=int, default=40, help="steps in an epoch of (a) and (c) (40)")
     parser.add_argument("--use-gpu", action="store_true", help="one GPU; else all CPUs")
     arguments = parser.parse_args()
     console = make_console()
@@ -127,7 +127,7 @@ def in_new_process(work: Callable[..., T], *arguments: Any) -> T:
 
 
 def title(job: TrainJob) -> str:
-    """Say what is trained, and on what."""
+    """Return the title: network, input, batch, arithmetic and device."""
     device = device_of(job)
     name = torch.cuda.get_device_name() if job.train.use_gpu else f"{machine_cpus()} CPUs"
     arithmetic = str(compute_dtype(device, job.train.precision)).removeprefix("torch.")
@@ -139,11 +139,10 @@ def title(job: TrainJob) -> str:
 
 @dataclass(frozen=True)
 class Setup:
-    """A prepared set's training rows, and what is trained on them."""
+    """A prepared set's training rows, and the network and settings."""
 
     jpegs: list[bytes]
     labels: Labels
-    """The fields of `learn.metrics.Labels`."""
     batch: Batch
     """The first rows, decoded."""
     transform: Transform
@@ -173,18 +172,18 @@ def set_up(job: TrainJob) -> Setup:
 
 
 class SameBatch(LocalContext):
-    """Gives one batch, again and again."""
+    """Repeats one batch."""
 
     num_steps: int
 
     def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:  # noqa: ARG002  # the protocol's
-        """Yield it so many times."""
+        """Yield it once per step."""
         for _ in range(self.num_steps):
             yield self.train
 
 
 def one_batch(job: TrainJob, num_steps: int) -> float:
-    """Return the samples a second of (a): of its second epoch."""
+    """Return the samples per second of (a), in its second epoch."""
     setup = set_up(job)
     nothing = {name: values[:0] for name, values in setup.batch.items()}
     batch = {**setup.batch, "crop": torch.from_numpy(setup.batch["crop"]).to(setup.device)}
@@ -202,18 +201,18 @@ def one_batch(job: TrainJob, num_steps: int) -> float:
 
 @dataclass(frozen=True)
 class OurPath:
-    """What (b) did."""
+    """Results of (b)."""
 
     by_epoch: list[float]
-    """Samples a second."""
+    """Samples per second of each epoch."""
     later: float
-    """Of all epochs but the first, together."""
+    """Samples per second of all epochs except the first."""
     wait_share: float
-    """Of the same."""
+    """Share of time spent waiting for data in the same epochs."""
 
     @property
     def first(self) -> float:
-        """Return the first epoch's samples a second."""
+        """Return the first epoch's samples per second."""
         return self.by_epoch[0]
 
 
@@ -267,7 +266,7 @@ class Crops(Dataset[tuple[Any, ...]]):
 
 
 def user_loop(job: TrainJob, num_steps: int) -> float:
-    """Return the samples a second of (c), of the epochs after the first."""
+    """Return the samples per second of (c), in the epochs after the first."""
     setup = set_up(job)
     device = setup.device
     crops = Crops(setup, job.augment)
