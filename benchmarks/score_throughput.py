@@ -1,17 +1,17 @@
-"""How fast `jobs/score.py` is on this machine's CPUs, beside the loop that a user would write.
+"""Compare the speed of `jobs/score.py` on this machine's CPUs with a loop that a user would write.
 
     python benchmarks/score_throughput.py --photographs FOLDER [--seconds 300] [--workers 2] [--checkpoint FOLDER]
 
-Both see the same photographs and, of each, the same network: ResNet50 at 224 px with random weights.
+Both process the same photographs with the same network: ResNet50 at 224 px with random weights.
 
 (a) facenet-pytorch's MTCNN(keep_all=True) with its defaults, then torchvision's ResNet50 in float32 on each face,
-    one photograph at a time, on all cores. Once before (b) and once after it, because such machines' speed drifts.
-(b) `runtime.score.score` with the preset `paper` on an embedded local cluster, the photographs repeated under other
-    names until it runs for --seconds. Its start-up is shown apart: it ends when the first batch has been read.
+    one photograph at a time, on all cores. It runs before and after (b), because the machine's speed may drift.
+(b) `runtime.score.score` with the preset `paper` on an embedded local cluster; photographs are repeated under other
+    names until it runs for --seconds. Its start-up, until the first batch has been read, is reported separately.
 
-Also printed: where (b)'s time goes, its peak memory (proportional set sizes of all processes, summed), how its
-attributes agree with plain float32 on the same crops, and how its faces agree with those of (a). --checkpoint is a
-trained one to show that agreement for as well: random weights, whose outputs are spread out, exaggerate differences.
+Also prints (b)'s time by stage, its peak memory (proportional set sizes of all processes, summed), how its attributes
+agree with plain float32 on the same crops, and how its faces agree with those of (a). --checkpoint adds the agreement
+for a trained network: random weights, whose outputs are spread out, exaggerate differences.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ MIN_OVERLAP: Final = 0.5
 MIN_REFERENCE_SCORE: Final = 0.95
 MIN_REFERENCE_SIDE_PX: Final = 40.0
 MIN_REFERENCE_SHARE: Final = 0.04
-"""Of the photograph's shorter side: smaller faces of (a) need not be found."""
+"""Share of the photograph's shorter side: smaller faces of (a) need not be found."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the user's loop did."""
+    """Results of the user's loop."""
 
     seconds: float
     faces: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
@@ -86,10 +86,10 @@ class Reference:
 
 
 def main() -> None:
-    """Run both and print what the module says."""
+    """Run both and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
-    parser.add_argument("--seconds", type=float, default=300.0, help="about how long (b) is to run")
+    parser.add_argument("--seconds", type=float, default=300.0, help="approximate duration of (b)")
     parser.add_argument("--workers", type=int, default=2, help="processes of (b)")
     parser.add_argument("--checkpoint", type=Path, help="folder of a trained checkpoint, for the agreement only")
     arguments = parser.parse_args()
@@ -139,13 +139,13 @@ def main() -> None:
 
 
 def in_new_process(work: Callable[..., T], *arguments: Any) -> T:
-    """Do the work in a fresh process, so that neither its memory nor its threads are another part's."""
+    """Run a function in a new process, so that parts share neither memory nor threads."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def user_loop(paths: list[Path]) -> Reference:
-    """Do (a)."""
+    """Run (a)."""
     detector = MTCNN(keep_all=True)
     cutter = MTCNN(keep_all=True, image_size=TRANSFORM.image_size)
     network = torchvision.models.resnet50().eval()
@@ -187,7 +187,7 @@ def cut_faces(paths: list[Path], transform: Transform) -> NDArray[np.uint8]:
 def make_checkpoint(paths: list[Path], directory: Path) -> None:
     """Save a network of random weights whose outputs spread over these faces as a trained one's would.
 
-    Without that, all faces would be given the same age and race, and agreement would mean nothing.
+    Otherwise, all faces would get the same age and race, and agreement would mean nothing.
     """
     torch.manual_seed(0)
     model = MultiTaskNet(ModelConfig(preset="paper"), UTKFACE)
@@ -232,7 +232,7 @@ def attribute_agreement(paths: list[Path], directory: Path, name: str) -> tuple[
 
 
 def agreement_table(ours: Predictions, plain: Predictions, name: str) -> Table:
-    """Say by how much two predictions of the same faces differ."""
+    """Return a table of the differences between two predictions for the same faces."""
     num_faces = len(ours["age"])
     table = Table(
         "attribute", "mean difference", "largest", title=f"(b) against plain float32, {name}, {num_faces} faces"
@@ -246,7 +246,7 @@ def agreement_table(ours: Predictions, plain: Predictions, name: str) -> Table:
 
 
 def repeat(paths: list[Path], num_copies: int, folder: Path) -> None:
-    """Give each photograph so many names in the folder."""
+    """Link each photograph into the folder under several names."""
     folder.mkdir()
     for path in paths:
         first = folder / f"00000-{path.name}"
@@ -265,7 +265,7 @@ def show_speed(
     seconds: float,
     num_workers: int,
 ) -> None:
-    """Print the speed of both, and where (b)'s time went."""
+    """Print the speed of both, and (b)'s time by stage."""
     num_images, num_faces = record["num_images"], record["num_faces"]
     loop_speed, speed = num_photographs * len(loop_s) / sum(loop_s), num_images / seconds
     table = Table("", "photographs", "s", "images/s", "faces/s", title=f"{os.cpu_count()} CPUs")
@@ -315,16 +315,16 @@ def show_faces(console: Console, reference: Reference, images: pa.Table) -> None
             for box, face, known in zip(ours, faces, is_known, strict=True)
             if not known
         ]
-    console.print(f"faces of (a) that (b) has: {share(num_found, num_wanted)}")
+    console.print(f"faces of (a) that (b) also finds: {share(num_found, num_wanted)}")
     for line in missed:
         console.print(f"  missed: {line}")
-    console.print(f"faces of (b) that (a) has not: {share(len(unmatched), num_ours)}")
+    console.print(f"faces of (b) that (a) does not find: {share(len(unmatched), num_ours)}")
     for line in unmatched:
         console.print(f"  only in (b): {line}")
 
 
 def share(part: int, whole: int) -> str:
-    """Say how much a part is of the whole."""
+    """Return a part and its share of the whole as text."""
     return f"{part} of {whole}" + (f" ({part / whole:.1%})" if whole else "")
 
 

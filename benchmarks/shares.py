@@ -1,24 +1,24 @@
-"""How much closer to the truth corrected shares are than raw ones, and how often their intervals hold it.
+"""Compare the errors of corrected and raw shares, and measure the coverage of the corrected shares' intervals.
 
     python benchmarks/shares.py --calibration EVAL/predictions.parquet --test EVAL/predictions.parquet
 
-Both files are written by jobs/evaluate.py, of the same model and of splits it was not trained on: the first of the
-split that it is calibrated on, the second of another. --mixtures times, true shares are drawn at random (Dirichlet),
-and then --faces test images, so many of each class. The images are counted as scoring counts faces, abstentions
-included, and corrected by what the calibration images say of the model's errors.
+jobs/evaluate.py writes both files, for the same model and for splits that it was not trained on: the first for the
+calibration split, the second for another one. --mixtures times, true shares are drawn at random (Dirichlet), and then
+--faces test images with these shares. The images are counted as scoring counts faces, abstentions included, and
+corrected by the model's errors on the calibration images.
 
-Two tables. In the first, each breakdown has mixtures of its own: the shares of its classes are even on the simplex, and
-within a class images are drawn as the test split has them. This is what the correction is made for. In the second, age
-group, gender and race are all shifted at once and far, so that how well one is told changes with the others: what to
-expect where the assumption fails.
+There are two tables. In the first, each breakdown has its own mixtures: the shares of its classes are uniform on the
+simplex, and within a class images are drawn as in the test split. The correction is designed for this case. In the
+second, age group, gender and race all shift strongly at once, so that the errors in one depend on the others. It shows
+what to expect if the correction's assumption fails.
 
-Printed: the mean absolute error of raw and of corrected shares, and their ratio; how many of the 90 % intervals hold
-the true share, and how wide they are on average. Expected in the first table: errors below the raw ones, and 85 % or
-more of the intervals.
+Prints the mean absolute error of raw and of corrected shares, their ratio, the share of 90 % intervals that contain
+the true share, and their mean width. Expected in the first table: errors below the raw ones, and a coverage of 85 % or
+more.
 
-An image is drawn again for a mixture only where its class has no other left: faces that repeat each other tell less
-than intervals take them to, so coverage falls where --faces is large beside the test split. Classes of fewer than
---min-rows test images are left out of the mixtures.
+An image is repeated in a mixture only if its class has no other left. Repeated faces carry less information than the
+intervals assume, so coverage falls if --faces is large compared with the test split. Classes of fewer than --min-rows
+test images are left out of the mixtures.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ BREAKDOWNS = (("gender",), ("race",), ("age_group",), ("gender", "race"), ATTRIB
 
 
 class Scored(NamedTuple):
-    """Labelled images, as evaluation left them."""
+    """Labelled images with predictions, from an evaluation."""
 
     labels: Labels
     predictions: Predictions
@@ -67,8 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path, required=True, help="predictions.parquet of the calibration split")
     parser.add_argument("--test", type=Path, required=True, help="predictions.parquet of another split")
-    parser.add_argument("--mixtures", type=int, default=100, help="how many (100)")
-    parser.add_argument("--faces", type=int, default=500, help="in each (500)")
+    parser.add_argument("--mixtures", type=int, default=100, help="number of mixtures (100)")
+    parser.add_argument("--faces", type=int, default=500, help="faces in each mixture (500)")
     parser.add_argument("--min-rows", type=int, default=5, help="test images that a combination needs (5)")
     parser.add_argument("--risk", type=float, default=EvaluateConfig().abstain_risk, help="abstain_risk (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -83,7 +83,7 @@ def main() -> None:
         console.print(f"note: {note}")
     reasons = {}
     for title, shifted in (("each breakdown shifted on its own", None), ("all shifted at once", ATTRIBUTES)):
-        figures = Table("breakdown", "raw error", "corrected", "of raw", "intervals hold", "their width", title=title)
+        figures = Table("breakdown", "raw error", "corrected", "of raw", "coverage", "interval width", title=title)
         for breakdown in BREAKDOWNS:
             rng = np.random.default_rng(arguments.seed)
             shares, chosen = draw_mixtures(
@@ -119,11 +119,11 @@ def draw_mixtures(
     min_rows: int,
     rng: np.random.Generator,
 ) -> tuple[FloatArray, IntArray]:
-    """Draw true shares of all combinations, and rows by them.
+    """Draw true shares of all combinations, and rows with these shares.
 
-    Shares of each shifted attribute are even on the simplex; those of their combinations a Dirichlet about the
-    products. The other attributes are as the labelled images have them, given the shifted ones. Rows repeat only where
-    there are too few.
+    Shares of each shifted attribute are uniform on the simplex; those of their combinations follow a Dirichlet
+    distribution around the products. Given the shifted attributes, the others are distributed as in the labelled
+    images. Rows repeat only if there are too few.
 
     Returns:
         (num, *SIZES) shares, and (num, num_faces) rows.

@@ -53,9 +53,7 @@ def main() -> None:
     """Run both sweeps and the trainings, and print times and results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="prepared set, or as train.data takes it")
-    parser.add_argument(
-        "--work", required=True, type=Path, help="folder for sweeps and runs, without any yet"
-    )
+    parser.add_argument("--work", required=True, type=Path, help="folder for sweeps and runs, without any yet")
     parser.add_argument("--recipe", default="tune_lite", help="(%(default)s)")
     parser.add_argument("--trials", type=int, default=12, help="trials of each sweep (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="seeds of further trainings (1 2)")

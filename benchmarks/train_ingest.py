@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def in_new_process(work: Callable[..., T], *arguments: Any) -> T:
-    """Do the work in a fresh process, so that neither its memory nor its threads are another part's."""
+    """Run a function in a new process, so that parts share neither memory nor threads."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
@@ -304,7 +304,7 @@ def user_loop(job: TrainJob, num_steps: int) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Return the time, of a clock in seconds, once the device has done what it was told."""
+    """Return the time, of a clock in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

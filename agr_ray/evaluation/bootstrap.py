@@ -26,7 +26,7 @@ def intervals(
 ) -> dict[str, dict[str, list[float] | None]]:
     """Return 95 % percentile bootstrap intervals of the headline metrics.
 
-    None where fewer than two rows (or persons) count: resampling a single one would give an interval of zero width.
+    None if fewer than two rows (or persons) count: resampling a single one would give an interval of zero width.
 
     Arguments as `metrics.metrics_report`. Resampling draws a weight for every row (or person), so that all
     resamples of all metrics are one matrix product.

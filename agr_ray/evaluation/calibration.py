@@ -1,7 +1,7 @@
-"""How sure to be: age intervals, calibrated probabilities and abstention, fitted on labelled images.
+"""Calibration: age intervals, calibrated probabilities and abstention, fitted on labelled images.
 
-The images must be ones that training never saw, and like those to be scored: every promise here is an average over
-such images, not one for each group of people. `coverage.coverage_report` says for whom it fails.
+Training must never have seen these images, and they must resemble those to be scored. Every guarantee is an average
+over such images, and need not hold for each group of people: `coverage.coverage_report` shows where it fails.
 """
 
 from __future__ import annotations
@@ -21,57 +21,57 @@ from agr_ray.labels import CLASS_MISSING, IntArray, Labels, LabelSpace
 from agr_ray.models.predictions import Predictions
 
 FORMAT_VERSION: Final = 2
-"""Raised whenever a reader of the old calibration.json would misread the new one."""
+"""Increased whenever a reader of the old calibration.json would misread the new one."""
 
 ROW_NAMES: Final = ("age_group", "gender", "race", "age_group_pred", "gender_pred", "race_pred")
 
 
 class CalibratedPredictions(NamedTuple):
-    """Predictions for n faces, calibrated where a calibration was fitted; None for a task without a head."""
+    """Predictions for n faces, calibrated if a calibration was fitted; None for a task without a head."""
 
     age: NDArray[np.float32] | None
     """(n,) years, as predicted."""
     age_low: NDArray[np.float32] | None
-    """(n,) years; None also for ages that were not calibrated, as the next."""
+    """(n,) years; also None, like `age_high`, if age was not calibrated."""
     age_high: NDArray[np.float32] | None
     p_male: NDArray[np.float32] | None
-    """(n,) probability of "male", as predicted where it was not calibrated."""
+    """(n,) probability of "male"; as predicted if gender was not calibrated."""
     race_probs: NDArray[np.float32] | None
-    """(n, races), in the label space's order; as predicted where they were not calibrated."""
+    """(n, races), in the label space's order; as predicted if race was not calibrated."""
     abstain_gender: NDArray[np.bool_] | None
-    """(n,) where gender is too unsure to be told at the stated risk; None also where it was not calibrated."""
+    """(n,) whether gender is too uncertain for the stated risk; also None if gender was not calibrated."""
     abstain_race: NDArray[np.bool_] | None
     """(n,) the same for race."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What was fitted, on what. A part is None where the network has no such head or too few images have the label."""
+    """A fitted calibration. A part is None if the network has no such head or too few images have the label."""
 
     space: LabelSpace
-    """What the indices of `rows` mean, and the age groups of the intervals."""
+    """Label space of the indices in `rows` and of the intervals' age groups."""
     coverage: float
     """Nominal share of true ages that lie in their intervals."""
     risk: float
-    """Share of errors, among images for which the model does not abstain, that it is to stay below."""
+    """Maximum share of errors among images for which the model does not abstain."""
     n: int
-    """Images, whatever their labels."""
+    """Number of images, whatever their labels."""
     age: AgeCalibration | None
     gender: ClassCalibration | None
     race: ClassCalibration | None
     rows: Mapping[str, IntArray]
-    """`ROW_NAMES` -> (n,) indices. Truth: -1 where the label is missing. Predictions: -1 where the model abstains,
-    has no such head, or was not calibrated in gender or race."""
+    """`ROW_NAMES` -> (n,) indices. Truth: -1 if the label is missing. Predictions: -1 if the model abstains, has no
+    such head, or was not calibrated in gender or race."""
     notes: tuple[str, ...] = ()
-    """What could not be fitted, and why, in plain words."""
+    """Parts that could not be fitted, and why."""
     model_digest: str = ""
-    """The only model that this may be used with."""
+    """Digest of the only model that this may be used with."""
     pipeline: Pipeline = DEFAULT_PIPELINE
-    """The settings it was fitted under: of the crops' vision, and of prediction."""
+    """Settings that it was fitted under: [vision] of the crops, and [predict]."""
     split_manifest_sha256: str = ""
-    """Of the prepared set it was fitted on."""
+    """Digest of the splits of the prepared set that it was fitted on."""
     content_codes: tuple[int, ...] = ()
-    """`models.checkpoint.content_codes` of the images, to tell whether a measured image is among them."""
+    """`models.checkpoint.content_codes` of the images, to detect measured images among them."""
     num_seen_in_training: int | None = None
     """Images that were also used in training; they make calibration overconfident. None: unknown."""
 
@@ -89,12 +89,12 @@ class Calibration:
         content_codes: tuple[int, ...] = (),
         num_seen_in_training: int | None = None,
     ) -> Self:
-        """Fit every part on n images that training never saw. A missing label leaves the image out of its part only.
+        """Fit every part on n images that training never saw. A missing label excludes the image from its part only.
 
         Args:
             labels: the truth.
             predictions: of the same images, uncalibrated; the logs of probabilities serve as logits.
-            coverage: as the field, and so are the rest.
+            coverage: as the field; the same holds for the other arguments.
         """
         notes: list[str] = []
         age = fit_age(labels, predictions["age"], coverage, notes) if "age" in predictions else None
@@ -151,7 +151,7 @@ class Calibration:
         )
 
     def apply(self, predictions: Predictions) -> CalibratedPredictions:
-        """Calibrate what the same network predicts of other faces. The likeliest class stays the likeliest."""
+        """Calibrate the same network's predictions for other faces. The most likely class stays the same."""
         return _apply(self.space, predictions, self.age, self.gender, self.race)
 
     def to_json(self) -> dict[str, Any]:
@@ -163,10 +163,10 @@ class Calibration:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Self:
-        """Rebuild what `to_json` returned.
+        """Rebuild from `to_json`'s result.
 
         Raises:
-            ValueError: another format, or a part is missing or of another shape; one line.
+            ValueError: the format differs, or a part is missing or has another shape; the message is one line.
         """
         version = said.get("format_version")
         if version != FORMAT_VERSION:

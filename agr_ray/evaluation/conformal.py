@@ -1,4 +1,4 @@
-"""Intervals of age by split conformal prediction, by predicted age group where that has enough images (Mondrian).
+"""Age intervals by split conformal prediction, separately for each predicted age group with enough images (Mondrian).
 
 Vovk, Gammerman and Shafer 2005; Lei et al. 2018, JASA 113(523).
 """
@@ -16,8 +16,8 @@ from agr_ray.evaluation.terms import FloatArray
 from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS, Labels, LabelSpace
 
 MIN_ROWS: Final = 50
-"""Images below which an age group has no width, and an attribute no temperature, of its own. From 50 images, the
-coverage of a 90 % interval is good to 4 percentage points (one standard deviation)."""
+"""Minimum images for an age group to have its own width, and for an attribute to have a temperature. With 50 images,
+the standard deviation of the coverage of a 90 % interval is 4 percentage points."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class AgeCalibration:
     half_widths_years: tuple[float, ...]
     """By predicted age group, in the order of the label space's age groups."""
     num_rows: tuple[int, ...]
-    """Images that each half-width comes from: n itself where the group has fewer than `MIN_ROWS`."""
+    """Number of images behind each half-width: n itself if the group has fewer than `MIN_ROWS`."""
 
     def apply(self, predicted: NDArray[np.float32], space: LabelSpace) -> tuple[NDArray[np.float32], ...]:
         """Return the low and high ends of the intervals of (n,) predicted ages, years."""
         half_widths = np.asarray(self.half_widths_years)[space.age_group(predicted)]
         return tuple(
-            # Labels are in this range, so that clipping loses none.
+            # All labels are in this range, so clipping excludes none.
             np.clip(predicted + sign * half_widths, AGE_MIN_YEARS, AGE_MAX_YEARS).astype(np.float32)
             for sign in (-1.0, 1.0)
         )
@@ -48,14 +48,14 @@ def fit_age(labels: Labels, predicted: NDArray[np.float32], coverage: float, not
         labels: the truth.
         predicted: (n,) ages of the same images, years.
         coverage: nominal share of true ages within their intervals.
-        notes: what could not be fitted is appended.
+        notes: a note on anything that could not be fitted is appended.
     """
     known = np.isfinite(labels.age)
     errors = np.abs(predicted[known].astype(np.float64) - labels.age[known])
     overall = _conformal_quantile(errors, coverage)
     if overall is None:
         num_ranges = int(np.isfinite(labels.age_range[0]).sum()) - len(errors)
-        besides = f"; {num_ranges:,} others are labelled with an age range, which tells no error" if num_ranges else ""
+        besides = f"; {num_ranges:,} others are labelled with an age range, which has no error" if num_ranges else ""
         notes.append(
             f"age: {len(errors)} images labelled with an exact age are too few for intervals of coverage {coverage}"
             + besides
@@ -72,6 +72,6 @@ def fit_age(labels: Labels, predicted: NDArray[np.float32], coverage: float, not
 
 
 def _conformal_quantile(errors: FloatArray, coverage: float) -> float | None:
-    """Return the ceil((n + 1) coverage)-th smallest, which a further error stays within so often; None: n is less."""
+    """Return the ceil((n + 1) coverage)-th smallest error, a bound on a new error; None if n is less than that."""
     rank = math.ceil(round((len(errors) + 1) * coverage, 9))  # 0.7 * 10 is not quite 7
     return float(np.sort(errors)[rank - 1]) if rank <= len(errors) else None

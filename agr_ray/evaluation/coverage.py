@@ -1,4 +1,4 @@
-"""How a calibration does on labelled images that it was not fitted on."""
+"""Measure a calibration on labelled images that it was not fitted on."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _NUM_BINS = 15
 
 
 def coverage_report(labels: Labels, predictions: Predictions, calibration: Calibration) -> dict[str, Any]:
-    """Say how the calibration does on n labelled images, which should be others than it was fitted on.
+    """Measure the calibration on n labelled images, which should not be those that it was fitted on.
 
     Keys: `n`; `age` {nominal, groups} and, for all and for each of groups.{age_group,gender,race}.NAME of the true
     label, {n, coverage, interval, mean_width_years}; `gender` and `race` {n, risk, abstained, accepted, error,
-    interval, nll, nll_before, ece, ece_before}: `abstained` and `error` are shares, the error that among the
-    accepted. `interval` is the exact 95 % interval (Clopper and Pearson 1934) of the share before it. Parts that are
-    not calibrated, or of which there is no labelled image, are None.
+    interval, nll, nll_before, ece, ece_before}: `abstained` is a share of all images, `error` a share
+    of the accepted ones. `interval` is the exact 95 % interval (Clopper and Pearson 1934) of the share before it. Parts
+    that are not calibrated, or have no labelled image, are None.
 
     Args:
-        labels: the truth; a missing label leaves the image out.
+        labels: the truth; images with a missing label are left out.
         predictions: of the same images, uncalibrated.
-        calibration: fitted on others.
+        calibration: fitted on other images.
     """
     made = calibration.apply(predictions)
     age, gender, race = None, None, None

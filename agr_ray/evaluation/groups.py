@@ -1,4 +1,4 @@
-"""Rows by the group that their labels name: how many there are, and how wrong the model is on them."""
+"""Number of rows and errors of the model for each group of the labels."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from agr_ray.labels import Labels, LabelSpace
 from agr_ray.models.predictions import Predictions
 
 MIN_GROUP_ROWS: Final = 10
-"""Rows of a group from which it may be called the worst."""
+"""Minimum rows of a group to count as the worst."""
 _TERMS: Final = (
     *("age", "age_absolute", "age_signed", "age_within", "age_known", "age_exact_group", "age_one_off"),
     *("gender", "gender_right", "race", "race_right"),
 )
-"""Those of `row_terms` that `GroupSums` adds up."""
+"""Terms of `row_terms` that `GroupSums` adds up."""
 
 
 class GroupSums:
-    """Errors and right answers of every group of `groups`, as sums over rows.
+    """Errors and correct predictions of every group of `groups`, as sums over rows.
 
-    Cheap enough for every validation: a batch is one product of two small matrices.
+    Cheap enough for every validation: a batch costs one product of two small matrices.
     """
 
     def __init__(self, space: LabelSpace) -> None:
@@ -78,10 +78,10 @@ def class_counts(labels: Labels) -> dict[str, dict[str, int]]:
 
 
 def worst_group_age_mae(groups: Mapping[str, Any]) -> float | None:
-    """Return the largest mean absolute error of age, years, of a group by gender, race or both.
+    """Return the largest mean absolute error of age, years, of any group by gender, race or both.
 
-    Groups of fewer than `MIN_GROUP_ROWS` rows with an age say too little and are left out; None: all are. Age groups
-    are no groups here: whoever errs towards the middle errs most at the ends.
+    Groups of fewer than `MIN_GROUP_ROWS` rows with an age are left out; None: all are. Age groups are not considered,
+    because a model that errs towards the middle errs most at both ends.
 
     Args:
         groups: `GroupSums.to_json`.

@@ -1,10 +1,10 @@
 """Metrics as sums and counts: add up over batches and ranks, divide once.
 
-Every accuracy is derived from its confusion matrix, whose rows are the truth. Fractions, not per cent;
-None where nothing is labelled. Ages are put into the label space's groups after rounding to whole years, half
-upwards, so that 10.5 is in 11-20. Male is predicted if and only if p_male > 0.5.
+Every accuracy is derived from its confusion matrix, whose rows are the truth. Values are fractions, not per cent; None
+if nothing is labelled. Ages are rounded to whole years (halves upwards, so that 10.5 is in 11-20) before they are
+assigned to the label space's groups. Male is predicted if and only if p_male > 0.5.
 
-An age that is known as a range counts for the accuracy of age groups, not for errors in years.
+An age range counts for the accuracy of age groups, not for errors in years.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from agr_ray.labels import IntArray, Labels, LabelSpace
 from agr_ray.models.predictions import Predictions
 
 CS_YEARS: Final = 16
-"""CS@k, the share of ages predicted to within k years, is given for k = 0 .. CS_YEARS - 1."""
+"""CS@k, the share of ages predicted to within k years, is reported for k = 0 .. CS_YEARS - 1."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The best guess that doesn't look: the median age and the most frequent classes of some labels."""
+    """The constant baseline: the median age and the most frequent classes of some labels."""
 
     space: LabelSpace
     age_years: float | None
-    """Median age, of ranges their middle; None: no label has an age."""
+    """Median of ages and of the midpoints of ranges; None: no label has an age."""
     gender: int | None
     """Index in `space.genders`; None: no label has one."""
     race: int | None
     """Index in `space.races`; None: no label has one."""
     fitted_on: str = "train"
-    """Whose labels: `train`, or `evaluated` where training's aren't at hand, which flatters the guess."""
+    """Labels that it was fitted on: `train`, or `evaluated` if those are not available, which flatters the baseline."""
 
     @classmethod
     def fit(cls, labels: Labels, fitted_on: str = "train") -> Self:
-        """Find the guesses. Of equally frequent classes the first is taken."""
+        """Fit the baseline. Of equally frequent classes the first is taken."""
         low, high = labels.age_range
         ages = ((low + high) / 2)[np.isfinite(low)]
         return cls(
@@ -55,7 +55,7 @@ class Baseline:
         )
 
     def predict(self, num_rows: int) -> Predictions:
-        """Guess so many times."""
+        """Return the constant predictions for this many rows."""
         guesses: dict[str, NDArray[np.float32]] = {}
         if self.age_years is not None:
             guesses["age"] = np.full(num_rows, self.age_years, np.float32)
@@ -85,7 +85,7 @@ class Baseline:
 
 
 class MetricSums:
-    """What has been counted so far; every entry is a sum over rows, so parts may be added in any order."""
+    """Sums over rows; parts may be added in any order."""
 
     def __init__(self, space: LabelSpace) -> None:
         self.space = space
@@ -103,7 +103,7 @@ class MetricSums:
         parts = np.split(self.vector, ends[:-1])
         views = {name: part.reshape(shape) for (name, shape), part in zip(sizes.items(), parts, strict=True)}
         self.rows = views["rows"]
-        """Rows, and those of them that are fallbacks (no face was found)."""
+        """Number of rows, and of those that are fallbacks (no face was found)."""
         self.age = views["age"]
         """Rows with an exact age; sums of |error|, of error (predicted - true) and of distances to the range, years."""
         self.within = views["within"]
@@ -114,7 +114,7 @@ class MetricSums:
         self.race = views["race"]
 
     def update(self, labels: Labels, predictions: Predictions, fallback: NDArray[np.bool_] | None = None) -> None:
-        """Count n rows. A row counts for the tasks that it has a label and a prediction of.
+        """Count n rows. A row counts for the tasks for which it has a label and a prediction.
 
         Args:
             labels: the truth.
@@ -177,15 +177,15 @@ def metrics_report(
     Keys: those of `MetricSums.to_json`; `labels`, the classes in the order of each matrix; `baseline`, of the same
     shape, with `guess`; `groups.{gender,race,age_group,gender_race}.NAME`, of the same shape, by the true label;
     `intervals.{age,gender,race}.METRIC` = [low, high], the 95 % bootstrap interval. `age.n` counts rows with an exact
-    age, of which errors in years are, and `age.n_range` rows with a range, which count for `exact_group`, `one_off`,
-    `confusion` and `distance_years` too.
+    age, which errors in years use, and `age.n_range` rows with a range, which also count for `exact_group`, `one_off`,
+    `confusion` and `distance_years`.
 
     Args:
         labels: the truth.
         predictions: of the same rows.
         fallback: (n,) where no face was found; none: nowhere.
-        baseline: fitted on training's labels; none: fitted on these, and marked so.
-        clusters: (n,) a number for each person, whose images are resampled together; none: images are independent.
+        baseline: fitted on the training labels; None: fitted on these labels, and marked so.
+        clusters: (n,) number of each row's person, whose images are resampled together; None: images are independent.
         seed: of the bootstrap.
     """
     baseline = Baseline.fit(labels, fitted_on="evaluated") if baseline is None else baseline
@@ -213,15 +213,15 @@ def objective(
 ) -> float | None:
     """Return what training minimises on validation: the mean over tasks of error / baseline's error.
 
-    The error of age is the mean distance to the true age or range in years, that of gender and race 1 - accuracy, or
-    1 - balanced accuracy, which counts each class the same, however rare: sweeps go by that. 1 is as good as guessing,
-    0 is perfect. A baseline without error counts as 1 (a year, or all wrong). Tasks without a label are left out; None:
-    all are.
+    The error of age is the mean distance to the true age or range in years. That of gender and race is 1 - accuracy, or
+    in sweeps 1 - balanced accuracy, which counts each class equally, however rare. 1 is as good as the baseline, 0 is
+    perfect. A baseline without error counts as 1 (a year, or all wrong). Tasks without a label are left out; None: all
+    are.
 
     Args:
         values: `MetricSums.to_json` of the model.
-        baseline: the same of the baseline's guesses on the same rows.
-        tasks: those that the model has.
+        baseline: the same for the baseline's predictions on the same rows.
+        tasks: tasks of the model.
         balanced: whether accuracy is balanced.
     """
     accuracy = "balanced_accuracy" if balanced else "accuracy"

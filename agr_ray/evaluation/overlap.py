@@ -1,4 +1,4 @@
-"""Which of the images to measure on were trained on, or calibrated on, by their content."""
+"""Count evaluation images that the checkpoint was trained or calibrated on, by their content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agr_ray.models.checkpoint import (
 
 
 def num_seen_in_training(directory: Path, chosen: pa.Table) -> int | None:
-    """Count the images whose content the checkpoint was trained on; None if it does not say."""
+    """Count the images whose content the checkpoint was trained on; None if that is unknown."""
     if not (directory / TRAIN_STATE).exists():
         return None
     try:

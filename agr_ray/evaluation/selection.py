@@ -1,4 +1,4 @@
-"""Calibrated probabilities of a class, and when to tell it.
+"""Calibrated class probabilities, and when to abstain.
 
 Temperature scaling (Guo et al. 2017, ICML), and abstention by selective classification with a guaranteed risk (Geifman
 and El-Yaniv 2017, NeurIPS).
@@ -21,10 +21,10 @@ from agr_ray.evaluation.terms import FloatArray
 from agr_ray.labels import IntArray
 
 TEMPERATURES: Final = (0.2, 5.0)
-"""Lowest and highest temperature tried. Without errors to fit, the best one is 0, which claims certainty."""
+"""Lowest and highest temperature tried. Without any errors, the best temperature would be 0, which means certainty."""
 
 CONFIDENCE: Final = 0.95
-"""Of the intervals of measured shares, and that the risk among accepted images is as low as stated."""
+"""Confidence of the intervals of measured shares, and of the bound on the risk among accepted images."""
 
 NEVER_SURE: Final = 2.0
 """The `abstain_below` that no probability reaches."""
@@ -35,12 +35,12 @@ _LEAST_PROBABILITY = 1e-7  # float32 probabilities saturate at 0 and 1, whose lo
 
 @dataclass(frozen=True)
 class ClassCalibration:
-    """Probabilities of gender or of race, and when to tell it."""
+    """Calibration of gender or race: a temperature, and a threshold for abstaining."""
 
     n: int
     """Images that it was fitted on."""
     temperature: float
-    """Divides the logits: over 1, the network was too sure."""
+    """Divides the logits: above 1, the network was overconfident."""
     abstain_below: float
     """Probability of the likeliest class below which the model abstains; 0: never; `NEVER_SURE`: always."""
 
@@ -54,8 +54,8 @@ def fit_classes(
         task: in notes.
         truth: (n,) indices; -1: missing.
         probs: (n, classes), uncalibrated.
-        risk: share of errors, among images for which the model does not abstain, that it is to stay below.
-        notes: what could not be fitted is appended.
+        risk: maximum share of errors among images for which the model does not abstain.
+        notes: a note on anything that could not be fitted is appended.
     """
     known = truth >= 0
     truth, probs = truth[known], probs[known]
@@ -69,7 +69,7 @@ def fit_classes(
         temperature = _fit_temperature(truth, probs)
         if np.isclose(temperature, TEMPERATURES, rtol=0.01).any():
             notes.append(
-                f"{task}: its temperature {temperature:.2f} is the end of the range that is tried, "
+                f"{task}: its temperature {temperature:.2f} is at the end of the range that is tried, "
                 f"{TEMPERATURES[0]} to {TEMPERATURES[1]}: its errors do not determine it"
             )
     calibrated = scaled_probs(probs, temperature)
@@ -98,8 +98,9 @@ def _fit_temperature(truth: IntArray, probs: NDArray[np.floating[Any]]) -> float
 def _fit_threshold(confidence: FloatArray, wrong: NDArray[np.bool_], risk: float) -> float:
     """Return the smallest of 20 thresholds above which the error is at most `risk` with a confidence of 95 %.
 
-    They accept the surest 5, 10, ... 100 % of the images. Any of them may be chosen, so each is tested at a 20th of
-    the 5 %, where Geifman and El-Yaniv's bisection tests log2(n) and needs the error to fall with the confidence.
+    They accept the most confident 5, 10, ... 100 % of the images. Any of them may be chosen, so each is tested at a
+    20th of the 5 %. Geifman and El-Yaniv's bisection instead tests log2(n) thresholds and assumes that the error falls
+    with the confidence.
     """
     highest_first = np.sort(confidence)[::-1]
     shares = np.arange(1, _NUM_THRESHOLDS) / _NUM_THRESHOLDS

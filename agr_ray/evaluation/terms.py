@@ -21,7 +21,7 @@ def predicted_gender(p_male: NDArray[np.floating[Any]]) -> IntArray:
 
 
 def row_terms(labels: Labels, predictions: Predictions) -> dict[str, FloatArray]:
-    """Return the terms of n rows, (n,) each; they are zero where a row has no label or the network no such head.
+    """Return the terms of n rows, (n,) each; they are zero if a row has no label or the network has no such head.
 
     `age` marks rows with an exact age, whose error is `age_absolute` and `age_signed` (years) and lies `age_within`
     5 years. `age_known` marks rows with an exact age or a range: `age_distance` is the distance to it in years,

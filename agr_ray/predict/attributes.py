@@ -23,16 +23,16 @@ from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
 
 BATCH_SIZE: Final = {"cpu": 8, "cuda": 64}
-"""Crops that go through the network at a time; fewer are padded.
+"""Crops that go through the network at a time; smaller batches are padded.
 
 The size is fixed because oneDNN and cuDNN choose kernels by it, which round differently: a face must get the same
-prediction whatever other faces it is predicted with. With one thread of an AMD EPYC with AVX-512, a ResNet50 takes 11.7
+prediction whatever other faces are in its batch. With one thread of an AMD EPYC with AVX-512, a ResNet50 takes 11.7
 crops/s at 8 and 11.2 at 32."""
 ATTRIBUTES: Final = ("age", "gender", "race")
 
 
 class AttributePredictor:
-    """Predicts and calibrates: the second half of `FaceModel`. Evaluation and scoring run nothing else.
+    """Predicts and calibrates: the second half of `FaceModel`, used by both evaluation and scoring.
 
     Args:
         model: in evaluation mode, on the device where it is to run.
@@ -107,9 +107,9 @@ def uncalibrated(predictions: Predictions) -> CalibratedPredictions:
 def attribute_columns(
     predicted: CalibratedPredictions, num_rows: int, space: LabelSpace, attributes: Sequence[str] = ATTRIBUTES
 ) -> dict[str, pa.Array]:
-    """Return the columns of schema.FACE that hold the chosen attributes; none of an attribute that was not predicted.
+    """Return the columns of schema.FACE for the chosen attributes that were predicted.
 
-    A class is null, and abstained on, where its probabilities are NaN.
+    If a class's probabilities are NaN, the class is null and counts as an abstention.
     """
     columns: dict[str, pa.Array] = {}
     abstained: dict[str, NDArray[np.bool_]] = {}

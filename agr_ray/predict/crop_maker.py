@@ -41,8 +41,8 @@ class CropMaker:
     def make(self, number: int) -> pa.Table:
         """Write a part's crop rows, in the order of its manifest, and return them.
 
-        Group and split are null, or the source's own: they need the hashes of all images. Where an earlier attempt at
-        the part has died, images are taken one at a time, and one that has killed its worker too often is given up.
+        Group and split are null, or the source's own: they need the hashes of all images. If an earlier attempt at the
+        part died, images are processed one at a time, and one that has killed its worker too often becomes `failed`.
         """
         rows = self._parts.rows(number).select(MANIFEST.names).to_pylist()
         attempts = self._parts.begin(number)
@@ -59,7 +59,7 @@ class CropMaker:
             batches = [rows[start : start + size] for start in range(0, len(rows), size)]
             ahead = self._fetch(batches[0])
             for batch, following in zip(batches, [*batches[1:], []], strict=True):
-                fetched, ahead = ahead, self._fetch(following)  # downloads go on while this batch is cropped
+                fetched, ahead = ahead, self._fetch(following)  # downloads continue while this batch is cropped
                 made += self.crop_rows(batch, fetched)
         table = pa.Table.from_pylist(made, schema=CROPS)
         self._parts.write(number, table)
@@ -70,7 +70,7 @@ class CropMaker:
 
         Args:
             rows: of schema.MANIFEST.
-            fetched: downloads of the rows that are ok, if they have begun.
+            fetched: downloads of the rows that are ok, if they have started.
         """
         begun = [self._fetch(rows) if fetched is None else fetched]
 
@@ -91,7 +91,7 @@ class CropMaker:
         return [{"content_hash": digest} | crop for digest, crop in zip(hashes, crops, strict=True)]
 
     def _crop(self, seen: Photograph | Reject) -> Row:
-        """Return what an image adds to its row. The face nearest the centre is the labelled one."""
+        """Return the columns that an image adds to its row. The face nearest the centre is the labelled one."""
         if isinstance(seen, Reject):
             return {"status": str(seen.status), "error": seen.error}
         if len(seen.faces):

@@ -1,4 +1,4 @@
-"""Crops of a prepared set -> rows of predictions, in one worker, by the predictor that scoring runs."""
+"""Crops of a prepared set -> rows of predictions, in one worker, with the same predictor as scoring."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEPT_COLUMNS: Final = tuple(field.name for field in PREDICTIONS if field not in
 
 
 class CropPredictor:
-    """Parts of crop rows -> rows of schema.PREDICTIONS. One worker's own."""
+    """Parts of crop rows -> rows of schema.PREDICTIONS. Each worker has its own."""
 
     def __init__(
         self,

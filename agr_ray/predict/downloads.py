@@ -1,4 +1,4 @@
-"""Image files from storage, several at a time, and a worker process that has one CPU to itself."""
+"""Download image files, several at a time; set up a worker process that has one CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Downloads:
         self._threads = ThreadPoolExecutor(NUM_DOWNLOADS)
 
     def fetch(self, uris: Sequence[str], etags: Sequence[str | None]) -> list[Future[bytes | Reject]]:
-        """Begin to download, without waiting. Who fetches a batch ahead never waits for storage.
+        """Start downloads without waiting, so that a caller can fetch the next batch ahead.
 
         Results raise only if storage can't be reached at all.
         """

@@ -43,12 +43,12 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Reject:
-    """Why an image gave no photograph."""
+    """Why an image could not be used."""
 
     status: Status
     error: str
     may_pass: bool = False
-    """Whether storage failed, and not the image: a second request may succeed."""
+    """Whether the fault lies with storage, not the image: a second request may succeed."""
 
 
 class Face(NamedTuple):
@@ -65,7 +65,7 @@ class FaceFinder:
     """Decodes, detects and aligns: the first half of `FaceModel`.
 
     Args:
-        vision: how.
+        vision: settings of the steps.
         crop_side_px: side of the alignment template.
         margin: of the crops, as a share of the template's side.
         stopwatch: measures the stages.
@@ -82,17 +82,17 @@ class FaceFinder:
         self._crop_side_px = crop_side_px
         self._margin = margin
         self._stopwatch = stopwatch or Stopwatch()
-        # Haar's scores are no probabilities.
+        # Haar's scores are not probabilities.
         min_score = vision.min_score if vision.detector == "mtcnn" else 0.0
         self._detector = make_detector(vision.detector, min_face_px=vision.min_face_px, min_score=min_score)
 
     @property
     def detector_name(self) -> str:
-        """Return the name that goes into every row."""
+        """Return the detector's name, which is written into every row."""
         return self._detector.name
 
     def find(self, bodies: Sequence[bytes | Reject]) -> list[Photograph | Reject]:
-        """Return, in order, each image with its faces, or why there is none. A `Reject` stays as it is."""
+        """Return, in order, each image with its faces, or why it was rejected. A `Reject` is passed through."""
         with self._stopwatch.stage("decode"):
             decoded = [body if isinstance(body, Reject) else self._decode(body) for body in bodies]
         images = [image for image in decoded if isinstance(image, DecodedImage)]
@@ -156,7 +156,7 @@ class FaceFinder:
 
 
 def landmark_columns(landmarks: NDArray[np.float32]) -> dict[str, Any]:
-    """Return landmarks (5, 2) and the head pose seen in them as columns; none where the detector gives none (NaN)."""
+    """Return landmarks (5, 2) and the head pose computed from them as columns; none if they are NaN."""
     if not np.isfinite(landmarks).all():
         return {}
     yaw, pitch, roll = head_pose(landmarks)

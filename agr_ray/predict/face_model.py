@@ -55,11 +55,11 @@ class FaceModel:
             device: of the network; detection stays on the CPU.
             overrides: settings to use instead of the checkpoint's: only fields that were set explicitly count, as in
                 `Pipeline(vision=VisionConfig(min_face_px=20))`.
-            allow_uncalibrated: allow overrides that the calibration depends on, and do without it.
+            allow_uncalibrated: allow overrides that the calibration depends on, and discard it if there are any.
             storage: where the checkpoint is; None: with default settings.
 
         Raises:
-            ConfigError: there is no such checkpoint, or an override is refused.
+            ConfigError: there is no such checkpoint, or an override is rejected.
         """
         with local_checkpoint(storage or Storage(), uri, "checkpoint") as directory:
             resolved = resolve(directory, overrides, key="checkpoint", allow_uncalibrated=allow_uncalibrated)
@@ -72,8 +72,8 @@ class FaceModel:
     def predict(self, bodies: Sequence[bytes]) -> list[list[dict[str, Any]] | Reject]:
         """Return the faces of each image file, from left to right, or why it was rejected.
 
-        A face has the columns of schema.FACE but `flags`, as a scoring run writes them. Attributes without a head, and
-        intervals without a calibration, are missing.
+        A face has the columns of schema.FACE except `flags`, as a scoring run writes them. Attributes without a head,
+        and intervals without a calibration, are missing.
         """
         seen = self.finder.find(bodies)
         found = [[] if isinstance(each, Reject) else self.finder.faces(each) for each in seen]

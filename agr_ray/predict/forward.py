@@ -26,14 +26,14 @@ def predict(
         model: in evaluation mode, on any device.
         images_u8: (n, stored, stored, 3) uint8, RGB, with the margin; n may be 0.
         transform: the model's.
-        config: whether mirror images are averaged in, and the arithmetic.
+        config: whether to average in mirror images, and the precision.
     """
     device = next(model.parameters()).device
     return average(model.heads_by_task, infer(model, to_nchw(images_u8, device), transform, config))
 
 
 def to_nchw(images_nhwc_u8: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
-    """Return (n, 3, h, w) uint8 on the device, without moving a pixel there: channels stay last in memory."""
+    """Return (n, 3, h, w) uint8 on the device, without reordering pixels: channels stay last in memory."""
     if isinstance(images_nhwc_u8, Tensor):
         tensor = images_nhwc_u8
     else:

@@ -1,4 +1,4 @@
-"""Choose a checkpoint's settings and calibration, given the settings that a user sets explicitly."""
+"""Determine the settings and calibration to use a checkpoint with, given a user's explicit settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agr_ray.models.checkpoint import (
 
 
 class Resolved(NamedTuple):
-    """The effective settings, and the calibration that holds under them."""
+    """The effective settings, and the calibration that is valid under them."""
 
     pipeline: Pipeline
     calibration: Calibration | None
@@ -33,12 +33,12 @@ class Resolved(NamedTuple):
 def resolve(
     directory: Path, given: Pipeline, *, key: str, allow_uncalibrated: bool = False, recalibrate: bool = False
 ) -> Resolved:
-    """Return the settings of a checkpoint's calibration, or without one of its training, with the explicit ones on top.
+    """Return a checkpoint's settings (those of its calibration, else of its training), overridden by the explicit ones.
 
     Args:
         directory: a local checkpoint.
         given: the user's settings. Only the fields in each section's `model_fields_set` count.
-        key: of the configuration, that names the checkpoint; errors begin with it.
+        key: configuration key that names the checkpoint; errors begin with it.
         allow_uncalibrated: whether settings that the calibration depends on may be overridden, which discards it.
         recalibrate: ignore the calibration that the checkpoint has, because another will take its place.
 
@@ -83,7 +83,7 @@ def overridden(stored: Pipeline, given: Pipeline, key: str) -> Pipeline:
             sections[name] = type(section)(**values)
         except ValidationError as error:
             said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{key}: its {name} settings with the explicit ones on top: {said}") from None
+            raise ConfigError(f"{key}: its {name} settings, with explicit ones applied: {said}") from None
     return Pipeline(**sections)
 
 
@@ -91,7 +91,7 @@ def _read_calibration(directory: Path) -> tuple[Calibration | None, str]:
     """Return the checkpoint's calibration, or None and why there is none that can be used.
 
     Raises:
-        CheckpointError: calibration.json is damaged, or of another format.
+        CheckpointError: calibration.json is damaged or has another format.
     """
     values = read_calibration_json(directory)
     if values is None:

@@ -122,7 +122,7 @@ def test_fairface_from_its_files_to_tables(tmp_path: Path) -> None:
     assert metrics["labels"]["race"] == list(FAIRFACE.races)
     assert [len(row) for row in metrics["race"]["confusion"]] == [7] * 7
     assert metrics["calibration"]["age"] is None
-    assert any("an age range, which tells no error" in note for note in metrics["calibration"]["notes"])
+    assert any("an age range, which has no error" in note for note in metrics["calibration"]["notes"])
     assert metrics["evaluation"]["label_mapping"] is None
     card = (Path(model) / "model_card.md").read_text()
     assert "| age group | 70+ |" in card

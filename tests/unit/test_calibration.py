@@ -171,7 +171,7 @@ def test_perfectly_separated_labels_stop_at_the_end_of_the_range_and_say_so() ->
 
     assert calibration.race is not None
     assert calibration.race.temperature == pytest.approx(TEMPERATURES[0], rel=0.01)
-    assert "race: its temperature 0.20 is the end of the range" in "".join(calibration.notes)
+    assert "race: its temperature 0.20 is at the end of the range" in "".join(calibration.notes)
 
 
 def test_saturated_probabilities_stay_finite() -> None:
@@ -316,7 +316,7 @@ def test_ages_known_as_ranges_only_give_no_interval_and_say_so() -> None:
     assert calibration.age is None
     assert calibration.notes == (
         "age: 0 images labelled with an exact age are too few for intervals of coverage 0.9; 200 others are labelled "
-        "with an age range, which tells no error",
+        "with an age range, which has no error",
     )
     assert (calibration.rows["age_group"] == labels.age_group).all()
     assert coverage_report(ranges, predictions, calibration)["age"] is None

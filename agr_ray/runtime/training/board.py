@@ -37,7 +37,7 @@ class Board:
         self._latest = progress
 
     def latest(self) -> Progress | None:
-        """Return it; None: there is none yet, or none since Ray restarted the board."""
+        """Return it; None: there is none yet, or Ray has restarted the board since."""
         return self._latest
 
 

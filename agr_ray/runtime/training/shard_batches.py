@@ -17,14 +17,14 @@ from agr_ray.learn.prefetch import prefetch
 from agr_ray.learn.sampling import Sampler
 
 NUM_AHEAD: Final = 2
-"""Batches that wait for the device."""
+"""Number of batches prepared ahead of the device."""
 
 
 def share_sizes(batch_size: int, rank: int, world_size: int) -> Iterator[int]:
-    """Yield how many images of each step of an epoch are one worker's.
+    """Yield one worker's number of images for each step of an epoch.
 
-    In every step, they add up to `batch_size` over all workers. Over `world_size` steps, all workers take equally many,
-    so that workers with equal shares run out of images together.
+    In every step, the numbers of all workers add up to `batch_size`. Over `world_size` steps, all workers take the same
+    number, so that workers with equal shares run out of images together.
     """
     whole, over = divmod(batch_size, world_size)
     for step in count():
@@ -40,11 +40,11 @@ class ShardBatches:
         shard: yields the rows of `crops.training_dataset`.
         batch_size: rows in a batch of all workers; the last one of an epoch may have fewer.
         keep: whether the share is kept, decoded; the same in all workers.
-        shuffle_rows: rows in the shuffle buffer while streaming; 0: rows come in their order, always.
-        seed: of the shuffling, together with the epoch.
+        shuffle_rows: rows in the shuffle buffer while streaming; 0: rows always come in their order.
+        seed: seed of the shuffling, combined with the epoch.
         sampler: draws the rows of an epoch from memory; None: each row comes once.
-        device: that the batches are for.
-        rank: of this worker, among `world_size`.
+        device: device that the batches are for.
+        rank: rank of this worker among `world_size`.
         world_size: workers that share a batch.
     """
 
@@ -112,7 +112,7 @@ class ShardBatches:
 
 
 def _recut(batches: Iterator[dict[str, NDArray[Any]]], sizes: Iterator[int]) -> Iterator[Batch]:
-    """Cut rows that come in batches of any size into batches of these; the last one may have fewer."""
+    """Cut batches of any size into batches of the given sizes; the last one may be smaller."""
     held: list[dict[str, NDArray[Any]]] = []
     size = next(sizes)
     for batch in batches:
@@ -128,7 +128,7 @@ def _recut(batches: Iterator[dict[str, NDArray[Any]]], sizes: Iterator[int]) -> 
 
 
 def _joined(batches: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Return the rows of all batches; without columns if there is no batch."""
+    """Return the rows of all batches; no columns if there are no batches."""
     if len(batches) == 1:
         return batches[0]
     return {name: np.concatenate([each[name] for each in batches]) for name in (batches[0] if batches else {})}

@@ -38,7 +38,7 @@ from agr_ray.storage.retry import Retry
 MIN_START_S: Final = 60.0
 WATCH_EVERY_S: Final = 2.0
 CONTROLLER_FAILURES: Final = 3
-"""Without a finished epoch in between. By default, Ray asks without end for resources that a cluster does not have."""
+"""Restarts without a finished epoch in between. By default, Ray would wait forever for resources that do not exist."""
 
 
 def fit(
@@ -52,7 +52,7 @@ def fit(
     """Run the workers to the end of the run.
 
     Args:
-        run: what is trained.
+        run: the run.
         sets: its prepared sets.
         lock: of the run.
         board: handle of the `Board`, or None, as in `RayContext`.
@@ -81,7 +81,7 @@ def fit(
             cause = error.worker_failures[min(error.worker_failures)]
             raise _failed(run, f"training failed: {_last_line(cause)}") from error
         except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
-            # Ray Train's controller is a process of its own: it can be killed, or give up while storage is unavailable.
+            # Ray Train's controller has its own process: it can be killed, or fail while storage is unavailable.
             retry.call(lock.confirm)
             _check_still_fits(run)
             before, epochs_done = epochs_done, retry.call(lambda: _epochs_done(run))
@@ -100,7 +100,7 @@ def _epochs_done(run: Run) -> int:
 
 
 def _delete_unknown_checkpoints(run: Run, lock: RunLock) -> None:
-    """Delete checkpoints, whole or not, whose upload was cut short because the worker was killed.
+    """Delete checkpoints that Ray Train does not list, because their worker was killed before or during the upload.
 
     Raises:
         JobError: Ray Train's list of checkpoints, which it writes in place, is incomplete.
@@ -176,7 +176,7 @@ def check_workers_fit(config: TrainConfig) -> None:
     """Check that the cluster has the CPUs and GPUs for the workers, or that its autoscaler adds them.
 
     Raises:
-        ConfigError: it does not; the message says what is needed and what there is.
+        ConfigError: it has not; the message says what is needed and what exists.
     """
     _check_workers(config, check_fits)
 
@@ -199,10 +199,10 @@ def _failed(run: Run, why: str) -> JobError:
 def _enough_workers(run: Run) -> Iterator[None]:
     """End the training in this block if the cluster stays too small for it.
 
-    A fixed number of workers has a limited time to start; for an elastic number, Ray waits without end.
+    A fixed number of workers has a limited time to start; for an elastic number, Ray waits forever.
 
     Raises:
-        JobError: it is too small; the message says what is needed and what there is.
+        JobError: the cluster is too small; the message says what is needed and what exists.
     """
     config = run.job.train
     if config.min_workers == config.max_workers:
@@ -242,7 +242,7 @@ def _check_still_fits(run: Run) -> None:
     """Check that the workers still fit the cluster.
 
     Raises:
-        JobError: they do not; the message says what is needed and what there is.
+        JobError: they do not fit; the message says what is needed and what exists.
     """
     try:
         _check_workers(run.job.train, refuse_misfit)

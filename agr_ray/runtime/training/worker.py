@@ -110,7 +110,7 @@ class RayContext:
         timeout = datetime.timedelta(seconds=collective_timeout_s(train))
         self._cpu_group: Any = None if is_gloo else torch.distributed.new_group(backend="gloo", timeout=timeout)
         # All workers stream or none does, because workers that share a dataset must iterate over it together. So the
-        # condition is the same for all. Shares of validation may be unequal.
+        # condition is the same for all. Validation shares may be unequal.
         max_rows = max_kept_rows(train, run.transform)
         self._train = ShardBatches(
             ray.train.get_dataset_shard("train"),
