@@ -76,7 +76,7 @@ def find_standing(
         retry: whether rows of images that could not be read are invalid.
 
     Raises:
-        StorageFailed: a part is no Parquet file of these columns.
+        StorageFailed: a part is not a Parquet file with these columns.
     """
     index_of = {image_id: index for index, image_id in enumerate(listing["image_id"].to_pylist())}
     seen: set[int] = set()

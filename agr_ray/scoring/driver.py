@@ -284,7 +284,7 @@ def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
 def _scored_folders(
     storage: Storage, out: str, job: ScoreJob, model: Model, config_digest: str, key: bytes
 ) -> list[str]:
-    """Return the folders of runs with the same model, configuration and key, whose images need no new scoring."""
+    """Return the folders of runs with the same model, configuration and key, whose images need not be scored again."""
     wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": _key_id(key)}
     folders = []
     for record in published_runs(storage, out):

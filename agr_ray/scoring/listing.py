@@ -94,7 +94,7 @@ def _listed(storage: Storage, uri: str, kind: str) -> Iterator[pa.RecordBatch]:
 
 
 def _without_empty_etags(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return rows of `LISTED` whose empty etags, which no object has, are null: not known."""
+    """Return rows of `LISTED` with null (unknown) for empty etags, which no object has."""
     etags = batch.column("etag")
     known = pc.if_else(pc.equal(etags, ""), None, etags)
     return batch.set_column(batch.schema.get_field_index("etag"), LISTED.field("etag"), known)

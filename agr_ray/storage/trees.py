@@ -38,7 +38,7 @@ def upload(backend: Backend, local_dir: str, uri: str, *, marker: str, overwrite
 def download(backend: Backend, uri: str, local_dir: str, *, marker: str) -> None:
     """Copy a tree to a new local folder; see `Storage.download_tree`."""
     if not backend.exists(uris.join(uri, marker)):
-        raise MissingObject(f"{uri} holds no {marker}: nothing is there, or its upload did not end")
+        raise MissingObject(f"{uri} holds no {marker}: nothing is there, or its upload did not finish")
     backend.download_tree(uri, uris.local_path(local_dir))
 
 

@@ -123,7 +123,7 @@ def is_feasible(trial: Trial, constraints: Mapping[TrialError, float]) -> bool:
 def best_trial(trials: Sequence[Trial], constraints: Mapping[TrialError, float]) -> Trial | None:
     """Return the complete trial with the lowest objective, among feasible trials if there are any.
 
-    Where none is, those that are least beyond come first. Of equal ones the first counts. None: none is complete.
+    If none is feasible, return one with the least excess. Ties go to the first. None: no trial is complete.
     """
 
     def rank(trial: Trial) -> tuple[float, float, int]:
@@ -142,7 +142,7 @@ def error_names(tasks: Sequence[str]) -> list[TrialError]:
 def front(trials: Sequence[Trial], constraints: Mapping[TrialError, float], tasks: Sequence[str]) -> list[Trial]:
     """Return the Pareto front of the complete, feasible trials.
 
-    Trials of which an error was not measured are left out.
+    Trials with an error that was not measured are left out.
     """
     names = error_names(tasks)
     found: list[tuple[Trial, list[float]]] = []
