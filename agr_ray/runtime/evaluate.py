@@ -261,7 +261,7 @@ def _out(
 
 
 def _check_compatible(meta: dict[str, Any], prepared: PreparedSet, config: EvaluateConfig) -> None:
-    """Refuse crops that the checkpoint's transform does not fit."""
+    """Reject crops that the checkpoint's transform does not fit."""
     transform = meta["transform"]
     for key, needed, found in (
         ("crop_side_px", transform["crop_side_px"], prepared.crop_side_px),
