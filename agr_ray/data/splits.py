@@ -247,7 +247,7 @@ def _draw(groups: list[_Group], sample: int, seed: int) -> list[_Group]:
 def _check_fractions(fractions: Mapping[str, float]) -> None:
     unknown = sorted(set(fractions) - set(SPLITS))
     if unknown:
-        raise ValueError(f"fractions has the keys {', '.join(unknown)}: expected {', '.join(SPLITS)}")
+        raise ValueError(f"fractions has unknown keys {', '.join(unknown)}: expected {', '.join(SPLITS)}")
     shown = ", ".join(f"{split} {fraction:g}" for split, fraction in fractions.items())
     if not all(0 <= fraction <= 1 for fraction in fractions.values()):
         raise ValueError(f"fractions are {shown}: each must be between 0 and 1")

@@ -66,7 +66,7 @@ def test_an_image_in_training_and_validation_is_refused_by_name(tmp_path: Path) 
     )
 
     with pytest.raises(
-        ConfigError, match=r"1 images of val are, .* in train too, such as b.jpg in train, c.jpg in val;"
+        ConfigError, match=r"1 images of val are also, .* in train, such as b.jpg in train, c.jpg in val;"
     ):
         check(table, tmp_path)
 
@@ -89,7 +89,7 @@ def test_classes_that_no_training_row_has_are_named_with_counts() -> None:
     gender, race = class_warnings(COUNTS, ["age", "gender", "race"], [prepared("data")])
 
     assert "no training row has gender female, " in gender
-    assert "it has female 0, male 8" in gender
+    assert "the rows have female 0, male 8" in gender
     assert "no training row has race indian or others, " in race
 
 

@@ -129,7 +129,7 @@ def test_a_study_that_can_not_be_locked_is_refused(tmp_path: Path, study: str) -
         ({"train.lock_expiry_s": {"uniform": [1, 2]}}, "it does not affect what is learnt"),
         ({"train.tf32": {"choice": [True, False]}}, "it does not affect what is learnt"),
         ({"train.compile": {"choice": [True, False]}}, "it does not affect what is learnt"),
-        ({"train.epochs": {"integer": [2, 8]}}, "can't be searched where trials are stopped early"),
+        ({"train.epochs": {"integer": [2, 8]}}, "can't be searched if trials are stopped early"),
         ({"model.preset": {"choice": ["paper", "lightweight"]}}, "such as model.backbone"),
         ({"loss.age_weight": {"uniform": [-1, 2]}}, 'tune.space."loss.age_weight": -1.0 is not allowed'),
         ({"model.dropout": {"uniform": [0, 1]}}, 'tune.space."model.dropout": 1.0 is not allowed'),

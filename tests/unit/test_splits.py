@@ -267,7 +267,7 @@ def test_a_leak_is_found_and_named(assigned: list[Row]) -> None:
     [
         ({"train": 0.8, "val": 0.3}, "sum is 1.1"),
         ({"train": 1.2, "val": -0.2}, "between 0 and 1"),
-        ({"train": 0.5, "dev": 0.5}, "name dev: expected train, val, test"),
+        ({"train": 0.5, "dev": 0.5}, "keys dev: expected train, val, test"),
         ({"train": float("nan")}, "between 0 and 1"),
     ],
 )

@@ -224,7 +224,7 @@ def fail(sweep: Sweep, why: str, num: int) -> None:
 def test_a_fault_of_all_trials_ends_the_sweep_and_they_are_tried_again(tmp_path: Path) -> None:
     job = tune_job(tmp_path, trials=6)
     first = opened(job)
-    with pytest.raises(JobError, match=r"the 3 trials that have ended failed .* \(raised: no disk\); once"):
+    with pytest.raises(JobError, match=r"all 3 trials that have ended failed .* \(raised: no disk\); fix the cause"):
         fail(first, "raised: no disk", 6)
     assert states(first) == ["failed"] * 3
     asked = [first.trials[number].params for number in range(3)]
@@ -256,7 +256,7 @@ def test_a_trial_that_failed_before_its_first_epoch_begins_anew(tmp_path: Path) 
 
 
 def test_small_sweeps_and_those_that_diverge_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="the 2 trials that have ended failed"):
+    with pytest.raises(JobError, match="all 2 trials that have ended failed"):
         fail(opened(tune_job(tmp_path / "small", trials=2)), "killed: its process died", 2)
     diverging = opened(tune_job(tmp_path / "diverging"))
     fail(diverging, "diverged: epoch 1, step 1", 3)

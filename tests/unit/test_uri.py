@@ -33,7 +33,7 @@ def test_absolute_gives_one_form_to_all_spellings_of_a_local_path(
     [
         ("gs://bucket/key", "'gs'"),
         ("https://host/key", "'https'"),
-        ("s3:/bucket/key", "lost a slash"),
+        ("s3:/bucket/key", "lacks a slash"),
         ("file://host/path", "on this machine"),
         ("", "empty"),
     ],
