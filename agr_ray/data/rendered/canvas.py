@@ -123,7 +123,7 @@ class Canvas:
         return _blur(alpha, sigma) if sigma > 0.3 else alpha
 
     def paint(self, roi: Roi, alpha: RenderedArray, colour: RenderedArray) -> None:
-        """Blend a colour, (3,) or 3xHxW, over what is there."""
+        """Blend a colour, (3,) or 3xHxW, over the canvas."""
         region = self.rgb[:, *roi]
         blended = (colour if colour.ndim == 3 else colour[:, None, None]) - region
         blended *= alpha
@@ -132,7 +132,7 @@ class Canvas:
         opacity += alpha * (1 - opacity)
 
     def darken(self, roi: Roi, amount: RenderedArray) -> None:
-        """Scale what is there by 1 - amount."""
+        """Scale the canvas by 1 - amount."""
         region = self.rgb[:, *roi]
         region *= 1 - amount
 

@@ -57,7 +57,7 @@ class _Stream(IntEnum):
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a head is: the point midway between the eyes and their distance in pixels, and the roll in radians."""
+    """Position of a head: the point midway between the eyes and their distance in pixels, and the roll in radians."""
 
     x_px: float
     y_px: float
@@ -115,8 +115,8 @@ class RenderedPhotograph:
 def render_chip(seed: int, index: int, side_px: int = 200, labels: Labels | None = None) -> RenderedChip:
     """Render chip `index` of the set that `seed` names; the same arguments always give the same chip.
 
-    With `labels`, these stand in for the ones that would be drawn, and everything else stays: the same
-    place, light and camera with another face.
+    `labels` replaces the labels that would be drawn, and everything else stays: the same place, light and camera with
+    another face.
 
     Raises:
         ValueError: a negative seed or index, or a side below 32 px.
@@ -146,7 +146,7 @@ def render_photograph(
 ) -> RenderedPhotograph:
     """Render photograph `index` of the set that `seed` names, of people whose heads do not hide each other.
 
-    With `labels`, these stand in for the ones that would be drawn of every face, and everything else stays.
+    `labels` replaces the labels that would be drawn for every face, and everything else stays.
 
     Raises:
         ValueError: a negative seed or index, or an image too small for so many faces of `MIN_FACE_WIDTH_PX`.
@@ -158,7 +158,7 @@ def render_photograph(
 
 
 def head_mask(poses: Iterable[Pose], width_px: int, height_px: int) -> npt.NDArray[np.bool_]:
-    """Return where heads of these poses can be, whatever their labels: HxW, true on every pixel they can touch."""
+    """Return the pixels that heads of these poses can cover, whatever their labels: HxW, bool."""
     mask = np.zeros((height_px, width_px), np.uint8)
     for pose in poses:
         cv2.fillPoly(mask, [np.round(pose.place(head_outline())).astype(np.int32)], 1)
@@ -166,7 +166,7 @@ def head_mask(poses: Iterable[Pose], width_px: int, height_px: int) -> npt.NDArr
 
 
 def chip_labels_table(keys: Iterable[str], chips: Iterable[RenderedChip]) -> pa.Table:
-    """Return a table of key, age, gender and race: one row a chip."""
+    """Return a table of key, age, gender and race: one row per chip."""
     rows = [
         {"key": key, "age": chip.age_years, "gender": chip.gender, "race": chip.race}
         for key, chip in zip(keys, chips, strict=True)
@@ -175,7 +175,7 @@ def chip_labels_table(keys: Iterable[str], chips: Iterable[RenderedChip]) -> pa.
 
 
 def photograph_labels_table(keys: Iterable[str], photographs: Iterable[RenderedPhotograph]) -> pa.Table:
-    """Return a table of key, box, landmarks, age, gender and race: one row a face."""
+    """Return a table of key, box, landmarks, age, gender and race: one row per face."""
     rows = [
         {
             "key": key,
@@ -208,7 +208,7 @@ class _Streams:
 
 
 def _bounded(rng: np.random.Generator) -> float:
-    """Draw a standard normal number, held within 2 deviations."""
+    """Draw a standard normal number, limited to 2 standard deviations."""
     return float(np.clip(rng.standard_normal(), -2, 2))
 
 
@@ -216,7 +216,7 @@ def _render(
     draw: _Streams, width_px: int, height_px: int, poses: list[Pose], forced: Labels | None
 ) -> tuple[ImageRgb, list[RenderedFace]]:
     image = _background(draw(_Stream.BACKGROUND), width_px, height_px)
-    for number in sorted(range(len(poses)), key=lambda number: poses[number].y_px):  # the lower ones stand in front
+    for number in sorted(range(len(poses)), key=lambda number: poses[number].y_px):  # the lower ones are in front
         _draw_shoulders(image, poses[number], draw(_Stream.CLOTHES, number))
     faces = []
     for number, pose in enumerate(poses):
@@ -297,7 +297,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> RenderedAr
 
 
 def _muted(rng: np.random.Generator, spread: float) -> RenderedArray:
-    """Draw a colour of any brightness that keeps near grey: RGB in 0..1."""
+    """Draw a near-grey colour of any brightness: RGB in 0..1."""
     return np.clip(rng.uniform(0.1, 0.9) + spread * rng.uniform(-0.5, 0.5, 3), 0, 1).astype(np.float32)
 
 
@@ -336,7 +336,7 @@ def _photograph(image: RenderedArray, light: np.random.Generator, camera: np.ran
 
 
 def _place_heads(rng: np.random.Generator, width_px: int, height_px: int, num_faces: int) -> list[Pose]:
-    """Cut the image into one cell a head by random cuts, and place each head at random within its cell."""
+    """Cut the image into one cell per head by random cuts, and place each head at random within its cell."""
     if num_faces == 0:
         return []
     need_w, need_h = _MIN_EYES_PX * _head_extent(_MAX_ROLL_RADIANS)
@@ -365,7 +365,7 @@ _Cell = tuple[float, float, float, float]
 
 
 def _cut(rng: np.random.Generator, cell: _Cell, num: int, need_w: float, need_h: float) -> list[_Cell] | None:
-    """Cut a cell into `num` cells by random cuts; None where one comes out too small."""
+    """Cut a cell into `num` cells by random cuts; None if one is too small."""
     x0, y0, x1, y1 = cell
     if x1 - x0 < need_w or y1 - y0 < need_h:
         return None
@@ -385,7 +385,7 @@ def _cut(rng: np.random.Generator, cell: _Cell, num: int, need_w: float, need_h:
 
 
 def _head_extent(roll_radians: float) -> npt.NDArray[np.float64]:
-    """Return width and height that surely hold a head at this roll, in distances between the eyes."""
+    """Return a width and height that always contain a head at this roll, in distances between the eyes."""
     cosine, sine = np.cos(roll_radians), abs(np.sin(roll_radians))
     return 2 * np.array(
         [HEAD_HALF_WIDTH * cosine + HEAD_HALF_HEIGHT * sine, HEAD_HALF_HEIGHT * cosine + HEAD_HALF_WIDTH * sine]
