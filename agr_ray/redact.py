@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Any, Final
 from urllib.parse import unquote
 
 HIDDEN: Final = "***"
@@ -16,8 +16,18 @@ _ASSIGNED: Final = re.compile(rf"(?i)({_NAMES}(?:=['\"]?|['\"]\s*:\s*['\"]?))([^
 _SECRET_VARIABLE: Final = re.compile(r"(?i)password|passwd|secret|token|credential|api_?key|access_?key")
 _SHORTEST: Final = 3
 """Minimum length of a secret's parts that are hidden outside its URL: hiding shorter ones would garble the text."""
+_LONGEST_SHOWN: Final = 100
+"""Maximum length of a rejected value in a message, in characters."""
 _SHORTEST_VARIABLE: Final = 8
 """Minimum length of an environment variable's secret: shorter values, such as MAX_TOKENS, are not secrets."""
+
+
+def shown(value: Any) -> str:
+    """Return a rejected value as messages show it. Tables are hidden, because they may hold a password."""
+    if isinstance(value, dict):
+        return "a table"
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def redacted(text: str, *uris: str, environ: Mapping[str, str] = os.environ) -> str:

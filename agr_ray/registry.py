@@ -6,10 +6,11 @@ Entries are `module:name` until they are used, so a configuration is checked and
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, Final
+
+from agr_ray.redact import shown
 
 
 class Registry:
@@ -52,8 +53,7 @@ class Registry:
         if name not in self._parts:
             close = difflib.get_close_matches(name, self._parts, n=1)
             suggestion = f"; did you mean {close[0]}?" if close else ""
-            shown = reprlib.repr(name)  # shortened: a recipe may hold anything
-            raise ValueError(f"there is no {self._kind} {shown}; allowed: {', '.join(self._parts)}{suggestion}")
+            raise ValueError(f"there is no {self._kind} {shown(name)}; allowed: {', '.join(self._parts)}{suggestion}")
         return name
 
     def __getitem__(self, name: str) -> Callable[..., Any]:

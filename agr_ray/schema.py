@@ -152,6 +152,7 @@ PREDICTION_FIELDS: Final = (
     pa.field("gender_pred", pa.string()),
     pa.field("race_pred", pa.string()),
     pa.field("race_probs", CLASS_PROBS),
+    pa.field("precision", pa.string()),  # data type that the network computed in: float32 or bfloat16
 )
 
 PREDICTIONS: Final = pa.schema(
@@ -201,6 +202,7 @@ IMAGES: Final = pa.schema(
         pa.field("model_digest", pa.string(), nullable=False),
         pa.field("config_digest", pa.string(), nullable=False),
         pa.field("calibrated", pa.bool_(), nullable=False),  # false: no intervals, raw probabilities, no abstention
+        pa.field("precision", pa.string()),  # data type that the network computed in; null: no face to predict
         pa.field("detector", pa.string(), nullable=False),
         pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field("schema_version", pa.int32(), nullable=False),
@@ -220,7 +222,7 @@ FACES: Final = pa.schema(
 )
 """One row a face of a scoring run."""
 
-REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in (*PHOTOGRAPH_COLUMNS, "faces")])
+REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in (*PHOTOGRAPH_COLUMNS, "faces", "precision")])
 """One row an input image of a scoring run that could not be scored."""
 
 DEMOGRAPHIC_ATTRIBUTES: Final = ("age_group", "gender", "race")

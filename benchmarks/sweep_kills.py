@@ -101,7 +101,7 @@ class KilledSweep:
             wait(lambda: self._running() != survivor and self._has_epoch(self._running()))
             victim = self._running()
             self._kill_trial(victim)
-            wait(lambda: f"trial {victim} goes on" in self._log.read_text() and self._has_processes(TRIAL))
+            wait(lambda: f"trial {victim} resumes" in self._log.read_text() and self._has_processes(TRIAL))
             self._kill_trial(victim)
             wait(lambda: process.poll() is not None)
             if process.returncode:
@@ -149,7 +149,7 @@ class KilledSweep:
 
     def _running(self) -> int:
         """Return the trial that began or went on last; -1: none has."""
-        found = re.findall(r"trial (\d+) (?:begins|goes on)", self._log.read_text(errors="replace"))
+        found = re.findall(r"trial (\d+) (?:begins|resumes)", self._log.read_text(errors="replace"))
         return int(found[-1]) if found else -1
 
     def _has_processes(self, title: str) -> bool:

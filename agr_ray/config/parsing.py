@@ -21,10 +21,9 @@ from pydantic_settings import CliSettingsSource, EnvSettingsSource, SettingsErro
 
 from agr_ray.config.infrastructure import StorageConfig
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TuneJob
-from agr_ray.config.section import shown
 from agr_ray.config.tuning import ParameterConfig
 from agr_ray.errors import ConfigError
-from agr_ray.redact import redacted
+from agr_ray.redact import redacted, shown
 
 J = TypeVar("J", bound=Job)
 _PREFIX = "agr_ray_"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
-from pydantic import ValidationError
-
 from agr_ray.config import PredictConfig, Section, VisionConfig
+from agr_ray.config.section import rebuilt
 
 DECISIVE: Final[Mapping[str, str]] = {
     "vision.detector": "it decides which faces are found and how they are aligned",
@@ -46,20 +45,10 @@ class Pipeline(Section):
         Raises:
             ValueError: a section or key is missing, unknown or has a value that is not allowed; one line.
         """
-        for name, field in cls.model_fields.items():
-            section = field.annotation
-            assert isinstance(section, type)
-            assert issubclass(section, Section)
-            expected, found = sorted(section.model_fields), values.get(name)
-            if not isinstance(found, dict) or sorted(found) != expected:
-                shown = sorted(found) if isinstance(found, dict) else found
-                raise ValueError(f"{name}: expected the keys {expected}, found {shown}")
-        try:
-            return cls(**{name: values[name] for name in cls.model_fields})
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{key}: {first['msg']}, found {first['input']!r}") from None
+        return cls(
+            vision=rebuilt(VisionConfig, values.get("vision"), "vision"),
+            predict=rebuilt(PredictConfig, values.get("predict"), "predict"),
+        )
 
 
 DEFAULT_PIPELINE: Final = Pipeline()

@@ -40,7 +40,7 @@ class ScoreConfig(Section):
     rows_per_file: PositiveInt = 256
     """Images in one part, the unit of work that a killed worker loses. A published file contains 256 parts."""
     attributes: tuple[Literal["age", "gender", "race"], ...] = ("age", "gender", "race")
-    """Attributes to write."""
+    """Attributes to write; default: all that the checkpoint predicts."""
     group_by: tuple[str, ...] = ()
     """Columns by which demographic tables are grouped: names captured by key_pattern, or columns of metadata."""
     key_pattern: str = ""

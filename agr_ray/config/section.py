@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Final
+from collections.abc import Iterable
+from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from agr_ray.redact import redacted
+from agr_ray.redact import redacted, shown
 
 _LONGEST_NAME: Final = 200
-_LONGEST_SHOWN: Final = 100
-"""Maximum length of a rejected value in a message, in characters."""
 
 
 def _one_or_several(value: Any) -> Any:
@@ -80,9 +79,38 @@ def digest(*sections: BaseModel, length: int = 12) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def shown(value: Any) -> str:
-    """Return a rejected value as messages show it. Tables are hidden, because they may hold a password."""
-    if isinstance(value, dict):
-        return "a table"
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+S = TypeVar("S", bound=Section)
+
+
+def rebuilt(section: type[S], values: Any, name: str) -> S:
+    """Rebuild a section from its complete `model_dump`.
+
+    Args:
+        section: the class to build.
+        values: a value for every key.
+        name: of the section, in messages.
+
+    Raises:
+        ValueError: a key is missing, unknown or has a value that is not allowed; one line.
+    """
+    check_keys(values, section.model_fields, name)
+    try:
+        return section(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, message = ".".join(map(str, (name, *first["loc"]))), first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{key}: {message}, found {shown(first['input'])}") from None
+
+
+def check_keys(values: Any, expected: Iterable[str], name: str) -> None:
+    """Check that stored values are a table with exactly these keys.
+
+    Raises:
+        ValueError: they are not; one line, which begins with `name`.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected a table, found {shown(values)}")
+    missing, unknown = sorted(set(expected) - set(values)), sorted(set(values) - set(expected))
+    faults = [f"{kind} {', '.join(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
+    if faults:
+        raise ValueError(f"{name}: keys do not match: {'; '.join(faults)}")

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from agr_ray.config.section import MAX_INT, AnyInt, Name, PositiveFloat, PositiveInt, Section, Seed, shown
+from agr_ray.config.section import MAX_INT, AnyInt, Name, PositiveFloat, PositiveInt, Section, Seed
+from agr_ray.redact import shown
 
 Scalar = bool | int | float | str
 """A TOML scalar; bool first, because it is a subclass of int."""

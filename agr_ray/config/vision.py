@@ -38,7 +38,7 @@ class VisionConfig(Section):
     @model_validator(mode="after")
     def _has_only_knobs_with_an_effect(self) -> Self:
         if self.small_faces and self.max_side_px != type(self).model_fields["max_side_px"].default:
-            raise ValueError(f"max_side_px = {self.max_side_px} has no effect with small_faces; remove one of them")
+            raise ValueError(f"max_side_px = {self.max_side_px} has no effect with small_faces; give only one of them")
         if self.try_rotations and self.detector == "none":
             raise ValueError("try_rotations has no effect with detector = none, which detects no faces; remove it")
         return self

@@ -6,7 +6,7 @@ over such images, and need not hold for each group of people: `coverage.coverage
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple, Self
 
@@ -68,6 +68,8 @@ class Calibration:
     """Digest of the only model that this may be used with."""
     pipeline: Pipeline = DEFAULT_PIPELINE
     """Settings that it was fitted under: [vision] of the crops, and [predict]."""
+    precisions: tuple[str, ...] = ()
+    """Data types that the predictions were computed in. With predict.precision auto they depend on the device."""
     split_manifest_sha256: str = ""
     """Digest of the splits of the prepared set that it was fitted on."""
     content_codes: tuple[int, ...] = ()
@@ -85,6 +87,7 @@ class Calibration:
         risk: float,
         model_digest: str = "",
         pipeline: Pipeline = DEFAULT_PIPELINE,
+        precisions: tuple[str, ...] = (),
         split_manifest_sha256: str = "",
         content_codes: tuple[int, ...] = (),
         num_seen_in_training: int | None = None,
@@ -132,6 +135,7 @@ class Calibration:
             notes=tuple(notes),
             model_digest=model_digest,
             pipeline=pipeline,
+            precisions=precisions,
             split_manifest_sha256=split_manifest_sha256,
             content_codes=content_codes,
             num_seen_in_training=num_seen_in_training,
@@ -148,6 +152,17 @@ class Calibration:
             f"the model was trained on {self.num_seen_in_training:,} of the {self.n:,} images that its calibration was "
             "fitted on: intervals are too narrow, probabilities overconfident, abstentions too rare; calibrate on "
             "images that training never saw"
+        )
+
+    def precision_warning(self, precisions: Iterable[str]) -> str:
+        """Return a warning if predictions were computed in another data type than the calibration's; empty: none."""
+        others = sorted(set(precisions) - set(self.precisions))
+        if not others or not self.precisions:
+            return ""
+        return (
+            f"predicted in {' and '.join(others)}, but calibrated on predictions in {' and '.join(self.precisions)}: "
+            f"predict.precision {self.pipeline.predict.precision} depends on the device, and intervals and "
+            "probabilities may be slightly off; calibrate on such a device, or with a fixed predict.precision"
         )
 
     def apply(self, predictions: Predictions) -> CalibratedPredictions:
@@ -179,7 +194,7 @@ class Calibration:
             rows = {name: np.asarray(said["rows"][name], np.int64) for name in ROW_NAMES}
             space = LabelSpace.from_json(said["label_space"])
             fields = {name: value for name, value in said.items() if name not in ("format_version", "label_space")}
-            lists = {name: tuple(said[name]) for name in ("notes", "content_codes")}
+            lists = {name: tuple(said[name]) for name in ("notes", "precisions", "content_codes")}
             seen = {"num_seen_in_training": said["num_seen_in_training"]}
             pipeline = Pipeline.from_json(said["pipeline"])
             made = cls(

@@ -25,13 +25,14 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,6 +40,8 @@ from torch import Tensor
 import agr_ray
 from agr_ray.config import ModelConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
+from agr_ray.config.section import check_keys, rebuilt
+from agr_ray.errors import ConfigError
 from agr_ray.labels import LabelSpace
 from agr_ray.models.card import model_card
 from agr_ray.models.network import MultiTaskNet
@@ -55,6 +58,10 @@ CALIBRATION: Final = "calibration.json"
 CARD: Final = "model_card.md"
 META: Final = "meta.json"
 
+_TABLES: Final = ("model", "transform", "label_space", "vision", "predict", "data", "metrics", "config", "versions")
+_KEYS: Final = ("format_version", "schema_version", *_TABLES, "git_commit", "created")
+"""Keys of meta.json."""
+
 
 class CheckpointError(Exception):
     """A directory that is no checkpoint of this format: names the file, what was expected and what was found."""
@@ -64,12 +71,19 @@ class CheckpointError(Exception):
 class Checkpoint:
     """A network ready to predict (evaluation mode), and all that is known of it."""
 
+    directory: Path
+    """Local folder that it was loaded from."""
     model: MultiTaskNet
     transform: Transform
     pipeline: Pipeline
     """The settings it was trained with; calibration.json may have been fitted under others."""
     meta: Mapping[str, Any]
     """Contents of meta.json."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the `model_digest`."""
+        return model_digest(self.directory)
 
 
 def save_checkpoint(
@@ -101,13 +115,10 @@ def save_checkpoint(
         config: of the training run.
         git_commit: of the code; empty: not known.
         created: UTC time, ISO 8601.
+
+    Raises:
+        ValueError: a value for meta.json is NaN or infinite; nothing is written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, directory / WEIGHTS)
-    if train_state is not None or train_images is not None:
-        images = {} if train_images is None else {"train_images": train_images}
-        torch.save({**(train_state or {}), **images}, directory / TRAIN_STATE)
     meta = {
         "format_version": FORMAT_VERSION,
         "schema_version": SCHEMA_VERSION,
@@ -122,9 +133,16 @@ def save_checkpoint(
         "created": created,
         "versions": {"agr_ray": agr_ray.__version__, "torch": str(torch.__version__)},
     }
+    text = json.dumps(meta, indent=1, allow_nan=False) + "\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, directory / WEIGHTS)
+    if train_state is not None or train_images is not None:
+        images = {} if train_images is None else {"train_images": train_images}
+        torch.save({**(train_state or {}), **images}, directory / TRAIN_STATE)
     (directory / CARD).write_text(model_card(meta), encoding="utf-8")
     unfinished = directory / f"{META}.part"
-    unfinished.write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, directory / META)
 
 
@@ -132,37 +150,21 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
     """Rebuild the network from a local directory; it is in evaluation mode.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or of another format, label order or shape.
+        CheckpointError: a file is missing, damaged or unreadable, or of another format, label order or shape.
     """
     meta = read_meta(directory)
     path = directory / META
-    try:
-        model = MultiTaskNet(ModelConfig(**meta["model"]), LabelSpace.from_json(meta["label_space"]))
+    with _named(path):
+        config, pipeline = rebuilt(ModelConfig, meta["model"], "model"), Pipeline.from_json(meta)
+        model = MultiTaskNet(config, LabelSpace.from_json(meta["label_space"]))
+    with _named(path, "transform: "):
         transform = Transform.from_json(meta["transform"])
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, ("model", *first["loc"])))
-        raise CheckpointError(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: transform: {error}") from None
     weights = _read_weights(directory / WEIGHTS)
     problem = mismatch(model.state_dict(), weights)
     if problem:
         raise CheckpointError(f"{directory / WEIGHTS}: {problem}")
     model.load_state_dict(weights)
-    return Checkpoint(model.to(device).eval(), transform, stored_pipeline(directory, meta), meta)
-
-
-def stored_pipeline(directory: Path, meta: Mapping[str, Any]) -> Pipeline:
-    """Return the settings that the checkpoint's meta.json holds.
-
-    Raises:
-        CheckpointError: they are incomplete or not allowed.
-    """
-    try:
-        return Pipeline.from_json(meta)
-    except ValueError as error:
-        raise CheckpointError(f"{directory / META}: {error}") from None
+    return Checkpoint(directory, model.to(device).eval(), transform, pipeline, meta)
 
 
 def load_train_state(directory: Path) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def load_train_state(directory: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected the state of a training run, found no such file") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: expected the state of a training run, found {_first_line(error)}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected the state of a training run, found {type(state).__name__}")
@@ -190,22 +192,19 @@ def read_meta(directory: Path) -> dict[str, Any]:
         CheckpointError: as `load_checkpoint`.
     """
     path = directory / META
-    try:
-        meta = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path}: expected a checkpoint, found no such file") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON, found {_first_line(error)}") from None
+    meta = _read_json(path)
+    if meta is None:
+        raise CheckpointError(f"{path}: expected a checkpoint, found no such file")
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}; train it again")
-    for key in ("model", "transform", "label_space"):
-        if not isinstance(meta.get(key), dict):
-            raise CheckpointError(f"{path}: expected a table {key}, found {meta.get(key)!r}")
-    try:
+    with _named(path):
+        check_keys(meta, _KEYS, "top level")
+        for key in _TABLES:
+            if not isinstance(meta[key], dict):
+                raise ValueError(f"{key}: expected a table, found {meta[key]!r}")
+    with _named(path, "label_space: "):
         LabelSpace.from_json(meta["label_space"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: label_space: {error}") from None
     return cast(dict[str, Any], meta)
 
 
@@ -216,15 +215,10 @@ def read_calibration_json(directory: Path) -> dict[str, Any] | None:
         CheckpointError: the file is damaged.
     """
     path = directory / CALIBRATION
-    try:
-        said = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON, found {_first_line(error)}") from None
-    if not isinstance(said, dict):
-        raise CheckpointError(f"{path}: expected a table, found {type(said).__name__}")
-    return cast(dict[str, Any], said)
+    values = _read_json(path)
+    if values is not None and not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a table, found {type(values).__name__}")
+    return values
 
 
 def model_digest(directory: Path) -> str:
@@ -255,12 +249,31 @@ def content_codes(content_hashes: Iterable[str]) -> Tensor:
     return torch.tensor(sorted(codes), dtype=torch.int64)
 
 
+@contextmanager
+def _named(path: Path, key: str = "") -> Iterator[None]:
+    """Turn an error about a file's values into a CheckpointError that names the file and, if given, the key."""
+    try:
+        yield
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {key}{_first_line(error)}") from None
+
+
+def _read_json(path: Path) -> Any:
+    """Return the value in a JSON file; None: there is no such file."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected JSON, found {_first_line(error)}") from None
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected weights, found no such file") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: expected safetensors, found {_first_line(error)}") from None
 
 

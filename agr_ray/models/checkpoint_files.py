@@ -19,6 +19,7 @@ from agr_ray.models.checkpoint import (
     CARD,
     META,
     WEIGHTS,
+    Checkpoint,
     CheckpointError,
     load_checkpoint,
     model_digest,
@@ -33,8 +34,8 @@ _CARD_ATTEMPTS: Final = 20
 
 
 @contextmanager
-def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
-    """Copy a checkpoint to a local folder, check that it can be used, and delete the copy afterwards.
+def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Checkpoint]:
+    """Copy a checkpoint to a local folder, load it on the CPU, and delete the copy afterwards.
 
     Raises:
         ConfigError: naming the configuration's `key`: there is none, or one that this code can't use.
@@ -43,17 +44,19 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Path]:
         directory = Path(temporary, "checkpoint")
         try:
             _download(storage, storage.absolute(uri), directory)
-            meta = load_checkpoint(directory).meta
+            checkpoint = load_checkpoint(directory)
         except MissingObject:
             raise ConfigError(f"{key} {uri}: there is no checkpoint there (a folder with {META})") from None
         except CheckpointError as error:
             raise ConfigError(f"{key} {uri}: {error}") from None
-        template = meta["transform"]["template"]
+        except OSError as error:
+            raise ConfigError(f"{key} {uri}: can't be copied to a local folder: {error}") from None
+        template = checkpoint.transform.template
         if template != TEMPLATE:
             raise ConfigError(
                 f"{key} {uri}: was trained on crops aligned to template {template}; this version aligns to {TEMPLATE}"
             )
-        yield directory
+        yield checkpoint
 
 
 def _download(storage: Storage, uri: str, directory: Path) -> None:
@@ -115,9 +118,8 @@ def calibration_hint(uri: str) -> str:
 
 
 def portable_checkpoint(directory: Path) -> dict[str, bytes]:
-    """Return the files that predicting needs, and the calibration if there is one, to be sent to other machines."""
-    names = [name for name in (WEIGHTS, CALIBRATION, META) if (directory / name).exists()]
-    return {name: (directory / name).read_bytes() for name in names}
+    """Return the files that a network is loaded from, to be sent to other machines."""
+    return {name: (directory / name).read_bytes() for name in (WEIGHTS, META)}
 
 
 @contextmanager

@@ -19,20 +19,20 @@ Predictions: TypeAlias = Mapping[str, NDArray[np.float32]]
 
 
 def class_probs_column(probs: NDArray[np.float32], names: Sequence[str]) -> pa.MapArray:
-    """Return (n, classes) probabilities as a column of schema.CLASS_PROBS, which names the classes."""
+    """Return (n, classes) probabilities as a column of schema.CLASS_PROBS, with the classes' names; NaN: null."""
     num_rows, num_classes = probs.shape
     offsets = pa.array(np.arange(num_rows + 1) * num_classes, pa.int32())
     keys = pa.array(list(names) * num_rows, pa.string())
-    return pa.MapArray.from_arrays(offsets, keys, pa.array(probs.ravel(), pa.float32()))
+    return pa.MapArray.from_arrays(offsets, keys, pa.array(probs.ravel(), pa.float32(), from_pandas=True))
 
 
 def class_probs_array(column: pa.ChunkedArray, names: Sequence[str]) -> NDArray[np.float32]:
-    """Return the (n, classes) probabilities of a column of schema.CLASS_PROBS without nulls.
+    """Return the (n, classes) probabilities of a column of schema.CLASS_PROBS. A null probability becomes NaN.
 
     Raises:
         ValueError: its classes are not these, in this order.
     """
-    maps = pa.concat_arrays(column.chunks)
+    maps = column.combine_chunks()
     if maps.keys.to_pylist() != list(names) * len(maps):
         raise ValueError(f"expected probabilities of {', '.join(names)}, found others")
     return np.asarray(maps.items, np.float32).reshape(-1, len(names))

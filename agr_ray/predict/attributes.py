@@ -17,6 +17,7 @@ from agr_ray.evaluation.terms import predicted_gender
 from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.precision import compute_dtype
 from agr_ray.models.predictions import Predictions, class_probs_column
 from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import predict
@@ -49,8 +50,11 @@ class AttributePredictor:
         calibration: Calibration | None = None,
     ) -> None:
         self.space = model.space
+        device = next(model.parameters()).device
+        self.precision = str(compute_dtype(device, config.precision)).removeprefix("torch.")
+        """Data type that the network computes in; with `auto` it depends on the device."""
         self._model = for_inference(model, config.precision)
-        self._batch_size = BATCH_SIZE[next(model.parameters()).device.type]
+        self._batch_size = BATCH_SIZE[device.type]
         self._transform = transform
         self._config = config
         self._calibration = calibration
@@ -109,18 +113,18 @@ def attribute_columns(
 ) -> dict[str, pa.Array]:
     """Return the columns of schema.FACE for the chosen attributes that were predicted.
 
-    If a class's probabilities are NaN, the class is null and counts as an abstention.
+    A NaN becomes null. If a class's probabilities are NaN, the class is null and counts as an abstention.
     """
     columns: dict[str, pa.Array] = {}
     abstained: dict[str, NDArray[np.bool_]] = {}
     if predicted.age is not None and "age" in attributes:
-        columns["age"] = pa.array(predicted.age, pa.float32())
+        columns["age"] = pa.array(predicted.age, pa.float32(), from_pandas=True)
         if predicted.age_low is not None:
-            columns["age_low"] = pa.array(predicted.age_low, pa.float32())
-            columns["age_high"] = pa.array(predicted.age_high, pa.float32())
+            columns["age_low"] = pa.array(predicted.age_low, pa.float32(), from_pandas=True)
+            columns["age_high"] = pa.array(predicted.age_high, pa.float32(), from_pandas=True)
     if predicted.p_male is not None and "gender" in attributes:
         is_nan = np.asarray(np.isnan(predicted.p_male))
-        columns["p_male"] = pa.array(predicted.p_male, pa.float32())
+        columns["p_male"] = pa.array(predicted.p_male, pa.float32(), from_pandas=True)
         columns["gender"] = pa.array(np.asarray(space.genders)[predicted_gender(predicted.p_male)], mask=is_nan)
         abstained["gender"] = is_nan if predicted.abstain_gender is None else is_nan | predicted.abstain_gender
     if predicted.race_probs is not None and "race" in attributes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -52,23 +52,25 @@ class CropPredictor:
                 batch = rows.slice(start, self._config.batch_size)
                 predictions = self._predictor.predict(decoded_crops(batch, self._side_px))
                 columns = prediction_columns(predictions, batch.num_rows, self._predictor.space)
+                columns["precision"] = pa.array([self._predictor.precision] * batch.num_rows)
                 yield pa.table({name: batch[name] for name in _KEPT_COLUMNS} | columns, schema=PREDICTIONS)
 
 
 def prediction_columns(predictions: Predictions, num_rows: int, space: LabelSpace) -> dict[str, pa.Array]:
-    """Return the columns of schema.PREDICTION_FIELDS; a task without a head gives nulls."""
+    """Return the columns of schema.PREDICTION_FIELDS but `precision`; a task without a head gives nulls."""
     columns = attribute_columns(uncalibrated(predictions), num_rows, space)
     return {
         field.name: columns.get(field.name.removesuffix("_pred"), pa.nulls(num_rows, field.type))
         for field in PREDICTION_FIELDS
+        if field.name != "precision"
     }
 
 
-def read_predictions(table: pa.Table, space: LabelSpace) -> Predictions:
-    """Return the predictions in rows of schema.PREDICTIONS; a task without a head has nulls only."""
+def read_predictions(table: pa.Table, tasks: Collection[str], space: LabelSpace) -> Predictions:
+    """Return the predictions of these tasks in rows of schema.PREDICTIONS, if it has columns for them; null: NaN."""
     columns = {"age": "age_pred", "gender": "p_male", "race": "race_probs"}
     return {
-        task: class_probs_array(table[name], space.races) if task == "race" else np.asarray(table[name])
+        task: class_probs_array(table[name], space.races) if task == "race" else np.asarray(table[name], np.float32)
         for task, name in columns.items()
-        if table[name].null_count < table.num_rows
+        if task in tasks
     }

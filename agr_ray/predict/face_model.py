@@ -8,6 +8,7 @@ runs the second half alone, on the crops of a prepared set.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -16,7 +17,6 @@ import pyarrow as pa
 import torch
 
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
-from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns
 from agr_ray.predict.face_finder import FaceFinder, Reject
@@ -61,12 +61,16 @@ class FaceModel:
         Raises:
             ConfigError: there is no such checkpoint, or an override is rejected.
         """
-        with local_checkpoint(storage or Storage(), uri, "checkpoint") as directory:
-            resolved = resolve(directory, overrides, key="checkpoint", allow_uncalibrated=allow_uncalibrated)
-            loaded = load_checkpoint(directory, device)
-        pipeline, transform = resolved.pipeline, loaded.transform
+        with local_checkpoint(storage or Storage(), uri, "checkpoint") as checkpoint:
+            resolved = resolve(checkpoint, overrides, key="checkpoint", allow_uncalibrated=allow_uncalibrated)
+        pipeline, transform = resolved.pipeline, checkpoint.transform
         finder = FaceFinder(pipeline.vision, transform.crop_side_px, transform.margin)
-        predictor = AttributePredictor(loaded.model, transform, pipeline.predict, resolved.calibration)
+        model = checkpoint.model.to(device)
+        predictor = AttributePredictor(model, transform, pipeline.predict, resolved.calibration)
+        if resolved.calibration is not None:
+            warning = resolved.calibration.precision_warning([predictor.precision])
+            if warning:
+                warnings.warn(f"checkpoint {uri}: {warning}", stacklevel=2)
         return cls(finder, predictor, resolved)
 
     def predict(self, bodies: Sequence[bytes]) -> list[list[dict[str, Any]] | Reject]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -11,14 +10,7 @@ from agr_ray.config import Section
 from agr_ray.config.pipeline import DECISIVE, Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
-from agr_ray.models.checkpoint import (
-    CALIBRATION,
-    CheckpointError,
-    model_digest,
-    read_calibration_json,
-    read_meta,
-    stored_pipeline,
-)
+from agr_ray.models.checkpoint import CALIBRATION, Checkpoint, CheckpointError, read_calibration_json
 
 
 class Resolved(NamedTuple):
@@ -31,12 +23,12 @@ class Resolved(NamedTuple):
 
 
 def resolve(
-    directory: Path, given: Pipeline, *, key: str, allow_uncalibrated: bool = False, recalibrate: bool = False
+    checkpoint: Checkpoint, given: Pipeline, *, key: str, allow_uncalibrated: bool = False, recalibrate: bool = False
 ) -> Resolved:
     """Return a checkpoint's settings (those of its calibration, else of its training), overridden by the explicit ones.
 
     Args:
-        directory: a local checkpoint.
+        checkpoint: whose settings and calibration.json count.
         given: the user's settings. Only the fields in each section's `model_fields_set` count.
         key: configuration key that names the checkpoint; errors begin with it.
         allow_uncalibrated: whether settings that the calibration depends on may be overridden, which discards it.
@@ -47,12 +39,11 @@ def resolve(
             the calibration depends on is overridden and `allow_uncalibrated` is False.
     """
     try:
-        stored = stored_pipeline(directory, read_meta(directory))
-        calibration, reason = (None, "") if recalibrate else _read_calibration(directory)
+        calibration, reason = (None, "") if recalibrate else _read_calibration(checkpoint)
     except CheckpointError as error:
         raise ConfigError(f"{key}: {error}") from None
     if calibration is None:
-        return Resolved(overridden(stored, given, key), None, reason)
+        return Resolved(overridden(checkpoint.pipeline, given, key), None, reason)
     pipeline = overridden(calibration.pipeline, given, key)
     before, after = calibration.pipeline.decisive(), pipeline.decisive()
     changed = next((name for name in DECISIVE if before[name] != after[name]), None)
@@ -76,24 +67,26 @@ def overridden(stored: Pipeline, given: Pipeline, key: str) -> Pipeline:
     sections: dict[str, Section] = {}
     for name in Pipeline.model_fields:
         section: Section = getattr(given, name)
-        values = getattr(stored, name).model_dump() | {
-            field: getattr(section, field) for field in section.model_fields_set
-        }
+        explicit = {field: getattr(section, field) for field in sorted(section.model_fields_set)}
         try:
-            sections[name] = type(section)(**values)
+            sections[name] = type(section)(**getattr(stored, name).model_dump() | explicit)
         except ValidationError as error:
-            said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{key}: its {name} settings, with explicit ones applied: {said}") from None
+            conflict = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            settings = ", ".join(f"{name}.{field} = {value}" for field, value in explicit.items())
+            raise ConfigError(
+                f"{key}: {settings} can't be combined with the checkpoint's other {name} settings: {conflict}; a "
+                "setting of the checkpoint that is not wanted must be overridden, too"
+            ) from None
     return Pipeline(**sections)
 
 
-def _read_calibration(directory: Path) -> tuple[Calibration | None, str]:
+def _read_calibration(checkpoint: Checkpoint) -> tuple[Calibration | None, str]:
     """Return the checkpoint's calibration, or None and why there is none that can be used.
 
     Raises:
         CheckpointError: calibration.json is damaged or has another format.
     """
-    values = read_calibration_json(directory)
+    values = read_calibration_json(checkpoint.directory)
     if values is None:
         how = "jobs/evaluate.py --evaluate.split val --calibrate writes it"
         return None, f"the checkpoint has no {CALIBRATION}; {how}"
@@ -101,6 +94,6 @@ def _read_calibration(directory: Path) -> tuple[Calibration | None, str]:
         calibration = Calibration.from_json(values)
     except ValueError as error:
         raise CheckpointError(f"{CALIBRATION}: {error}") from None
-    if calibration.model_digest != model_digest(directory):
+    if calibration.model_digest != checkpoint.digest:
         return None, f"the checkpoint's {CALIBRATION} belongs to another model; calibrate again"
     return calibration, ""

@@ -154,14 +154,17 @@ def refuse_misfit(
         ConfigError: it does not fit; the message says what is needed and what exists.
     """
     resources = _resources()
-    for kind, each, spare in (("CPU", cpus_each, spare_cpus), ("GPU", gpus_each, 0.0)):
+    more_cpus = "give a local cluster more logical CPUs with cluster.num_cpus"
+    for kind, each, spare, remedy in (
+        ("CPU", cpus_each, spare_cpus, more_cpus),
+        ("GPU", gpus_each, 0.0, "leave use_gpu out"),
+    ):
         asked, has = num_processes * each + (spare if each else 0.0), resources.get(kind, 0.0)
         if asked > has:
             beside = f" and {spare:g} for reading and writing" if spare else ""
             raise ConfigError(
                 f"{purpose} asks for {num_processes} x {each:g} {kind}{beside}, {asked:g} in all; "
-                f"the cluster has {has:g}. Ask for fewer workers, or give a local cluster more logical CPUs "
-                "with cluster.num_cpus"
+                f"the cluster has {has:g}. Ask for fewer workers, or {remedy}"
             )
     num_places = sum(places(node, cpus_each, gpus_each) for node in nodes())
     if num_places < num_processes:

@@ -34,15 +34,11 @@ from agr_ray.evaluation.coverage import coverage_report
 from agr_ray.evaluation.metrics import Baseline, metrics_report
 from agr_ray.evaluation.overlap import num_among, num_seen_in_training
 from agr_ray.labels import Labels, LabelSpace, race_mapping
-from agr_ray.models.checkpoint import (
-    CALIBRATION,
-    META,
-    content_codes,
-    model_digest,
-    read_meta,
-)
+from agr_ray.models.checkpoint import CALIBRATION, META, content_codes
 from agr_ray.models.checkpoint_files import add_to_card, local_checkpoint, portable_checkpoint
+from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
+from agr_ray.models.transform import Transform
 from agr_ray.predict.crop_predictor import CropPredictor, read_predictions
 from agr_ray.predict.resolve import resolve
 from agr_ray.progress_bar import progress
@@ -71,13 +67,12 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
         storage.probe(config.out, "evaluate.out", write=True)
     prepared = open_prepared(storage, config.data, "evaluate.data")
     checkpoint = storage.absolute(config.checkpoint).rstrip("/")
-    with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as directory:
-        meta, digest = read_meta(directory), model_digest(directory)
-        _check_compatible(meta, prepared, config)
-        space = LabelSpace.from_json(meta["label_space"])
-        measured_in, mapping = _mapped(meta, space, prepared)
+    with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as loaded:
+        directory, meta, digest, space = loaded.directory, loaded.meta, loaded.digest, loaded.model.space
+        _check_compatible(loaded.transform, prepared, config)
+        measured_in, mapping = _mapped(loaded.model, prepared)
         pipeline, calibration, reason = resolve(
-            directory,
+            loaded,
             Pipeline(predict=job.predict),
             key="evaluate.checkpoint",
             allow_uncalibrated=config.allow_uncalibrated,
@@ -104,9 +99,10 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
             table = _predict(
                 config, measured.predict, storage, prepared, chosen.num_rows, packed, mapping, locks, console
             )
-            predictions = read_predictions(table, space)
+            predictions = read_predictions(table, loaded.model.tasks, space)
             labels = read_labels(table, measured_in)
             _check_finite(predictions, checkpoint)
+            precisions = tuple(sorted(set(table["precision"].to_pylist())))
             if config.calibrate:
                 calibration = Calibration.fit(
                     read_labels(table, space),
@@ -115,6 +111,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                     risk=config.abstain_risk,
                     model_digest=digest,
                     pipeline=measured,
+                    precisions=precisions,
                     split_manifest_sha256=prepared.split_manifest_sha256,
                     content_codes=tuple(content_codes(chosen["content_hash"].to_pylist()).tolist()),
                     num_seen_in_training=num_seen,
@@ -125,6 +122,9 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                 storage.write(storage.join(checkpoint, CALIBRATION), text.encode())
             metrics = _measure(table, labels, predictions, meta, space)
             if calibration is not None:
+                warning = calibration.precision_warning(precisions)
+                if warning:
+                    console.print(f"warning: {warning}")
                 metrics["calibration"] = coverage_report(labels, predictions, calibration) | {
                     "num_calibrated_on": calibration.n,
                     "num_seen_in_calibration": num_among(chosen, set(calibration.content_codes)),
@@ -133,8 +133,12 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                     "calibrated_on_split_manifest_sha256": calibration.split_manifest_sha256,
                     "notes": list(calibration.notes),
                 }
-            record = _record(config, checkpoint, digest, meta, prepared, measured, measured_in, mapping)
-            metrics["evaluation"] = record | {"num_seen_in_training": num_seen, "statuses": statuses}
+            record = _record(config, checkpoint, digest, meta, prepared, measured, space, measured_in, mapping)
+            metrics["evaluation"] = record | {
+                "precisions": list(precisions),
+                "num_seen_in_training": num_seen,
+                "statuses": statuses,
+            }
             _check(locks)
             storage.write_table(table, storage.join(out, "predictions.parquet"))
             text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
@@ -167,14 +171,14 @@ def _record(
     config: EvaluateConfig,
     checkpoint: str,
     digest: str,
-    meta: dict[str, Any],
+    meta: Mapping[str, Any],
     prepared: PreparedSet,
     measured: Pipeline,
+    space: LabelSpace,
     measured_in: LabelSpace,
     mapping: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return what metrics.json says of the evaluation itself: which model, on which data, under which settings."""
-    space = LabelSpace.from_json(meta["label_space"])
     is_mapped = prepared.label_space != space
     label_mapping = {
         "from": prepared.label_space.name,
@@ -247,25 +251,24 @@ def _out(
     out = storage.absolute(config.out).rstrip("/")
     try:
         there = json.loads(storage.read(storage.join(out, "metrics.json")))["evaluation"]
+        theirs = tuple(there[name] for name in ("model_digest", "split_manifest_sha256", "split", "predict"))
+        title = f"the evaluation of {there['checkpoint']} on split {there['split']} of {there['data']}"
     except MissingObject:
-        if storage.exists(out) and any(True for _ in storage.list(out)):
-            raise ConfigError(f"evaluate.out {out}: exists and holds no evaluation; choose another folder") from None
-        return out
-    ours = (model, prepared.split_manifest_sha256, config.split, pipeline.predict.model_dump(mode="json"))
-    if ours != tuple(there[name] for name in ("model_digest", "split_manifest_sha256", "split", "predict")):
-        raise ConfigError(
-            f"evaluate.out {out}: holds the evaluation of {there['checkpoint']} on split {there['split']} of "
-            f"{there['data']}; choose another folder"
-        )
+        if not storage.exists(out) or not any(True for _ in storage.list(out)):
+            return out
+        theirs, title = (), "files, but no evaluation"
+    except (ValueError, KeyError, TypeError):
+        theirs, title = (), "a metrics.json that no evaluation wrote"
+    if theirs != (model, prepared.split_manifest_sha256, config.split, pipeline.predict.model_dump(mode="json")):
+        raise ConfigError(f"evaluate.out {out}: holds {title}; choose another folder")
     return out
 
 
-def _check_compatible(meta: dict[str, Any], prepared: PreparedSet, config: EvaluateConfig) -> None:
+def _check_compatible(transform: Transform, prepared: PreparedSet, config: EvaluateConfig) -> None:
     """Reject crops that the checkpoint's transform does not fit."""
-    transform = meta["transform"]
     for key, needed, found in (
-        ("crop_side_px", transform["crop_side_px"], prepared.crop_side_px),
-        ("template", transform["template"], prepared.settings["template"]),
+        ("crop_side_px", transform.crop_side_px, prepared.crop_side_px),
+        ("template", transform.template, prepared.settings["template"]),
     ):
         if needed != found:
             raise ConfigError(
@@ -274,7 +277,7 @@ def _check_compatible(meta: dict[str, Any], prepared: PreparedSet, config: Evalu
             )
 
 
-def _mapped(meta: dict[str, Any], space: LabelSpace, prepared: PreparedSet) -> tuple[LabelSpace, dict[str, str]]:
+def _mapped(model: MultiTaskNet, prepared: PreparedSet) -> tuple[LabelSpace, dict[str, str]]:
     """Return the label space to measure in, and the race in it for each race of the data.
 
     Races are the checkpoint's, or the data's if it has no race head; age groups are the data's, because an age in years
@@ -283,11 +286,11 @@ def _mapped(meta: dict[str, Any], space: LabelSpace, prepared: PreparedSet) -> t
     Raises:
         ConfigError: the data's races do not map onto the checkpoint's.
     """
-    data = prepared.label_space
+    space, data = model.space, prepared.label_space
     if space == data:
         return space, race_mapping(data, space)
     measured_in = replace(space, age_groups=data.age_groups)
-    if "race" not in meta["model"]["tasks"]:
+    if "race" not in model.tasks:
         measured_in = replace(measured_in, races=data.races)
     try:
         return measured_in, race_mapping(data, measured_in)
@@ -344,7 +347,7 @@ def _predict(
 
 
 def _measure(
-    table: pa.Table, labels: Labels, predictions: Predictions, meta: dict[str, Any], space: LabelSpace
+    table: pa.Table, labels: Labels, predictions: Predictions, meta: Mapping[str, Any], space: LabelSpace
 ) -> dict[str, Any]:
     subjects = pc.rank(table["group_id"], tiebreaker="dense") if table["group_id"].null_count == 0 else None
     return metrics_report(
@@ -356,7 +359,7 @@ def _measure(
     )
 
 
-def _training_baseline(meta: dict[str, Any], space: LabelSpace) -> Baseline | None:
+def _training_baseline(meta: Mapping[str, Any], space: LabelSpace) -> Baseline | None:
     """Return the constant baseline fitted on the training labels; None if the checkpoint does not hold it."""
     values = meta["data"].get("baseline")
     return None if values is None else Baseline.from_json(values, space)

@@ -31,6 +31,7 @@ from agr_ray.config import ScoreConfig, ScoreJob, digest
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint_files import local_checkpoint
+from agr_ray.predict.attributes import ATTRIBUTES
 from agr_ray.progress_bar import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
 from agr_ray.scoring.grouping import check_grouping
@@ -68,6 +69,7 @@ _RESOURCE_KNOBS: Final = {
     "max_refused",
     "allow_empty",
     "allow_uncalibrated",  # the settings and the calibration show its effect
+    "attributes",  # config_digest includes them
 }
 _PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
 
@@ -114,9 +116,9 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         storage.probe(job.score.metadata, "score.metadata")
     if job.score.min_cell and not job.score.aggregate_only:
         console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
-    with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as directory:
-        model = load_model(directory, job, console)
-    attributes = tuple(name for name in job.score.attributes if name in model.tasks)
+    with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as checkpoint:
+        model = load_model(checkpoint, job, console)
+    attributes = _attributes(job.score, model.tasks)
     settings = digest(model.pipeline, job.gates)
     config_digest = short_digest([settings, attributes, model.calibration_digest])
     identity = short_digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key)])
@@ -181,11 +183,14 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         )
         with workers.session() if run.plan.num_parts else nullcontext():
             try:
-                timings = _score_parts(job, scoring, run, workers, check, console)
+                timings, precisions = _score_parts(job, scoring, run, workers, check, console)
             except TooManyRefused as error:
                 retry.call(lambda error=error: keep_for_later(job.score, scoring, works, error.reason))  # type: ignore[misc]
                 raise
             check()
+            warning = model.calibration.precision_warning(precisions) if model.calibration else ""
+            if warning:
+                console.print(f"warning: {warning}")
             started = time.perf_counter()
             counts = _publish_files(publication, workers, check, console)
         retry.call(lambda: publish_demographics(publication, counts, model.calibration, job.score.min_cell))
@@ -204,6 +209,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             "calibrated": model.calibration is not None,
             "uncalibrated_because": model.uncalibrated_because,
             "calibration_warning": model.calibration.overlap_warning if model.calibration else "",
+            "precisions": sorted(precisions),
             "aggregate_only": job.score.aggregate_only,
             "group_by": list(job.score.group_by),
             "min_cell": job.score.min_cell,
@@ -274,6 +280,21 @@ def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
     return key
 
 
+def _attributes(config: ScoreConfig, tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return the attributes to write, in the schema's order: the configured ones, by default all that are predicted.
+
+    Raises:
+        ConfigError: the checkpoint does not predict one that is explicitly configured.
+    """
+    missing = [name for name in config.attributes if name not in tasks]
+    if missing and "attributes" in config.model_fields_set:
+        raise ConfigError(
+            f"score.attributes {', '.join(missing)}: the checkpoint {config.checkpoint} does not predict it; allowed: "
+            f"{', '.join(tasks)}"
+        )
+    return tuple(name for name in ATTRIBUTES if name in config.attributes and name in tasks)
+
+
 def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
     """Return the settings that determine the run's results, with absolute paths."""
     selection = config.model_dump(mode="json", exclude=_RESOURCE_KNOBS)
@@ -310,20 +331,21 @@ def _scored_folders(
 
 def _score_parts(
     job: ScoreJob, scoring: Scoring, run: Planned, workers: Workers, check: Callable[[], None], console: Console
-) -> dict[str, Any]:
-    """Score the missing parts; return timings.
+) -> tuple[dict[str, Any], set[str]]:
+    """Score the missing parts; return timings, and the `precision` values of all rows.
 
     Raises:
         TooManyRefused: most photographs are rejected for the same reason.
     """
     refusals = Refusals(job.score, run.plan)
-    done = _finished_parts(scoring, refusals, check)
+    precisions: set[str] = set()
+    done = _finished_parts(scoring, refusals, precisions, check)
     todo = [part for part in range(run.plan.num_parts) if part not in done]
     if done:
         console.print(f"{len(done)} of {run.plan.num_parts} parts done before")
     if not todo:
         refusals.check(at_end=True)
-        return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}
+        return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}, precisions
     # In random order, so that the first parts are a sample of all, and all workers share an expensive folder.
     random.Random(run.plan_id).shuffle(todo)
     counts: Counter[str] = Counter()
@@ -337,6 +359,7 @@ def _score_parts(
         for each in workers.score(scoring, todo):
             check()
             counts.update(each["statuses"])
+            precisions.update(each["precisions"])
             stopwatch.add(each["worker_s"])
             num_faces += each["num_faces"]
             refusals.add(each["reasons"], sum(each["statuses"].values()))
@@ -348,23 +371,24 @@ def _score_parts(
     score_s = time.perf_counter() - started
     if not hides:
         console.print(f"{total:,} photographs in {score_s:.1f} s: {total / score_s:.1f} images/s")
-    return {"score_s": score_s, "num_workers": workers.num_workers, "worker_s": stopwatch.take()}
+    return {"score_s": score_s, "num_workers": workers.num_workers, "worker_s": stopwatch.take()}, precisions
 
 
-def _finished_parts(scoring: Scoring, refusals: Refusals, check: Callable[[], None]) -> set[int]:
-    """Return the parts that earlier jobs finished, and count the rejected rows in them.
+def _finished_parts(scoring: Scoring, refusals: Refusals, precisions: set[str], check: Callable[[], None]) -> set[int]:
+    """Return the parts that earlier jobs finished, count their rejected rows, and add to the `precision` values.
 
     Parts with photographs that storage refused are not counted as finished, because storage may serve them now.
     """
     retry = Retry(scoring.outage_s)
-    done = set()
+    done, columns = set(), ["uri", "status", "error", "precision"]
     for number in scoring.parts.finished():
         uri = scoring.parts.uri(number)
-        images = retry.call(lambda uri=uri: scoring.storage.read_table(uri, ["uri", "status", "error"]))  # type: ignore[misc]
+        images = retry.call(lambda uri=uri: scoring.storage.read_table(uri, columns))  # type: ignore[misc]
         check()
         rows = zip(images["status"].to_pylist(), images["error"].to_pylist(), strict=True)
         if not any(status == Status.FAILED and error != KILLED_ITS_WORKER for status, error in rows):
             refusals.add(reject_reasons(images, SCORED_STATUSES), images.num_rows)
+            precisions.update(images["precision"].drop_null().to_pylist())
             done.add(number)
     return done
 

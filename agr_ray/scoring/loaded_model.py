@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +15,7 @@ from agr_ray.config.pipeline import Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import LabelSpace
-from agr_ray.models.checkpoint import model_digest, read_meta
+from agr_ray.models.checkpoint import Checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.transform import Transform
 from agr_ray.predict.resolve import resolve
@@ -38,30 +37,43 @@ class Model:
     calibration_digest: str
 
 
-def load_model(directory: Path, job: ScoreJob, console: Console) -> Model:
-    """Load the model, and warn if it does not fit the job well."""
-    meta = read_meta(directory)
+def load_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model:
+    """Return what a run predicts with, and warn if it does not fit the job well.
+
+    Raises:
+        ConfigError: a setting is refused, as by `resolve`, or no faces would be detected.
+    """
     pipeline, calibration, reason = resolve(
-        directory,
+        checkpoint,
         Pipeline(vision=job.vision, predict=job.predict),
         key="score.checkpoint",
         allow_uncalibrated=job.score.allow_uncalibrated,
     )
-    if pipeline.vision.detector == "none":
-        raise ConfigError("vision.detector 'none' detects no faces; scoring allows: mtcnn, haar")
-    if meta["vision"]["detector"] != pipeline.vision.detector:
-        trained, chosen = meta["vision"]["detector"], pipeline.vision.detector
+    trained, chosen = checkpoint.pipeline.vision.detector, pipeline.vision.detector
+    if chosen == "none":
+        if calibration is None:
+            remedy = "give --vision.detector mtcnn (or haar)"
+        else:
+            remedy = (
+                "calibrate it again with jobs/evaluate.py --calibrate on a set prepared with mtcnn or haar, or give "
+                "--vision.detector mtcnn --allow-uncalibrated to do without intervals and abstention"
+            )
+        raise ConfigError(
+            f"score.checkpoint {job.score.checkpoint}: vision.detector is none, for whole chips, and finds no faces "
+            f"in photographs; {remedy}"
+        )
+    if trained != chosen:
         console.print(f"warning: the model was trained on crops found by {trained}, but scoring uses {chosen}")
     if calibration is None:
         console.print(f"warning: uncalibrated: no age_low and age_high, no abstention, no corrected shares: {reason}")
     elif calibration.overlap_warning:
         console.print(f"warning: {calibration.overlap_warning}")
     return Model(
-        checkpoint=portable_checkpoint(directory),
-        digest=model_digest(directory),
-        tasks=tuple(meta["model"]["tasks"]),
-        space=LabelSpace.from_json(meta["label_space"]),
-        transform=Transform.from_json(meta["transform"]),
+        checkpoint=portable_checkpoint(checkpoint.directory),
+        digest=checkpoint.digest,
+        tasks=checkpoint.model.tasks,
+        space=checkpoint.model.space,
+        transform=checkpoint.transform,
         pipeline=pipeline,
         calibration=calibration,
         uncalibrated_because=reason,

@@ -45,7 +45,7 @@ class Refusals:
         Raises:
             TooManyRefused: there are too many; the message quotes the reason.
         """
-        for reason, num_refused in self._reasons.most_common(2):
+        for reason, num_refused in self._reasons.most_common():
             self._check_reason(reason, num_refused, at_end=at_end)
 
     def _check_reason(self, reason: str, num_refused: int, *, at_end: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
@@ -44,6 +45,7 @@ SUMMARY: Final = pa.schema(
         pa.field("num_faces", pa.int64()),
         pa.field("statuses", pa.map_(pa.string(), pa.int64())),  # images by status
         pa.field("reasons", pa.map_(pa.string(), pa.int64())),  # rejected images by reason
+        pa.field("precisions", pa.list_(pa.string())),  # distinct values of the rows
         pa.field("worker_s", pa.map_(pa.string(), pa.float64())),  # seconds of the worker by stage
     ]
 )
@@ -149,6 +151,7 @@ class PartScorer:
             "num_faces": len(images["faces"].combine_chunks().flatten()),
             "statuses": Counter(images["status"].to_pylist()),
             "reasons": reject_reasons(images, SCORED_STATUSES),
+            "precisions": pc.unique(images["precision"].drop_null()).to_pylist(),
             "worker_s": self._finder.stopwatch.take(),
         }
 
@@ -296,7 +299,9 @@ class RowPredictor:
             fields |= attribute_columns(predicted, num_faces, self._predictor.space, self._attributes)
         filled = pa.StructArray.from_arrays(list(fields.values()), fields=list(FACE))
         lists = pa.ListArray.from_arrays(faces.offsets, filled)
-        return found.images.set_column(IMAGES.get_field_index("faces"), IMAGES.field("faces"), lists)
+        has_faces = pc.greater(pc.list_value_length(lists), 0)
+        columns = {"faces": lists, "precision": pc.if_else(has_faces, self._predictor.precision, None)}
+        return pa.table({name: columns.get(name, found.images[name]) for name in IMAGES.names}, schema=IMAGES)
 
 
 def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:

@@ -11,7 +11,7 @@ A sweep is a folder, OUT/NAME:
     trials.parquet      schema.TRIALS and the searched keys, a row for each trial
     sweep.html          the report
 
-The records are what a sweep is resumed from. A trial whose record says that it has not ended goes on, from the last
+The records are what a sweep is resumed from. A trial whose record says that it has not ended resumes from the last
 checkpoint of its training run; one that failed before its first epoch is tried again.
 """
 
@@ -123,8 +123,8 @@ class Sweep:
         self._retry.call(self._save_study)
         self._retry.call(self.clean)
         if self.trials:
-            gone_on = f", {len(self._queue)} of them go on" if self._queue else ""
-            self._say(f"{len(self.trials)} of {self.plan.num_trials} trials were begun before{gone_on}")
+            resumed = f"; {len(self._queue)} unfinished, to be resumed" if self._queue else ""
+            self._say(f"{len(self.trials)} of {self.plan.num_trials} trials were begun before{resumed}")
 
     def next(self) -> tuple[int, dict[str, Any]] | None:
         """Return the number and values of the next trial; None: no trial is left.
@@ -171,7 +171,7 @@ class Sweep:
         again = bool(self.trials[number].epochs or self.trials[number].failures)
         self._started[number] = time.monotonic()
         shown = ", ".join(f"{key} {shown_value(value)}" for key, value in self.trials[number].params.items())
-        self._say(f"trial {number} {'goes on' if again else 'begins'}: {shown}")
+        self._say(f"trial {number} {'resumes' if again else 'begins'}: {shown}")
 
     def reported(self, number: int, row: Mapping[str, Any]) -> None:
         """Record an epoch: a row of schema.HISTORY, as the trial reports it."""
@@ -185,7 +185,7 @@ class Sweep:
         """Record that a trial failed and will be retried."""
         trial = self._timed(number)
         self._keep(dataclasses.replace(trial, failures=(*trial.failures, why)))
-        self._say(f"trial {number} failed ({why}); it goes on from its last checkpoint")
+        self._say(f"trial {number} failed ({why}); it resumes from its last checkpoint")
 
     def failed(self, number: int, why: str) -> None:
         """Record that a trial failed for good."""

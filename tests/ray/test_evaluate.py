@@ -255,7 +255,7 @@ def test_results_go_into_no_folder_that_holds_anything_else(model: Path, data: P
     assert metrics
     with pytest.raises(ConfigError, match=r"evaluated: holds the evaluation of .*model on split test"):
         evaluate(evaluate_job(model, data, split="val", out=str(data.parent / "evaluated")))
-    with pytest.raises(ConfigError, match="exists and holds no evaluation"):
+    with pytest.raises(ConfigError, match="holds files, but no evaluation"):
         evaluate(evaluate_job(model, data, out=str(data)))
 
 

@@ -15,18 +15,16 @@ import pytest
 from PIL import Image
 from ray.data import ActorPoolStrategy
 from sets import checkpoint, iou
+from this_process import scoring_of
 
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.data.rendered import RenderedPhotograph, render_photograph
 from agr_ray.errors import ConfigError
 from agr_ray.labels import GENDERS, UTKFACE
-from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.runtime.part_runner import run_parts
 from agr_ray.runtime.score import RemotelyPredicted, remote_predictors, score
 from agr_ray.schema import IMAGES, SCHEMA_VERSION
 from agr_ray.scoring.planning import plan
-from agr_ray.scoring.scorer import Scoring
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import Parts
 from agr_ray.vision.decode import encode_jpeg
@@ -303,27 +301,8 @@ def test_aggregates_alone_name_no_photograph_and_are_not_made_twice(job: ScoreJo
 def test_predictors_in_other_processes_give_what_one_process_gives(
     job: ScoreJob, published: Path, folder: Path, drawn: Any, tmp_path: Path
 ) -> None:
-    storage, model = Storage(), folder / "model"
-    scoring = Scoring(
-        storage=storage,
-        work=str(tmp_path),
-        vision=job.vision,
-        gates=job.gates,
-        predict=job.predict,
-        attributes=("age", "gender", "race"),
-        batch_size=2,
-        outage_s=0.0,
-        transform=load_checkpoint(model).transform,
-        checkpoint=portable_checkpoint(model),
-        calibration=None,
-        provenance={
-            "run_id": "run",
-            "model_digest": "model",
-            "config_digest": "config",
-            "schema_version": SCHEMA_VERSION,
-        },
-        use_gpu=False,
-    )
+    storage = Storage()
+    scoring = scoring_of(folder / "model", tmp_path, vision=job.vision, gates=job.gates, batch_size=2)
     made = plan(storage, job.score, Parts(storage, str(tmp_path)).manifest)
     parts = range(made.num_parts)
 

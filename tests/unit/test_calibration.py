@@ -258,6 +258,7 @@ def test_json_brings_back_the_same() -> None:
         risk=0.1,
         model_digest="ab",
         pipeline=Pipeline(predict=PredictConfig(flip_average=True)),
+        precisions=("float32", "bfloat16"),
         split_manifest_sha256="ef",
         content_codes=(-(2**63), 2**63 - 1),
     )
@@ -267,6 +268,7 @@ def test_json_brings_back_the_same() -> None:
     assert json.loads(json.dumps(again.to_json())) == said
     assert again.pipeline.predict.flip_average
     assert (again.notes, again.content_codes) == (calibration.notes, calibration.content_codes)
+    assert again.precisions == ("float32", "bfloat16")
     assert (again.age, again.gender, again.race) == (calibration.age, None, calibration.race)
     assert again.rows["race_pred"].dtype == np.int64
     for one, other in zip(again.apply(predictions), calibration.apply(predictions), strict=True):
@@ -280,7 +282,10 @@ def test_what_is_no_calibration_is_refused() -> None:
         ({"rows": {}}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: 'age_group'"),
         ({"race": {"n": 1}}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: "),
         ({"surplus": 1}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: "),
-        ({"pipeline": {}}, "expected what jobs/evaluate.py --calibrate writes, found otherwise: vision: expected the"),
+        (
+            {"pipeline": {}},
+            "expected what jobs/evaluate.py --calibrate writes, found otherwise: vision: expected a table",
+        ),
         ({"n": 61}, "expected 61 of each of rows, found"),
         ({"age": said["age"] | {"half_widths_years": [1.0]}}, "expected 9 half_widths_years, found 1"),
     ):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from agr_ray.config import ModelConfig, PredictConfig, VisionConfig
 from agr_ray.config.pipeline import Pipeline
+from agr_ray.errors import ConfigError
 from agr_ray.labels import UTKFACE
+from agr_ray.models import checkpoint_files
 from agr_ray.models.card import model_card
 from agr_ray.models.checkpoint import (
     CARD,
@@ -28,8 +32,10 @@ from agr_ray.models.checkpoint import (
     model_digest,
     save_checkpoint,
 )
+from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
+from agr_ray.storage import Storage
 
 CONFIG = ModelConfig(preset="lightweight", image_size=32, age_head="distribution", bn_momentum=None)
 # printf a | sha256sum: ca978112ca1bbdca...
@@ -90,17 +96,31 @@ def test_settings_of_vision_and_prediction_come_back(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda meta: meta["vision"].pop("min_score"), r"meta\.json: vision: expected the keys \["),
-        (lambda meta: meta.pop("predict"), r"meta\.json: predict: expected the keys .*, found None"),
-        (lambda meta: meta["predict"].update(precision="int8"), r"meta\.json: predict\.precision: .*found 'int8'"),
+        (lambda meta: meta["vision"].pop("min_score"), r"vision: keys do not match: missing min_score$"),
+        (lambda meta: meta["predict"].update(a=1), r"predict: keys do not match: unknown a$"),
+        (lambda meta: meta["predict"].update(precision="int8"), r"predict\.precision: .*found 'int8'"),
+        (lambda meta: meta["model"].pop("neck"), r"model: keys do not match: missing neck$"),
+        (lambda meta: meta["model"].update(neck_size=1), r"model: keys do not match: unknown neck_size$"),
+        (lambda meta: meta["model"].update(attention="se"), r"model\.attention: there is no attention block 'se'"),
+        (lambda meta: meta["label_space"].update(races=[]), r"model\.tasks: the label space utkface has no races"),
+        (lambda meta: meta["transform"].pop("mean"), r"transform: expected the keys"),
+        (lambda meta: meta.pop("predict"), r"top level: keys do not match: missing predict$"),
+        (lambda meta: meta.update(a=1, b=2), r"top level: keys do not match: unknown a, b$"),
+        (lambda meta: meta.update(data=None), r"data: expected a table, found None$"),
     ],
 )
-def test_incomplete_or_invalid_settings_are_refused(
+def test_what_is_missing_unknown_or_invalid_in_meta_is_named(
     saved: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     edit_meta(saved, change)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=rf"checkpoint/meta\.json: {message}"):
         load_checkpoint(saved)
+
+
+def test_a_metric_that_is_nan_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_checkpoint(tmp_path / "new", MultiTaskNet(CONFIG, UTKFACE), TRANSFORM, metrics={"val": {"n": math.nan}})
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_model_card_says_what_meta_says(saved: Path) -> None:
@@ -148,6 +168,27 @@ def test_damaged_file_is_named(saved: Path, name: str) -> None:
         load_checkpoint(saved)
 
 
+@pytest.mark.parametrize("name", [META, WEIGHTS])
+def test_unreadable_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    (saved / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"{name}: expected"):
+        load_checkpoint(saved)
+
+
+def test_a_checkpoint_that_cannot_be_copied_is_one_line(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(_: Storage, uri: str, *__: str, **___: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", f"{uri}/{WEIGHTS}")
+
+    monkeypatch.setattr(Storage, "download_tree", deny)
+    monkeypatch.setattr(checkpoint_files, "_REPLACED_WITHIN_S", 0.0)
+    with (
+        pytest.raises(ConfigError, match=r"^score\.checkpoint .*: can't be copied .*Permission denied: .*weights"),
+        local_checkpoint(Storage(), str(saved), "score.checkpoint"),
+    ):
+        pytest.fail("copied")
+
+
 def test_missing_or_damaged_train_state_is_named(saved: Path) -> None:
     (saved / TRAIN_STATE).write_bytes(b"\x00\xff")
     with pytest.raises(CheckpointError, match=TRAIN_STATE):
@@ -166,18 +207,6 @@ def test_another_format_is_refused(saved: Path) -> None:
 def test_another_order_of_labels_is_refused(saved: Path) -> None:
     edit_meta(saved, lambda meta: meta["label_space"].update(genders=["male", "female"]))
     with pytest.raises(CheckpointError, match="label_space: genders must be female and male, in this order, not "):
-        load_checkpoint(saved)
-
-
-def test_unknown_model_key_is_refused(saved: Path) -> None:
-    edit_meta(saved, lambda meta: meta["model"].update(attention="se"))
-    with pytest.raises(CheckpointError, match=r"meta\.json: model\.attention"):
-        load_checkpoint(saved)
-
-
-def test_broken_transform_is_refused(saved: Path) -> None:
-    edit_meta(saved, lambda meta: meta["transform"].pop("mean"))
-    with pytest.raises(CheckpointError, match=r"meta\.json: transform: expected the keys"):
         load_checkpoint(saved)
 
 

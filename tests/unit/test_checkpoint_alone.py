@@ -5,49 +5,29 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
 from sets import checkpoint
 from test_resolve import calibrate
+from this_process import ThisProcess
 
-from agr_ray.config import PredictConfig, ScoreConfig, ScoreJob, VisionConfig, parse
+from agr_ray.config import PredictConfig, ScoreJob, VisionConfig, parse
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
-from agr_ray.models.checkpoint import META
+from agr_ray.models.checkpoint import META, WEIGHTS
 from agr_ray.scoring.driver import score_input
-from agr_ray.scoring.publish import Counts, Publication
-from agr_ray.scoring.scorer import PartScorer, Scoring
 from agr_ray.vision.decode import encode_jpeg
 
 STORED = Pipeline(vision=VisionConfig(detector="haar", min_face_px=60), predict=PredictConfig(flip_average=True))
 RECIPE = b"[vision]\ndetector = 'haar'\nmin_face_px = 60\n[predict]\nflip_average = true\n"
-
-
-class Workers:
-    """Score in this process, with what the driver tells them and nothing else."""
-
-    num_workers = 1
-
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-        scorer = PartScorer(scoring)
-        for part in parts:
-            yield scorer.score(part)
-
-    def publish(self, publication: Publication) -> Iterator[Counts]:
-        for file in range(publication.num_files):
-            yield publication.publish_file(file)
 
 
 @pytest.fixture
@@ -72,7 +52,7 @@ def photographs(tmp_path: Path) -> Path:
 def scored(job: ScoreJob) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
     """Return the run's record, its rows but for when and in which run, and what was printed."""
     log = io.StringIO()
-    record = score_input(job, Workers(), make_console(log))
+    record = score_input(job, ThisProcess(), make_console(log))
     table = pq.read_table(Path(job.score.out) / "images" / f"run={record['run_id']}", partitioning=None)
     return record, table.drop(["scored_at", "run_id"]).to_pylist(), log.getvalue()
 
@@ -131,6 +111,44 @@ def test_scoring_without_a_detector_is_refused_wherever_that_comes_from(model: P
     meta = json.loads((model / META).read_text())
     (model / META).write_text(json.dumps(meta | Pipeline(vision=VisionConfig(detector="none")).to_json()))
 
-    with pytest.raises(ConfigError, match=r"^vision\.detector 'none' detects no faces; scoring allows: mtcnn, haar"):
+    remedy = r"give --vision\.detector mtcnn \(or haar\)$"
+    with pytest.raises(ConfigError, match=rf"^score\.checkpoint .*model: vision\.detector is none, .*; {remedy}"):
         scored(job(model, photographs, "out"))
-    assert ScoreConfig().allow_uncalibrated is False
+    calibrate(model, Pipeline(vision=VisionConfig(detector="none")))
+    with pytest.raises(ConfigError, match=r"; calibrate it again .* or give --vision.detector mtcnn --allow-uncal"):
+        scored(job(model, photographs, "out"))
+    record, _, _ = scored(job(model, photographs, "out", "--vision.detector", "haar", "--allow-uncalibrated"))
+    assert (record["num_images"], record["calibrated"]) == (8, False)
+
+
+def test_the_precision_of_predictions_is_recorded_and_another_than_the_calibrations_is_warned_of(
+    model: Path, photographs: Path
+) -> None:
+    warning = "warning: predicted in float32, but calibrated on predictions in bfloat16"
+    calibrate(model, STORED)
+    record, rows, printed = scored(job(model, photographs, "same"))
+    assert record["precisions"] == ["float32"]
+    assert [row["precision"] for row in rows] == ["float32" if row["faces"] else None for row in rows]
+    assert "predicted in" not in printed
+
+    calibrate(model, STORED, precisions=("bfloat16",))
+    assert warning in " ".join(scored(job(model, photographs, "other"))[2].split())
+
+
+def test_attributes_are_written_in_any_order_and_refused_if_the_checkpoint_lacks_them(
+    model: Path, photographs: Path
+) -> None:
+    first, _, _ = scored(job(model, photographs, "out", "--score.attributes", '["age", "gender"]'))
+    again, _, _ = scored(job(model, photographs, "out", "--score.attributes", '["gender", "age", "age"]'))
+    assert (first["num_images"], again["num_images"]) == (8, 0)
+
+    meta = json.loads((model / META).read_text())
+    (model / META).write_text(json.dumps(meta | {"model": meta["model"] | {"tasks": ["age", "gender"]}}))
+    weights = load_file(model / WEIGHTS)
+    save_file({name: each for name, each in weights.items() if not name.startswith("heads.race.")}, model / WEIGHTS)
+    with pytest.raises(
+        ConfigError, match=r"^score\.attributes race: .*model does not predict it; allowed: age, gender$"
+    ):
+        scored(job(model, photographs, "other", "--score.attributes", '["age", "race"]'))
+    _, rows, _ = scored(job(model, photographs, "other"))
+    assert {(face["race"], face["gender"] is None) for row in rows for face in row["faces"]} == {(None, False)}

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
+import json
+from pathlib import Path
 
-from agr_ray.errors import JobError
-from agr_ray.runtime.evaluate import _check_finite
+import numpy as np
+import pyarrow as pa
+import pytest
+from prepared_sets import prepared_set
+
+from agr_ray.config import EvaluateConfig
+from agr_ray.config.pipeline import DEFAULT_PIPELINE
+from agr_ray.data.prepared import open_prepared
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.labels import UTKFACE
+from agr_ray.predict.crop_predictor import prediction_columns, read_predictions
+from agr_ray.runtime.evaluate import _check_finite, _out
+from agr_ray.storage import Storage
 
 
 def test_predictions_that_are_not_finite_are_counted_by_image() -> None:
@@ -17,3 +28,34 @@ def test_predictions_that_are_not_finite_are_counted_by_image() -> None:
     with pytest.raises(JobError, match=r"checkpoint c: its predictions for 2 of 4 images are not finite"):
         _check_finite({"age": age, "gender": p_male, "race": race_probs}, "c")
     _check_finite({"race": race_probs}, "c")
+
+
+def test_predictions_come_back_from_their_rows_even_where_all_are_nan() -> None:
+    nan = np.full(3, np.nan, np.float32)
+    predictions = {"age": nan, "race": np.array([[0.2] * 5, [np.nan] * 5, [0.2] * 5], np.float32)}
+    table = pa.table(prediction_columns(predictions, 3, UTKFACE))
+
+    assert (table["age_pred"].null_count, table["p_male"].null_count) == (3, 3)
+    again = read_predictions(table, ("age", "race"), UTKFACE)
+    assert list(again) == ["age", "race"]
+    for task in again:
+        np.testing.assert_array_equal(again[task], predictions[task])
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"evaluation": {"split": "test"}}'])
+def test_a_metrics_file_of_something_else_is_not_overwritten(tmp_path: Path, content: str) -> None:
+    out, prepared = (
+        tmp_path / "out",
+        open_prepared(Storage(), str(prepared_set(tmp_path / "prepared")), "evaluate.data"),
+    )
+    out.mkdir()
+    (out / "metrics.json").write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"^evaluate\.out .*out: holds a metrics\.json that no evaluation wrote; choose"
+    ):
+        _out(Storage(), EvaluateConfig(out=str(out)), "c", "digest", prepared, DEFAULT_PIPELINE)
+
+    theirs = {"model_digest": "digest", "split_manifest_sha256": prepared.split_manifest_sha256, "split": "test"}
+    theirs |= {"checkpoint": "c", "data": "d", "predict": DEFAULT_PIPELINE.predict.model_dump()}
+    (out / "metrics.json").write_text(json.dumps({"evaluation": theirs}))
+    assert _out(Storage(), EvaluateConfig(out=str(out)), "c", "digest", prepared, DEFAULT_PIPELINE) == str(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
 from test_inference import network
 from test_resolve import calibrate
+from this_process import scoring_of
 
-from agr_ray.config import EvaluateConfig, GatesConfig, PredictConfig, ScoreConfig, VisionConfig
+from agr_ray.config import EvaluateConfig, PredictConfig, ScoreConfig, VisionConfig
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.crops import decoded_crops
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
-from agr_ray.evaluation.calibration import Calibration
 from agr_ray.models.checkpoint import META, save_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.transform import Transform
@@ -32,7 +33,7 @@ from agr_ray.predict.face_finder import Reject
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.schema import CROPS, IMAGES
 from agr_ray.scoring.planning import plan
-from agr_ray.scoring.scorer import Found, PartScorer, RowPredictor, Scoring
+from agr_ray.scoring.scorer import Found, PartScorer, RowPredictor
 from agr_ray.storage import Storage
 from agr_ray.vision.align import crop_side_px
 from agr_ray.vision.decode import encode_jpeg
@@ -47,24 +48,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     save_checkpoint(folder, network("resnet18"), Transform(SIDE_PX, SIDE_PX), pipeline=STORED)
     return folder
-
-
-def scoring(model: Path, work: Path, calibration: Calibration | None = None) -> Scoring:
-    return Scoring(
-        storage=Storage(),
-        work=str(work),
-        vision=STORED.vision,
-        gates=GatesConfig(),
-        predict=STORED.predict,
-        attributes=("age", "gender", "race"),
-        batch_size=4,
-        outage_s=0.0,
-        transform=Transform(SIDE_PX, SIDE_PX),
-        checkpoint=portable_checkpoint(model),
-        calibration=calibration,
-        provenance={"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1},
-        use_gpu=False,
-    )
 
 
 @pytest.mark.parametrize("num_together", [1, 2, 7, 19])
@@ -85,7 +68,7 @@ def test_evaluation_and_scoring_predict_the_same_to_the_last_bit(
     measured = pa.concat_tables(evaluated(pa.table({"part": [str(tmp_path / "part-0.parquet")]})))
 
     crops = decoded_crops(table, SIDE_PX)
-    predictor = RowPredictor(scoring(model, tmp_path))
+    predictor = RowPredictor(scoring_of(model, predict=STORED.predict))
     faces: list[dict[str, Any]] = []
     for start in range(0, len(crops), num_together):
         chunk = crops[start : start + num_together]
@@ -94,6 +77,7 @@ def test_evaluation_and_scoring_predict_the_same_to_the_last_bit(
         faces += predictor.fill(Found(np.arange(1), images, chunk)).to_pylist()[0]["faces"]
 
     assert len({row["p_male"] for row in measured.to_pylist()}) == 19
+    assert measured["precision"].to_pylist() == ["float32"] * 19
     for name, other in (("age_pred", "age"), ("p_male", "p_male"), ("gender_pred", "gender"), ("race_pred", "race")):
         assert measured[name].to_pylist() == [face[other] for face in faces]
     assert measured["race_probs"].to_pylist() == [face["race_probs"] for face in faces]
@@ -137,7 +121,7 @@ def test_a_face_model_gives_the_faces_that_a_scoring_run_writes(
 
     faces = face_model.predict([*photographs.values()])
 
-    run = scoring(model, tmp_path / "work")
+    run = scoring_of(model, tmp_path / "work", vision=STORED.vision, predict=STORED.predict)
     plan(run.storage, ScoreConfig(input=str(tmp_path / "in")), run.parts.manifest)
     list(PartScorer(run)({"part": np.array([0])}))
     rows = {Path(row["uri"]).name: row for row in run.storage.read_table(run.parts.uri(0)).to_pylist()}
@@ -165,5 +149,16 @@ def test_overrides_are_refused_or_allowed_as_in_scoring(model: Path, tmp_path: P
     allowed = FaceModel.load(str(own), overrides=rotated, allow_uncalibrated=True).resolved
     assert (allowed.calibration, allowed.pipeline.vision.detector) == (None, "haar")
     assert allowed.pipeline.vision.try_rotations
-    assert FaceModel.load(str(own)).resolved.calibration is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FaceModel.load(str(own)).resolved.calibration is not None
     assert json.loads((own / META).read_text())["vision"]["detector"] == "haar"
+
+
+def test_a_calibration_of_another_precision_is_warned_of(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    save_checkpoint(own, network("resnet18"), Transform(SIDE_PX, SIDE_PX), pipeline=STORED)
+    calibrate(own, STORED, precisions=("bfloat16",))
+
+    with pytest.warns(UserWarning, match="own: predicted in float32, but calibrated on predictions in bfloat16"):
+        FaceModel.load(str(own))

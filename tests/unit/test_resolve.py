@@ -15,7 +15,7 @@ from agr_ray.config.pipeline import DECISIVE, Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.models.checkpoint import CALIBRATION, META, model_digest
+from agr_ray.models.checkpoint import CALIBRATION, META, load_checkpoint, model_digest
 from agr_ray.predict.resolve import resolve
 
 STORED = Pipeline(vision=VisionConfig(detector="haar", max_side_px=900), predict=PredictConfig(flip_average=True))
@@ -32,7 +32,7 @@ def trained(tmp_path: Path) -> Path:
     return folder
 
 
-def calibrate(folder: Path, pipeline: Pipeline, digest: str = "") -> None:
+def calibrate(folder: Path, pipeline: Pipeline, digest: str = "", precisions: tuple[str, ...] = ("float32",)) -> None:
     """Write a calibration that was fitted under these settings."""
     age = np.random.default_rng(0).uniform(1, 90, 60).astype(np.float32)
     fitted = Calibration.fit(
@@ -42,6 +42,7 @@ def calibrate(folder: Path, pipeline: Pipeline, digest: str = "") -> None:
         risk=0.05,
         model_digest=digest or model_digest(folder),
         pipeline=pipeline,
+        precisions=precisions,
     )
     (folder / CALIBRATION).write_text(json.dumps(fitted.to_json()))
 
@@ -51,27 +52,36 @@ def with_vision(**values: Any) -> Pipeline:
 
 
 def test_settings_that_nobody_gives_are_the_checkpoints(trained: Path) -> None:
-    resolved = resolve(trained, NOTHING, key="score.checkpoint")
+    resolved = resolve(load_checkpoint(trained), NOTHING, key="score.checkpoint")
 
     assert resolved.pipeline == STORED
     assert (resolved.calibration, resolved.reason.partition(";")[0]) == (None, "the checkpoint has no calibration.json")
 
 
 def test_an_explicit_setting_wins_even_where_it_is_the_default(trained: Path) -> None:
-    resolved = resolve(trained, with_vision(detector="mtcnn"), key="score.checkpoint")
+    resolved = resolve(load_checkpoint(trained), with_vision(detector="mtcnn"), key="score.checkpoint")
 
     assert resolved.pipeline == STORED.model_copy(update={"vision": VisionConfig(detector="mtcnn", max_side_px=900)})
 
 
-def test_settings_that_exclude_each_other_are_refused(trained: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^score\.checkpoint: its vision settings .*: max_side_px = 900 has no"):
-        resolve(trained, with_vision(small_faces=True), key="score.checkpoint")
+def test_settings_that_exclude_each_other_are_refused_and_the_message_says_whose_they_are(trained: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve(load_checkpoint(trained), with_vision(small_faces=True), key="score.checkpoint")
+
+    assert str(refused.value) == (
+        "score.checkpoint: vision.small_faces = True can't be combined with the checkpoint's other vision settings: "
+        "max_side_px = 900 has no effect with small_faces; give only one of them; a setting of the checkpoint that is "
+        "not wanted must be overridden, too"
+    )
+    given = with_vision(small_faces=True, max_side_px=1280)
+    resolved = resolve(load_checkpoint(trained), given, key="score.checkpoint")
+    assert resolved.pipeline.vision == VisionConfig(detector="haar", small_faces=True)
 
 
 def test_a_calibrated_checkpoint_has_the_settings_it_was_calibrated_under(trained: Path) -> None:
     calibrate(trained, with_vision(detector="haar", min_face_px=60))
 
-    resolved = resolve(trained, NOTHING, key="score.checkpoint")
+    resolved = resolve(load_checkpoint(trained), NOTHING, key="score.checkpoint")
 
     assert resolved.pipeline == with_vision(detector="haar", min_face_px=60)
     assert resolved.calibration is not None
@@ -82,7 +92,7 @@ def test_what_the_calibration_depends_on_cannot_be_overridden(trained: Path) -> 
     calibrate(trained, STORED)
 
     with pytest.raises(ConfigError) as refused:
-        resolve(trained, with_vision(detector="mtcnn"), key="score.checkpoint")
+        resolve(load_checkpoint(trained), with_vision(detector="mtcnn"), key="score.checkpoint")
 
     assert str(refused.value) == (
         "score.checkpoint: vision.detector = mtcnn, but the checkpoint was calibrated with haar, and it decides which "
@@ -90,14 +100,14 @@ def test_what_the_calibration_depends_on_cannot_be_overridden(trained: Path) -> 
         "give --allow-uncalibrated to do without intervals and abstention"
     )
     with pytest.raises(ConfigError, match=r"predict\.flip_average = False, but .* was calibrated with True"):
-        resolve(trained, Pipeline(predict=PredictConfig(flip_average=False)), key="score.checkpoint")
+        resolve(load_checkpoint(trained), Pipeline(predict=PredictConfig(flip_average=False)), key="score.checkpoint")
 
 
 def test_unless_that_is_allowed_and_then_there_is_no_calibration(trained: Path) -> None:
     calibrate(trained, STORED)
 
     given = with_vision(detector="mtcnn")
-    resolved = resolve(trained, given, key="score.checkpoint", allow_uncalibrated=True)
+    resolved = resolve(load_checkpoint(trained), given, key="score.checkpoint", allow_uncalibrated=True)
 
     assert resolved.pipeline.vision == VisionConfig(detector="mtcnn", max_side_px=900)
     assert resolved.calibration is None
@@ -108,7 +118,7 @@ def test_unless_that_is_allowed_and_then_there_is_no_calibration(trained: Path) 
 def test_equal_values_and_limits_of_files_keep_the_calibration(trained: Path, given: dict[str, Any]) -> None:
     calibrate(trained, STORED)
 
-    resolved = resolve(trained, with_vision(**given), key="score.checkpoint")
+    resolved = resolve(load_checkpoint(trained), with_vision(**given), key="score.checkpoint")
 
     assert resolved.calibration is not None
     assert resolved.pipeline.vision == STORED.vision.model_copy(update=given)
@@ -117,7 +127,7 @@ def test_equal_values_and_limits_of_files_keep_the_calibration(trained: Path, gi
 def test_calibrating_again_starts_from_the_settings_of_training(trained: Path) -> None:
     calibrate(trained, NOTHING)
 
-    resolved = resolve(trained, NOTHING, key="evaluate.checkpoint", recalibrate=True)
+    resolved = resolve(load_checkpoint(trained), NOTHING, key="evaluate.checkpoint", recalibrate=True)
 
     assert (resolved.pipeline, resolved.calibration) == (STORED, None)
 
@@ -125,7 +135,7 @@ def test_calibrating_again_starts_from_the_settings_of_training(trained: Path) -
 def test_another_models_calibration_is_not_used(trained: Path) -> None:
     calibrate(trained, NOTHING, digest="another")
 
-    resolved = resolve(trained, NOTHING, key="score.checkpoint")
+    resolved = resolve(load_checkpoint(trained), NOTHING, key="score.checkpoint")
 
     assert (resolved.pipeline, resolved.calibration) == (STORED, None)
     assert "belongs to another model" in resolved.reason

@@ -30,7 +30,8 @@ from agr_ray.errors import ConfigError
 from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, REJECTS
 from agr_ray.scoring import driver, grouping, unpublished
 from agr_ray.scoring.driver import score_input
-from agr_ray.scoring.refusals import TooManyRefused
+from agr_ray.scoring.planning import Plan
+from agr_ray.scoring.refusals import Refusals, TooManyRefused
 from agr_ray.storage import ArchivedObject, ServerFailed, Storage, StorageFailed
 from agr_ray.storage.lock import LockLost
 from agr_ray.storage.parts import Parts
@@ -389,6 +390,14 @@ def test_an_input_of_which_all_is_archived_is_refused(bucket: Bucket, monkeypatc
     refuse(monkeypatch, lambda _: True, ArchivedObject)
     with pytest.raises(TooManyRefused, match=r"6 of 6 photographs .*: archived: "):
         bucket.score()
+
+
+def test_the_third_most_frequent_reason_can_fail_a_run() -> None:
+    made = Plan(1000, 0, 0, 0, 1000, 10, 100, {}, {})
+    refusals = Refusals(ScoreConfig(input="in", max_refused=0.1), made)
+    refusals.add({"archived: GLACIER": 400, "archived: DEEP_ARCHIVE": 300, "failed: AccessDenied": 200}, 1000)
+    with pytest.raises(TooManyRefused, match=r"200 of 1,000 photographs .*: failed: AccessDenied"):
+        refusals.check(at_end=True)
 
 
 def test_leftovers_that_cannot_be_deleted_stop_no_run(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

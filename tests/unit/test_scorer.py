@@ -15,12 +15,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
 from sets import checkpoint
+from this_process import PROVENANCE, scoring_of
 
-from agr_ray.config import GatesConfig, PredictConfig, ScoreConfig, VisionConfig
+from agr_ray.config import GatesConfig, ScoreConfig, VisionConfig
 from agr_ray.data.rendered import render_chip
-from agr_ray.labels import GENDERS
-from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.models.checkpoint_files import portable_checkpoint
+from agr_ray.labels import GENDERS, UTKFACE
 from agr_ray.predict import attributes
 from agr_ray.predict.face_finder import FaceFinder
 from agr_ray.schema import IMAGES
@@ -39,8 +38,6 @@ from agr_ray.storage import parts as parts_module
 from agr_ray.storage.parts import MAX_DEATHS, Parts
 from agr_ray.vision.decode import encode_jpeg
 
-PROVENANCE = {"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": 1}
-
 
 class Killed(BaseException):
     """What SIGKILL is to a worker process: nothing in it gets to run any more."""
@@ -56,21 +53,7 @@ def scoring(tmp_path: Path) -> Scoring:
         (photographs / f"{number}.jpg").write_bytes(encode_jpeg(image))
     storage, model = Storage(), checkpoint(tmp_path / "model")
     plan(storage, ScoreConfig(input=str(photographs)), Parts(storage, str(tmp_path / "work")).manifest)
-    return Scoring(
-        storage=storage,
-        work=str(tmp_path / "work"),
-        vision=VisionConfig(detector="haar"),
-        gates=GatesConfig(),
-        predict=PredictConfig(),
-        attributes=("age", "gender"),
-        batch_size=4,
-        outage_s=60.0,
-        transform=load_checkpoint(model).transform,
-        checkpoint=portable_checkpoint(model),
-        calibration=None,
-        provenance=PROVENANCE,
-        use_gpu=False,
-    )
+    return scoring_of(model, tmp_path / "work", attributes=("age", "gender"), outage_s=60.0)
 
 
 def test_a_sideways_face_has_its_rotation_in_its_row_and_its_box_in_original_pixels(scoring: Scoring) -> None:
@@ -216,6 +199,9 @@ def test_a_network_that_gives_nan_names_no_gender_and_no_race(
         .to_pylist()
     )
 
+    assert [face["age"] for face in row["faces"]] == [30.0, None]
+    assert [face["p_male"] for face in row["faces"]] == [pytest.approx(0.9), None]
+    assert [name for name, probability in row["faces"][1]["race_probs"] if probability is None] == [*UTKFACE.races]
     assert [face["gender"] for face in row["faces"]] == ["male", None]
     assert [face["race"] for face in row["faces"]] == ["black", None]
     assert [face["abstain"] for face in row["faces"]] == [[], ["gender", "race"]]

@@ -260,8 +260,8 @@ def test_a_reader_never_gets_a_checkpoint_that_was_replaced_meanwhile(tmp_path: 
     publisher.start()
     try:
         for _ in range(5):
-            with local_checkpoint(STORAGE, uri, "score.checkpoint") as directory:
-                assert model_digest(directory) in models
+            with local_checkpoint(STORAGE, uri, "score.checkpoint") as loaded:
+                assert loaded.digest in models
     finally:
         stop.set()
         publisher.join()

@@ -12,9 +12,12 @@ from PIL import Image
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
+from agr_ray.schema import SCHEMA_VERSION
 from agr_ray.scoring.publish import Counts, Publication
 from agr_ray.scoring.scorer import PartScorer, RowPredictor, Scoring
 from agr_ray.storage import Storage
+
+PROVENANCE = {"run_id": "run", "model_digest": "model", "config_digest": "config", "schema_version": SCHEMA_VERSION}
 
 
 class ThisProcess:
@@ -22,7 +25,8 @@ class ThisProcess:
 
     num_workers = 1
 
-    def __init__(self, predictor: RowPredictor) -> None:
+    def __init__(self, predictor: RowPredictor | None = None) -> None:
+        """Without a predictor, load the network for every call of `score`."""
         self._predictor = predictor
 
     def session(self) -> AbstractContextManager[None]:
@@ -41,19 +45,24 @@ class ThisProcess:
     def of(cls, model: Path) -> ThisProcess:
         """Load a checkpoint, and what else takes its time, once."""
         Image.init()
-        scoring = Scoring(
-            storage=Storage(),
-            work="",
-            vision=VisionConfig(detector="haar"),
-            gates=GatesConfig(),
-            predict=PredictConfig(),
-            attributes=("age", "gender", "race"),
-            batch_size=2,
-            outage_s=0.0,
-            transform=load_checkpoint(model).transform,
-            checkpoint=portable_checkpoint(model),
-            calibration=None,
-            provenance={},
-            use_gpu=False,
-        )
-        return cls(RowPredictor(scoring))
+        return cls(RowPredictor(scoring_of(model)))
+
+
+def scoring_of(model: Path, work: Path | str = "", **changes: Any) -> Scoring:
+    """Return what the workers of a run are told that scores with this checkpoint, uncalibrated."""
+    settings = {
+        "storage": Storage(),
+        "work": str(work),
+        "vision": VisionConfig(detector="haar"),
+        "gates": GatesConfig(),
+        "predict": PredictConfig(),
+        "attributes": ("age", "gender", "race"),
+        "batch_size": 4,
+        "outage_s": 0.0,
+        "transform": load_checkpoint(model).transform,
+        "checkpoint": portable_checkpoint(model),
+        "calibration": None,
+        "provenance": PROVENANCE,
+        "use_gpu": False,
+    }
+    return Scoring(**settings | changes)

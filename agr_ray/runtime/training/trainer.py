@@ -192,7 +192,7 @@ def _check_workers(config: TrainConfig, check: Callable[..., None]) -> None:
 
 
 def _failed(run: Run, why: str) -> JobError:
-    return JobError(f"{run.uri}: {why}; the same command goes on from its last checkpoint")
+    return JobError(f"{run.uri}: {why}; the same command resumes it from its last checkpoint")
 
 
 @contextmanager

@@ -1,0 +1,24 @@
+"""Whether a plan fits a cluster, and what the message advises."""
+
+from __future__ import annotations
+
+import pytest
+
+from agr_ray.errors import ConfigError
+from agr_ray.runtime import cluster
+
+
+@pytest.mark.parametrize(
+    ("cpus_each", "gpus_each", "advice"),
+    [
+        (4.0, 0.0, "4 x 4 CPU and 1 for reading .* give a local cluster more logical CPUs with cluster.num_cpus$"),
+        (0.0, 1.0, "4 x 1 GPU, 4 in all; the cluster has 0. Ask for fewer workers, or leave use_gpu out$"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_told_what_helps(
+    monkeypatch: pytest.MonkeyPatch, cpus_each: float, gpus_each: float, advice: str
+) -> None:
+    monkeypatch.setattr(cluster, "_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"CPU": 8.0}])
+    with pytest.raises(ConfigError, match=rf"^score\.use_gpu asks for {advice}"):
+        cluster.refuse_misfit("score.use_gpu", 4, cpus_each, gpus_each)
