@@ -202,7 +202,7 @@ def glob_expression(glob: str) -> str:
         if token in fixed:
             made += fixed[token]
         elif token == "[":
-            raise ValueError(f"{glob!r} is not understood: [ opens a set that no ] closes; [[] is a plain [")
+            raise ValueError(f"{glob!r} is not understood: [ without ]; write [[] for a literal [")
         elif token.startswith("["):
             members = re.sub(r"([\\^\[\]])", r"\\\1", token[1:-1].removeprefix("!"))
             made += f"[^/{members}]" if token[1] == "!" else f"[{members}]"

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from agr_ray.config import PAPER_POINT, ParameterConfig, Scalar, TrainJob, TuneConfig, TuneJob
 from agr_ray.errors import ConfigError
+from agr_ray.redact import shown
 from agr_ray.tuning.trials import ERROR_TASKS
 
 Params = Mapping[str, Scalar]
@@ -120,10 +121,9 @@ def with_values(job: TrainJob, values: Mapping[str, Any]) -> TrainJob:
         key, message = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
         if first["type"] == "value_error":
             raise ConfigError(f"{key}: {message}" if key else message) from None
-        given = next((value for name, value in values.items() if key.startswith(name)), first["input"])
-        named = next((name for name in values if key.startswith(name)), key)
-        message = message[:1].lower() + message[1:]
-        raise ConfigError(f"{named}: {given!r} is not allowed: {message}") from None
+        named = next((name for name in values if f"{key}.".startswith(f"{name}.")), key)
+        given, message = values.get(named, first["input"]), message[:1].lower() + message[1:]
+        raise ConfigError(f"{named}: {shown(given)} is not allowed: {message}") from None
 
 
 def values_of(space: Space, params: Params) -> dict[str, Any]:

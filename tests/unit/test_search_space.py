@@ -135,6 +135,11 @@ def test_a_study_that_can_not_be_locked_is_refused(tmp_path: Path, study: str) -
         ({"model.dropout": {"uniform": [0, 1]}}, 'tune.space."model.dropout": 1.0 is not allowed'),
         ({"train.epochs": {"uniform": [2, 8]}}, 'tune.space."train.epochs": 5.7'),
         ({"train.optimizer": {"choice": ["adam", "lion"]}}, "'lion' is not allowed: input should be 'adam', 'adamw'"),
+        (
+            {"train.balance": {"choice": ["none", "race"]}}
+            | {"train.balance_power": {"uniform": [0, 2], "when": {"train.balance": "race"}}},
+            'tune.space."train.balance_power": 1.2',
+        ),
         ({"train.batch_size": {"integer": [1, 64]}}, "train.batch_size 1 is too small"),
         ({"model.image_size": {"choice": [64, 96]}}, "96 can't be combined with the recipe"),
     ],
