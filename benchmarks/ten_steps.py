@@ -94,7 +94,7 @@ def ten_steps(sections: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
     transform = Transform(image_size=SIDE, crop_side_px=SIDE)
     rows = train(LocalContext(data, data, NUM), model, transform, job, baseline, NUM)
     predictions = predict(model.eval(), data["crop"], transform, job.predict)
-    parts = [values.ravel() for values in predictions if values is not None]
+    parts = [values.ravel() for values in predictions.values()]
     return {
         "losses": [row["train_loss"] for row in rows],
         "objectives": [row["val_objective"] for row in rows],
