@@ -177,7 +177,7 @@ def test_preparing_with_a_missing_table_of_labels(complaint: Complaint, faces: P
         ("name,age\na.jpg,3\n", "expected 'key'"),
         ("", "can't be read as CSV"),
         ("key,age\n,3\n", "row 1"),
-        ("key,age\n/etc/a.jpg,3\n", "no image below"),
+        ("key,age\n/etc/a.jpg,3\n", "no key of labels.csv matches an image"),
     ],
 )
 def test_preparing_with_a_table_that_can_not_be_used(complaint: Complaint, faces: Path, labels: str, said: str) -> None:
