@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from agr_ray.schema import ABSTAINED
 
 GENDERS: Final = ("female", "male")
 """In every label space, in this order: the sigmoid of the gender logit is the probability of the second."""
@@ -32,9 +34,9 @@ _GROUP: Final = re.compile(r"(\d+)(?:-(\d+)|(\+))")
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """Classes in the order of their tensor codes."""
+    """Classes in the order of their tensor codes. Spaces with the same classes in the same order are equal."""
 
-    name: str
+    name: str = field(compare=False)
     """Name in messages: a built-in space, or `custom`."""
     races: tuple[str, ...]
     """Empty: the data set has no race labels."""
@@ -46,7 +48,8 @@ class LabelSpace:
         """Check the classes.
 
         Raises:
-            ValueError: a class occurs twice or is empty, or the age groups are malformed, overlap or are not ascending.
+            ValueError: a class occurs twice, is empty or is named as `schema.ABSTAINED`, or the age groups are
+                malformed, overlap or are not ascending.
         """
         if self.genders != GENDERS:
             raise ValueError(f"genders must be {' and '.join(GENDERS)}, in this order, not {list(self.genders)}")
@@ -54,6 +57,10 @@ class LabelSpace:
             repeated = sorted({each for each in names if names.count(each) > 1})
             if repeated or not all(each.strip() == each and each for each in names):
                 raise ValueError(f"{what} must be distinct, non-empty names, not {list(names)}")
+            if ABSTAINED in names:
+                raise ValueError(
+                    f"{what} must not have a class {ABSTAINED}: tables mark uncertain faces with that word"
+                )
         if len(self.races) == 1:
             raise ValueError(f"races must have two classes at least, or none, not {list(self.races)}")
         if len(self.age_groups) < 2:
@@ -107,7 +114,10 @@ class LabelSpace:
         expected = ["age_groups", "genders", "name", "races"]
         if sorted(values) != expected:
             raise ValueError(f"expected the keys {expected}, found {sorted(values)}")
-        classes = {key: tuple(map(str, values[key])) for key in expected if key != "name"}
+        for key in ("age_groups", "genders", "races"):
+            if not isinstance(values[key], list) or not all(isinstance(each, str) for each in values[key]):
+                raise ValueError(f"{key} must be a list of names, not {values[key]!r}")
+        classes = {key: tuple(values[key]) for key in expected if key != "name"}
         return cls(name=str(values["name"]), **classes)
 
 
@@ -153,12 +163,6 @@ class Labels:
         low, high = (None if ends is None else ends[rows] for ends in (self.age_low, self.age_high))
         return Labels(self.space, self.age[rows], self.gender[rows], self.race[rows], low, high)
 
-    def has(self, task: str) -> NDArray[np.bool_]:
-        """Return which rows have a label of age (exact or a range), gender or race, (n,) bool."""
-        if task == "age":
-            return np.isfinite(self.age_range[0])
-        return {"gender": self.gender, "race": self.race}[task] >= 0
-
     @property
     def age_range(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the first and last year of each age, (n,) float64: twice the age if it is exact; NaN: missing."""
@@ -170,12 +174,12 @@ class Labels:
 
     @property
     def age_group(self) -> IntArray:
-        """Return the index of each row's age group, (n,) int64; -1: missing.
+        """Return the index of each row's age group, (n,) int64; -1: missing, or a range that spans several groups.
 
-        A range is in the group that holds it; where none does, in the one that its middle is in, or is nearest to.
+        A range has a group only if all its ages are in that group.
         """
-        low, high = self.age_range
-        return self.space.age_group((low + high) / 2)
+        first, last = (self.space.age_group(ends) for ends in self.age_range)
+        return np.where(first == last, first, CLASS_MISSING)
 
 
 def group_years(name: str) -> tuple[int, int]:
@@ -235,18 +239,20 @@ RACE_MAPPINGS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
 def race_mapping(source: LabelSpace, target: LabelSpace) -> dict[str, str]:
     """Return the target's race for each race of the source.
 
-    Equal names map onto each other, in whatever order the spaces have them. If one of the spaces has no races, the
-    mapping is empty: all rows lack the label.
+    Two spaces with the same names, in any order, map by name. Otherwise equal names may mean different people: the
+    `others` of a space with two races are not those of UTKFace. If one of the spaces has no races, the mapping is
+    empty: all rows lack the label.
 
     Raises:
         ValueError: no table of `RACE_MAPPINGS` leads from one to the other; one line.
     """
-    if not target.races:
+    if not source.races or not target.races:
         return {}
-    if set(source.races) <= set(target.races):
+    names = set(source.races), set(target.races)
+    if names[0] == names[1]:
         return {race: race for race in source.races}
     for (start, end), mapping in RACE_MAPPINGS.items():
-        if SPACES[start].races == source.races and SPACES[end].races == target.races:
+        if names == (set(SPACES[start].races), set(SPACES[end].races)):
             return dict(mapping)
     known = ", ".join(f"{start} onto {end}" for start, end in RACE_MAPPINGS)
     raise ValueError(

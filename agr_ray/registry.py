@@ -31,7 +31,9 @@ class Registry:
         return tuple(self._parts)
 
     def register(self, name: str, part: str | Callable[..., Any]) -> None:
-        """Add a part: `module:name`, or the callable itself.
+        """Add a part to this process: `module:name`, or the callable itself.
+
+        Other processes, such as Ray's workers, know only the parts that this module lists.
 
         Raises:
             ValueError: the name is taken.

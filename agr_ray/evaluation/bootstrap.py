@@ -67,8 +67,8 @@ def intervals(
             "mae_years": _percentiles(share("age_absolute", "age")),
             "bias_years": _percentiles(share("age_signed", "age")),
             "within_5": _percentiles(share("age_within", "age")),
-            "exact_group": _percentiles(share("age_exact_group", "age_known")),
-            "one_off": _percentiles(share("age_one_off", "age_known")),
+            "exact_group": _percentiles(share("age_exact_group", "age_grouped")),
+            "one_off": _percentiles(share("age_one_off", "age_grouped")),
         },
         "gender": {
             "accuracy": _percentiles(share("gender_right", "gender")),

@@ -15,7 +15,8 @@ from agr_ray.models.predictions import Predictions
 MIN_GROUP_ROWS: Final = 10
 """Minimum rows of a group to count as the worst."""
 _TERMS: Final = (
-    *("age", "age_absolute", "age_signed", "age_within", "age_known", "age_exact_group", "age_one_off"),
+    *("age", "age_absolute", "age_signed", "age_within", "age_known"),
+    *("age_grouped", "age_exact_group", "age_one_off"),
     *("gender", "gender_right", "race", "race_right"),
 )
 """Terms of `row_terms` that `GroupSums` adds up."""
@@ -52,11 +53,12 @@ class GroupSums:
                 "age": {
                     "n": int(of["age"]),
                     "n_range": int(of["age_known"] - of["age"]),
+                    "n_spanning": int(of["age_known"] - of["age_grouped"]),
                     "mae_years": ratio(of["age_absolute"], of["age"]),
                     "bias_years": ratio(of["age_signed"], of["age"]),
                     "within_5": ratio(of["age_within"], of["age"]),
-                    "exact_group": ratio(of["age_exact_group"], of["age_known"]),
-                    "one_off": ratio(of["age_one_off"], of["age_known"]),
+                    "exact_group": ratio(of["age_exact_group"], of["age_grouped"]),
+                    "one_off": ratio(of["age_one_off"], of["age_grouped"]),
                 },
                 **{
                     task: {"n": int(of[task]), "accuracy": ratio(of[f"{task}_right"], of[task])}
@@ -93,7 +95,8 @@ def worst_group_age_mae(groups: Mapping[str, Any]) -> float | None:
 def groups(labels: Labels) -> dict[str, Iterator[tuple[str, NDArray[np.bool_]]]]:
     """Return each attribute's groups by true label, gender, race, age_group and gender_race: name and (n,) members.
 
-    Without races, the groups of race and gender_race are empty.
+    A row without the label, or with an age range that spans several age groups, is in none of them. Without races, the
+    groups of race and gender_race are empty.
     """
     space, ages = labels.space, labels.age_group
     return {

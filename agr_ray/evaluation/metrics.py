@@ -4,7 +4,8 @@ Every accuracy is derived from its confusion matrix, whose rows are the truth. V
 if nothing is labelled. Ages are rounded to whole years (halves upwards, so that 10.5 is in 11-20) before they are
 assigned to the label space's groups. Male is predicted if and only if p_male > 0.5.
 
-An age range counts for the accuracy of age groups, not for errors in years.
+An age range has no error in years. It counts for the accuracy of age groups if one group contains all of it. A range
+that spans several groups would be right or wrong by guesswork, so it is counted apart.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class MetricSums:
         self.space = space
         sizes = {
             "rows": (2,),
-            "age": (4,),
+            "age": (5,),
             "within": (CS_YEARS,),
             "age_group": (len(space.age_groups), len(space.age_groups)),
             "gender": (len(space.genders), len(space.genders)),
@@ -105,12 +106,14 @@ class MetricSums:
         self.rows = views["rows"]
         """Number of rows, and of those that are fallbacks (no face was found)."""
         self.age = views["age"]
-        """Rows with an exact age; sums of |error|, of error (predicted - true) and of distances to the range, years."""
+        """Rows with an exact age; sums of |error| and of error (predicted - true), years; rows with an age or a range;
+        sum of distances to it, years."""
         self.within = views["within"]
         """Rows with |error| <= k years, for k = 0 .. CS_YEARS - 1."""
         self.age_group = views["age_group"]
-        """Confusion matrix of age groups, exact ages and ranges, as the two below."""
+        """Confusion matrix of age groups, of rows that have one (`Labels.age_group`)."""
         self.gender = views["gender"]
+        """Confusion matrix, as the next."""
         self.race = views["race"]
 
     def update(self, labels: Labels, predictions: Predictions, fallback: NDArray[np.bool_] | None = None) -> None:
@@ -129,9 +132,10 @@ class MetricSums:
             distance = np.maximum(np.maximum(low - guess, guess - high), 0.0)
             exact = np.isfinite(labels.age[known])
             error = guess[exact] - low[exact]
-            self.age += (len(error), np.abs(error).sum(), error.sum(), distance.sum())
+            self.age += (len(error), np.abs(error).sum(), error.sum(), len(guess), distance.sum())
             self.within += (np.abs(error)[:, None] <= np.arange(CS_YEARS)).sum(axis=0)
-            self.age_group += _confusion(labels.age_group[known], self.space.age_group(guess), len(self.age_group))
+            truth, groups = labels.age_group[known], self.space.age_group(guess)
+            self.age_group += _confusion(truth[truth >= 0], groups[truth >= 0], len(self.age_group))
         if "gender" in predictions:
             known = labels.gender >= 0
             guesses = predicted_gender(predictions["gender"][known])
@@ -142,21 +146,22 @@ class MetricSums:
 
     def to_json(self) -> dict[str, Any]:
         """Divide: n, n_fallback, and a table for each task."""
-        num_age, absolute, signed, distance = self.age
-        num_known = self.age_group.sum()
+        num_age, absolute, signed, num_known, distance = self.age
+        num_grouped = self.age_group.sum()
         return {
             "n": int(self.rows[0]),
             "n_fallback": int(self.rows[1]),
             "age": {
                 "n": int(num_age),
                 "n_range": int(num_known - num_age),
+                "n_spanning": int(num_known - num_grouped),
                 "mae_years": ratio(absolute, num_age),
                 "bias_years": ratio(signed, num_age),
                 "within_5": ratio(self.within[WITHIN_YEARS], num_age),
                 "cs": [ratio(count, num_age) for count in self.within],
                 "distance_years": ratio(distance, num_known),
-                "exact_group": ratio(np.trace(self.age_group), num_known),
-                "one_off": ratio(sum(np.trace(self.age_group, offset) for offset in (-1, 0, 1)), num_known),
+                "exact_group": ratio(np.trace(self.age_group), num_grouped),
+                "one_off": ratio(sum(np.trace(self.age_group, offset) for offset in (-1, 0, 1)), num_grouped),
                 "confusion": _counts(self.age_group),
             },
             "gender": _classes_json(self.gender),
@@ -177,8 +182,8 @@ def metrics_report(
     Keys: those of `MetricSums.to_json`; `labels`, the classes in the order of each matrix; `baseline`, of the same
     shape, with `guess`; `groups.{gender,race,age_group,gender_race}.NAME`, of the same shape, by the true label;
     `intervals.{age,gender,race}.METRIC` = [low, high], the 95 % bootstrap interval. `age.n` counts rows with an exact
-    age, which errors in years use, and `age.n_range` rows with a range, which also count for `exact_group`, `one_off`,
-    `confusion` and `distance_years`.
+    age, which errors in years use, and `age.n_range` rows with a range. Both count for `distance_years`. They also count
+    for `exact_group`, `one_off` and `confusion`, except `age.n_spanning` ranges, which span several age groups.
 
     Args:
         labels: the truth.

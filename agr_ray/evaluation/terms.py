@@ -24,10 +24,10 @@ def row_terms(labels: Labels, predictions: Predictions) -> dict[str, FloatArray]
     """Return the terms of n rows, (n,) each; they are zero if a row has no label or the network has no such head.
 
     `age` marks rows with an exact age, whose error is `age_absolute` and `age_signed` (years) and lies `age_within`
-    5 years. `age_known` marks rows with an exact age or a range: `age_distance` is the distance to it in years,
-    `age_exact_group` says whether the age group is right, and `age_one_off` whether it is right or the next. `TASK`
-    marks rows with that class and `TASK_right` those predicted right; `TASK_true_K` and `TASK_right_K` mark the same
-    for true class K.
+    5 years. `age_known` marks rows with an exact age or a range; `age_distance` is the distance to it in years.
+    `age_grouped` marks those of them that have an age group (`Labels.age_group`): `age_exact_group` says whether it is
+    right, and `age_one_off` whether it is right or the next. `TASK` marks rows with that class and `TASK_right` those
+    predicted right; `TASK_true_K` and `TASK_right_K` mark the same for true class K.
     """
     none = np.zeros(len(labels), bool)
     low, high = labels.age_range
@@ -35,7 +35,8 @@ def row_terms(labels: Labels, predictions: Predictions) -> dict[str, FloatArray]
     exact = known & np.isfinite(labels.age)
     low, high = np.where(known, low, 0.0), np.where(known, high, 0.0)
     guess = np.where(known, predictions.get("age", low), 0.0).astype(np.float64)
-    off = np.abs(labels.space.age_group(guess) - labels.age_group)
+    group = labels.age_group
+    grouped, off = known & (group >= 0), np.abs(labels.space.age_group(guess) - group)
     terms: dict[str, NDArray[Any]] = {
         "age": exact,
         "age_absolute": np.where(exact, np.abs(guess - low), 0.0),
@@ -43,8 +44,9 @@ def row_terms(labels: Labels, predictions: Predictions) -> dict[str, FloatArray]
         "age_within": exact & (np.abs(guess - low) <= WITHIN_YEARS),
         "age_known": known,
         "age_distance": np.maximum(np.maximum(low - guess, guess - high), 0.0),
-        "age_exact_group": known & (off == 0),
-        "age_one_off": known & (off <= 1),
+        "age_grouped": grouped,
+        "age_exact_group": grouped & (off == 0),
+        "age_one_off": grouped & (off <= 1),
     }
     genders = predicted_gender(predictions["gender"]) if "gender" in predictions else None
     races = predictions["race"].argmax(axis=1) if "race" in predictions else None

@@ -230,11 +230,20 @@ def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, num_images: i
 
 
 def time_steps(run: Run, model: MultiTaskNet, crops: Batch, side_px: int, device: torch.device) -> Speed:
-    """Time `NUM_STEPS` steps of one worker by the training loop itself, on the same crops again and again."""
+    """Time `NUM_STEPS` steps of one worker by the training loop itself, on the same crops again and again.
+
+    The backbone learns in them: steps with a frozen one (`train.freeze_epochs`) take less.
+    """
     job = run.job.model_copy(
         update={
             "train": run.job.train.model_copy(
-                update={"epochs": 1, "num_workers": 1, "image_sizes": (), "batch_size": len(crops["age"])}
+                update={
+                    "epochs": 1,
+                    "num_workers": 1,
+                    "image_sizes": (),
+                    "freeze_epochs": 0,
+                    "batch_size": len(crops["age"]),
+                }
             )
         }
     )

@@ -108,7 +108,9 @@ def _ages(age: Mapping[str, Any]) -> str:
     """Say how many ages are known as a range, if any are."""
     if not age["n_range"]:
         return ""
-    return f" {age['n']:,} have an exact age, and {age['n_range']:,} an age range, which counts for age groups only."
+    spanning = f"; {age['n_spanning']:,} of them span several groups and are in none" if age["n_spanning"] else ""
+    ranges = f"{age['n_range']:,} an age range, which counts for age groups only{spanning}"
+    return f" {age['n']:,} have an exact age, and {ranges}."
 
 
 def _mapping(said: Mapping[str, Any]) -> str:
@@ -207,7 +209,8 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
             of = counts[attribute]
             if sum(of.values()) or attribute in (*tasks, "age_group"):
                 classes += [(_attribute(attribute), name, f"{n:,}", _share(n, total)) for name, n in of.items()]
-                classes.append((_attribute(attribute), "no label", f"{total - sum(of.values()):,}", ""))
+                rest = "no label, or a range of several groups" if attribute == "age_group" else "no label"
+                classes.append((_attribute(attribute), rest, f"{total - sum(of.values()):,}", ""))
         lines += ["", "Labels that it learnt from:", ""]
         lines += _table(("attribute", "class", "images", "share"), classes)
     return "\n".join(lines)

@@ -203,9 +203,6 @@ def plan(
     data = describe_sets(sets, [table.num_rows for table in trained], num_val_rows, job.train.data_shares)
     where = data["uri"]
     labels = read_labels(rows, space)
-    for task in job.model.tasks:
-        if not labels.has(task).any():
-            raise ConfigError(f"model.tasks has {task}, and no training row of {where} has that label")
     if rows.num_rows < 2 * job.train.max_workers:
         raise ConfigError(
             f"train.data {where}: {rows.num_rows} crops in its train split, too few for train.num_workers "
@@ -281,10 +278,13 @@ def _initial_model(run: Run, labels: Labels) -> MultiTaskNet:
     """Draw the initial weights, or read those that the configuration names.
 
     Raises:
-        ConfigError: they can't be read, or don't fit the network.
+        ConfigError: they can't be read, or don't fit the network; or a task has no label.
     """
     torch.manual_seed(run.job.train.seed)
     model = MultiTaskNet(run.job.model, labels.space)
+    for task, head in model.heads_by_task.items():
+        if not head.num_labelled(head.targets(labels.arrays, len(labels))):
+            raise ConfigError(f"model.tasks has {task}, and no training row of {run.data['uri']} has that label")
     model.initialise(labels.arrays)
     try:
         state = _pretrained_weights(model.backbone, run.job.model.pretrained, run.storage)

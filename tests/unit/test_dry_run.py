@@ -14,6 +14,7 @@ from agr_ray.config import ModelConfig, TrainConfig, TrainJob
 from agr_ray.errors import JobError
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.dry_run import count_memory
+from agr_ray.learn.loop import train as train_loop
 from agr_ray.models.backbones.base import Backbone
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.runtime.train import train
@@ -71,6 +72,20 @@ def test_a_dry_run_times_every_image_size(data: Path, capsys: pytest.CaptureFixt
     assert "time at 48 px" in said
     assert said.count("an epoch with validation, 1 of them") == 1  # of three epochs the first
     assert said.count("an epoch with validation, 2 of them") == 1
+
+
+def test_a_dry_run_times_steps_in_which_the_backbone_learns(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+
+    def loop(context: Any, model: MultiTaskNet, *args: Any) -> Any:
+        history = train_loop(context, model, *args)
+        frozen.append(not all(parameter.requires_grad for parameter in model.parameters()))
+        return history
+
+    monkeypatch.setattr("agr_ray.learn.dry_run.train_loop", loop)
+    train(dry_job(data, freeze_epochs=1))
+
+    assert frozen == [False]
 
 
 def test_a_dry_run_counts_the_images_of_a_part(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,14 @@ def test_an_age_between_two_groups_is_in_the_nearer() -> None:
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_a_space_survives_json(space: LabelSpace) -> None:
-    assert LabelSpace.from_json(json.loads(json.dumps(space.to_json()))) == space
+    again = LabelSpace.from_json(json.loads(json.dumps(space.to_json())))
+    assert (again, again.name) == (space, space.name)
+
+
+@pytest.mark.parametrize("races", ["white", {"white": 1, "black": 2}, ["white", 1], None])
+def test_classes_that_are_no_list_of_names_are_rejected(races: object) -> None:
+    with pytest.raises(ValueError, match="races must be a list of names, not "):
+        LabelSpace.from_json(UTKFACE.to_json() | {"races": races})
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,7 @@ def test_a_space_survives_json(space: LabelSpace) -> None:
         ({"races": ("a", "b", "a")}, "races must be distinct"),
         ({"races": ("a", "")}, "races must be distinct, non-empty"),
         ({"races": ("a",)}, "two classes at least"),
+        ({"races": ("a", "abstained")}, "races must not have a class abstained"),
         ({"genders": ("male", "female")}, "genders must be female and male, in this order"),
         ({"age_groups": ("0-10", "10-20")}, "10-20 follows 0-10"),
         ({"age_groups": ("11-20", "0-10")}, "0-10 follows 11-20"),
@@ -65,10 +73,9 @@ def ranged() -> Labels:
     return Labels(FAIRFACE, age, np.array([0, 1, 1, -1, 0]), np.array([6, 2, -1, 0, 0]), low, high)
 
 
-def test_a_range_is_in_the_group_that_holds_it_or_its_middle() -> None:
-    assert [FAIRFACE.age_groups[k] for k in ranged().age_group[:4]] == ["30-39", "50-59", "40-49", "70+"]
-    assert ranged().age_group[4] == -1
-    assert ranged().has("age").tolist() == [True] * 4 + [False]
+def test_a_range_is_in_the_group_that_holds_all_of_it_or_in_none() -> None:
+    groups = ranged().age_group.tolist()
+    assert groups == [FAIRFACE.age_groups.index("30-39"), FAIRFACE.age_groups.index("50-59"), -1, 8, -1]
 
 
 def test_labels_survive_their_arrays() -> None:
@@ -84,6 +91,23 @@ def test_races_map_by_the_table_by_name_or_not_at_all() -> None:
     assert race_mapping(ADIENCE, UTKFACE) == race_mapping(UTKFACE, ADIENCE) == {}
     with pytest.raises(ValueError, match=r"the races of utkface .* do not map onto those of fairface .*fairface onto"):
         race_mapping(UTKFACE, FAIRFACE)
+
+
+def test_a_table_holds_for_its_classes_in_any_order() -> None:
+    turned = dataclasses.replace(FAIRFACE, name="custom", races=FAIRFACE.races[::-1])
+    assert race_mapping(turned, UTKFACE) == RACE_MAPPINGS["fairface", "utkface"]
+
+
+def test_one_name_among_other_races_is_not_the_same_race() -> None:
+    two = dataclasses.replace(UTKFACE, name="custom", races=("white", "others"))  # whose others are black, too
+    for source, target in ((two, UTKFACE), (UTKFACE, two)):
+        with pytest.raises(ValueError, match="do not map"):
+            race_mapping(source, target)
+
+
+def test_spaces_with_the_same_classes_are_equal_whatever_their_names() -> None:
+    assert LabelsConfig(races=UTKFACE.races).label_space == UTKFACE
+    assert dataclasses.replace(UTKFACE, races=UTKFACE.races[::-1]) != UTKFACE
 
 
 def test_classes_without_races_are_age_groups_and_genders() -> None:

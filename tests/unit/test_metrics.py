@@ -264,12 +264,32 @@ def test_ranges_count_for_age_groups_and_not_for_errors_in_years() -> None:
     sums = GroupSums(FAIRFACE)
     sums.update(truth, guess)
     assert sums.to_json()["age_group"]["30-39"]["age"] == {
-        "n": 1, "n_range": 0, "mae_years": 3.0, "bias_years": 3.0, "within_5": 1.0, "exact_group": 1.0, "one_off": 1.0,
+        "n": 1, "n_range": 0, "n_spanning": 0,
+        "mae_years": 3.0, "bias_years": 3.0, "within_5": 1.0, "exact_group": 1.0, "one_off": 1.0,
     }  # fmt: skip
     only_ranges = truth.take(np.isnan(age))
     own = summed(only_ranges, {"age": guess["age"][1:]}).to_json()
     guessed = summed(only_ranges, Baseline.fit(only_ranges).predict(4)).to_json()
     assert objective(own, guessed, ("age",)) == pytest.approx((23 / 3) / guessed["age"]["distance_years"])
+
+
+def test_a_range_that_spans_several_groups_is_counted_apart() -> None:
+    age, low, high = (np.array(v, np.float32) for v in ([NAN, NAN, 30], [25, 21, NAN], [32, 30, NAN]))
+    truth = Labels(UTKFACE, age, np.full(3, 0), np.full(3, -1), low, high)
+    guess = {"age": np.array([31, 31, 31], np.float32)}  # in 31-40, as are ages of the first range
+
+    report = metrics_report(truth, guess)
+
+    of_age = report["age"]
+    assert (of_age["n"], of_age["n_range"], of_age["n_spanning"]) == (1, 2, 1)
+    assert (of_age["exact_group"], of_age["one_off"], np.sum(of_age["confusion"])) == (0.0, 1.0, 2)
+    assert of_age["distance_years"] == (0 + 1 + 1) / 3
+    assert report["intervals"]["age"]["one_off"] == [1.0, 1.0]
+    assert sum(group["n"] for group in report["groups"]["age_group"].values()) == 2
+    sums = GroupSums(UTKFACE)
+    sums.update(truth, guess)
+    women = sums.to_json()["gender"]["female"]["age"]
+    assert (women["n_range"], women["n_spanning"], women["exact_group"], women["one_off"]) == (2, 1, 0.0, 1.0)
 
 
 def test_a_space_without_races_has_no_race_figures() -> None:
