@@ -133,7 +133,7 @@ class _Run:
 
     def run(self) -> list[Row]:
         while not self.finished and self.epoch < self.job.train.epochs:
-            start = time.perf_counter()
+            start = time.perf_counter() - self.begun.train_s
             self.epoch += 1
             epoch = self._train_epoch()
             self.stepper.average_statistics(epoch.num_local_rows)

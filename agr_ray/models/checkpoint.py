@@ -24,7 +24,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,7 +177,7 @@ def load_train_state(directory: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected the state of a training run, found no such file") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except Exception as error:  # torch's unpickler raises KeyError, IndexError and others on a damaged file
         raise CheckpointError(f"{path}: expected the state of a training run, found {_first_line(error)}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected the state of a training run, found {type(state).__name__}")

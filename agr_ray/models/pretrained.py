@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,9 +41,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise WeightsError(f"weights {path}: {error.strerror or error}") from None
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"weights {path}: not a state dict: {reason}") from None
+    except Exception as error:  # torch's unpickler raises KeyError, IndexError and others on a file of another kind
+        reason = (str(error).splitlines() or [""])[0]
+        raise WeightsError(f"weights {path}: not a state dict: {type(error).__name__} {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"weights {path}: expected a state dict of tensors, found {type(state).__name__} of others")
     return cast(dict[str, Tensor], state)

@@ -245,8 +245,8 @@ def plan(
         git_commit=_git_commit(),
         settings_digest=settings,
     )
-    goes_on = storage.exists(storage.join(uri, "run.json"))
-    return run, None if goes_on else _initial_model(run, labels)
+    is_resumed = storage.exists(storage.join(uri, "run.json"))
+    return run, None if is_resumed else _initial_model(run, labels)
 
 
 def _check_finite(run: Run) -> None:

@@ -190,9 +190,10 @@ def test_a_checkpoint_that_cannot_be_copied_is_one_line(saved: Path, monkeypatch
 
 
 def test_missing_or_damaged_train_state_is_named(saved: Path) -> None:
-    (saved / TRAIN_STATE).write_bytes(b"\x00\xff")
-    with pytest.raises(CheckpointError, match=TRAIN_STATE):
-        load_train_state(saved)
+    for damaged in (b"\x00\xff", b"hello world"):  # the latter is a KeyError of the unpickler
+        (saved / TRAIN_STATE).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=TRAIN_STATE):
+            load_train_state(saved)
     (saved / TRAIN_STATE).unlink()
     with pytest.raises(CheckpointError, match=f"{TRAIN_STATE}: expected .* no such file"):
         load_train_state(saved)

@@ -216,12 +216,14 @@ def test_an_epoch_left_in_its_middle_is_gone_on_with_and_counted_once(
         train(context, network(config), TRANSFORM, config, baseline, 60)
     assert context.snapshot is not None
     assert (context.snapshot.epoch, context.snapshot.num_steps) == (1, 1)
+    context.state["begun"]["train_s"] += 1000.0  # before the interruption
 
     rows, _, _ = run(config, data, model=context.model, resume=context.state)
 
     undisturbed, _, _ = run(config, data)
     assert [row["step"] for row in rows] == [row["step"] for row in undisturbed] == [8, 16]
     assert [row["epoch"] for row in rows] == [1, 2]
+    assert rows[0]["epoch_s"] > 1000.0 > rows[1]["epoch_s"]
     assert 56 <= rows[0]["num_train_rows"] <= 64  # the last batch of an epoch is smaller than the others
     assert rows[1]["num_train_rows"] == 60
     assert rows[0]["train_loss"] == pytest.approx(undisturbed[0]["train_loss"], rel=0.3)

@@ -121,6 +121,7 @@ def test_weights_of_another_backbone_name_tensor_expected_and_found() -> None:
     [
         ("missing.pth", None, "No such file"),
         ("text.pth", b"not weights", "not a state dict"),
+        ("page.pth", b"hello world", "not a state dict"),  # a KeyError of the unpickler
         ("empty.pth", b"", "not a state dict"),
         ("text.safetensors", b"not weights", "not a state dict"),
     ],
