@@ -46,12 +46,13 @@ def training_space(sets: Sequence[PreparedSet], config: LabelsConfig) -> LabelSp
     if space is None:
         space = sets[0].label_space
         for other in sets[1:]:
-            if other.label_space != space:
-                raise ConfigError(
-                    f"train.data: {sets[0].uri} has the label space {space.name}, {other.uri} has "
-                    f"{other.label_space.name}; "
-                    "name the one to train in, such as --labels.space utkface"
-                )
+            for key in ("races", "age_groups"):
+                ours, theirs = (", ".join(getattr(each, key)) or "none" for each in (space, other.label_space))
+                if ours != theirs:
+                    raise ConfigError(
+                        f"train.data: {sets[0].uri} has the {key} {ours}; {other.uri} has {theirs}; name the label "
+                        "space to train in, such as --labels.space utkface"
+                    )
     for prepared in sets:
         try:
             race_mapping(prepared.label_space, space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,18 @@ def test_sets_are_trained_in_their_space_or_in_the_configured_one() -> None:
     first, second = in_space("/one", UTKFACE), in_space("/two", FAIRFACE)
     assert training_space([second, second], LabelsConfig()) == FAIRFACE
     assert training_space([first, second], LabelsConfig(space="utkface")) == UTKFACE
-    with pytest.raises(ConfigError, match="/one has the label space utkface, /two has fairface; name the one"):
+    with pytest.raises(
+        ConfigError, match=r"/one has the races white, .*others; /two has white, .*; name the label space"
+    ):
         training_space([first, second], LabelsConfig())
+    ages = in_space("/ages", dataclasses.replace(UTKFACE, age_groups=("0-17", "18+")))
+    with pytest.raises(
+        ConfigError, match=r"/one has the age_groups 0-10, .*; /ages has 0-17, 18\+; name the label space"
+    ):
+        training_space([first, ages], LabelsConfig())
+    assert (
+        training_space([first, in_space("/own", dataclasses.replace(UTKFACE, name="custom"))], LabelsConfig())
+        == UTKFACE
+    )
     with pytest.raises(ConfigError, match=r"/one: the races of utkface .* do not map onto those of fairface"):
         training_space([first, second], LabelsConfig(space="fairface"))
