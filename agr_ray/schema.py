@@ -277,6 +277,7 @@ HISTORY: Final = pa.schema(
         pa.field("val_race_balanced_accuracy", pa.float64()),
         pa.field("val_worst_group_age_mae_years", pa.float64()),  # of groups by gender, race and both, not too small
         pa.field("val_balanced_objective", pa.float64()),  # as val_objective, of balanced errors: what sweeps go by
+        pa.field("val_age_distance_years", pa.float64()),  # to the true age or age range: of exact ages, the MAE
     ]
 )
 """One row an epoch."""

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 _PANELS: Final = (
     ("Loss", "weighted sum of the tasks", (("train_loss", "training"), ("val_loss", "validation")), 1.0),
-    ("Age error on validation", "mean absolute error, years", (("val_age_mae_years", "age"),), 1.0),
+    ("Age error on validation", "years off the true age or range", (("val_age_distance_years", "age"),), 1.0),
     (
         "Accuracy on validation",
         "right, %",

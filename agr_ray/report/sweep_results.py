@@ -23,9 +23,9 @@ from agr_ray.tuning.trials import Trial, excesses, front, is_feasible, trials_ta
 BEST_RECIPE: Final = "best.toml"
 OBJECTIVE_WORDS: Final = (
     "The mean, over age, gender and race, of the error on validation divided by the error of a constant baseline, the "
-    "median age or the most frequent class of the training images: mean absolute error in years for age, 1 - balanced "
-    "accuracy for gender and race. 1 is no better than the baseline, 0 is perfect. A trial has the objective of its "
-    "best epoch, whose checkpoint is kept."
+    "median age or the most frequent class of the training images: mean distance to the true age or age range for age, "
+    "1 - balanced accuracy for gender and race. 1 is no better than the baseline, 0 is perfect. A trial has the "
+    "objective of its best epoch, whose checkpoint is kept."
 )
 _UNITS: Final = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 

@@ -37,7 +37,7 @@ def test_the_path_of_a_run_is_no_formula() -> None:
 
 
 def test_curves_change_with_what_was_measured() -> None:
-    one, other = (decoded(curves_png(history(3, val_age_mae_years=mae), "runs/one")) for mae in (5.0, 7.0))
+    one, other = (decoded(curves_png(history(3, val_age_distance_years=years), "runs/one")) for years in (5.0, 7.0))
 
     # In the second panel of the upper row, and nowhere else.
     changed = np.argwhere((one != other).any(axis=2))

@@ -26,7 +26,7 @@ from agr_ray.models.checkpoint_files import add_to_card
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.training.fence import Fence
-from agr_ray.runtime.training.worker import RunLogs
+from agr_ray.runtime.training.worker import RunLogs, _epoch_line
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.lock import LockLost
@@ -94,6 +94,14 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
     with pytest.raises(LockLost):
         logs.write(row, [row])
     assert (tmp_path / "run" / "history.parquet").stat().st_mtime_ns == before
+
+
+def test_an_epoch_with_age_ranges_only_says_how_far_off_they_are() -> None:
+    row = dict.fromkeys(HISTORY.names, 2.0) | {"epoch": 4}
+    report = EpochReport(row, True, "", {}, network(), TRANSFORM, dict)
+    assert "val age MAE 2.00 years, gender" in _epoch_line(report, 9)
+    row["val_age_mae_years"] = None
+    assert "loss 2.000, val age off its range by 2.00 years, gender" in _epoch_line(report, 9)
 
 
 def measured() -> dict[str, Any]:

@@ -311,8 +311,10 @@ def _warn(problem: str) -> None:
 def _epoch_line(report: EpochReport, num_epochs: int) -> str:
     row = report.row
     parts = [f"epoch {row['epoch']}/{num_epochs} done in {row['epoch_s']:.0f} s", f"loss {row['train_loss']:.3f}"]
+    is_ranged = row["val_age_mae_years"] is None  # no row of validation has an exact age
     for name, label, scale, unit in (
         ("val_age_mae_years", "val age MAE", 1, " years"),
+        *((("val_age_distance_years", "val age off its range by", 1, " years"),) if is_ranged else ()),
         ("val_gender_accuracy", "gender", 100, " %"),
         ("val_race_accuracy", "race", 100, " %"),
         (OBJECTIVE, "objective", 1, ""),
