@@ -157,7 +157,7 @@ def _interface(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
     return "\n".join(
         [
             f"- In: an upright face, aligned to the template {transform['template']}, {side} x {side} pixels, RGB.",
-            *(f"- Out: {outputs[task]}." for task in tasks),
+            *(f"- Out: {outputs.get(task, task)}." for task in tasks),
             "- Settings, transform and label space are in meta.json; calibration.json, where there is one, holds age "
             "intervals,\n  calibrated probabilities and when to abstain.",
         ]
