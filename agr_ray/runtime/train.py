@@ -335,8 +335,6 @@ def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:
     write_history(run, state["history"])
     curves = curves_png(state["history"], run.uri)
     run.storage.write(run.storage.join(run.uri, "history.png"), curves)
-    lock.check()
-    _write_record(run, state["finished"])
     best_uri = run.storage.join(run.uri, "best")
     tracked, problem = tracked_again(run)
     if tracked is not None:
@@ -347,6 +345,8 @@ def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:
             problem = tracked.log(state["history"]) or tracked.finish([str(Path(temporary, name)) for name in files])
     if problem:
         console.print(f"warning: {problem}")
+    lock.check()
+    _write_record(run, state["finished"])  # last, because a finished run is refused
     return best_uri
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +24,11 @@ from agr_ray.evaluation.metrics import Baseline, metrics_report
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.context import EpochReport
 from agr_ray.learn.run import Run
-from agr_ray.models.checkpoint import CARD, save_checkpoint
+from agr_ray.models.checkpoint import CARD, load_train_state, save_checkpoint
 from agr_ray.models.checkpoint_files import add_to_card
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
+from agr_ray.runtime.train import _publish
 from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.worker import RunLogs, _epoch_line
 from agr_ray.schema import HISTORY
@@ -57,11 +61,11 @@ def test_batches_carry_the_ids_of_their_rows_through_ray_data(arrays: dict[str, 
     assert block.to_batch_format("numpy")["image_id"].tolist() == ["a.jpg", "b.jpg", "c.jpg"]
 
 
-def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, arrays: dict[str, Any]) -> None:
-    run = Run(
+def run_in(folder: Path) -> Run:
+    return Run(
         job=JOB,
-        storage=Storage(),
-        uri=str(tmp_path / "run"),
+        storage=STORAGE,
+        uri=str(folder),
         transform=TRANSFORM,
         pipeline=Pipeline(),
         baseline=Baseline(UTKFACE, None, None, None),
@@ -73,6 +77,10 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
         git_commit="",
         settings_digest="",
     )
+
+
+def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    run = run_in(tmp_path / "run")
     row = dict.fromkeys(HISTORY.names, 1.0) | {"epoch": 4, "step": 9, "num_train_rows": 3, "num_val_rows": 3}
     report = EpochReport(row, True, "epochs", {}, network(), TRANSFORM, dict)
     STORAGE.write(f"{run.uri}/lock.json", b"token")
@@ -94,6 +102,68 @@ def test_the_last_epoch_adds_a_page_of_samples_to_tensorboard(tmp_path: Path, ar
     with pytest.raises(LockLost):
         logs.write(row, [row])
     assert (tmp_path / "run" / "history.parquet").stat().st_mtime_ns == before
+
+
+class Killed(BaseException):
+    """The driver is gone."""
+
+
+class Deadly:
+    """Kills the driver right before one of its writes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = 0
+        for name in ("write", "write_table", "upload_tree"):
+            monkeypatch.setattr(Storage, name, self.watched(getattr(Storage, name)))
+        self.mlflow: list[str] = []
+        monkeypatch.setattr("agr_ray.runtime.train.tracked_again", lambda run: (self, ""))
+
+    def watched(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            if self.left == 1:
+                self.left = 0
+                raise Killed
+            self.left -= 1
+            return act(*args, **kwargs)
+
+        return watching
+
+    def log(self, history: list[dict[str, Any]]) -> str:
+        return ""
+
+    def finish(self, files: list[str]) -> str:
+        self.watched(self.mlflow.append)("finished")
+        return ""
+
+
+def test_a_run_killed_before_any_write_of_its_end_is_ended_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [dict.fromkeys(HISTORY.names, 1) | {"epoch": epoch} for epoch in (1, 2)]
+    lock, console = SimpleNamespace(check=lambda: None), Console(quiet=True)
+    checkpoints = [SimpleNamespace(path=f"checkpoints/{name}") for name in ("first", "second")]
+    result = SimpleNamespace(checkpoint=checkpoints[1], get_best_checkpoint=lambda *_: checkpoints[0])
+    deadly, num_kills, is_killed = Deadly(monkeypatch), 0, True
+    while is_killed:
+        run = run_in(tmp_path / str(num_kills))
+        for epoch, checkpoint in enumerate(checkpoints, 1):
+            state = {"history": rows[:epoch], "finished": "epochs" if epoch == 2 else ""}
+            save_checkpoint(Path(run.uri, checkpoint.path), network(), TRANSFORM, train_state=state)
+        deadly.mlflow.clear()
+        deadly.left, is_killed = num_kills + 1, False
+        try:
+            _publish(run, result, lock, console)  # type: ignore[arg-type]  # all that it uses
+        except Killed:
+            is_killed, num_kills = True, num_kills + 1
+            assert not Path(run.uri, "run.json").exists()  # which would refuse the same command
+            _publish(run, result, lock, console)  # type: ignore[arg-type]  # as above
+
+        assert json.loads(Path(run.uri, "run.json").read_text())["finished"] == "epochs"
+        assert pq.read_table(f"{run.uri}/history.parquet")["epoch"].to_pylist() == [1, 2]
+        assert [len(load_train_state(Path(run.uri, name))["history"]) for name in ("best", "last")] == [1, 2]
+        assert Path(run.uri, "history.png").exists()
+        assert set(deadly.mlflow) == {"finished"}
+    assert num_kills == 6  # best, last, history.parquet, history.png, MLflow, run.json
 
 
 def test_an_epoch_with_age_ranges_only_says_how_far_off_they_are() -> None:
