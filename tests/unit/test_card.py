@@ -29,6 +29,11 @@ GUESS = {
 }
 
 
+def test_an_added_task_is_an_output_by_its_name() -> None:
+    model = meta()["model"] | {"tasks": ["age", "smile"]}
+    assert "\n- Out: smile.\n" in model_card(meta(model=model))
+
+
 def meta(**changes: Any) -> dict[str, Any]:
     report = metrics_report(TRUTH, GUESS, baseline=Baseline.fit(TRUTH))
     groups = GroupSums(UTKFACE)

@@ -23,6 +23,7 @@ from agr_ray.learn.run import Run
 from agr_ray.models.card import model_card
 from agr_ray.models.checkpoint import content_codes
 from agr_ray.models.transform import Transform
+from agr_ray.registry import HEADS, Registry
 from agr_ray.runtime.train import settings_digest, train
 from agr_ray.schema import CROPS
 from agr_ray.storage import Storage
@@ -224,6 +225,14 @@ def test_a_label_that_no_set_has_is_refused(one: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"model.tasks has race, and no training row of .*one \+ .*other has that"):
         train(job(one, other))
+
+
+def test_an_added_task_without_a_label_is_refused(one: Path, two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HEADS, "smile", Registry("smile head", {"square": "toy_parts:Smile"}))
+    smiling = job(one, two).model_copy(update={"model": ModelConfig(image_size=SIDE_PX, tasks=("age", "smile"))})
+
+    with pytest.raises(ConfigError, match=r"model.tasks has smile, and no training row of .*one \+ .*two has that"):
+        train(smiling)
 
 
 def test_a_set_without_training_rows_is_refused(one: Path, two: Path) -> None:
