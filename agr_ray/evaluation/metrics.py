@@ -182,8 +182,8 @@ def metrics_report(
     Keys: those of `MetricSums.to_json`; `labels`, the classes in the order of each matrix; `baseline`, of the same
     shape, with `guess`; `groups.{gender,race,age_group,gender_race}.NAME`, of the same shape, by the true label;
     `intervals.{age,gender,race}.METRIC` = [low, high], the 95 % bootstrap interval. `age.n` counts rows with an exact
-    age, which errors in years use, and `age.n_range` rows with a range. Both count for `distance_years`. They also count
-    for `exact_group`, `one_off` and `confusion`, except `age.n_spanning` ranges, which span several age groups.
+    age, which errors in years use, and `age.n_range` rows with a range. Both count for `distance_years`, and for
+    `exact_group`, `one_off` and `confusion`, except `age.n_spanning` ranges, which span several age groups.
 
     Args:
         labels: the truth.
