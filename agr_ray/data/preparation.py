@@ -18,6 +18,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final, Protocol
@@ -50,6 +51,8 @@ SPLIT_MEMORY: Final = "split_memory.parquet"
 """Splits of all content that the set has ever held."""
 _SAME_PLAN: Final = ("image_id", "etag", "status", "error")
 """Columns by which a killed job's plan is recognised."""
+_NUM_READS: Final = 8
+"""Parts of a plan that are read at a time."""
 
 
 class Workers(Protocol):
@@ -135,7 +138,7 @@ class _Preparation:
         console.print(f"{len(rows):,} images: {valid.num_rows:,} done before, {todo.num_rows:,} to do")
         if todo.num_rows:
             made = self._make(todo, workers)
-            standing += self._retry.call(lambda: find_standing(storage, listing, staged=made, retry=False))
+            standing += self._retry.call(lambda: find_standing(storage, listing, staged=made, retry_failed=False))
             valid = standing_rows(standing)
         self._check_usable(valid, CROP_STATUSES)
         manifest = build_manifest(rows, source, dict(contents(valid)))
@@ -178,7 +181,8 @@ class _Preparation:
             parts = Parts(storage, storage.join(self._work, plan_id), config.outage_s)
             record = read_plan(storage, parts.manifest)
             missing = sorted({*range(record["num_parts"] if record else 0)} - {*parts.finished()})
-            rows = [parts.rows(number).select(_SAME_PLAN) for number in missing]
+            with ThreadPoolExecutor(_NUM_READS) as pool:
+                rows = list(pool.map(lambda number, parts=parts: parts.rows(number).select(_SAME_PLAN), missing))
             if rows and pa.concat_tables(rows).equals(todo.select(_SAME_PLAN)):
                 return parts, missing
         # A kill costs each worker at most one part. If rows are few, parts are smaller, so each worker has several.

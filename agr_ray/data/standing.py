@@ -64,7 +64,7 @@ def find_standing(
     crops: Sequence[str] = (),
     staged: Sequence[str] = (),
     *,
-    retry: bool = True,
+    retry_failed: bool = True,
 ) -> tuple[StandingPart, ...]:
     """Compare crop rows with the listing of their source.
 
@@ -73,10 +73,10 @@ def find_standing(
         listing: schema.MANIFEST, each image_id once; hash, group and split are ignored.
         crops: URIs of the set's Parquet parts, of schema.CROPS.
         staged: URIs of parts that are not in the set yet; of an image in both, the set's row is kept.
-        retry: whether rows of images that could not be read are invalid.
+        retry_failed: whether rows of images that could not be read (schema.RETRIED_STATUSES) are invalid.
 
     Raises:
-        StorageFailed: a part is not a Parquet file with these columns.
+        NotParquet: a part is not a Parquet file with these columns.
     """
     index_of = {image_id: index for index, image_id in enumerate(listing["image_id"].to_pylist())}
     seen: set[int] = set()
@@ -86,7 +86,7 @@ def find_standing(
         tables = pool.map(lambda uri: storage.read_table(uri, MANIFEST.names), uris)
         for number, (uri, rows) in enumerate(zip(uris, tables, strict=True)):
             indices = pa.array([index_of.get(each) for each in rows["image_id"].to_pylist()], pa.int64())
-            keeps = np.array(_stands(rows, listing.take(indices), retry=retry))
+            keeps = np.array(_stands(rows, listing.take(indices), retry_failed=retry_failed))
             for place, index in enumerate(indices.to_pylist()):
                 if keeps[place]:
                     keeps[place] = index not in seen
@@ -145,16 +145,19 @@ def write_edits(
         retry.call(lambda: storage.write_table(edited, uri))
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for start in range(0, len(parts), _NUM_THREADS):
-            check()
-            list(pool.map(write, parts[start : start + _NUM_THREADS]))
+        # A staged part may get the name of a part that is deleted: staged parts wait until that is done.
+        for is_staged in (False, True):
+            group = [part for part in parts if part.is_staged == is_staged]
+            for start in range(0, len(group), _NUM_THREADS):
+                check()
+                list(pool.map(write, group[start : start + _NUM_THREADS]))
 
 
-def _stands(rows: pa.Table, listed: pa.Table, *, retry: bool) -> pa.Array:
+def _stands(rows: pa.Table, listed: pa.Table, *, retry_failed: bool) -> pa.Array:
     """Return whether each crop row is what reading the listed image would give."""
     is_read = pc.and_(pc.equal(listed["status"], str(Status.OK)), pc.not_equal(rows["status"], str(Status.BAD_LABEL)))
     is_read = pc.and_(is_read, pc.equal(rows["etag"], listed["etag"]))
-    if retry:
+    if retry_failed:
         may_pass = pc.is_in(rows["status"], value_set=pa.array([*RETRIED_STATUSES]))
         is_given_up = pc.fill_null(pc.equal(rows["error"], KILLED_ITS_WORKER), False)
         is_read = pc.and_(is_read, pc.invert(pc.and_not(may_pass, is_given_up)))

@@ -134,7 +134,8 @@ def save_checkpoint(
     }
     text = json.dumps(meta, indent=1, allow_nan=False) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Copies, because safetensors refuses tensors that share memory, as tied weights do.
+    weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, directory / WEIGHTS)
     if train_state is not None or train_images is not None:
         images = {} if train_images is None else {"train_images": train_images}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
@@ -14,12 +13,10 @@ from agr_ray.data.manifest import content_hash
 from agr_ray.predict.downloads import Downloads, use_one_cpu
 from agr_ray.predict.face_finder import FaceFinder, Photograph, Reject
 from agr_ray.schema import CROPS, MANIFEST, TEMPLATE, Status
-from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
-from agr_ray.storage.retry import Retry
+from agr_ray.storage.parts import Attempts, Parts
 from agr_ray.vision.decode import encode_jpeg
 
 Row = dict[str, Any]
-Download = Future[bytes | Reject]
 
 
 class CropMaker:
@@ -28,10 +25,9 @@ class CropMaker:
     def __init__(self, parts: Parts, vision: VisionConfig, config: PrepareConfig) -> None:
         use_one_cpu()
         self._parts = parts
-        self._downloads = Downloads(parts.storage, vision.max_mib)
+        self._downloads = Downloads(parts.storage, vision.max_mib, config.batch_size, parts.outage_s)
         self._finder = FaceFinder(vision, config.crop_side_px)
         self._config = config
-        self._retry = Retry(parts.outage_s)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[str]]]:
         """Make the parts numbered in `part`; yield the statuses of the rows of each, in the column `status`."""
@@ -41,54 +37,32 @@ class CropMaker:
     def make(self, number: int) -> pa.Table:
         """Write a part's crop rows, in the order of its manifest, and return them.
 
-        Group and split are null, or the source's own: they need the hashes of all images. If an earlier attempt at the
-        part died, images are processed one at a time, and one that has killed its worker too often becomes `failed`.
+        Group and split are null, or the source's own: they need the hashes of all images.
         """
         rows = self._parts.rows(number).select(MANIFEST.names).to_pylist()
-        attempts = self._parts.begin(number)
-        made: list[Row] = []
-        if attempts.has_died:
-            for row in rows:
-                if attempts.is_given_up(row["image_id"]):
-                    made.append(row | {"status": str(Status.FAILED), "error": KILLED_ITS_WORKER})
-                    continue
-                attempts.suspect(row["image_id"])
-                made += self.crop_rows([row])
-        else:
-            size = self._config.batch_size
-            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-            ahead = self._fetch(batches[0])
-            for batch, following in zip(batches, [*batches[1:], []], strict=True):
-                fetched, ahead = ahead, self._fetch(following)  # downloads continue while this batch is cropped
-                made += self.crop_rows(batch, fetched)
-        table = pa.Table.from_pylist(made, schema=CROPS)
+        table = pa.Table.from_pylist(self.crop_rows(rows, self._parts.begin(number)), schema=CROPS)
         self._parts.write(number, table)
         return table
 
-    def crop_rows(self, rows: Sequence[Row], fetched: Sequence[Download] | None = None) -> list[Row]:
+    def crop_rows(self, rows: Sequence[Row], attempts: Attempts) -> list[Row]:
         """Return a row of schema.CROPS for each of schema.MANIFEST, in order; one that is not ok stays as it is.
 
         Args:
             rows: of schema.MANIFEST.
-            fetched: downloads of the rows that are ok, if they have started.
+            attempts: the notes on their part.
         """
-        begun = [self._fetch(rows) if fetched is None else fetched]
+        made = [*rows]
+        places = [place for place, row in enumerate(rows) if row["status"] == Status.OK]
+        for batch in self._downloads.read([rows[place] for place in places], attempts):
+            crops = self.crops([each.body for each in batch])
+            for each, columns in zip(batch, crops, strict=True):
+                made[places[each.place]] = rows[places[each.place]] | columns
+        return made
 
-        def read() -> list[Row]:
-            return self._read(begun.pop() if begun else self._fetch(rows))  # again, after storage was unavailable
-
-        made = iter(self._retry.call(read))
-        return [row | next(made) if row["status"] == Status.OK else row for row in rows]
-
-    def _fetch(self, rows: Sequence[Row]) -> list[Download]:
-        readable = [row for row in rows if row["status"] == Status.OK]
-        return self._downloads.fetch([row["uri"] for row in readable], [row["etag"] for row in readable])
-
-    def _read(self, fetched: Sequence[Download]) -> list[Row]:
-        bodies = [each.result() for each in fetched]
-        hashes = [None if isinstance(body, Reject) else content_hash(body) for body in bodies]
-        crops = [self._crop(seen) for seen in self._finder.find(bodies)]
-        return [{"content_hash": digest} | crop for digest, crop in zip(hashes, crops, strict=True)]
+    def crops(self, bodies: Sequence[bytes | Reject]) -> Iterator[Row]:
+        """Yield, in order, what each image adds to its row."""
+        for body, seen in zip(bodies, self._finder.find(bodies), strict=True):
+            yield {"content_hash": None if isinstance(body, Reject) else content_hash(body)} | self._crop(seen)
 
     def _crop(self, seen: Photograph | Reject) -> Row:
         """Return the columns that an image adds to its row. The face nearest the centre is the labelled one."""

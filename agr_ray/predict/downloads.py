@@ -1,20 +1,29 @@
-"""Download image files, several at a time; set up a worker process that has one CPU."""
+"""Image files from storage, a batch ahead, and a worker process that has one CPU to itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import cv2
 import torch
 
 from agr_ray.memory import keep_freed_memory
 from agr_ray.predict.face_finder import MIB, Reject
-from agr_ray.storage import ServerFailed, Storage, StorageError
+from agr_ray.schema import Status
+from agr_ray.stopwatch import Stopwatch
+from agr_ray.storage import ServerFailed, Storage, StorageError, StorageUnavailable
+from agr_ray.storage.parts import KILLED_ITS_WORKER, Attempts
+from agr_ray.storage.retry import Retry
 
 NUM_DOWNLOADS: Final = 8
 """Objects that one worker reads at a time: storage is slow to answer and costs no CPU."""
+MAX_BATCH_BYTES: Final = 128 * MIB
+"""Maximum bytes of the files of a batch, unless one file has more. A worker holds two batches."""
+
+_Row = Mapping[str, Any]
 
 
 def use_one_cpu() -> None:
@@ -24,25 +33,120 @@ def use_one_cpu() -> None:
     keep_freed_memory()
 
 
-class Downloads:
-    """Reads image files in threads."""
+class Download(NamedTuple):
+    """One image file."""
 
-    def __init__(self, storage: Storage, max_mib: int) -> None:
+    place: int
+    """The image's place among the rows asked for, from 0."""
+    body: bytes | Reject
+    """The file, or why there is none."""
+
+    @property
+    def is_refused(self) -> bool:
+        """Return whether a second request may succeed."""
+        return isinstance(self.body, Reject) and self.body.may_pass
+
+
+class Downloads:
+    """Reads image files in threads.
+
+    Args:
+        storage: of the files.
+        max_mib: larger files are not read.
+        batch_size: maximum files in a batch.
+        outage_s: seconds for which requests are retried while storage is unavailable.
+        stopwatch: measures the stage "wait for storage".
+    """
+
+    def __init__(
+        self, storage: Storage, max_mib: int, batch_size: int, outage_s: float, stopwatch: Stopwatch | None = None
+    ) -> None:
         self._storage = storage
         self._max_bytes = max_mib * MIB
+        self._batch_size = batch_size
+        self._retry = Retry(outage_s)
+        self._stopwatch = stopwatch or Stopwatch()
         self._threads = ThreadPoolExecutor(NUM_DOWNLOADS)
 
-    def fetch(self, uris: Sequence[str], etags: Sequence[str | None]) -> list[Future[bytes | Reject]]:
-        """Start downloads without waiting, so that a caller can fetch the next batch ahead.
+    def read(self, rows: Sequence[_Row], attempts: Attempts) -> Iterator[list[Download]]:
+        """Yield the file of each row once, in batches to be processed together; the next batch is on its way.
 
-        Results raise only if storage can't be reached at all.
+        A server that has just restarted may refuse requests that succeed a moment later. So refused files are
+        requested once more, after all others, as soon as a note can be written to storage.
+
+        If an earlier attempt at the part has died, a batch is one image, which is noted as the suspect while it is
+        processed, but not while files are downloaded. An image that has killed its worker too often becomes `failed`.
+
+        Args:
+            rows: with the columns image_id, uri, etag and size_bytes.
+            attempts: the notes on the part.
+
+        Raises:
+            StorageUnavailable: no file can be read.
         """
-        return [self._threads.submit(self._read, *each) for each in zip(uris, etags, strict=True)]
+        refused: list[int] = []
+        for batch in self._batches(rows, range(len(rows)), attempts):
+            refused += [each.place for each in batch if each.is_refused]
+            yield from _in_turn(rows, [each for each in batch if not each.is_refused], attempts)
+        if refused:
+            attempts.suspect("")
+            for batch in self._batches(rows, refused, attempts):
+                yield from _in_turn(rows, batch, attempts)
 
-    def _read(self, uri: str, etag: str | None) -> bytes | Reject:
+    def _batches(self, rows: Sequence[_Row], places: Sequence[int], attempts: Attempts) -> Iterator[list[Download]]:
+        """Yield the files of some rows in batches; those of the next are requested before."""
+        ahead: deque[tuple[list[int], list[Future[bytes | Reject]]]] = deque()
+
+        def fetch(batch: list[int]) -> list[Future[bytes | Reject]]:
+            return [self._threads.submit(self._read, rows[place], attempts) for place in batch]
+
+        def wait() -> list[Download]:
+            batch, begun = ahead.popleft()
+            with self._stopwatch.stage("wait for storage"):
+                try:
+                    bodies = [each.result() for each in begun]
+                except StorageUnavailable:
+                    bodies = self._retry.call(lambda: [each.result() for each in fetch(batch)])
+            return [Download(*each) for each in zip(batch, bodies, strict=True)]
+
+        for batch in self._cut(rows, places):
+            ahead.append((batch, fetch(batch)))
+            if len(ahead) > 1:
+                yield wait()
+        while ahead:
+            yield wait()
+
+    def _cut(self, rows: Sequence[_Row], places: Sequence[int]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        num_bytes = 0
+        for place in places:
+            size = min(rows[place]["size_bytes"] or 0, self._max_bytes)
+            if batch and (len(batch) == self._batch_size or num_bytes + size > MAX_BATCH_BYTES):
+                yield batch
+                batch, num_bytes = [], 0
+            batch.append(place)
+            num_bytes += size
+        if batch:
+            yield batch
+
+    def _read(self, row: _Row, attempts: Attempts) -> bytes | Reject:
+        if attempts.is_given_up(row["image_id"]):
+            return Reject(Status.FAILED, KILLED_ITS_WORKER)
         try:
-            return self._storage.read(uri, etag=etag, max_bytes=self._max_bytes)
+            return self._storage.read(row["uri"], etag=row["etag"], max_bytes=self._max_bytes)
         except StorageError as error:
             # A local name that is not UTF-8 does not fit into a table.
             message = str(error).encode(errors="replace").decode()
             return Reject(error.status, message, may_pass=isinstance(error, ServerFailed))
+
+
+def _in_turn(rows: Sequence[_Row], batch: list[Download], attempts: Attempts) -> Iterator[list[Download]]:
+    """Yield a batch; if an earlier attempt has died, one image at a time, noted as the suspect until the next."""
+    if not attempts.has_died:
+        if batch:
+            yield batch
+        return
+    for each in batch:
+        attempts.suspect(rows[each.place]["image_id"])
+        yield [each]
+    attempts.suspect("")

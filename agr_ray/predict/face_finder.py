@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +20,8 @@ from agr_ray.vision.pose import head_pose
 from agr_ray.vision.quality import sharpness
 
 MIB: Final = 2**20
+_MAX_DECODED_PIXELS: Final = 16_000_000
+"""48 MB of RGB: a dozen photographs at the default `vision.max_side_px`."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,28 @@ class FaceFinder:
         """Return the detector's name, which is written into every row."""
         return self._detector.name
 
-    def find(self, bodies: Sequence[bytes | Reject]) -> list[Photograph | Reject]:
-        """Return, in order, each image with its faces, or why it was rejected. A `Reject` is passed through."""
-        with self._stopwatch.stage("decode"):
-            decoded = [body if isinstance(body, Reject) else self._decode(body) for body in bodies]
-        images = [image for image in decoded if isinstance(image, DecodedImage)]
+    def find(self, bodies: Sequence[bytes | Reject]) -> Iterator[Photograph | Reject]:
+        """Yield, in order, each image with its faces, or why there is none. A `Reject` stays as it is.
+
+        At most `_MAX_DECODED_PIXELS` are decoded ahead, unless one image has more.
+        """
+        ahead: list[DecodedImage | Reject] = []
+        num_pixels = 0
+        for body in bodies:
+            with self._stopwatch.stage("decode"):
+                each = body if isinstance(body, Reject) else self._decode(body)
+            size = 0 if isinstance(each, Reject) else each.rgb.shape[0] * each.rgb.shape[1]
+            if num_pixels + size > _MAX_DECODED_PIXELS:
+                yield from self._found(ahead)
+                ahead, num_pixels = [], 0
+            ahead.append(each)
+            num_pixels += size
+        yield from self._found(ahead)
+
+    def _found(self, decoded: Sequence[DecodedImage | Reject]) -> Iterator[Photograph | Reject]:
         with self._stopwatch.stage("detect"):
-            photographs = iter(self._detect(images))
-        return [next(photographs) if isinstance(each, DecodedImage) else each for each in decoded]
+            photographs = iter(self._detect([image for image in decoded if isinstance(image, DecodedImage)]))
+        return (next(photographs) if isinstance(each, DecodedImage) else each for each in decoded)
 
     def faces(self, photograph: Photograph) -> list[Face]:
         """Return all faces from left to right."""

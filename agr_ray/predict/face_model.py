@@ -9,7 +9,7 @@ runs the second half alone, on the crops of a prepared set.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -79,12 +79,12 @@ class FaceModel:
         A face has the columns of schema.FACE except `flags`, as a scoring run writes them. Attributes without a head,
         and intervals without a calibration, are missing.
         """
-        seen = self.finder.find(bodies)
-        found = [[] if isinstance(each, Reject) else self.finder.faces(each) for each in seen]
-        faces = [face for each in found for face in each]
-        if not faces:
-            return [each if isinstance(each, Reject) else [] for each in seen]
-        predicted = self.predictor.attributes(np.stack([face.crop for face in faces]))
-        attributes = iter(pa.table(attribute_columns(predicted, len(faces), self.predictor.space)).to_pylist())
-        rows = [[face.columns | next(attributes) for face in each] for each in found]
-        return [each if isinstance(each, Reject) else of for each, of in zip(seen, rows, strict=True)]
+        found = [each if isinstance(each, Reject) else self.finder.faces(each) for each in self.finder.find(bodies)]
+        faces = [face for each in found if not isinstance(each, Reject) for face in each]
+        attributes: Iterator[dict[str, Any]] = iter(())
+        if faces:
+            predicted = self.predictor.attributes(np.stack([face.crop for face in faces]))
+            attributes = iter(pa.table(attribute_columns(predicted, len(faces), self.predictor.space)).to_pylist())
+        return [
+            each if isinstance(each, Reject) else [face.columns | next(attributes) for face in each] for each in found
+        ]

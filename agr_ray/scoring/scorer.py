@@ -9,9 +9,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -25,13 +23,12 @@ from agr_ray.evaluation.calibration import Calibration
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
 from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns
-from agr_ray.predict.downloads import Downloads, use_one_cpu
+from agr_ray.predict.downloads import Download, Downloads, use_one_cpu
 from agr_ray.predict.face_finder import FaceFinder, Photograph, Reject
 from agr_ray.schema import FACE, IMAGES, SCORE_MANIFEST, SCORED_STATUSES, Status
 from agr_ray.stopwatch import Stopwatch
-from agr_ray.storage import Storage, StorageUnavailable
-from agr_ray.storage.parts import KILLED_ITS_WORKER, Attempts, Parts
-from agr_ray.storage.retry import Retry
+from agr_ray.storage import Storage
+from agr_ray.storage.parts import Parts
 from agr_ray.vision.align import crop_side_px
 
 MAX_CROPS: Final = 256
@@ -51,7 +48,6 @@ SUMMARY: Final = pa.schema(
 )
 """One row for each part that was scored."""
 
-_Fetched = Sequence[Future[bytes | Reject]]
 _Row = tuple[int, dict[str, Any]]
 """A row and its place in the part."""
 
@@ -163,83 +159,35 @@ class PartFinder:
         use_one_cpu()
         self.stopwatch = Stopwatch()
         self._scoring = scoring
-        self._downloads = Downloads(scoring.storage, scoring.vision.max_mib)
+        self._downloads = Downloads(
+            scoring.storage, scoring.vision.max_mib, scoring.batch_size, scoring.outage_s, self.stopwatch
+        )
         transform = scoring.transform
         self._finder = FaceFinder(scoring.vision, transform.crop_side_px, transform.margin, self.stopwatch)
-        self._retry = Retry(scoring.outage_s)
 
     def find(self, part: int) -> Iterator[Found]:
-        """Find the faces of all images of a part, a batch at a time.
+        """Find the faces of all images of a part, a batch at a time; an image that kills its worker is given up.
 
-        Each row of the part is yielded once, mostly in manifest order. A server that has just restarted may refuse
-        requests that succeed a moment later. So refused photographs are requested once more, after all others, once
-        the part's manifest can be read again.
-
-        A note in storage marks the part as in progress until it is written. If an earlier attempt died, images are
-        processed one at a time, and each is noted beforehand. An image that has killed its worker
-        `storage.parts.MAX_DEATHS` times gets the status `failed`.
+        Each row of the part is yielded once, mostly in manifest order; `Downloads.read` says which come later. A worker
+        that dies before an image's attributes are there counts as killed by it.
         """
         parts = self._scoring.parts
-        rows = list(enumerate(parts.rows(part).select(SCORE_MANIFEST.names).to_pylist()))
-        attempts = parts.begin(part)
-        find = partial(self._find_carefully, attempts) if attempts.has_died else self._find
-        refused: list[_Row] = []
-        yield from find(rows, refused)
-        if refused:
-            parts.rows(part)
-            yield from find(refused, None)
+        rows = parts.rows(part).select(SCORE_MANIFEST.names).to_pylist()
+        for batch in self._downloads.read(rows, parts.begin(part)):
+            yield from self._find_batch(rows, batch)
 
-    def _find(self, rows: Sequence[_Row], refused: list[_Row] | None) -> Iterator[Found]:
-        size = self._scoring.batch_size
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        ahead = self._fetch(batches[0])
-        for index, batch in enumerate(batches):
-            fetched = ahead
-            if index + 1 < len(batches):
-                ahead = self._fetch(batches[index + 1])
-            yield from self._find_batch(batch, fetched, refused)
-
-    def _find_carefully(self, attempts: Attempts, rows: Sequence[_Row], refused: list[_Row] | None) -> Iterator[Found]:
-        for position, row in rows:
-            if attempts.is_given_up(row["image_id"]):
-                reject = Reject(Status.FAILED, KILLED_ITS_WORKER)
-                yield self._found([(position, row | self._common() | _rejected(reject))], [])
-                continue
-            attempts.suspect(row["image_id"])
-            yield from self._find_batch([(position, row)], self._fetch([(position, row)]), refused)
-        attempts.suspect("")
-
-    def _fetch(self, rows: Sequence[_Row]) -> list[Future[bytes | Reject]]:
-        return self._downloads.fetch([row["uri"] for _, row in rows], [row["etag"] for _, row in rows])
-
-    def _bodies(self, fetched: _Fetched) -> list[bytes | Reject]:
-        """Wait for the files. Raises only if storage can't be reached."""
-        with self.stopwatch.stage("wait for storage"):
-            return [each.result() for each in fetched]
-
-    def _find_batch(self, rows: Sequence[_Row], fetched: _Fetched, refused: list[_Row] | None) -> Iterator[Found]:
-        """Find the faces of a batch, in pieces of about `MAX_CROPS` faces.
-
-        If `refused` is given, rows worth retrying are appended to it instead of being yielded.
-        """
-        try:
-            bodies = self._bodies(fetched)
-        except StorageUnavailable:
-            bodies = self._retry.call(lambda: self._bodies(self._fetch(rows)))
-        seen = self._finder.find(bodies)
+    def _find_batch(self, rows: Sequence[dict[str, Any]], batch: Sequence[Download]) -> Iterator[Found]:
+        """Find the faces of a batch, in pieces of about `MAX_CROPS` faces."""
         common = self._common()
         images: list[_Row] = []
         crops: list[NDArray[np.uint8]] = []
-        for (position, row), each in zip(rows, seen, strict=True):
-            if isinstance(each, Reject) and each.may_pass and refused is not None:
-                refused.append((position, row))
-                continue
+        for (place, _), each in zip(batch, self._finder.find([body for _, body in batch]), strict=True):
             if isinstance(each, Reject):
                 columns = _rejected(each)
             else:
                 columns, aligned = self._faces(each)
                 crops += aligned
-            images.append((position, row | common | columns))
+            images.append((place, rows[place] | common | columns))
             if len(crops) >= MAX_CROPS:
                 yield self._found(images, crops)
                 images, crops = [], []

@@ -53,6 +53,10 @@ class ServerFailed(StorageFailed):
     """The server failed or was too busy: a later request for the object may succeed."""
 
 
+class NotParquet(StorageError):
+    """The object is no Parquet file of the expected columns. Reading it again gives the same."""
+
+
 class BadUri(ConfigError, ValueError):
     """A malformed URI, or one of an unsupported scheme."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Final
 
 from agr_ray.storage import trees
 from agr_ray.storage.atomic import file_etag, unchanged, write_whole
@@ -25,6 +26,9 @@ from agr_ray.storage.uri import local_path, utf8_key, utf8_uri
 
 if TYPE_CHECKING:
     import pyarrow.fs
+
+_LEADS_NOWHERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+"""Error codes of a broken link, of a link to itself, and of a file that was deleted since its folder was read."""
 
 
 class LocalBackend:
@@ -92,7 +96,7 @@ class LocalBackend:
             with unchanged(path, if_match):
                 os.unlink(path)
             return
-        with contextlib.suppress(FileNotFoundError):
+        with _deleting(path):
             os.unlink(path)
 
     def upload_tree(self, source: Path, names: Sequence[str], uri: str, *, marker: str, overwrite: bool) -> None:  # noqa: ARG002
@@ -109,8 +113,8 @@ class LocalBackend:
 
     def delete_tree(self, uri: str) -> None:
         """Delete the folder."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(local_path(uri))
+        with _deleting(local_path(uri)) as path:
+            shutil.rmtree(path)
 
     def delete_if_empty(self, uri: str) -> None:
         """Delete the folder if it is empty."""
@@ -141,6 +145,23 @@ class LocalBackend:
             raise StorageFailed(f"{uri}: {error}") from error
 
 
+@contextlib.contextmanager
+def _deleting(path: str) -> Iterator[str]:
+    """Yield the path; it need not exist.
+
+    Raises:
+        StorageUnavailable: it can't be deleted.
+    """
+    try:
+        yield path
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        # With a file in place of one of its folders, the path does not exist either.
+        if os.path.lexists(path):
+            raise StorageUnavailable(f"{path} can't be deleted: {error.strerror or error}") from error
+
+
 def _walk(
     folder: str, prefix: str, above: tuple[tuple[int, int], ...], on_unreadable: Callable[[str], None] | None
 ) -> Iterator[ObjectInfo]:
@@ -148,7 +169,7 @@ def _walk(
         with os.scandir(folder) as entries:
             # A folder sorts as its name and a slash, so the walk follows the order of whole keys, as S3 does.
             ordered = sorted(
-                (entry.name + "/" * entry.is_dir(), entry.path)
+                (entry.name + "/" * _is_folder(entry), entry.path)
                 for entry in entries
                 if not entry.name.startswith(PREFIX)
             )
@@ -164,8 +185,13 @@ def _walk(
     for name, path in ordered:
         try:
             info = os.stat(path)
-        except OSError:
-            continue  # a broken link, or deleted since: there is no file
+        except OSError as error:
+            if error.errno in _LEADS_NOWHERE:
+                continue
+            if on_unreadable is None or not isinstance(error, PermissionError):
+                raise StorageUnavailable(f"{path} can't be listed: {error.strerror}") from error
+            on_unreadable(path)
+            continue
         if name.endswith("/"):
             identity = (info.st_dev, info.st_ino)
             if identity not in above:
@@ -173,3 +199,11 @@ def _walk(
         elif stat.S_ISREG(info.st_mode):
             # A key is encoded where its URI is, so that it fits into a table.
             yield ObjectInfo(utf8_uri(path), utf8_key(prefix + name), file_etag(info), info.st_size)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether it is a folder, or a link to one; false for a link that can't be followed."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

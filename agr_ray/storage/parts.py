@@ -85,8 +85,9 @@ class Parts:
 class Attempts:
     """Notes on the image in progress of a part, kept in storage because a killed worker loses its memory.
 
-    After an attempt at the part has died, its images must be processed one at a time, and each noted before it begins.
-    An image that has killed its worker `MAX_DEATHS` times gets the status `failed`.
+    After an attempt at the part has died, its images must be processed one at a time, and each noted while it is
+    processed, but not while its worker waits for storage: a job that ends in an outage must not count against it. An
+    image that has killed its worker `MAX_DEATHS` times gets the status `failed`.
     """
 
     def __init__(self, storage: Storage, uri: str, outage_s: float = 0.0) -> None:
@@ -107,7 +108,7 @@ class Attempts:
         return self.deaths[image_id] >= MAX_DEATHS
 
     def suspect(self, image_id: str) -> None:
-        """Note the image that is processed next; empty: images are not processed one at a time."""
+        """Note the image that is processed next; empty: no image alone is to blame for a death."""
         record = {"suspect": image_id, "deaths": self.deaths}
         self._retry.call(lambda: self._storage.write(self._uri, json.dumps(record).encode()))
 

@@ -80,8 +80,9 @@ class Storage:
         for them, are skipped. Links are followed, except to a folder that holds them. A local file whose name is not
         UTF-8 gets a percent-encoded `file://` URI and key, so that it fits into a table.
 
-        A local subfolder that this user may not list, such as `lost+found`, raises an error. With `on_unreadable`, it
-        is skipped instead, and `on_unreadable` is called with its path.
+        A local subfolder that this user may not list, such as `lost+found`, raises an error, and so does a link into
+        one. With `on_unreadable`, it is skipped instead, and `on_unreadable` is called with its path. Broken links are
+        skipped.
 
         Raises:
             StorageUnavailable: no such local folder or bucket, or it can't be listed.
@@ -92,7 +93,7 @@ class Storage:
                 yield info
 
     def list_readable(self, uri: str, suffixes: Sequence[str] | None = None) -> Iterator[ObjectInfo]:
-        """Like `list`, but skip local subfolders that this user may not list, such as `lost+found`.
+        """Like `list`, but skip local subfolders, and links into folders, that this user may not list, as `lost+found`.
 
         A warning on stderr names each one, and a last one counts them. Use this only for photographs: a folder of
         results that can't be listed must be an error.
@@ -102,14 +103,14 @@ class Storage:
         """
         num_skipped = 0
 
-        def skip(folder: str) -> None:
+        def skip(path: str) -> None:
             nonlocal num_skipped
             num_skipped += 1
-            sys.stderr.write(f"warning: skipping folder {folder}: this user may not list it\n")
+            sys.stderr.write(f"warning: skipping {path}: this user may not list it\n")
 
         yield from self.list(uri, suffixes, on_unreadable=skip)
         if num_skipped > 1:
-            sys.stderr.write(f"warning: {num_skipped} folders below {uri} were skipped\n")
+            sys.stderr.write(f"warning: {num_skipped} folders and links below {uri} were skipped\n")
 
     def read(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> bytes:
         """Return the object's bytes; with `etag`, only if it is still the object that was listed with it.
@@ -172,6 +173,7 @@ class Storage:
 
         Raises:
             ChangedObject, MissingObject: `if_match`, and the object has another ETag, or does not exist.
+            StorageFailed, StorageUnavailable: it can't be deleted.
         """
         self._backend(uri).delete(uri, if_match=if_match)
 
@@ -217,7 +219,11 @@ class Storage:
             trees.copy_objects(backend, source, target, self.copy)
 
     def delete_tree(self, uri: str) -> None:
-        """Delete everything below the folder or prefix `uri`, which need not exist."""
+        """Delete everything below the folder or prefix `uri`, which need not exist.
+
+        Raises:
+            StorageFailed, StorageUnavailable: something can't be deleted.
+        """
         self._backend(uri).delete_tree(uri)
 
     def delete_if_empty(self, uri: str) -> None:
@@ -231,7 +237,8 @@ class Storage:
 
         Raises:
             MissingObject: nothing is there.
-            StorageFailed: it is not Parquet, or reading failed.
+            NotParquet: it is no Parquet file, or lacks a column.
+            StorageFailed, StorageUnavailable: reading failed.
         """
         return tables.read_table(self._backend(uri), uri, columns)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from agr_ray.storage.backend import Backend
-from agr_ray.storage.errors import StorageFailed
+from agr_ray.storage.errors import NotParquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +23,7 @@ def read_table(backend: Backend, uri: str, columns: Sequence[str] | None) -> pa.
             # No partitioning: `run=7/` in a path must not become a column.
             return pq.read_table(path, columns=columns and [*columns], filesystem=fs, partitioning=None)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise StorageFailed(f"{uri} can't be read as Parquet: {error}") from error
+            raise NotParquet(f"{uri} can't be read as Parquet: {error}") from error
 
 
 def write_table(backend: Backend, table: pa.Table, uri: str) -> None:

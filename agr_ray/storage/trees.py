@@ -47,26 +47,30 @@ def publish_folder(source: Path, target: str, *, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: `target` exists, and `overwrite` is false.
+        StorageUnavailable: it can't be written.
     """
     if os.path.lexists(target) and not overwrite:
         raise FileExistsError(f"{target} exists and is not overwritten")
-    with temporary_folder_beside(target) as temporary:
-        fresh, old = os.path.join(temporary, "fresh"), os.path.join(temporary, OLD, os.path.basename(target))
-        os.mkdir(os.path.dirname(old))
-        shutil.copytree(source, fresh)
-        for folder, _, names in os.walk(fresh):
-            for name in names:
-                sync(os.path.join(folder, name))
-            sync(folder)
-        if os.path.lexists(target):
-            os.rename(target, old)
-        try:
-            os.rename(fresh, target)
-        except OSError:
-            if os.path.lexists(old):
-                os.rename(old, target)
-            raise
-        sync(os.path.dirname(target))
+    try:
+        with temporary_folder_beside(target) as temporary:
+            fresh, old = os.path.join(temporary, "fresh"), os.path.join(temporary, OLD, os.path.basename(target))
+            os.mkdir(os.path.dirname(old))
+            shutil.copytree(source, fresh)
+            for folder, _, names in os.walk(fresh):
+                for name in names:
+                    sync(os.path.join(folder, name))
+                sync(folder)
+            if os.path.lexists(target):
+                os.rename(target, old)
+            try:
+                os.rename(fresh, target)
+            except OSError:
+                if os.path.lexists(old):
+                    os.rename(old, target)
+                raise
+            sync(os.path.dirname(target))
+    except OSError as error:
+        raise StorageUnavailable(f"{target} can't be written: {error.strerror or error}") from error
 
 
 def move_folder(source: str, target: str) -> None:

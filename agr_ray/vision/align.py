@@ -21,7 +21,8 @@ HAAR_SQUARE: Final = (0.50, 0.587, 0.99)
 
 DEFAULT_MARGIN: Final = 0.10
 
-_MAX_WARP_PX: Final = 16_384  # OpenCV warps no more than 32,767 pixels a side
+_MAX_WARP_PX: Final = 16_384
+"""Largest side that is warped, into or from: OpenCV refuses 32,767 pixels and more."""
 
 
 def crop_side_px(side_px: int, margin: float = DEFAULT_MARGIN) -> int:
@@ -116,6 +117,7 @@ def _warp(rgb: NDArray[np.uint8], affine: NDArray[np.float64], side: int) -> NDA
     A face that shrinks is warped at its own scale, to a whole multiple of `side`, and then averaged down: bilinear
     sampling alone skips pixels below half the scale, and aliases.
     """
+    rgb, affine = _near_crop(rgb, affine, side)
     scale = math.hypot(affine[0, 0], affine[1, 0])
     multiple = max(1, min(math.ceil(1 / scale - 1e-6), _MAX_WARP_PX // side))
     matrix = affine * multiple
@@ -125,3 +127,14 @@ def _warp(rgb: NDArray[np.uint8], affine: NDArray[np.float64], side: int) -> NDA
     if multiple > 1:
         warped = cv2.resize(warped, (side, side), interpolation=cv2.INTER_AREA)
     return np.asarray(warped, dtype=np.uint8)
+
+
+def _near_crop(
+    rgb: NDArray[np.uint8], affine: NDArray[np.float64], side: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Return the part of a very long image about the centre of the crop, and the affine from that part to the crop."""
+    centre_xy = np.linalg.solve(affine[:, :2], side / 2 - affine[:, 2])
+    excess_xy = np.array([max(0, length - _MAX_WARP_PX) for length in rgb.shape[1::-1]])
+    corner = np.clip(np.round(centre_xy) - _MAX_WARP_PX // 2, 0, excess_xy).astype(int)
+    part = rgb[corner[1] : corner[1] + _MAX_WARP_PX, corner[0] : corner[0] + _MAX_WARP_PX]
+    return part, np.column_stack([affine[:, :2], affine[:, 2] + affine[:, :2] @ corner])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -346,13 +347,14 @@ def test_an_image_that_kills_its_worker_is_given_up(tmp_path: Path, monkeypatch:
     class Deadly(CropMaker):
         """Dies of one image, as a decoder that crashes does."""
 
-        def crop_rows(self, rows: Any, *fetched: Any) -> list[dict[str, Any]]:
-            if any(row["key"] == "chip-003.jpg" for row in rows):
+        def crops(self, bodies: Any) -> Iterator[dict[str, Any]]:
+            if killer in bodies:
                 os._exit(1)
-            return super().crop_rows(rows, *fetched)
+            return super().crops(bodies)
 
     chips = write_chips(tmp_path / "faces", range(6))
     write_labels(tmp_path / "faces", [chip_label(key, chip) for key, chip in chips.items()])
+    killer = (tmp_path / "faces" / "chip-003.jpg").read_bytes()
     monkeypatch.setattr("agr_ray.runtime.prepare.CropMaker", Deadly)
 
     prepared = prepare(prepare_job(tmp_path / "faces", tmp_path / "out", detector="none"))

@@ -19,7 +19,7 @@ from rich.console import Console
 from sets import SIDE_PX, prepared_set
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agr_ray.config import AugmentConfig, EvaluateConfig, EvaluateJob, ModelConfig, TrainConfig, TrainJob
+from agr_ray.config import AugmentConfig, EvaluateConfig, EvaluateJob, ModelConfig, TrainConfig, TrainJob, VisionConfig
 from agr_ray.data.prepared import open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state
@@ -105,8 +105,10 @@ def test_the_best_and_the_last_checkpoint_can_be_used(run: Path) -> None:
 
 def test_a_checkpoint_knows_what_it_was_trained_on(run: Path, data: Path) -> None:
     images = [row["content_hash"] for row in pq.read_table(data / "crops").to_pylist() if row["split"] == "train"]
-    said = load_checkpoint(run / "best").meta["data"]
+    loaded = load_checkpoint(run / "best")
+    said = loaded.meta["data"]
 
+    assert loaded.pipeline.vision == open_prepared(Storage(), str(data), "data").vision != VisionConfig()
     assert load_train_state(run / "best")["train_images"].tolist() == content_codes(images).tolist()
     assert said["split_manifest_sha256"] == json.loads((data / "prepare.json").read_text())["split_manifest_sha256"]
     assert said["num_train_rows"] == 37

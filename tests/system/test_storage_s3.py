@@ -28,6 +28,7 @@ from agr_ray.storage import (
     ChangedObject,
     Connection,
     MissingObject,
+    NotParquet,
     ObjectTooLarge,
     ServerFailed,
     Storage,
@@ -456,7 +457,7 @@ def test_a_table_that_is_not_there_or_not_parquet_is_named(storage: Storage, s3_
 
     with pytest.raises(MissingObject, match=r"none\.parquet"):
         storage.read_table(f"{s3_root}/none.parquet")
-    with pytest.raises(StorageFailed, match=r"text\.parquet"):
+    with pytest.raises(NotParquet, match=r"text\.parquet"):
         storage.read_table(f"{s3_root}/text.parquet")
 
 

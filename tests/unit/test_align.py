@@ -100,3 +100,21 @@ def test_a_face_without_landmarks_is_cut_by_its_box() -> None:
 @pytest.mark.parametrize(("side_px", "margin", "expected"), [(200, 0.1, 240), (88, 0.1, 106), (224, 0.0, 224)])
 def test_the_margin_is_on_both_sides(side_px: int, margin: float, expected: int) -> None:
     assert crop_side_px(side_px, margin) == expected
+
+
+@pytest.mark.parametrize("is_tall", [False, True])
+@pytest.mark.parametrize("centre", [20, 20_000, 39_980])
+def test_a_face_is_cut_from_an_image_that_is_too_long_for_opencv(centre: int, *, is_tall: bool) -> None:
+    short = np.random.default_rng(0).integers(0, 256, (60, 400, 3), np.uint8)
+    first = min(max(centre - 200, 0), 40_000 - 400)
+    long = np.zeros((60, 40_000, 3), np.uint8)
+    long[:, first : first + 400] = short
+    boxes = [np.array([x - 25.0, 5.0, x + 25.0, 55.0]) for x in (centre, centre - first)]
+    images = [long, short]
+    if is_tall:
+        images = [np.ascontiguousarray(image.transpose(1, 0, 2)) for image in images]
+        boxes = [box[[1, 0, 3, 2]] for box in boxes]
+
+    crops = [align_box(image, box, side_px=48) for image, box in zip(images, boxes, strict=True)]
+
+    np.testing.assert_array_equal(*crops)

@@ -14,13 +14,14 @@ from PIL import Image
 from agr_ray.config import PrepareConfig, VisionConfig
 from agr_ray.data.manifest import content_hash
 from agr_ray.data.rendered import render_chip
+from agr_ray.predict import face_finder
 from agr_ray.predict.crop_maker import CropMaker
-from agr_ray.predict.face_finder import FaceFinder, Photograph, landmark_columns
+from agr_ray.predict.face_finder import FaceFinder, Photograph, Reject, landmark_columns
 from agr_ray.schema import CROPS, MANIFEST
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import Parts
 from agr_ray.vision.align import align
-from agr_ray.vision.decode import encode_jpeg
+from agr_ray.vision.decode import DecodedImage, decode_image, encode_jpeg
 
 
 def test_landmarks_and_pose_are_columns() -> None:
@@ -137,9 +138,10 @@ def test_the_crop_row_says_how_the_photograph_was_turned(tmp_path: Path, upright
     path = tmp_path / "photograph.png"
     Image.fromarray(turned_clockwise(upright, degrees)).save(path)
     row = dict.fromkeys(MANIFEST.names) | {"image_id": "0", "uri": str(path), "key": "0", "source": "", "status": "ok"}
-    maker = CropMaker(Parts(Storage(), str(tmp_path)), VisionConfig(try_rotations=True), PrepareConfig())
+    parts = Parts(Storage(), str(tmp_path))
+    maker = CropMaker(parts, VisionConfig(try_rotations=True), PrepareConfig())
 
-    crops = maker.crop_rows([row, row | {"uri": str(tmp_path / "gone.png")}])
+    crops = maker.crop_rows([row, row | {"uri": str(tmp_path / "gone.png")}], parts.begin(0))
     crops = pa.Table.from_pylist(crops, schema=CROPS).to_pylist()
 
     assert [row["status"] for row in crops] == ["ok", "missing"]
@@ -147,6 +149,28 @@ def test_the_crop_row_says_how_the_photograph_was_turned(tmp_path: Path, upright
     corners = turned_points(np.array([[320.0, 20.0], [520.0, 220.0]]), degrees)
     box = np.array(crops[0]["box"]).reshape(2, 2)
     assert box.mean(axis=0) == pytest.approx(corners.mean(axis=0), abs=40)
+
+
+def test_few_images_are_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+
+    def decode(body: bytes, **kwargs: Any) -> DecodedImage:
+        decoded.append(len(decoded))
+        return decode_image(body, **kwargs)
+
+    monkeypatch.setattr(face_finder, "decode_image", decode)
+    monkeypatch.setattr(face_finder, "_MAX_DECODED_PIXELS", 2 * 24 * 24)
+    bodies = [chip_bytes(), b"no image", *[chip_bytes()] * 3]
+    seen = FaceFinder(VisionConfig(detector="none"), 16).find(bodies)
+
+    num_decoded = []
+    kinds = []
+    for each in seen:
+        num_decoded.append(len(decoded))
+        kinds.append(type(each))
+
+    assert kinds == [Photograph, Reject, Photograph, Photograph, Photograph]
+    assert num_decoded == [4, 4, 4, 5, 5]  # one is decoded to see that it is too many
 
 
 def test_an_image_is_hashed_where_it_is_read_and_keeps_its_labels(tmp_path: Path) -> None:
@@ -159,9 +183,10 @@ def test_an_image_is_hashed_where_it_is_read_and_keeps_its_labels(tmp_path: Path
         | {"image_id": name, "uri": str(tmp_path / name), "etag": etags.get(name), "age": 30.0, "status": status}
         for name, status in [*dict.fromkeys(bodies, "ok").items(), ("gone", "ok"), ("unlabelled", "bad_label")]
     ]
-    maker = CropMaker(Parts(Storage(), str(tmp_path)), VisionConfig(detector="none", max_mib=1), PrepareConfig())
+    parts = Parts(Storage(), str(tmp_path))
+    maker = CropMaker(parts, VisionConfig(detector="none", max_mib=1), PrepareConfig())
 
-    made = maker.crop_rows(rows)
+    made = maker.crop_rows(rows, parts.begin(0))
 
     assert [(row["image_id"], row["status"], row["content_hash"]) for row in made] == [
         ("ok", "fallback", content_hash(bodies["ok"])),

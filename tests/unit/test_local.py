@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -73,6 +75,7 @@ def test_a_link_to_a_folder_that_holds_it_is_not_followed_for_ever(storage: Stor
     (tmp_path / "real" / "up").symlink_to(tmp_path)
     (tmp_path / "other").symlink_to(tmp_path / "real")
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
 
     keys = [info.key for info in storage.list(str(tmp_path))]
 
@@ -121,10 +124,49 @@ def test_an_unreadable_subfolder_among_others_is_skipped_and_named(
 
     assert keys == ["a/1.jpg", "z/deep/1.jpg"]
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: skipping folder {uri}/lost+found: this user may not list it",
-        f"warning: skipping folder {uri}/z/shut: this user may not list it",
-        f"warning: 2 folders below {uri} were skipped",
+        f"warning: skipping {uri}/lost+found: this user may not list it",
+        f"warning: skipping {uri}/z/shut: this user may not list it",
+        f"warning: 2 folders and links below {uri} were skipped",
     ]
+
+
+@pytest.mark.parametrize("target", ["a.jpg", "deep"])
+def test_a_link_into_a_closed_folder_is_skipped_alone_and_named(
+    storage: Storage, unprivileged: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    (unprivileged / "shut" / "deep").mkdir(parents=True)
+    (unprivileged / "shut" / "a.jpg").write_bytes(b"x")
+    (unprivileged / "photos").mkdir()
+    (unprivileged / "photos" / "b.jpg").symlink_to(unprivileged / "shut" / target)
+    for name in ("a.jpg", "c.jpg"):
+        (unprivileged / "photos" / name).write_bytes(b"x")
+    uri = str(unprivileged / "photos")
+    (unprivileged / "shut").chmod(0)
+
+    keys = [info.key for info in storage.list_readable(uri)]
+    with pytest.raises(StorageUnavailable, match=r"b\.jpg can't be listed: Permission denied"):
+        list(storage.list(uri))
+    (unprivileged / "shut").chmod(0o700)
+
+    assert keys == ["a.jpg", "c.jpg"]
+    assert capsys.readouterr().err == f"warning: skipping {uri}/b.jpg: this user may not list it\n"
+
+
+def test_a_file_that_the_disk_fails_to_look_up_is_an_error(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    stat = os.stat
+
+    def fail(path: str, **kwargs: Any) -> os.stat_result:
+        if str(path).endswith("a.jpg"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return stat(path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", fail)
+        with pytest.raises(StorageUnavailable, match=r"a\.jpg can't be listed: Input/output error"):
+            list(storage.list_readable(str(tmp_path)))
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o400])
@@ -205,3 +247,16 @@ def test_delete_and_exists(storage: Storage, tmp_path: Path) -> None:
 
     assert not storage.exists(path)
     assert storage.exists(str(tmp_path))
+
+
+def test_what_cannot_be_deleted_is_one_line_and_what_is_not_there_is_nothing(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+
+    for name in ("none", "file/none"):
+        storage.delete(str(tmp_path / name))
+        storage.delete_tree(str(tmp_path / name))
+    with pytest.raises(StorageUnavailable, match="folder can't be deleted: Is a directory"):
+        storage.delete(str(tmp_path / "folder"))
+    with pytest.raises(StorageUnavailable, match="file can't be deleted: Not a directory"):
+        storage.delete_tree(str(tmp_path / "file"))

@@ -7,6 +7,8 @@ import itertools
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,9 @@ from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError
 from agr_ray.predict.crop_maker import CropMaker
 from agr_ray.schema import CROPS
-from agr_ray.storage import ChangedObject, Storage, StorageFailed, StorageUnavailable
+from agr_ray.storage import ChangedObject, ServerFailed, Storage, StorageFailed, StorageUnavailable
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
-from agr_ray.storage.parts import KILLED_ITS_WORKER, Parts
+from agr_ray.storage.parts import KILLED_ITS_WORKER, MAX_DEATHS, Parts
 from agr_ray.vision.decode import encode_jpeg
 
 NUM_SEQUENCES = int(os.environ.get("AGR_TEST_SEQUENCES", "60"))
@@ -481,16 +483,17 @@ def test_every_request_of_a_running_job_is_retried(source: Source, monkeypatch: 
 def test_an_image_that_kills_its_worker_is_given_up_and_tried_again_when_it_is_another(
     source: Source, monkeypatch: pytest.MonkeyPatch, *, is_replaced: bool
 ) -> None:
-    crop_rows = CropMaker.crop_rows
+    crops = CropMaker.crops
+    killer = (source.folder / "in" / "c.jpg").read_bytes()
 
-    def die(maker: CropMaker, rows: list[dict[str, Any]], *fetched: Any) -> list[dict[str, Any]]:
-        if any(row["key"] == "c.jpg" for row in rows):
+    def die(maker: CropMaker, bodies: list[bytes]) -> Iterator[dict[str, Any]]:
+        if killer in bodies:
             raise Killed
-        return crop_rows(maker, rows, *fetched)
+        return crops(maker, bodies)
 
     num_runs = 0
     with monkeypatch.context() as patch:
-        patch.setattr(CropMaker, "crop_rows", die)
+        patch.setattr(CropMaker, "crops", die)
         while num_runs < 10:
             num_runs += 1
             with suppress(Killed):
@@ -506,3 +509,64 @@ def test_an_image_that_kills_its_worker_is_given_up_and_tried_again_when_it_is_a
     prepare(source.job())
     assert names == (["c"] if is_replaced else [])
     assert [row["status"] for row in source.rows()].count("fallback") == (6 if is_replaced else 5)
+
+
+def test_a_part_of_other_images_with_the_same_ids_is_deleted_before_its_successor_is_written(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(source.job())
+    for name in NAMES[:6]:
+        source.put(name)  # every id stays, so a new part has the name of an old one
+    delete = Storage.delete
+
+    def delete_slowly(storage: Storage, uri: str, **kwargs: Any) -> None:
+        if "/crops/" in uri:
+            time.sleep(0.5)
+        delete(storage, uri, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", delete_slowly)
+        prepare(source.job())
+
+    source.check()
+
+
+def test_an_outage_blames_no_image(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "write", kill)
+        with pytest.raises(Killed):
+            prepare(source.job())  # so that the next jobs take images one at a time
+    config = source.job().prepare.model_copy(update={"outage_s": 0.0})
+    impatient = source.job().model_copy(update={"prepare": config})
+    for _ in range(MAX_DEATHS + 1):
+        with monkeypatch.context() as patch:
+            refuse(patch, "c", StorageUnavailable)
+            with pytest.raises(StorageUnavailable):
+                prepare(impatient)
+
+    source.check()
+
+
+def test_an_image_that_a_busy_server_refuses_is_requested_again(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Storage.read
+    refused: list[str] = []
+
+    def refuse_once(storage: Storage, uri: str, **kwargs: Any) -> bytes:
+        if uri.endswith(("/b.jpg", "/c.jpg")) and uri not in refused:
+            refused.append(uri)
+            raise ServerFailed(f"{uri}: SlowDown")
+        return read(storage, uri, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "read", refuse_once)
+        prepared = prepare(source.job())
+
+    assert len(refused) == 2
+    assert prepared.counts == {"fallback": 6}
+    source.check()
+
+
+def kill(*_: Any) -> None:
+    raise Killed

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from agr_ray.storage import StorageUnavailable, retry
+from agr_ray.storage import NotParquet, Storage, StorageUnavailable, retry
 from agr_ray.storage.retry import Retry
 
 
@@ -25,6 +26,14 @@ def test_an_error_that_outlasts_the_limit_is_raised(monkeypatch: pytest.MonkeyPa
 
     with pytest.raises(StorageUnavailable):
         Retry(outage_s).call(fails(100))
+
+
+def test_a_file_that_is_not_parquet_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry.time, "sleep", lambda _: pytest.fail("retried"))
+    (tmp_path / "text.parquet").write_text("text")
+
+    with pytest.raises(NotParquet, match=r"text\.parquet can't be read as Parquet"):
+        Retry(60.0).call(lambda: Storage().read_table(str(tmp_path / "text.parquet")))
 
 
 def fails(times: int) -> Callable[[], str]:

@@ -17,8 +17,8 @@ from agr_ray.storage import (
     ChangedObject,
     Connection,
     MissingObject,
+    NotParquet,
     Storage,
-    StorageFailed,
 )
 
 
@@ -54,7 +54,7 @@ def test_a_table_comes_back_as_written(storage: Storage, tmp_path: Path) -> None
 def test_a_table_that_is_not_parquet_or_not_there_is_named(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("not a table")
 
-    with pytest.raises(StorageFailed, match=r"text\.parquet"):
+    with pytest.raises(NotParquet, match=r"text\.parquet"):
         storage.read_table(str(tmp_path / "text.parquet"))
     with pytest.raises(MissingObject, match=r"none\.parquet"):
         storage.read_table(str(tmp_path / "none.parquet"))

@@ -11,6 +11,7 @@ import pytest
 from agr_ray.storage import (
     MissingObject,
     Storage,
+    StorageUnavailable,
 )
 
 
@@ -46,6 +47,16 @@ def test_an_existing_tree_is_replaced_only_when_asked(storage: Storage, tmp_path
     storage.upload_tree(str(tmp_path / "two"), uri, overwrite=True)
 
     assert sorted(os.listdir(uri)) == ["meta.json", "only-two"]
+
+
+def test_a_tree_that_cannot_be_written_is_one_line(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "meta.json").write_text("{}")
+    (tmp_path / "file").write_text("x")
+
+    for write in (storage.upload_tree, storage.download_tree):
+        with pytest.raises(StorageUnavailable, match=r"file/out can't be written: File exists"):
+            write(str(tmp_path / "source"), str(tmp_path / "file" / "out"))
 
 
 def test_a_tree_without_its_marker_is_no_tree(storage: Storage, tmp_path: Path) -> None:
