@@ -34,7 +34,6 @@ from agr_ray.scoring.scorer import (
     flags,
 )
 from agr_ray.storage import ServerFailed, Storage, StorageFailed, retry
-from agr_ray.storage import parts as parts_module
 from agr_ray.storage.parts import MAX_DEATHS, Parts
 from agr_ray.vision.decode import encode_jpeg
 
@@ -108,30 +107,30 @@ def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
     assert not any(path.is_file() for path in Path(scoring.work, "attempts").rglob("*"))
 
 
-def test_what_a_server_half_up_refuses_is_asked_for_again_once_it_gives_the_manifest(
+def test_what_a_server_half_up_refuses_is_asked_for_again_once_it_takes_a_note(
     scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, read_rows = Storage.read, parts_module.read_rows
-    manifest_reads = 0
+    read, write = Storage.read, Storage.write
+    num_notes = 0
     asked: Counter[str] = Counter()
 
-    def read_manifest(*args: Any) -> Any:
-        nonlocal manifest_reads
-        manifest_reads += 1
-        if manifest_reads in (2, 3):
+    def write_note(storage: Storage, uri: str, data: bytes) -> str:
+        nonlocal num_notes
+        num_notes += 1
+        if num_notes in (2, 3):
             raise StorageFailed("InternalError")
-        return read_rows(*args)
+        return write(storage, uri, data)
 
     def read_photograph(storage: Storage, uri: str, **kwargs: Any) -> bytes:
         name = Path(uri).stem
         if uri.endswith(".jpg"):
             asked[name] += 1
-            if name == "3" or manifest_reads < 4:
+            if name == "3" or num_notes < 4:
                 raise ServerFailed(f"{uri}: InternalError")
         return read(storage, uri, **kwargs)
 
     monkeypatch.setattr(retry, "_RETRY_S", 0.0)
-    monkeypatch.setattr(parts_module, "read_rows", read_manifest)
+    monkeypatch.setattr(Storage, "write", write_note)
     monkeypatch.setattr(Storage, "read", read_photograph)
     list(PartScorer(scoring)({"part": np.array([0])}))
 

@@ -33,11 +33,12 @@ class Patches(Backbone):
 
 
 class Gain(nn.Module):
-    """A learnt gain for each channel."""
+    """A learnt gain for each channel, under two names: tied weights."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(num_channels, 1, 1))
+        self.tied = self.gain
 
     def forward(self, feature_map_nchw: Tensor) -> Tensor:
         return feature_map_nchw * self.gain
