@@ -1,8 +1,8 @@
-"""Evaluate: see `python jobs/evaluate.py --help`."""
+"""`agr-ray evaluate` as a script, for `ray job submit -- python jobs/evaluate.py ...`: the same options."""
 
-from agr_ray.config import EvaluateJob
-from agr_ray.runtime.command import run
-from agr_ray.runtime.evaluate import evaluate
+import sys
+
+from agr_ray.cli import main
 
 if __name__ == "__main__":
-    run(EvaluateJob, evaluate)
+    main(["evaluate", *sys.argv[1:]])

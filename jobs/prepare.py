@@ -1,8 +1,8 @@
-"""Prepare: see `python jobs/prepare.py --help`."""
+"""`agr-ray prepare` as a script, for `ray job submit -- python jobs/prepare.py ...`: the same options."""
 
-from agr_ray.config import PrepareJob
-from agr_ray.runtime.command import run
-from agr_ray.runtime.prepare import prepare
+import sys
+
+from agr_ray.cli import main
 
 if __name__ == "__main__":
-    run(PrepareJob, prepare)
+    main(["prepare", *sys.argv[1:]])

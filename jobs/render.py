@@ -1,8 +1,8 @@
-"""Render: see `python jobs/render.py --help`."""
+"""`agr-ray render` as a script, for `ray job submit -- python jobs/render.py ...`: the same options."""
 
-from agr_ray.config import RenderJob
-from agr_ray.runtime.command import run
-from agr_ray.runtime.render import render
+import sys
+
+from agr_ray.cli import main
 
 if __name__ == "__main__":
-    run(RenderJob, render)
+    main(["render", *sys.argv[1:]])

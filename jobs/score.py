@@ -1,8 +1,8 @@
-"""Score: see `python jobs/score.py --help`."""
+"""`agr-ray score` as a script, for `ray job submit -- python jobs/score.py ...`: the same options."""
 
-from agr_ray.config import ScoreJob
-from agr_ray.runtime.command import run
-from agr_ray.runtime.score import score
+import sys
+
+from agr_ray.cli import main
 
 if __name__ == "__main__":
-    run(ScoreJob, score)
+    main(["score", *sys.argv[1:]])

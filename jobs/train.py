@@ -1,8 +1,8 @@
-"""Train: see `python jobs/train.py --help`."""
+"""`agr-ray train` as a script, for `ray job submit -- python jobs/train.py ...`: the same options."""
 
-from agr_ray.config import TrainJob
-from agr_ray.runtime.command import run
-from agr_ray.runtime.train import train
+import sys
+
+from agr_ray.cli import main
 
 if __name__ == "__main__":
-    run(TrainJob, train)
+    main(["train", *sys.argv[1:]])

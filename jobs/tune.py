@@ -1,8 +1,8 @@
-"""Search for better settings: see `python jobs/tune.py --help`."""
+"""`agr-ray tune` as a script, for `ray job submit -- python jobs/tune.py ...`: the same options."""
 
-from agr_ray.config import TuneJob
-from agr_ray.runtime.command import run
-from agr_ray.runtime.tune import tune
+import sys
+
+from agr_ray.cli import main
 
 if __name__ == "__main__":
-    run(TuneJob, tune)
+    main(["tune", *sys.argv[1:]])

@@ -4,11 +4,23 @@ One recipe serves every job: a job reads the sections that it names, and only ch
 """
 
 from agr_ray.config.architecture import PRESETS, ModelConfig, PredictConfig
+from agr_ray.config.command_line import did_you_mean, one_line
 from agr_ray.config.evaluation import EvaluateConfig, Split
 from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
-from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
+from agr_ray.config.jobs import (
+    SECTIONS,
+    ClusterJob,
+    EvaluateJob,
+    Job,
+    PredictJob,
+    PrepareJob,
+    RenderJob,
+    ScoreJob,
+    TrainJob,
+    TuneJob,
+)
 from agr_ray.config.label_space import LabelsConfig
-from agr_ray.config.parsing import load, one_line, parse, read_local
+from agr_ray.config.parsing import load, parse, read_local
 from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
 from agr_ray.config.section import PositiveFloat, Section, digest
@@ -24,6 +36,7 @@ __all__ = [
     "SECTIONS",
     "AugmentConfig",
     "ClusterConfig",
+    "ClusterJob",
     "EvaluateConfig",
     "EvaluateJob",
     "GatesConfig",
@@ -34,6 +47,7 @@ __all__ = [
     "ParameterConfig",
     "PositiveFloat",
     "PredictConfig",
+    "PredictJob",
     "PrepareConfig",
     "PrepareJob",
     "RenderConfig",
@@ -52,6 +66,7 @@ __all__ = [
     "TuneConfig",
     "TuneJob",
     "VisionConfig",
+    "did_you_mean",
     "digest",
     "load",
     "one_line",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic_settings import CliImplicitFlag
 
 from agr_ray.config.section import Address, PositiveInt, Section, Timeout
 
@@ -47,6 +48,8 @@ class ClusterConfig(Section):
     """Shared memory of a `local` cluster's object store, MiB."""
     include_dashboard: bool = True
     """Whether a `local` cluster starts Ray's dashboard."""
+    verbose: CliImplicitFlag[bool] = False
+    """Show Ray's own messages, too. Errors that end a job are always shown."""
     autoscaler_wait_s: Annotated[float, Field(ge=0.0, le=1e6)] = 900.0
     """Seconds to wait for the autoscaler to add nodes. 0, or no autoscaler: a cluster that is too small is rejected at
     once."""

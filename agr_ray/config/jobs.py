@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    CliPositionalArg,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from agr_ray.config.architecture import ModelConfig, PredictConfig
 from agr_ray.config.evaluation import EvaluateConfig
@@ -52,11 +58,37 @@ class Job(BaseSettings):
         env_prefix="AGR_RAY_",
         env_nested_delimiter="__",
     )
+    own: ClassVar[str] = ""
+    """The section whose options need no prefix on the command line."""
     required: ClassVar[Sequence[str]] = ()
     """Dotted keys that must be set."""
+    essentials: ClassVar[Sequence[str]] = ()
+    """Dotted keys that `--help` shows, in this order."""
+    example: ClassVar[str] = ""
+    """A command that does the job."""
 
     storage: StorageConfig = StorageConfig()
-    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return the first paragraph of the job's documentation."""
+        return (cls.__doc__ or "").partition("\n\n")[0]
+
+    @classmethod
+    def sections(cls) -> dict[str, type[Section]]:
+        """Return the sections by name."""
+        return {name: section for name, section in SECTIONS.items() if name in cls.model_fields}
+
+    @classmethod
+    def shortcuts(cls) -> dict[str, str]:
+        """Return the options that need no prefix, and the dotted key of each."""
+        own = SECTIONS[cls.own].model_fields if cls.own else {}
+        return {name: f"{cls.own}.{name}" for name in own}
+
+    @classmethod
+    def option(cls, key: str) -> str:
+        """Return how a dotted key is written on the command line."""
+        return "--" + next((name for name, target in cls.shortcuts().items() if target == key), key)
 
     @classmethod
     def settings_customise_sources(
@@ -71,17 +103,65 @@ class Job(BaseSettings):
         return (init_settings,)
 
 
-class RenderJob(Job):
+class PredictJob(Job):
+    """Find the faces of photographs and estimate their age, gender and race, with no cluster and no tables.
+
+    Prints a row for each face and writes an annotated copy of each photograph.
+    """
+
+    required = ("photographs", "checkpoint")
+    example = "agr-ray predict party.jpg --checkpoint runs/lite/best"
+    essentials = (
+        *("photographs", "checkpoint", "out", "json_lines", "vision.min_face_px", "vision.small_faces"),
+        *("vision.try_rotations", "gates.min_sharpness", "allow_uncalibrated"),
+    )
+    photographs: CliPositionalArg[list[str]] = []
+    """Files, or URIs such as s3://bucket/photo.jpg."""
+    checkpoint: str = ""
+    """Folder or prefix of the checkpoint."""
+    out: str = "faces"
+    """Folder of the annotated photographs; empty: none are written."""
+    json_lines: CliImplicitFlag[bool] = False
+    """Print a JSON object for each photograph instead of the table."""
+    allow_uncalibrated: CliImplicitFlag[bool] = False
+    """Allow [vision] and [predict] settings that differ from those of the checkpoint's calibration; ages then have no
+    intervals."""
+    vision: VisionConfig = VisionConfig()
+    predict: PredictConfig = PredictConfig()
+    gates: GatesConfig = GatesConfig()
+
+
+class ClusterJob(Job):
+    """A job that runs on a Ray cluster."""
+
+    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def shortcuts(cls) -> dict[str, str]:
+        """Return those of the job's own section, and `--verbose`."""
+        return super().shortcuts() | {"verbose": "cluster.verbose"}
+
+
+class RenderJob(ClusterJob):
     """Render synthetic faces with known labels: chips to train on, and whole photographs to score."""
 
+    own = "render"
     required = ("render.out",)
+    example = "agr-ray render --out faces"
+    essentials = tuple(f"render.{name}" for name in ("out", "num_chips", "num_photographs", "seed"))
     render: RenderConfig = RenderConfig()
 
 
-class PrepareJob(Job):
+class PrepareJob(ClusterJob):
     """Labelled photographs -> aligned face crops in Parquet, one row for every input, with its split."""
 
+    own = "prepare"
     required = ("source.uri", "prepare.out")
+    example = "agr-ray prepare --config utkface_lite --source.uri UTKFACE --out data/utkface"
+    essentials = (
+        *("source.kind", "source.uri", "source.labels", "labels.space", "split.val", "split.test", "split.sample"),
+        *("vision.detector", "vision.min_face_px", "prepare.out", "prepare.crop_side_px", "prepare.num_workers"),
+    )
     source: SourceConfig = SourceConfig()
     labels: LabelsConfig = LabelsConfig()
     split: SplitConfig = SplitConfig()
@@ -89,10 +169,17 @@ class PrepareJob(Job):
     prepare: PrepareConfig = PrepareConfig()
 
 
-class TrainJob(Job):
+class TrainJob(ClusterJob):
     """Train a multi-task network on a prepared set. Run the same command again to resume a run that died."""
 
+    own = "train"
     required: ClassVar[Sequence[str]] = ("train.data",)
+    example: ClassVar[str] = "agr-ray train --config utkface_lite --data data/utkface --name lite"
+    essentials: ClassVar[Sequence[str]] = (
+        *("train.data", "train.out", "train.name", "model.preset", "model.image_size", "train.epochs"),
+        *("train.batch_size", "train.lr", "train.num_workers", "train.use_gpu", "train.precision"),
+        *("new_run", "dry_run"),
+    )
     labels: LabelsConfig = LabelsConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -145,30 +232,57 @@ class TuneJob(TrainJob):
     resume a sweep that was killed; --add 20 adds 20 trials to a finished sweep.
     """
 
+    own = "tune"
     required = ("train.data", "tune.space")
+    example = "agr-ray tune --config tune_lite --data data/utkface --name lite"
+    essentials = (
+        *("train.data", "tune.out", "tune.name", "tune.trials", "tune.max_hours", "tune.max_concurrent", "tune.mode"),
+        *("tune.constraints", "train.epochs", "train.use_gpu", "train.gpus_per_worker", "add", "new_run", "dry_run"),
+    )
     tune: TuneConfig = TuneConfig()
     add: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     """Number of trials to add to a finished sweep."""
 
+    @classmethod
+    def shortcuts(cls) -> dict[str, str]:
+        """Return those of [tune], and `--data`, which every sweep needs."""
+        return super().shortcuts() | {"data": "train.data"}
 
-class EvaluateJob(Job):
+
+class EvaluateJob(ClusterJob):
     """Measure a checkpoint on a split of any prepared set, beside majority and median baselines.
 
     Settings of [predict] that are not given come from the checkpoint.
     """
 
+    own = "evaluate"
     required = ("evaluate.checkpoint", "evaluate.data")
+    example = "agr-ray evaluate --checkpoint runs/lite/best --data data/utkface --split val --calibrate"
+    essentials = tuple(
+        f"evaluate.{name}"
+        for name in (
+            *("checkpoint", "data", "split", "out", "calibrate", "coverage", "abstain_risk", "allow_overlap"),
+            *("num_workers", "use_gpu"),
+        )
+    )
     predict: PredictConfig = PredictConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
-class ScoreJob(Job):
+class ScoreJob(ClusterJob):
     """Score every face of every photograph below a folder or bucket prefix: one Parquet row per image.
 
     Settings of [vision] and [predict] that are not given come from the checkpoint.
     """
 
+    own = "score"
     required = ("score.checkpoint", "score.input", "score.out")
+    example = "agr-ray score --checkpoint runs/lite/best --input s3://photographs/uploads --out s3://results/uploads"
+    essentials = (
+        *("score.checkpoint", "score.input", "score.out", "score.include", "score.key_pattern", "score.group_by"),
+        *("score.min_cell", "score.num_workers", "score.use_gpu", "score.limit", "score.allow_uncalibrated"),
+        *("vision.min_face_px", "vision.small_faces", "vision.try_rotations"),
+    )
     vision: VisionConfig = VisionConfig()
     predict: PredictConfig = PredictConfig()
     gates: GatesConfig = GatesConfig()

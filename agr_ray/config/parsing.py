@@ -6,40 +6,27 @@ Later sources win: defaults < recipe (`--config`) < environment (`AGR_RAY_TRAIN_
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from importlib.resources import files
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError, create_model
-from pydantic_settings import CliSettingsSource, EnvSettingsSource, SettingsError
+from pydantic_settings import EnvSettingsSource, SettingsError
 
+from agr_ray.config.command_line import CommandParser, did_you_mean, one_line
 from agr_ray.config.infrastructure import StorageConfig
-from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TuneJob
+from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PredictJob, PrepareJob, RenderJob, ScoreJob, TuneJob
 from agr_ray.config.tuning import ParameterConfig
 from agr_ray.errors import ConfigError
 from agr_ray.redact import redacted, shown
 
 J = TypeVar("J", bound=Job)
 _PREFIX = "agr_ray_"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argparse with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            flag = unknown.split()[0].partition("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            message = f"{flag}: there is no such option{_did_you_mean(flag, known)}"
-        print(f"error: {one_line(message)} (--help lists every option)", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # as other readers
@@ -55,7 +42,7 @@ def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # a
         if path not in recipes:
             names = sorted(recipes)
             raise ConfigError(
-                f"--config {path}: there is no such recipe{_did_you_mean(path, names)}; allowed: {', '.join(names)}, "
+                f"--config {path}: there is no such recipe{did_you_mean(path, names)}; allowed: {', '.join(names)}, "
                 "or a path that has a slash or ends in .toml"
             )
         return recipes[path].read_bytes()
@@ -70,7 +57,13 @@ Reader = Callable[[str, StorageConfig], bytes]
 """Reads a recipe, given its name, path or URI and the storage settings. Raises ConfigError."""
 
 
-def load(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ, read: Reader = read_local) -> J:
+def load(
+    job: type[J],
+    argv: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    read: Reader = read_local,
+    prog: str | None = None,
+) -> J:
     """Build a job's configuration, or print one line on stderr and exit with status 2.
 
     Args:
@@ -78,73 +71,39 @@ def load(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.envi
         argv: the command line, without the program's name.
         environ: the environment; only variables that begin with `AGR_RAY_` are read.
         read: reads the recipe.
+        prog: the program's name in the help; None: that of the script.
     """
     try:
-        return parse(job, argv, environ, read)
+        return parse(job, argv, environ, read, prog)
     except ConfigError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def parse(job: type[J], argv: Sequence[str], environ: Mapping[str, str] = os.environ, read: Reader = read_local) -> J:
+def parse(
+    job: type[J],
+    argv: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    read: Reader = read_local,
+    prog: str | None = None,
+) -> J:
     """Do what `load` does, but raise `ConfigError` instead of exiting (bad options and `--help` still exit)."""
-    parser = _Parser(
-        usage="%(prog)s [--config RECIPE] [--SECTION.KEY VALUE ...]",
-        description=job.__doc__,
-        epilog="Lists and tables are written as JSON: --model.tasks '[\"age\"]'. Environment variables: "
-        "AGR_RAY_SECTION__KEY. Paths are local, file:// or s3://.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="RECIPE",
-        help="name of a built-in recipe (demo, paper, ...), or path or URI of your own: a TOML file of [section] "
-        "tables. The storage settings for reading it come from the command line and the environment",
-    )
-    source: CliSettingsSource[Any] = CliSettingsSource(
-        job,
-        root_parser=parser,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        cli_use_class_docs_for_groups=True,
-        cli_implicit_flags=False,
-        cli_shortcuts={
-            "evaluate.calibrate": "calibrate",
-            "evaluate.allow_uncalibrated": "allow_uncalibrated",
-            "score.allow_uncalibrated": "allow_uncalibrated",
-        },
-    )
-    arguments = parser.parse_args([_underscored(argument) for argument in argv])
+    parser = CommandParser(job, prog)
     try:
-        from_environment = _read_environment(environ, job)
         try:
-            from_command_line = source(parsed_args=arguments)()
+            recipe, from_command_line = parser.read(argv)
         except SettingsError as error:
             raise ConfigError(redacted(str(error).splitlines()[0], environ=environ)) from None
+        from_environment = _read_environment(environ, job)
         above = _merged(from_environment, from_command_line)
-        storage = StorageConfig(**above.get("storage", {})) if arguments.config else StorageConfig()
-        built = job(**_merged(_read_recipe(arguments.config, job, storage, read), above))
+        storage = StorageConfig(**above.get("storage", {})) if recipe else StorageConfig()
+        built = job(**_merged(_read_recipe(recipe, job, storage, read), above))
     except ValidationError as error:
         raise ConfigError(redacted(_describe(error, job), environ=environ)) from None
     for key in job.required:
-        section, _, field = key.partition(".")
-        if not getattr(getattr(built, section), field):
-            raise ConfigError(f"{key} is needed: {_help_of(job, section, field)} Give --{key} or set it in the recipe.")
+        if not reduce(getattr, key.split("."), built):
+            raise ConfigError(f"{key} is needed: {_help_of(job, key)} Give {job.option(key)} or set it in the recipe.")
     return built
-
-
-def _underscored(argument: str) -> str:
-    """Let `--new-run` and `--train.batch-size` be written with either dash."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    negation = "no-" if name.startswith("no-") else ""  # argparse's own
-    return f"--{negation}{name.removeprefix('no-').replace('-', '_')}{equals}{value}"
-
-
-def one_line(text: str) -> str:
-    """Return a message as the one line that ends a job, without passwords."""
-    return redacted(" ".join(text.split()))
 
 
 _EVERY_SECTION = create_model(
@@ -152,7 +111,7 @@ _EVERY_SECTION = create_model(
     __base__=BaseModel,
     **cast(Any, {name: (section, section()) for name, section in SECTIONS.items()}),
 )
-_EVERY_JOB: Sequence[type[Job]] = (RenderJob, PrepareJob, TuneJob, EvaluateJob, ScoreJob)
+_EVERY_JOB: Sequence[type[Job]] = (RenderJob, PrepareJob, TuneJob, EvaluateJob, ScoreJob, PredictJob)
 _FLAGS: Mapping[str, Any] = {
     name: (field.annotation, field)
     for each in _EVERY_JOB
@@ -188,7 +147,7 @@ def _read_variable(name: str, value: str) -> dict[str, Any]:
     top, _, below = name.lower().removeprefix(_PREFIX).partition("__")
     known = list(_EVERYTHING.model_fields)
     if top not in known:
-        raise ConfigError(f"{name}: there is no section {top}{_did_you_mean(top, known)}; allowed: {', '.join(known)}")
+        raise ConfigError(f"{name}: there is no section {top}{did_you_mean(top, known)}; allowed: {', '.join(known)}")
     if top in SECTIONS and not below:
         # Whole sections are never shown, because any part of them may be a password.
         try:
@@ -233,7 +192,7 @@ def _read_recipe(path: str | None, job: type[Job], storage: StorageConfig, read:
         raise ConfigError(f"--config {path}: not valid TOML: {redacted(str(error))}") from None
     for name, values in recipe.items():
         if name not in SECTIONS:
-            hint = _did_you_mean(name, list(SECTIONS))
+            hint = did_you_mean(name, list(SECTIONS))
             raise ConfigError(f"{path}: there is no section [{name}]{hint}; allowed: {', '.join(SECTIONS)}")
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {name} must be a table: [{name}]")
@@ -254,7 +213,7 @@ def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         owner = SECTIONS[path[0]] if len(path) > 1 and path[0] in SECTIONS else model
         owner = ParameterConfig if path[:2] == ["tune", "space"] else owner
         known = list(owner.model_fields)
-        return f"{key}: there is no such key{_did_you_mean(path[-1], known)}; allowed: {', '.join(known)}"
+        return f"{key}: there is no such key{did_you_mean(path[-1], known)}; allowed: {', '.join(known)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
@@ -262,13 +221,7 @@ def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") 
     return f"{key}: {shown(first['input'])} is not allowed: {message}"
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _help_of(job: type[Job], section: str, field: str) -> str:
-    model = job.model_fields[section].annotation
-    assert isinstance(model, type)
-    assert issubclass(model, BaseModel)
+def _help_of(job: type[Job], key: str) -> str:
+    section, _, field = key.rpartition(".")
+    model = SECTIONS[section] if section else job
     return " ".join((model.model_fields[field].description or "").split())

@@ -50,7 +50,8 @@ def _without_login(value: str | None) -> str | None:
 
 Name = Annotated[str, AfterValidator(_plain_name)]
 Address = Annotated[str | None, AfterValidator(_without_login)]
-OneOrSeveral = Annotated[str, BeforeValidator(_one_or_several)]
+ONE_OR_SEVERAL: Final = BeforeValidator(_one_or_several)
+OneOrSeveral = Annotated[str, ONE_OR_SEVERAL]
 """Text for all sources of settings: a union type would split paths at commas and parse 7 as a number."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_INT = 2**31 - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -108,8 +109,8 @@ class TrainConfig(Section):
     name: Name = ""
     """Name of the run; empty: `train-` and the digest of the configuration. The same name resumes the run."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Data-parallel processes, each with its own model replica and share of the batch. Two numbers, [MIN, MAX]:
-    elastic training with as many as fit the cluster. When a node leaves or joins, the run resumes from its last
+    """Data-parallel processes, each with its own model replica and share of the batch. A range such as 2-8, in a recipe
+    [2, 8], is elastic training: as many as fit the cluster. When a node leaves or joins, the run resumes from its last
     checkpoint with the new number; a step still has batch_size images."""
     use_gpu: bool = False
     """Train on one GPU for each worker (NCCL); otherwise on the CPU (gloo)."""
@@ -203,8 +204,11 @@ class TrainConfig(Section):
     @field_validator("num_workers", mode="before")
     @classmethod
     def _one_number_or_two(cls, value: object) -> object:
-        """Unwrap a single number, which the command line passes as a list of one."""
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
+        """Accept `2-8`, and a list of one number."""
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        ends = re.fullmatch(r"(\d+)-(\d+)", value) if isinstance(value, str) else None
+        return value if ends is None else (int(ends[1]), int(ends[2]))
 
     @property
     def min_workers(self) -> int:

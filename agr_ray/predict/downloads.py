@@ -132,12 +132,7 @@ class Downloads:
     def _read(self, row: _Row, attempts: Attempts) -> bytes | Reject:
         if attempts.is_given_up(row["image_id"]):
             return Reject(Status.FAILED, KILLED_ITS_WORKER)
-        try:
-            return self._storage.read(row["uri"], etag=row["etag"], max_bytes=self._max_bytes)
-        except StorageError as error:
-            # A local name that is not UTF-8 does not fit into a table.
-            message = str(error).encode(errors="replace").decode()
-            return Reject(error.status, message, may_pass=isinstance(error, ServerFailed))
+        return read_image(self._storage, row["uri"], row["etag"], self._max_bytes)
 
 
 def _in_turn(rows: Sequence[_Row], batch: list[Download], attempts: Attempts) -> Iterator[list[Download]]:
@@ -150,3 +145,17 @@ def _in_turn(rows: Sequence[_Row], batch: list[Download], attempts: Attempts) ->
         attempts.suspect(rows[each.place]["image_id"])
         yield [each]
     attempts.suspect("")
+
+
+def read_image(storage: Storage, uri: str, etag: str | None, max_bytes: int) -> bytes | Reject:
+    """Read an image file.
+
+    Raises:
+        StorageUnavailable: storage can't be reached at all.
+    """
+    try:
+        return storage.read(uri, etag=etag, max_bytes=max_bytes)
+    except StorageError as error:
+        # A local name that is not UTF-8 does not fit into a table.
+        message = str(error).encode(errors="replace").decode()
+        return Reject(error.status, message, may_pass=isinstance(error, ServerFailed))

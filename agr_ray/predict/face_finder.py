@@ -53,7 +53,7 @@ class Reject:
     """Whether the fault lies with storage, not the image: a second request may succeed."""
 
 
-class Face(NamedTuple):
+class AlignedFace(NamedTuple):
     """One face of a photograph."""
 
     crop: NDArray[np.uint8]
@@ -116,12 +116,12 @@ class FaceFinder:
             photographs = iter(self._detect([image for image in decoded if isinstance(image, DecodedImage)]))
         return (next(photographs) if isinstance(each, DecodedImage) else each for each in decoded)
 
-    def faces(self, photograph: Photograph) -> list[Face]:
+    def faces(self, photograph: Photograph) -> list[AlignedFace]:
         """Return all faces from left to right."""
         order = np.argsort(photograph.original_faces.boxes_xyxy[:, 0], kind="stable")
         return [self.face(photograph, index) for index in order.tolist()]
 
-    def face(self, photograph: Photograph, index: int) -> Face:
+    def face(self, photograph: Photograph, index: int) -> AlignedFace:
         """Return one face, by its index in `photograph.faces`."""
         faces, original = photograph.faces, photograph.original_faces
         with self._stopwatch.stage("align"):
@@ -138,12 +138,12 @@ class FaceFinder:
                 **landmark_columns(original.landmarks[index]),
                 "sharpness": sharpness(crop),
             }
-        return Face(crop, columns)
+        return AlignedFace(crop, columns)
 
-    def chip(self, photograph: Photograph) -> Face:
+    def chip(self, photograph: Photograph) -> AlignedFace:
         """Return the whole image as a face: a labelled chip in which no face was found."""
         crop = align_chip(photograph.upright_rgb, self._crop_side_px, self._margin)
-        return Face(crop, {"sharpness": sharpness(crop)})
+        return AlignedFace(crop, {"sharpness": sharpness(crop)})
 
     def _detect(self, images: Sequence[DecodedImage]) -> list[Photograph]:
         """Find the faces of each image; if it has none upright, use the rotation whose best face scores highest."""

@@ -8,20 +8,38 @@ runs the second half alone, on the crops of a prepared set.
 
 from __future__ import annotations
 
+import io
+import os
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, Self, TypeAlias, overload
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
+from agr_ray.config import GatesConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
 from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns
-from agr_ray.predict.face_finder import FaceFinder, Reject
+from agr_ray.predict.downloads import NUM_DOWNLOADS, read_image
+from agr_ray.predict.face_finder import MIB, AlignedFace, FaceFinder, Photograph, Reject
+from agr_ray.predict.flags import flags
+from agr_ray.predict.photo import Face, Photo
 from agr_ray.predict.resolve import Resolved, resolve
+from agr_ray.schema import Status
 from agr_ray.storage import Storage
+from agr_ray.vision.decode import ImageError, decode_image
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+_PNG_MODES: Final = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+_BATCH_SIZE: Final = 16
+"""Photographs whose pixels are in memory at a time."""
 
 
 class FaceModel:
@@ -31,12 +49,24 @@ class FaceModel:
         finder: the first half.
         predictor: the second half, for crops of the finder's side and margin.
         resolved: the settings that both have, and the calibration.
+        gates: limits beyond which a face is flagged.
+        storage: reads photographs that are given as a path or URI.
     """
 
-    def __init__(self, finder: FaceFinder, predictor: AttributePredictor, resolved: Resolved) -> None:
+    def __init__(
+        self,
+        finder: FaceFinder,
+        predictor: AttributePredictor,
+        resolved: Resolved,
+        gates: GatesConfig,
+        storage: Storage,
+    ) -> None:
         self.finder = finder
         self.predictor = predictor
         self.resolved = resolved
+        self.gates = gates
+        self._storage = storage
+        self._threads = ThreadPoolExecutor(NUM_DOWNLOADS)
 
     @classmethod
     def load(
@@ -46,6 +76,7 @@ class FaceModel:
         device: torch.device | str = "cpu",
         overrides: Pipeline = DEFAULT_PIPELINE,
         allow_uncalibrated: bool = False,
+        gates: GatesConfig | None = None,
         storage: Storage | None = None,
     ) -> Self:
         """Load a checkpoint.
@@ -56,12 +87,14 @@ class FaceModel:
             overrides: settings to use instead of the checkpoint's: only fields that were set explicitly count, as in
                 `Pipeline(vision=VisionConfig(min_face_px=20))`.
             allow_uncalibrated: allow overrides that the calibration depends on, and discard it if there are any.
-            storage: where the checkpoint is; None: with default settings.
+            gates: limits beyond which a face is flagged; None: no limits.
+            storage: of the checkpoint and the photographs; None: with default settings.
 
         Raises:
             ConfigError: there is no such checkpoint, or an override is rejected.
         """
-        with local_checkpoint(storage or Storage(), uri, "checkpoint") as checkpoint:
+        storage = storage or Storage()
+        with local_checkpoint(storage, uri, "checkpoint") as checkpoint:
             resolved = resolve(checkpoint, overrides, key="checkpoint", allow_uncalibrated=allow_uncalibrated)
         pipeline, transform = resolved.pipeline, checkpoint.transform
         finder = FaceFinder(pipeline.vision, transform.crop_side_px, transform.margin)
@@ -71,20 +104,108 @@ class FaceModel:
             warning = resolved.calibration.precision_warning([predictor.precision])
             if warning:
                 warnings.warn(f"checkpoint {uri}: {warning}", stacklevel=2)
-        return cls(finder, predictor, resolved)
+        return cls(finder, predictor, resolved, gates or GatesConfig(), storage)
 
-    def predict(self, bodies: Sequence[bytes]) -> list[list[dict[str, Any]] | Reject]:
-        """Return the faces of each image file, from left to right, or why it was rejected.
+    @overload
+    def predict(self, images: ImageLike, *, strict: bool = False) -> Photo: ...
 
-        A face has the columns of schema.FACE except `flags`, as a scoring run writes them. Attributes without a head,
-        and intervals without a calibration, are missing.
+    @overload
+    def predict(self, images: list[Any] | tuple[Any, ...], *, strict: bool = False) -> list[Photo]: ...
+
+    def predict(self, images: ImageLike | list[Any] | tuple[Any, ...], *, strict: bool = False) -> Photo | list[Photo]:
+        """Find the faces of one photograph or several, and predict their attributes.
+
+        Args:
+            images: a path, a URI, the bytes of an image file, a PIL image, or an RGB array (h, w, 3) uint8; a list of
+                these gives a list in its order. EXIF orientation is applied.
+            strict: raise if an image can't be read. Otherwise its `Photo` has a status, an error and no faces.
+
+        Raises:
+            ImageError: `strict`, and an image can't be read.
+            StorageUnavailable: the S3 server can't be reached.
+            TypeError, ValueError: what is given is not an image at all, or an array of another shape or dtype.
         """
-        found = [each if isinstance(each, Reject) else self.finder.faces(each) for each in self.finder.find(bodies)]
-        faces = [face for each in found if not isinstance(each, Reject) for face in each]
-        attributes: Iterator[dict[str, Any]] = iter(())
-        if faces:
-            predicted = self.predictor.attributes(np.stack([face.crop for face in faces]))
-            attributes = iter(pa.table(attribute_columns(predicted, len(faces), self.predictor.space)).to_pylist())
-        return [
-            each if isinstance(each, Reject) else [face.columns | next(attributes) for face in each] for each in found
+        if isinstance(images, list | tuple):
+            batches = (images[start : start + _BATCH_SIZE] for start in range(0, len(images), _BATCH_SIZE))
+            return [photo for batch in batches for photo in self._predict(batch, strict=strict)]
+        return self._predict([images], strict=strict)[0]
+
+    def _predict(self, images: Sequence[ImageLike], *, strict: bool) -> list[Photo]:
+        readers = [self._reader(image) for image in images]
+        bodies = [each.result() for each in [self._threads.submit(reader) for reader in readers]]
+        photos: list[Photo] = []
+        found: list[list[AlignedFace]] = []
+        for image, reader, seen in zip(images, readers, self.finder.find(bodies), strict=True):
+            if isinstance(seen, Reject) and strict:
+                raise ImageError(seen.status, f"{_source(image) or 'the image'}: {seen.error}")
+            found.append([] if isinstance(seen, Reject) else self.finder.faces(seen))
+            photos.append(self._photo(_source(image), reader, seen))
+        crops = [face.crop for faces in found for face in faces]
+        if not crops:
+            return photos
+        predicted = self.predictor.attributes(np.stack(crops))
+        attributes = iter(pa.table(attribute_columns(predicted, len(crops), self.predictor.space)).to_pylist())
+        rows = [
+            [face.columns | next(attributes) | {"flags": flags(face.columns, self.gates)} for face in faces]
+            for faces in found
         ]
+        return [
+            replace(photo, status=Status.OK, faces=tuple(map(Face.from_row, faces))) if faces else photo
+            for photo, faces in zip(photos, rows, strict=True)
+        ]
+
+    def _photo(self, source: str, reader: Callable[[], bytes | Reject], seen: Photograph | Reject) -> Photo:
+        """Return a photograph without its faces."""
+
+        def read_again() -> Image.Image:
+            body = reader()
+            if isinstance(body, Reject):
+                raise ImageError(body.status, body.error)
+            vision = self.resolved.pipeline.vision
+            decoded = decode_image(body, max_bytes=vision.max_mib * MIB, max_pixels=vision.max_pixels)
+            return Image.fromarray(decoded.rgb)
+
+        if isinstance(seen, Reject):
+            return Photo(source, seen.status, seen.error, None, None, None, (), read_again)
+        size = seen.image.width_px, seen.image.height_px
+        return Photo(source, Status.NO_FACE, None, *size, seen.rotation_degrees, (), read_again)
+
+    def _reader(self, image: ImageLike) -> Callable[[], bytes | Reject]:
+        """Return what reads the bytes of an image file."""
+        if isinstance(image, str | os.PathLike):
+            uri = self._storage.absolute(os.fspath(image))
+            return partial(read_image, self._storage, uri, None, self.resolved.pipeline.vision.max_mib * MIB)
+        if isinstance(image, bytes | bytearray | memoryview):
+            return partial(bytes, image)
+        if isinstance(image, Image.Image):
+            return partial(_encoded, image)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(
+                    f"an array must be RGB, (height, width, 3) uint8, and not empty; this one is {image.shape} "
+                    f"{image.dtype}"
+                )
+            return partial(_encoded, Image.fromarray(image))
+        raise TypeError(
+            f"expected a path, URI, bytes, PIL image or RGB array, or a list of these, not {type(image).__name__}"
+        )
+
+
+load = FaceModel.load
+
+
+def _source(image: ImageLike) -> str:
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else ""
+
+
+def _encoded(image: Image.Image) -> bytes | Reject:
+    """Return an upright PNG, so that images in memory go the way of files."""
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode not in _PNG_MODES:
+            upright = upright.convert("RGB")
+        with io.BytesIO() as buffer:
+            upright.save(buffer, "PNG", compress_level=1)
+            return buffer.getvalue()
+    except (OSError, SyntaxError, ValueError) as error:  # PIL decodes a file only when its pixels are needed
+        return Reject(Status.UNREADABLE, f"{image.format or 'image'}: {error}")

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Final, TypeVar
 
@@ -15,10 +15,10 @@ from ray.data import DataContext
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from agr_ray.config import ClusterConfig
-from agr_ray.console import make_console
+from agr_ray.console import make_console, stderr_without
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.placement import places, process_bundles
-from agr_ray.runtime.ray_compat import NO_PRESTART, has_autoscaler, machine_cpus, pace_ray_data
+from agr_ray.runtime.ray_compat import NO_PRESTART, NOISE, has_autoscaler, machine_cpus, pace_ray_data
 
 MIN_LOCAL_CPUS: Final = 8
 """Fewest logical CPUs of a local cluster: actors that hold all CPUs leave none for Ray Data to read and write with."""
@@ -44,7 +44,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     """
     waiting = _autoscaler_wait_s.set(config.autoscaler_wait_s)
     try:
-        with _joined(config):
+        with nullcontext() if config.verbose else stderr_without(NOISE), _joined(config):
             yield
     finally:
         _autoscaler_wait_s.reset(waiting)
@@ -56,6 +56,7 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    level = logging.INFO if config.verbose else logging.ERROR
     try:
         if address == "local":
             os.environ.setdefault(NO_PRESTART, "0")
@@ -64,10 +65,10 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
                 num_cpus=config.num_cpus or max(machine_cpus(), MIN_LOCAL_CPUS),
                 object_store_memory=config.object_store_mib * 2**20,
                 include_dashboard=config.include_dashboard,
-                logging_level=logging.WARNING,
+                logging_level=level,
             )
         else:
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, logging_level=level)
     except (ConnectionError, ValueError) as error:
         said = "Ray refuses to start" if address == "local" else "no Ray cluster answers there"
         raise ConfigError(f"cluster.address {address}: {said}: {' '.join(str(error).split())}") from None

@@ -25,6 +25,7 @@ from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns
 from agr_ray.predict.downloads import Download, Downloads, use_one_cpu
 from agr_ray.predict.face_finder import FaceFinder, Photograph, Reject
+from agr_ray.predict.flags import flags
 from agr_ray.schema import FACE, IMAGES, SCORE_MANIFEST, SCORED_STATUSES, Status
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import Storage
@@ -250,19 +251,6 @@ class RowPredictor:
         has_faces = pc.greater(pc.list_value_length(lists), 0)
         columns = {"faces": lists, "precision": pc.if_else(has_faces, self._predictor.precision, None)}
         return pa.table({name: columns.get(name, found.images[name]) for name in IMAGES.names}, schema=IMAGES)
-
-
-def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:
-    """Return the schema.FLAGS that a face has, in their order. Without landmarks it is never `turned`."""
-    x0, y0, x1, y1 = face["box"]
-    turn = max(abs(face.get("yaw") or 0.0), abs(face.get("pitch") or 0.0))
-    found = {
-        "small": min(x1 - x0, y1 - y0) < gates.min_side_px,
-        "blurred": face["sharpness"] < gates.min_sharpness,
-        "turned": turn > gates.max_turn_degrees,
-        "unsure": face["detector_score"] < gates.min_detector_score,
-    }
-    return [name for name, holds in found.items() if holds]
 
 
 def _rejected(reject: Reject) -> dict[str, Any]:

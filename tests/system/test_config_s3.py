@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from seaweedfs import Bucket, S3Server
 
+from agr_ray.cli import run
 from agr_ray.config import TrainJob
-from agr_ray.runtime.command import run
 
 RECIPE = b'[storage]\nendpoint_url = "http://127.0.0.1:9"\nmax_attempts = 9\n[train]\ndata = "d"\nepochs = 7\n'
 

@@ -17,9 +17,9 @@ from prepared_sets import prepared_set
 from pydantic import ValidationError
 from test_jobs_errors import JOBS, TASKS, saved_checkpoint
 
+from agr_ray.cli import run
 from agr_ray.config import SECTIONS
 from agr_ray.config.parsing import _EVERYTHING, _describe
-from agr_ray.runtime.command import run
 
 ABSURD: tuple[Any, ...] = (
     *(10**30, -(10**30), -1, 0, 2**31, 2**63, 1e300, -1e300, 1e-300, math.nan, math.inf, -math.inf),

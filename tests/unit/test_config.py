@@ -245,7 +245,7 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--trian.lr", "1"], "--trian.lr: there is no such option; did you mean --train.lr?"),
         (["--train.batchsize=1"], "--train.batchsize: there is no such option; did you mean --train.batch_size?"),
         (["stray"], "stray"),
-        (["--train.lr"], "--train.lr: expected one argument"),
+        (["--train.lr"], "--lr: expected one argument"),
         (["--train.l", "1"], "--train.l"),  # no abbreviations: a new knob must not change what one means
         (["--train.lr", "fast"], "train.lr: 'fast' is not allowed: input should be a valid number"),
         (["--train.lr", "0"], "train.lr: '0' is not allowed: input should be greater than 0"),
@@ -314,7 +314,8 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
 def test_a_bad_command_line_is_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], argv: list[str], said: str
 ) -> None:
-    assert said in complaint(capsys, TrainJob, *DATA, *argv)
+    data = () if "--train.data" in argv else DATA  # given twice, it is a list of two
+    assert said in complaint(capsys, TrainJob, *data, *argv)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_each_required_key_is_asked_for_by_name(capsys: pytest.CaptureFixture[st
         ]
         said = complaint(capsys, job, *others)
         assert f"{key} is needed" in said
-        assert f"--{key}" in said
+        assert f"Give {job.option(key)} or" in said
     parse(job, needed(job), {})
 
 
@@ -450,7 +451,7 @@ def test_every_section_of_a_job_can_stand_in_a_recipe(job: type[Job]) -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_help_lists_every_knob_with_its_documentation(capsys: pytest.CaptureFixture[str], job: type[Job]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        load(job, ["--help"], {})
+        load(job, ["--help-all"], {})
 
     # Without blanks, because help is wrapped to the terminal's width, words with hyphens too.
     shown = "".join(capsys.readouterr().out.split())
@@ -458,13 +459,13 @@ def test_help_lists_every_knob_with_its_documentation(capsys: pytest.CaptureFixt
     assert "--config" in shown
     for name in SECTIONS.keys() & job.model_fields.keys():
         for key, field in SECTIONS[name].model_fields.items():
-            assert f"--{name}.{key}" in shown
+            assert job.option(f"{name}.{key}") in shown
             assert "".join((field.description or "").split()) in shown
 
 
 def test_help_shows_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        load(TrainJob, ["--help"], {})
+        load(TrainJob, ["--help-all"], {})
 
     shown = " ".join(capsys.readouterr().out.split())
     assert "Peak learning rate of the schedule. (default: 0.0001)" in shown

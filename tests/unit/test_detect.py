@@ -1,6 +1,7 @@
 """Detection: rendered faces are found, borders move nothing, and facenet-pytorch agrees."""
 
 from functools import cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
 from agr_ray.data.rendered import render_chip
 from agr_ray.vision.detect import Detector, make_detector
 from agr_ray.vision.detectors import mtcnn as cascade
+from agr_ray.vision.detectors import mtcnn_nets as nets
 from agr_ray.vision.faces import Faces
 
 NUM_CHIPS = 12
@@ -94,7 +96,7 @@ def test_every_level_on_the_sheet_gives_what_p_net_gives_on_it_alone() -> None:
     sheet, tiles = cascade._sheet([cascade._halved(image) for image in images], 20.0)
     assert len(sheet) > 2 * cascade._STRIP_HEIGHT_PX  # levels lie across strips
     assert {tile.owner for tile in tiles} == {0, 1, 2}
-    cells, scores, regressions = cascade._ProposalNet(PNet()).candidates(sheet, 0.0, torch.device("cpu"))
+    cells, scores, regressions = cascade._candidates(nets.ProposalNet(), sheet, 0.0, torch.device("cpu"))
     numbers = cascade._tile_numbers(tiles, sheet.shape)[cells[:, 0], cells[:, 1]]
     for number, tile in enumerate(tiles):
         level = sheet[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
@@ -105,12 +107,12 @@ def test_every_level_on_the_sheet_gives_what_p_net_gives_on_it_alone() -> None:
         torch.testing.assert_close(regressions[numbers == number], expected_regressions, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("make_net", "side_px"), [(RNet, 24), (ONet, 48)])
+@pytest.mark.parametrize(("net", "theirs", "side_px"), [(nets.refine_net, RNet, 24), (nets.output_net, ONet, 48)])
 @torch.inference_mode()
-def test_the_other_nets_give_what_those_of_facenet_pytorch_give(make_net: type, side_px: int) -> None:
+def test_the_other_nets_give_what_those_of_facenet_pytorch_give(net: Any, theirs: Any, side_px: int) -> None:
     crops = np.random.default_rng(1).integers(0, 256, (5, side_px, side_px, 3), np.uint8)
-    ours = cascade._for_pixels(make_net())(torch.from_numpy(crops).permute(0, 3, 1, 2).float())
-    for one, other in zip(ours, make_net()(nets_pixels(crops)), strict=True):
+    ours = net()(torch.from_numpy(crops).permute(0, 3, 1, 2).float())
+    for one, other in zip(ours, theirs()(nets_pixels(crops)), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
@@ -118,7 +120,7 @@ def test_the_other_nets_give_what_those_of_facenet_pytorch_give(make_net: type, 
 def test_pooling_gives_what_that_of_torch_gives(size: int, side_px: int) -> None:
     maps = torch.randn(2, 5, side_px, side_px + 1, generator=torch.Generator().manual_seed(0))
     pool = torch.nn.MaxPool2d(size, 2, ceil_mode=True)
-    assert torch.equal(cascade._MaxPool(pool)(maps), pool(maps))
+    assert torch.equal(nets.MaxPool(size)(maps), pool(maps))
 
 
 def nets_pixels(images_nhwc: np.ndarray) -> torch.Tensor:

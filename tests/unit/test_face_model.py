@@ -29,7 +29,6 @@ from agr_ray.models.transform import Transform
 from agr_ray.predict import attributes
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.crop_predictor import CropPredictor
-from agr_ray.predict.face_finder import Reject
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.schema import CROPS, IMAGES
 from agr_ray.scoring.planning import plan
@@ -119,23 +118,25 @@ def test_a_face_model_gives_the_faces_that_a_scoring_run_writes(
 ) -> None:
     face_model = FaceModel.load(str(model))
 
-    faces = face_model.predict([*photographs.values()])
+    photos = face_model.predict([*photographs.values()])
 
     run = scoring_of(model, tmp_path / "work", vision=STORED.vision, predict=STORED.predict)
     plan(run.storage, ScoreConfig(input=str(tmp_path / "in")), run.parts.manifest)
     list(PartScorer(run)({"part": np.array([0])}))
     rows = {Path(row["uri"]).name: row for row in run.storage.read_table(run.parts.uri(0)).to_pylist()}
     assert face_model.resolved.pipeline == STORED
-    assert [each if isinstance(each, Reject) else len(each) for each in faces[:3]] == [2, 0, 1]
-    assert isinstance(faces[3], Reject)
-    assert (faces[3].status, faces[3].error) == (rows["d.jpg"]["status"], rows["d.jpg"]["error"])
-    for name, found in zip(photographs, faces[:3], strict=False):
-        assert not isinstance(found, Reject)
-        for face, row in zip(found, rows[name]["faces"], strict=True):
-            assert {key: value for key, value in row.items() if value is not None and key != "flags"} == {
-                key: pytest.approx(value, rel=1e-6) if key in ("detector_score", "sharpness", "box") else value
-                for key, value in face.items()
-            }
+    assert [len(photo.faces) for photo in photos] == [2, 0, 1, 0]
+    for name, photo in zip(photographs, photos, strict=True):
+        row = rows[name]
+        assert (photo.status, photo.error) == (row["status"], row["error"])
+        assert (photo.width_px, photo.height_px) == (row["width_px"], row["height_px"])
+        for face, written in zip(photo.faces, row["faces"] or [], strict=True):
+            assert face.box == pytest.approx(written["box"])
+            assert (face.age, face.p_male) == (written["age"], written["p_male"])
+            assert (face.gender, face.race) == (written["gender"], written["race"])
+            assert face.race_probs == dict(written["race_probs"])
+            assert face.detector_score == pytest.approx(written["detector_score"])
+            assert (face.landmarks, face.yaw, face.age_interval, face.flags) == (None, None, None, ())
 
 
 def test_overrides_are_refused_or_allowed_as_in_scoring(model: Path, tmp_path: Path) -> None:

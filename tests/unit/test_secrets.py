@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 from sweeps import STORAGE, complete, opened, tune_job
 
+from agr_ray.cli import one_line_errors, run
 from agr_ray.config import EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TrainConfig, TrainJob, TuneJob, load
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.learn.run import Run, settings
 from agr_ray.learn.tracking import check_mlflow
 from agr_ray.redact import redacted
 from agr_ray.report.sweep_results import write_results
-from agr_ray.runtime.command import one_line_errors, run
 from agr_ray.runtime.tuning.hooks import why_failed
 
 SECRET = "hunter2-swordfish"

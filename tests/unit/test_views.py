@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -11,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import agr_ray
+from agr_ray.errors import ConfigError
 from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES
 from agr_ray.scoring.publish import views_sql
 from agr_ray.storage import Storage
@@ -66,3 +69,28 @@ def test_views_read_the_runs_of_a_folder_of_any_name(tmp_path: Path, name: str) 
     assert images == [(RUNS[0], "ok")]
     assert faces == [(RUNS[0], None)]
     assert columns == IMAGES.names
+
+
+def test_published_scores_are_opened_as_relations_also_from_a_copy(tmp_path: Path) -> None:
+    published(tmp_path / "out", RUNS[0], finished=True)
+    published(tmp_path / "out", RUNS[1], finished=False)
+    (tmp_path / "out").rename(tmp_path / "copy")
+
+    scores = agr_ray.open_scores(str(tmp_path / "copy"))
+
+    assert scores.runs.fetchall() == [(RUNS[0],)]
+    assert scores.images.select("uri").fetchall() == [(f"s3://bucket/{RUNS[0]}",)]
+    assert scores.faces.select("run_id, face_index").fetchall() == [(RUNS[0], 0)]
+    assert scores.rejects.fetchall() == []
+    assert scores.demographics.select("run, n").fetchall() == [(RUNS[0], 1)]
+    assert scores.query("SELECT count(*) FROM images JOIN faces USING (image_id)").fetchall() == [(1,)]
+
+
+def test_scores_without_rows_or_runs_say_so(tmp_path: Path) -> None:
+    published(tmp_path, RUNS[0], finished=True)
+    for name in ("images", "faces"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"there are no faces: every run was scored with score\.aggregate_only"):
+        agr_ray.open_scores(str(tmp_path)).faces  # noqa: B018
+    with pytest.raises(ConfigError, match="there is no published scoring run"):
+        agr_ray.open_scores(str(tmp_path / "elsewhere"))

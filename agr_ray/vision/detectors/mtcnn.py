@@ -1,7 +1,7 @@
 """MTCNN: a cascade of three small nets that gives boxes and five landmarks.
 
 Source: Zhang, Zhang, Li and Qiao, "Joint face detection and alignment using multitask cascaded convolutional
-networks", 2016. The nets and their weights are facenet-pytorch's; the cascade about them is ours, because theirs
+networks", 2016. The weights of the nets are facenet-pytorch's; the cascade about them is ours, because theirs
 clips its crops at the image's border and then stretches them to a square, which moves the landmarks of tight chips.
 Here all that lies beyond the image is black: P-Net sees half a window of it on every side, and crops keep their shape.
 
@@ -11,7 +11,6 @@ it sees strips of one size: for every new size, oneDNN would compile its convolu
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +19,13 @@ from typing import Final, NamedTuple
 import cv2
 import numpy as np
 import torch
-from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import batched_nms
 
 from agr_ray.device import has_bfloat16
+from agr_ray.vision.detectors.mtcnn_nets import ProposalNet, output_net, refine_net
 from agr_ray.vision.faces import Faces
 
 _PYRAMID_FACTOR: Final = 0.709
@@ -62,8 +61,8 @@ class Mtcnn:
         """Load the three nets' weights from the package; see `detect.make_detector` for the arguments."""
         self._device = torch.device(device)
         self._dtype = torch.bfloat16 if has_bfloat16(self._device) else torch.float32
-        self._p_net = _ProposalNet(PNet()).to(self._device, self._dtype)
-        self._r_net, self._o_net = (_for_pixels(net).to(self._device, self._dtype) for net in (RNet(), ONet()))
+        self._p_net = ProposalNet().to(self._device, self._dtype)
+        self._r_net, self._o_net = (net.to(self._device, self._dtype) for net in (refine_net(), output_net()))
         self._min_face_px = min_face_px
         self._thresholds = thresholds
         self._min_score = min_score
@@ -87,7 +86,7 @@ class Mtcnn:
     def _propose(self, images: list[_Halvings]) -> tuple[Tensor, Tensor]:
         """Run P-Net over the pyramids; return square candidates (k, 4) and the index of the image (k,) of each."""
         sheet, tiles = _sheet(images, self._min_face_px)
-        cells, scores, regressions = self._p_net.candidates(sheet, self._thresholds[0], self._device)
+        cells, scores, regressions = _candidates(self._p_net, sheet, self._thresholds[0], self._device)
         tile_k = _tile_numbers(tiles, sheet.shape)[cells[:, 0], cells[:, 1]]
         inside = tile_k >= 0
         cells, scores, regressions, tile_k = cells[inside], scores[inside], regressions[inside], tile_k[inside]
@@ -176,100 +175,31 @@ class _Tile(NamedTuple):
     to_image_y: float
 
 
-class _ProposalNet(nn.Module):
-    """P-Net, which regresses boxes only where it sees faces."""
+def _candidates(
+    net: ProposalNet, sheet: NDArray[np.uint8], threshold: float, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return the cells (k, 2), row before column, whose probability (k,) of a face is at least `threshold`.
 
-    def __init__(self, net: PNet) -> None:
-        super().__init__()
-        _for_pixels(net)
-        self.features = nn.Sequential(net.conv1, net.prelu1, net.pool1, net.conv2, net.prelu2, net.conv3, net.prelu3)
-        num_features = net.conv4_1.in_channels
-        self.face_logit, self.box = nn.Linear(num_features, 1), nn.Linear(num_features, 4)
-        with torch.no_grad():
-            weight, bias = net.conv4_1.weight.flatten(1), net.conv4_1.bias
-            self.face_logit.weight.copy_(weight[1:] - weight[:1])
-            self.face_logit.bias.copy_(bias[1:] - bias[:1])
-            self.box.weight.copy_(net.conv4_2.weight.flatten(1))
-            self.box.bias.copy_(net.conv4_2.bias)
-
-    def candidates(self, sheet: NDArray[np.uint8], threshold: float, device: torch.device) -> tuple[Tensor, ...]:
-        """Return the cells (k, 2), row before column, whose probability (k,) of a face is at least `threshold`.
-
-        The third result is the regression of each cell's box (k, 4). All are on the CPU.
-        """
-        num_columns = _num_cells(sheet.shape[1])
-        per_strip = _STRIP_HEIGHT_PX // _STRIDE_PX * num_columns
-        positions, logits = [torch.zeros(0).long()], [torch.zeros(0)]
-        seen = [torch.zeros(0, self.box.in_features, device=device)]
-        for number, top in enumerate(range(0, len(sheet) - _OVERLAP_PX, _STRIP_HEIGHT_PX)):
-            pixels = torch.from_numpy(sheet[top : top + _STRIP_HEIGHT_PX + _OVERLAP_PX]).to(device)
-            pixels_nchw = pixels.permute(2, 0, 1)[None].to(self.face_logit.weight.dtype)
-            features = self.features(pixels_nchw).permute(0, 2, 3, 1).flatten(0, 2)
-            strip_logits = self.face_logit(features)[:, 0].float()
-            passed = (strip_logits.sigmoid() >= threshold).nonzero()[:, 0]
-            positions.append(passed.cpu() + number * per_strip)
-            logits.append(strip_logits[passed].cpu())
-            seen.append(features[passed].float())
-        # Not in bfloat16, for which oneDNN would compile and keep a product for each number of cells: 1 MiB each.
-        regressions = functional.linear(torch.cat(seen), self.box.weight.float(), self.box.bias.float())
-        position = torch.cat(positions)
-        cells = torch.stack([position // num_columns, position % num_columns], dim=1)
-        return cells, torch.cat(logits).sigmoid(), regressions.cpu()
-
-
-class _RowwisePReLU(nn.Module):
-    """PReLU on channels-last maps; torch's own loops over the channels of each pixel, ours over a row of pixels."""
-
-    def __init__(self, prelu: nn.PReLU) -> None:
-        super().__init__()
-        self.weight = prelu.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        num, channels, height, width = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(num * height, width * channels)
-        done = functional.prelu(rows, self.weight.repeat(width))
-        return done.view(num, height, width, channels).permute(0, 3, 1, 2)
-
-
-class _MaxPool(nn.Module):
-    """Max-pooling of stride 2 with partial windows at the ends, by slices: an eighth of torch's time for few maps."""
-
-    def __init__(self, pool: nn.Module) -> None:
-        super().__init__()
-        assert isinstance(pool, nn.MaxPool2d)
-        assert isinstance(pool.kernel_size, int)
-        assert pool.stride == 2
-        assert pool.ceil_mode
-        self._size = pool.kernel_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        missing_rows, missing_columns = ((self._size - side) % 2 for side in x.shape[2:])
-        if missing_rows or missing_columns:
-            x = functional.pad(x, (0, missing_columns, 0, missing_rows), value=-math.inf)
-        last = self._size - 1
-        x = functools.reduce(torch.maximum, [x[:, :, row : x.shape[2] - last + row : 2] for row in range(self._size)])
-        columns = [x[..., column : x.shape[3] - last + column : 2] for column in range(self._size)]
-        return functools.reduce(torch.maximum, columns)
-
-
-def _for_pixels(net: nn.Module) -> nn.Module:
-    """Change a net of facenet-pytorch's so that it takes 0..255, and computes the same faster on a CPU.
-
-    The mapping to about -1..1, with which it was trained, becomes a part of its first layer.
+    The third result is the regression of each cell's box (k, 4). All are on the CPU.
     """
-    conv = net.get_submodule("conv1")
-    assert isinstance(conv, nn.Conv2d)
-    assert conv.bias is not None
-    with torch.no_grad():
-        conv.bias.sub_(conv.weight.sum(dim=(1, 2, 3)), alpha=127.5 / 128)
-        conv.weight.div_(128)
-    for number in (1, 2, 3):
-        prelu = net.get_submodule(f"prelu{number}")
-        assert isinstance(prelu, nn.PReLU)
-        net.add_module(f"prelu{number}", _RowwisePReLU(prelu))
-        if hasattr(net, f"pool{number}"):
-            net.add_module(f"pool{number}", _MaxPool(net.get_submodule(f"pool{number}")))
-    return net.eval().to(memory_format=torch.channels_last)
+    num_columns = _num_cells(sheet.shape[1])
+    per_strip = _STRIP_HEIGHT_PX // _STRIDE_PX * num_columns
+    positions, logits = [torch.zeros(0).long()], [torch.zeros(0)]
+    seen = [torch.zeros(0, net.box.in_features, device=device)]
+    for number, top in enumerate(range(0, len(sheet) - _OVERLAP_PX, _STRIP_HEIGHT_PX)):
+        pixels = torch.from_numpy(sheet[top : top + _STRIP_HEIGHT_PX + _OVERLAP_PX]).to(device)
+        pixels_nchw = pixels.permute(2, 0, 1)[None].to(net.face_logit.weight.dtype)
+        features = net.features(pixels_nchw).permute(0, 2, 3, 1).flatten(0, 2)
+        strip_logits = net.face_logit(features)[:, 0].float()
+        passed = (strip_logits.sigmoid() >= threshold).nonzero()[:, 0]
+        positions.append(passed.cpu() + number * per_strip)
+        logits.append(strip_logits[passed].cpu())
+        seen.append(features[passed].float())
+    # Not in bfloat16, for which oneDNN would compile and keep a product for each number of cells: 1 MiB each.
+    regressions = functional.linear(torch.cat(seen), net.box.weight.float(), net.box.bias.float())
+    position = torch.cat(positions)
+    cells = torch.stack([position // num_columns, position % num_columns], dim=1)
+    return cells, torch.cat(logits).sigmoid(), regressions.cpu()
 
 
 def _batches(images_rgb: Sequence[NDArray[np.uint8]]) -> Iterator[list[NDArray[np.uint8]]]:

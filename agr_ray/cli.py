@@ -1,0 +1,181 @@
+"""The `agr-ray` command. `jobs/*.py` call it too, so that a submitted job takes the same arguments.
+
+Nothing heavy is imported before the command line is read: `--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.resources import files
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from agr_ray import __version__
+from agr_ray.config import (
+    EvaluateJob,
+    Job,
+    PredictJob,
+    PrepareJob,
+    RenderJob,
+    ScoreJob,
+    StorageConfig,
+    TrainJob,
+    TuneJob,
+    did_you_mean,
+    load,
+    one_line,
+    read_local,
+)
+from agr_ray.errors import ConfigError, JobError
+
+J = TypeVar("J", bound=Job)
+
+
+class Command(NamedTuple):
+    """One word after `agr-ray`."""
+
+    summary: str
+    job: type[Job]
+    work: str
+    """`module:function` of what does the job."""
+
+
+COMMANDS = {
+    "prepare": Command("labelled photographs -> aligned face crops", PrepareJob, "agr_ray.runtime.prepare:prepare"),
+    "train": Command("face crops -> a checkpoint", TrainJob, "agr_ray.runtime.train:train"),
+    "tune": Command("search for better settings with many trainings", TuneJob, "agr_ray.runtime.tune:tune"),
+    "evaluate": Command("measure and calibrate a checkpoint", EvaluateJob, "agr_ray.runtime.evaluate:evaluate"),
+    "score": Command("a folder or bucket of photographs -> Parquet tables", ScoreJob, "agr_ray.runtime.score:score"),
+    "predict": Command("a few photographs -> a table and annotated copies", PredictJob, "agr_ray.report.faces:predict"),
+    "render": Command("draw synthetic faces with known labels", RenderJob, "agr_ray.runtime.render:render"),
+}
+_USAGE = """usage: agr-ray COMMAND [--config RECIPE] [--OPTION VALUE ...]
+
+Estimate perceived age, gender and race from photographs of faces: train, tune, evaluate and run models.
+
+{commands}
+
+agr-ray COMMAND --help shows a command's most important options, --help_all every one.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `agr-ray`.
+
+    Args:
+        argv: the command and its options; None: those of this process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (words[0], words[1:]) if words else ("--help", [])
+    if name in ("--help", "-h", "help"):
+        print(_usage(), end="")
+    elif name in ("--version", "version"):
+        print(__version__)
+    elif name == "recipes":
+        _recipes(rest)
+    elif name == "demo":
+        with one_line_errors():
+            _resolved("agr_ray.demo:main")(rest)
+    elif name in COMMANDS:
+        command = COMMANDS[name]
+        run(command.job, lambda job: _resolved(command.work)(job), rest, prog=f"agr-ray {name}")
+    else:
+        known = [*COMMANDS, "demo", "recipes"]
+        _fail(f"{name}: there is no such command{did_you_mean(name, known)}; allowed: {', '.join(known)}")
+
+
+def run(
+    job_class: type[J], work: Callable[[J], object], argv: Sequence[str] | None = None, prog: str | None = None
+) -> None:
+    """Read a command line and do the work.
+
+    Args:
+        job_class: what the command line configures.
+        work: does it.
+        argv: the options; None: those of this process.
+        prog: the command's name in its help; None: that of the script.
+    """
+    job = load(job_class, sys.argv[1:] if argv is None else argv, read=read_recipe, prog=prog)
+    with one_line_errors():
+        work(job)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """If the work fails, end the process with one line on stderr: status 2 if the set-up is at fault, otherwise 1."""
+    try:
+        yield
+    except Exception as error:
+        from agr_ray.storage import StorageError, StorageUnavailable
+        from agr_ray.storage.lock import LockLost
+
+        said: BaseException | None = error
+        ray_errors = sys.modules.get("ray.exceptions")
+        if ray_errors is not None and isinstance(error, ray_errors.RayTaskError):
+            # It is also an instance of its cause's class, with the traceback as its message.
+            said = error.cause
+            if not isinstance(said, StorageUnavailable | StorageError):
+                raise
+            # Ray Data appends a paragraph to the one line.
+            said = type(said)(str(said).partition("\n")[0])
+        if not isinstance(said, ConfigError | StorageUnavailable | StorageError | JobError | LockLost):
+            raise
+        print(f"error: {one_line(str(said))}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(said, JobError | LockLost) else 2) from None
+
+
+def read_recipe(path: str, storage: StorageConfig) -> bytes:
+    """Return the bytes of a recipe, given its name, path or URI.
+
+    Raises:
+        ConfigError: the recipe can't be read.
+    """
+    if "://" not in path:
+        return read_local(path, storage)
+    from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
+
+    try:
+        return Storage.from_config(storage).read(path)
+    except MissingObject:
+        raise ConfigError(f"--config {path}: No such file") from None
+    except (StorageError, StorageUnavailable, ConfigError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+
+
+def _resolved(path: str) -> Callable[..., Any]:
+    module, _, attribute = path.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), attribute)
+    return found
+
+
+def _recipes(argv: Sequence[str]) -> None:
+    """Print the names of the built-in recipes, or one recipe."""
+    if argv[:1] in (["--help"], ["-h"]):
+        print("usage: agr-ray recipes [NAME]\n\nList the built-in recipes, or print one: the start of your own.")
+        return
+    if len(argv) > 1:
+        _fail(f"recipes {' '.join(argv)}: takes one name, or none")
+    try:
+        if argv:
+            print(read_local(argv[0].replace("/", "").replace(".toml", ""), StorageConfig()).decode(), end="")
+            return
+    except ConfigError as error:
+        _fail(str(error))
+    for file in sorted((files("agr_ray") / "recipes").iterdir(), key=lambda file: file.name):
+        first = file.read_text().partition("\n")[0].removeprefix("# ")
+        print(f"{file.name.removesuffix('.toml'):14} {first}")
+
+
+def _usage() -> str:
+    rows = {name: command.summary for name, command in COMMANDS.items()} | {
+        "demo": "all of it, on synthetic faces: a few minutes",
+        "recipes": "list or print the built-in recipes",
+    }
+    return _USAGE.format(commands="\n".join(f"  {name:10} {summary}" for name, summary in rows.items()))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,215 @@
+"""A job's command line: its options, its two helps, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+from pydantic_settings import CliSettingsSource
+
+from agr_ray.config.jobs import Job
+from agr_ray.config.section import ONE_OR_SEVERAL
+from agr_ray.redact import redacted
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The options of a job. `--help` shows those that most users need, `--help-all` every one.
+
+    Options of the job's own section need no prefix: `--epochs` is `--train.epochs` in training.
+
+    Args:
+        job: the job's class.
+        prog: how the user calls it, such as `agr-ray train`.
+    """
+
+    def __init__(self, job: type[Job], prog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            usage="%(prog)s [--config RECIPE] [--OPTION VALUE ...]",
+            description=job.__doc__,
+            epilog=f"{_LISTS} Tables are JSON. Environment variables: AGR_RAY_SECTION__KEY=VALUE.",
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=_HelpFormatter,
+        )
+        self._job = job
+        general = self.add_argument_group("general")
+        general.add_argument("--help", "-h", action=_ShowHelp, nargs=0, help="show the most important options")
+        general.add_argument("--help_all", action=_ShowHelp, nargs=0, help="show every option")
+        general.add_argument(
+            "--config",
+            metavar="RECIPE",
+            help="name of a built-in recipe (demo, paper, ...), or path or URI of your own: a TOML file of [section] "
+            "tables. The command line overrides it. `agr-ray recipes` lists the built-in ones",
+        )
+        self._source: CliSettingsSource[Any] = CliSettingsSource(
+            job,
+            root_parser=self,
+            cli_hide_none_type=True,
+            cli_avoid_json=True,
+            cli_use_class_docs_for_groups=True,
+            cli_implicit_flags=False,
+            cli_shortcuts={key: name for name, key in job.shortcuts().items()},
+        )
+
+    def read(self, argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+        """Return the recipe and the values that a command line sets.
+
+        Exits after `--help`, and with status 2 after an error of spelling.
+
+        Raises:
+            SettingsError: a list or table is malformed.
+        """
+        arguments = self.parse_args(_joined([_underscored(argument) for argument in argv], self._job))
+        return arguments.config, self._source(parsed_args=arguments)()
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flag = unknown.split()[0].partition("=")[0]
+            message = f"{flag}: there is no such option{did_you_mean(flag, list(self._option_string_actions))}"
+        message = re.sub(r"^argument (\S+): ", lambda found: f"{min(found[1].split('/'), key=len)}: ", message)
+        print(f"error: {one_line(message)} (--help-all lists every option)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def format_short_help(self) -> str:
+        """Return the help of the most important options, a sentence for each."""
+        order = ["config", *self._job.essentials]
+        groups: dict[str, list[argparse.Action]] = {}
+        num_hidden = 0
+        for action in self._actions:
+            key = "config" if action.dest in ("help", "help_all") else action.dest
+            if key not in order:
+                num_hidden += action.help != argparse.SUPPRESS
+                continue
+            section = key.partition(".")[0] if "." in key else self._job.own
+            groups.setdefault(section, []).append(action)
+            action.help = _first_sentence(action.help or "")
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self._job.summary())
+        formatter.add_text(f"example: {self._job.example}")
+        for section in sorted(groups, key=lambda name: (name != self._job.own, name)):
+            formatter.start_section("options" if section == self._job.own else f"[{section}]")
+            place = {key: index for index, key in enumerate(self._job.essentials)}
+            formatter.add_arguments(sorted(groups[section], key=lambda action: place.get(action.dest, len(place))))
+            formatter.end_section()
+        formatter.add_text(f"{num_hidden} more options, and more about these: --help-all. {_LISTS}")
+        return formatter.format_help()
+
+
+_LISTS: Final = (
+    "Lists are repeated or separated by commas: --model.tasks age,gender. Paths are local, file:// or s3://."
+)
+_DEFAULT: Final = re.compile(r" \(default: (.*)\)$", re.DOTALL)
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first sentence of an option's help, and its default unless it is empty."""
+    found = _DEFAULT.search(text)
+    body = text[: found.start()] if found else text
+    first = body.partition(". ")[0].rstrip(".")
+    default = "" if found is None or found[1] in ("", "None", "()", "[]", "{}", "False") else f" (default: {found[1]})"
+    return first + default
+
+
+class _ShowHelp(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        assert isinstance(parser, CommandParser)
+        print(parser.format_help() if self.dest == "help_all" else parser.format_short_help(), end="")
+        raise SystemExit(0)
+
+
+_METAVARS: Final = {
+    "str": "TEXT",
+    "int": "N",
+    "float": "X",
+    "bool": "true|false",
+    "{int,tuple[int,int]}": "N|MIN-MAX",
+} | {
+    "tuple[str,...]": "TEXT,...",
+    "tuple[float,...]": "X,...",
+    "tuple[int,...]": "N,...",
+    "list[str]": "TEXT",
+}
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """One name for each option: the shortest."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = min((each for each in action.option_strings if each.startswith("--")), key=len)
+        if action.nargs == 0:
+            return name.replace("help_all", "help-all")
+        metavar = self._format_args(action, action.dest.upper())
+        return f"{name} {_METAVARS.get(metavar, metavar)}"
+
+
+def _underscored(argument: str) -> str:
+    """Let `--new-run` and `--train.batch-size` be written with either dash."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    negation = "no-" if name.startswith("no-") else ""  # argparse's own
+    return f"--{negation}{name.removeprefix('no-').replace('-', '_')}{equals}{value}"
+
+
+def _joined(argv: Sequence[str], job: type[Job]) -> list[str]:
+    """Write a repeated option of a path as one JSON list: pydantic-settings keeps the last.
+
+    A comma doesn't separate paths, because it may be part of one.
+    """
+    flags = {f"--{key}" for key in _paths(job)} | {
+        f"--{name}" for name, key in job.shortcuts().items() if key in _paths(job)
+    }
+    kept: list[str] = []
+    values: list[str] = []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in flags:
+            kept.append(word)
+        elif equals:
+            values.append(value)
+        else:
+            following = next(words, None)
+            if following is None:
+                kept.append(word)
+            else:
+                values.append(following)
+    if not values:
+        return kept
+    flag = min(flags)
+    return [*kept, f"{flag}={values[0] if len(values) == 1 else json.dumps(values)}"]
+
+
+def _paths(job: type[Job]) -> list[str]:
+    """Return the dotted keys that take one path or several."""
+    return [
+        f"{name}.{key}"
+        for name, section in job.sections().items()
+        for key, field in section.model_fields.items()
+        if ONE_OR_SEVERAL in field.metadata
+    ]
+
+
+def one_line(text: str) -> str:
+    """Return a message as the one line that ends a job, without passwords."""
+    return redacted(" ".join(text.split()))
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return `; did you mean X?` if one of the known words is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

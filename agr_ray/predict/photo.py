@@ -1,0 +1,143 @@
+"""What `FaceModel.predict` returns: a photograph with its faces and their attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Final
+
+from agr_ray.schema import Status
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_COLOUR: Final = (0, 200, 90)
+_FLAGGED: Final = (230, 140, 0)
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face. Boxes and landmarks are in pixels of the upright photograph (EXIF orientation applied)."""
+
+    box: tuple[float, float, float, float]
+    """x0, y0, x1, y1."""
+    detector_score: float
+    """The detector's confidence, 0 to 1; the Haar detector's is no probability."""
+    landmarks: tuple[tuple[float, float], ...] | None
+    """x, y of the left eye, right eye, nose, left and right corner of the mouth, as the viewer sees them. None: the
+    detector gives none, and so for the head pose."""
+    yaw: float | None
+    """Degrees; positive turns towards the viewer's right."""
+    pitch: float | None
+    """Degrees; positive looks up."""
+    roll: float | None
+    """Degrees; positive is clockwise as the viewer sees it."""
+    sharpness: float
+    """Variance of the Laplacian of the aligned face."""
+    age: float | None
+    """Years. None: the model does not predict it; so for gender and race."""
+    age_interval: tuple[float, float] | None
+    """Years. None: the model is not calibrated in age."""
+    gender: str | None
+    """The likelier class; None if the model is too uncertain to tell (see `abstain`)."""
+    p_male: float | None
+    """Probability of "male", calibrated if the model is."""
+    race: str | None
+    """The likeliest class; None if the model is too uncertain to tell (see `abstain`)."""
+    race_probs: Mapping[str, float] | None
+    """Probability of each class, calibrated if the model is."""
+    abstain: tuple[str, ...]
+    """Of gender and race: what the model is too uncertain to tell."""
+    flags: tuple[str, ...]
+    """Why this face should not be trusted, of schema.FLAGS: small, blurred, turned, unsure."""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Face:
+        """Read a row of schema.FACE, in which columns may be absent."""
+        points, low, probs = row.get("landmarks"), row.get("age_low"), row.get("race_probs")
+        abstain = tuple(row.get("abstain") or ())
+        return cls(
+            box=tuple(row["box"]),
+            detector_score=row["detector_score"],
+            landmarks=None if points is None else tuple(zip(points[::2], points[1::2], strict=True)),
+            yaw=row.get("yaw"),
+            pitch=row.get("pitch"),
+            roll=row.get("roll"),
+            sharpness=row["sharpness"],
+            age=row.get("age"),
+            age_interval=None if low is None else (low, row["age_high"]),
+            gender=None if "gender" in abstain else row.get("gender"),
+            p_male=row.get("p_male"),
+            race=None if "race" in abstain else row.get("race"),
+            race_probs=None if probs is None else dict(probs),
+            abstain=abstain,
+            flags=tuple(row["flags"]),
+        )
+
+    @property
+    def label(self) -> str:
+        """Return the attributes in a few words, such as `34 (27-41), female, black`; `?` for what is not told."""
+        words = []
+        if self.age is not None:
+            interval = "" if self.age_interval is None else " ({:.0f}-{:.0f})".format(*self.age_interval)
+            words.append(f"{self.age:.0f}{interval}")
+        for attribute in ("gender", "race"):
+            told = getattr(self, attribute)
+            if told is not None or attribute in self.abstain:
+                words.append(told or f"{attribute} ?")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photograph and its faces, or why it has none."""
+
+    source: str
+    """Path or URI; empty for bytes, images and arrays."""
+    status: Status
+    """`ok`; `no_face`; or why the image could not be read, as in a scoring run: `unreadable`, `too_large`,
+    `not_an_image`, `missing`, `failed`, ..."""
+    error: str | None
+    """Why it could not be read, in one line; None: it was read."""
+    width_px: int | None
+    """Of the upright photograph; None if it was not decoded, as the next two."""
+    height_px: int | None
+    rotation_degrees: int | None
+    """Clockwise rotation in which the faces were found; always 0 without `vision.try_rotations`."""
+    faces: tuple[Face, ...]
+    """From left to right."""
+    _open: Callable[[], Image.Image] = field(repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, with `faces` as a list."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.repr}
+        return values | {"faces": [asdict(face) for face in self.faces]}
+
+    def draw(self) -> Image.Image:
+        """Return the upright photograph with boxes, landmarks and labels, as a PIL image in RGB.
+
+        The photograph is read again, at its full size. Flagged faces are orange, others green.
+
+        Raises:
+            ImageError: it could not be read, or cannot any more.
+        """
+        from PIL import ImageDraw, ImageFont
+
+        image = self._open()
+        pen = ImageDraw.Draw(image)
+        width = max(2, max(image.size) // 400)
+        for face in self.faces:
+            colour = _FLAGGED if face.flags else _COLOUR
+            x0, y0, x1, y1 = face.box
+            pen.rectangle((x0, y0, x1, y1), outline=colour, width=width)
+            for x, y in face.landmarks or ():
+                pen.ellipse((x - width, y - width, x + width, y + width), fill=colour)
+            font = ImageFont.load_default(size=min(max(12.0, 0.13 * (x1 - x0)), 0.04 * max(image.size)))
+            text = "\n".join(face.label.split(", "))
+            left, top, right, bottom = pen.multiline_textbbox((0, 0), text, font=font)
+            # Below the box; above its lower edge where the photograph ends.
+            x = min(max(x0, 0.0), max(image.width - (right - left) - 2 * width, 0.0))
+            y = min(y1, max(image.height - (bottom - top) - 2 * width, 0.0))
+            pen.rectangle((x, y, x + right - left + 2 * width, y + bottom - top + 2 * width), fill=colour)
+            pen.multiline_text((x + width - left, y + width - top), text, fill=(0, 0, 0), font=font)
+        return image

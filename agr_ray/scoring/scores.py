@@ -1,0 +1,85 @@
+"""Published scoring runs as DuckDB relations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from agr_ray.errors import ConfigError
+from agr_ray.scoring.publish import published_runs, views_sql
+from agr_ray.storage import Storage
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
+
+
+class Scores:
+    """All published runs of a results folder: the views of its views.sql, which docs/operations.md describes.
+
+    Each relation has DuckDB's methods, such as `.df()`, `.arrow()`, `.filter("age < 18")` and `.aggregate(...)`.
+    """
+
+    def __init__(self, connection: DuckDBPyConnection, *, has_images: bool) -> None:
+        self.connection = connection
+        """Has the views that the properties of this class return."""
+        self._has_images = has_images
+
+    @property
+    def runs(self) -> DuckDBPyRelation:
+        """Return a row for each published run."""
+        return self.connection.view("runs")
+
+    @property
+    def demographics(self) -> DuckDBPyRelation:
+        """Return schema.DEMOGRAPHICS of all runs, each with its `run`."""
+        return self.connection.view("demographics")
+
+    @property
+    def images(self) -> DuckDBPyRelation:
+        """Return schema.IMAGES, each image as it was last scored.
+
+        Raises:
+            ConfigError: all runs are aggregate_only, which publish no rows; so for `faces` and `rejects`.
+        """
+        return self._rows("images")
+
+    @property
+    def faces(self) -> DuckDBPyRelation:
+        """Return schema.FACES of these images."""
+        return self._rows("faces")
+
+    @property
+    def rejects(self) -> DuckDBPyRelation:
+        """Return schema.REJECTS of these images."""
+        return self._rows("rejects")
+
+    def query(self, sql: str) -> DuckDBPyRelation:
+        """Return the result of a query over the views."""
+        return self.connection.sql(sql)
+
+    def _rows(self, name: str) -> DuckDBPyRelation:
+        if not self._has_images:
+            raise ConfigError(f"there are no {name}: every run was scored with score.aggregate_only")
+        return self.connection.view(name)
+
+
+def open_scores(uri: str, *, storage: Storage | None = None) -> Scores:
+    """Open the results of `score`.
+
+    Args:
+        uri: `score.out`, a folder or s3:// prefix. It may be a copy of the folder that was written.
+        storage: where it is; None: with default settings.
+
+    Raises:
+        ConfigError: no run is published there.
+        StorageUnavailable: the S3 server can't be reached.
+    """
+    import duckdb
+
+    storage = storage or Storage()
+    out = storage.absolute(uri)
+    if next(published_runs(storage, out), None) is None:
+        raise ConfigError(f"{uri}: there is no published scoring run (a file _SUCCESS/run=ID.json)")
+    has_images = storage.exists(storage.join(out, "images"))
+    connection = duckdb.connect()
+    connection.execute(views_sql(storage, out, has_images=has_images))
+    return Scores(connection, has_images=has_images)

@@ -1,0 +1,191 @@
+"""The `agr-ray` command: what it answers at once, and how options are written."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_inference import network
+
+from agr_ray.cli import COMMANDS, main
+from agr_ray.config import EvaluateJob, Job, PrepareJob, ScoreJob, TrainJob, TuneJob, VisionConfig, parse
+from agr_ray.config.pipeline import Pipeline
+from agr_ray.data.rendered import render_chip
+from agr_ray.models.checkpoint import save_checkpoint
+from agr_ray.models.transform import Transform
+
+AGR_RAY = (sys.executable, "-c", "from agr_ray.cli import main; main()")
+SHORT = [
+    ["--help"],
+    ["scoer"],
+    *([command, "--help"] for command in COMMANDS),
+    *([command, "--no_such_option", "1"] for command in COMMANDS),
+    ["train", "--data", "x", "--epochs", "many"],
+    ["score", "--input", "x"],
+    ["recipes"],
+]
+SHORT_TIMED = [["train", "--help"], ["score", "--inptu", "x"], ["train", "--epochs", "many"]]
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int | str | None, str, str]:
+    """Return the exit status, standard output and standard error."""
+    status: int | str | None = 0
+    try:
+        main(argv)
+    except SystemExit as exit_:
+        status = exit_.code
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+@pytest.mark.parametrize("argv", SHORT, ids=" ".join)
+def test_help_and_mistakes_import_nothing_heavy(argv: list[str]) -> None:
+    code = (
+        "import sys\nfrom agr_ray.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(*[name for name in ('torch', 'ray', 'pyarrow', 'numpy', 'cv2', 'boto3') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize(
+    "argv", [["train", "--help"], ["score", "--inptu", "x"], ["train", "--epochs", "many"]], ids=" ".join
+)
+def test_help_and_mistakes_answer_within_a_second(argv: list[str]) -> None:
+    times_s = []
+    for _ in range(5):
+        started_s = time.perf_counter()
+        subprocess.run([*AGR_RAY, *argv], capture_output=True, check=False)
+        times_s.append(time.perf_counter() - started_s)
+    assert statistics.median(times_s) < 1.0
+
+
+def test_mistakes_are_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, said in (
+        (["scoer"], "error: scoer: there is no such command; did you mean score?; allowed: prepare, train"),
+        (["score", "--inptu", "x"], "error: --inptu: there is no such option; did you mean --input?"),
+        (["train", "--data", "x", "--epochs", "many"], "error: train.epochs: 'many' is not allowed"),
+        (
+            ["score", "--input", "x"],
+            "error: score.checkpoint is needed: Folder or prefix of the checkpoint. Give --checkp",
+        ),
+        (["predict", "a.jpg"], "error: checkpoint is needed: Folder or prefix of the checkpoint. Give --checkpoint or"),
+        (["predict", "--checkpoint", "x"], "error: photographs is needed"),
+        (["recipes", "papre"], "error: --config papre: there is no such recipe; did you mean paper?"),
+    ):
+        status, out, error = outcome(capsys, *argv)
+        assert (status, out, len(error.splitlines())) == (2, "", 1)
+        assert error.startswith(said)
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    status, shown, _ = outcome(capsys)
+
+    assert status == 0
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == [*COMMANDS, "demo", "recipes"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_short_help_shows_the_options_that_matter_and_an_example_that_works(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = COMMANDS[name].job
+    _, shown, _ = outcome(capsys, name, "--help")
+
+    words = shown.split()
+    for key in job.essentials:
+        assert (key.upper() if key == "photographs" else job.option(key)) in words
+    assert set(job.required) - {"tune.space"} <= set(job.essentials)
+    assert 4 <= len(job.essentials) <= 15
+    assert "--storage.endpoint_url" not in words
+    assert "--help-all" in words
+    prog, command, *argv = job.example.split()
+    assert (prog, command) == ("agr-ray", name)
+    parse(job, argv, {})
+    assert " ".join(job.example.split()) in " ".join(words)
+
+
+@pytest.mark.parametrize("job", [PrepareJob, TrainJob, TuneJob, EvaluateJob, ScoreJob])
+def test_options_of_the_jobs_own_section_need_no_prefix(job: type[Job]) -> None:
+    argv = {
+        PrepareJob: ["--source.uri", "in", "--out", "out", "--crop-side-px", "64"],
+        TrainJob: ["--data", "in", "--out", "out", "--batch-size", "64"],
+        TuneJob: ["--config", "tune_lite", "--data", "in", "--out", "out", "--trials", "64"],
+        EvaluateJob: ["--checkpoint", "c", "--data", "in", "--out", "out", "--batch_size", "64"],
+        ScoreJob: ["--checkpoint", "c", "--input", "in", "--out", "out", "--limit", "64"],
+    }[job]
+    long = [
+        f"--{job.shortcuts().get(word[2:].replace('-', '_'), word[2:])}" if word.startswith("--") else word
+        for word in argv
+    ]
+    assert long != argv
+    built = parse(job, argv, {})
+    assert built == parse(job, long, {})
+    assert "64" in str(getattr(built, job.own))
+
+
+def test_lists_are_repeated_or_separated_by_commas_and_ranges_have_a_dash() -> None:
+    for argv in (["--model.tasks", "age,race"], ["--model.tasks", "age", "--model.tasks", "race"]):
+        assert parse(TrainJob, ["--data", "x", *argv], {}).model.tasks == ("age", "race")
+    for argv in (["--data", "a, b", "--data=c"], ["--train.data", "a, b", "--data", "c"]):
+        assert parse(TrainJob, [*argv, "--data-shares", "3,1"], {}).train.data_uris == ("a, b", "c")
+    assert parse(TrainJob, ["--data", "x", "--num_workers", "2-8"], {}).train.num_workers == (2, 8)
+    globs = ["--include", "**/*.jpg,**/*.png", "--include", "2026/*"]
+    score = ["--checkpoint", "c", "--input", "i", "--out", "o"]
+    assert parse(ScoreJob, [*score, *globs], {}).score.include == ("**/*.jpg", "**/*.png", "2026/*")
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    _, shown, _ = outcome(capsys, "recipes")
+    assert [line.split()[0] for line in shown.splitlines()] == ["demo", "paper", "tune_lite", "utkface_lite"]
+    _, recipe, _ = outcome(capsys, "recipes", "paper")
+    assert "[model]" in recipe
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the current folder: a checkpoint, two photographs of one name, and a text."""
+    stored = Pipeline(vision=VisionConfig(detector="haar"))
+    save_checkpoint(tmp_path / "model", network("resnet18"), Transform(64, 64), pipeline=stored)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(render_chip(0, 16).image_rgb).save(tmp_path / name / "face.png")
+    (tmp_path / "text.jpg").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_predict_prints_a_row_for_each_face_and_writes_annotated_copies(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, shown, _ = outcome(capsys, "predict", "a/face.png", "text.jpg", "b/face.png", "--checkpoint", "model")
+
+    assert status == 0
+    assert [name for name in ("a/face.png", "text.jpg", "b/face.png") if name not in shown] == []
+    assert "not one of JPEG" in shown
+    assert sorted(path.name for path in (folder / "faces").iterdir()) == ["face-2-faces.jpg", "face-faces.jpg"]
+    assert Image.open(folder / "faces" / "face-faces.jpg").size == (200, 200)
+
+
+def test_predict_prints_json_lines_and_fails_if_nothing_can_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--checkpoint", "model", "--json-lines", "--out", "")
+    status, shown, _ = outcome(capsys, "predict", "a/face.png", "text.jpg", *common)
+    assert status == 0
+    first, second = map(json.loads, shown.splitlines())
+    assert (first["source"], first["status"], len(first["faces"])) == ("a/face.png", "ok", 1)
+    assert 0.0 <= first["faces"][0]["p_male"] <= 1.0
+    assert (second["status"], second["faces"]) == ("not_an_image", [])
+    assert not (folder / "faces").exists()
+
+    status, _, error = outcome(capsys, "predict", "text.jpg", "gone.jpg", *common)
+    assert status == 1
+    assert "error: not one of 2 photographs could be read: text.jpg: not one of JPEG" in error
