@@ -227,7 +227,7 @@ class TuneJob(TrainJob):
     """Search for better settings: train with different ones, stop bad trials early, keep the best.
 
     The recipe's [tune.space] says what is searched; the built-in recipe tune_lite is an example. Each trial is a
-    training run in OUT/NAME/trials. In OUT/NAME the sweep ends with best.toml, a recipe for jobs/train.py; best/, the
+    training run in OUT/NAME/trials. In OUT/NAME the sweep ends with best.toml, a recipe for agr-ray train; best/, the
     checkpoint; trials.parquet, a row for each trial; and sweep.html, a report. Run the same command again to
     resume a sweep that was killed; --add 20 adds 20 trials to a finished sweep.
     """

@@ -96,7 +96,7 @@ class TrainConfig(Section):
     """The training run."""
 
     data: OneOrSeveral = ""
-    """Folder or prefix of a prepared set (written by `jobs/prepare.py`), or a list of several with the same
+    """Folder or prefix of a prepared set (written by `agr-ray prepare`), or a list of several with the same
     crop_side_px: ["data/utkface", "data/adience"]. Training and validation use all of them. A missing label adds
     nothing to the loss, so a set may have no race."""
     data_shares: tuple[PositiveFloat, ...] = ()

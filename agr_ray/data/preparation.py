@@ -84,7 +84,7 @@ def prepare_set(job: PrepareJob, workers: Workers, console: Console) -> Prepared
     storage.probe(job.source.uri, "source.uri")
     storage.probe(out, "prepare.out", write=True)
     lock_uri = storage.join(out, LOCK)
-    owner = f"jobs/prepare.py from {job.source.uri}"
+    owner = f"agr-ray prepare from {job.source.uri}"
     _check_out(storage, out, _settings(job))  # before the lock file is created there
     try:
         with run_lock(storage, lock_uri, owner, expiry_s=job.prepare.lock_expiry_s, console=console) as lock:

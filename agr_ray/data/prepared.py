@@ -106,7 +106,7 @@ def find_prepared(storage: Storage, uri: str, key: str) -> PreparedSet | None:
     except MissingObject:
         return None
     except (ValueError, TypeError, KeyError):  # not JSON, no table, or not this one
-        raise ConfigError(f"{key} {uri}: its prepare.json is not what jobs/prepare.py writes") from None
+        raise ConfigError(f"{key} {uri}: its prepare.json is not what agr-ray prepare writes") from None
 
 
 def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
@@ -118,15 +118,15 @@ def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
     uri = storage.absolute(uri).rstrip("/")
     found = find_prepared(storage, uri, key)
     if found is None:
-        raise ConfigError(f"{key} {uri}: not a prepared set: it holds no prepare.json; jobs/prepare.py makes one")
+        raise ConfigError(f"{key} {uri}: not a prepared set: it holds no prepare.json; agr-ray prepare makes one")
     if not found.finished:
-        raise ConfigError(f"{key} {uri}: preparation has not finished; the same jobs/prepare.py command resumes it")
+        raise ConfigError(f"{key} {uri}: preparation has not finished; the same agr-ray prepare command resumes it")
     ids = storage.read_table(found.crops(storage), columns=["image_id"])["image_id"]
     num_images, num_expected = pc.count_distinct(ids).as_py(), sum(found.counts.values())
     if not len(ids) == num_images == num_expected:
         raise ConfigError(
             f"{key} {uri}: holds {len(ids):,} crop rows of {num_images:,} images, but should hold {num_expected:,}; "
-            "the same jobs/prepare.py command repairs it"
+            "the same agr-ray prepare command repairs it"
         )
     return found
 

@@ -201,7 +201,7 @@ class Calibration:
                 **fields | parts | lists | seen | {"space": space, "age": age, "rows": rows, "pipeline": pipeline}
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"expected what jobs/evaluate.py --calibrate writes, found otherwise: {error}") from None
+            raise ValueError(f"expected what agr-ray evaluate --calibrate writes, found otherwise: {error}") from None
         if age is not None and len(age.half_widths_years) != len(space.age_groups):
             raise ValueError(f"expected {len(space.age_groups)} half_widths_years, found {len(age.half_widths_years)}")
         if any(values.shape != (made.n,) for values in rows.values()):

@@ -1,4 +1,4 @@
-"""`jobs/train.py --dry-run`: what a run would do, take and cost, from 20 real steps in this process.
+"""`agr-ray train --dry-run`: what a run would do, take and cost, from 20 real steps in this process.
 
 Starts no cluster and writes nothing. Memory is counted, not guessed: one step on two images says what the optimiser
 keeps, and what the forward pass keeps for the backward pass, which grows in proportion to the batch.

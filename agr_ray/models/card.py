@@ -1,6 +1,6 @@
 """A checkpoint's model card: what meta.json and evaluations say, in words for whoever is to use the model.
 
-Everything here is text made from plain values. `save_checkpoint` writes the card; `jobs/evaluate.py` adds to it.
+Everything here is text made from plain values. `save_checkpoint` writes the card; `agr-ray evaluate` adds to it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def model_card(meta: Mapping[str, Any]) -> str:
 
 
 def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
-    """Return the card with a section of what `jobs/evaluate.py` measured, in place of an earlier one of the same data.
+    """Return the card with a section of what `agr-ray evaluate` measured, in place of an earlier one of the same data.
 
     Args:
         card: of the checkpoint that was measured.
@@ -249,7 +249,7 @@ def _validation(metrics: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"After epoch {metrics['epoch']}, on {val['n']:,} images of the validation split. Which epoch is kept was "
-            "chosen on them,\nso these figures flatter the model a little: measure it on others with jobs/evaluate.py. "
+            "chosen on them,\nso these figures flatter the model a little: measure it on others with agr-ray evaluate. "
             "The constant baseline\npredicts the training labels' median age and most frequent classes for every face.",
             "",
             *_headline_table(val),

@@ -10,8 +10,8 @@
         predict             how outputs become predictions: every setting of [predict]
         data, metrics, config, git_commit, created, versions    where it comes from
       weights.safetensors   the weights that predict: the moving average, if the run keeps one
-      calibration.json      intervals, temperatures and abstention; jobs/evaluate.py --calibrate writes it
-      model_card.md         intended uses, training data and errors; jobs/evaluate.py adds what it measures
+      calibration.json      intervals, temperatures and abstention; agr-ray evaluate --calibrate writes it
+      model_card.md         intended uses, training data and errors; agr-ray evaluate adds what it measures
       train_state.pt        optimiser, raw weights, loss weights, epoch, best, history, train_images; resumes a run
 
 Scoring and evaluation need meta.json and weights.safetensors and no recipe. With calibration.json they also give age

@@ -113,7 +113,7 @@ def calibration_hint(uri: str) -> str:
     """Return the warning for a calibrated checkpoint that was replaced by another model."""
     return (
         f"warning: {uri} now holds another model, without the previous model's calibration; calibrate it: "
-        f"jobs/evaluate.py --evaluate.checkpoint {uri} --evaluate.data DATA --evaluate.split val --calibrate"
+        f"agr-ray evaluate --checkpoint {uri} --data DATA --split val --calibrate"
     )
 
 

@@ -53,7 +53,7 @@ def resolve(
     if not allow_uncalibrated:
         raise ConfigError(
             f"{key}: {reason}, and {DECISIVE[changed]}; leave it out, calibrate again with "
-            "jobs/evaluate.py --calibrate, or give --allow-uncalibrated to do without intervals and abstention"
+            "agr-ray evaluate --calibrate, or give --allow-uncalibrated to do without intervals and abstention"
         )
     return Resolved(pipeline, None, reason)
 
@@ -88,7 +88,7 @@ def _read_calibration(checkpoint: Checkpoint) -> tuple[Calibration | None, str]:
     """
     values = read_calibration_json(checkpoint.directory)
     if values is None:
-        how = "jobs/evaluate.py --evaluate.split val --calibrate writes it"
+        how = "agr-ray evaluate --split val --calibrate writes it"
         return None, f"the checkpoint has no {CALIBRATION}; {how}"
     try:
         calibration = Calibration.from_json(values)

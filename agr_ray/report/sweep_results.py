@@ -86,7 +86,7 @@ def best_recipe(sweep: Sweep, best: Trial) -> str:
         f"{best.kept['epoch'] if best.kept else 0} of {len(best.epochs)}.",
         *(f"{key} {shown_value(value)}" for key, value in best.params.items()),
         "",
-        f"  python jobs/train.py --config {uri if '://' not in uri else BEST_RECIPE}",
+        f"  agr-ray train --config {uri if '://' not in uri else BEST_RECIPE}",
         "",
         "Its checkpoint is best/ beside this file. Keys that are missing here were None.",
     ]

@@ -1,6 +1,6 @@
 """Draw synthetic faces with known labels into a folder: chips to train on, photographs to score.
 
-OUT/chips/*.jpg, labels.parquet         one face each; `jobs/prepare.py --source.uri OUT/chips` reads it
+OUT/chips/*.jpg, labels.parquet         one face each; `agr-ray prepare --source.uri OUT/chips` reads it
 OUT/photographs/*.jpg, faces.parquet    one to six faces each, with their true boxes
 """
 

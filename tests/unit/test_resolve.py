@@ -96,7 +96,7 @@ def test_what_the_calibration_depends_on_cannot_be_overridden(trained: Path) -> 
 
     assert str(refused.value) == (
         "score.checkpoint: vision.detector = mtcnn, but the checkpoint was calibrated with haar, and it decides which "
-        "faces are found and how they are aligned; leave it out, calibrate again with jobs/evaluate.py --calibrate, or "
+        "faces are found and how they are aligned; leave it out, calibrate again with agr-ray evaluate --calibrate, or "
         "give --allow-uncalibrated to do without intervals and abstention"
     )
     with pytest.raises(ConfigError, match=r"predict\.flip_average = False, but .* was calibrated with True"):

@@ -27,7 +27,7 @@ def label_space(source: SourceConfig, labels: LabelsConfig) -> LabelSpace:
     if own is not None and configured not in (None, own):
         raise ConfigError(
             f"labels: source.kind {source.kind} has the label space {own.name}; leave out [labels]. To train in "
-            "another one, set labels.space for jobs/train.py"
+            "another one, set labels.space for agr-ray train"
         )
     return own or configured or UTKFACE
 
