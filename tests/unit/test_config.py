@@ -495,7 +495,7 @@ def test_a_recipe_begins_with_what_it_is_and_its_command(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
 
     assert len(head[0]) > 10
-    assert any("jobs/" in line or "make " in line for line in head)
+    assert any("agr-ray " in line or "make " in line for line in head)
 
 
 # Digests
