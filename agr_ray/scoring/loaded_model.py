@@ -55,7 +55,7 @@ def load_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
             remedy = "give --vision.detector mtcnn (or haar)"
         else:
             remedy = (
-                "calibrate it again with jobs/evaluate.py --calibrate on a set prepared with mtcnn or haar, or give "
+                "calibrate it again with agr-ray evaluate --calibrate on a set prepared with mtcnn or haar, or give "
                 "--vision.detector mtcnn --allow-uncalibrated to do without intervals and abstention"
             )
         raise ConfigError(
