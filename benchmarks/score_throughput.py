@@ -48,8 +48,8 @@ from agr_ray.labels import UTKFACE
 from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
-from agr_ray.models.transform import Transform, prepare_eval
-from agr_ray.predict.forward import average, predict, to_nchw
+from agr_ray.models.transform import Transform, prepare_eval, to_nchw
+from agr_ray.predict.forward import average, predict
 from agr_ray.predict.inference import for_inference
 from agr_ray.runtime.score import score
 from agr_ray.vision.align import align

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from agr_ray.labels import AGE_MISSING, CLASS_MISSING, Labels, LabelSpace
 from agr_ray.schema import AGE_RANGE_FIELDS, CROP_STATUSES, LABEL_FIELDS, Status
 from agr_ray.storage import Storage
-from agr_ray.vision.align import DEFAULT_MARGIN, crop_side_px
+from agr_ray.vision.align import DEFAULT_MARGIN, stored_side_px
 from agr_ray.vision.decode import decode_crop
 
 LABEL_COLUMNS: Final = tuple(field.name for field in (*LABEL_FIELDS, *AGE_RANGE_FIELDS))
@@ -72,7 +72,7 @@ def select_crops(table: pa.Table, split: str, statuses: list[str]) -> pa.Table:
 
 def decoded_crops(table: pa.Table, side_px: int) -> NDArray[np.uint8]:
     """Return the crops as uint8 (n, S, S, 3), S being the template's side and its margins."""
-    side = crop_side_px(side_px, DEFAULT_MARGIN)
+    side = stored_side_px(side_px, DEFAULT_MARGIN)
     crops = np.empty((table.num_rows, side, side, 3), np.uint8)
     for index, jpeg in enumerate(table["crop"]):
         crops[index] = decode_crop(jpeg.as_buffer())

@@ -131,7 +131,7 @@ class _Preparation:
         if not rows:
             raise ConfigError(f"source.uri {self._job.source.uri}: there is no image below it")
         self._check_usable(listing, [Status.OK])
-        standing = find_standing(storage, listing, self._parts(self._crops), self._staged())
+        standing = find_standing(storage, listing, self._parquet_uris(self._crops), self._staged())
         valid = standing_rows(standing)
         # In the order of the ids, which are hashes, so that the parts are well mixed whatever the order of the keys.
         todo = _without(listing, valid["image_id"]).sort_by("image_id")
@@ -146,9 +146,9 @@ class _Preparation:
 
     def _staged(self) -> list[str]:
         """Return the URIs of crop rows that killed or rejected jobs have left."""
-        return [uri for uri in self._parts(self._work) if "/parts/" in uri.removeprefix(self._work)]
+        return [uri for uri in self._parquet_uris(self._work) if "/parts/" in uri.removeprefix(self._work)]
 
-    def _parts(self, folder: str) -> list[str]:
+    def _parquet_uris(self, folder: str) -> list[str]:
         storage = self._storage
         return [info.uri for info in storage.list(folder, (".parquet",))] if storage.exists(folder) else []
 

@@ -1,8 +1,8 @@
 """Metrics as sums and counts: add up over batches and ranks, divide once.
 
 Every accuracy is derived from its confusion matrix, whose rows are the truth. Values are fractions, not per cent; None
-if nothing is labelled. Ages are rounded to whole years (halves upwards, so that 10.5 is in 11-20) before they are
-assigned to the label space's groups. Male is predicted if and only if p_male > 0.5.
+if nothing is labelled. An age is in the group of the label space that it is nearest to (halfway, in the upper: 10.5 is
+in 11-20). Male is predicted if and only if p_male > 0.5.
 
 An age range has no error in years. It counts for the accuracy of age groups if one group contains all of it. A range
 that spans several groups would be right or wrong by guesswork, so it is counted apart.

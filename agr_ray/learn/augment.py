@@ -1,4 +1,4 @@
-"""Stored crops -> the network's input: plain for evaluation, with random changes for training.
+"""Stored crops -> the network's input in training, with random changes; `models.transform.prepare_eval` makes none.
 
 All geometry is one affine map and one `grid_sample`, all colour one 3 x 3 matrix and offset an image.
 Shrinking is always anti-aliased: where the template in the stored crop is larger than the input, the

@@ -80,7 +80,7 @@ class Context(Protocol):
         """Add up over ranks. The tensor is a small one on the CPU, and so is the result."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Make backward average the gradients over ranks (DDP with broadcast_buffers=False, or nothing).
+        """Make backward average the gradients over ranks (DDP, or nothing).
 
         The loop averages running statistics, once an epoch.
         """

@@ -75,7 +75,7 @@ def train(
     Raises:
         NonFiniteLossError: on all ranks.
     """
-    return _Run(context, model, transform, job, baseline, num_train_rows, resume).run()
+    return _Loop(context, model, transform, job, baseline, num_train_rows, resume).run()
 
 
 @dataclass
@@ -95,7 +95,7 @@ class _Epoch:
     """Of the steps before this process resumed: a sum of losses of each task, then a count of labels. Empty: none."""
 
 
-class _Run:
+class _Loop:
     """State of one call of `train`."""
 
     def __init__(

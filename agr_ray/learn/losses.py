@@ -49,7 +49,8 @@ def label_counts(heads: Heads, targets: Targets, mix: Mix | None = None) -> Tens
     Of mixed images, the sum of the shares that are labelled.
     """
     counts = [
-        torch.stack([head.num_labelled(part, share) for head in heads.values()]) for part, share in _parts(targets, mix)
+        torch.stack([head.num_labelled(part, share) for head in heads.values()])
+        for part, share in _learnt(targets, mix)
     ]
     return torch.stack(counts).sum(dim=0)
 
@@ -109,7 +110,7 @@ def multi_task_loss(
     """
     device = next(iter(targets.values())).device
     stacked, counts = torch.zeros(len(heads), device=device), torch.zeros(len(heads), device=device)
-    for part, share in _parts(targets, mix, rows):
+    for part, share in _learnt(targets, mix, rows):
         found = [head.loss(outputs[task], part, config, share) for task, head in heads.items()]
         stacked = stacked + torch.stack([each.total for each in found])
         counts += torch.stack([each.rows for each in found])
@@ -131,7 +132,7 @@ def rows_of(targets: Targets, rows: slice | Tensor) -> Targets:
     return {name: values[rows] for name, values in targets.items()}
 
 
-def _parts(targets: Targets, mix: Mix | None, rows: slice = slice(None)) -> list[tuple[Targets, Tensor | None]]:
+def _learnt(targets: Targets, mix: Mix | None, rows: slice = slice(None)) -> list[tuple[Targets, Tensor | None]]:
     """Return what n rows are to learn: labels, and the (n,) weights of the rows; None: each counts once."""
     own = rows_of(targets, rows)
     if mix is None:

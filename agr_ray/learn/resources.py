@@ -6,7 +6,7 @@ from typing import Final
 
 from agr_ray.config import TrainConfig
 from agr_ray.models.transform import Transform
-from agr_ray.vision.align import crop_side_px
+from agr_ray.vision.align import stored_side_px
 
 MIN_VAL_BATCH: Final = 64
 """Smallest batch of validation."""
@@ -14,7 +14,7 @@ MIN_VAL_BATCH: Final = 64
 
 def crop_bytes(transform: Transform) -> int:
     """Return the size of a decoded crop."""
-    return 3 * crop_side_px(transform.crop_side_px, transform.margin) ** 2
+    return 3 * stored_side_px(transform.crop_side_px, transform.margin) ** 2
 
 
 def max_kept_rows(config: TrainConfig, transform: Transform) -> int:

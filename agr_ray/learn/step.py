@@ -23,8 +23,7 @@ from agr_ray.learn.running import running_sums
 from agr_ray.models.heads.base import Targets
 from agr_ray.models.network import MultiTaskNet, Outputs
 from agr_ray.models.precision import autocast, grad_scaler
-from agr_ray.models.transform import Transform
-from agr_ray.predict.forward import to_nchw
+from agr_ray.models.transform import Transform, to_nchw
 
 
 class Stepper:

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from numpy.typing import NDArray
 from torch import Tensor
 
 from agr_ray.schema import TEMPLATE
+from agr_ray.vision.align import DEFAULT_MARGIN
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
@@ -28,7 +31,7 @@ class Transform:
     """Side of the square that the network sees."""
     crop_side_px: int
     """Side of the alignment template in the stored crop: the middle of it, without the margin."""
-    margin: float = 0.1
+    margin: float = DEFAULT_MARGIN
     """Share of the template's side that the stored crop has more on each side."""
     template: str = TEMPLATE
     """Name and version of the alignment template."""
@@ -57,6 +60,16 @@ class Transform:
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(f"expected three numbers each for mean and std, found {len(mean)} and {len(std)}")
         return cls(**{**values, "mean": mean, "std": std})
+
+
+def to_nchw(images_nhwc_u8: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
+    """Return (n, 3, h, w) uint8 on the device, without reordering pixels: channels stay last in memory."""
+    if isinstance(images_nhwc_u8, Tensor):
+        tensor = images_nhwc_u8
+    else:
+        # Arrays that share memory with an object store are read-only, which torch can't represent.
+        tensor = torch.from_numpy(images_nhwc_u8 if images_nhwc_u8.flags.writeable else images_nhwc_u8.copy())
+    return tensor.to(device, non_blocking=True).permute(0, 3, 1, 2)
 
 
 def prepare_eval(images_u8: Tensor, transform: Transform) -> Tensor:

@@ -69,7 +69,7 @@ class CropMaker:
         if isinstance(seen, Reject):
             return {"status": str(seen.status), "error": seen.error}
         if len(seen.faces):
-            height, width = seen.upright_rgb.shape[:2]
+            height, width = seen.turned_rgb.shape[:2]
             status, face = Status.OK, self._finder.face(seen, seen.faces.nearest_centre(width, height))
         else:
             status, face = Status.FALLBACK, self._finder.chip(seen)

@@ -29,10 +29,10 @@ class Photograph:
     """A decoded image and its faces."""
 
     image: DecodedImage
-    upright_rgb: NDArray[np.uint8]
+    turned_rgb: NDArray[np.uint8]
     """`image.rgb`, rotated clockwise by `rotation_degrees`; crops are cut from it."""
     faces: Faces
-    """In pixels of `upright_rgb`."""
+    """In pixels of `turned_rgb`."""
     rotation_degrees: int
     """Rotation in which faces were found: 0, 90, 180 or 270; 0 if no faces were found."""
 
@@ -126,7 +126,7 @@ class FaceFinder:
         faces, original = photograph.faces, photograph.original_faces
         with self._stopwatch.stage("align"):
             crop = align(
-                photograph.upright_rgb,
+                photograph.turned_rgb,
                 faces.boxes_xyxy[index],
                 faces.landmarks[index],
                 self._crop_side_px,
@@ -142,7 +142,7 @@ class FaceFinder:
 
     def chip(self, photograph: Photograph) -> AlignedFace:
         """Return the whole image as a face: a labelled chip in which no face was found."""
-        crop = align_chip(photograph.upright_rgb, self._crop_side_px, self._margin)
+        crop = align_chip(photograph.turned_rgb, self._crop_side_px, self._margin)
         return AlignedFace(crop, {"sharpness": sharpness(crop)})
 
     def _detect(self, images: Sequence[DecodedImage]) -> list[Photograph]:

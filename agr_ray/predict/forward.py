@@ -14,7 +14,7 @@ from agr_ray.models.heads.base import Head
 from agr_ray.models.network import MultiTaskNet, Outputs
 from agr_ray.models.precision import autocast
 from agr_ray.models.predictions import Predictions
-from agr_ray.models.transform import Transform, prepare_eval
+from agr_ray.models.transform import Transform, prepare_eval, to_nchw
 
 
 def predict(
@@ -30,16 +30,6 @@ def predict(
     """
     device = next(model.parameters()).device
     return average(model.heads_by_task, infer(model, to_nchw(images_u8, device), transform, config))
-
-
-def to_nchw(images_nhwc_u8: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
-    """Return (n, 3, h, w) uint8 on the device, without reordering pixels: channels stay last in memory."""
-    if isinstance(images_nhwc_u8, Tensor):
-        tensor = images_nhwc_u8
-    else:
-        # Arrays that share memory with an object store are read-only, which torch can't represent.
-        tensor = torch.from_numpy(images_nhwc_u8 if images_nhwc_u8.flags.writeable else images_nhwc_u8.copy())
-    return tensor.to(device, non_blocking=True).permute(0, 3, 1, 2)
 
 
 @torch.inference_mode()

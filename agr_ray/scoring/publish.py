@@ -49,9 +49,9 @@ class Counts(NamedTuple):
     """Counts of one file, or of several added up."""
 
     cells: pa.Table
-    """`tables.faces.count_faces` by the grouping columns."""
+    """`tables.face_rows.count_faces` by the grouping columns."""
     groups: pa.Table
-    """`tables.faces.count_images` by the grouping columns."""
+    """`tables.face_rows.count_images` by the grouping columns."""
     statuses: Counter[str]
     """Images by status."""
 

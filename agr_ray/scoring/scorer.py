@@ -30,7 +30,7 @@ from agr_ray.schema import FACE, IMAGES, SCORE_MANIFEST, SCORED_STATUSES, Status
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import Parts
-from agr_ray.vision.align import crop_side_px
+from agr_ray.vision.align import stored_side_px
 
 MAX_CROPS: Final = 256
 """Maximum faces in a batch, unless one photograph has more: 56 MB of 224-pixel crops with margins."""
@@ -81,7 +81,7 @@ class Scoring:
     @property
     def stored_side_px(self) -> int:
         """Return the side of an aligned crop, its margins included."""
-        return crop_side_px(self.transform.crop_side_px, self.transform.margin)
+        return stored_side_px(self.transform.crop_side_px, self.transform.margin)
 
 
 class Found(NamedTuple):

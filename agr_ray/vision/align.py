@@ -25,7 +25,7 @@ _MAX_WARP_PX: Final = 16_384
 """Largest side that is warped, into or from: OpenCV refuses 32,767 pixels and more."""
 
 
-def crop_side_px(side_px: int, margin: float = DEFAULT_MARGIN) -> int:
+def stored_side_px(side_px: int, margin: float = DEFAULT_MARGIN) -> int:
     """Return the side of a crop whose template square has `side_px` and a margin of that fraction on each side."""
     return round(side_px * (1 + 2 * margin))
 
@@ -49,13 +49,13 @@ def align_face(
     """Turn, scale and shift a face so that its landmarks lie on the template.
 
     `rgb` is uint8, height x width x 3; `landmarks` is (5, 2) in its pixels, in the order of
-    `schema.LANDMARK_NAMES`. The result is uint8, S x S x 3 with S = `crop_side_px(side_px, margin)`. Beyond the
+    `schema.LANDMARK_NAMES`. The result is uint8, S x S x 3 with S = `stored_side_px(side_px, margin)`. Beyond the
     image its border is reflected; a face that shrinks is averaged, not sampled.
 
     Raises:
         ValueError: if the landmarks are not finite, or all in one place.
     """
-    side = crop_side_px(side_px, margin)
+    side = stored_side_px(side_px, margin)
     template = (np.asarray(TEMPLATE_POINTS) - 0.5) * side_px + side / 2
     return _warp(rgb, similarity(np.asarray(landmarks, dtype=np.float64), template), side)
 
@@ -105,7 +105,7 @@ def similarity(points: NDArray[np.floating], target: NDArray[np.floating]) -> ND
 def _cut_square(
     rgb: NDArray[np.uint8], centre_x: float, centre_y: float, square_px: float, side_px: int, margin: float
 ) -> NDArray[np.uint8]:
-    side = crop_side_px(side_px, margin)
+    side = stored_side_px(side_px, margin)
     scale = side_px / square_px
     affine = np.array([[scale, 0.0, side / 2 - scale * centre_x], [0.0, scale, side / 2 - scale * centre_y]])
     return _warp(rgb, affine, side)

@@ -25,7 +25,7 @@ from agr_ray.predict.crop_maker import CropMaker
 from agr_ray.runtime.prepare import prepare
 from agr_ray.schema import CROPS
 from agr_ray.storage.parts import KILLED_ITS_WORKER
-from agr_ray.vision.align import crop_side_px
+from agr_ray.vision.align import stored_side_px
 from agr_ray.vision.decode import decode_crop
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -209,7 +209,7 @@ def test_the_faces_of_chips_are_found_where_they_are(
 
 
 def test_only_rows_that_are_ok_or_fallback_carry_a_crop(rows: dict[str, dict[str, Any]]) -> None:
-    side = crop_side_px(SIDE_PX)
+    side = stored_side_px(SIDE_PX)
 
     for row in rows.values():
         assert (row["crop"] is not None) == (row["status"] in ("ok", "fallback"))

@@ -13,7 +13,7 @@ from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.labels import UTKFACE
 from agr_ray.schema import CROPS, TEMPLATE
 from agr_ray.storage import Storage
-from agr_ray.vision.align import crop_side_px
+from agr_ray.vision.align import stored_side_px
 from agr_ray.vision.decode import encode_jpeg
 
 SIDE_PX = 32
@@ -34,7 +34,7 @@ def prepared_set(
 
     With `copied`, the image of the test split is the first of training's too.
     """
-    side = crop_side_px(side_px)
+    side = stored_side_px(side_px)
     first, second, third = keys
     rows = [
         {

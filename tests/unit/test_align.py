@@ -11,8 +11,8 @@ from agr_ray.vision.align import (
     align_box,
     align_chip,
     align_face,
-    crop_side_px,
     similarity,
+    stored_side_px,
 )
 
 TEMPLATE = np.asarray(TEMPLATE_POINTS)
@@ -99,7 +99,7 @@ def test_a_face_without_landmarks_is_cut_by_its_box() -> None:
 
 @pytest.mark.parametrize(("side_px", "margin", "expected"), [(200, 0.1, 240), (88, 0.1, 106), (224, 0.0, 224)])
 def test_the_margin_is_on_both_sides(side_px: int, margin: float, expected: int) -> None:
-    assert crop_side_px(side_px, margin) == expected
+    assert stored_side_px(side_px, margin) == expected
 
 
 @pytest.mark.parametrize("is_tall", [False, True])

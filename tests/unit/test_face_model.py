@@ -34,7 +34,7 @@ from agr_ray.schema import CROPS, IMAGES
 from agr_ray.scoring.planning import plan
 from agr_ray.scoring.scorer import Found, PartScorer, RowPredictor
 from agr_ray.storage import Storage
-from agr_ray.vision.align import crop_side_px
+from agr_ray.vision.align import stored_side_px
 from agr_ray.vision.decode import encode_jpeg
 
 SIDE_PX = 64
@@ -53,7 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_evaluation_and_scoring_predict_the_same_to_the_last_bit(
     model: Path, tmp_path: Path, num_together: int
 ) -> None:
-    side = crop_side_px(SIDE_PX)
+    side = stored_side_px(SIDE_PX)
     pixels = np.random.default_rng(0).integers(0, 256, (19, side, side, 3), np.uint8)
     rows = [
         {"image_id": str(index), "uri": "u", "key": "k", "source": "s", "split": "test", "status": "ok"}
@@ -87,7 +87,7 @@ def test_every_forward_pass_has_the_same_number_of_crops(model: Path, monkeypatc
     predict = attributes.predict
     monkeypatch.setattr(attributes, "predict", lambda *args: sizes.append(len(args[1])) or predict(*args))
     predictor = AttributePredictor.load(model, PredictConfig())
-    side = crop_side_px(SIDE_PX)
+    side = stored_side_px(SIDE_PX)
 
     lengths = [len(predictor.predict(np.zeros((n, side, side, 3), np.uint8))["age"]) for n in (0, 1, 8, 9)]
 

@@ -91,7 +91,7 @@ def test_a_sideways_face_is_found_in_its_place(
     if detector == "mtcnn":
         landmarks = turned_points(expected.faces.landmarks[0], degrees)
         assert photograph.original_faces.landmarks[0] == pytest.approx(landmarks, abs=4)
-    rgb, faces = photograph.upright_rgb, photograph.faces
+    rgb, faces = photograph.turned_rgb, photograph.faces
     crop = align(rgb, faces.boxes_xyxy[0], faces.landmarks[0], 100).astype(float)
     upright_crop = align(upright, expected.faces.boxes_xyxy[0], expected.faces.landmarks[0], 100).astype(float)
     errors = [np.abs(np.rot90(crop, turns) - upright_crop).mean() for turns in range(4)]
@@ -108,7 +108,7 @@ def test_without_a_face_in_any_rotation_a_photograph_stays_as_it_is(tmp_path: Pa
     photograph = read_one(tmp_path, np.full((60, 90, 3), 128, np.uint8), try_rotations=True)
 
     assert (len(photograph.faces), photograph.rotation_degrees) == (0, 0)
-    assert photograph.upright_rgb.shape == (60, 90, 3)
+    assert photograph.turned_rgb.shape == (60, 90, 3)
 
 
 @pytest.mark.parametrize(("small_faces", "num_faces"), [(False, 0), (True, 1)])

@@ -47,7 +47,7 @@ class Gain(nn.Module):
 class LogAge(Head):
     """The logarithm of the age and its spread: two outputs in a tuple."""
 
-    labels = ages.LABELS
+    missing_values = ages.MISSING_VALUES
     metric = "mae_years"
 
     def __init__(self, num_features: int, task: str, space: LabelSpace) -> None:  # as all heads
@@ -77,7 +77,7 @@ class LogAge(Head):
 class Smile(Head):
     """A fourth task: how broad a smile is, 0 to 1."""
 
-    labels: ClassVar[dict[str, float]] = {"smile": float("nan")}
+    missing_values: ClassVar[dict[str, float]] = {"smile": float("nan")}
     metric = "mae_years"
 
     def __init__(self, num_features: int, task: str, space: LabelSpace) -> None:  # as all heads

@@ -15,7 +15,7 @@ from agr_ray.config import LossConfig
 from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS, AGE_MISSING
 from agr_ray.models.heads.base import Targets, TaskSum
 
-LABELS: Final[Mapping[str, float | int]] = {"age": AGE_MISSING, "age_low": AGE_MISSING, "age_high": AGE_MISSING}
+MISSING_VALUES: Final[Mapping[str, float | int]] = {"age": AGE_MISSING, "age_low": AGE_MISSING, "age_high": AGE_MISSING}
 """Years. A row has an age, or a range (both bounds, included), or neither."""
 
 

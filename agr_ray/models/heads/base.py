@@ -29,10 +29,10 @@ class TaskSum(NamedTuple):
 class Head(nn.Module):
     """From the features of n faces to what the network says of them for one task.
 
-    A subclass sets `labels` and `metric` and defines `forward`, `labelled`, `losses`, `read_out` and `score`.
+    A subclass sets `missing_values` and `metric` and defines `forward`, `labelled`, `losses`, `read_out` and `score`.
     """
 
-    labels: Mapping[str, float | int]
+    missing_values: Mapping[str, float | int]
     """The label arrays that it learns from, and the value that marks a missing label in each."""
     metric: str
     """Metric that the mean of `score` is: `mae_years` or `accuracy`."""
@@ -84,8 +84,10 @@ class Head(nn.Module):
 
     def missing_targets(self, num_rows: int) -> dict[str, Tensor]:
         """Return targets on the CPU in which every label is missing."""
-        dtypes = {name: torch.int64 if isinstance(value, int) else torch.float32 for name, value in self.labels.items()}
-        return {name: torch.full((num_rows,), value, dtype=dtypes[name]) for name, value in self.labels.items()}
+        return {
+            name: torch.full((num_rows,), value, dtype=torch.int64 if isinstance(value, int) else torch.float32)
+            for name, value in self.missing_values.items()
+        }
 
     def targets(self, labels: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
         """Return copies of this head's label arrays on the CPU; an array that is not there has no label."""

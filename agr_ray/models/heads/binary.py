@@ -20,7 +20,7 @@ class Binary(Head):
         super().__init__()
         assert len(space.classes[task]) == 2
         self.task = task
-        self.labels = {task: CLASS_MISSING}
+        self.missing_values = {task: CLASS_MISSING}
         self.layer = linear(num_features, 1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class AgeDistribution(NamedTuple):
 class DistributionAge(Head):
     """A bin for each year, read out by expectation. A range is learnt by the probability of its bins."""
 
-    labels = ages.LABELS
+    missing_values = ages.MISSING_VALUES
     metric = "mae_years"
     bins_years: Tensor
 

@@ -18,7 +18,7 @@ from agr_ray.models.heads.base import Head, Targets, TaskSum, linear
 class LinearAge(Head):
     """Outputs: (n,) years, not clamped. A range is learnt by the distance to it, 0 inside."""
 
-    labels = ages.LABELS
+    missing_values = ages.MISSING_VALUES
     metric = "mae_years"
 
     def __init__(self, num_features: int, task: str, space: LabelSpace) -> None:  # noqa: ARG002  # as all heads

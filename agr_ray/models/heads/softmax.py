@@ -19,7 +19,7 @@ class Softmax(Head):
     def __init__(self, num_features: int, task: str, space: LabelSpace) -> None:
         super().__init__()
         self.task = task
-        self.labels = {task: CLASS_MISSING}
+        self.missing_values = {task: CLASS_MISSING}
         self.layer = linear(num_features, len(space.classes[task]))
 
     def forward(self, features: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class ShardBatches:
     The next batches are made while the device computes. For a GPU, crops are tensors in pinned memory.
 
     Args:
-        shard: yields the rows of `crops.training_dataset`.
+        shard: yields the rows of `crop_stream.training_dataset`.
         batch_size: rows in a batch of all workers; the last one of an epoch may have fewer.
         keep: whether the share is kept, decoded; the same in all workers.
         shuffle_rows: rows in the shuffle buffer while streaming; 0: rows always come in their order.
