@@ -24,9 +24,10 @@ class Status(StrEnum):
     """What became of one input image. Every input ends as exactly one row with exactly one status."""
 
     OK = "ok"
-    """At least one face was found and processed."""
+    """At least one face was found and processed. In a manifest: the bytes were read and a label can be used; the crop
+    row tells whether they decode."""
     FALLBACK = "fallback"
-    """Labelled chips only: no face was found, and the whole chip serves as the crop."""
+    """Labelled images only: no face was found, and the middle of the image serves as the crop."""
     NO_FACE = "no_face"
     """The image is readable and no face was found in it."""
     UNREADABLE = "unreadable"
@@ -95,7 +96,7 @@ AGE_RANGE_FIELDS: Final = (
 
 MANIFEST: Final = pa.schema(
     [
-        pa.field("image_id", pa.string(), nullable=False),  # hash of the URI
+        pa.field("image_id", pa.string(), nullable=False),  # hash of the URI; in scoring, of the URI and the etag
         pa.field("uri", pa.string(), nullable=False),
         pa.field("key", pa.string(), nullable=False),  # path below the source's root: the same on every machine
         pa.field("etag", pa.string()),

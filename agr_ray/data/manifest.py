@@ -84,7 +84,7 @@ class Content:
 
 
 def image_id(uri: str) -> str:
-    """Return the image's name in every table: 32 hex digits of the URI's BLAKE2b hash."""
+    """Return a labelled image's id: 32 hex digits of the URI's BLAKE2b hash. Scoring: `planning.photograph_id`."""
     return hashlib.blake2b(uri.encode(), digest_size=16).hexdigest()
 
 

@@ -35,7 +35,7 @@ from agr_ray.data.rejects import reject_reasons
 from agr_ray.data.sources.label_table import LabelTableError
 from agr_ray.data.sources.registry import label_space, source_rows, split_fractions
 from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
-from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_edits
+from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_crop_rows
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.progress_bar import print_failed, progress
 from agr_ray.schema import CROP_STATUSES, MANIFEST, SPLITS, TEMPLATE, Status
@@ -253,7 +253,7 @@ class _Preparation:
 
         if not is_same:
             self._retry.call(write_splits)
-            write_edits(storage, self._crops, standing, manifest, self._check, self._retry)
+            write_crop_rows(storage, self._crops, standing, manifest, self._check, self._retry)
         columns = ["image_id", "uri", "status", "error"]
         rows = self._retry.call(lambda: storage.read_table(self._crops, columns))
         if sorted(rows["image_id"].to_pylist()) != sorted(manifest["image_id"].to_pylist()):

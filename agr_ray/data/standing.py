@@ -1,4 +1,4 @@
-"""Find which crop rows of a prepared set are still valid after its source has been listed again.
+"""Find which crop rows of a prepared set are still valid after its source has been listed again, and write the set's.
 
 A row is valid while its image has the etag under which it was read. Its hash, status and crop then need no new
 download; labels, group and split come from the manifest, so a corrected label needs no new crop. Rows of images that
@@ -107,7 +107,7 @@ def contents(rows: pa.Table) -> Iterator[tuple[str, Content]]:
         yield image_id, Content(digest) if digest is not None else Content(None, status, error)
 
 
-def write_edits(
+def write_crop_rows(
     storage: Storage,
     folder: str,
     parts: Sequence[StandingPart],

@@ -59,9 +59,9 @@ class RayWorkers:
             for table in run_parts(worker, arguments, parts, ActorPoolStrategy(size=self.num_workers)):
                 yield from table.to_pylist(maps_as_pydicts="strict")
 
-    def publish(self, publication: Publication) -> Iterator[Counts]:
+    def stage(self, publication: Publication) -> Iterator[Counts]:
         """Write the files of all parts; yield the counts of each."""
-        task = ray.remote(num_cpus=1)(Publication.publish_file)
+        task = ray.remote(num_cpus=1)(Publication.stage_file)
         at_once = worker_count(self._job.score.num_workers)  # each holds one file's rows in memory
         files = iter(range(publication.num_files))
         waiting = [task.remote(publication, file) for file in islice(files, at_once)]

@@ -35,7 +35,7 @@ from agr_ray.predict.attributes import ATTRIBUTES
 from agr_ray.progress_bar import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
 from agr_ray.scoring.grouping import check_grouping
-from agr_ray.scoring.loaded_model import Model, load_model, short_digest
+from agr_ray.scoring.loaded_model import ModelFiles, read_model, short_digest
 from agr_ray.scoring.messages import print_plan, print_summary, print_timings
 from agr_ray.scoring.planning import Plan
 from agr_ray.scoring.publish import (
@@ -43,13 +43,13 @@ from agr_ray.scoring.publish import (
     Publication,
     add_counts,
     delete_unpublished,
-    promote,
-    publish_demographics,
+    publish,
     published_runs,
+    stage_demographics,
 )
 from agr_ray.scoring.refusals import Refusals, TooManyRefused
 from agr_ray.scoring.scorer import Scoring
-from agr_ray.scoring.unpublished import Planned, keep_for_later, new_id, now, open_plan, resume
+from agr_ray.scoring.unpublished import Planned, keep_for_later, new_id, now, replan, resume
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
@@ -85,7 +85,7 @@ class Workers(Protocol):
         """Score the parts in any order; yield the `scorer.SUMMARY` row of each part."""
         ...
 
-    def publish(self, publication: Publication) -> Iterator[Counts]:
+    def stage(self, publication: Publication) -> Iterator[Counts]:
         """Write the files of all parts; yield the counts of each."""
         ...
 
@@ -106,23 +106,17 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     """
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.score.out).rstrip("/")
-    key = _check(job, storage, out)
-    storage.probe(job.score.input, "score.input")
-    storage.probe(job.score.checkpoint, "score.checkpoint")
-    storage.probe(out, "score.out", write=True)
-    if job.score.ledger:
-        storage.probe(job.score.ledger, "score.ledger", write=True)
-    if job.score.metadata:
-        storage.probe(job.score.metadata, "score.metadata")
+    key = _checked_key(job, storage, out)
+    _probe(job.score, storage, out)
     if job.score.min_cell and not job.score.aggregate_only:
         console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as checkpoint:
-        model = load_model(checkpoint, job, console)
+        model = read_model(checkpoint, job, console)
     attributes = _attributes(job.score, model.tasks)
     settings = digest(model.pipeline, job.gates)
     config_digest = short_digest([settings, attributes, model.calibration_digest])
     identity = short_digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key)])
-    works = storage.join(f"{out}-work", identity)
+    plans = storage.join(f"{out}-work", identity)
     lock_uri = storage.join(f"{out}-work", "lock.json")
     retry = Retry(job.score.outage_s)
     held = run_lock(storage, lock_uri, identity, expiry_s=job.score.lock_expiry_s, console=console)
@@ -140,12 +134,12 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         if left:
             console.print(f"deleted unpublished files of killed jobs: {', '.join(left)}")
         skipped = _scored_folders(storage, out, job, model, config_digest, key)
-        run = resume(storage, works, skipped, job.score.max_refused, console)
-        if run is None:
-            run = open_plan(job, storage, works, skipped, key, check, console)
-        print_plan(job.score, run.plan, console)
+        planned = resume(storage, plans, skipped, job.score.max_refused, console)
+        if planned is None:
+            planned = replan(job, storage, plans, skipped, key, check, console)
+        print_plan(job.score, planned.plan, console)
         run_id = new_id(now())
-        work = storage.join(works, run.plan_id)
+        work = storage.join(plans, planned.plan_id)
         scoring = Scoring(
             storage=storage,
             work=work,
@@ -159,7 +153,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             checkpoint=model.checkpoint,
             calibration=model.calibration,
             provenance={
-                "run_id": run.plan_id,  # until it is published
+                "run_id": planned.plan_id,  # staging writes the run's own
                 "model_digest": model.digest,
                 "config_digest": config_digest,
                 "schema_version": SCHEMA_VERSION,
@@ -171,8 +165,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             work=work,
             out=out,
             run_id=run_id,
-            started_at=datetime.datetime.fromisoformat(run.started_at),
-            num_parts=run.plan.num_parts,
+            started_at=datetime.datetime.fromisoformat(planned.started_at),
+            num_parts=planned.plan.num_parts,
             attributes=attributes,
             space=model.space,
             group_by=job.score.group_by,
@@ -181,49 +175,29 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             key=key,
             outage_s=job.score.outage_s,
         )
-        with workers.session() if run.plan.num_parts else nullcontext():
+        with workers.session() if planned.plan.num_parts else nullcontext():
             try:
-                timings, precisions = _score_parts(job, scoring, run, workers, check, console)
+                timings, precisions = _score_parts(job, scoring, planned, workers, check, console)
             except TooManyRefused as error:
-                retry.call(lambda error=error: keep_for_later(job.score, scoring, works, error.reason))  # type: ignore[misc]
+                retry.call(lambda error=error: keep_for_later(job.score, scoring, plans, error.reason))  # type: ignore[misc]
                 raise
             check()
             warning = model.calibration.precision_warning(precisions) if model.calibration else ""
             if warning:
                 console.print(f"warning: {warning}")
             started = time.perf_counter()
-            counts = _publish_files(publication, workers, check, console)
-        retry.call(lambda: publish_demographics(publication, counts, model.calibration, job.score.min_cell))
-        totals = _totals(counts, run.plan)
-        timings |= {"plan_s": run.plan_s, "publish_s": time.perf_counter() - started}
-        record: dict[str, Any] = {
-            "run_id": run_id,
-            "started_at": run.started_at,
-            **({} if key else {"input": storage.absolute(job.score.input)}),
-            "model_digest": model.digest,
-            "config_digest": config_digest,
-            "key_id": _key_id(key),
-            "schema_version": SCHEMA_VERSION,
-            "label_space": model.space.to_json(),
-            **model.pipeline.to_json(),
-            "calibrated": model.calibration is not None,
-            "uncalibrated_because": model.uncalibrated_because,
-            "calibration_warning": model.calibration.overlap_warning if model.calibration else "",
-            "precisions": sorted(precisions),
-            "aggregate_only": job.score.aggregate_only,
-            "group_by": list(job.score.group_by),
-            "min_cell": job.score.min_cell,
-            **({} if job.score.min_cell else totals),
-            "timings": timings,
-            "published_at": now().isoformat(timespec="milliseconds"),
-        }
-        retry.call(lambda: promote(publication, record, lock.check))
+            counts = _stage_files(publication, workers, check, console)
+        retry.call(lambda: stage_demographics(publication, counts, model.calibration, job.score.min_cell))
+        totals = _totals(counts, planned.plan)
+        timings |= {"plan_s": planned.plan_s, "publish_s": time.perf_counter() - started}
+        record = _record(job, publication, model, config_digest, precisions, timings, totals)
+        retry.call(lambda: publish(publication, record, lock.check))
         try:
             lock.check()
-            storage.delete_tree(works)
+            storage.delete_tree(plans)
         except (LockLost, StorageError, StorageUnavailable) as error:
             # The run is published anyway, and later runs do not need this folder to be gone.
-            console.print(f"warning: the run's work folder {works} can't be deleted: {error}")
+            console.print(f"warning: the run's work folder {plans} can't be deleted: {error}")
     title = f"{out} run={run_id}"
     if job.score.min_cell:
         console.print(f"published {title}; score.min_cell withholds its totals")
@@ -247,7 +221,7 @@ def _lost_lock_first(lock: RunLock) -> Iterator[None]:
 # Before any work
 
 
-def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
+def _checked_key(job: ScoreJob, storage: Storage, out: str) -> bytes:
     """Reject settings that can't work; return the secret key, empty if none is configured."""
     config = job.score
     if is_bucket(out):
@@ -280,6 +254,22 @@ def _check(job: ScoreJob, storage: Storage, out: str) -> bytes:
     return key
 
 
+def _probe(config: ScoreConfig, storage: Storage, out: str) -> None:
+    """Make one cheap request to each place that the job reads or writes.
+
+    Raises:
+        ConfigError: one is refused.
+        StorageUnavailable: one can't be reached.
+    """
+    storage.probe(config.input, "score.input")
+    storage.probe(config.checkpoint, "score.checkpoint")
+    storage.probe(out, "score.out", write=True)
+    if config.ledger:
+        storage.probe(config.ledger, "score.ledger", write=True)
+    if config.metadata:
+        storage.probe(config.metadata, "score.metadata")
+
+
 def _attributes(config: ScoreConfig, tasks: Sequence[str]) -> tuple[str, ...]:
     """Return the attributes to write, in the schema's order: the configured ones, by default all that are predicted.
 
@@ -303,7 +293,7 @@ def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
 
 
 def _scored_folders(
-    storage: Storage, out: str, job: ScoreJob, model: Model, config_digest: str, key: bytes
+    storage: Storage, out: str, job: ScoreJob, model: ModelFiles, config_digest: str, key: bytes
 ) -> list[str]:
     """Return the folders of runs with the same model, configuration and key, whose images need not be scored again."""
     wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": _key_id(key)}
@@ -330,29 +320,29 @@ def _scored_folders(
 
 
 def _score_parts(
-    job: ScoreJob, scoring: Scoring, run: Planned, workers: Workers, check: Callable[[], None], console: Console
+    job: ScoreJob, scoring: Scoring, planned: Planned, workers: Workers, check: Callable[[], None], console: Console
 ) -> tuple[dict[str, Any], set[str]]:
     """Score the missing parts; return timings, and the `precision` values of all rows.
 
     Raises:
         TooManyRefused: most photographs are rejected for the same reason.
     """
-    refusals = Refusals(job.score, run.plan)
+    refusals = Refusals(job.score, planned.plan)
     precisions: set[str] = set()
     done = _finished_parts(scoring, refusals, precisions, check)
-    todo = [part for part in range(run.plan.num_parts) if part not in done]
+    todo = [part for part in range(planned.plan.num_parts) if part not in done]
     if done:
-        console.print(f"{len(done)} of {run.plan.num_parts} parts done before")
+        console.print(f"{len(done)} of {planned.plan.num_parts} parts done before")
     if not todo:
         refusals.check(at_end=True)
         return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}, precisions
     # In random order, so that the first parts are a sample of all, and all workers share an expensive folder.
-    random.Random(run.plan_id).shuffle(todo)
+    random.Random(planned.plan_id).shuffle(todo)
     counts: Counter[str] = Counter()
     stopwatch = Stopwatch()
     num_faces = 0
     started = time.perf_counter()
-    total = sum(_rows_of(part, run.plan) for part in todo)
+    total = sum(_rows_of(part, planned.plan) for part in todo)
     hides = bool(job.score.min_cell)  # a suppressed cell could be computed from the totals
     num_parts = 0
     with progress(console, "scoring", len(todo) if hides else total) as update:
@@ -398,17 +388,50 @@ def _rows_of(part: int, plan: Plan) -> int:
     return min(plan.rows_per_part, plan.num_to_do - part * plan.rows_per_part)
 
 
-def _publish_files(publication: Publication, workers: Workers, check: Callable[[], None], console: Console) -> Counts:
+def _stage_files(publication: Publication, workers: Workers, check: Callable[[], None], console: Console) -> Counts:
     """Write all files to publish, except the demographics; return their counts."""
     if not publication.num_parts:
-        return publication.publish_file(0)
+        return publication.stage_file(0)
     counts: list[Counts] = []
     with progress(console, "publishing", publication.num_files) as update:
-        for each in workers.publish(publication):
+        for each in workers.stage(publication):
             check()
             counts.append(each)
             update(len(counts), "files")
     return add_counts(counts, publication.group_by)
+
+
+def _record(
+    job: ScoreJob,
+    publication: Publication,
+    model: ModelFiles,
+    config_digest: str,
+    precisions: set[str],
+    timings: Mapping[str, Any],
+    totals: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the content of `_SUCCESS/run=ID.json`."""
+    return {
+        "run_id": publication.run_id,
+        "started_at": publication.started_at.isoformat(timespec="milliseconds"),
+        **({} if publication.key else {"input": publication.storage.absolute(job.score.input)}),
+        "model_digest": model.digest,
+        "config_digest": config_digest,
+        "key_id": _key_id(publication.key),
+        "schema_version": SCHEMA_VERSION,
+        "label_space": model.space.to_json(),
+        **model.pipeline.to_json(),
+        "calibrated": model.calibration is not None,
+        "uncalibrated_because": model.uncalibrated_because,
+        "calibration_warning": model.calibration.overlap_warning if model.calibration else "",
+        "precisions": sorted(precisions),
+        "aggregate_only": job.score.aggregate_only,
+        "group_by": list(job.score.group_by),
+        "min_cell": job.score.min_cell,
+        **({} if job.score.min_cell else totals),
+        "timings": timings,
+        "published_at": now().isoformat(timespec="milliseconds"),
+    }
 
 
 def _totals(counts: Counts, plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The model of a scoring run, with its settings and calibration."""
+"""What a scoring run predicts with: the files of a checkpoint, its settings and calibration."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from agr_ray.predict.resolve import resolve
 
 
 @dataclass(frozen=True)
-class Model:
-    """A checkpoint with its effective settings and calibration."""
+class ModelFiles:
+    """A checkpoint's files, from which each worker builds the network, with its effective settings and calibration."""
 
     checkpoint: Mapping[str, bytes]
     digest: str
@@ -37,7 +37,7 @@ class Model:
     calibration_digest: str
 
 
-def load_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model:
+def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> ModelFiles:
     """Return what a run predicts with, and warn if it does not fit the job well.
 
     Raises:
@@ -68,7 +68,7 @@ def load_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
         console.print(f"warning: uncalibrated: no age_low and age_high, no abstention, no corrected shares: {reason}")
     elif calibration.overlap_warning:
         console.print(f"warning: {calibration.overlap_warning}")
-    return Model(
+    return ModelFiles(
         checkpoint=portable_checkpoint(checkpoint.directory),
         digest=checkpoint.digest,
         tasks=checkpoint.model.tasks,

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import LabelSpace
-from agr_ray.schema import IMAGES, REJECTS, Status
+from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES, IMAGES, REJECTS, Status
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import PARTS_PER_FILE, Parts
 from agr_ray.storage.retry import Retry
@@ -34,7 +34,6 @@ from agr_ray.tables.face_rows import count_faces, count_images, explode_faces, s
 from agr_ray.tables.suppression import suppress
 
 SUCCESS: Final = "_SUCCESS"
-CELL_COLUMNS: Final = ("age_group", "gender", "race")
 LEDGER_COLUMNS: Final = ("image_id", "status", "storage_class")
 TABLES: Final = ("demographics", "rejects", "faces", "images")
 """Tables in publishing order."""
@@ -86,11 +85,11 @@ class Publication:
         """Return the number of files: at least one, so that readers of an empty run find its columns."""
         return max(1, -(-self.num_parts // PARTS_PER_FILE))
 
-    def publish_file(self, file: int) -> Counts:
-        """Write one file of each table, and count what is in it."""
-        return Retry(self.outage_s).call(lambda: self._publish_file(file))
+    def stage_file(self, file: int) -> Counts:
+        """Write one file of each table to the work folder, and count what is in it."""
+        return Retry(self.outage_s).call(lambda: self._stage_file(file))
 
-    def _publish_file(self, file: int) -> Counts:
+    def _stage_file(self, file: int) -> Counts:
         images = self._image_rows(file)
         faces = explode_faces(images, self.group_by)
         counts = Counts(
@@ -178,13 +177,13 @@ def pseudonym(text: str, key: bytes) -> str:
 def add_counts(counts: Sequence[Counts], group_by: Sequence[str]) -> Counts:
     """Add up the counts of all files."""
     return Counts(
-        sum_counts([each.cells for each in counts], [*group_by, *CELL_COLUMNS]),
+        sum_counts([each.cells for each in counts], [*group_by, *DEMOGRAPHIC_ATTRIBUTES]),
         sum_counts([each.groups for each in counts], group_by),
         sum((each.statuses for each in counts), Counter()),
     )
 
 
-def publish_demographics(
+def stage_demographics(
     publication: Publication, counts: Counts, calibration: Calibration | None, min_cell: int
 ) -> None:
     """Write the run's demographic tables to the staging folder."""
@@ -208,7 +207,7 @@ def published_runs(storage: Storage, out: str) -> Iterator[dict[str, Any]]:
             yield json.loads(storage.read(info.uri))
 
 
-def promote(publication: Publication, record: dict[str, Any], check: Callable[[], None]) -> None:
+def publish(publication: Publication, record: dict[str, Any], check: Callable[[], None]) -> None:
     """Move the run's files into OUT and mark the run as published; this is the last step.
 
     Args:

@@ -17,9 +17,7 @@ from agr_ray.progress_bar import progress
 from agr_ray.schema import Status
 from agr_ray.scoring.messages import endings
 from agr_ray.scoring.planning import Plan, plan, read_counts, scored_ids
-from agr_ray.scoring.publish import (
-    pseudonym,
-)
+from agr_ray.scoring.publish import pseudonym
 from agr_ray.scoring.scorer import Scoring
 from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
 from agr_ray.storage.parts import Parts
@@ -35,14 +33,14 @@ class Planned:
     plan: Plan
 
 
-def _plan_uri(storage: Storage, works: str) -> str:
-    return storage.join(works, "plan.json")
+def _plan_uri(storage: Storage, plans: str) -> str:
+    return storage.join(plans, "plan.json")
 
 
-def resume(storage: Storage, works: str, skipped: list[str], max_refused: float, console: Console) -> Planned | None:
+def resume(storage: Storage, plans: str, skipped: list[str], max_refused: float, console: Console) -> Planned | None:
     """Return the unpublished run of this configuration, if its plan is complete and no run was published since."""
     try:
-        record = json.loads(storage.read(_plan_uri(storage, works)))
+        record = json.loads(storage.read(_plan_uri(storage, plans)))
     except MissingObject:
         return None
     if "rejected_above" in record and max_refused <= record["rejected_above"]:
@@ -52,7 +50,7 @@ def resume(storage: Storage, works: str, skipped: list[str], max_refused: float,
             "another run was published since this one was planned; planning again, so that no image is published twice"
         )
         return None
-    made = read_counts(storage, Parts(storage, storage.join(works, record["plan_id"])).manifest)
+    made = read_counts(storage, Parts(storage, storage.join(plans, record["plan_id"])).manifest)
     if made is None:
         # A job that was stopped just before it wrote this record woke up after another had deleted its plan.
         console.print(f"the plan {record['plan_id']} is gone; planning again")
@@ -60,37 +58,37 @@ def resume(storage: Storage, works: str, skipped: list[str], max_refused: float,
     return Planned(record["plan_id"], record["started_at"], record["plan_s"], made)
 
 
-def keep_for_later(config: ScoreConfig, scoring: Scoring, works: str, reason: str) -> None:
+def keep_for_later(config: ScoreConfig, scoring: Scoring, plans: str, reason: str) -> None:
     """Prepare a run that was rejected as a whole for the next command.
 
     If storage refused photographs, the same command scores their parts again and keeps the others. If photographs were
     rejected for their content, the same command plans again, because they must change first. Only a command with a
     higher score.max_refused resumes that run.
     """
-    storage, uri = scoring.storage, _plan_uri(scoring.storage, works)
+    storage, uri = scoring.storage, _plan_uri(scoring.storage, plans)
     if not reason.startswith(f"{Status.FAILED}:"):
         record = json.loads(storage.read(uri)) | {"rejected_above": config.max_refused}
         storage.write(uri, json.dumps(record, indent=2).encode())
 
 
-def open_plan(
+def replan(
     job: ScoreJob,
     storage: Storage,
-    works: str,
+    plans: str,
     skipped: list[str],
     key: bytes,
     check: Callable[[], None],
     console: Console,
 ) -> Planned:
-    """Plan a new run.
+    """Delete what is left of earlier plans, and plan a new run.
 
     Raises:
         ConfigError: the input has nothing to score.
     """
     try:
-        storage.delete_tree(works)  # left by a run that was killed during planning or after publishing
+        storage.delete_tree(plans)  # left by a run that was killed during planning or after publishing
     except (StorageError, StorageUnavailable) as error:
-        console.print(f"warning: the old work folder {works} can't be deleted: {error}")
+        console.print(f"warning: the old work folder {plans} can't be deleted: {error}")
     started_at, started = now(), time.perf_counter()
     plan_id = new_id(started_at)
     with progress(console, "listing", None) as update:
@@ -102,7 +100,7 @@ def open_plan(
         made = plan(
             storage,
             job.score,
-            Parts(storage, storage.join(works, plan_id)).manifest,
+            Parts(storage, storage.join(plans, plan_id)).manifest,
             scored_ids(storage, skipped),
             scored_as=(lambda image: pseudonym(image, key)) if key else None,
             progress=report,
@@ -110,13 +108,13 @@ def open_plan(
     try:
         _check_input(job.score, storage, made)
     except ConfigError:
-        storage.delete_tree(works)
+        storage.delete_tree(plans)
         raise
-    run = Planned(plan_id, started_at.isoformat(timespec="milliseconds"), time.perf_counter() - started, made)
-    record = {"plan_id": plan_id, "started_at": run.started_at, "plan_s": run.plan_s, "skipped": skipped}
+    planned = Planned(plan_id, started_at.isoformat(timespec="milliseconds"), time.perf_counter() - started, made)
+    record = {"plan_id": plan_id, "started_at": planned.started_at, "plan_s": planned.plan_s, "skipped": skipped}
     check()
-    storage.write(_plan_uri(storage, works), json.dumps(record, indent=2).encode())
-    return run
+    storage.write(_plan_uri(storage, plans), json.dumps(record, indent=2).encode())
+    return planned
 
 
 def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:

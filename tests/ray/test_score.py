@@ -248,7 +248,7 @@ def test_a_killed_run_is_planned_again_where_another_has_published_since(
     out = folder / "twice"
     job = job.model_copy(update={"score": job.score.model_copy(update={"out": str(out)})})
     limited = job.model_copy(update={"score": job.score.model_copy(update={"limit": 3})})
-    monkeypatch.setattr("agr_ray.scoring.driver.promote", die)
+    monkeypatch.setattr("agr_ray.scoring.driver.publish", die)
     with pytest.raises(KeyboardInterrupt):
         score(job)
     monkeypatch.undo()

@@ -15,7 +15,7 @@ from agr_ray.console import make_console
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.checkpoint import load_checkpoint, model_digest
-from agr_ray.scoring.loaded_model import load_model
+from agr_ray.scoring.loaded_model import read_model
 
 
 def calibration(folder: Path, num_seen: int | None) -> Calibration:
@@ -46,7 +46,7 @@ def test_scoring_warns_of_a_calibration_on_images_of_training(tmp_path: Path, nu
     (folder / "calibration.json").write_text(json.dumps(fitted.to_json()))
     printed = StringIO()
 
-    model = load_model(load_checkpoint(folder), ScoreJob(), make_console(printed))
+    model = read_model(load_checkpoint(folder), ScoreJob(), make_console(printed))
 
     assert model.calibration is not None
     assert model.calibration.num_seen_in_training == num_seen

@@ -166,7 +166,7 @@ def test_one_relative_path_from_two_folders_is_two_inputs(bucket: Bucket, monkey
     (elsewhere.input / "5.jpg").unlink()
     monkeypatch.chdir(bucket.folder)
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "promote", interrupt)
+        patch.setattr(driver, "publish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             bucket.score(input="in")
 

@@ -37,9 +37,9 @@ class ThisProcess:
         for part in parts:
             yield scorer.score(part)
 
-    def publish(self, publication: Publication) -> Iterator[Counts]:
+    def stage(self, publication: Publication) -> Iterator[Counts]:
         for file in range(publication.num_files):
-            yield publication.publish_file(file)
+            yield publication.stage_file(file)
 
     @classmethod
     def of(cls, model: Path) -> ThisProcess:
