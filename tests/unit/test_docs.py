@@ -1,0 +1,68 @@
+"""Commands in the guides, recipes, help texts and messages are ones that the parser takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from agr_ray.cli import COMMANDS
+from agr_ray.config import TuneJob, parse
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "agr_ray" / "recipes").glob("*.toml")),
+]
+_COMMAND = re.compile(rf"(?:agr-ray |python jobs/)({'|'.join(COMMANDS)})(?:\.py)?((?: [^`\n]*)?)")
+_CODE = re.compile(r"```.*?\n(.*?)```|`([^`]+)`", re.DOTALL)
+
+
+def commands(path: Path) -> list[tuple[str, list[str]]]:
+    """Return the commands of a page that have an option: the name, and the words after it."""
+    text = path.read_text()
+    if path.suffix == ".toml":
+        blocks = [line.removeprefix("#") for line in text.splitlines() if line.startswith("#")]
+    else:
+        blocks = [block or " ".join(inline.split()) for block, inline in _CODE.findall(text)]
+    found = []
+    for block in blocks:
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            for name, options in _COMMAND.findall(line):
+                words = shlex.split(options, comments=True)
+                if any(word.startswith("--") for word in words) and "..." not in words[-1:]:
+                    found.append((name, words))
+    return found
+
+
+EVERY = [(path, *command) for path in PAGES for command in commands(path)]
+
+
+def test_there_are_commands_on_most_pages() -> None:
+    assert len(EVERY) > 25
+    assert len({path for path, _, _ in EVERY}) > 6
+
+
+@pytest.mark.parametrize(("path", "name", "words"), EVERY, ids=lambda each: str(each)[-60:])
+def test_a_command_is_one_that_the_parser_takes(
+    path: Path, name: str, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = COMMANDS[name].job
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in words if word not in ("--help", "--help-all", "--dry-run")]
+    if "--config" in words:
+        recipe = words[words.index("--config") + 1]
+        if "/" in recipe or recipe.isupper():  # a recipe of the reader's own
+            searched = '[tune.space]\n"train.lr" = { log_uniform = [1e-4, 1e-2] }\n'
+            Path("recipe.toml").write_text(searched if job is TuneJob else "")
+            words[words.index("--config") + 1] = "./recipe.toml"
+    for key in job.required:  # a sentence may show one option alone
+        given = {job.option(key), f"--{key}"}
+        if not given & {word.partition("=")[0] for word in words} and key not in ("tune.space", "photographs"):
+            words += [job.option(key), "somewhere"]
+    if name == "tune" and "--config" not in words:
+        words += ["--config", "tune_lite"]
+    parse(job, words, {})
