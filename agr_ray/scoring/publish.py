@@ -3,8 +3,10 @@
 Each file of the run's manifest becomes one file in each of the first three, under a name that only depends on its
 number, so a killed job can publish again. All files are first written to the run's work folder. Once all are complete,
 they are moved into OUT: on a local disk one table's folder at a time, on S3 by server-side copies, file by file.
-Writing `_SUCCESS/run=ID.json` then publishes the run. If a job is killed in between, the next job deletes the files
-that it left in OUT, whatever that next job scores; `views.sql` never shows them.
+Moving the run's record to `_SUCCESS/run=ID.json` then publishes the run. A job that takes over the lock first deletes
+the records that wait to be moved, so a job that was stopped just before that step can no longer take it. If a job is
+killed in between, the next job deletes the files that it left in OUT, whatever that next job scores; `views.sql` never
+shows them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import pyarrow as pa
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import LabelSpace
 from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES, IMAGES, REJECTS, Status
-from agr_ray.storage import Storage
+from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage.lock import LockLost
 from agr_ray.storage.parts import PARTS_PER_FILE, Parts
 from agr_ray.storage.retry import Retry
 from agr_ray.tables.demographics import demographics
@@ -214,8 +217,14 @@ def publish(publication: Publication, record: dict[str, Any], check: Callable[[]
         publication: the publication, with all files written.
         record: content of `_SUCCESS/run=ID.json`.
         check: called before each step; raises if the run may no longer publish.
+
+    Raises:
+        LockLost: another job has deleted the waiting record.
     """
-    storage = publication.storage
+    storage, run_id = publication.storage, record["run_id"]
+    waiting = _waiting_uri(storage, publication.out, run_id)
+    check()
+    storage.write(waiting, (json.dumps(record, indent=2) + "\n").encode())
     for name, target in publication.targets.items():
         check()
         storage.move_tree(publication.staged(name), target)
@@ -224,8 +233,11 @@ def publish(publication: Publication, record: dict[str, Any], check: Callable[[]
     sql = views_sql(storage, publication.out, has_images=has_images)
     storage.write(storage.join(publication.out, "views.sql"), sql.encode())
     check()
-    body = json.dumps(record, indent=2) + "\n"
-    storage.write(_success_uri(storage, publication.out, record["run_id"]), body.encode())
+    try:
+        storage.move(waiting, _success_uri(storage, publication.out, run_id))
+    except MissingObject:
+        raise LockLost(f"another job writes to {publication.out}; run={run_id} is not published") from None
+    storage.delete_if_empty(_waiting_uri(storage, publication.out))
 
 
 def delete_unpublished(storage: Storage, out: str) -> list[str]:
@@ -234,6 +246,12 @@ def delete_unpublished(storage: Storage, out: str) -> list[str]:
     Call it only while no other job can publish. Folders not named like runs are left alone.
     """
     left: list[str] = []
+    waiting = _waiting_uri(storage, out)
+    if storage.exists(waiting):
+        # First: what is not published after this never will be.
+        for info in storage.list(waiting):
+            storage.delete(info.uri)
+        storage.delete_if_empty(waiting)
     for table in TABLES:
         folder = storage.join(out, table)
         if storage.exists(folder):
@@ -248,6 +266,12 @@ def delete_unpublished(storage: Storage, out: str) -> list[str]:
 def is_published(storage: Storage, out: str, run_id: str) -> bool:
     """Return whether the run is published."""
     return storage.exists(_success_uri(storage, out, run_id))
+
+
+def _waiting_uri(storage: Storage, out: str, run_id: str = "") -> str:
+    """Return where a run's record waits to be moved to `_SUCCESS`; without a run, the folder of all."""
+    folder = storage.join(f"{out}-work", "publishing")
+    return storage.join(folder, f"run={run_id}.json") if run_id else folder
 
 
 def _success_uri(storage: Storage, out: str, run_id: str) -> str:

@@ -60,6 +60,9 @@ class Backend(Protocol):
     def copy(self, source: str, target: str) -> None:
         """Copy one object whole or not at all."""
 
+    def move(self, source: str, target: str) -> None:
+        """Move one object, replacing what is there; only if `source` exists."""
+
     def exists(self, uri: str) -> bool:
         """Return whether an object or a folder exists."""
 

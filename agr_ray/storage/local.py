@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
 from agr_ray.storage import trees
-from agr_ray.storage.atomic import file_etag, unchanged, write_whole
+from agr_ray.storage.atomic import file_etag, sync, unchanged, write_whole
 from agr_ray.storage.backend import ObjectInfo
 from agr_ray.storage.errors import (
     ChangedObject,
@@ -84,6 +84,21 @@ class LocalBackend:
     def copy(self, source: str, target: str) -> None:
         """Copy a file through memory."""
         self.write(target, self.read(source)[0])
+
+    def move(self, source: str, target: str) -> None:
+        """Rename a file; copy it if `target` is on another file system."""
+        before, after = local_path(source), local_path(target)
+        try:
+            os.makedirs(os.path.dirname(after), exist_ok=True)
+            os.replace(before, after)
+            sync(os.path.dirname(after))
+        except FileNotFoundError as error:
+            raise MissingObject(f"{source} does not exist") from error
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise StorageUnavailable(f"{before} can't be moved to {after}: {error.strerror or error}") from error
+            self.copy(source, target)
+            self.delete(source)
 
     def exists(self, uri: str) -> bool:
         """Return whether there is a file or folder."""

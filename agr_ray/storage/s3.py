@@ -116,6 +116,11 @@ class S3Backend:
         with self._errors(source, "write"):
             self.client().copy_object(Bucket=bucket, Key=target_key, CopySource={"Bucket": bucket, "Key": key})
 
+    def move(self, source: str, target: str) -> None:
+        """Copy an object, then delete it."""
+        self.copy(source, target)
+        self.delete(source)
+
     def exists(self, uri: str) -> bool:
         """Return whether there is an object, or any object below the prefix."""
         size, is_folder = self.look_up(uri)

@@ -162,6 +162,17 @@ class Storage:
         else:
             self.write(target, self.read(source))
 
+    def move(self, source: str, target: str) -> None:
+        """Move one object within a file system or a bucket, replacing what is there.
+
+        If another process deletes `source` first, nothing is moved. A local move is atomic; S3 copies, then deletes.
+
+        Raises:
+            MissingObject: there is no `source`.
+            StorageFailed, StorageUnavailable: it can't be moved.
+        """
+        self._backend(source).move(source, target)
+
     def exists(self, uri: str) -> bool:
         """Return whether `uri` is an object or a folder; on S3 a folder is a prefix with an object below it."""
         return self._backend(uri).exists(uri)

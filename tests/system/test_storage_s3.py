@@ -214,6 +214,10 @@ def test_an_object_is_copied_by_the_server_and_from_a_local_file(
     assert storage.read(f"{s3_root}/up") == b"local"
     with pytest.raises(MissingObject, match="none"):
         storage.copy(f"{s3_root}/none", f"{s3_root}/up")
+    storage.move(f"{s3_root}/run=7/copy #", f"{s3_root}/moved")
+    assert (storage.exists(f"{s3_root}/moved"), storage.exists(f"{s3_root}/run=7/copy #")) == (True, False)
+    with pytest.raises(MissingObject):
+        storage.move(f"{s3_root}/run=7/copy #", f"{s3_root}/moved")
 
 
 def test_delete_and_exists(storage: Storage, s3_root: str) -> None:

@@ -255,9 +255,7 @@ def strike_before(change: int | None, strike: signal.Signals) -> None:
         def make_change(*args: Any, **kwargs: Any) -> Any:
             nonlocal num_changes
             num_changes += 1
-            # A process that is stopped between its look at the lock and the last step can't know that it was.
-            may_stop = not any("_SUCCESS" in str(each) for each in args)
-            if num_changes == change and (strike != signal.SIGSTOP or may_stop):
+            if num_changes == change:
                 os.kill(os.getpid(), strike)
             return real(*args, **kwargs)
 

@@ -233,6 +233,20 @@ def test_a_file_is_copied_whole_or_not_at_all(storage: Storage, tmp_path: Path) 
     with pytest.raises(MissingObject, match="none"):
         storage.copy(str(tmp_path / "none"), str(tmp_path / "new" / "b"))
 
+
+def test_a_move_takes_a_file_that_is_there_and_leaves_nothing_behind(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").write_bytes(b"before")
+
+    storage.move(str(tmp_path / "a"), str(tmp_path / "b"))
+    storage.move(str(tmp_path / "b"), str(tmp_path / "new" / "c"))
+
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["c", "new"]
+    assert (tmp_path / "new" / "c").read_bytes() == b"a"
+    with pytest.raises(MissingObject, match="a does not exist"):
+        storage.move(str(tmp_path / "a"), str(tmp_path / "new" / "c"))
+    assert (tmp_path / "new" / "c").read_bytes() == b"a"
+
     assert (tmp_path / "new" / "b").read_bytes() == b"x"
     assert os.listdir(tmp_path / "new") == ["b"]
 

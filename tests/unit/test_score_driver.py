@@ -29,6 +29,7 @@ from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, REJECTS
 from agr_ray.scoring import driver, grouping, unpublished
+from agr_ray.scoring import publish as publishing
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.planning import Plan
 from agr_ray.scoring.refusals import Refusals, TooManyRefused
@@ -243,6 +244,7 @@ def test_what_a_killed_publication_left_is_gone_after_the_next_job_of_any_recipe
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "write", write_or_die)
         patch.setattr(Storage, "move_tree", move_or_die)
+        patch.setattr(Storage, "move", move_or_die)
         with pytest.raises(KeyboardInterrupt):
             bucket.score()
 
@@ -253,6 +255,38 @@ def test_what_a_killed_publication_left_is_gone_after_the_next_job_of_any_recipe
     assert [row["run_id"] for row in bucket.rows()] == [record["run_id"]] * num_images
     for table in ("images", "faces", "rejects", "demographics"):
         assert [path.name for path in (bucket.out / table).iterdir()] == [f"run={record['run_id']}"]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_job_that_was_stopped_before_its_last_step_cannot_take_it_once_another_has_run(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, *, is_first: bool
+) -> None:
+    move, others = Storage.move, []
+
+    def stopped_meanwhile(storage: Storage, source: str, target: str) -> None:
+        if is_first:  # the other job has only begun
+            publishing.delete_unpublished(storage, str(bucket.out))
+        else:
+            (bucket.out.parent / f"{bucket.out.name}-work" / "lock.json").unlink()  # it has expired
+            with monkeypatch.context() as patch:
+                patch.setattr(Storage, "move", move)
+                others.append(bucket.score(gates=GatesConfig(min_side_px=9))["run_id"])
+        move(storage, source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "move", stopped_meanwhile)
+        with pytest.raises(LockLost):
+            bucket.score()
+    last = bucket.score()["run_id"]
+
+    for table in ("images", "faces", "rejects", "demographics"):
+        assert sorted(path.name for path in (bucket.out / table).iterdir()) == [
+            f"run={each}" for each in [*others, last]
+        ]
+    assert sorted(path.stem for path in (bucket.out / "_SUCCESS").iterdir()) == [
+        f"run={each}" for each in [*others, last]
+    ]
+    assert [path.name for path in bucket.out.parent.glob("*-work/publishing/*")] == []
 
 
 def test_a_newer_row_that_says_nothing_of_the_content_hides_no_older_one(
