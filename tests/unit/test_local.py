@@ -233,6 +233,9 @@ def test_a_file_is_copied_whole_or_not_at_all(storage: Storage, tmp_path: Path) 
     with pytest.raises(MissingObject, match="none"):
         storage.copy(str(tmp_path / "none"), str(tmp_path / "new" / "b"))
 
+    assert (tmp_path / "new" / "b").read_bytes() == b"x"
+    assert os.listdir(tmp_path / "new") == ["b"]
+
 
 def test_a_move_takes_a_file_that_is_there_and_leaves_nothing_behind(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a")
@@ -246,9 +249,6 @@ def test_a_move_takes_a_file_that_is_there_and_leaves_nothing_behind(storage: St
     with pytest.raises(MissingObject, match="a does not exist"):
         storage.move(str(tmp_path / "a"), str(tmp_path / "new" / "c"))
     assert (tmp_path / "new" / "c").read_bytes() == b"a"
-
-    assert (tmp_path / "new" / "b").read_bytes() == b"x"
-    assert os.listdir(tmp_path / "new") == ["b"]
 
 
 def test_delete_and_exists(storage: Storage, tmp_path: Path) -> None:
