@@ -111,7 +111,7 @@ MANIFEST: Final = pa.schema(
         pa.field("error", pa.string()),  # why it is rejected; of an ok row: which of its labels were dropped
     ]
 )
-"""One row an image of a labelled source."""
+"""One row for each image of a labelled source."""
 
 SCORE_MANIFEST: Final = pa.schema(
     [
@@ -119,7 +119,7 @@ SCORE_MANIFEST: Final = pa.schema(
         pa.field("storage_class", pa.string()),  # S3's storage class when listed; null: unknown, or a local file
     ]
 )
-"""One row an image to score."""
+"""One row for each image to score."""
 
 QUALITY_FIELDS: Final = (
     pa.field("yaw", pa.float32()),  # degrees; positive turns towards the viewer's right
@@ -142,7 +142,7 @@ CROPS: Final = pa.schema(
         *QUALITY_FIELDS,
     ]
 )
-"""One row a manifest row, whatever happened to it."""
+"""One row for each manifest row, whatever happened to it."""
 
 CLASS_PROBS: Final = pa.map_(pa.string(), pa.float32())
 """Class -> probability, in the order of the label space. A map names its classes, whichever space they are of."""
@@ -167,7 +167,7 @@ PREDICTIONS: Final = pa.schema(
         *PREDICTION_FIELDS,
     ]
 )
-"""One row a labelled crop: truth beside prediction. A task without a head predicts null."""
+"""One row for each labelled crop: truth beside prediction. A task without a head predicts null."""
 
 FLAGS: Final = ("small", "blurred", "turned", "unsure")
 """Why a face is flagged: its box, sharpness, head pose or detector score is beyond the limits of the scoring job."""
@@ -209,7 +209,7 @@ IMAGES: Final = pa.schema(
         pa.field("schema_version", pa.int32(), nullable=False),
     ]
 )
-"""One row an input image of a scoring run, whatever happened to it."""
+"""One row for each input image of a scoring run, whatever happened to it."""
 
 PHOTOGRAPH_COLUMNS: Final = ("width_px", "height_px", ROTATION_DEGREES.name)
 """Columns of image rows that are null if the image was not decoded."""
@@ -221,10 +221,10 @@ FACES: Final = pa.schema(
         *FACE,
     ]
 )
-"""One row a face of a scoring run."""
+"""One row for each face of a scoring run."""
 
 REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in (*PHOTOGRAPH_COLUMNS, "faces", "precision")])
-"""One row an input image of a scoring run that could not be scored."""
+"""One row for each input image of a scoring run that could not be scored."""
 
 DEMOGRAPHIC_ATTRIBUTES: Final = ("age_group", "gender", "race")
 """What faces are counted by: the columns of `LabelSpace.classes`."""
@@ -243,7 +243,7 @@ DEMOGRAPHICS: Final = pa.schema(
     [
         # Marks the total over all groups. Its grouping columns are null, but a group's may be null, too.
         pa.field("is_total", pa.bool_(), nullable=False),
-        pa.field("breakdown", pa.string(), nullable=False),  # of DEMOGRAPHIC_ATTRIBUTES, parted by commas
+        pa.field("breakdown", pa.string(), nullable=False),  # of DEMOGRAPHIC_ATTRIBUTES, separated by commas
         *(pa.field(name, pa.string()) for name in DEMOGRAPHIC_ATTRIBUTES),  # null: not broken down by it
         pa.field("n", pa.int64()),  # faces predicted so; null: suppressed, as every count below
         pa.field("share", pa.float64()),  # of the faces that got a class in this breakdown; null: none did
@@ -255,7 +255,7 @@ DEMOGRAPHICS: Final = pa.schema(
         *(pa.field(name, pa.int64()) for name in DEMOGRAPHIC_COUNTS),  # of the group; abstained: of the breakdown
     ]
 )
-"""One row a cell of a breakdown of a group; the grouping columns, strings, come first."""
+"""One row for each cell of a breakdown of a group; the grouping columns, strings, come first."""
 
 HISTORY: Final = pa.schema(
     [
@@ -268,7 +268,7 @@ HISTORY: Final = pa.schema(
         pa.field("val_age_within_5", pa.float64()),
         pa.field("val_gender_accuracy", pa.float64()),
         pa.field("val_race_accuracy", pa.float64()),
-        pa.field("val_objective", pa.float64()),  # what early stopping and `best` go by; lower is better
+        pa.field("val_objective", pa.float64()),  # what early stopping and `best` minimise
         pa.field("num_train_rows", pa.int64(), nullable=False),
         pa.field("num_val_rows", pa.int64()),
         pa.field("epoch_s", pa.float64(), nullable=False),
@@ -277,11 +277,11 @@ HISTORY: Final = pa.schema(
         pa.field("val_gender_balanced_accuracy", pa.float64()),
         pa.field("val_race_balanced_accuracy", pa.float64()),
         pa.field("val_worst_group_age_mae_years", pa.float64()),  # of groups by gender, race and both, not too small
-        pa.field("val_balanced_objective", pa.float64()),  # as val_objective, of balanced errors: what sweeps go by
+        pa.field("val_balanced_objective", pa.float64()),  # as val_objective, of balanced errors: what sweeps minimise
         pa.field("val_age_distance_years", pa.float64()),  # to the true age or age range: of exact ages, the MAE
     ]
 )
-"""One row an epoch."""
+"""One row for each epoch."""
 
 TrialState = Literal["complete", "pruned", "failed", "unfinished"]
 
@@ -304,7 +304,7 @@ TRIALS: Final = pa.schema(
         pa.field("wall_s", pa.float64(), nullable=False),
     ]
 )
-"""One row a trial of a sweep; a column for each searched key, named by it, follows. Null there: it was not searched."""
+"""One row for each trial of a sweep; a column for each searched key, named after it, follows; null if the trial did not search it."""
 
 TEMPLATE: Final = "five_point_v1"
 """Name and version of the alignment template of `agr_ray.vision.align`."""

@@ -23,7 +23,7 @@ from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
 
-BATCH_SIZE: Final = {"cpu": 8, "cuda": 64}
+BATCH_SIZE: Final = {"cpu": 8, "cuda": 64}  # any other device: as cuda
 """Crops that go through the network at a time; smaller batches are padded.
 
 The size is fixed because oneDNN and cuDNN choose kernels by it, which round differently: a face must get the same
@@ -54,7 +54,7 @@ class AttributePredictor:
         self.precision = str(compute_dtype(device, config.precision)).removeprefix("torch.")
         """Data type that the network computes in; with `auto` it depends on the device."""
         self._model = for_inference(model, config.precision)
-        self._batch_size = BATCH_SIZE[device.type]
+        self._batch_size = BATCH_SIZE["cpu" if device.type == "cpu" else "cuda"]
         self._transform = transform
         self._config = config
         self._calibration = calibration

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import ray
@@ -71,10 +71,19 @@ class RayWorkers:
             waiting += [task.remote(publication, file) for file in islice(files, len(ready))]
 
 
+_MAX_BATCH_DEATHS: Final = 10
+"""Deaths of a predictor that a batch survives, such as those of preempted nodes."""
+
+
 @contextmanager
 def remote_predictors(scoring: Scoring, number: int, *, gpus_each: float) -> Iterator[list[ActorHandle[Any]]]:
-    """Run this many predictors, each in its own process, until the block ends. Ray restarts those that die."""
-    actor: Any = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=-1, max_task_retries=-1)(RowPredictor)
+    """Run this many predictors, each in its own process, until the block ends.
+
+    Ray restarts those that die. A batch that kills its predictor every time ends the job.
+    """
+    actor: Any = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=-1, max_task_retries=_MAX_BATCH_DEATHS)(
+        RowPredictor
+    )
     actors = [actor.remote(scoring) for _ in range(number)]
     try:
         yield actors
