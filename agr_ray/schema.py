@@ -304,7 +304,7 @@ TRIALS: Final = pa.schema(
         pa.field("wall_s", pa.float64(), nullable=False),
     ]
 )
-"""One row for each trial of a sweep; a column for each searched key, named after it, follows; null if the trial did not search it."""
+"""One row for each trial of a sweep, and a column for each searched key; null if the trial did not search it."""
 
 TEMPLATE: Final = "five_point_v1"
 """Name and version of the alignment template of `agr_ray.vision.align`."""
