@@ -4,16 +4,21 @@ The README gives the same as separate commands. Here all of them share one small
 """
 
 import argparse
+import math
+import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
+from PIL import Image
 from torchvision.ops import box_iou
 
 from agr_ray.config import ClusterConfig, EvaluateJob, PrepareJob, RenderJob, ScoreJob, TrainJob, parse
 from agr_ray.console import make_console, make_table
+from agr_ray.predict.face_model import FaceModel
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.runtime.prepare import prepare
@@ -22,8 +27,16 @@ from agr_ray.runtime.score import score
 from agr_ray.runtime.train import train
 from agr_ray.storage import Storage
 
-RECIPE = ("--config", "demo")
+JOBS: Mapping[str, tuple[type[Any], Callable[[Any], Any]]] = {
+    "render": (RenderJob, render),
+    "prepare": (PrepareJob, prepare),
+    "train": (TrainJob, train),
+    "evaluate": (EvaluateJob, evaluate),
+    "score": (ScoreJob, score),
+}
 MIN_IOU = 0.5
+NUM_SHOWN = 9
+TILE_PX = 480
 
 
 def demo(out: str) -> None:
@@ -31,38 +44,22 @@ def demo(out: str) -> None:
     console = make_console()
     started = time.perf_counter()
 
-    def step(title: str, job_class: Any, work: Callable[[Any], Any], *arguments: str) -> Any:
-        console.print(f"--- {title} ({time.perf_counter() - started:.0f} s)")
-        return work(parse(job_class, arguments))
+    def step(name: str, *options: str) -> Any:
+        console.print(f"--- {time.perf_counter() - started:.0f} s: agr-ray {name} {shlex.join(options)}")
+        job, work = JOBS[name]
+        return work(parse(job, options))
 
     with cluster(ClusterConfig()):
-        step("render", RenderJob, render, *RECIPE, "--render.out", f"{out}/faces")
-        step(
-            "prepare",
-            PrepareJob,
-            prepare,
-            *(*RECIPE, "--source.uri", f"{out}/faces/chips", "--prepare.out", f"{out}/prepared"),
-        )
-        checkpoint = step(
-            "train",
-            TrainJob,
-            train,
-            *(*RECIPE, "--train.data", f"{out}/prepared", "--train.out", f"{out}/runs", "--new-run"),
-        )
-        # A checkpoint needs no recipe.
-        metrics = step(
-            "evaluate",
-            EvaluateJob,
-            evaluate,
-            *("--evaluate.checkpoint", checkpoint, "--evaluate.data", f"{out}/prepared"),
-        )
-        scored = step(
-            "score",
-            ScoreJob,
-            score,
-            *("--score.checkpoint", checkpoint, "--score.input", f"{out}/faces/photographs"),
-            *("--score.out", f"{out}/scored"),
-        )
+        step("render", "--config", "demo", "--out", f"{out}/faces")
+        step("prepare", "--config", "demo", "--source.uri", f"{out}/faces/chips", "--out", f"{out}/prepared")
+        named = ("--out", f"{out}/runs", "--name", "first", "--new-run")
+        checkpoint = step("train", "--config", "demo", "--data", f"{out}/prepared", *named)
+        measured = ("--checkpoint", checkpoint, "--data", f"{out}/prepared")
+        step("evaluate", *measured, "--split", "val", "--calibrate")
+        metrics = step("evaluate", *measured)
+        photographs = ("--input", f"{out}/faces/photographs", "--out", f"{out}/scored")
+        scored = step("score", "--checkpoint", checkpoint, *photographs)
+    sheet = _contact_sheet(checkpoint, Path(out))
     images = f"{out}/scored/images/run={scored['run_id']}"
     console.print("--- result")
     found, drawn = _found_faces(
@@ -82,9 +79,24 @@ def demo(out: str) -> None:
         ("checkpoint", checkpoint),
         ("metrics", f"{checkpoint}-eval-*/metrics.json"),
         ("scores", images),
+        ("annotated photographs", sheet),
     ):
         console.print(f"{label}: {path}")
     console.print(f"{time.perf_counter() - started:.0f} s in total")
+
+
+def _contact_sheet(checkpoint: str, out: Path) -> str:
+    """Write one picture of several annotated photographs; return its path."""
+    paths = sorted((out / "faces" / "photographs").glob("*.jpg"))[:NUM_SHOWN]
+    tiles = [photo.draw() for photo in FaceModel.load(checkpoint).predict([*paths])]
+    columns = math.ceil(math.sqrt(len(tiles)))
+    sheet = Image.new("RGB", (TILE_PX * columns, TILE_PX * math.ceil(len(tiles) / columns)), "white")
+    for index, tile in enumerate(tiles):
+        tile.thumbnail((TILE_PX, TILE_PX))
+        sheet.paste(tile, (TILE_PX * (index % columns), TILE_PX * (index // columns)))
+    path = out / "annotated.jpg"
+    sheet.save(path, quality=90)
+    return str(path)
 
 
 def _found_faces(images: pa.Table, truth: pa.Table) -> tuple[int, int]:
