@@ -85,11 +85,13 @@ class Disturbance:
             timeout_s=TIMEOUT_S,
         )
         self._say("driver killed")
-        faults = Faults(share=REFUSED_SHARE)
+        faults = Faults(share=REFUSED_SHARE, held="/_SUCCESS/")
         with run_fault_proxy(self._server.endpoint_url, faults) as endpoint_url:
             command = self._command(endpoint_url)
-            kill_command(command, self._cluster, self._log, when=self._is_publishing, timeout_s=TIMEOUT_S)
-            self._say("driver killed while it published")
+            kill_command(command, self._cluster, self._log, when=faults.holding.is_set, timeout_s=TIMEOUT_S)
+            faults.held = ""
+            faults.let_go.set()
+            self._say("driver killed before its last step of publishing")
             disturb_command(command, self._cluster, self._log, when=lambda: True, then=lambda: None)
         self._say(f"ended; {faults.num_drawn:,} of {faults.num_requests:,} requests were refused meanwhile")
 
@@ -139,9 +141,6 @@ class Disturbance:
             return sum("/parts/part-" in key for key in self._keys("all-work/"))
         except (BotoCoreError, ClientError):  # the server has only just been started
             return 0
-
-    def _is_publishing(self) -> bool:
-        return bool(self._keys("all/images/")) or any("/staged/images/" in key for key in self._keys("all-work/"))
 
     def _keys(self, prefix: str) -> list[str]:
         pages = self._server.client().get_paginator("list_objects_v2").paginate(Bucket=TABLES, Prefix=prefix)

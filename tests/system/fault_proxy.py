@@ -27,6 +27,11 @@ class Faults:
     """Of all requests."""
     always: str = ""
     """Path, `/bucket/key`, that is never answered otherwise."""
+    held: str = ""
+    """Part of a path: requests to write there are not answered until `let_go` is set, and then turned away."""
+    holding: threading.Event = field(default_factory=threading.Event)
+    """Set once such a request has come."""
+    let_go: threading.Event = field(default_factory=threading.Event)
     draw: random.Random = field(default_factory=lambda: random.Random(0))
     num_requests: int = 0
     num_drawn: int = 0
@@ -49,7 +54,11 @@ def run_fault_proxy(endpoint_url: str, faults: Faults) -> Iterator[str]:
 
     class Handler(_Handler):
         def answer(self, body: bytes, *, is_chunked: bool) -> tuple[int, list[tuple[str, str]], bytes]:
-            if faults.hit(self.path.partition("?")[0]):
+            is_held = self.command == "PUT" and bool(faults.held) and faults.held in self.path
+            if is_held:
+                faults.holding.set()
+                faults.let_go.wait()
+            if is_held or faults.hit(self.path.partition("?")[0]):
                 return 503, [("Content-Type", "application/xml")], SLOW_DOWN
             connection = http.client.HTTPConnection(target, timeout=60)
             try:
