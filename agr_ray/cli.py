@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name == "recipes":
         _recipes(rest)
     elif name == "demo":
-        with one_line_errors():
-            _resolved("agr_ray.demo:main")(rest)
+        _demo(rest)
     elif name in COMMANDS:
         command = COMMANDS[name]
         run(command.job, lambda job: _resolved(command.work)(job), rest, prog=f"agr-ray {name}")
@@ -157,15 +156,35 @@ def _recipes(argv: Sequence[str]) -> None:
         return
     if len(argv) > 1:
         _fail(f"recipes {' '.join(argv)}: takes one name, or none")
-    try:
-        if argv:
-            print(read_local(argv[0].replace("/", "").replace(".toml", ""), StorageConfig()).decode(), end="")
-            return
-    except ConfigError as error:
-        _fail(str(error))
-    for file in sorted((files("agr_ray") / "recipes").iterdir(), key=lambda file: file.name):
-        first = file.read_text().partition("\n")[0].removeprefix("# ")
-        print(f"{file.name.removesuffix('.toml'):14} {first}")
+    recipes = {file.name.removesuffix(".toml"): file for file in (files("agr_ray") / "recipes").iterdir()}
+    if argv:
+        if argv[0] not in recipes:
+            names = sorted(recipes)
+            _fail(
+                f"recipes {argv[0]}: there is no such recipe{did_you_mean(argv[0], names)}; allowed: {', '.join(names)}"
+            )
+        print(recipes[argv[0]].read_text(), end="")
+        return
+    for name, file in sorted(recipes.items()):
+        print(f"{name:14} {file.read_text().partition(chr(10))[0].removeprefix('# ')}")
+
+
+def _demo(argv: Sequence[str]) -> None:
+    if argv[:1] in (["--help"], ["-h"]):
+        print(
+            "usage: agr-ray demo [--out FOLDER]\n\nRender faces, prepare, train, calibrate, evaluate and score: the "
+            "whole way once, in some minutes.\nFOLDER (default: demo-out) gets everything that the demo makes."
+        )
+        return
+    match [word for each in argv for word in each.split("=", 1)]:
+        case []:
+            out = "demo-out"
+        case ["--out", out] if "://" not in out:
+            pass
+        case _:
+            _fail(f"demo {' '.join(argv)}: expected nothing, or --out and a local folder")
+    with one_line_errors():
+        _resolved("agr_ray.demo:demo")(out)
 
 
 def _usage() -> str:

@@ -7,12 +7,7 @@ an emoji, and lines are not wrapped, except in a table that is too wide for the 
 from __future__ import annotations
 
 import io
-import os
-import re
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import IO, Final
 
 from rich.console import Console
@@ -48,39 +43,3 @@ def make_table(*headings: str) -> Table:
 def text_column(text_format: str) -> ProgressColumn:
     """Return a progress-bar column that shows a task's text verbatim."""
     return TextColumn(text_format, markup=False)
-
-
-@contextmanager
-def stderr_without(noise: re.Pattern[bytes]) -> Iterator[None]:
-    """Leave out lines of standard error in which a pattern is found, also those of C and C++ code.
-
-    Child processes that start meanwhile inherit the filter, and lose their standard error after it.
-    """
-    sys.stderr.flush()
-    own = os.dup(2)
-    reading, writing = os.pipe()
-    os.dup2(writing, 2)
-    os.close(writing)
-
-    def forward() -> None:
-        with open(reading, "rb") as lines, open(own, "wb", buffering=0) as out:
-            for line in lines:
-                if line == _LAST_LINE:
-                    return
-                if not noise.search(line):
-                    out.write(line)
-
-    thread = threading.Thread(target=forward, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        kept = os.dup(own)
-        os.write(2, _LAST_LINE)
-        thread.join()
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-_LAST_LINE: Final = b"\0end of the filter\n"

@@ -3,11 +3,10 @@
 The README gives the same as separate commands. Here all of them share one small cluster.
 """
 
-import argparse
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from agr_ray.config import ClusterConfig, EvaluateJob, PrepareJob, RenderJob, ScoreJob, TrainJob, parse
+from agr_ray.config import EvaluateJob, PrepareJob, RenderJob, ScoreJob, TrainJob, parse
 from agr_ray.console import make_console, make_table
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.runtime.cluster import cluster
@@ -49,7 +48,7 @@ def demo(out: str) -> None:
         job, work = JOBS[name]
         return work(parse(job, options))
 
-    with cluster(ClusterConfig()):
+    with cluster(parse(ScoreJob, ["--checkpoint", "-", "--input", "-", "--out", "-"]).cluster):
         step("render", "--config", "demo", "--out", f"{out}/faces")
         step("prepare", "--config", "demo", "--source.uri", f"{out}/faces/chips", "--out", f"{out}/prepared")
         named = ("--out", f"{out}/runs", "--name", "first", "--new-run")
@@ -111,12 +110,3 @@ def _found_faces(images: pa.Table, truth: pa.Table) -> tuple[int, int]:
             overlaps = box_iou(torch.tensor(drawn), torch.tensor([face["box"] for face in row["faces"]]))
             found += int((overlaps.amax(dim=1) >= MIN_IOU).sum())
     return found, sum(map(len, boxes.values()))
-
-
-def main(argv: Sequence[str]) -> None:
-    """Read the command line and run the demo."""
-    parser = argparse.ArgumentParser(
-        prog="agr-ray demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", default="demo-out", help="folder of everything that the demo makes (demo-out)")
-    demo(parser.parse_args(argv).out)

@@ -65,14 +65,18 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             SettingsError: a list or table is malformed.
         """
-        arguments = self.parse_args(_joined([_underscored(argument) for argument in argv], self._job))
-        return arguments.config, self._source(parsed_args=arguments)()
+        end = argv.index("--") if "--" in argv else len(argv)
+        options = _joined([_underscored(argument) for argument in argv[:end]], self._job)
+        arguments = self.parse_intermixed_args([*options, *argv[end:]])
+        # As they are: pydantic-settings would take file names for lists, numbers or JSON.
+        words = {name: arguments.__dict__.pop(name) for name in self._job.positional}
+        return arguments.config, self._source(parsed_args=arguments)() | words
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            flag = unknown.split()[0].partition("=")[0]
+            flag = (unknown.split() or ["''"])[0].partition("=")[0]
             message = f"{flag}: there is no such option{did_you_mean(flag, list(self._option_string_actions))}"
         message = re.sub(r"^argument (\S+): ", lambda found: f"{min(found[1].split('/'), key=len)}: ", message)
         print(f"error: {one_line(message)} (--help-all lists every option)", file=sys.stderr)

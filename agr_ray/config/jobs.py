@@ -62,6 +62,8 @@ class Job(BaseSettings):
     """The section whose options need no prefix on the command line."""
     required: ClassVar[Sequence[str]] = ()
     """Dotted keys that must be set."""
+    positional: ClassVar[Sequence[str]] = ()
+    """Fields that take words without an option."""
     essentials: ClassVar[Sequence[str]] = ()
     """Dotted keys that `--help` shows, in this order."""
     example: ClassVar[str] = ""
@@ -110,6 +112,7 @@ class PredictJob(Job):
     """
 
     required = ("photographs", "checkpoint")
+    positional = ("photographs",)
     example = "agr-ray predict party.jpg --checkpoint runs/lite/best"
     essentials = (
         *("photographs", "checkpoint", "out", "json_lines", "vision.min_face_px", "vision.small_faces"),

@@ -20,7 +20,7 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 
 from agr_ray.config.command_line import CommandParser, did_you_mean, one_line
 from agr_ray.config.infrastructure import StorageConfig
-from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PredictJob, PrepareJob, RenderJob, ScoreJob, TuneJob
+from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TuneJob
 from agr_ray.config.tuning import ParameterConfig
 from agr_ray.errors import ConfigError
 from agr_ray.redact import redacted, shown
@@ -111,7 +111,7 @@ _EVERY_SECTION = create_model(
     __base__=BaseModel,
     **cast(Any, {name: (section, section()) for name, section in SECTIONS.items()}),
 )
-_EVERY_JOB: Sequence[type[Job]] = (RenderJob, PrepareJob, TuneJob, EvaluateJob, ScoreJob, PredictJob)
+_EVERY_JOB: Sequence[type[Job]] = (RenderJob, PrepareJob, TuneJob, EvaluateJob, ScoreJob)
 _FLAGS: Mapping[str, Any] = {
     name: (field.annotation, field)
     for each in _EVERY_JOB

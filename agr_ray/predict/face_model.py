@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from agr_ray.config import GatesConfig
+from agr_ray.config import GatesConfig, VisionConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
 from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns
@@ -34,12 +34,13 @@ from agr_ray.predict.photo import Face, Photo
 from agr_ray.predict.resolve import Resolved, resolve
 from agr_ray.schema import Status
 from agr_ray.storage import Storage
-from agr_ray.vision.decode import ImageError, decode_image
+from agr_ray.vision.decode import DECODING_ERRORS, DecodedImage, ImageError, decode_image
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+_DRAWN_SIDE_PX: Final = 4096
 _PNG_MODES: Final = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
-_BATCH_SIZE: Final = 16
-"""Photographs whose pixels are in memory at a time."""
+_BATCH_SIZE: Final = 8
+"""Photographs that are read and decoded at a time."""
 
 
 class FaceModel:
@@ -71,7 +72,7 @@ class FaceModel:
     @classmethod
     def load(
         cls,
-        uri: str,
+        uri: str | os.PathLike[str],
         *,
         device: torch.device | str = "cpu",
         overrides: Pipeline = DEFAULT_PIPELINE,
@@ -93,7 +94,7 @@ class FaceModel:
         Raises:
             ConfigError: there is no such checkpoint, or an override is rejected.
         """
-        storage = storage or Storage()
+        storage, uri = storage or Storage(), os.fspath(uri)
         with local_checkpoint(storage, uri, "checkpoint") as checkpoint:
             resolved = resolve(checkpoint, overrides, key="checkpoint", allow_uncalibrated=allow_uncalibrated)
         pipeline, transform = resolved.pipeline, checkpoint.transform
@@ -156,19 +157,11 @@ class FaceModel:
 
     def _photo(self, source: str, reader: Callable[[], bytes | Reject], seen: Photograph | Reject) -> Photo:
         """Return a photograph without its faces."""
-
-        def read_again() -> Image.Image:
-            body = reader()
-            if isinstance(body, Reject):
-                raise ImageError(body.status, body.error)
-            vision = self.resolved.pipeline.vision
-            decoded = decode_image(body, max_bytes=vision.max_mib * MIB, max_pixels=vision.max_pixels)
-            return Image.fromarray(decoded.rgb)
-
+        open_again = partial(_decoded, reader, self.resolved.pipeline.vision)
         if isinstance(seen, Reject):
-            return Photo(source, seen.status, seen.error, None, None, None, (), read_again)
+            return Photo(source, seen.status, seen.error, None, None, None, (), open_again)
         size = seen.image.width_px, seen.image.height_px
-        return Photo(source, Status.NO_FACE, None, *size, seen.rotation_degrees, (), read_again)
+        return Photo(source, Status.NO_FACE, None, *size, seen.rotation_degrees, (), open_again)
 
     def _reader(self, image: ImageLike) -> Callable[[], bytes | Reject]:
         """Return what reads the bytes of an image file."""
@@ -198,6 +191,24 @@ def _source(image: ImageLike) -> str:
     return os.fspath(image) if isinstance(image, str | os.PathLike) else ""
 
 
+def _decoded(reader: Callable[[], bytes | Reject], vision: VisionConfig) -> DecodedImage:
+    """Read a photograph again, for drawing.
+
+    Raises:
+        ImageError: it can't be read.
+    """
+    body = reader()
+    if isinstance(body, Reject):
+        raise ImageError(body.status, body.error)
+    side_px = max(_DRAWN_SIDE_PX, vision.max_side_px)
+    return decode_image(
+        body,
+        max_bytes=vision.max_mib * MIB,
+        max_pixels=vision.max_pixels,
+        max_side_px=None if vision.small_faces else side_px,
+    )
+
+
 def _encoded(image: Image.Image) -> bytes | Reject:
     """Return an upright PNG, so that images in memory go the way of files."""
     try:
@@ -207,5 +218,5 @@ def _encoded(image: Image.Image) -> bytes | Reject:
         with io.BytesIO() as buffer:
             upright.save(buffer, "PNG", compress_level=1)
             return buffer.getvalue()
-    except (OSError, SyntaxError, ValueError) as error:  # PIL decodes a file only when its pixels are needed
+    except DECODING_ERRORS as error:  # PIL decodes a file only when its pixels are needed
         return Reject(Status.UNREADABLE, f"{image.format or 'image'}: {error}")

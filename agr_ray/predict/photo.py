@@ -11,6 +11,8 @@ from agr_ray.schema import Status
 if TYPE_CHECKING:
     from PIL import Image
 
+    from agr_ray.vision.decode import DecodedImage
+
 _COLOUR: Final = (0, 200, 90)
 _FLAGGED: Final = (230, 140, 0)
 
@@ -69,7 +71,7 @@ class Face:
             gender=None if "gender" in abstain else row.get("gender"),
             p_male=row.get("p_male"),
             race=None if "race" in abstain else row.get("race"),
-            race_probs=None if probs is None else dict(probs),
+            race_probs=None if probs is None or None in dict(probs).values() else dict(probs),
             abstain=abstain,
             flags=tuple(row["flags"]),
         )
@@ -106,7 +108,7 @@ class Photo:
     """Clockwise rotation in which the faces were found; always 0 without `vision.try_rotations`."""
     faces: tuple[Face, ...]
     """From left to right."""
-    _open: Callable[[], Image.Image] = field(repr=False, compare=False)
+    _open: Callable[[], DecodedImage] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, with `faces` as a list."""
@@ -116,21 +118,23 @@ class Photo:
     def draw(self) -> Image.Image:
         """Return the upright photograph with boxes, landmarks and labels, as a PIL image in RGB.
 
-        The photograph is read again, at its full size. Flagged faces are orange, others green.
+        The photograph is read again, and shrunk to a side of 4,096 pixels if it is larger. Flagged faces are orange.
 
         Raises:
             ImageError: it could not be read, or cannot any more.
         """
-        from PIL import ImageDraw, ImageFont
+        from PIL import Image, ImageDraw, ImageFont
 
-        image = self._open()
+        decoded = self._open()
+        image = Image.fromarray(decoded.rgb)
         pen = ImageDraw.Draw(image)
         width = max(2, max(image.size) // 400)
         for face in self.faces:
             colour = _FLAGGED if face.flags else _COLOUR
-            x0, y0, x1, y1 = face.box
+            x0, y0, x1, y1 = (each / decoded.scale for each in face.box)
             pen.rectangle((x0, y0, x1, y1), outline=colour, width=width)
             for x, y in face.landmarks or ():
+                x, y = x / decoded.scale, y / decoded.scale
                 pen.ellipse((x - width, y - width, x + width, y + width), fill=colour)
             font = ImageFont.load_default(size=min(max(12.0, 0.13 * (x1 - x0)), 0.04 * max(image.size)))
             text = "\n".join(face.label.split(", "))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
+from typing import Final
 
 from rich.console import Console
 
@@ -16,6 +20,9 @@ from agr_ray.predict.face_model import FaceModel
 from agr_ray.predict.photo import Photo
 from agr_ray.schema import Status
 from agr_ray.storage import Storage
+from agr_ray.vision.decode import ImageError
+
+_BATCH_SIZE: Final = 64
 
 
 def predict(job: PredictJob) -> list[Photo]:
@@ -23,7 +30,7 @@ def predict(job: PredictJob) -> list[Photo]:
 
     Raises:
         ConfigError: the checkpoint can't be used.
-        JobError: not one photograph could be read; the others are rows with a status.
+        JobError: most photographs could not be read. Fewer are rows with a status.
     """
     storage = Storage.from_config(job.storage)
     model = FaceModel.load(
@@ -33,18 +40,27 @@ def predict(job: PredictJob) -> list[Photo]:
         gates=job.gates,
         storage=storage,
     )
-    photos = model.predict(job.photographs)
     console = make_console()
-    if job.json_lines:
-        for photo in photos:
-            console.print(json.dumps(photo.to_json()))
-    else:
+    photos: list[Photo] = []
+    names: set[str] = set()
+    for start in range(0, len(job.photographs), _BATCH_SIZE):
+        batch = model.predict(job.photographs[start : start + _BATCH_SIZE])
+        if job.json_lines:
+            for photo in batch:
+                console.print(json.dumps(photo.to_json()))
+        if job.out:
+            _write_copies(batch, job.out, storage, names)
+        photos += batch
+    if not job.json_lines:
         _print_table(photos, console)
-    written = _write_copies(photos, job.out)
-    if written and not job.json_lines:
-        console.print(f"{len(written):,} annotated photographs: {job.out}")
-    if not any(photo.error is None for photo in photos):
-        raise JobError(f"not one of {len(photos):,} photographs could be read: {photos[0].source}: {photos[0].error}")
+        if names:
+            console.print(f"{len(names):,} annotated photographs: {job.out}")
+    failed = [photo for photo in photos if photo.error is not None]
+    if 2 * len(failed) > len(photos):
+        first = failed[0]
+        raise JobError(
+            f"{len(failed):,} of {len(photos):,} photographs could not be read: {first.source}: {first.error}"
+        )
     return photos
 
 
@@ -64,20 +80,21 @@ def _print_table(photos: Sequence[Photo], console: Console) -> None:
     console.print(table)
 
 
-def _write_copies(photos: Sequence[Photo], out: str) -> list[Path]:
-    """Write an annotated copy of each photograph that has faces; equal names get a number."""
-    if not out:
-        return []
-    written: list[Path] = []
-    names: dict[str, int] = {}
+def _write_copies(photos: Sequence[Photo], out: str, storage: Storage, names: set[str]) -> None:
+    """Write an annotated copy of each photograph that has faces, under a name that is not among `names` yet; add it."""
     for photo in photos:
         if photo.status != Status.OK:
             continue
-        stem = Path(photo.source).stem or "photograph"
-        names[stem] = names.get(stem, 0) + 1
-        number = f"-{names[stem]}" if names[stem] > 1 else ""
-        Path(out).mkdir(parents=True, exist_ok=True)
-        path = Path(out, f"{stem}{number}-faces.jpg")
-        photo.draw().save(path, quality=90)
-        written.append(path)
-    return written
+        stem = PurePosixPath(photo.source).stem or "photograph"
+        candidates = (
+            f"{stem}{number}-faces.jpg" for number in itertools.chain([""], (f"-{each}" for each in itertools.count(2)))
+        )
+        name = next(each for each in candidates if each not in names)
+        with io.BytesIO() as body:
+            try:
+                photo.draw().save(body, "JPEG", quality=90)
+            except ImageError as error:
+                sys.stderr.write(f"warning: {photo.source} can't be drawn: {error}\n")
+                continue
+            storage.write(storage.join(storage.absolute(out), name), body.getvalue())
+        names.add(name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final, TypeVar
 
@@ -15,10 +16,10 @@ from ray.data import DataContext
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from agr_ray.config import ClusterConfig
-from agr_ray.console import make_console, stderr_without
+from agr_ray.console import make_console
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.placement import places, process_bundles
-from agr_ray.runtime.ray_compat import NO_PRESTART, NOISE, has_autoscaler, machine_cpus, pace_ray_data
+from agr_ray.runtime.ray_compat import NO_PRESTART, has_autoscaler, machine_cpus, pace_ray_data
 
 MIN_LOCAL_CPUS: Final = 8
 """Fewest logical CPUs of a local cluster: actors that hold all CPUs leave none for Ray Data to read and write with."""
@@ -44,7 +45,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     """
     waiting = _autoscaler_wait_s.set(config.autoscaler_wait_s)
     try:
-        with nullcontext() if config.verbose else stderr_without(NOISE), _joined(config):
+        with _joined(config):
             yield
     finally:
         _autoscaler_wait_s.reset(waiting)
@@ -90,6 +91,7 @@ def configure_ray_data() -> None:
     # logged as well.
     context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks for ")  # a small input needs fewer
     pace_ray_data(context)
 
 

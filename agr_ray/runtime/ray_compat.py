@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -41,15 +40,6 @@ SEEN_WITH: Final = "2.60.0"
 NO_PRESTART: Final = "RAY_prestart_worker_first_driver"
 """Environment variable of the raylet: "0" starts no worker processes in advance. One for each logical CPU would keep a
 small machine busy for half a minute."""
-
-NOISE: Final = re.compile(
-    rb"^\[[^\]]+ [IWE] \d+ \d+\] (?:\([a-z_]+\) )?\S+\.(?:cc|h):\d+: "  # C++ code that then recovers by itself
-    rb"|\((?:raylet|autoscaler)\)"
-    rb"|UserWarning: The maximum number of concurrent tasks for "  # small inputs need fewer tasks; nothing is wrong
-    rb"|^  warnings\.warn\($"
-    rb"|authentication_token_setup\.py"
-)
-"""Lines on the driver's stderr that tell a user nothing. No setting of Ray's turns them off without others."""
 
 
 def machine_cpus() -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import os
 import random
 import time
 from collections import Counter
@@ -31,11 +32,10 @@ from agr_ray.config import ScoreConfig, ScoreJob, digest
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint_files import local_checkpoint
-from agr_ray.predict.attributes import ATTRIBUTES
 from agr_ray.progress_bar import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
 from agr_ray.scoring.grouping import check_grouping
-from agr_ray.scoring.loaded_model import ModelFiles, read_model, short_digest
+from agr_ray.scoring.loaded_model import ModelFiles, read_model, short_digest, written_attributes
 from agr_ray.scoring.messages import print_plan, print_summary, print_timings
 from agr_ray.scoring.planning import Plan
 from agr_ray.scoring.publish import (
@@ -46,6 +46,7 @@ from agr_ray.scoring.publish import (
     publish,
     published_runs,
     stage_demographics,
+    withdraw_waiting,
 )
 from agr_ray.scoring.refusals import Refusals, TooManyRefused
 from agr_ray.scoring.scorer import Scoring
@@ -112,10 +113,10 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as checkpoint:
         model = read_model(checkpoint, job, console)
-    attributes = _attributes(job.score, model.tasks)
+    attributes = written_attributes(job.score, model.tasks)
     settings = digest(model.pipeline, job.gates)
     config_digest = short_digest([settings, attributes, model.calibration_digest])
-    identity = short_digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key)])
+    identity = short_digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key), SCHEMA_VERSION])
     plans = storage.join(f"{out}-work", identity)
     lock_uri = storage.join(f"{out}-work", "lock.json")
     retry = Retry(job.score.outage_s)
@@ -126,6 +127,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             retry.call(lock.check)
 
         left: list[str] = []
+        retry.call(lambda: withdraw_waiting(storage, out))
         try:
             left = delete_unpublished(storage, out)
         except (StorageError, StorageUnavailable) as error:
@@ -229,6 +231,11 @@ def _checked_key(job: ScoreJob, storage: Storage, out: str) -> bytes:
             f"score.out {config.out}: is a whole bucket; name a prefix in it, such as {out}/scores, because unfinished "
             "work is stored beside it, at PREFIX-work"
         )
+    if "://" not in out and os.path.ismount(out):
+        raise ConfigError(
+            f"score.out {config.out}: is a mount point; name a folder in it, such as {out}/scores, because unfinished "
+            "work is stored beside it, at FOLDER-work, on the same disk"
+        )
     key = b""
     if config.pseudonymise:
         try:
@@ -268,21 +275,6 @@ def _probe(config: ScoreConfig, storage: Storage, out: str) -> None:
         storage.probe(config.ledger, "score.ledger", write=True)
     if config.metadata:
         storage.probe(config.metadata, "score.metadata")
-
-
-def _attributes(config: ScoreConfig, tasks: Sequence[str]) -> tuple[str, ...]:
-    """Return the attributes to write, in the schema's order: the configured ones, by default all that are predicted.
-
-    Raises:
-        ConfigError: the checkpoint does not predict one that is explicitly configured.
-    """
-    missing = [name for name in config.attributes if name not in tasks]
-    if missing and "attributes" in config.model_fields_set:
-        raise ConfigError(
-            f"score.attributes {', '.join(missing)}: the checkpoint {config.checkpoint} does not predict it; allowed: "
-            f"{', '.join(tasks)}"
-        )
-    return tuple(name for name in ATTRIBUTES if name in config.attributes and name in tasks)
 
 
 def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
-from agr_ray.config import ScoreJob
+from agr_ray.config import ScoreConfig, ScoreJob
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
@@ -18,6 +18,7 @@ from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint import Checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.transform import Transform
+from agr_ray.predict.attributes import ATTRIBUTES
 from agr_ray.predict.resolve import resolve
 
 
@@ -79,6 +80,21 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
         uncalibrated_because=reason,
         calibration_digest="" if calibration is None else short_digest(calibration.to_json()),
     )
+
+
+def written_attributes(config: ScoreConfig, tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return the attributes to write, in the schema's order: the configured ones, by default all that are predicted.
+
+    Raises:
+        ConfigError: the checkpoint does not predict one that is explicitly configured.
+    """
+    missing = [name for name in config.attributes if name not in tasks]
+    if missing and "attributes" in config.model_fields_set:
+        raise ConfigError(
+            f"score.attributes {', '.join(missing)}: the checkpoint {config.checkpoint} does not predict it; allowed: "
+            f"{', '.join(tasks)}"
+        )
+    return tuple(name for name in ATTRIBUTES if name in config.attributes and name in tasks)
 
 
 def short_digest(value: Any) -> str:

@@ -28,7 +28,7 @@ import pyarrow as pa
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import LabelSpace
 from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES, IMAGES, REJECTS, Status
-from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage import MissingObject, Storage, StorageFailed
 from agr_ray.storage.lock import LockLost
 from agr_ray.storage.parts import PARTS_PER_FILE, Parts
 from agr_ray.storage.retry import Retry
@@ -228,6 +228,8 @@ def publish(publication: Publication, record: dict[str, Any], check: Callable[[]
     for name, target in publication.targets.items():
         check()
         storage.move_tree(publication.staged(name), target)
+        if not storage.exists(target):
+            raise StorageFailed(f"{publication.staged(name)} is gone, so run={run_id} can't be published")
     check()
     has_images = storage.exists(storage.join(publication.out, "images"))
     sql = views_sql(storage, publication.out, has_images=has_images)
@@ -240,18 +242,21 @@ def publish(publication: Publication, record: dict[str, Any], check: Callable[[]
     storage.delete_if_empty(_waiting_uri(storage, publication.out))
 
 
-def delete_unpublished(storage: Storage, out: str) -> list[str]:
-    """Delete files in OUT of jobs that were killed while publishing; return their run ids.
-
-    Call it only while no other job can publish. Folders not named like runs are left alone.
-    """
-    left: list[str] = []
+def withdraw_waiting(storage: Storage, out: str) -> None:
+    """Delete the records that wait to be published: what is not published after this never will be."""
     waiting = _waiting_uri(storage, out)
     if storage.exists(waiting):
-        # First: what is not published after this never will be.
         for info in storage.list(waiting):
             storage.delete(info.uri)
         storage.delete_if_empty(waiting)
+
+
+def delete_unpublished(storage: Storage, out: str) -> list[str]:
+    """Delete files in OUT of jobs that were killed while publishing; return their run ids.
+
+    Call it only while no other job can publish, after `withdraw_waiting`. Folders not named like runs are left alone.
+    """
+    left: list[str] = []
     for table in TABLES:
         folder = storage.join(out, table)
         if storage.exists(folder):
@@ -260,6 +265,7 @@ def delete_unpublished(storage: Storage, out: str) -> list[str]:
                 if not is_published(storage, out, run_id):
                     storage.delete_tree(storage.join(folder, f"run={run_id}"))
                     left.append(run_id)
+            storage.delete_if_empty(folder)
     return list(dict.fromkeys(left))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from agr_ray.errors import ConfigError
@@ -62,7 +63,7 @@ class Scores:
         return self.connection.view(name)
 
 
-def open_scores(uri: str, *, storage: Storage | None = None) -> Scores:
+def open_scores(uri: str | os.PathLike[str], *, storage: Storage | None = None) -> Scores:
     """Open the results of `score`.
 
     Args:
@@ -76,7 +77,7 @@ def open_scores(uri: str, *, storage: Storage | None = None) -> Scores:
     import duckdb
 
     storage = storage or Storage()
-    out = storage.absolute(uri)
+    out = storage.absolute(os.fspath(uri)).rstrip("/")
     if next(published_runs(storage, out), None) is None:
         raise ConfigError(f"{uri}: there is no published scoring run (a file _SUCCESS/run=ID.json)")
     has_images = storage.exists(storage.join(out, "images"))

@@ -44,7 +44,7 @@ _FLIP_AND_TURNS: Final = {
 }
 
 # What Pillow's parsers raise on broken files; each was met while its formats were fuzzed, or is raised in their source.
-_DECODING_ERRORS: Final = (
+DECODING_ERRORS: Final = (
     OSError,
     SyntaxError,
     ValueError,
@@ -133,7 +133,7 @@ def decode_image(
             return _decode(data, format_name, max_pixels, max_side_px)
     except Image.DecompressionBombError as error:
         raise ImageError(Status.TOO_LARGE, f"{format_name}: a part of it has too many pixels") from error
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise ImageError(Status.UNREADABLE, f"{format_name}: {_reason(error)}") from error
 
 
@@ -263,7 +263,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # pi-heif removes the orientation from EXIF.
         return int(image.info.get("original_orientation") or image.getexif().get(ORIENTATION_TAG, 1))
-    except _DECODING_ERRORS:
+    except DECODING_ERRORS:
         return 1
 
 

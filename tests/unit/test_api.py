@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_a_label_tells_what_is_known() -> None:
 
 
 def test_gates_flag_faces(checkpoint: Path, photograph: Path) -> None:
-    model = agr_ray.load(str(checkpoint), gates=GatesConfig(min_side_px=10_000))
+    model = agr_ray.load(checkpoint, gates=GatesConfig(min_side_px=10_000))
 
     assert [face.flags for face in model.predict(photograph).faces] == [("small",)] * 2
 
@@ -167,3 +168,10 @@ def test_gates_flag_faces(checkpoint: Path, photograph: Path) -> None:
 def test_no_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no checkpoint there \(a folder with meta\.json\)"):
         agr_ray.load(str(tmp_path))
+
+
+def test_a_photo_leaves_its_process_without_the_model(model: agr_ray.FaceModel, photograph: Path) -> None:
+    body = pickle.dumps(model.predict(photograph))
+
+    assert len(body) < 20_000
+    assert pickle.loads(body).draw().size == (520, 260)

@@ -23,6 +23,8 @@ from agr_ray.models.transform import Transform
 AGR_RAY = (sys.executable, "-c", "from agr_ray.cli import main; main()")
 SHORT = [
     ["--help"],
+    ["demo", "--help"],
+    ["demo", "--outt", "x"],
     ["scoer"],
     *([command, "--help"] for command in COMMANDS),
     *([command, "--no_such_option", "1"] for command in COMMANDS),
@@ -80,7 +82,7 @@ def test_mistakes_are_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) 
         ),
         (["predict", "a.jpg"], "error: checkpoint is needed: Folder or prefix of the checkpoint. Give --checkpoint or"),
         (["predict", "--checkpoint", "x"], "error: photographs is needed"),
-        (["recipes", "papre"], "error: --config papre: there is no such recipe; did you mean paper?"),
+        (["recipes", "papre"], "error: recipes papre: there is no such recipe; did you mean paper?"),
     ):
         status, out, error = outcome(capsys, *argv)
         assert (status, out, len(error.splitlines())) == (2, "", 1)
@@ -190,4 +192,41 @@ def test_predict_prints_json_lines_and_fails_if_nothing_can_be_read(
 
     status, _, error = outcome(capsys, "predict", "text.jpg", "gone.jpg", *common)
     assert status == 1
-    assert "error: not one of 2 photographs could be read: text.jpg: not one of JPEG" in error
+    assert "error: 2 of 2 photographs could not be read: text.jpg: not one of JPEG" in error
+
+
+@pytest.mark.parametrize("name", ["party, 2024.png", "[2024] party.png", "null", "{x}.png", 'a"b.png', "7"])
+def test_a_photograph_of_any_name_is_one_photograph(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (folder / "a" / "face.png").rename(folder / name)
+
+    status, shown, _ = outcome(capsys, "predict", "--checkpoint", "model", "--json-lines", "--out", "", "--", name)
+
+    assert status == 0
+    assert [(json.loads(line)["source"], json.loads(line)["status"]) for line in shown.splitlines()] == [(name, "ok")]
+
+
+def test_copies_go_where_out_says_under_names_of_their_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "a" / "face.png").rename(folder / "face-2.png")
+    (folder / "face.png").write_bytes((folder / "b" / "face.png").read_bytes())
+    photographs = ("face.png", "b/face.png", "face-2.png")
+    out = folder / "copies"
+
+    status, shown, _ = outcome(capsys, "predict", *photographs, "--checkpoint", "model", "--out", out.as_uri())
+
+    assert (status, "3 annotated photographs" in shown) == (0, True)
+    assert sorted(path.name for path in out.iterdir()) == ["face-2-2-faces.jpg", "face-2-faces.jpg", "face-faces.jpg"]
+    status, _, error = outcome(capsys, "predict", "face.png", "--checkpoint", "model", "--out", "face.png")
+    assert (status, len(error.splitlines())) == (2, 1)
+
+
+def test_words_after_options_are_photographs_and_an_empty_word_is_a_mistake(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--json-lines", "--out", "", "--checkpoint", "model")
+    _, shown, _ = outcome(capsys, "predict", "a/face.png", *common, "b/face.png")
+    assert [json.loads(line)["source"] for line in shown.splitlines()] == ["a/face.png", "b/face.png"]
+    for argv in (["train", ""], ["demo", "--no-such"], ["demo", "--out", "s3://bucket"]):
+        status, _, error = outcome(capsys, *argv)
+        assert (status, len(error.splitlines())) == (2, 1)

@@ -265,6 +265,7 @@ def test_a_job_that_was_stopped_before_its_last_step_cannot_take_it_once_another
 
     def stopped_meanwhile(storage: Storage, source: str, target: str) -> None:
         if is_first:  # the other job has only begun
+            publishing.withdraw_waiting(storage, str(bucket.out))
             publishing.delete_unpublished(storage, str(bucket.out))
         else:
             (bucket.out.parent / f"{bucket.out.name}-work" / "lock.json").unlink()  # it has expired

@@ -76,7 +76,7 @@ def test_published_scores_are_opened_as_relations_also_from_a_copy(tmp_path: Pat
     published(tmp_path / "out", RUNS[1], finished=False)
     (tmp_path / "out").rename(tmp_path / "copy")
 
-    scores = agr_ray.open_scores(str(tmp_path / "copy"))
+    scores = agr_ray.open_scores(f"{tmp_path / 'copy'}/")
 
     assert scores.runs.fetchall() == [(RUNS[0],)]
     assert scores.images.select("uri").fetchall() == [(f"s3://bucket/{RUNS[0]}",)]
@@ -93,4 +93,4 @@ def test_scores_without_rows_or_runs_say_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there are no faces: every run was scored with score\.aggregate_only"):
         agr_ray.open_scores(str(tmp_path)).faces  # noqa: B018
     with pytest.raises(ConfigError, match="there is no published scoring run"):
-        agr_ray.open_scores(str(tmp_path / "elsewhere"))
+        agr_ray.open_scores(tmp_path / "elsewhere")
