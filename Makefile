@@ -44,7 +44,7 @@ types: $(READY)
 layers: $(READY)
 	$(BIN)/lint-imports
 
-format: $(READY)  ## mend what ruff can mend
+format: $(READY)  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -8,4 +8,4 @@ class ConfigError(Exception):
 
 
 class JobError(Exception):
-    """The work itself can't go on, and nothing in the set-up is to blame: one line, status 1."""
+    """The work can't continue, and the settings are not at fault: one line, status 1."""

@@ -89,7 +89,7 @@ class Context(Protocol):
         """Keep a checkpoint, log the row."""
 
     def must_save(self) -> bool:
-        """Say whether a machine will soon be taken away, so that a checkpoint should be kept at once.
+        """Say whether a machine will soon be preempted, so that a checkpoint should be kept at once.
 
         Asked on all ranks at the same step, every few seconds, and answered alike on all.
         """

@@ -39,7 +39,7 @@ from agr_ray.models.transform import Transform
 _PROGRESS_S: Final = 1.0
 _CHECK_EVERY: Final = 25
 _ASK_EVERY_S: Final = 5.0
-"""How often the context is asked whether a machine will be taken away."""
+"""How often the context is asked whether a machine will be preempted."""
 _CUDA: Final = "cuda"
 
 
@@ -249,7 +249,7 @@ class _Loop:
         return dataclasses.replace(epoch, task_totals=task_totals, wait_s=wait_s, loss=self._weighted(task_totals))
 
     def _save_if_needed(self, epoch: _Epoch, totals: Tensor, monitor: Monitor) -> None:
-        """Keep a checkpoint, once, if a machine will be taken away. All ranks are here."""
+        """Keep a checkpoint, once, if a machine will be preempted. All ranks are here."""
         if self.has_saved or not self.context.must_save():
             return
         monitor.flush()
