@@ -57,7 +57,7 @@ Estimate perceived age, gender and race from photographs of faces: train, tune, 
 
 {commands}
 
-agr-ray COMMAND --help shows a command's most important options, --help_all every one.
+agr-ray COMMAND --help shows a command's most important options, --help-all every one.
 """
 
 

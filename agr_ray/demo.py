@@ -81,6 +81,7 @@ def demo(out: str) -> None:
         ("annotated photographs", sheet),
     ):
         console.print(f"{label}: {path}")
+    console.print("this model has seen drawings only: what it says of real people means nothing")
     console.print(f"{time.perf_counter() - started:.0f} s in total")
 
 

@@ -102,6 +102,8 @@ def parse(
         raise ConfigError(redacted(_describe(error, job), environ=environ)) from None
     for key in job.required:
         if not reduce(getattr, key.split("."), built):
+            if key in job.positional:
+                raise ConfigError(f"{key} are needed: {_help_of(job, key)} For example: {job.example}")
             raise ConfigError(f"{key} is needed: {_help_of(job, key)} Give {job.option(key)} or set it in the recipe.")
     return built
 

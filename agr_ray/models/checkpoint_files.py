@@ -46,7 +46,9 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Checkpoin
             _download(storage, storage.absolute(uri), directory)
             checkpoint = load_checkpoint(directory)
         except MissingObject:
-            raise ConfigError(f"{key} {uri}: there is no checkpoint there (a folder with {META})") from None
+            best = storage.join(storage.absolute(uri), "best")
+            meant = f"; did you mean {uri.rstrip('/')}/best?" if storage.exists(storage.join(best, META)) else ""
+            raise ConfigError(f"{key} {uri}: there is no checkpoint there (a folder with {META}){meant}") from None
         except CheckpointError as error:
             raise ConfigError(f"{key} {uri}: {error}") from None
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,12 @@ def test_gates_flag_faces(checkpoint: Path, photograph: Path) -> None:
 def test_no_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no checkpoint there \(a folder with meta\.json\)"):
         agr_ray.load(str(tmp_path))
+
+
+def test_the_folder_of_a_run_names_its_best_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "run" / "best")
+    with pytest.raises(ConfigError, match=r"meta\.json\); did you mean .*/run/best\?$"):
+        agr_ray.load(tmp_path / "run")
 
 
 def test_a_photo_leaves_its_process_without_the_model(model: agr_ray.FaceModel, photograph: Path) -> None:

@@ -81,7 +81,10 @@ def test_mistakes_are_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) 
             "error: score.checkpoint is needed: Folder or prefix of the checkpoint. Give --checkp",
         ),
         (["predict", "a.jpg"], "error: checkpoint is needed: Folder or prefix of the checkpoint. Give --checkpoint or"),
-        (["predict", "--checkpoint", "x"], "error: photographs is needed"),
+        (
+            ["predict", "--checkpoint", "x"],
+            "error: photographs are needed: Files, or URIs such as s3://bucket/photo.jpg. For",
+        ),
         (["recipes", "papre"], "error: recipes papre: there is no such recipe; did you mean paper?"),
     ):
         status, out, error = outcome(capsys, *argv)

@@ -72,6 +72,8 @@ def find_labels(storage: Storage, uri: str) -> str:
         raise LabelTableError(
             f"source.labels: there are several label tables, {' and '.join(tables)}; name the one to use"
         )
+    if not tables and not storage.exists(uri):
+        raise LabelTableError(f"source.uri: there is nothing at {uri}")
     if not tables:
         raise LabelTableError(f"source.labels: there is no label table at {', '.join(candidates)}")
     return tables[0]
