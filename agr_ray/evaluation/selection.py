@@ -67,10 +67,15 @@ def fit_classes(
         notes.append(f"{task}: {len(truth)} labelled images are too few to fit a temperature: 1 is used")
     else:
         temperature = _fit_temperature(truth, probs)
-        if np.isclose(temperature, TEMPERATURES, rtol=0.01).any():
+        if np.isclose(temperature, TEMPERATURES[0], rtol=0.01):
+            # Hardly an image is wrong, so the sharper the likelier: on others, it would be far too sure.
+            temperature = 1.0
             notes.append(
-                f"{task}: its temperature {temperature:.2f} is at the end of the range that is tried, "
-                f"{TEMPERATURES[0]} to {TEMPERATURES[1]}: its errors do not determine it"
+                f"{task}: too few of its {len(truth)} labelled images are wrong to fit a temperature: 1 is used"
+            )
+        elif np.isclose(temperature, TEMPERATURES[1], rtol=0.01):
+            notes.append(
+                f"{task}: its temperature {temperature:.2f} is the largest that is tried: errors do not determine it"
             )
     calibrated = scaled_probs(probs, temperature)
     wrong = calibrated.argmax(axis=1) != truth

@@ -15,7 +15,7 @@ from agr_ray.config import EvaluateJob, PredictConfig, parse
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.coverage import coverage_report, expected_calibration_error
-from agr_ray.evaluation.selection import NEVER_SURE, TEMPERATURES
+from agr_ray.evaluation.selection import NEVER_SURE
 from agr_ray.labels import FAIRFACE, UTKFACE, Labels
 from agr_ray.models.checkpoint import CALIBRATION, CheckpointError, read_calibration_json
 from agr_ray.models.predictions import Predictions
@@ -164,14 +164,14 @@ def test_a_risk_that_everything_meets_needs_no_abstention_and_one_that_nothing_m
     assert (strict.rows["race_pred"] == -1).all()
 
 
-def test_perfectly_separated_labels_stop_at_the_end_of_the_range_and_say_so() -> None:
+def test_perfectly_separated_labels_keep_the_networks_own_probabilities_and_say_so() -> None:
     labels, predictions = draw(200, seed=2)
     truth = dataclasses.replace(labels, race=predictions["race"].argmax(axis=1))
     calibration = fit(truth, predictions)
 
     assert calibration.race is not None
-    assert calibration.race.temperature == pytest.approx(TEMPERATURES[0], rel=0.01)
-    assert "race: its temperature 0.20 is at the end of the range" in "".join(calibration.notes)
+    assert calibration.race.temperature == 1.0
+    assert "race: too few of 200 labelled images are wrong to fit a temperature: 1 is used" in calibration.notes
 
 
 def test_saturated_probabilities_stay_finite() -> None:
