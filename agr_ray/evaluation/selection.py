@@ -70,9 +70,7 @@ def fit_classes(
         if np.isclose(temperature, TEMPERATURES[0], rtol=0.01):
             # Hardly an image is wrong, so the sharper the likelier: on others, it would be far too sure.
             temperature = 1.0
-            notes.append(
-                f"{task}: too few of its {len(truth)} labelled images are wrong to fit a temperature: 1 is used"
-            )
+            notes.append(f"{task}: too few of {len(truth)} labelled images are wrong to fit a temperature: 1 is used")
         elif np.isclose(temperature, TEMPERATURES[1], rtol=0.01):
             notes.append(
                 f"{task}: its temperature {temperature:.2f} is the largest that is tried: errors do not determine it"
