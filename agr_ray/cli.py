@@ -8,9 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.resources import files
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from pkgutil import resolve_name
+from typing import NamedTuple, TypeVar
 
 from agr_ray import __version__
 from agr_ray.config import (
@@ -23,9 +22,10 @@ from agr_ray.config import (
     StorageConfig,
     TrainJob,
     TuneJob,
+    built_in_recipes,
     did_you_mean,
+    fail,
     load,
-    one_line,
     read_local,
 )
 from agr_ray.errors import ConfigError, JobError
@@ -79,10 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _demo(rest)
     elif name in COMMANDS:
         command = COMMANDS[name]
-        run(command.job, lambda job: _resolved(command.work)(job), rest, prog=f"agr-ray {name}")
+        run(command.job, lambda job: resolve_name(command.work)(job), rest, prog=f"agr-ray {name}")
     else:
         known = [*COMMANDS, "demo", "recipes"]
-        _fail(f"{name}: there is no such command{did_you_mean(name, known)}; allowed: {', '.join(known)}")
+        fail(f"{name}: there is no such command{did_you_mean(name, known)}; allowed: {', '.join(known)}")
 
 
 def run(
@@ -121,8 +121,7 @@ def one_line_errors() -> Iterator[None]:
             said = type(said)(str(said).partition("\n")[0])
         if not isinstance(said, ConfigError | StorageUnavailable | StorageError | JobError | LockLost):
             raise
-        print(f"error: {one_line(str(said))}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(said, JobError | LockLost) else 2) from None
+        fail(str(said), status=1 if isinstance(said, JobError | LockLost) else 2)
 
 
 def read_recipe(path: str, storage: StorageConfig) -> bytes:
@@ -143,29 +142,21 @@ def read_recipe(path: str, storage: StorageConfig) -> bytes:
         raise ConfigError(f"--config {path}: {error}") from None
 
 
-def _resolved(path: str) -> Callable[..., Any]:
-    module, _, attribute = path.partition(":")
-    found: Callable[..., Any] = getattr(import_module(module), attribute)
-    return found
-
-
 def _recipes(argv: Sequence[str]) -> None:
     """Print the names of the built-in recipes, or one recipe."""
     if argv[:1] in (["--help"], ["-h"]):
         print("usage: agr-ray recipes [NAME]\n\nList the built-in recipes, or print one: the start of your own.")
         return
     if len(argv) > 1:
-        _fail(f"recipes {' '.join(argv)}: takes one name, or none")
-    recipes = {file.name.removesuffix(".toml"): file for file in (files("agr_ray") / "recipes").iterdir()}
+        fail(f"recipes {' '.join(argv)}: takes one name, or none")
+    recipes = built_in_recipes()
     if argv:
         if argv[0] not in recipes:
-            names = sorted(recipes)
-            _fail(
-                f"recipes {argv[0]}: there is no such recipe{did_you_mean(argv[0], names)}; allowed: {', '.join(names)}"
-            )
+            meant = did_you_mean(argv[0], [*recipes])
+            fail(f"recipes {argv[0]}: there is no such recipe{meant}; allowed: {', '.join(recipes)}")
         print(recipes[argv[0]].read_text(), end="")
         return
-    for name, file in sorted(recipes.items()):
+    for name, file in recipes.items():
         print(f"{name:14} {file.read_text().partition(chr(10))[0].removeprefix('# ')}")
 
 
@@ -182,9 +173,9 @@ def _demo(argv: Sequence[str]) -> None:
         case ["--out", out] if "://" not in out:
             pass
         case _:
-            _fail(f"demo {' '.join(argv)}: expected nothing, or --out and a local folder")
+            fail(f"demo {' '.join(argv)}: expected nothing, or --out and a local folder")
     with one_line_errors():
-        _resolved("agr_ray.demo:demo")(out)
+        resolve_name("agr_ray.demo:demo")(out)
 
 
 def _usage() -> str:
@@ -193,8 +184,3 @@ def _usage() -> str:
         "recipes": "list or print the built-in recipes",
     }
     return _USAGE.format(commands="\n".join(f"  {name:10} {summary}" for name, summary in rows.items()))
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)

@@ -6,8 +6,8 @@ The README gives the same as separate commands. Here all of them share one small
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pyarrow as pa
@@ -15,24 +15,13 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from agr_ray.config import EvaluateJob, PrepareJob, RenderJob, ScoreJob, TrainJob, parse
+from agr_ray.cli import COMMANDS
+from agr_ray.config import RenderJob, parse
 from agr_ray.console import make_console, make_table
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.evaluate import evaluate
-from agr_ray.runtime.prepare import prepare
-from agr_ray.runtime.render import render
-from agr_ray.runtime.score import score
-from agr_ray.runtime.train import train
 from agr_ray.storage import Storage
 
-JOBS: Mapping[str, tuple[type[Any], Callable[[Any], Any]]] = {
-    "render": (RenderJob, render),
-    "prepare": (PrepareJob, prepare),
-    "train": (TrainJob, train),
-    "evaluate": (EvaluateJob, evaluate),
-    "score": (ScoreJob, score),
-}
 MIN_IOU = 0.5
 NUM_SHOWN = 9
 TILE_PX = 480
@@ -45,11 +34,12 @@ def demo(out: str) -> None:
 
     def step(name: str, *options: str) -> Any:
         console.print(f"--- {time.perf_counter() - started:.0f} s: agr-ray {name} {shlex.join(options)}")
-        job, work = JOBS[name]
-        return work(parse(job, options))
+        command = COMMANDS[name]
+        return resolve_name(command.work)(parse(command.job, options))
 
-    with cluster(parse(ScoreJob, ["--checkpoint", "-", "--input", "-", "--out", "-"]).cluster):
-        step("render", "--config", "demo", "--out", f"{out}/faces")
+    rendering = ("--config", "demo", "--out", f"{out}/faces")
+    with cluster(parse(RenderJob, rendering).cluster):
+        step("render", *rendering)
         step("prepare", "--config", "demo", "--source.uri", f"{out}/faces/chips", "--out", f"{out}/prepared")
         named = ("--out", f"{out}/runs", "--name", "first", "--new-run")
         checkpoint = step("train", "--config", "demo", "--data", f"{out}/prepared", *named)

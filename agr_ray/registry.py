@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, Final
 
 from agr_ray.redact import shown
@@ -67,8 +67,7 @@ class Registry:
         part = self._parts[self.check(name)]
         if callable(part):
             return part
-        module, _, attribute = part.partition(":")
-        builder: Callable[..., Any] = getattr(import_module(module), attribute)
+        builder: Callable[..., Any] = resolve_name(part)
         return builder
 
 

@@ -4,7 +4,7 @@ One recipe serves every job: a job reads the sections that it names, and only ch
 """
 
 from agr_ray.config.architecture import PRESETS, ModelConfig, PredictConfig
-from agr_ray.config.command_line import did_you_mean, one_line
+from agr_ray.config.command_line import did_you_mean, fail, one_line
 from agr_ray.config.evaluation import EvaluateConfig, Split
 from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
 from agr_ray.config.jobs import (
@@ -20,7 +20,7 @@ from agr_ray.config.jobs import (
     TuneJob,
 )
 from agr_ray.config.label_space import LabelsConfig
-from agr_ray.config.parsing import load, parse, read_local
+from agr_ray.config.parsing import built_in_recipes, load, parse, read_local
 from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
 from agr_ray.config.section import PositiveFloat, Section, digest
@@ -66,8 +66,10 @@ __all__ = [
     "TuneConfig",
     "TuneJob",
     "VisionConfig",
+    "built_in_recipes",
     "did_you_mean",
     "digest",
+    "fail",
     "load",
     "one_line",
     "parse",

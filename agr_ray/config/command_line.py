@@ -79,8 +79,7 @@ class CommandParser(argparse.ArgumentParser):
             flag = (unknown.split() or ["''"])[0].partition("=")[0]
             message = f"{flag}: there is no such option{did_you_mean(flag, list(self._option_string_actions))}"
         message = re.sub(r"^argument (\S+): ", lambda found: f"{min(found[1].split('/'), key=len)}: ", message)
-        print(f"error: {one_line(message)} (--help-all lists every option)", file=sys.stderr)
-        raise SystemExit(2)
+        fail(f"{message} (--help-all lists every option)")
 
     def format_short_help(self) -> str:
         """Return the help of the most important options, a sentence for each."""
@@ -136,7 +135,6 @@ _METAVARS: Final = {
     "float": "X",
     "bool": "true|false",
     "{int,tuple[int,int]}": "N|MIN-MAX",
-} | {
     "tuple[str,...]": "TEXT,...",
     "tuple[float,...]": "X,...",
     "tuple[int,...]": "N,...",
@@ -174,9 +172,8 @@ def _joined(argv: Sequence[str], job: type[Job]) -> list[str]:
 
     A comma doesn't separate paths, because it may be part of one.
     """
-    flags = {f"--{key}" for key in _paths(job)} | {
-        f"--{name}" for name, key in job.shortcuts().items() if key in _paths(job)
-    }
+    paths = _paths(job)
+    flags = {f"--{key}" for key in paths} | {job.option(key) for key in paths}
     kept: list[str] = []
     values: list[str] = []
     words = iter(argv)
@@ -211,6 +208,12 @@ def _paths(job: type[Job]) -> list[str]:
 def one_line(text: str) -> str:
     """Return a message as the one line that ends a job, without passwords."""
     return redacted(" ".join(text.split()))
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print the one line that ends a job, and exit."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import EnvSettingsSource, SettingsError
 
-from agr_ray.config.command_line import CommandParser, did_you_mean, one_line
+from agr_ray.config.command_line import CommandParser, did_you_mean, fail
 from agr_ray.config.infrastructure import StorageConfig
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TuneJob
 from agr_ray.config.tuning import ParameterConfig
@@ -27,6 +27,12 @@ from agr_ray.redact import redacted, shown
 
 J = TypeVar("J", bound=Job)
 _PREFIX = "agr_ray_"
+
+
+def built_in_recipes() -> dict[str, Traversable]:
+    """Return the recipes of the package by name, in order."""
+    found = sorted((files("agr_ray") / "recipes").iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".toml"): file for file in found}
 
 
 def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # as other readers
@@ -38,11 +44,11 @@ def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # a
         ConfigError: there is no such recipe, or it can't be read.
     """
     if "/" not in path and "." not in path:
-        recipes = {file.name.removesuffix(".toml"): file for file in (files("agr_ray") / "recipes").iterdir()}
+        recipes = built_in_recipes()
         if path not in recipes:
-            names = sorted(recipes)
+            meant = did_you_mean(path, [*recipes])
             raise ConfigError(
-                f"--config {path}: there is no such recipe{did_you_mean(path, names)}; allowed: {', '.join(names)}, "
+                f"--config {path}: there is no such recipe{meant}; allowed: {', '.join(recipes)}, "
                 "or a path that has a slash or ends in .toml"
             )
         return recipes[path].read_bytes()
@@ -76,8 +82,7 @@ def load(
     try:
         return parse(job, argv, environ, read, prog)
     except ConfigError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(str(error))
 
 
 def parse(

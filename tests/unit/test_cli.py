@@ -57,9 +57,7 @@ def test_help_and_mistakes_import_nothing_heavy(argv: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == ""
 
 
-@pytest.mark.parametrize(
-    "argv", [["train", "--help"], ["score", "--inptu", "x"], ["train", "--epochs", "many"]], ids=" ".join
-)
+@pytest.mark.parametrize("argv", SHORT_TIMED, ids=" ".join)
 def test_help_and_mistakes_answer_within_a_second(argv: list[str]) -> None:
     times_s = []
     for _ in range(5):
