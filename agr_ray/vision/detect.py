@@ -64,4 +64,4 @@ def make_detector(
         return Haar(min_face_px=min_face_px, min_score=min_score)
     if name == "none":
         return NoDetector()
-    raise ValueError(f"no detector is named {name!r}; there are: {', '.join(DETECTORS)}")
+    raise ValueError(f"unknown detector {name!r}; choose one of: {', '.join(DETECTORS)}")

@@ -188,7 +188,7 @@ def test_haar_finds_boxes_without_landmarks(chips: list[np.ndarray]) -> None:
 
 
 def test_an_unknown_detector_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'dlib'; there are: mtcnn, haar, none"):
+    with pytest.raises(ValueError, match="'dlib'; choose one of: mtcnn, haar, none"):
         make_detector("dlib")
 
 
