@@ -34,9 +34,11 @@ test-all: $(READY) lint types layers  ## every test
 unit: $(READY)  ## the tests that need no Ray, a few minutes
 	$(BIN)/python -m pytest tests/unit -m "not slow"
 
-lint: $(READY)
+lint: $(READY)  ## style, spelling and vocabulary
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files | xargs $(BIN)/codespell
+	$(BIN)/python tools/vocabulary.py
 
 types: $(READY)
 	$(BIN)/mypy

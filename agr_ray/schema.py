@@ -300,7 +300,7 @@ TRIALS: Final = pa.schema(
         pa.field("is_feasible", pa.bool_(), nullable=False),  # within all constraints
         pa.field("is_best", pa.bool_(), nullable=False),
         pa.field("is_on_front", pa.bool_(), nullable=False),  # no other beats it in all three errors
-        pa.field("num_failures", pa.int32(), nullable=False),  # after which it was tried again, or given up
+        pa.field("num_failures", pa.int32(), nullable=False),  # after each it was retried or given up
         pa.field("wall_s", pa.float64(), nullable=False),
     ]
 )

@@ -228,8 +228,8 @@ class _Loop:
     def _not_finite(self, monitor: Monitor) -> NonFiniteLossError:
         """Return the error of this rank, once all ranks know that there is one.
 
-        One rank's bad gradients are all ranks' bad weights a step later, and losses may be looked at only then: the
-        batch to blame is the first.
+        A bad gradient on one rank makes the weights of all ranks bad one step later, and losses may be read only
+        then. So the first bad batch is to blame.
         """
         context = self.context
         firsts = torch.zeros(context.world_size, dtype=torch.float64)

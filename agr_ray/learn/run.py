@@ -53,7 +53,7 @@ class Run:
 
 
 def settings(job: TrainJob) -> dict[str, Any]:
-    """Return what the run is told of learning, by section: nothing of where it runs, nor of how to get there."""
+    """Return the settings that decide what the run learns, by section, without those of where it runs."""
     return job.model_dump(mode="json", include=set(_SECTIONS), exclude={"train": {"mlflow_uri"}})
 
 
@@ -70,7 +70,7 @@ def tracked(run: Run) -> TrackedRun | None:
 
 
 def tracked_again(run: Run) -> tuple[TrackedRun | None, str]:
-    """Do what `tracked` does once training has begun, when a server that is away is no more than a warning."""
+    """Do what `tracked` does once training has begun, when an unreachable server is only a warning."""
     try:
         return tracked(run), ""
     except ConfigError as error:

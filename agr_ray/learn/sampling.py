@@ -1,4 +1,4 @@
-"""Training rows drawn so that ages, genders, races or their cells come as often as each other, and sets as is asked.
+"""Draw training rows so that ages, genders, races or their cells are equally frequent, and sets as configured.
 
 labels and sets of all training rows -> Sampler.fit -> weights of any rows, on any rank -> draw
 """

@@ -38,8 +38,8 @@ def epoch_seed(seed: int, epoch: int, rank: int, steps_done: int) -> int:
 def learning_rate(epochs_done: float, config: TrainConfig, num_cuts: int = 0) -> float:
     """Return the learning rate of the step that begins after so many epochs, a fraction within one.
 
-    A function of progress alone, so a resumed run needs no state of it, and an epoch that happens to
-    have a step more than foreseen shifts nothing.
+    It depends on progress alone, so a resumed run needs no state of it, and an epoch with one step more than
+    planned does not shift it.
 
     `step`: times gamma each `step_size_epochs` (eq. 20). `one_cycle`: from 1/25 of `lr` up in the share
     `warmup` of the run, then down to nearly 0, both along a cosine (Smith and Topin, arXiv 1708.07120).

@@ -106,7 +106,7 @@ class Stepper:
             transform: of this epoch.
             lr: the learning rate.
             generator: draws the augmentation.
-            monitor: is told of the loss; once it has seen a bad one, no weight is changed any more.
+            monitor: receives the loss; once one was non-finite, no weight changes any more.
             number: of the step, from 1.
 
         Returns:

@@ -1,4 +1,4 @@
-"""A checkpoint's model card: what meta.json and evaluations say, in words for whoever is to use the model.
+"""A checkpoint's model card: what meta.json and evaluations say, in words for the model's users.
 
 Everything here is text made from plain values. `save_checkpoint` writes the card; `agr-ray evaluate` adds to it.
 """

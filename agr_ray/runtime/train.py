@@ -10,7 +10,7 @@ A run is a folder, OUT/NAME:
     history.parquet     schema.HISTORY, rewritten after every epoch
     history.png         learning curves, once the run has finished
     tensorboard/        its event files; the last epoch adds a page of sample predictions
-    lock.json           the lock of the driver that is at work
+    lock.json           the lock of the running driver
     failure.txt         only if the loss was NaN or infinite: the step, and the image_ids of its batch
 
 The same command resumes from the last checkpoint.
@@ -84,7 +84,7 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
         quiet: print nothing but warnings, here and in workers.
 
     Raises:
-        ConfigError: the prepared set does not exist, the run has finished, another driver is at work on it, or the
+        ConfigError: the prepared set does not exist, the run has finished, another driver is running it, or the
             cluster is too small.
         JobError: the loss is NaN or infinite, or workers failed more often than `train.max_failures`.
         LockLost: another driver has taken over the run.

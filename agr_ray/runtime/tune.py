@@ -48,8 +48,8 @@ def tune(job: TuneJob) -> str:
     `job.dry_run`, which only checks everything and prints the plan of the first trial.
 
     Raises:
-        ConfigError: the search space, the data or the plan is invalid, the sweep has finished, or another driver is at
-            work on it.
+        ConfigError: the search space, the data or the plan is invalid, the sweep has finished, or another driver is
+            running it.
         JobError: no trial finished, or the first ones failed before their first epoch.
         LockLost: another driver has taken over the sweep.
     """

@@ -93,7 +93,7 @@ def _zeros(num_rows: int) -> pa.Array:
 
 
 def _abstains(faces: pa.Table, attribute: str) -> pa.Array:
-    """Say of each face whether the model abstains on an attribute."""
+    """Return, for each face, whether the model abstains on an attribute."""
     lists = faces["abstain"].combine_chunks()
     mask = np.zeros(len(lists), bool)
     mask[np.asarray(pc.list_parent_indices(lists))[np.asarray(pc.equal(lists.flatten(), attribute))]] = True

@@ -2,8 +2,8 @@
 
 Observed outcomes are the classes and, last, "abstained"; of two attributes together, all combinations of these. With
 M[c, o] the share of class c whose outcome is o, the outcomes' shares are sum_c share[c] M[c, o]. M is taken from the
-calibration images, whose own mixture of classes does not matter; that M is the same where the shares are wanted is
-assumed (label shift).
+calibration images, whose own mixture of classes does not matter; M is assumed to be the same for the faces
+whose shares are estimated (label shift).
 
 Estimate: maximum likelihood on the simplex by EM (Saerens, Latinne and Decaestecker 2002, Neural Computation 14(1),
 for hard outcomes). Interval: bootstrap over calibration images (within their class) and over faces, of the estimate

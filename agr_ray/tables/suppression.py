@@ -18,9 +18,9 @@ rejected ones, flagged and abstained faces are harmless: they tell nobody's attr
 no line (1) a hidden count stands alone and (2) the parts hidden below a published total add up to less than k, unless
 all are harmless. Last, (3) what all lines together still determine is found by linear programming and algebra.
 
-Wherever a cell of a breakdown is hidden, those of 0 are, too: were they not, hidden cells would be known to be 1 or
-more, and five faces in five cells each known from their sum. A zero may be found out, as nobody is counted there.
-Hidden counts other than cells are known to be 1 or more.
+Wherever a cell of a breakdown is hidden, those of 0 are, too. Otherwise hidden cells would be known to be 1 or
+more, and of five faces in five cells, each would be known from their sum. A zero may be found out, as nobody
+is counted there. Hidden counts other than cells are known to be 1 or more.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _lines(table: pa.Table, keys: list[str], counts: _Counts) -> _Lines:
 
 
 def _is_joint(table: pa.Table) -> BoolArray:
-    """Say of each row whether it is of the joint breakdown."""
+    """Return, for each row, whether it is of the joint breakdown."""
     return np.array(
         [breakdown not in DEMOGRAPHIC_ATTRIBUTES for breakdown in table.column("breakdown").to_pylist()], bool
     )
@@ -266,7 +266,7 @@ def _hide_zeros(counts: _Counts, hidden: BoolArray) -> None:
 def _exposed_in_a_line(
     values: IntArray, lines: _Lines, hidden: BoolArray, protected: BoolArray, sensitive: BoolArray, min_cell: int
 ) -> BoolArray:
-    """Say of each line whether rule (1) or (2) wants more of it hidden."""
+    """Return, for each line, whether rule (1) or (2) requires more hidden counts in it."""
     member_hidden = hidden[lines.member]
     part_hidden = member_hidden & (lines.sign > 0)
     num_hidden = np.bincount(lines.line, member_hidden, lines.num)
@@ -309,7 +309,7 @@ def _exposed_by_all_lines(counts: _Counts, lines: _Lines, hidden: BoolArray) -> 
 
 
 def _can_rise(sums: csc_array, least: IntArray) -> BoolArray:
-    """Say of each variable in `least` whether it is over 0 in a solution of sums @ x = 0 with none of them below 0."""
+    """Return, for each variable in `least`, whether it is over 0 in a solution of sums @ x = 0 with all x >= 0."""
     rise, rest = sums[:, least], sums[:, np.setdiff1d(np.arange(sums.shape[1]), least)]
     num = len(least)
     if not num:

@@ -98,7 +98,7 @@ class Study:
                 del self._ids[number]
         for trial in trials:
             is_over = trial.number in self._ids and frozen[self._ids[trial.number]].state.is_finished()
-            if trial.number not in self._ids or (is_over and trial.state == "unfinished"):  # the latter is tried again
+            if trial.number not in self._ids or (is_over and trial.state == "unfinished"):  # the latter is retried
                 self._add(trial)
             elif trial.state != "unfinished" and not is_over:
                 self._report(trial)
@@ -164,7 +164,7 @@ class Study:
         path = Path(self._config.study or self._uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self._config.study:  # only the sweep's own, because another may be in use
-            _mend(path)
+            _drop_unfinished_line(path)
         return JournalStorage(JournalFileBackend(str(path)))
 
     def _sampler(self, number: int) -> BaseSampler:
@@ -258,7 +258,7 @@ class MemoryJournal(BaseJournalBackend):
         return b"".join(line + b"\n" for line in self._lines)
 
 
-def _mend(path: Path) -> None:
+def _drop_unfinished_line(path: Path) -> None:
     """Remove an unfinished last line of a killed writer. Optuna would append to it, and fail."""
     if path.exists():
         body = path.read_bytes()

@@ -12,7 +12,7 @@ A sweep is a folder, OUT/NAME:
     sweep.html          the report
 
 The records are what a sweep is resumed from. A trial whose record says that it has not ended resumes from the last
-checkpoint of its training run; one that failed before its first epoch is tried again.
+checkpoint of its training run; one that failed before its first epoch is retried.
 """
 
 from __future__ import annotations

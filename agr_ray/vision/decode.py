@@ -259,7 +259,7 @@ def _resized(rgb_image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, or 1 where the metadata is broken: that alone spoils no photograph."""
+    """Return the EXIF orientation, or 1 where the metadata is broken: the pixels can still be good."""
     try:
         # pi-heif removes the orientation from EXIF.
         return int(image.info.get("original_orientation") or image.getexif().get(ORIENTATION_TAG, 1))

@@ -300,11 +300,11 @@ def test_a_lost_part_is_made_again_and_images_that_came_are_added(
     # What is made again may be cut into other parts.
     assert {name: when for name, when in old_parts.items() if name != lost}.items() <= parts(out).items()
 
-    # A row that failed, of a storage that was down say, is tried again.
-    spoilt = out / "crops" / sorted(parts(out))[0]
-    rows = pq.read_table(spoilt).to_pylist()
+    # A failed row is retried, for example one whose storage was down.
+    part = out / "crops" / sorted(parts(out))[0]
+    rows = pq.read_table(part).to_pylist()
     rows[0] |= {"status": "failed", "error": "503", "crop": None}
-    pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), spoilt)
+    pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), part)
     prepare(job)
 
     assert "19 done before, 1 to do" in capsys.readouterr().out

@@ -203,7 +203,7 @@ def test_what_streams_to_workers_has_rows_of_all_sets_in_proportion_in_every_blo
     assert [block.mean() for block in blocks] == pytest.approx([18 / 55] * len(blocks), abs=0.05)
 
 
-def test_two_sets_of_which_one_has_no_race_are_learnt_from_together(data: Path, other: Path) -> None:
+def test_two_sets_of_which_one_has_no_race_are_trained_on_together(data: Path, other: Path) -> None:
     uris = [str(data), str(other)]
 
     run = Path(train(train_job(data, name="both", data=uris, data_shares=[1, 3], balance="gender"))).parent
@@ -226,7 +226,7 @@ def test_two_sets_of_which_one_has_no_race_are_learnt_from_together(data: Path, 
         evaluate(EvaluateJob(evaluate=EvaluateConfig(checkpoint=str(run / "best"), data=uris[1], split="train")))
 
 
-def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(data: Path) -> None:
+def test_an_unfinished_run_is_not_resumed_with_other_settings(data: Path) -> None:
     record = {"finished": "", "settings_digest": "of other settings"}
     folder = data.parent / "runs" / "taken"
     folder.mkdir(parents=True)
@@ -236,7 +236,7 @@ def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(data: Path) 
         train(train_job(data, name="taken"))
 
 
-def test_a_run_that_another_driver_is_at_work_on_is_refused(data: Path) -> None:
+def test_a_run_that_another_driver_is_running_is_rejected(data: Path) -> None:
     lock = data.parent / "runs" / "busy" / "lock.json"
 
     with (
@@ -293,7 +293,7 @@ def _contents(folder: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_ends_the_run_in_one_line(data: Path) -> None:
+def test_a_non_finite_loss_ends_the_run_with_one_line(data: Path) -> None:
     with pytest.raises(JobError, match=r"epoch 1, step \d+: loss (nan|inf)"):
         train(train_job(data, name="exploding", num_workers=1, lr=1e30, optimizer="sgd"))
 

@@ -145,7 +145,7 @@ def test_there_is_a_page(sweep: Path) -> None:
     assert "train.lr" in page
 
 
-def test_a_finished_sweep_is_refused_and_gone_on_with_by_add(sweep: Path, data: Path) -> None:
+def test_a_finished_sweep_is_rejected_and_extended_by_add(sweep: Path, data: Path) -> None:
     before = trials(sweep)
     with pytest.raises(ConfigError, match=r"has finished \(3 trials\); --add 10 adds 10 trials"):
         tune(tune_job(data, "small"))

@@ -75,7 +75,7 @@ def submit(folder: Path, *job: str) -> str:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Return the processes that work in the cluster's folders or are told of them, and what descends from them."""
+    """Return the processes whose arguments or folders are the cluster's, and their descendants."""
     paths = (str(folder), str((folder / "ray").readlink()))
     found = set()
     for process in psutil.process_iter():

@@ -132,7 +132,7 @@ class Task:
         )
 
     def records(self) -> list[dict[str, Any]]:
-        """Return what the published runs say of themselves, oldest first."""
+        """Return the records of the published runs, oldest first."""
         return [self.bucket.json(key) for key in sorted(self.bucket.keys(f"{self.prefix}/out/_SUCCESS/"))]
 
     @contextlib.contextmanager
@@ -256,7 +256,7 @@ def test_later_runs_score_only_what_was_added_or_replaced(
 
 
 @pytest.mark.slow
-def test_a_killed_driver_is_gone_on_with_though_the_bucket_has_changed(
+def test_a_killed_driver_is_resumed_although_the_bucket_has_changed(
     task: Task, three_nodes: Cluster, tmp_path: Path
 ) -> None:
     command = task.command(three_nodes, "--score.lock_expiry_s", LOCK_EXPIRY_S)
@@ -335,7 +335,7 @@ def test_images_that_kill_their_worker_are_given_up_and_the_rest_are_scored(
 
 
 @pytest.mark.slow
-def test_refused_requests_are_tried_again_and_what_still_fails_by_the_next_run(
+def test_failed_requests_are_retried_and_remaining_failures_by_the_next_run(
     task: Task, three_nodes: Cluster, tmp_path: Path
 ) -> None:
     refused = f"{task.prefix}/in/007.jpg"

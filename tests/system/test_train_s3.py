@@ -234,7 +234,7 @@ def test_a_server_that_is_stopped_for_a_while_is_waited_for(
         run.check(like=undisturbed)
 
 
-def test_an_elastic_run_goes_on_with_fewer_workers(
+def test_an_elastic_run_resumes_with_fewer_workers(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
     run = Run(bucket, "elastic")

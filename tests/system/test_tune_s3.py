@@ -129,7 +129,7 @@ def test_after_sigkill_the_same_command_repeats_no_finished_trial(root: Path, no
     assert "has finished (4 trials)" in done.stderr
 
 
-def test_a_killed_worker_and_a_killed_trial_are_tried_again(root: Path, nodes: Cluster) -> None:
+def test_a_killed_worker_and_a_killed_trial_are_retried(root: Path, nodes: Cluster) -> None:
     run = SweepRun(str(root), "disturbed")
     folder = root / "sweeps" / "disturbed"
 

@@ -114,7 +114,7 @@ steps = st.one_of(
 
 @dataclass
 class World:
-    """A folder of images, its output, and the processes at work on it."""
+    """A folder of images, its output, and the processes that work on it."""
 
     folder: Path
     model: Path

@@ -161,7 +161,7 @@ def test_a_writer_who_waited_for_a_file_that_was_replaced_meanwhile_does_not_rep
     assert (outcomes, path.read_bytes()) == (["refused"], b"the second")
 
 
-def test_a_file_that_a_stopped_writer_has_locked_is_not_waited_for_without_end(
+def test_waiting_for_a_file_that_a_stopped_writer_has_locked_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agr_ray.storage.atomic._MAX_FLOCK_S", 0.2)

@@ -170,7 +170,7 @@ def test_a_task_without_head_is_not_promised(task: str) -> None:
     assert [line.split()[2].rstrip(":") for line in outputs.splitlines() if line.startswith("- Out:")] == [task]
 
 
-def test_the_card_of_first_weights_says_that_nothing_was_measured() -> None:
+def test_the_card_of_initial_weights_says_that_nothing_was_measured() -> None:
     card = model_card({key: value for key, value in meta().items() if key in ("model", "transform", "label_space")})
 
     assert "Not known." in section(card, "Training data")

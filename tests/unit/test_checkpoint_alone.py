@@ -121,7 +121,7 @@ def test_scoring_without_a_detector_is_refused_wherever_that_comes_from(model: P
     assert (record["num_images"], record["calibrated"]) == (8, False)
 
 
-def test_the_precision_of_predictions_is_recorded_and_another_than_the_calibrations_is_warned_of(
+def test_the_precision_of_predictions_is_recorded_and_a_warning_says_if_it_is_not_the_calibrations(
     model: Path, photographs: Path
 ) -> None:
     warning = "warning: predicted in float32, but calibrated on predictions in bfloat16"

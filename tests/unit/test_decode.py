@@ -302,7 +302,7 @@ THREE_MB = zlib.compress(b"a" * 3_000_000)
     ],
     ids=lambda data: f"{len(data)} bytes",
 )
-def test_metadata_spoils_no_photograph(data: bytes) -> None:
+def test_bad_metadata_does_not_affect_the_pixels(data: bytes) -> None:
     assert mean_error(decode_image(data).rgb, bad_images.gradient_rgb()) < 3
 
 

@@ -96,12 +96,12 @@ def test_a_dry_run_counts_the_images_of_a_part(data: Path, capsys: pytest.Captur
     assert f"for 3 images of {SIDE_PX} px in float32" in said
 
 
-def test_a_dry_run_whose_loss_is_no_number_ends_in_one_line(data: Path) -> None:
+def test_a_dry_run_with_a_non_finite_loss_ends_with_one_line(data: Path) -> None:
     with pytest.raises(JobError, match=r"^dry run: epoch 1, step \d+: loss (nan|inf).*image_id a.jpg"):
         train(dry_job(data, lr=1e30, optimizer="sgd"))
 
 
-def test_a_run_may_go_on_with_what_only_rounds_otherwise(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_only_change_rounding_may_change_on_resume(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A run without a name is named by the digest of what decides what is learnt.
     monkeypatch.setattr("agr_ray.runtime.train.dry_run", lambda *_: None)
     plain = train(dry_job(data))

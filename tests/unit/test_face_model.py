@@ -156,7 +156,7 @@ def test_overrides_are_refused_or_allowed_as_in_scoring(model: Path, tmp_path: P
     assert json.loads((own / META).read_text())["vision"]["detector"] == "haar"
 
 
-def test_a_calibration_of_another_precision_is_warned_of(tmp_path: Path) -> None:
+def test_a_calibration_of_another_precision_triggers_a_warning(tmp_path: Path) -> None:
     own = tmp_path / "own"
     save_checkpoint(own, network("resnet18"), Transform(SIDE_PX, SIDE_PX), pipeline=STORED)
     calibrate(own, STORED, precisions=("bfloat16",))

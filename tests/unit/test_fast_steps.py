@@ -112,7 +112,7 @@ def test_a_first_step_left_out_leaves_nothing_behind(optimizer: str) -> None:
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-6, atol=1e-7)
 
 
-def test_a_loss_that_is_no_number_stops_a_scaled_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_loss_also_stops_a_run_with_loss_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     config = job({"epochs": 1})
     model = network(config)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_a_loss_that_is_no_number_stops_a_scaled_run_too(monkeypatch: pytest.Mon
         run(config, faces(16), model=model)
 
 
-def test_a_resumed_run_goes_on_with_its_scale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_loss_scale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The scale doubles after each three steps, and there are two in an epoch: its counter must be resumed as well.
     scaled_by(monkeypatch, init_scale=4.0, growth_interval=3)
     config, data = job({"epochs": 3, "ema_decay": 0.9}), faces(16)

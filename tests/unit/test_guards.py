@@ -1,4 +1,4 @@
-"""What is looked at before training."""
+"""Checks before training starts."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_class_is_not_missed_where_its_task_has_no_head() -> None:
     assert class_warnings(COUNTS, ["age"], [prepared("data")]) == []
 
 
-def test_crops_that_no_detector_cut_are_warned_of() -> None:
+def test_crops_made_without_a_detector_trigger_a_warning() -> None:
     (warning,) = vision_warnings([prepared("data", "none")])
 
     assert "train.data data: its crops were made with vision.detector none, which scoring can't use" in warning
@@ -112,7 +112,7 @@ def test_crops_of_any_detector_are_not() -> None:
 # Several sets
 
 
-def test_sets_of_one_crop_size_can_be_learnt_from_together() -> None:
+def test_sets_of_the_same_crop_size_can_be_trained_on_together() -> None:
     check_sets([prepared("one"), prepared("two"), prepared("three", "haar")])
 
 
@@ -175,7 +175,7 @@ def test_images_trained_on_in_two_sets_are_counted() -> None:
     assert copies_warnings([one.slice(0, 2), two], sets[:2]) == []
 
 
-def test_sets_of_different_detectors_are_warned_of() -> None:
+def test_sets_of_different_detectors_trigger_a_warning() -> None:
     (different,) = vision_warnings([prepared("one"), prepared("two", "haar")])
 
     assert "crops of one and two were made with different settings: vision.detector mtcnn and haar;" in different

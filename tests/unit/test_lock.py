@@ -285,7 +285,7 @@ def test_our_own_new_lock_whose_answer_was_lost_is_known_again(uri: str) -> None
     class LosesAnswers(Storage):
         def write(self, uri, data, *, if_absent=False, if_match=None):
             etag = super().write(uri, data, if_absent=if_absent, if_match=if_match)
-            if if_absent:  # the client has tried again, and is told of its own first attempt
+            if if_absent:  # the client retried, and the conflict is with its own first attempt
                 raise FileExistsError
             return etag
 

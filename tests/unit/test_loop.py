@@ -205,9 +205,7 @@ class _Preempted(LocalContext):
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_an_epoch_left_in_its_middle_is_gone_on_with_and_counted_once(
-    monkeypatch: pytest.MonkeyPatch, ema_decay: float
-) -> None:
+def test_an_interrupted_epoch_is_resumed_and_counted_once(monkeypatch: pytest.MonkeyPatch, ema_decay: float) -> None:
     monkeypatch.setattr(loop, "_ASK_EVERY_S", 0.0)
     config, data = job({"epochs": 2, "ema_decay": ema_decay}), faces(60)
     baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
@@ -601,12 +599,12 @@ def test_non_finite_loss_of_one_rank_stops_all() -> None:
     assert all(("another rank" in str(error)) == (error.image_ids is None) for error in errors)  # type: ignore[attr-defined]
 
 
-def test_the_first_bad_batch_is_named_where_losses_are_looked_at_only_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_bad_batch_is_named_when_losses_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_CUDA", "cpu")  # as on a GPU: every so many steps
     config = job({"epochs": 1}, {"age_head": "linear"}, loss=LossConfig(age_loss="mse"))
     data = named(faces(24))
     bad = 12 + int(np.random.default_rng([0, 1, 0]).permutation(12)[0])  # in the second rank's first batch
-    data["age"][bad] = 3e38  # whose gradient overflows too, so that all later losses of both are no numbers
+    data["age"][bad] = 3e38  # its gradient overflows, too, so all later losses of both are non-finite
     errors = run_ranks(
         config,
         [part(data, slice(0, 12)), part(data, slice(12, 24))],
@@ -620,7 +618,7 @@ def test_the_first_bad_batch_is_named_where_losses_are_looked_at_only_later(monk
     assert f"face-{bad}" in blamed[0]
 
 
-def test_an_epoch_gone_on_with_that_has_no_step_left_keeps_its_statistics() -> None:
+def test_a_resumed_epoch_without_a_step_left_keeps_its_statistics() -> None:
     config = job({"epochs": 1})
     data = faces(16)
     shares, vals = [part(data, slice(0, 8)), part(data, slice(8, 16))], [faces(2), faces(2)]

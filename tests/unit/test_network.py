@@ -1,4 +1,4 @@
-"""The network: heads, first weights, and what it says of weights that don't fit."""
+"""The network: heads, initial weights, and errors about weights that don't fit."""
 
 from __future__ import annotations
 

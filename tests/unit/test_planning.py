@@ -138,7 +138,7 @@ def test_one_uri_and_etag_is_scored_once(tmp_path: Path) -> None:
     assert made.num_duplicates == 2
 
 
-def test_ids_come_from_all_folders_but_those_of_rows_that_are_tried_again(tmp_path: Path) -> None:
+def test_ids_come_from_all_folders_except_those_of_rows_to_retry(tmp_path: Path) -> None:
     for run, statuses in (("run=1", ["ok", "failed", "missing"]), ("run=2", ["too_large", "changed"])):
         rows = [{"image_id": f"{run}-{status}", "status": status, "error": None} for status in statuses]
         manifest(tmp_path / run / "deep" / "part-0.parquet", rows)

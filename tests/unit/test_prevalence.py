@@ -36,7 +36,7 @@ def drawn_confusion(rates: NDArray[Any], num_rows: int, rng: np.random.Generator
 
 
 def drawn_counts(rates: list[NDArray[Any]], shares: NDArray[Any], num_faces: int, rng: Any) -> NDArray[np.int64]:
-    """Draw what is said of faces of each of some mixtures."""
+    """Draw predictions for the faces of several mixtures."""
     together = rates[0]
     for more in rates[1:]:
         together = np.kron(together, more)
@@ -210,7 +210,7 @@ def test_confusions_leave_out_what_is_not_labelled_and_count_abstentions_last() 
     assert confusion_counts([truth], [outcome], [2]).tolist() == [[1, 1, 1], [0, 2, 0]]
 
 
-def test_what_is_said_of_one_attribute_counts_where_the_model_abstains_on_the_other() -> None:
+def test_a_prediction_of_one_attribute_counts_if_the_model_abstains_on_the_other() -> None:
     gender, race = np.array([0, 0, 1, 1, 1]), np.array([2, 2, 2, -1, 0])
     gender_said, race_said = np.array([0, -1, 1, 1, 1]), np.array([-1, 2, -1, 0, 0])
 

@@ -1,4 +1,4 @@
-"""Pictures: that they hold what they are to show. What they look like has to be looked at."""
+"""Figures contain the right data. Their looks must be checked by eye."""
 
 from __future__ import annotations
 

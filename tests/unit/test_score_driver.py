@@ -345,7 +345,7 @@ def test_how_many_keys_of_which_ending_were_left_out_is_said(bucket: Bucket) -> 
 
 
 @pytest.mark.parametrize("error", [StorageFailed, ServerFailed])
-def test_a_run_of_which_most_is_refused_publishes_nothing_and_the_same_command_repeats_it_once_mended(
+def test_a_run_with_most_images_refused_publishes_nothing_and_can_be_repeated_after_the_cause_is_fixed(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -478,7 +478,7 @@ def test_a_refused_run_that_was_killed_before_its_end_is_refused_too(
         bucket.score()
 
 
-def test_an_archived_photograph_is_tried_again_only_in_another_storage_class(
+def test_an_archived_photograph_is_retried_only_in_another_storage_class(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def manifest(*classes: str | None) -> str:
@@ -529,7 +529,7 @@ def test_metadata_join_by_any_form_of_a_uri(bucket: Bucket, monkeypatch: pytest.
     assert "warning" not in bucket.printed.replace("warning: uncalibrated: no age_low", "")
 
 
-def test_metadata_that_join_little_are_warned_of(bucket: Bucket) -> None:
+def test_metadata_that_match_few_photographs_trigger_a_warning(bucket: Bucket) -> None:
     table = metadata(bucket, [{"uri": f"/elsewhere/{name}", "day": "monday"} for name in NAMES])
     bucket.score(metadata=table, group_by=("day",))
     assert "warning: score.group_by day: known for 0 of 6 photographs" in bucket.printed

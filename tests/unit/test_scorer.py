@@ -107,7 +107,7 @@ def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
     assert not any(path.is_file() for path in Path(scoring.work, "attempts").rglob("*"))
 
 
-def test_what_a_server_half_up_refuses_is_asked_for_again_once_it_takes_a_note(
+def test_requests_that_a_starting_server_rejects_are_retried_once_it_accepts_writes(
     scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, write = Storage.read, Storage.write

@@ -97,7 +97,7 @@ def test_the_command_line_adds_to_the_space(tmp_path: Path) -> None:
         ("{integer = [1, 4], step = 5}", "step 5 is more than integer [1, 4] is wide"),
     ],
 )
-def test_a_parameter_that_can_not_be_meant_is_refused(tmp_path: Path, parameter: str, said: str) -> None:
+def test_an_invalid_parameter_is_rejected(tmp_path: Path, parameter: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         parsed(tmp_path, f'[tune.space]\n"train.lr" = {parameter}\n')
 

@@ -1,4 +1,4 @@
-"""Several prepared sets learnt from together: what is read, what is drawn, what is said of them."""
+"""Training on several prepared sets: which rows are read and drawn, and what is recorded."""
 
 from __future__ import annotations
 
@@ -118,9 +118,7 @@ def test_a_slice_is_of_the_rows_of_its_split(one: Path) -> None:
 # What is planned
 
 
-def test_what_is_said_of_one_set_is_as_before_there_could_be_several(
-    two: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_record_of_a_single_set_has_no_fields_for_several_sets(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = planned(monkeypatch, two)
 
     assert run.sampler is None
@@ -263,10 +261,10 @@ def test_drawing_by_shares_needs_the_crops_in_memory(one: Path, two: Path) -> No
         train(job(one, two, data_shares=[3, 1], cache_mib=0))
 
 
-# What is said of them
+# What is recorded
 
 
-def test_what_is_said_of_several_sets_is_joined_and_each_ones_own(one: Path, two: Path) -> None:
+def test_the_record_of_several_sets_has_joint_and_separate_entries(one: Path, two: Path) -> None:
     sets = opened(one, two)
     sets[1] = sets[1].model_copy(update={"split_manifest_sha256": "1" * 64})
 

@@ -54,7 +54,7 @@ def test_rows_are_evened_out_once_they_are_in_memory() -> None:
     assert first == again != [batch["age"].tolist() for batch in batches.epoch(4)]
 
 
-def test_an_epoch_gone_on_with_comes_in_another_order() -> None:
+def test_a_resumed_epoch_has_another_order() -> None:
     batches = shard_batches(None)
     list(batches.epoch(1))
     first, rest = (np.concatenate([b["age"] for b in batches.epoch(2, steps_done)]) for steps_done in (0, 3))
@@ -151,11 +151,11 @@ def test_an_error_while_streaming_reaches_the_loop() -> None:
     class Broken(Shard):
         def iter_batches(self, batch_size: int, **_: Any) -> Iterator[dict[str, Any]]:
             yield next(super().iter_batches(batch_size))
-            raise OSError("storage is away")
+            raise OSError("storage is unavailable")
 
     epoch = ShardBatches(Broken(), 64, keep=True).epoch(1)  # type: ignore[arg-type]  # all that it uses
     assert len(next(epoch)["age"]) == 64
-    with pytest.raises(OSError, match="storage is away"):
+    with pytest.raises(OSError, match="storage is unavailable"):
         next(epoch)
 
 

@@ -221,7 +221,7 @@ def fail(sweep: Sweep, why: str, num: int) -> None:
         sweep.failed(following[0], why)
 
 
-def test_a_fault_of_all_trials_ends_the_sweep_and_they_are_tried_again(tmp_path: Path) -> None:
+def test_a_fault_of_all_trials_ends_the_sweep_and_they_are_retried(tmp_path: Path) -> None:
     job = tune_job(tmp_path, trials=6)
     first = opened(job)
     with pytest.raises(JobError, match=r"all 3 trials that have ended failed .* \(raised: no disk\); fix the cause"):
@@ -241,7 +241,7 @@ def test_a_fault_of_all_trials_ends_the_sweep_and_they_are_tried_again(tmp_path:
     assert [each.state.name for each in study(opened(job)).trials] == [each.state.name for each in told]
 
 
-def test_a_trial_that_failed_before_its_first_epoch_begins_anew(tmp_path: Path) -> None:
+def test_a_trial_that_failed_before_its_first_epoch_restarts(tmp_path: Path) -> None:
     first = opened(tune_job(tmp_path))
     complete(first, [0.9])
     fail(first, "raised: x", 1)
@@ -252,7 +252,7 @@ def test_a_trial_that_failed_before_its_first_epoch_begins_anew(tmp_path: Path) 
 
     assert states(second) == ["complete", "unfinished"]
     assert second.trials[1].failures == ("raised: x",)
-    assert not Path(second.trial_uri(1), "run.json").exists()  # without it the first weights are drawn again
+    assert not Path(second.trial_uri(1), "run.json").exists()  # without it the initial weights are drawn again
 
 
 def test_small_sweeps_and_those_that_diverge_are_told_apart(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_a_trial_that_was_proposed_and_not_recorded_failed_to_optuna(tmp_path: P
 
 
 @pytest.mark.parametrize("num_written", [0, 1])
-def test_a_kill_while_a_trial_is_proposed_does_not_spoil_the_study(
+def test_a_kill_while_a_trial_is_proposed_does_not_corrupt_the_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_written: int
 ) -> None:
     first = opened(tune_job(tmp_path))
@@ -380,7 +380,7 @@ def test_a_lost_study_is_made_again_from_the_records(tmp_path: Path) -> None:
     assert following[0] == 2
 
 
-def test_a_line_that_a_kill_cut_off_does_not_spoil_the_journal(tmp_path: Path) -> None:
+def test_a_line_that_a_kill_cut_off_does_not_corrupt_the_journal(tmp_path: Path) -> None:
     complete(opened(tune_job(tmp_path)), [0.9])
     journal = tmp_path / "sweep" / "study.journal"
     journal.write_bytes(journal.read_bytes() + b'{"op_code": 4, "wor')
@@ -448,7 +448,7 @@ def test_a_study_of_other_objectives_is_refused(tmp_path: Path) -> None:
         opened(tune_job(tmp_path, name="two", study=url, study_name="shared", mode="pareto"))
 
 
-# Budgets, and what a command may go on with
+# Budgets, and what a command may resume
 
 
 def test_epochs_of_all_trials_are_a_budget(tmp_path: Path) -> None:
@@ -496,7 +496,7 @@ def test_nothing_is_added_to_no_sweep(tmp_path: Path) -> None:
         planned(tune_job(tmp_path, add=5))
 
 
-def test_a_sweep_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_sweep_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
     opened(tune_job(tmp_path))
 
     with pytest.raises(ConfigError, match=r"tune\.name sweep: the sweep .* has other settings or data"):

@@ -1,4 +1,4 @@
-"""The page of a sweep: that it says what came of it, whatever came of it. What it looks like has to be looked at."""
+"""The report of a sweep contains every outcome. Its looks must be checked by eye."""
 
 from __future__ import annotations
 

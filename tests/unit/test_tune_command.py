@@ -72,7 +72,7 @@ def none_ends(sweep: Sweep, lock: RunLock) -> None:
 # One driver at a time
 
 
-def test_a_sweep_that_another_driver_is_at_work_on_is_refused(
+def test_a_sweep_that_another_driver_is_running_is_rejected(
     tmp_path: Path, run_trials: Callable[[Trials], None]
 ) -> None:
     run_trials(all_complete)
@@ -87,7 +87,7 @@ def test_a_sweep_that_another_driver_is_at_work_on_is_refused(
     assert not Path(uri, "lock.json").exists()
 
 
-def test_what_another_driver_did_before_the_lock_was_ours_is_gone_on_with(
+def test_the_records_of_the_locks_previous_owner_are_resumed(
     tmp_path: Path, run_trials: Callable[[Trials], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_trials(all_complete)

@@ -86,7 +86,7 @@ def test_an_epoch_that_measured_nothing_is_not_judged(tmp_path: Path) -> None:
     told(scheduler, 0, 1, 0.8)
 
     assert scheduler.on_trial_result(None, ray_trial(0), row(2, 0.5, val_balanced_objective=None)) == CONTINUE
-    # As a trial ends whose first loss is no number.
+    # A trial whose first loss is NaN ends like this.
     assert scheduler.on_trial_result(None, ray_trial(1), {"done": True}) == CONTINUE
 
 
