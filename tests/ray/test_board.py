@@ -27,7 +27,7 @@ def terminal() -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
 
 
-def test_the_terminal_shows_what_a_worker_leaves_even_after_the_board_was_killed(terminal: Console) -> None:
+def test_the_terminal_shows_progress_after_the_board_was_killed(terminal: Console) -> None:
     @ray.remote(num_cpus=0)
     def leave_in_a_worker(board: object, progress: Progress) -> None:  # which can't import this file
         board.put.remote(progress)  # type: ignore[attr-defined]  # an actor's handle
@@ -44,7 +44,7 @@ def test_the_terminal_shows_what_a_worker_leaves_even_after_the_board_was_killed
         wait_until(left_again)
 
 
-def test_a_board_that_is_gone_swallows_what_it_is_told(terminal: Console) -> None:
+def test_progress_for_a_dead_board_is_dropped(terminal: Console) -> None:
     with progress_board(terminal) as board:
         ray.kill(board)
     started = time.monotonic()

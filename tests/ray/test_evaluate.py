@@ -110,7 +110,7 @@ def test_metrics_add_up_from_the_predictions(metrics: dict[str, Any], prediction
     assert metrics["race"]["balanced_accuracy"] == pytest.approx(np.mean(recalls))
 
 
-def test_the_baseline_is_that_of_the_training_labels(metrics: dict[str, Any], predictions: pa.Table) -> None:
+def test_the_baseline_is_fitted_on_the_training_labels(metrics: dict[str, Any], predictions: pa.Table) -> None:
     rows = predictions.to_pylist()
     baseline = metrics["baseline"]
 
@@ -126,13 +126,13 @@ def test_the_baseline_is_that_of_the_training_labels(metrics: dict[str, Any], pr
     )
 
 
-def test_the_checkpoints_card_holds_what_was_measured(metrics: dict[str, Any], model: Path) -> None:
+def test_the_checkpoints_card_contains_the_metrics(metrics: dict[str, Any], model: Path) -> None:
     measured = (model / "model_card.md").read_text().partition("## Measured on rendered, split test, ")[2]
 
     assert f"| age MAE | {metrics['age']['mae_years']:.2f} years |" in measured
 
 
-def test_the_file_holds_what_was_returned(metrics: dict[str, Any], model: Path, data: Path) -> None:
+def test_the_file_contains_the_returned_metrics(metrics: dict[str, Any], model: Path, data: Path) -> None:
     written = json.loads((data.parent / "evaluated" / "metrics.json").read_text())
 
     assert written == json.loads(json.dumps(metrics))
@@ -142,19 +142,19 @@ def test_the_file_holds_what_was_returned(metrics: dict[str, Any], model: Path, 
 
 
 @pytest.mark.parametrize(("split", "num_rows"), [("train", 20), ("all", 57)])
-def test_a_split_that_training_saw_is_refused(model: Path, data: Path, split: str, num_rows: int) -> None:
+def test_a_split_with_training_images_is_rejected(model: Path, data: Path, split: str, num_rows: int) -> None:
     with pytest.raises(ConfigError, match=f"trained on 20 of its {num_rows} images; --evaluate.allow_overlap"):
         evaluate(evaluate_job(model, data, split=split))
 
 
-def test_the_same_images_under_other_names_and_subjects_are_refused(model: Path, data: Path) -> None:
+def test_the_same_images_under_other_names_and_subjects_are_rejected(model: Path, data: Path) -> None:
     renamed = prepared_set(data.parent / "renamed", {"test": 4})
 
     with pytest.raises(ConfigError, match="trained on 4 of its 4 images"):
         evaluate(evaluate_job(model, renamed))
 
 
-def test_overlap_that_is_allowed_is_reported_beside_the_checkpoint(model: Path, data: Path) -> None:
+def test_allowed_overlap_is_reported_beside_the_checkpoint(model: Path, data: Path) -> None:
     metrics = evaluate(evaluate_job(model, data, split="train", allow_overlap=True))
 
     assert (metrics["n"], metrics["evaluation"]["num_seen_in_training"]) == (20, 20)
@@ -163,7 +163,7 @@ def test_overlap_that_is_allowed_is_reported_beside_the_checkpoint(model: Path, 
     assert (written.parent / "predictions.parquet").exists()
 
 
-def test_a_calibration_on_images_of_training_says_so_wherever_it_is_used(
+def test_a_calibration_on_training_images_says_so_wherever_it_is_used(
     model: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = data.parent / "flattered"
@@ -182,7 +182,7 @@ def test_a_calibration_on_images_of_training_says_so_wherever_it_is_used(
     assert (own / "model_card.md").read_text().count(f"**Calibration: {warning}") == 2
 
 
-def test_an_evaluation_that_another_is_writing_is_refused(model: Path, data: Path) -> None:
+def test_an_evaluation_is_rejected_while_another_writes_its_result(model: Path, data: Path) -> None:
     out = data.parent / "contested"
     with (
         run_lock(Storage(), f"{out}.lock", "another evaluation", expiry_s=1.0, console=Console(quiet=True)),
@@ -192,7 +192,7 @@ def test_an_evaluation_that_another_is_writing_is_refused(model: Path, data: Pat
     assert not out.exists()
 
 
-def test_a_checkpoint_that_another_evaluation_calibrates_is_refused(model: Path, data: Path) -> None:
+def test_a_checkpoint_that_another_evaluation_is_calibrating_is_rejected(model: Path, data: Path) -> None:
     with (
         run_lock(Storage(), f"{model}.lock", "another evaluation", expiry_s=1.0, console=Console(quiet=True)),
         pytest.raises(ConfigError, match=r"model\.lock is held by another evaluation"),
@@ -201,7 +201,7 @@ def test_a_checkpoint_that_another_evaluation_calibrates_is_refused(model: Path,
     assert not (model / "calibration.json").exists()
 
 
-def test_an_evaluation_whose_lock_was_taken_writes_nothing(model: Path, data: Path) -> None:
+def test_an_evaluation_that_lost_its_lock_writes_nothing(model: Path, data: Path) -> None:
     own, out = data.parent / "taken", data.parent / "taken-out"
     shutil.copytree(model, own)
     lock = Path(f"{own}.lock")
@@ -223,7 +223,7 @@ def _take(lock: Path) -> None:
     Storage().write(str(lock), lock.read_bytes().replace(json.loads(lock.read_text())["token"].encode(), b"another"))
 
 
-def test_a_model_that_predicts_nan_is_refused(model: Path, data: Path) -> None:
+def test_a_model_that_predicts_nan_is_rejected(model: Path, data: Path) -> None:
     own, out = data.parent / "diverged", data.parent / "diverged-out"
     shutil.copytree(model, own)
     file = own / "weights.safetensors"
@@ -251,7 +251,7 @@ def test_another_prepared_source_is_measured_as_a_whole(data: Path) -> None:
     assert metrics["baseline"]["guess"]["fitted_on"] == "evaluated"
 
 
-def test_results_go_into_no_folder_that_holds_anything_else(model: Path, data: Path, metrics: dict[str, Any]) -> None:
+def test_results_are_not_written_into_a_foreign_folder(model: Path, data: Path, metrics: dict[str, Any]) -> None:
     assert metrics
     with pytest.raises(ConfigError, match=r"evaluated: holds the evaluation of .*model on split test"):
         evaluate(evaluate_job(model, data, split="val", out=str(data.parent / "evaluated")))
@@ -291,7 +291,7 @@ def test_a_checkpoint_calibrated_on_one_split_is_reported_on_another(
     assert "warning: predict.flip_average = True, but the checkpoint was" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_checkpoint_alone_is_measured_as_with_the_recipe_that_trained_it(model: Path, data: Path) -> None:
+def test_a_checkpoint_alone_has_the_same_metrics_as_with_its_recipe(model: Path, data: Path) -> None:
     own, flipped = data.parent / "flipped", PredictConfig(flip_average=True)
     shutil.copytree(model, own)
     meta = json.loads((own / "meta.json").read_text())
@@ -311,7 +311,7 @@ def test_a_checkpoint_alone_is_measured_as_with_the_recipe_that_trained_it(model
     assert not tables[0]["p_male"].equals(tables[2]["p_male"])
 
 
-def test_a_calibration_knows_the_settings_it_was_fitted_under(model: Path, data: Path) -> None:
+def test_a_calibration_records_the_settings_that_it_was_fitted_under(model: Path, data: Path) -> None:
     own = data.parent / "fitted-under"
     shutil.copytree(model, own)
     job = evaluate_job(own, data, split="val", calibrate=True)

@@ -150,7 +150,7 @@ def test_every_input_is_one_row(prepared: PreparedSet, rows: dict[str, dict[str,
 
 
 @pytest.mark.parametrize("key", FILES)
-def test_a_file_gets_the_status_that_is_right(rows: dict[str, dict[str, Any]], key: str) -> None:
+def test_each_file_gets_the_right_status(rows: dict[str, dict[str, Any]], key: str) -> None:
     row, status = rows[key], FILES[key][1]
 
     assert row["status"] == status
@@ -164,7 +164,7 @@ def test_a_bad_label_is_a_reject_with_its_reason(rows: dict[str, dict[str, Any]]
 
 
 @pytest.mark.parametrize("key", DROPPED_LABELS)
-def test_a_label_that_cannot_be_read_is_dropped_alone(rows: dict[str, dict[str, Any]], key: str) -> None:
+def test_only_an_unreadable_label_is_dropped(rows: dict[str, dict[str, Any]], key: str) -> None:
     wrong, error = DROPPED_LABELS[key]
     row = rows[key]
 
@@ -173,7 +173,7 @@ def test_a_label_that_cannot_be_read_is_dropped_alone(rows: dict[str, dict[str, 
     assert {name: row[name] for name in LABEL} == LABEL | dict.fromkeys(wrong)
 
 
-def test_an_age_range_is_kept_and_no_age(rows: dict[str, dict[str, Any]]) -> None:
+def test_an_age_range_is_kept_without_an_age(rows: dict[str, dict[str, Any]]) -> None:
     row = rows["range.jpg"]
 
     assert [row[name] for name in ("status", "error", "age", "age_low", "age_high", "gender")] == [
@@ -181,20 +181,20 @@ def test_an_age_range_is_kept_and_no_age(rows: dict[str, dict[str, Any]]) -> Non
     ]
 
 
-def test_an_unlabelled_image_and_an_absent_one_are_rejects(rows: dict[str, dict[str, Any]]) -> None:
+def test_unlabelled_and_absent_images_are_rejected(rows: dict[str, dict[str, Any]]) -> None:
     assert (rows["unlabelled.jpg"]["status"], rows["gone.jpg"]["status"]) == ("bad_label", "missing")
     assert "no label row" in rows["unlabelled.jpg"]["error"]
     assert "does not exist" in rows["gone.jpg"]["error"]
 
 
-def test_blank_labels_are_missing_and_no_fault(rows: dict[str, dict[str, Any]]) -> None:
+def test_blank_labels_are_missing_and_not_errors(rows: dict[str, dict[str, Any]]) -> None:
     row = rows["unknown.jpg"]
 
     assert row["status"] == "ok"
     assert (row["age"], row["gender"], row["race"]) == (None, None, None)
 
 
-def test_the_faces_of_chips_are_found_where_they_are(
+def test_the_faces_of_chips_are_found_in_the_right_place(
     rows: dict[str, dict[str, Any]], chips: dict[str, RenderedChip]
 ) -> None:
     found = [key for key in chips if rows[key]["status"] == "ok"]
@@ -231,7 +231,7 @@ def test_no_group_lies_in_two_splits(rows: dict[str, dict[str, Any]]) -> None:
     assert (rows["liar.jpg"]["split"], rows["chip-006.jpg"]["split"]) == ("train", "train")
 
 
-def test_the_split_manifest_says_the_same_as_the_crops(prepared: PreparedSet, rows: dict[str, dict[str, Any]]) -> None:
+def test_the_split_manifest_matches_the_crops(prepared: PreparedSet, rows: dict[str, dict[str, Any]]) -> None:
     text = (Path(prepared.uri) / "splits.tsv").read_bytes()
 
     assert hashlib.sha256(text).hexdigest() == prepared.split_manifest_sha256
@@ -242,7 +242,7 @@ def test_the_split_manifest_says_the_same_as_the_crops(prepared: PreparedSet, ro
     }
 
 
-def test_preparing_again_does_nothing_again(
+def test_preparing_again_changes_nothing(
     prepared: PreparedSet, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = parts(prepared.uri)
@@ -266,7 +266,7 @@ def test_preparing_again_does_nothing_again(
     ],
     ids=str,
 )
-def test_other_settings_are_refused_by_name(
+def test_other_settings_are_rejected_by_name(
     prepared: PreparedSet, source: Path, changes: dict[str, Any], said: str
 ) -> None:
     before = parts(prepared.uri)
@@ -278,9 +278,7 @@ def test_other_settings_are_refused_by_name(
     assert parts(prepared.uri) == before
 
 
-def test_a_lost_part_is_made_again_and_images_that_came_are_added(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lost_part_is_rebuilt_and_new_images_are_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faces, out = tmp_path / "faces", tmp_path / "out"
     chips = write_chips(faces, range(20))
     write_labels(faces, [chip_label(key, chip) for key, chip in chips.items()])
@@ -335,14 +333,14 @@ def test_a_lost_part_is_made_again_and_images_that_came_are_added(
     assert fourth.labels_sha256 != third.labels_sha256
 
 
-def test_the_manifest_has_the_rejects_too(prepared: PreparedSet, rows: dict[str, dict[str, Any]]) -> None:
+def test_the_manifest_contains_the_rejects_too(prepared: PreparedSet, rows: dict[str, dict[str, Any]]) -> None:
     manifest = pq.read_table(Path(prepared.uri) / "manifest.parquet")
 
     assert sorted(manifest["key"].to_pylist()) == sorted(rows)
     assert manifest.filter(pc.equal(manifest["status"], "bad_label")).num_rows == len(BAD_LABELS) + 1
 
 
-def test_an_image_that_kills_its_worker_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_kills_its_worker_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Here, so that it is pickled with its code: workers can't import this file.
     class Deadly(CropMaker):
         """Dies of one image, as a decoder that crashes does."""

@@ -37,7 +37,7 @@ def test_there_is_one_label_row_for_every_chip(faces: Path) -> None:
     assert {path.name for path in (faces / "chips").glob("*.jpg")} == set(labels["key"].to_pylist())
 
 
-def test_a_chip_is_what_its_seed_and_index_say(faces: Path) -> None:
+def test_a_chip_is_determined_by_its_seed_and_index(faces: Path) -> None:
     chip = render_chip(5, 21)
     label = pq.read_table(faces / "chips" / "labels.parquet").to_pylist()[21]
 
@@ -54,7 +54,7 @@ def test_every_photograph_has_one_to_six_faces(faces: Path) -> None:
     assert all(1 <= keys.count(key) <= 6 for key in keys)
 
 
-def test_what_is_there_is_not_drawn_again(faces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_files_are_not_rendered_again(faces: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chip = faces / "chips" / "chip-000000.jpg"
     before = chip.stat().st_mtime_ns
 
@@ -63,7 +63,7 @@ def test_what_is_there_is_not_drawn_again(faces: Path, capsys: pytest.CaptureFix
     assert chip.stat().st_mtime_ns == before
 
 
-def test_a_killed_run_is_drawn_to_its_end_and_a_foreign_folder_left_alone(faces: Path, tmp_path: Path) -> None:
+def test_a_killed_rendering_is_completed_and_a_foreign_folder_not_changed(faces: Path, tmp_path: Path) -> None:
     marker = faces / "render.json"
     marker.write_text(marker.read_text().replace("true", "false"))
     (faces / "chips" / "labels.parquet").unlink()
@@ -76,12 +76,12 @@ def test_a_killed_run_is_drawn_to_its_end_and_a_foreign_folder_left_alone(faces:
         render(job(tmp_path))
 
 
-def test_other_faces_go_into_another_folder(faces: Path) -> None:
+def test_other_faces_need_another_folder(faces: Path) -> None:
     with pytest.raises(ConfigError, match="other settings"):
         render(job(faces, seed=6))
 
 
-def test_a_folder_that_another_renders_into_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_another_job_renders_into_is_rejected(tmp_path: Path) -> None:
     lock = tmp_path / "lock.json"
     with (
         run_lock(Storage(), str(lock), "another", expiry_s=1.0, console=Console(quiet=True)),

@@ -110,7 +110,7 @@ def images(published: Path, folder: Path) -> dict[str, dict[str, Any]]:
     return {row["uri"].removeprefix(root): row for row in rows}
 
 
-def test_every_file_is_one_row_with_the_status_that_is_right(published: Path, folder: Path) -> None:
+def test_every_file_is_one_row_with_the_right_status(published: Path, folder: Path) -> None:
     rows = images(published, folder)
 
     expected = {key: status for key, (_, status) in FILES.items()} | dict.fromkeys(PHOTOGRAPHS, "ok")
@@ -242,7 +242,7 @@ def test_the_next_runs_score_only_what_is_new_or_changed(job: ScoreJob, publishe
     assert others == [(6, 5)]
 
 
-def test_a_killed_run_is_planned_again_where_another_has_published_since(
+def test_a_killed_run_is_planned_again_if_another_was_published_since(
     job: ScoreJob, folder: Path, drawn: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = folder / "twice"
@@ -271,7 +271,7 @@ def die(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_lost_ledger_is_missed(job: ScoreJob, folder: Path, drawn: Any) -> None:
+def test_a_lost_ledger_is_detected(job: ScoreJob, folder: Path, drawn: Any) -> None:
     assert drawn
     key = folder / "key-2"
     key.write_bytes(bytes(range(32)))
@@ -283,7 +283,7 @@ def test_a_lost_ledger_is_missed(job: ScoreJob, folder: Path, drawn: Any) -> Non
         score(score_job(*arguments, ledger=str(folder / "ledger-3"), **private))
 
 
-def test_aggregates_alone_name_no_photograph_and_are_not_made_twice(job: ScoreJob, folder: Path, drawn: Any) -> None:
+def test_aggregate_only_names_no_photograph_and_counts_each_once(job: ScoreJob, folder: Path, drawn: Any) -> None:
     key = folder / "key"
     key.write_bytes(bytes(range(32)))
     private = {"aggregate_only": True, "pseudonymise": str(key), "ledger": str(folder / "ledger"), "group_by": ()}
@@ -298,7 +298,7 @@ def test_aggregates_alone_name_no_photograph_and_are_not_made_twice(job: ScoreJo
     assert len(ledger) == 11
 
 
-def test_predictors_in_other_processes_give_what_one_process_gives(
+def test_predictors_in_other_processes_give_the_same_rows(
     job: ScoreJob, published: Path, folder: Path, drawn: Any, tmp_path: Path
 ) -> None:
     storage = Storage()

@@ -86,7 +86,7 @@ def test_validation_counts_every_row_once(run: Path) -> None:
     assert [row["num_val_rows"] for row in history(run)] == [13, 13, 13]
 
 
-def test_training_loses_a_row_a_worker_at_most(run: Path) -> None:
+def test_training_drops_at_most_one_row_per_worker(run: Path) -> None:
     assert all(37 - 2 < row["num_train_rows"] <= 37 for row in history(run))
 
 
@@ -103,7 +103,7 @@ def test_the_best_and_the_last_checkpoint_can_be_used(run: Path) -> None:
         assert load_train_state(run / name)["epoch"] == row["epoch"]
 
 
-def test_a_checkpoint_knows_what_it_was_trained_on(run: Path, data: Path) -> None:
+def test_a_checkpoint_records_its_training_data(run: Path, data: Path) -> None:
     images = [row["content_hash"] for row in pq.read_table(data / "crops").to_pylist() if row["split"] == "train"]
     loaded = load_checkpoint(run / "best")
     said = loaded.meta["data"]
@@ -114,7 +114,7 @@ def test_a_checkpoint_knows_what_it_was_trained_on(run: Path, data: Path) -> Non
     assert said["num_train_rows"] == 37
 
 
-def test_the_run_says_how_it_ended_and_keeps_logs(run: Path) -> None:
+def test_a_tracked_run_records_its_outcome_and_keeps_its_logs(run: Path) -> None:
     record = json.loads((run / "run.json").read_text())
 
     assert record["finished"] == "epochs"
@@ -140,7 +140,7 @@ def test_tensorboard_has_one_page_of_samples(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("run")
-def test_a_finished_run_is_refused(data: Path) -> None:
+def test_a_finished_run_is_rejected(data: Path) -> None:
     with pytest.raises(ConfigError, match=r"runs/tiny has finished \(epochs\); --new-run starts another"):
         train(train_job(data))
 
@@ -192,7 +192,7 @@ def other(data: Path) -> Path:
     return prepared_set(data.parent / "other", {"train": 18, "val": 7}, first_index=100, has_race=False)
 
 
-def test_what_streams_to_workers_has_rows_of_all_sets_in_proportion_in_every_block(data: Path, other: Path) -> None:
+def test_every_streamed_block_has_rows_of_all_sets_in_proportion(data: Path, other: Path) -> None:
     storage = Storage()
     sets = [open_prepared(storage, str(folder), "train.data") for folder in (data, other)]
 
@@ -268,7 +268,7 @@ class _Thief(threading.Thread):
             time.sleep(0.05)
 
 
-def test_a_driver_that_has_lost_its_lock_stops_within_some_heartbeats(data: Path) -> None:
+def test_a_driver_that_has_lost_its_lock_stops_within_a_few_heartbeats(data: Path) -> None:
     folder = data.parent / "runs" / "stolen"
     thief = _Thief(folder)
     thief.start()

@@ -109,7 +109,7 @@ def test_only_the_best_keeps_its_checkpoints(sweep: Path) -> None:
     assert not (sweep / "tune").exists()
 
 
-def test_the_best_checkpoint_is_that_of_the_table(sweep: Path) -> None:
+def test_the_best_checkpoint_matches_the_table(sweep: Path) -> None:
     (row,) = [row for row in trials(sweep) if row["is_best"]]
     metrics = load_checkpoint(sweep / "best").meta["metrics"]
 
@@ -118,7 +118,7 @@ def test_the_best_checkpoint_is_that_of_the_table(sweep: Path) -> None:
     assert 1 - metrics["val"]["gender"]["balanced_accuracy"] == pytest.approx(row["gender_error"])
 
 
-def test_best_toml_is_the_best_trials_training(sweep: Path, data: Path) -> None:
+def test_best_toml_repeats_the_training_of_the_best_trial(sweep: Path, data: Path) -> None:
     (row,) = [row for row in trials(sweep) if row["is_best"]]
     job = parse(TrainJob, ["--config", str(sweep / "best.toml")], {})
 
@@ -129,7 +129,7 @@ def test_best_toml_is_the_best_trials_training(sweep: Path, data: Path) -> None:
     assert "vision" in tomllib.loads((sweep / "best.toml").read_text())
 
 
-def test_the_study_knows_the_same_trials(sweep: Path) -> None:
+def test_the_study_contains_the_same_trials(sweep: Path) -> None:
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(sweep / "study.journal")))
     study = optuna.load_study(study_name="small", storage=storage)
 
@@ -138,7 +138,7 @@ def test_the_study_knows_the_same_trials(sweep: Path) -> None:
     assert [sorted(each.intermediate_values) for each in study.trials] == [[1, 2]] * 3
 
 
-def test_there_is_a_page(sweep: Path) -> None:
+def test_there_is_a_report(sweep: Path) -> None:
     page = (sweep / "sweep.html").read_text()
 
     assert page.lower().startswith("<!doctype html>")
@@ -215,7 +215,7 @@ def test_halving_stops_trials(data: Path) -> None:
     wait_until_nothing_is_held()
 
 
-def test_an_unfinished_trial_goes_on_and_finished_ones_are_not_repeated(sweep: Path, data: Path) -> None:
+def test_an_unfinished_trial_resumes_and_finished_ones_are_not_repeated(sweep: Path, data: Path) -> None:
     job = tune_job(data, "hours", trials=2, max_epochs=1, max_concurrent=1)
     tune(job)
     folder = Path(job.tune.out) / "hours"
@@ -230,7 +230,7 @@ def test_an_unfinished_trial_goes_on_and_finished_ones_are_not_repeated(sweep: P
     ]
 
 
-def test_trials_that_do_not_fit_are_refused_with_what_there_is(data: Path) -> None:
+def test_trials_that_do_not_fit_are_rejected_with_the_available_resources(data: Path) -> None:
     with pytest.raises(ConfigError, match=r"each trial asks for 1 x 1 CPU .* and 2 CPU for reading; .* room for 2"):
         tune(tune_job(data, "large", max_concurrent=5))
     assert not list((data.parent / "sweeps" / "large").iterdir())

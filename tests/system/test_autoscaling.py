@@ -91,7 +91,7 @@ def tried(cluster: Cluster, asked: object, wait_s: float) -> str:
     return done.stdout
 
 
-def test_nodes_are_waited_for_and_what_never_comes_is_refused() -> None:
+def test_jobs_wait_for_nodes_and_are_rejected_if_none_arrive() -> None:
     with autoscaling_cluster() as cluster:
         at_once = tried(cluster, 1, 0.0)
         assert "refused prepare.num_workers asks for 1 x 1 CPU and 1 for reading and writing, 2 in all" in at_once
@@ -110,7 +110,7 @@ def test_nodes_are_waited_for_and_what_never_comes_is_refused() -> None:
         assert never.count("'REMOVED'") == never.count("groups [") * 2
 
 
-def test_a_cluster_without_an_autoscaler_is_refused_at_once() -> None:
+def test_a_cluster_without_an_autoscaler_is_rejected_at_once() -> None:
     with run_cluster(num_cpus=(1,)) as cluster:
         said = tried(cluster, 3, 240.0)
 

@@ -62,7 +62,7 @@ def test_a_recipe_is_read_from_a_bucket_that_the_environment_names(
         ("s3://tests/a.toml", "http://127.0.0.1:9", "S3 endpoint http://127.0.0.1:9 can't be reached"),
     ],
 )
-def test_a_recipe_that_can_not_be_read_is_one_line(
+def test_an_unreadable_recipe_gives_one_line(
     uri: str,
     endpoint: str,
     said: str,

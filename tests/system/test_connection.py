@@ -158,7 +158,7 @@ def test_every_client_agrees_to_pay(tmp_path: Path) -> None:
     assert [each.headers.get("x-amz-request-payer") for each in requests] == ["requester"] * len(requests)
 
 
-def test_nobody_pays_unasked(tmp_path: Path) -> None:
+def test_requester_pays_is_off_by_default(tmp_path: Path) -> None:
     with recording_s3() as fake:
         requests = use_all_clients(fake, tmp_path, storage_at(fake))
 
@@ -171,7 +171,7 @@ def test_anonymous_and_requester_pays_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize(("style", "host"), [("auto", "s3.test"), ("path", "s3.test"), ("virtual", "bucket.s3.test")])
-def test_every_client_names_the_bucket_in_the_same_place(
+def test_every_client_uses_the_configured_addressing_style(
     aws: pytest.MonkeyPatch, tmp_path: Path, style: str, host: str
 ) -> None:
     with recording_s3() as fake:
@@ -230,7 +230,7 @@ def test_every_client_goes_to_the_same_host_of_aws(
 
 
 @pytest.mark.parametrize(("asked", "sent"), [("", False), ("when_required", False), ("when_supported", True)])
-def test_a_server_of_ones_own_gets_no_new_checksums_unasked(aws: pytest.MonkeyPatch, asked: str, sent: bool) -> None:
+def test_a_custom_endpoint_gets_no_new_checksums_by_default(aws: pytest.MonkeyPatch, asked: str, sent: bool) -> None:
     if asked:
         aws.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", asked)
     with recording_s3() as fake:
@@ -239,7 +239,7 @@ def test_a_server_of_ones_own_gets_no_new_checksums_unasked(aws: pytest.MonkeyPa
     assert [any(name.startswith("x-amz-checksum") for name in each.headers) for each in fake.sent()] == [sent]
 
 
-def test_settings_of_fsspec_do_not_reach_s3fs_alone(aws: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_fsspec_settings_do_not_affect_s3fs(aws: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code = (
         "import pickle, sys; storage, folder = pickle.load(sys.stdin.buffer);"
         " storage.download_tree('s3://bucket/in', folder)"
@@ -302,7 +302,7 @@ def test_every_client_trusts_the_certificates_of_the_bundle(
         use_all_clients(fake, tmp_path, storage_at(fake))
 
 
-def test_a_probe_asks_with_every_client_and_writes_only_if_told_to(tmp_path: Path) -> None:
+def test_a_probe_uses_every_client_and_writes_only_on_request(tmp_path: Path) -> None:
     with recording_s3() as fake:
         storage = storage_at(fake)
         storage.probe(str(tmp_path), "score.input")
@@ -316,7 +316,7 @@ def test_a_probe_asks_with_every_client_and_writes_only_if_told_to(tmp_path: Pat
 
 
 @pytest.mark.parametrize("client", ["boto3", "s3fs"])
-def test_a_probe_finds_the_one_client_that_is_refused(client: str) -> None:
+def test_a_probe_finds_the_one_client_without_access(client: str) -> None:
     said = r"train\.data: bucket 'bucket' .* InvalidAccessKeyId"
     with recording_s3(refused_client=client) as fake, pytest.raises(StorageUnavailable, match=said) as caught:
         storage_at(fake).probe(f"s3://{BUCKET}/in", "train.data")
@@ -361,7 +361,7 @@ def test_every_job_probes_each_input_and_output_before_any_work(
     assert [(each.client, each.method) for each in fake.sent()] == [("boto3", "GET"), ("s3fs", "GET")]
 
 
-def test_a_probe_names_the_key_and_the_client_that_is_refused() -> None:
+def test_a_probe_names_the_key_and_the_client_without_access() -> None:
     with recording_s3(undeletable=("out/.agr-ray-probe",)) as fake, pytest.raises(StorageUnavailable) as caught:
         storage_at(fake).probe(f"s3://{BUCKET}/out", "score.out", write=True)
 
@@ -372,7 +372,7 @@ def test_a_probe_names_the_key_and_the_client_that_is_refused() -> None:
 @pytest.mark.parametrize(
     "code", ["MissingContentMD5", "InvalidRequest", "NotImplemented", "MalformedXML", "MethodNotAllowed"]
 )
-def test_a_server_that_does_not_delete_many_at_once_is_asked_one_by_one(code: str) -> None:
+def test_without_bulk_deletes_objects_are_deleted_one_by_one(code: str) -> None:
     with recording_s3(no_multi_delete=code) as fake:
         fake.objects |= {f"work/{number}": b"x" for number in range(3)} | {"workshop": b"x"}
         storage_at(fake).delete_tree(f"s3://{BUCKET}/work")
@@ -381,7 +381,7 @@ def test_a_server_that_does_not_delete_many_at_once_is_asked_one_by_one(code: st
     assert [each.method for each in fake.sent()] == ["GET", "POST", "DELETE", "DELETE", "DELETE"]
 
 
-def test_a_server_that_refuses_these_keys_is_not_asked_one_by_one() -> None:
+def test_denied_deletes_are_not_repeated_one_by_one() -> None:
     with recording_s3(no_multi_delete="SignatureDoesNotMatch") as fake:
         fake.objects["work/0"] = b"x"
         with pytest.raises(StorageUnavailable, match="SignatureDoesNotMatch"):
@@ -390,7 +390,7 @@ def test_a_server_that_refuses_these_keys_is_not_asked_one_by_one() -> None:
     assert [each.method for each in fake.sent()] == ["GET", "POST"]
 
 
-def test_one_undeletable_object_among_many_is_named_and_the_others_are_gone() -> None:
+def test_an_undeletable_object_is_named_and_the_others_are_deleted() -> None:
     with recording_s3(undeletable=("work/1",)) as fake:
         fake.objects |= {f"work/{number}": b"x" for number in range(3)}
         with pytest.raises(StorageUnavailable, match="AccessDenied"):
@@ -417,13 +417,13 @@ ZIPPED = gzipped(b"a photograph")
     ],
     ids=["whole", "two members", "a wrong header", "empty"],
 )
-def test_what_is_stored_as_gzip_is_read_as_what_it_was(encoding: str, stored: bytes, read: bytes) -> None:
+def test_objects_with_content_encoding_gzip_are_decoded(encoding: str, stored: bytes, read: bytes) -> None:
     with recording_s3(encoding=encoding) as fake:
         fake.objects["a.jpg"] = stored
         assert storage_at(fake).read(f"s3://{BUCKET}/a.jpg", max_bytes=10**6) == read
 
 
-def test_of_a_damaged_gzip_body_the_beginning_is_read() -> None:
+def test_a_damaged_gzip_body_is_read_up_to_the_damage() -> None:
     whole = bytes(random.Random(0).randbytes(10**6))
     zipped = gzipped(whole)
     with recording_s3(encoding="gzip") as fake:
@@ -436,13 +436,13 @@ def test_of_a_damaged_gzip_body_the_beginning_is_read() -> None:
     assert found[1][: 3 * 10**5] == whole[: 3 * 10**5]
 
 
-def test_what_is_gzip_and_not_stored_as_such_is_left_alone() -> None:
+def test_gzip_files_without_content_encoding_are_not_decoded() -> None:
     with recording_s3() as fake:
         fake.objects["a.gz"] = ZIPPED
         assert storage_at(fake).read(f"s3://{BUCKET}/a.gz") == ZIPPED
 
 
-def test_a_gzip_bomb_is_too_large_and_one_at_the_limit_is_read() -> None:
+def test_a_gzip_bomb_is_too_large_and_a_body_at_the_limit_is_read() -> None:
     with recording_s3(encoding="gzip") as fake:
         fake.objects |= {"bomb.jpg": gzipped(bytes(10**8)), "a.jpg": gzipped(bytes(10**5))}
         storage = storage_at(fake)

@@ -116,14 +116,14 @@ def test_a_prepared_set_is_not_prepared_again(
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
-def test_training_leaves_whole_checkpoints(trained: str, bucket: Bucket, name: str) -> None:
+def test_training_leaves_complete_checkpoints(trained: str, bucket: Bucket, name: str) -> None:
     names = {key.removeprefix(f"{trained}/{name}/") for key in bucket.keys(f"{trained}/{name}/")}
 
     assert {"weights.safetensors", "train_state.pt", "meta.json"} <= names
     assert bucket.json(f"{trained}/{name}/meta.json")["metrics"]["epoch"] in range(1, EPOCHS + 1)
 
 
-def test_training_leaves_its_history_and_says_that_it_finished(trained: str, bucket: Bucket) -> None:
+def test_training_writes_its_history_and_records_that_it_finished(trained: str, bucket: Bucket) -> None:
     assert bucket.table(f"{trained}/history.parquet")["epoch"].to_pylist() == list(range(1, EPOCHS + 1))
     assert bucket.json(f"{trained}/run.json")["finished"]
     assert bucket.keys(f"{trained}/tensorboard/")
@@ -163,7 +163,7 @@ def test_a_submitted_job_runs_the_code_it_was_submitted_with(
 
 
 @pytest.mark.slow
-def test_workers_without_a_way_to_the_bucket_end_the_job_with_one_line(
+def test_workers_without_access_to_the_bucket_end_the_job_with_one_line(
     filled: Bucket, cluster: Cluster, s3_server: S3Server
 ) -> None:
     where = ("--source.uri", f"{filled.uri}/faces", "--prepare.out", f"{filled.uri}/unreachable")
@@ -215,7 +215,7 @@ def faulty_command(job: str, fault: Fault) -> list[str]:
     return job_command(job, *options, "--storage.max_attempts", 1)
 
 
-def test_a_set_up_that_cannot_work_ends_the_command_with_status_2(bucket: Bucket, tmp_path: Path) -> None:
+def test_an_unusable_setup_ends_the_command_with_status_2(bucket: Bucket, tmp_path: Path) -> None:
     fault = make_fault("wrong keys", bucket.server)
 
     done = run_command(faulty_command("score", fault), job_environment(tmp_path, fault.environment))
@@ -227,7 +227,7 @@ def test_a_set_up_that_cannot_work_ends_the_command_with_status_2(bucket: Bucket
 
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("job", JOBS)
-def test_every_job_names_what_cannot_work(
+def test_every_job_names_unusable_settings(
     job: str,
     kind: str,
     s3_environment: S3Server,

@@ -137,7 +137,7 @@ def trained(folder: Path, bucket: Bucket) -> str:
 
 
 @pytest.mark.slow
-def test_the_status_is_what_the_cluster_counts(folder: Path) -> None:
+def test_the_status_shows_the_nodes_of_the_cluster(folder: Path) -> None:
     printed = local(folder, "status").stdout
 
     assert [line.partition(":")[0] for line in printed.splitlines()[:-1]] == ["node-0", "node-1", "node-2", "s3"]
@@ -145,7 +145,7 @@ def test_the_status_is_what_the_cluster_counts(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray_answers_nobody_without_the_token(folder: Path) -> None:
+def test_ray_requires_the_token(folder: Path) -> None:
     variables = exported(folder)
     jobs = f"{variables['RAY_API_SERVER_ADDRESS']}/api/jobs/"
 
@@ -155,7 +155,7 @@ def test_ray_answers_nobody_without_the_token(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_listens_but_on_the_loopback_address(folder: Path) -> None:
+def test_everything_listens_on_the_loopback_address_only(folder: Path) -> None:
     processes = processes_of(folder)
 
     listening = [each for process in processes for each in process.net_connections() if each.status == "LISTEN"]
@@ -165,7 +165,7 @@ def test_nothing_listens_but_on_the_loopback_address(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_up_is_refused_and_changes_nothing(folder: Path) -> None:
+def test_a_second_up_is_rejected_and_changes_nothing(folder: Path) -> None:
     before = (folder / "env").read_text()
 
     done = local(folder, "up", 1)
@@ -186,7 +186,7 @@ def test_a_submitted_training_leaves_its_run_in_the_bucket(trained: str, bucket:
 
 
 @pytest.mark.slow
-def test_jobs_in_the_sourced_shell_are_of_the_cluster(folder: Path) -> None:
+def test_jobs_from_the_sourced_shell_run_on_the_cluster(folder: Path) -> None:
     count = "import ray; ray.init(logging_level='ERROR'); print(sum(node['Alive'] for node in ray.nodes()))"
 
     assert in_sourced_shell(folder, "python", "-c", count).split()[-1] == str(NUM_NODES)
@@ -221,14 +221,14 @@ def test_down_ends_all_that_up_started_and_keeps_the_data(folder: Path, bucket: 
 # Without nodes
 
 
-def test_down_and_status_say_that_nothing_runs(tmp_path: Path) -> None:
+def test_down_and_status_report_that_nothing_runs(tmp_path: Path) -> None:
     assert local(tmp_path, "down").stdout == "nothing runs\n"
     assert local(tmp_path, "status").stdout == "nothing runs\n"
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "many"])
-def test_a_number_of_nodes_that_is_none_is_refused(tmp_path: Path, number: str) -> None:
+def test_an_invalid_number_of_nodes_is_rejected(tmp_path: Path, number: str) -> None:
     done = local(tmp_path / "new", "up", "--", number)
 
     assert (done.returncode, done.stdout) == (2, "")
@@ -273,7 +273,7 @@ def claimed(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("arguments", [("up", 1), ("down", "--purge"), ("down",), ("status",)])
-def test_a_folder_of_others_stays_as_it_is(tmp_path: Path, arguments: tuple[object, ...]) -> None:
+def test_a_foreign_folder_is_not_changed(tmp_path: Path, arguments: tuple[object, ...]) -> None:
     important = tmp_path / "important"
     fill(important)
     fill(tmp_path / "folder")
@@ -292,7 +292,7 @@ def test_a_folder_of_others_stays_as_it_is(tmp_path: Path, arguments: tuple[obje
         assert (done.returncode, done.stdout) == (0, "nothing runs\n")
 
 
-def test_a_folder_reached_through_a_link_is_left_alone_as_well(tmp_path: Path) -> None:
+def test_a_folder_reached_through_a_link_is_not_changed(tmp_path: Path) -> None:
     fill(tmp_path / "important")
     (tmp_path / "link").symlink_to(tmp_path / "important")
     before = content(tmp_path)
@@ -303,14 +303,14 @@ def test_a_folder_reached_through_a_link_is_left_alone_as_well(tmp_path: Path) -
     assert content(tmp_path) == before
 
 
-def test_purging_deletes_what_up_made_and_the_folder(claimed: Path) -> None:
+def test_purging_deletes_what_up_created_and_the_folder(claimed: Path) -> None:
     done = local(claimed, "down", "--purge")
 
     assert (done.returncode, done.stderr) == (0, "")
     assert content(claimed.parent) == {}
 
 
-def test_purging_leaves_what_others_added(claimed: Path) -> None:
+def test_purging_keeps_foreign_files(claimed: Path) -> None:
     (claimed / "letter.txt").write_text("mine")
 
     assert local(claimed, "down", "--purge").returncode == 0
@@ -318,7 +318,7 @@ def test_purging_leaves_what_others_added(claimed: Path) -> None:
     assert content(claimed) == {"letter.txt": "mine"}
 
 
-def test_purging_leaves_an_empty_folder_that_was_there_before(tmp_path: Path) -> None:
+def test_purging_keeps_an_empty_folder_that_existed_before(tmp_path: Path) -> None:
     cluster = local_cluster.LocalCluster(tmp_path)
     cluster.claims.claim()
     cluster.claims.make_folder("s3")
@@ -331,7 +331,7 @@ def test_purging_leaves_an_empty_folder_that_was_there_before(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["s3", "ray"])
 @pytest.mark.parametrize("kind", ["link", "folder"])
-def test_what_took_the_place_of_a_folder_is_left_alone(claimed: Path, name: str, kind: str) -> None:
+def test_a_replacement_of_a_folder_is_not_changed(claimed: Path, name: str, kind: str) -> None:
     important = claimed.parent / "important"
     fill(important)
     (claimed / name).rename(claimed.parent / f"its {name}")
@@ -350,7 +350,7 @@ def test_what_took_the_place_of_a_folder_is_left_alone(claimed: Path, name: str,
         assert (done.returncode, done.stderr) == (1, f"error: `up` did not make {claimed / 's3'}; it is left alone\n")
 
 
-def test_a_copy_of_the_folder_is_not_what_up_made(claimed: Path) -> None:
+def test_a_copy_of_the_folder_is_not_recognised_as_created_by_up(claimed: Path) -> None:
     copy = claimed.parent / "backup"
     shutil.copytree(claimed, copy, symlinks=True)
     before = content(copy / "s3")
@@ -374,7 +374,7 @@ def test_links_within_the_data_are_not_followed(claimed: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("up", 1), ("down", "--purge")])
-def test_only_one_command_is_at_work_in_a_folder(claimed: Path, arguments: tuple[object, ...]) -> None:
+def test_only_one_command_runs_in_a_folder(claimed: Path, arguments: tuple[object, ...]) -> None:
     before = content(claimed)
     descriptor = os.open(claimed, os.O_RDONLY)
     try:
@@ -387,7 +387,7 @@ def test_only_one_command_is_at_work_in_a_folder(claimed: Path, arguments: tuple
     assert content(claimed) == before
 
 
-def test_up_does_not_write_into_what_others_added(claimed: Path) -> None:
+def test_up_does_not_write_into_foreign_folders(claimed: Path) -> None:
     important = claimed.parent / "important"
     fill(important)
     shutil.rmtree(claimed / "keys")
@@ -425,7 +425,9 @@ def test_an_interrupted_up_leaves_nothing_running(tmp_path: Path) -> None:
     assert not [each for each in psutil.process_iter() if each.name() == "weed" and each.cwd() == str(tmp_path)]
 
 
-def test_what_is_missing_or_ends_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_program_or_ended_process_is_named_in_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster = local_cluster.LocalCluster(tmp_path / "cluster")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))

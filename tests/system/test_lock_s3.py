@@ -58,7 +58,7 @@ def race(storage: Storage, uri: str, console: Console) -> list[int]:
         return [number for number, held in enumerate(pool.map(run, range(NUM_RUNS))) if held]
 
 
-def test_of_eight_runs_that_race_one_holds_the_lock(storage: Storage, s3_root: str) -> None:
+def test_one_of_eight_racing_runs_gets_the_lock(storage: Storage, s3_root: str) -> None:
     for number in range(2):
         uri = f"{s3_root}/out-work/{number}/lock.json"
 
@@ -66,7 +66,7 @@ def test_of_eight_runs_that_race_one_holds_the_lock(storage: Storage, s3_root: s
         assert not storage.exists(uri)
 
 
-def test_of_eight_runs_that_race_for_a_stale_lock_one_takes_it_over(storage: Storage, s3_root: str) -> None:
+def test_one_of_eight_racing_runs_takes_over_a_stale_lock(storage: Storage, s3_root: str) -> None:
     uri, console = f"{s3_root}/out-work/lock.json", Console(file=io.StringIO())
     storage.write(uri, stale_lock("0"))
 

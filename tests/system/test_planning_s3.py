@@ -63,7 +63,7 @@ def test_an_inventory_and_a_manifest_are_read_from_a_bucket(s3_root: str, file_f
     assert read_rows(storage, f"{s3_root}/again", 0) == read_rows(storage, f"{s3_root}/manifest", 0)
 
 
-def test_inputs_that_are_not_there_are_told_apart(s3_root: str) -> None:
+def test_missing_inputs_are_distinguished(s3_root: str) -> None:
     storage = Storage(Connection(timeout_s=5, max_attempts=2))
 
     assert plan(storage, ScoreConfig(input=f"{s3_root}/none"), f"{s3_root}/out").num_parts == 0

@@ -116,7 +116,7 @@ def rows_before(killed: Killed) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_killed_prepare_does_only_what_is_left(prepared: Killed) -> None:
+def test_a_resumed_prepare_does_only_the_remaining_work(prepared: Killed) -> None:
     done = len(rows_before(prepared))
 
     assert 0 < done < NUM_PHOTOGRAPHS
@@ -126,7 +126,7 @@ def test_a_killed_prepare_does_only_what_is_left(prepared: Killed) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_prepare_ends_with_each_image_once(prepared: Killed) -> None:
+def test_a_resumed_prepare_has_each_image_once(prepared: Killed) -> None:
     rows = pq.read_table(prepared.out / "crops")
 
     assert sorted(rows["key"].to_pylist()) == [f"{number:03d}.jpg" for number in range(NUM_PHOTOGRAPHS)]
@@ -134,14 +134,14 @@ def test_a_killed_prepare_ends_with_each_image_once(prepared: Killed) -> None:
     assert (record["finished"], record["counts"]) == (True, {"ok": NUM_PHOTOGRAPHS})
 
 
-def test_a_killed_training_resumes_after_its_last_epochs(trained: Killed) -> None:
+def test_a_killed_training_resumes_after_its_last_epoch(trained: Killed) -> None:
     (line,) = {line for line in trained.printed.splitlines() if "resuming after epoch" in line}
 
     # An epoch whose checkpoint Ray had not noted yet when it was killed is trained again.
     assert int(line.partition("after epoch ")[2].partition(",")[0]) >= EPOCHS_BEFORE_KILL - 1
 
 
-def test_a_killed_training_ends_with_each_epoch_once(trained: Killed) -> None:
+def test_a_resumed_training_has_each_epoch_once(trained: Killed) -> None:
     history = pq.read_table(trained.out / "history.parquet")
     steps = history["step"].to_pylist()
 
@@ -152,7 +152,7 @@ def test_a_killed_training_ends_with_each_epoch_once(trained: Killed) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_scoring_does_only_what_is_left(scored: Killed) -> None:
+def test_a_resumed_scoring_run_does_only_the_remaining_work(scored: Killed) -> None:
     num_parts = NUM_PHOTOGRAPHS // ROWS_PER_PART
 
     assert 0 < len(scored.before) < num_parts
@@ -162,7 +162,7 @@ def test_a_killed_scoring_does_only_what_is_left(scored: Killed) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_scoring_ends_with_each_photograph_once(scored: Killed) -> None:
+def test_a_resumed_scoring_run_has_each_photograph_once(scored: Killed) -> None:
     (success,) = (scored.out / "_SUCCESS").iterdir()
     rows = pq.read_table(scored.out / "images")
 

@@ -220,9 +220,7 @@ def test_each_photograph_is_scored_once_with_its_status(scored: tuple[Task, str]
     assert_each_once(task, tmp_path, task.expected())
 
 
-def test_a_model_without_calibration_gives_no_age_interval_and_says_so(
-    scored: tuple[Task, str], tmp_path: Path
-) -> None:
+def test_an_uncalibrated_model_gives_no_age_interval_and_says_so(scored: tuple[Task, str], tmp_path: Path) -> None:
     task, printed = scored
 
     assert "no corrected shares: the checkpoint has no calibration" in printed
@@ -293,7 +291,7 @@ def test_a_driver_killed_while_it_publishes_publishes_the_same_run(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_loses_nothing(task: Task, three_nodes: Cluster, tmp_path: Path) -> None:
+def test_a_killed_worker_loses_no_photograph(task: Task, three_nodes: Cluster, tmp_path: Path) -> None:
     def kill_worker() -> None:
         titled_processes(three_nodes.nodes, DATA_WORKER)[0].kill()
 
@@ -303,7 +301,7 @@ def test_a_killed_worker_loses_nothing(task: Task, three_nodes: Cluster, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_killed_node_loses_nothing(task: Task, three_nodes: Cluster, tmp_path: Path) -> None:
+def test_a_killed_node_loses_no_photograph(task: Task, three_nodes: Cluster, tmp_path: Path) -> None:
     def kill_busy_node() -> None:
         nodes = three_nodes.nodes[1:]
         kill_node(three_nodes, next(node for node in nodes if titled_processes([node], DATA_WORKER)))
@@ -316,7 +314,7 @@ def test_a_killed_node_loses_nothing(task: Task, three_nodes: Cluster, tmp_path:
 
 
 @pytest.mark.slow
-def test_images_that_kill_their_worker_are_given_up_and_the_rest_are_scored(
+def test_images_that_kill_their_worker_fail_and_the_rest_is_scored(
     task: Task, three_nodes: Cluster, tmp_path: Path
 ) -> None:
     killers = {task.uri(f"{name}.jpg"): name for name in ("SIGKILL", "SIGSEGV")}
@@ -357,9 +355,7 @@ def test_failed_requests_are_retried_and_remaining_failures_by_the_next_run(
 
 
 @pytest.mark.slow
-def test_a_server_that_is_stopped_for_a_while_is_waited_for(
-    three_nodes: Cluster, model_folder: Path, tmp_path: Path
-) -> None:
+def test_jobs_wait_for_a_stopped_server(three_nodes: Cluster, model_folder: Path, tmp_path: Path) -> None:
     with run_seaweedfs(tmp_path / "seaweedfs") as server:
         bucket = Bucket.create(server, BUCKET)
         bucket.upload(model_folder, "model")
@@ -401,7 +397,7 @@ def score_job(model: str, bucket: Bucket, prefix: str) -> ScoreJob:
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_an_input_without_a_photograph_is_refused_unless_an_empty_run_is_allowed(
+def test_an_input_without_a_photograph_is_rejected_unless_an_empty_run_is_allowed(
     bucket: Bucket, model: str, tmp_path: Path
 ) -> None:
     bucket.put("nothing/in/notes.txt", b"no photograph")
@@ -427,9 +423,7 @@ def test_an_input_without_a_photograph_is_refused_unless_an_empty_run_is_allowed
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_an_output_that_cannot_be_written_is_said_at_once(
-    bucket: Bucket, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_output_ends_the_job_at_once(bucket: Bucket, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.put("unwritable/in/0.jpg", photograph(0))
     for name, value in READ_ONLY.items():
         monkeypatch.setenv(name, value)
@@ -441,7 +435,7 @@ def test_an_output_that_cannot_be_written_is_said_at_once(
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_a_checkpoint_of_another_format_is_refused(bucket: Bucket, model: str) -> None:
+def test_a_checkpoint_of_another_format_is_rejected(bucket: Bucket, model: str) -> None:
     meta = bucket.json("model/meta.json") | {"format_version": 99}
     bucket.put("newer/meta.json", json.dumps(meta).encode())
 

@@ -100,7 +100,7 @@ def test_no_http_port_but_that_of_s3_answers_without_the_certificate(
         assert (answer.status_code, answer.text.strip()) == (400, "Client sent an HTTP request to an HTTPS server.")
 
 
-def test_who_has_the_certificate_reads_the_object_from_the_volume_server(bucket: Bucket, folder: Path) -> None:
+def test_the_certificate_gives_access_to_an_object_on_the_volume_server(bucket: Bucket, folder: Path) -> None:
     url = f"https://127.0.0.1:{port_of(bucket, 'volume.port')}/{file_id(bucket, folder)}"
 
     answer = requests.get(url, cert=certificate(folder), verify=certificate(folder)[0], timeout=10)
@@ -132,7 +132,7 @@ def test_no_grpc_port_answers_without_the_certificate(bucket: Bucket, folder: Pa
         assert looked_up(channel) is grpc.StatusCode.UNAVAILABLE
 
 
-def test_who_has_the_certificate_finds_the_object_by_grpc(bucket: Bucket, folder: Path) -> None:
+def test_the_certificate_gives_access_to_an_object_by_grpc(bucket: Bucket, folder: Path) -> None:
     shown, key = (Path(path).read_bytes() for path in certificate(folder))
     credentials = grpc.ssl_channel_credentials(shown, key, shown)
 
@@ -141,7 +141,7 @@ def test_who_has_the_certificate_finds_the_object_by_grpc(bucket: Bucket, folder
     assert b"one.jpg" in answer
 
 
-def test_s3_refuses_who_has_no_keys_or_wrong_ones(bucket: Bucket) -> None:
+def test_s3_rejects_missing_and_wrong_keys(bucket: Bucket) -> None:
     unsigned = boto3.client(
         "s3",
         endpoint_url=bucket.server.endpoint_url,
@@ -162,7 +162,7 @@ def test_s3_refuses_who_has_no_keys_or_wrong_ones(bucket: Bucket) -> None:
             assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
 
 
-def test_only_its_user_reads_its_keys_data_and_sockets(bucket: Bucket, folder: Path) -> None:
+def test_only_the_user_can_read_keys_data_and_sockets(bucket: Bucket, folder: Path) -> None:
     others = stat.S_IRWXG | stat.S_IRWXO
 
     for name in ("keys", "s3", "logs"):

@@ -92,7 +92,7 @@ def test_odd_keys_are_listed_and_read_back(storage: Storage, s3_root: str, key: 
     assert storage.exists(uri)
 
 
-def test_listing_goes_over_pages_in_order_and_keeps_suffixes(
+def test_listing_follows_pages_in_order_and_filters_suffixes(
     storage: Storage, s3_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = [f"{number:04d}.jpg" for number in range(23)]
@@ -103,7 +103,7 @@ def test_listing_goes_over_pages_in_order_and_keeps_suffixes(
     assert [info.key for info in storage.list(f"{s3_root}/in/", [".JPG"])] == keys
 
 
-def test_a_prefix_does_not_list_its_namesakes_nor_directories(
+def test_a_prefix_lists_neither_similar_prefixes_nor_directories(
     storage: Storage, s3_root: str, s3_environment: S3Server
 ) -> None:
     storage.write(f"{s3_root}/in/a.jpg", b"x")
@@ -126,7 +126,7 @@ def test_a_key_with_two_slashes_is_read_under_its_own_name(storage: Storage, s3_
     assert storage.read(info.uri, etag=info.etag) == storage.read(f"{s3_root}/in//a.jpg") == b"x"
 
 
-def test_a_listed_etag_reads_the_object_and_another_is_refused(storage: Storage, s3_root: str) -> None:
+def test_a_listed_etag_reads_the_object_and_another_is_rejected(storage: Storage, s3_root: str) -> None:
     uri = f"{s3_root}/a.jpg"
     storage.write(uri, b"old")
     (info,) = storage.list(s3_root)
@@ -148,7 +148,7 @@ def test_a_missing_key_is_missing_with_and_without_etag(storage: Storage, s3_roo
     assert not storage.exists(f"{s3_root}/gone.jpg")
 
 
-def test_an_object_over_the_limit_is_refused(storage: Storage, s3_root: str) -> None:
+def test_an_object_over_the_limit_is_rejected(storage: Storage, s3_root: str) -> None:
     storage.write(f"{s3_root}/a.jpg", b"12345")
 
     assert storage.read(f"{s3_root}/a.jpg", max_bytes=5) == b"12345"
@@ -165,7 +165,7 @@ def test_an_empty_object_is_read(storage: Storage, s3_root: str) -> None:
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_of_conditional_writers_at_once_only_one_succeeds(storage: Storage, s3_root: str, existing: bool) -> None:
+def test_only_one_of_concurrent_conditional_writers_succeeds(storage: Storage, s3_root: str, existing: bool) -> None:
     etag = storage.write(f"{s3_root}/lock", b"old") if existing else None
 
     def write(number: int) -> int | None:
@@ -181,9 +181,7 @@ def test_of_conditional_writers_at_once_only_one_succeeds(storage: Storage, s3_r
     assert [str(number).encode() for number in winners] == [storage.read(f"{s3_root}/lock")]
 
 
-def test_an_object_is_replaced_and_deleted_only_if_it_is_still_the_one_that_was_read(
-    storage: Storage, s3_root: str
-) -> None:
+def test_an_object_is_replaced_or_deleted_only_if_unchanged_since_it_was_read(storage: Storage, s3_root: str) -> None:
     uri = f"{s3_root}/a"
     first = storage.write(uri, b"first")
     assert storage.read_with_etag(uri) == (b"first", first)
@@ -254,9 +252,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_a_missing_bucket_is_one_clear_line(
-    storage: Storage, s3_environment: S3Server, tree: Path, action: str
-) -> None:
+def test_a_missing_bucket_gives_one_line(storage: Storage, s3_environment: S3Server, tree: Path, action: str) -> None:
     with pytest.raises(StorageUnavailable, match="bucket 'no-such-bucket' does not exist") as caught:
         ACTIONS[action](storage, "s3://no-such-bucket/in", tree)
 
@@ -265,7 +261,7 @@ def test_a_missing_bucket_is_one_clear_line(
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_wrong_keys_are_one_clear_line_without_the_keys(
+def test_wrong_keys_give_one_line_without_the_keys(
     storage: Storage, s3_root: str, tree: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     storage.write(f"{s3_root}/a.jpg", b"x")
@@ -287,7 +283,7 @@ def test_no_keys_at_all_says_which_variables_to_set(s3_root: str, monkeypatch: p
         list(make_storage().list(s3_root))
 
 
-def test_an_endpoint_out_of_reach_is_named(s3_environment: S3Server) -> None:
+def test_an_unreachable_endpoint_is_named_in_the_error(s3_environment: S3Server) -> None:
     endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
     storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=1))
 
@@ -295,12 +291,12 @@ def test_an_endpoint_out_of_reach_is_named(s3_environment: S3Server) -> None:
         list(storage.list("s3://bucket/in"))
 
 
-def test_a_malformed_endpoint_is_named(s3_environment: S3Server) -> None:
+def test_a_malformed_endpoint_is_named_in_the_error(s3_environment: S3Server) -> None:
     with pytest.raises(StorageUnavailable, match="not-a-url"):
         list(Storage(Connection(endpoint_url="not-a-url")).list("s3://bucket/in"))
 
 
-def test_a_server_that_keeps_failing_is_data_after_the_retries(s3_environment: S3Server) -> None:
+def test_a_server_that_keeps_failing_gives_a_status_after_the_retries(s3_environment: S3Server) -> None:
     with canned_server([raw_answer("503 Slow Down", b"")]) as (endpoint, requests):
         storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=2))
         with pytest.raises(ServerFailed, match=r"a\.jpg") as caught:
@@ -310,7 +306,7 @@ def test_a_server_that_keeps_failing_is_data_after_the_retries(s3_environment: S
     assert len(requests) == 2
 
 
-def test_a_body_that_breaks_off_is_read_again(s3_environment: S3Server) -> None:
+def test_a_truncated_body_is_read_again(s3_environment: S3Server) -> None:
     answers = [raw_answer("200 OK", b"ha", length=5), raw_answer("200 OK", b"whole")]
     with canned_server(answers) as (endpoint, _):
         storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=2))
@@ -318,7 +314,7 @@ def test_a_body_that_breaks_off_is_read_again(s3_environment: S3Server) -> None:
         assert storage.read("s3://bucket/a.jpg") == b"whole"
 
 
-def test_a_body_that_always_breaks_off_fails(s3_environment: S3Server) -> None:
+def test_a_body_that_is_always_truncated_fails(s3_environment: S3Server) -> None:
     with canned_server([raw_answer("200 OK", b"ha", length=5)]) as (endpoint, requests):
         storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=2))
         with pytest.raises(StorageFailed, match="broke off 2 times"):
@@ -327,14 +323,14 @@ def test_a_body_that_always_breaks_off_fails(s3_environment: S3Server) -> None:
     assert len(requests) == 2
 
 
-def test_a_server_that_ignores_if_match_is_caught(s3_environment: S3Server) -> None:
+def test_a_server_that_ignores_if_match_is_detected(s3_environment: S3Server) -> None:
     with canned_server([raw_answer("200 OK", b"other")]) as (endpoint, _):
         storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=1))
         with pytest.raises(ChangedObject):
             storage.read("s3://bucket/a.jpg", etag="listed")
 
 
-def test_access_denied_to_one_object_is_data_and_to_a_listing_is_not(s3_environment: S3Server) -> None:
+def test_access_denied_to_an_object_gives_a_status_and_to_a_listing_an_error(s3_environment: S3Server) -> None:
     body = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
     with canned_server([raw_answer("403 Forbidden", body)]) as (endpoint, _):
         storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=1))
@@ -348,7 +344,7 @@ def test_access_denied_to_one_object_is_data_and_to_a_listing_is_not(s3_environm
 @pytest.mark.parametrize(
     ("said", "named"), [("<StorageClass>GLACIER</StorageClass>", "class GLACIER"), ("", "archived")]
 )
-def test_an_archived_object_is_archived_and_asked_for_once(s3_environment: S3Server, said: str, named: str) -> None:
+def test_an_archived_object_is_requested_once(s3_environment: S3Server, said: str, named: str) -> None:
     body = f"<Error><Code>InvalidObjectState</Code><Message>no</Message>{said}</Error>"
     with canned_server([raw_answer("403 Forbidden", body.encode())]) as (endpoint, requests):
         storage = Storage(Connection(endpoint_url=endpoint, timeout_s=2, max_attempts=2))
@@ -359,7 +355,7 @@ def test_an_archived_object_is_archived_and_asked_for_once(s3_environment: S3Ser
     assert len(requests) == 1
 
 
-def test_a_listing_tells_storage_classes_and_restored_copies(s3_environment: S3Server) -> None:
+def test_a_listing_has_storage_classes_and_restored_copies(s3_environment: S3Server) -> None:
     restored = "<RestoreStatus><RestoreExpiryDate>2030-01-01T00:00:00Z</RestoreExpiryDate></RestoreStatus>"
     running = "<RestoreStatus><IsRestoreInProgress>true</IsRestoreInProgress></RestoreStatus>"
     classes = ["<StorageClass>GLACIER</StorageClass>" + more for more in (restored, running, "")]
@@ -374,7 +370,9 @@ def test_a_listing_tells_storage_classes_and_restored_copies(s3_environment: S3S
     assert [info.storage_class for info in infos] == ["GLACIER restored", "GLACIER", "GLACIER", "STANDARD", None]
 
 
-def test_a_tree_goes_up_and_down_whole(storage: Storage, s3_root: str, tree: Path, tmp_path: Path) -> None:
+def test_a_tree_is_uploaded_and_downloaded_completely(
+    storage: Storage, s3_root: str, tree: Path, tmp_path: Path
+) -> None:
     uri = f"{s3_root}/out/a checkpoint"
 
     storage.upload_tree(str(tree), uri)
@@ -385,7 +383,7 @@ def test_a_tree_goes_up_and_down_whole(storage: Storage, s3_root: str, tree: Pat
     assert sorted(os.listdir(tmp_path)) == ["back", "tree"]
 
 
-def test_an_existing_tree_is_replaced_only_when_asked(storage: Storage, s3_root: str, tree: Path) -> None:
+def test_an_existing_tree_is_replaced_only_on_request(storage: Storage, s3_root: str, tree: Path) -> None:
     uri = f"{s3_root}/out"
     storage.upload_tree(str(tree), uri)
     (tree / "deep" / "w%20 #.bin").rename(tree / "other")
@@ -424,7 +422,7 @@ def test_the_marker_is_the_newest_object_of_a_tree(
     assert f"{prefix}/out/meta.json" in [each["Key"] for each in objects if each["LastModified"] == newest]
 
 
-def test_delete_tree_deletes_what_is_below_and_no_more(storage: Storage, s3_root: str, tree: Path) -> None:
+def test_delete_tree_deletes_only_what_is_below(storage: Storage, s3_root: str, tree: Path) -> None:
     storage.upload_tree(str(tree), f"{s3_root}/out")
     storage.write(f"{s3_root}/out2", b"x")
 
@@ -437,7 +435,7 @@ def test_delete_tree_deletes_what_is_below_and_no_more(storage: Storage, s3_root
 
 
 @pytest.mark.parametrize("name", ["m.parquet", "run=7/a b#%+.parquet"])
-def test_a_table_comes_back_as_written(storage: Storage, s3_root: str, name: str) -> None:
+def test_a_table_is_read_as_it_was_written(storage: Storage, s3_root: str, name: str) -> None:
     table = pa.table({"key": ["a", None], "age": pa.array([1.5, None], pa.float32())})
 
     storage.write_table(table, f"{s3_root}/{name}")
@@ -456,7 +454,7 @@ def test_a_folder_of_tables_is_read_as_one(storage: Storage, s3_root: str) -> No
     assert sorted(table.column("a").to_pylist()) == [0, 1, 2]
 
 
-def test_a_table_that_is_not_there_or_not_parquet_is_named(storage: Storage, s3_root: str) -> None:
+def test_an_absent_or_non_parquet_table_is_named_in_the_error(storage: Storage, s3_root: str) -> None:
     storage.write(f"{s3_root}/text.parquet", b"not a table")
 
     with pytest.raises(MissingObject, match=r"none\.parquet"):
@@ -530,7 +528,7 @@ def test_ray_train_copies_lists_and_deletes_checkpoints(storage: Storage, s3_roo
     assert ray_storage._list_at_fs_path(fs, f"{path}/none") == []
 
 
-def test_arrow_filesystem_says_what_is_there(storage: Storage, s3_root: str) -> None:
+def test_arrow_filesystem_reports_existing_files(storage: Storage, s3_root: str) -> None:
     for key in ("a", "f/b", "f/g/c"):
         storage.write(f"{s3_root}/{key}", b"x")
     fs, path = storage.arrow_filesystem(s3_root)
@@ -552,7 +550,7 @@ def test_arrow_filesystem_says_what_is_there(storage: Storage, s3_root: str) -> 
         fs.open_input_file(f"{path}/none")
 
 
-def test_a_table_that_is_replaced_while_it_is_read_is_not_mixed(storage: Storage, s3_root: str) -> None:
+def test_a_table_replaced_while_it_is_read_is_not_mixed_with_the_new_one(storage: Storage, s3_root: str) -> None:
     uri = f"{s3_root}/t.parquet"
     storage.write_table(pa.table({"a": range(10**5)}), uri)
     fs, path = storage.arrow_filesystem(uri)
@@ -572,7 +570,7 @@ def test_a_file_that_is_not_closed_is_not_published(storage: Storage, s3_root: s
     assert not storage.exists(f"{s3_root}/half")
 
 
-def test_what_the_server_does_with_conditions_is_as_found(s3_root: str, s3_environment: S3Server) -> None:
+def test_the_server_handles_conditional_writes_as_documented(s3_root: str, s3_environment: S3Server) -> None:
     """Hold what was probed of this SeaweedFS, so that an update that changes it is seen."""
     client = s3_environment.client()
     bucket, _, prefix = s3_root.removeprefix("s3://").partition("/")

@@ -156,7 +156,7 @@ def working_node(cluster: Cluster) -> Node:
     return next(node for node in cluster.nodes[1:] if titled_processes([node], TRAIN_WORKER))
 
 
-def test_a_run_that_nothing_disturbs_learns(undisturbed: Run) -> None:
+def test_an_undisturbed_run_learns(undisturbed: Run) -> None:
     undisturbed.check()
     assert best(undisturbed.history())["val_objective"] < 0.75
 
@@ -190,7 +190,7 @@ def test_the_workers_of_a_killed_node_are_started_on_another(
     run.check(like=undisturbed)
 
 
-def test_after_its_driver_was_killed_the_same_command_goes_on(
+def test_after_a_killed_driver_the_same_command_resumes(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
     run = Run(bucket, "driver")
@@ -203,7 +203,7 @@ def test_after_its_driver_was_killed_the_same_command_goes_on(
     run.check(like=undisturbed)
 
 
-def test_the_killed_controller_of_the_workers_is_started_again(
+def test_a_killed_train_controller_is_restarted(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
     run = Run(bucket, "controller")
@@ -216,9 +216,7 @@ def test_the_killed_controller_of_the_workers_is_started_again(
     run.check(like=undisturbed)
 
 
-def test_a_server_that_is_stopped_for_a_while_is_waited_for(
-    three_nodes: Cluster, undisturbed: Run, tmp_path: Path
-) -> None:
+def test_jobs_wait_for_a_stopped_server(three_nodes: Cluster, undisturbed: Run, tmp_path: Path) -> None:
     with run_seaweedfs(tmp_path / "seaweedfs") as server:
         bucket = Bucket.create(server, BUCKET)
         bucket.upload(prepared_set(tmp_path / "data", SPLITS), "data")
@@ -252,7 +250,7 @@ def test_an_elastic_run_resumes_with_fewer_workers(
     run.check(like=undisturbed)
 
 
-def test_an_elastic_run_says_that_its_cluster_is_too_small_and_goes_on_when_it_is_not(
+def test_an_elastic_run_reports_a_too_small_cluster_and_resumes_when_it_grows(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
     run = Run(bucket, "small")
@@ -270,7 +268,7 @@ def test_an_elastic_run_says_that_its_cluster_is_too_small_and_goes_on_when_it_i
     run.check(like=undisturbed)
 
 
-def test_a_notice_leads_to_a_checkpoint_in_the_middle_of_an_epoch(
+def test_a_preemption_notice_triggers_a_checkpoint_within_an_epoch(
     bucket: Bucket, three_nodes: Cluster, tmp_path: Path
 ) -> None:
     # Epochs that take longer than it takes to notice, to save and to go away.
@@ -304,7 +302,9 @@ def drain(cluster: Cluster, node: Node) -> list[str]:
     ]
 
 
-def test_workers_that_do_not_fit_are_refused_with_what_there_is(bucket: Bucket, three_nodes: Cluster) -> None:
+def test_workers_that_do_not_fit_are_rejected_with_the_available_resources(
+    bucket: Bucket, three_nodes: Cluster
+) -> None:
     done = run_command(Run(bucket, "large").command(three_nodes, num_workers=16), three_nodes.environment)
 
     assert done.returncode == 2

@@ -54,7 +54,7 @@ def duckdb_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["env", f"HOME={folder}", *command]
 
 
-def test_the_views_open_with_nothing_but_keys_in_the_environment(
+def test_the_views_open_with_only_keys_in_the_environment(
     s3_root: str, s3_server: S3Server, duckdb_command: list[str], tmp_path: Path
 ) -> None:
     photographs = tmp_path / "in"

@@ -30,7 +30,7 @@ FIELDS = [(name, field) for name, section in SECTIONS.items() for field in secti
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)
-def test_a_value_is_taken_or_refused_in_one_line(section: str, field: str) -> None:
+def test_a_value_is_accepted_or_rejected_with_one_line(section: str, field: str) -> None:
     for value in ABSURD:
         try:
             _EVERYTHING(**{section: {field: value}})

@@ -57,7 +57,7 @@ def test_a_similarity_never_mirrors() -> None:
 
 
 @pytest.mark.parametrize("landmarks", [np.full((5, 2), np.nan), np.full((5, 2), 7.0)])
-def test_impossible_landmarks_are_refused(landmarks: np.ndarray) -> None:
+def test_impossible_landmarks_are_rejected(landmarks: np.ndarray) -> None:
     with pytest.raises(ValueError, match="no similarity"):
         align_face(np.zeros((50, 50, 3), np.uint8), landmarks, 40)
 
@@ -80,7 +80,7 @@ def test_a_chip_that_is_not_square_keeps_its_shape() -> None:
     assert (align_chip(chip, side_px=100, margin=0.0) == chip[:, 30:130]).all()
 
 
-def test_a_box_is_cut_by_the_stated_square() -> None:
+def test_a_box_is_cropped_as_the_stated_square() -> None:
     picture = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
     centre_x, centre_y, ratio = HAAR_SQUARE
     box_px = 100 / ratio
@@ -89,7 +89,7 @@ def test_a_box_is_cut_by_the_stated_square() -> None:
     assert np.abs(crop.astype(int) - picture[60:160, 40:140]).max() <= 1
 
 
-def test_a_face_without_landmarks_is_cut_by_its_box() -> None:
+def test_a_face_without_landmarks_is_cropped_by_its_box() -> None:
     picture = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
     box, nowhere = np.array([40.0, 40.0, 140.0, 140.0]), np.full((5, 2), np.nan)
     assert (align(picture, box, nowhere, 64) == align_box(picture, box, 64)).all()
@@ -104,7 +104,7 @@ def test_the_margin_is_on_both_sides(side_px: int, margin: float, expected: int)
 
 @pytest.mark.parametrize("is_tall", [False, True])
 @pytest.mark.parametrize("centre", [20, 20_000, 39_980])
-def test_a_face_is_cut_from_an_image_that_is_too_long_for_opencv(centre: int, *, is_tall: bool) -> None:
+def test_a_face_is_cropped_from_an_image_too_long_for_opencv(centre: int, *, is_tall: bool) -> None:
     short = np.random.default_rng(0).integers(0, 256, (60, 400, 3), np.uint8)
     first = min(max(centre - 200, 0), 40_000 - 400)
     long = np.zeros((60, 40_000, 3), np.uint8)

@@ -69,7 +69,7 @@ def photograph(tmp_path: Path) -> Path:
     return path
 
 
-def test_whatever_holds_the_photograph_its_faces_are_the_same(
+def test_every_form_of_a_photograph_gives_the_same_faces(
     model: agr_ray.FaceModel, photograph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upright = np.rot90(np.asarray(Image.open(photograph)), -1)
@@ -132,7 +132,7 @@ def test_a_bad_image_among_good_ones_has_a_status_or_raises(model: agr_ray.FaceM
         (7, "a path, URI, bytes, PIL image or RGB array, or a list of these, not int"),
     ],
 )
-def test_what_is_no_image_at_all_is_an_error(model: agr_ray.FaceModel, given: Any, message: str) -> None:
+def test_a_file_that_is_not_an_image_is_an_error(model: agr_ray.FaceModel, given: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         model.predict(given)
 
@@ -149,7 +149,7 @@ def test_a_drawn_photograph_shows_its_faces(model: agr_ray.FaceModel, photograph
     assert not changed[: y0 - 2].any()
 
 
-def test_a_label_tells_what_is_known() -> None:
+def test_a_face_label_contains_the_known_attributes() -> None:
     row = {"box": [0, 0, 9, 9], "detector_score": 0.9, "sharpness": 5.0, "flags": []}
     told = row | {"age": 33.6, "age_low": 27.2, "age_high": 40.9, "gender": "female", "race": "black", "abstain": []}
 
@@ -166,7 +166,7 @@ def test_gates_flag_faces(checkpoint: Path, photograph: Path) -> None:
     assert [face.flags for face in model.predict(photograph).faces] == [("small",)] * 2
 
 
-def test_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_gives_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no checkpoint there \(a folder with meta\.json\)"):
         agr_ray.load(str(tmp_path))
 
@@ -177,7 +177,7 @@ def test_the_folder_of_a_run_names_its_best_checkpoint(checkpoint: Path, tmp_pat
         agr_ray.load(tmp_path / "run")
 
 
-def test_a_photo_leaves_its_process_without_the_model(model: agr_ray.FaceModel, photograph: Path) -> None:
+def test_a_pickled_photo_does_not_contain_the_model(model: agr_ray.FaceModel, photograph: Path) -> None:
     body = pickle.dumps(model.predict(photograph))
 
     assert len(body) < 20_000

@@ -36,7 +36,7 @@ def test_writing_replaces_and_leaves_nothing_beside(storage: Storage, tmp_path: 
     assert os.listdir(path.parent) == ["a.bin"]
 
 
-def test_writing_below_a_file_is_one_clear_line(storage: Storage, tmp_path: Path) -> None:
+def test_writing_below_a_file_gives_one_line(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
 
     with pytest.raises(StorageUnavailable, match="can't be written"):
@@ -44,7 +44,7 @@ def test_writing_below_a_file_is_one_clear_line(storage: Storage, tmp_path: Path
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_of_conditional_writers_at_once_only_one_succeeds(storage: Storage, tmp_path: Path, existing: bool) -> None:
+def test_only_one_of_concurrent_conditional_writers_succeeds(storage: Storage, tmp_path: Path, existing: bool) -> None:
     path, outcomes, start = str(tmp_path / "lock"), [], threading.Barrier(8)
     etag = storage.write(path, b"an older and longer one") if existing else None
 
@@ -99,13 +99,13 @@ def run_python(code: str, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("refused", [["link"], ["link", "renameat2"]], ids=["no links", "no conditional renames"])
-def test_without_hard_links_too_only_one_of_many_writers_succeeds(tmp_path: Path, refused: list[str]) -> None:
+def test_only_one_of_many_writers_succeeds_without_hard_links(tmp_path: Path, refused: list[str]) -> None:
     run_python(RACE, str(tmp_path / "lock"), *refused)
 
     assert os.listdir(tmp_path) == ["lock"]
 
 
-def test_a_name_that_is_free_again_when_we_look_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conflict_counts_even_if_the_name_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(*_: object) -> None:
         raise FileExistsError(errno.EEXIST, "File exists")
 
@@ -119,9 +119,7 @@ def test_a_name_that_is_free_again_when_we_look_was_taken(tmp_path: Path, monkey
     Storage().write(str(tmp_path / "lock.json"), b"x", if_absent=True)
 
 
-def test_a_file_is_replaced_and_deleted_only_if_it_is_still_the_one_that_was_read(
-    storage: Storage, tmp_path: Path
-) -> None:
+def test_a_file_is_replaced_or_deleted_only_if_unchanged_since_it_was_read(storage: Storage, tmp_path: Path) -> None:
     path = str(tmp_path / "a")
     first = storage.write(path, b"first")
     assert storage.read_with_etag(path) == (b"first", first)
@@ -138,9 +136,7 @@ def test_a_file_is_replaced_and_deleted_only_if_it_is_still_the_one_that_was_rea
     assert os.listdir(tmp_path) == []
 
 
-def test_a_writer_who_waited_for_a_file_that_was_replaced_meanwhile_does_not_replace_it_again(
-    storage: Storage, tmp_path: Path
-) -> None:
+def test_a_waiting_writer_does_not_replace_a_file_that_was_replaced_meanwhile(storage: Storage, tmp_path: Path) -> None:
     path, outcomes = tmp_path / "a", []
     etag = storage.write(str(path), b"first")
 
@@ -205,7 +201,7 @@ else:
 
 
 @pytest.mark.parametrize("kind", ["file", "tree"])
-def test_what_a_killed_writer_left_is_deleted_and_a_live_ones_is_not(
+def test_leftovers_of_a_killed_writer_are_deleted_but_not_those_of_a_live_one(
     storage: Storage, tmp_path: Path, kind: str
 ) -> None:
     def start() -> tuple[subprocess.Popen[bytes], str]:
@@ -253,7 +249,7 @@ for write, content in ((Storage().write_table, (table, sys.argv[1])), (Storage()
 """
 
 
-def test_a_file_that_does_not_fit_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_gives_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     run_python(FULL_DISK, str(tmp_path / "t.parquet"))
 
     assert os.listdir(tmp_path) == []

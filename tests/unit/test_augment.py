@@ -51,7 +51,7 @@ def test_evaluation_resizes_with_a_filter() -> None:
     assert (prepared[..., 2:-2] - 127.5).abs().max() < 20
 
 
-def test_equalising_is_opencvs_of_the_luminance() -> None:
+def test_equalising_equals_opencvs_on_the_luminance() -> None:
     images = (crops(3).float() * 0.4 + 60).to(torch.uint8)  # of little contrast
     equalized = equalize_luminance(images)
     for image, ours in zip(images.permute(0, 2, 3, 1).numpy(), equalized.permute(0, 2, 3, 1).numpy(), strict=True):
@@ -66,7 +66,7 @@ def test_equalising_is_opencvs_of_the_luminance() -> None:
     assert luma.amax(dim=1).min() > 245
 
 
-def test_an_even_image_stays_as_it_is() -> None:
+def test_an_even_image_does_not_change() -> None:
     images = torch.full((2, 3, 8, 8), 90, dtype=torch.uint8)
     assert torch.equal(equalize_luminance(images), images)
 
@@ -80,12 +80,12 @@ def test_training_and_evaluation_equalise_alike() -> None:
     assert denormalised(prepared).max() > 200 > denormalised(prepare_eval(dark, SAME)).max()
 
 
-def test_without_changes_training_sees_what_evaluation_sees() -> None:
+def test_without_augmentation_training_and_evaluation_inputs_are_equal() -> None:
     torch.testing.assert_close(augment(crops(), SAME, PLAIN, generator()), prepare_eval(crops(), SAME))
 
 
 @pytest.mark.parametrize("image_size", [40, 30, 56])
-def test_resampling_without_movement_is_the_evaluation_view(image_size: int) -> None:
+def test_resampling_without_movement_equals_the_evaluation_view(image_size: int) -> None:
     transform = Transform(image_size=image_size, crop_side_px=40)
     still = PLAIN.model_copy(update={"rotation_degrees": 1e-6})
     resampled = augment(crops(), transform, still, generator())
@@ -93,7 +93,7 @@ def test_resampling_without_movement_is_the_evaluation_view(image_size: int) -> 
     assert difference[..., 2:-2, 2:-2].abs().max() < 3
 
 
-def test_training_view_of_a_large_crop_is_filtered_too() -> None:
+def test_the_training_view_of_a_large_crop_is_filtered_too() -> None:
     stripes = torch.zeros(1, 3, STORED, STORED, dtype=torch.uint8)
     stripes[..., 1::4] = stripes[..., 2::4] = 255  # four columns to one of the input's
     turning = PLAIN.model_copy(update={"rotation_degrees": 1e-6})
@@ -128,7 +128,7 @@ def test_rotation_keeps_shape_and_stays_within_its_range() -> None:
     assert 9 < degrees.max() < 10.1
 
 
-def test_shift_takes_what_lies_in_the_margin() -> None:
+def test_a_shift_shows_pixels_of_the_margin() -> None:
     images = torch.zeros(200, 3, STORED, STORED, dtype=torch.uint8)
     images += torch.arange(STORED, dtype=torch.uint8) * 5  # brightness says which column is seen
     config = PLAIN.model_copy(update={"shift": 0.1})
@@ -141,7 +141,7 @@ def test_shift_takes_what_lies_in_the_margin() -> None:
     torch.testing.assert_close(columns[:, 30] - columns[:, 10], torch.full((200,), 20.0), rtol=0, atol=1e-2)
 
 
-def test_zoom_keeps_within_its_range() -> None:
+def test_zoom_stays_within_its_range() -> None:
     images = torch.zeros(200, 3, STORED, STORED, dtype=torch.uint8)
     images += torch.arange(STORED, dtype=torch.uint8) * 5
     config = PLAIN.model_copy(update={"scale": 0.2})
@@ -158,7 +158,7 @@ def test_border_is_reflected_and_never_black() -> None:
     torch.testing.assert_close(seen, torch.full_like(seen, 200), rtol=0, atol=1e-2)
 
 
-def test_colour_changes_in_one_matrix_are_those_one_by_one() -> None:
+def test_colour_changes_in_one_matrix_equal_separate_ones() -> None:
     images = crops(3)
     config = PLAIN.model_copy(update={"brightness": 0.2, "contrast": 0.2, "saturation": 0.2})
     seen = denormalised(augment(images, SAME, config, generator(5)))

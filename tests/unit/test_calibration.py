@@ -75,7 +75,7 @@ def test_age_intervals_cover_as_promised_over_repeated_draws(num_rows: int, cove
     assert reports[0]["nominal"] == coverage
 
 
-def test_age_groups_with_enough_images_have_widths_of_their_own() -> None:
+def test_age_groups_with_enough_images_have_their_own_widths() -> None:
     calibration = fit(*draw(5000, seed=2))
     report = coverage_report(*FRESH, calibration)["age"]
 
@@ -137,7 +137,7 @@ def test_the_likeliest_class_stays_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize("task", ["gender", "race"])
-def test_the_risk_is_held_in_95_of_100_draws(task: str) -> None:
+def test_the_risk_is_met_in_95_of_100_draws(task: str) -> None:
     fresh = {task: FRESH[1][task]}
     reports = []
     for seed in range(2, 102):
@@ -149,7 +149,7 @@ def test_the_risk_is_held_in_95_of_100_draws(task: str) -> None:
     assert np.mean([report["abstained"] for report in reports]) < 0.5  # it is no art to abstain always
 
 
-def test_a_risk_that_everything_meets_needs_no_abstention_and_one_that_nothing_meets_always() -> None:
+def test_an_easy_risk_needs_no_abstention_and_an_impossible_one_always_abstains() -> None:
     labels, predictions = draw(800, seed=2)
     loose, strict = fit(labels, predictions, risk=0.6), fit(labels, predictions, risk=0.0001)
 
@@ -185,7 +185,7 @@ def test_saturated_probabilities_stay_finite() -> None:
     json.dumps(coverage_report(labels, saturated, calibration), allow_nan=False)
 
 
-def test_missing_labels_leave_an_image_out_of_its_part_only() -> None:
+def test_an_image_with_a_missing_label_counts_for_the_others() -> None:
     labels, predictions = draw(600, seed=2)
     gone = np.arange(600) < 200
     holes = Labels(
@@ -205,7 +205,7 @@ def test_missing_labels_leave_an_image_out_of_its_part_only() -> None:
     assert (calibration.rows["age_group_pred"] >= 0).all()
 
 
-def test_a_label_that_nobody_has_leaves_predictions_as_they_are() -> None:
+def test_a_label_that_no_row_has_does_not_change_predictions() -> None:
     labels, predictions = draw(100, seed=2)
     calibration = fit(dataclasses.replace(labels, race=np.full(100, -1)), predictions)
     made = calibration.apply(predictions)
@@ -218,7 +218,7 @@ def test_a_label_that_nobody_has_leaves_predictions_as_they_are() -> None:
     assert calibration.notes == ("race: no labelled image",)
 
 
-def test_a_missing_head_is_none() -> None:
+def test_a_prediction_without_a_head_is_none() -> None:
     labels, predictions = draw(300, seed=2)
     predictions = {task: values for task, values in predictions.items() if task != "gender"}
     calibration = fit(labels, predictions)
@@ -231,7 +231,7 @@ def test_a_missing_head_is_none() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 30])
-def test_tiny_sets_are_fitted_as_far_as_they_go(num_rows: int) -> None:
+def test_tiny_sets_are_split_as_well_as_possible(num_rows: int) -> None:
     labels, predictions = draw(num_rows, seed=2)
     calibration = fit(labels, predictions)
     made = calibration.apply(predictions)
@@ -249,7 +249,7 @@ def test_the_calibration_error_by_hand() -> None:
     assert expected_calibration_error(probs, np.array([0, 1, 0, 0])) == pytest.approx((1.82 - 1 + 0.7) / 4)
 
 
-def test_json_brings_back_the_same() -> None:
+def test_json_round_trips() -> None:
     labels, predictions = draw(300, seed=2)
     calibration = Calibration.fit(
         labels,
@@ -275,7 +275,7 @@ def test_json_brings_back_the_same() -> None:
         assert one is other or (one == other).all()
 
 
-def test_what_is_no_calibration_is_refused() -> None:
+def test_an_invalid_calibration_is_rejected() -> None:
     said = fit(*draw(60, seed=2)).to_json()
     for damage, complaint in (
         ({"format_version": 1}, "expected format_version 2, found 1"),
@@ -293,7 +293,7 @@ def test_what_is_no_calibration_is_refused() -> None:
             Calibration.from_json(said | damage)
 
 
-def test_the_file_of_a_checkpoint_is_read_or_named(tmp_path: Path) -> None:
+def test_a_calibration_file_is_read_or_named_in_the_error(tmp_path: Path) -> None:
     assert read_calibration_json(tmp_path) is None
     (tmp_path / CALIBRATION).write_text('{"n": 1}')
     assert read_calibration_json(tmp_path) == {"n": 1}
@@ -311,7 +311,7 @@ def test_calibrate_is_a_flag(argv: tuple[str, ...], expected: bool) -> None:
     assert parse(EvaluateJob, (*needed, *argv), {}).evaluate.calibrate is expected
 
 
-def test_ages_known_as_ranges_only_give_no_interval_and_say_so() -> None:
+def test_without_exact_ages_there_is_no_interval_but_a_note() -> None:
     labels, predictions = draw(200, seed=2)
     ranges = dataclasses.replace(
         labels, age=np.full(200, NAN, np.float32), age_low=labels.age - 2, age_high=labels.age + 2
@@ -329,7 +329,7 @@ def test_ages_known_as_ranges_only_give_no_interval_and_say_so() -> None:
     assert coverage_report(ranges, predictions, calibration)["age"] is None
 
 
-def test_exact_ages_alone_make_the_interval() -> None:
+def test_only_exact_ages_determine_the_interval() -> None:
     labels, predictions = draw(300, seed=2)
     exact = np.arange(300) < 200
     mixed = dataclasses.replace(

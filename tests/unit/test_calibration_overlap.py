@@ -40,7 +40,7 @@ def calibration(folder: Path, num_seen: int | None) -> Calibration:
         (None, "warning: unknown whether training saw the 60 images that the calibration was fitted on"),
     ],
 )
-def test_scoring_warns_of_a_calibration_on_images_of_training(tmp_path: Path, num_seen: int | None, said: str) -> None:
+def test_scoring_warns_about_a_calibration_on_training_images(tmp_path: Path, num_seen: int | None, said: str) -> None:
     folder = saved_checkpoint(tmp_path / "checkpoint")
     fitted = calibration(folder, num_seen)
     (folder / "calibration.json").write_text(json.dumps(fitted.to_json()))

@@ -120,7 +120,7 @@ def test_the_card_lists_the_sets_where_there_are_several() -> None:
     assert "several prepared sets" not in model_card(meta())
 
 
-def test_the_card_says_how_it_was_trained_and_not_where() -> None:
+def test_the_card_says_how_but_not_where_the_model_was_trained() -> None:
     training = section(model_card(meta()), "Training\n")
 
     assert "lr 0.002, optimizer adamw" in training
@@ -128,7 +128,7 @@ def test_the_card_says_how_it_was_trained_and_not_where() -> None:
     assert "secret" not in training
 
 
-def test_validation_stands_beside_the_baseline_and_by_group() -> None:
+def test_validation_is_reported_with_the_baseline_and_by_group() -> None:
     validation = section(model_card(meta()), "Validation")
 
     assert "After epoch 7, on 1,000 images" in validation
@@ -139,7 +139,7 @@ def test_validation_stands_beside_the_baseline_and_by_group() -> None:
     assert "| race | others |" not in validation  # of whom there is none
 
 
-def test_limits_name_who_is_under_represented() -> None:
+def test_limitations_name_under_represented_groups() -> None:
     limits = section(model_card(meta()), "Limits")
 
     assert "race indian (40, 4.0 %)" in limits
@@ -150,7 +150,7 @@ def test_limits_name_who_is_under_represented() -> None:
     assert "perceived" in limits
 
 
-def test_no_class_under_represented_is_said_too() -> None:
+def test_the_card_says_if_no_class_is_under_represented() -> None:
     even = {
         "gender": {"female": 500, "male": 500},
         "race": dict.fromkeys(("white", "black", "asian", "indian", "others"), 200),
@@ -163,7 +163,7 @@ def test_no_class_under_represented_is_said_too() -> None:
 
 
 @pytest.mark.parametrize("task", ["age", "gender", "race"])
-def test_a_task_without_head_is_not_promised(task: str) -> None:
+def test_the_card_does_not_mention_a_task_without_a_head(task: str) -> None:
     model = {"backbone": "resnet18", "tasks": [task], "age_head": "linear", "pretrained": "none"}
     outputs = section(model_card(meta(model=model)), "Input and output")
 
@@ -178,11 +178,11 @@ def test_the_card_of_initial_weights_says_that_nothing_was_measured() -> None:
     assert section(card, "Validation").strip() == "Not validated."
 
 
-def test_a_pipe_in_a_name_does_not_break_the_table() -> None:
+def test_a_vertical_bar_in_a_name_does_not_break_the_table() -> None:
     assert "| source | a\\|b |" in model_card(meta(data={"source": "a|b"}))
 
 
-def test_an_evaluation_is_added_with_intervals_and_groups() -> None:
+def test_an_evaluation_adds_intervals_and_groups_to_the_card() -> None:
     card = with_measured(model_card(meta()), evaluation())
     measured = section(card, "Measured on utkface, split test, abcdef01")
 
@@ -206,5 +206,5 @@ def test_the_same_evaluation_replaces_itself_and_no_other() -> None:
     assert with_measured(again, evaluation("val")) == once
 
 
-def test_an_evaluation_that_can_not_know_says_so() -> None:
+def test_an_evaluation_without_training_hashes_says_so() -> None:
     assert "**It is not known" in with_measured(model_card(meta()), evaluation(seen=None))

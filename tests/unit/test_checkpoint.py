@@ -78,7 +78,7 @@ def test_loaded_network_predicts_the_same(saved: Path) -> None:
     torch.testing.assert_close(checkpoint.model(images), model(images), rtol=0, atol=0)
 
 
-def test_meta_says_where_it_comes_from(saved: Path) -> None:
+def test_meta_records_its_origin(saved: Path) -> None:
     meta = load_checkpoint(saved).meta
     assert meta["git_commit"] == "c0ffee"
     assert meta["data"] == {"split_manifest_sha256": "ab"}
@@ -86,7 +86,7 @@ def test_meta_says_where_it_comes_from(saved: Path) -> None:
     assert set(meta["versions"]) == {"agr_ray", "torch"}
 
 
-def test_settings_of_vision_and_prediction_come_back(saved: Path) -> None:
+def test_vision_and_predict_settings_are_restored(saved: Path) -> None:
     checkpoint = load_checkpoint(saved)
     assert checkpoint.pipeline == PIPELINE
     assert sorted(checkpoint.meta["vision"]) == sorted(VisionConfig.model_fields)
@@ -109,7 +109,7 @@ def test_settings_of_vision_and_prediction_come_back(saved: Path) -> None:
         (lambda meta: meta.update(data=None), r"data: expected a table, found None$"),
     ],
 )
-def test_what_is_missing_unknown_or_invalid_in_meta_is_named(
+def test_missing_unknown_and_invalid_keys_of_meta_are_named(
     saved: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     edit_meta(saved, change)
@@ -123,7 +123,7 @@ def test_a_metric_that_is_nan_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_the_model_card_says_what_meta_says(saved: Path) -> None:
+def test_the_model_card_matches_meta(saved: Path) -> None:
     assert (saved / CARD).read_text(encoding="utf-8") == model_card(load_checkpoint(saved).meta)
     assert "c0ffee" in (saved / CARD).read_text(encoding="utf-8")
 
@@ -155,28 +155,28 @@ def test_digest_follows_weights_and_transform_only(saved: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", [META, WEIGHTS])
-def test_missing_file_is_named(saved: Path, name: str) -> None:
+def test_missing_file_is_named_in_the_error(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name}: expected .* no such file"):
         load_checkpoint(saved)
 
 
 @pytest.mark.parametrize("name", [META, WEIGHTS])
-def test_damaged_file_is_named(saved: Path, name: str) -> None:
+def test_damaged_file_is_named_in_the_error(saved: Path, name: str) -> None:
     (saved / name).write_bytes(b"\x00\xff")
     with pytest.raises(CheckpointError, match=f"{name}: expected"):
         load_checkpoint(saved)
 
 
 @pytest.mark.parametrize("name", [META, WEIGHTS])
-def test_unreadable_file_is_named(saved: Path, name: str) -> None:
+def test_unreadable_file_is_named_in_the_error(saved: Path, name: str) -> None:
     (saved / name).unlink()
     (saved / name).mkdir()
     with pytest.raises(CheckpointError, match=f"{name}: expected"):
         load_checkpoint(saved)
 
 
-def test_a_checkpoint_that_cannot_be_copied_is_one_line(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_copied_gives_one_line(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def deny(_: Storage, uri: str, *__: str, **___: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", f"{uri}/{WEIGHTS}")
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_cannot_be_copied_is_one_line(saved: Path, monkeypatch
         pytest.fail("copied")
 
 
-def test_missing_or_damaged_train_state_is_named(saved: Path) -> None:
+def test_missing_or_damaged_train_state_is_named_in_the_error(saved: Path) -> None:
     for damaged in (b"\x00\xff", b"hello world"):  # the latter is a KeyError of the unpickler
         (saved / TRAIN_STATE).write_bytes(damaged)
         with pytest.raises(CheckpointError, match=TRAIN_STATE):
@@ -199,19 +199,19 @@ def test_missing_or_damaged_train_state_is_named(saved: Path) -> None:
         load_train_state(saved)
 
 
-def test_another_format_is_refused(saved: Path) -> None:
+def test_another_format_is_rejected(saved: Path) -> None:
     edit_meta(saved, lambda meta: meta.update(format_version=1))
     with pytest.raises(CheckpointError, match="expected format_version 2, found 1; train it again"):
         load_checkpoint(saved)
 
 
-def test_another_order_of_labels_is_refused(saved: Path) -> None:
+def test_another_order_of_labels_is_rejected(saved: Path) -> None:
     edit_meta(saved, lambda meta: meta["label_space"].update(genders=["male", "female"]))
     with pytest.raises(CheckpointError, match="label_space: genders must be female and male, in this order, not "):
         load_checkpoint(saved)
 
 
-def test_tensor_of_another_shape_is_named(saved: Path) -> None:
+def test_tensor_of_another_shape_is_named_in_the_error(saved: Path) -> None:
     weights = load_file(saved / WEIGHTS)
     weights["heads.race.layer.bias"] = torch.zeros(7)
     save_file(weights, saved / WEIGHTS)

@@ -63,7 +63,7 @@ def job(model: Path, photographs: Path, out: str, *argv: str, recipe: bytes = b"
     return parse(ScoreJob, [*needed, "--config", "x.toml", *argv], {}, lambda *_: recipe)
 
 
-def test_a_checkpoint_alone_gives_the_rows_that_its_recipe_gives(model: Path, photographs: Path) -> None:
+def test_a_checkpoint_alone_gives_the_same_rows_as_with_its_recipe(model: Path, photographs: Path) -> None:
     alone, rows, printed = scored(ScoreJob(score=job(model, photographs, "alone").score))
     again, same_rows, _ = scored(job(model, photographs, "recipe", recipe=RECIPE))
     _, default_rows, _ = scored(job(model, photographs, "default", "--predict.flip_average", "false", recipe=RECIPE))
@@ -107,7 +107,7 @@ def test_rows_say_whether_they_are_calibrated(model: Path, photographs: Path) ->
     }
 
 
-def test_scoring_without_a_detector_is_refused_wherever_that_comes_from(model: Path, photographs: Path) -> None:
+def test_scoring_without_a_detector_is_rejected_wherever_it_is_set(model: Path, photographs: Path) -> None:
     meta = json.loads((model / META).read_text())
     (model / META).write_text(json.dumps(meta | Pipeline(vision=VisionConfig(detector="none")).to_json()))
 
@@ -121,7 +121,7 @@ def test_scoring_without_a_detector_is_refused_wherever_that_comes_from(model: P
     assert (record["num_images"], record["calibrated"]) == (8, False)
 
 
-def test_the_precision_of_predictions_is_recorded_and_a_warning_says_if_it_is_not_the_calibrations(
+def test_the_precision_is_recorded_and_differing_from_the_calibrations_triggers_a_warning(
     model: Path, photographs: Path
 ) -> None:
     warning = "warning: predicted in float32, but calibrated on predictions in bfloat16"
@@ -135,7 +135,7 @@ def test_the_precision_of_predictions_is_recorded_and_a_warning_says_if_it_is_no
     assert warning in " ".join(scored(job(model, photographs, "other"))[2].split())
 
 
-def test_attributes_are_written_in_any_order_and_refused_if_the_checkpoint_lacks_them(
+def test_attributes_are_written_in_any_order_and_rejected_if_the_checkpoint_lacks_them(
     model: Path, photographs: Path
 ) -> None:
     first, _, _ = scored(job(model, photographs, "out", "--score.attributes", '["age", "gender"]'))

@@ -69,7 +69,7 @@ def test_help_and_mistakes_answer_within_a_second(argv: list[str]) -> None:
     assert statistics.median(times_s) < 1.0
 
 
-def test_mistakes_are_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, said in (
         (["scoer"], "error: scoer: there is no such command; did you mean score?; allowed: prepare, train"),
         (["score", "--inptu", "x"], "error: --inptu: there is no such option; did you mean --input?"),
@@ -147,7 +147,7 @@ def test_lists_are_repeated_or_separated_by_commas_and_ranges_have_a_dash() -> N
     assert parse(ScoreJob, [*score, *globs], {}).score.include == ("**/*.jpg", "**/*.png", "2026/*")
 
 
-def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_can_be_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     _, shown, _ = outcome(capsys, "recipes")
     assert [line.split()[0] for line in shown.splitlines()] == ["demo", "paper", "tune_lite", "utkface_lite"]
     _, recipe, _ = outcome(capsys, "recipes", "paper")
@@ -208,7 +208,7 @@ def test_a_photograph_of_any_name_is_one_photograph(
     assert [(json.loads(line)["source"], json.loads(line)["status"]) for line in shown.splitlines()] == [(name, "ok")]
 
 
-def test_copies_go_where_out_says_under_names_of_their_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copies_are_written_to_out_under_their_own_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a" / "face.png").rename(folder / "face-2.png")
     (folder / "face.png").write_bytes((folder / "b" / "face.png").read_bytes())
     photographs = ("face.png", "b/face.png", "face-2.png")

@@ -15,7 +15,7 @@ from agr_ray.runtime import cluster
         (0.0, 1.0, "4 x 1 GPU, 4 in all; the cluster has 0. Ask for fewer workers, or leave use_gpu out$"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_told_what_helps(
+def test_a_plan_that_does_not_fit_is_rejected_with_suggestions(
     monkeypatch: pytest.MonkeyPatch, cpus_each: float, gpus_each: float, advice: str
 ) -> None:
     monkeypatch.setattr(cluster, "_resources", lambda: {"CPU": 8.0})

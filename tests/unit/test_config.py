@@ -98,11 +98,11 @@ def test_the_command_line_wins_over_the_environment(recipe: Path) -> None:
     assert (job.train.lr, job.train.epochs, job.loss.age_weight) == (0.3, 4, 2.0)
 
 
-def test_the_order_on_the_command_line_does_not_matter(recipe: Path) -> None:
+def test_the_order_of_options_does_not_matter(recipe: Path) -> None:
     assert train_job("--train.lr", "0.3", "--config", str(recipe)).train.lr == 0.3
 
 
-def test_what_the_command_line_sets_to_a_default_wins_too(recipe: Path) -> None:
+def test_a_default_value_on_the_command_line_wins_too(recipe: Path) -> None:
     assert train_job("--config", str(recipe), "--train.epochs", "50").train.epochs == 50
 
 
@@ -120,7 +120,7 @@ SEVERAL = ("data/one", "s3://two/a, b")
 
 
 @pytest.mark.parametrize("uri", ["data/one", "s3://sets/a,b", "7", "null", "a b", '"quoted"', "./[brackets]"])
-def test_one_set_is_itself_wherever_it_is_written(tmp_path: Path, uri: str) -> None:
+def test_a_single_set_is_the_same_from_command_line_environment_and_recipe(tmp_path: Path, uri: str) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"[train]\ndata = {json.dumps(uri)}\n")
 
@@ -151,7 +151,7 @@ def test_several_sets_are_a_list_wherever_they_are_written(tmp_path: Path) -> No
     assert parse(TrainJob, ["--config", str(recipe), "--train.data_shares", "[]"], {}).train.data_shares == ()
 
 
-def test_shares_in_a_recipe_wait_for_the_sets_of_the_command_line(tmp_path: Path) -> None:
+def test_shares_in_a_recipe_apply_to_sets_of_the_command_line(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[train]\ndata_shares = [1, 2]\n")
 
@@ -163,7 +163,7 @@ def test_lists_come_from_the_environment() -> None:
     assert train_job(environ={"AGR_RAY_MODEL__TASKS": '["age"]'}).model.tasks == ("age",)
 
 
-def test_a_number_can_be_taken_back_to_none(tmp_path: Path) -> None:
+def test_a_number_can_be_reset_to_none(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[train]\nthreads_per_worker = 3\n")
 
@@ -171,7 +171,7 @@ def test_a_number_can_be_taken_back_to_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["--train.batch-size", "--train.batch_size"])
-def test_either_dash_spells_an_option(spelling: str) -> None:
+def test_hyphens_and_underscores_in_options_are_equivalent(spelling: str) -> None:
     assert train_job(spelling, "8").train.batch_size == 8
     assert train_job(f"{spelling}=8").train.batch_size == 8
 
@@ -191,7 +191,7 @@ def test_dry_run_is_a_flag(argv: tuple[str, ...], expected: bool) -> None:
     assert train_job(*argv).dry_run is expected
 
 
-def test_new_run_comes_from_the_environment_too_and_can_be_taken_back() -> None:
+def test_new_run_can_come_from_the_environment_and_be_overridden() -> None:
     environ = {"AGR_RAY_NEW_RUN": "true"}
 
     assert train_job(environ=environ).new_run is True
@@ -201,7 +201,7 @@ def test_new_run_comes_from_the_environment_too_and_can_be_taken_back() -> None:
 # Presets
 
 
-def test_a_preset_fills_in_what_is_not_said() -> None:
+def test_a_preset_fills_in_missing_keys() -> None:
     model = train_job("--model.preset", "lightweight").model
 
     assert (model.backbone, model.image_size, model.bn_momentum) == ("mobilenet_v3_small", 112, 0.1)
@@ -311,7 +311,7 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
     ],
     ids=str,
 )
-def test_a_bad_command_line_is_one_line_and_status_2(
+def test_a_bad_command_line_gives_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], argv: list[str], said: str
 ) -> None:
     data = () if "--train.data" in argv else DATA  # given twice, it is a list of two
@@ -337,7 +337,7 @@ def test_a_bad_command_line_is_one_line_and_status_2(
     ],
     ids=str,
 )
-def test_a_bad_environment_is_one_line_and_status_2(
+def test_a_bad_environment_gives_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], environ: dict[str, str], said: str
 ) -> None:
     assert said.lower() in complaint(capsys, TrainJob, *DATA, **environ).lower()
@@ -361,7 +361,7 @@ def test_a_bad_environment_is_one_line_and_status_2(
     ],
     ids=str,
 )
-def test_a_bad_recipe_is_one_line_and_status_2(
+def test_a_bad_recipe_gives_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, said: str
 ) -> None:
     recipe = tmp_path / "recipe.toml"
@@ -370,14 +370,14 @@ def test_a_bad_recipe_is_one_line_and_status_2(
     assert said in complaint(capsys, TrainJob, *DATA, "--config", str(recipe))
 
 
-def test_a_recipe_that_is_not_text_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_binary_recipe_gives_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_bytes(b"\xff\xfe\x00")
 
     assert "not valid TOML" in complaint(capsys, TrainJob, *DATA, "--config", str(recipe))
 
 
-def test_a_missing_recipe_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_recipe_is_named_in_the_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     missing = tmp_path / "nowhere.toml"
 
     assert f"--config {missing}: No such file" in complaint(capsys, TrainJob, *DATA, "--config", str(missing))
@@ -386,7 +386,7 @@ def test_a_missing_recipe_is_named(capsys: pytest.CaptureFixture[str], tmp_path:
 @pytest.mark.parametrize(
     ("name", "hint"), [("papr", "; did you mean paper?"), ("tune-lite", "; did you mean tune_lite?"), ("xyz", "")]
 )
-def test_an_unknown_recipe_is_refused_with_the_list_of_names(
+def test_an_unknown_recipe_is_rejected_with_the_list_of_names(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, hint: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -406,12 +406,12 @@ def test_a_recipe_of_the_package_is_found_from_any_folder(tmp_path: Path, monkey
     assert train_job("--config", "./paper").train.epochs == 1
 
 
-def test_a_folder_is_no_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_folder_is_not_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert f"--config {tmp_path}" in complaint(capsys, TrainJob, *DATA, "--config", str(tmp_path))
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_each_required_key_is_asked_for_by_name(capsys: pytest.CaptureFixture[str], job: type[Job]) -> None:
+def test_each_missing_required_key_is_named_in_the_error(capsys: pytest.CaptureFixture[str], job: type[Job]) -> None:
     for key in job.required:
         others = [
             word for other in job.required if other != key for word in (f"--{other}", NEEDED.get(other, "somewhere"))
@@ -422,7 +422,7 @@ def test_each_required_key_is_asked_for_by_name(capsys: pytest.CaptureFixture[st
     parse(job, needed(job), {})
 
 
-def test_parse_raises_what_load_prints() -> None:
+def test_parse_raises_the_error_that_load_prints() -> None:
     with pytest.raises(ConfigError, match=r"train\.lr: '0' is not allowed"):
         train_job("--train.lr", "0")
 
@@ -440,7 +440,7 @@ def test_every_knob_is_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_section_of_a_job_can_stand_in_a_recipe(job: type[Job]) -> None:
+def test_every_section_of_a_job_can_be_in_a_recipe(job: type[Job]) -> None:
     for name, field in job.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             assert SECTIONS[name] is field.annotation
@@ -481,7 +481,7 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("job", JOBS)
-def test_every_recipe_serves_every_job(job: type[Job], path: Path) -> None:
+def test_every_recipe_is_valid_for_every_job(job: type[Job], path: Path) -> None:
     built = parse(job, ["--config", path.stem, *needed(job)], {})
 
     for name, values in tomllib.loads(path.read_text()).items():
@@ -491,7 +491,7 @@ def test_every_recipe_serves_every_job(job: type[Job], path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_begins_with_what_it_is_and_its_command(path: Path) -> None:
+def test_a_recipe_begins_with_a_description_and_its_command(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
 
     assert len(head[0]) > 10
@@ -509,7 +509,7 @@ def test_the_digest_is_the_same_in_every_process() -> None:
     assert digest(TrainConfig(lr=0.5)) == other
 
 
-def test_the_digest_does_not_see_the_order_of_keys() -> None:
+def test_the_digest_does_not_depend_on_the_order_of_keys() -> None:
     one, other = ({"M": "male", "F": "female"}, {"F": "female", "M": "male"})
 
     jobs = [
@@ -519,7 +519,7 @@ def test_the_digest_does_not_see_the_order_of_keys() -> None:
     assert digest(jobs[0]) == digest(jobs[1])
 
 
-def test_the_digest_sees_every_change_and_the_order_of_sections() -> None:
+def test_the_digest_depends_on_every_value_and_the_order_of_sections() -> None:
     changed = [
         TrainConfig(),
         TrainConfig(lr=2e-4),
@@ -543,11 +543,11 @@ def test_a_configuration_is_never_edited() -> None:
         train_job().train.lr = 1.0  # type: ignore[misc]
 
 
-def test_a_section_built_in_code_refuses_unknown_keys() -> None:
+def test_a_section_built_in_code_rejects_unknown_keys() -> None:
     with pytest.raises(ValidationError, match="lrr"):
         TrainConfig(lrr=1)  # type: ignore[call-arg]
 
 
-def test_training_gets_what_validation_and_test_leave() -> None:
+def test_training_gets_the_rest_of_validation_and_test() -> None:
     assert SplitConfig(val=0.25, test=0.5).fractions == {"train": 0.25, "val": 0.25, "test": 0.5}
     assert SplitConfig(val=0.0, test=1.0).fractions["train"] == 0.0

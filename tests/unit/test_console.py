@@ -56,7 +56,7 @@ def test_only_one_place_makes_consoles_tables_and_texts_of_bars() -> None:
 
 
 @pytest.mark.parametrize("file", [io.StringIO, Terminal])
-def test_a_line_is_printed_as_it_is(file: type[io.StringIO]) -> None:
+def test_a_line_is_printed_verbatim(file: type[io.StringIO]) -> None:
     out = file()
 
     make_console(out).print(f"warning: {ODD}: no such file\nrun [1] [/]")
@@ -101,7 +101,7 @@ def test_a_table_on_a_narrow_terminal_loses_nothing() -> None:
     assert "".join(cells) == ODD
 
 
-def test_scoring_s_summary_names_its_run_in_one_line() -> None:
+def test_the_summary_of_score_names_its_run_in_one_line() -> None:
     out = io.StringIO()
     totals = {
         "num_images": 3,
@@ -116,7 +116,7 @@ def test_scoring_s_summary_names_its_run_in_one_line() -> None:
     assert f"{ODD} run=5" in out.getvalue().splitlines()
 
 
-def test_preparing_s_summary_holds_its_folder_and_reasons() -> None:
+def test_the_summary_of_prepare_has_its_folder_and_reasons() -> None:
     out = io.StringIO()
     prepared = PreparedSet(
         format_version=1,
@@ -136,7 +136,7 @@ def test_preparing_s_summary_holds_its_folder_and_reasons() -> None:
     assert f"1 x age {ODD} is not a number" in out.getvalue()
 
 
-def test_progress_on_a_terminal_shows_labels_and_remarks_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_a_terminal_shows_labels_and_remarks_verbatim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = Terminal()
 
@@ -160,7 +160,7 @@ def test_progress_in_a_log_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.endswith("[/nope]")
 
 
-def test_training_s_bars_show_texts_as_they_are() -> None:
+def test_training_bars_show_texts_verbatim() -> None:
     bars = TrainingBars()
     bars.show(PROGRESS)
     bars._bars.update(bars._bars.task_ids[0], description="[/nope]")

@@ -85,13 +85,13 @@ def of_one() -> tuple[float, dict[str, Tensor]]:
     return step(LocalContext(labelled(), labelled(), NUM))
 
 
-def test_the_loss_of_several_processes_is_that_of_one(
+def test_several_processes_have_the_same_loss_as_one(
     of_ranks: list[tuple[float, dict[str, Tensor]]], of_one: tuple[float, dict[str, Tensor]]
 ) -> None:
     assert [loss for loss, _ in of_ranks] == pytest.approx([of_one[0]] * len(SHARES), rel=1e-5)
 
 
-def test_the_gradient_of_several_processes_is_that_of_one(
+def test_several_processes_have_the_same_gradient_as_one(
     of_ranks: list[tuple[float, dict[str, Tensor]]], of_one: tuple[float, dict[str, Tensor]]
 ) -> None:
     largest = max(float(gradient.abs().max()) for gradient in of_one[1].values())

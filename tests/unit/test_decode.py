@@ -58,11 +58,11 @@ def status_of(data: bytes, **limits: int) -> Status:
 
 
 @pytest.mark.parametrize("data", [bad_images.empty(), bad_images.text()])
-def test_what_is_no_image_is_not_an_image(data: bytes) -> None:
+def test_files_of_other_types_are_not_images(data: bytes) -> None:
     assert status_of(data) is Status.NOT_AN_IMAGE
 
 
-def test_an_image_of_a_format_that_is_not_read_is_not_an_image() -> None:
+def test_an_image_of_an_unsupported_format_is_not_an_image() -> None:
     assert status_of(bad_images.encoded(Image.new("RGB", (4, 4)), "PPM")) is Status.NOT_AN_IMAGE
 
 
@@ -135,7 +135,7 @@ def decoded(data: bytes, **limits: int) -> tuple[ImageError | None, DecodedImage
         return error, None
 
 
-def test_damage_takes_no_more_memory_than_the_limit_of_pixels_allows(tmp_path: Path) -> None:
+def test_damaged_files_take_no_more_memory_than_the_pixel_limit_allows(tmp_path: Path) -> None:
     # In a process of its own: the peak of this one is not known.
     script = tmp_path / "decode_all.py"
     script.write_text(MEASURE)
@@ -148,7 +148,7 @@ def test_damage_takes_no_more_memory_than_the_limit_of_pixels_allows(tmp_path: P
     assert int(done.stdout) < 250  # MiB; 4 million pixels of 15 bytes each, and what the decoders load
 
 
-def test_a_bomb_is_refused_without_being_decoded() -> None:
+def test_a_decompression_bomb_is_rejected_without_being_decoded() -> None:
     bomb = bad_images.png_bomb()
     assert len(bomb) < 500_000
     tracemalloc.start()
@@ -173,14 +173,14 @@ def test_no_warning_of_a_large_image_leaks() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_comes_out_upright(orientation: int) -> None:
+def test_every_exif_orientation_is_applied(orientation: int) -> None:
     image = decode_image(bad_images.oriented_jpeg(orientation))
     assert (image.width_px, image.height_px) == (120, 80)
     assert mean_error(image.rgb, bad_images.gradient_rgb()) < 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_tiff_orientation_comes_out_upright(orientation: int) -> None:
+def test_every_tiff_orientation_is_applied(orientation: int) -> None:
     stored = Image.open(io.BytesIO(bad_images.oriented_jpeg(orientation)))
     stored.load()
     tiff = bad_images.encoded(stored, "TIFF", tiffinfo={bad_images.ORIENTATION_TAG: orientation})
@@ -207,7 +207,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
         (bad_images.grey_alpha_png(), (128, 128, 128)),
     ],
 )
-def test_transparency_is_laid_on_white(data: bytes, left: tuple[int, int, int]) -> None:
+def test_transparent_pixels_are_composited_on_white(data: bytes, left: tuple[int, int, int]) -> None:
     rgb = decode_image(data).rgb
     assert tuple(rgb[20, 10]) == left
     assert tuple(rgb[20, 50]) == (255, 255, 255)
@@ -219,7 +219,7 @@ def test_grey_has_three_equal_channels() -> None:
     assert (rgb[..., 0] == rgb[..., 2]).all()
 
 
-def test_of_an_animation_the_first_frame_is_taken() -> None:
+def test_an_animation_gives_its_first_frame() -> None:
     assert tuple(decode_image(bad_images.animated_gif()).rgb[10, 10]) == (255, 0, 0)
 
 
@@ -232,7 +232,7 @@ def test_the_longer_side_is_bounded_exactly(max_side_px: int) -> None:
     assert image.rgb.flags.c_contiguous
 
 
-def test_a_shrunk_jpeg_shows_the_same_picture() -> None:
+def test_a_scaled_jpeg_shows_the_same_image() -> None:
     rgb = decode_image(bad_images.large_jpeg(), max_side_px=500).rgb
     assert mean_error(rgb, bad_images.gradient_rgb(500, 375)) < 3
 
@@ -254,7 +254,7 @@ def test_a_broken_crop_is_unreadable(data: bytes) -> None:
         decode_crop(data)
 
 
-def test_the_error_crosses_processes() -> None:
+def test_the_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(ImageError(Status.TOO_LARGE, "too\nlarge")))
     assert (error.status, str(error)) == (Status.TOO_LARGE, "too large")
 
@@ -306,7 +306,7 @@ def test_bad_metadata_does_not_affect_the_pixels(data: bytes) -> None:
     assert mean_error(decode_image(data).rgb, bad_images.gradient_rgb()) < 3
 
 
-def test_a_short_jpeg_is_whole_or_refused_at_every_scale() -> None:
+def test_a_truncated_jpeg_is_decoded_or_rejected_alike_at_every_scale() -> None:
     data = bad_images.large_jpeg()
     for max_side_px in (None, 1280):
         expected = decode_image(data, max_side_px=max_side_px).rgb
@@ -326,7 +326,7 @@ def test_a_short_jpeg_is_whole_or_refused_at_every_scale() -> None:
         bad_images.png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bad_images.xmp(6))),
     ],
 )
-def test_a_png_is_turned_upright_by_any_of_its_metadata(chunk: bytes) -> None:
+def test_a_png_is_rotated_by_any_of_its_metadata(chunk: bytes) -> None:
     image = decode_image(bad_images.with_png_chunks(chunk))
     assert (image.width_px, image.height_px) == (80, 120)
     assert mean_error(image.rgb, np.rot90(bad_images.gradient_rgb(), -1)) == 0
@@ -334,7 +334,7 @@ def test_a_png_is_turned_upright_by_any_of_its_metadata(chunk: bytes) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format_name", ["WEBP", "AVIF", "PNG"])
-def test_every_orientation_of_other_formats_comes_out_upright_once(orientation: int, format_name: str) -> None:
+def test_every_orientation_of_other_formats_is_applied_once(orientation: int, format_name: str) -> None:
     stored = Image.open(io.BytesIO(bad_images.oriented_jpeg(orientation)))
     stored.load()
     exif = Image.Exif()
@@ -344,14 +344,14 @@ def test_every_orientation_of_other_formats_comes_out_upright_once(orientation: 
     assert mean_error(image.rgb, bad_images.gradient_rgb()) < 3
 
 
-def test_a_jpeg_is_turned_upright_by_xmp_where_there_is_no_exif() -> None:
+def test_a_jpeg_without_exif_is_rotated_by_its_xmp() -> None:
     segment = (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + bad_images.xmp(6))
     image = decode_image(bad_images.with_jpeg_segments(segment))
     assert mean_error(image.rgb, np.rot90(bad_images.gradient_rgb(), -1)) < 3
 
 
 @pytest.mark.parametrize("name", ["plain", "turned_by_box_and_exif", "mirrored_by_box_and_exif", "turned_by_exif"])
-def test_a_heic_comes_out_upright_once(name: str) -> None:
+def test_a_heic_is_rotated_once(name: str) -> None:
     image = decode_image(bad_images.heic(name))
     assert (image.width_px, image.height_px) == (120, 80)
     assert mean_error(image.rgb, bad_images.gradient_rgb()) < 3
@@ -359,14 +359,14 @@ def test_a_heic_comes_out_upright_once(name: str) -> None:
     assert mean_error(small.rgb, bad_images.gradient_rgb(60, 40)) < 3
 
 
-def test_the_limits_hold_for_heic_too() -> None:
+def test_the_limits_apply_to_heic_too() -> None:
     assert status_of(bad_images.heic(), max_pixels=120 * 80 - 1) is Status.TOO_LARGE
     assert status_of(bad_images.heic()[:200]) is Status.UNREADABLE
     assert status_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"junk" * 100) is Status.UNREADABLE
 
 
 @pytest.mark.parametrize("data", [bad_images.heic(), bad_images.encoded(Image.new("RGB", (640, 480)), "AVIF")])
-def test_decoders_are_told_to_use_one_thread(data: bytes) -> None:
+def test_decoders_use_one_thread(data: bytes) -> None:
     decode_image(data)
     import pi_heif
     from PIL import AvifImagePlugin
@@ -387,7 +387,7 @@ def samples(eight_bits: np.ndarray, bits: int) -> np.ndarray:
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
 @pytest.mark.parametrize("extension", [".png", ".tif"])
 @pytest.mark.parametrize("num_channels", [1, 3, 4])
-def test_samples_of_16_bits_are_scaled_by_the_bits_in_use(bits: int, extension: str, num_channels: int) -> None:
+def test_16_bit_samples_are_scaled_by_the_bits_in_use(bits: int, extension: str, num_channels: int) -> None:
     colours = GREY[..., :1] if num_channels == 1 else bad_images.gradient_rgb()
     values = samples(colours, bits)[..., ::-1]
     if num_channels == 4:
@@ -402,7 +402,7 @@ def test_12_bit_grey_with_alpha_is_scaled(alpha: int) -> None:
     assert mean_error(decode_image(bad_images.png_samples(values)).rgb, GREY) < 1
 
 
-def test_a_dim_picture_stays_dim_where_the_file_says_how_many_bits_count() -> None:
+def test_a_dim_image_stays_dim_if_the_file_gives_its_number_of_bits() -> None:
     values = (samples(GREY[..., :1], 12) / 8).astype(np.uint16)
     data = bad_images.png_samples(values, bad_images.png_chunk(b"sBIT", b"\x0c"))
     assert mean_error(decode_image(data).rgb, GREY / 8) < 1
@@ -410,14 +410,14 @@ def test_a_dim_picture_stays_dim_where_the_file_says_how_many_bits_count() -> No
     assert mean_error(decode_image(tiff).rgb, GREY / 8) < 1
 
 
-def test_a_dim_picture_of_16_bits_is_not_brightened() -> None:
+def test_a_dim_16_bit_image_is_not_brightened() -> None:
     values = np.full((8, 8, 1), 20_000, np.uint16)
     assert (decode_image(bad_images.png_samples(values)).rgb == 78).all()
     assert (decode_image(bad_images.png_samples(np.repeat(values, 3, axis=2))).rgb == 78).all()
 
 
 @pytest.mark.parametrize("white", [1.0, 255.0, 65_535.0])
-def test_floating_point_is_scaled_and_what_is_not_finite_is_black(white: float) -> None:
+def test_floating_point_pixels_are_scaled_and_non_finite_ones_are_black(white: float) -> None:
     values = (GREY[..., 0] / 255 * white).astype(np.float32)
     values[0, :3] = np.nan, -np.inf, np.inf
     rgb = decode_image(bad_images.encoded(Image.fromarray(values), "TIFF")).rgb
@@ -433,7 +433,7 @@ def test_32_bit_samples_are_scaled(high: int) -> None:
     assert mean_error(decode_image(data).rgb, GREY) < 1
 
 
-def test_16_bit_grey_whose_white_is_zero_is_not_a_negative() -> None:
+def test_16_bit_grey_with_white_at_zero_is_not_inverted() -> None:
     values = 65_535 - GREY[..., 0].astype(np.uint16) * 257
     data = bad_images.encoded(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
     assert mean_error(decode_image(data).rgb, GREY) < 1
@@ -447,7 +447,7 @@ def test_lab_is_converted() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGBA", "LA"])
-def test_every_mode_of_tiff_gives_its_colours(mode: str) -> None:
+def test_every_tiff_mode_has_the_right_colours(mode: str) -> None:
     picture = Image.fromarray(bad_images.gradient_rgb()).convert(mode)
     expected = np.asarray(picture.convert("RGB"))
     assert mean_error(decode_image(bad_images.encoded(picture, "TIFF")).rgb, expected) < 3
@@ -465,14 +465,14 @@ def test_a_tiff_whose_alpha_is_all_zero_is_opaque() -> None:
     assert (decode_image(bad_images.encoded(picture, "TIFF")).rgb == bad_images.gradient_rgb()).all()
 
 
-def test_a_transparent_colour_of_a_16_bit_png_is_laid_on_white() -> None:
+def test_a_transparent_colour_of_a_16_bit_png_becomes_white() -> None:
     values = np.full((4, 8, 1), 65_535 // 4, np.uint16)
     values[:, :4], values[0, 0] = 1_000, 65_535
     data = bad_images.png_samples(values, bad_images.png_chunk(b"tRNS", struct.pack(">H", 1_000)))
     assert decode_image(data).rgb[1, :, 0].tolist() == [255] * 4 + [64] * 4
 
 
-def test_large_images_are_converted_in_bands_that_do_not_show() -> None:
+def test_large_images_are_converted_in_bands_without_seams() -> None:
     picture = Image.fromarray(bad_images.gradient_rgb(3_001, 2_003)).convert("RGBA")
     data = bad_images.encoded(picture, "PNG", compress_level=1)
     assert mean_error(decode_image(data).rgb, bad_images.gradient_rgb(3_001, 2_003)) == 0
@@ -504,7 +504,7 @@ def test_equal_reasons_have_equal_messages() -> None:
     ]
 
 
-def test_pixels_count_as_they_are_decoded() -> None:
+def test_the_pixel_limit_applies_to_decoded_pixels() -> None:
     baseline = bad_images.large_jpeg()
     progressive = bad_images.encoded(Image.fromarray(bad_images.gradient_rgb(2_400, 1_800)), "JPEG", progressive=True)
     assert decode_image(baseline, max_side_px=300, max_pixels=300 * 225).width_px == 2_400
@@ -514,14 +514,14 @@ def test_pixels_count_as_they_are_decoded() -> None:
     assert decode_image(progressive, max_side_px=300, max_pixels=2_400 * 1_800).width_px == 2_400
 
 
-def test_a_limit_above_that_of_pillow_holds() -> None:
+def test_a_pixel_limit_above_pillows_applies() -> None:
     bomb = bad_images.png_bomb(20_000)
     assert status_of(bomb) is Status.TOO_LARGE
     image = decode_image(bomb, max_pixels=400_000_000, max_side_px=100)
     assert (image.width_px, image.rgb.max()) == (20_000, 0)
 
 
-def test_a_progressive_jpeg_of_endless_scans_is_refused() -> None:
+def test_a_progressive_jpeg_with_too_many_scans_is_rejected() -> None:
     data = bad_images.encoded(Image.fromarray(bad_images.gradient_rgb()), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     with pytest.raises(ImageError, match="more than 200 scans"):
@@ -534,7 +534,7 @@ def test_reserved_bytes_of_a_bmp_do_not_matter() -> None:
     assert status_of(b"BMW is a maker of cars, and this is no photograph of one.") is Status.NOT_AN_IMAGE
 
 
-def test_a_heic_with_an_item_of_no_name_does_not_crash_its_process() -> None:
+def test_a_heic_with_an_unnamed_item_does_not_crash_its_process() -> None:
     data = bad_images.heic("turned_by_exif").replace(b"Exif", b"Exi\xff", 1)
     assert status_of(data) is Status.UNREADABLE
 
@@ -550,5 +550,5 @@ def test_a_heic_with_an_item_of_no_name_does_not_crash_its_process() -> None:
         (struct.error(), "error"),
     ],
 )
-def test_messages_hold_nothing_that_differs_from_file_to_file(error: Exception, expected: str) -> None:
+def test_messages_contain_nothing_specific_to_a_file(error: Exception, expected: str) -> None:
     assert decode._reason(error) == expected

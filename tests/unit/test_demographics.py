@@ -124,7 +124,7 @@ def test_corrected_shares_are_closer_over_100_mixtures_and_intervals_cover() -> 
         assert covered_share >= 0.85, breakdown
 
 
-def test_groups_keep_apart_and_one_without_faces_says_so() -> None:
+def test_groups_are_separate_and_one_without_faces_says_so() -> None:
     rng = np.random.default_rng(6)
     cells = counted(said_of(drawn_truth(np.full(SIZES, 1 / np.prod(SIZES)), 200, rng), rng), day="mon")
     groups = pa.Table.from_pylist([group_row(0, day="tue"), group_row(200, day="mon"), group_row(0, day=None)])
@@ -146,7 +146,7 @@ def test_groups_keep_apart_and_one_without_faces_says_so() -> None:
             assert (row["n"], row["share"], row["share_corrected"], row["correction"]) == (0, None, None, "no faces")
 
 
-def test_a_class_with_few_labelled_images_is_named_where_it_matters_only() -> None:
+def test_a_class_with_few_labelled_images_is_named_only_where_it_matters() -> None:
     rng = np.random.default_rng(7)
     calibration = calibration_rows(3000, rng)
     few = np.flatnonzero(calibration["race"] == UTKFACE.races.index("indian"))[19:]
@@ -225,7 +225,7 @@ def test_without_groups_all_rows_are_the_total() -> None:
     assert [(row["is_total"], row["n"]) for row in table.to_pylist()] == [(True, 0), (True, 5)]
 
 
-def test_a_run_without_images_has_a_total_of_none() -> None:
+def test_a_run_without_images_has_a_total_of_zero() -> None:
     groups = pa.Table.from_pylist([group_row(1, day="mon")]).slice(0, 0)
     cells = pa.Table.from_pylist([cell(None, "male", None, 1, day="mon")]).slice(0, 0)
 
@@ -246,7 +246,7 @@ def test_a_run_without_images_has_a_total_of_none() -> None:
         ([cell(None, "male", None, 1, day="mon")], [group_row(1, day="mon")] * 2, ["gender"], "twice"),
     ],
 )
-def test_what_does_not_fit_is_named(cells: list[Any], groups: list[Any], attributes: list[str], said: str) -> None:
+def test_invalid_arguments_are_named(cells: list[Any], groups: list[Any], attributes: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         demographics(
             pa.Table.from_pylist(cells), pa.Table.from_pylist(groups), None, dict.fromkeys(attributes, UTKFACE.genders)

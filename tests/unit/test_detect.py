@@ -61,7 +61,7 @@ def test_landmarks_do_not_move_when_a_border_is_added(chips: list[np.ndarray]) -
     assert max(moves) < 3.5
 
 
-def test_a_face_cut_by_the_border_is_seen_as_if_there_were_black(chips: list[np.ndarray]) -> None:
+def test_a_face_cut_by_the_border_is_detected_as_if_padded_with_black(chips: list[np.ndarray]) -> None:
     # Cut at the temples, so that the face's box reaches beyond the chip.
     tight = [np.ascontiguousarray(chip[20:-20, 35:-35]) for chip in chips]
     moves = []
@@ -72,7 +72,7 @@ def test_a_face_cut_by_the_border_is_seen_as_if_there_were_black(chips: list[np.
     assert np.median(moves) < 2
 
 
-def test_facenet_pytorch_agrees_where_it_has_a_border(chips: list[np.ndarray]) -> None:
+def test_facenet_pytorch_agrees_on_images_with_a_border(chips: list[np.ndarray]) -> None:
     reference = MTCNN(keep_all=True, min_face_size=40, post_process=False)
     overlaps, distances = [], []
     for chip, faces in zip(chips, mtcnn().detect(chips), strict=True):
@@ -90,7 +90,7 @@ def test_facenet_pytorch_agrees_where_it_has_a_border(chips: list[np.ndarray]) -
 
 
 @torch.inference_mode()
-def test_every_level_on_the_sheet_gives_what_p_net_gives_on_it_alone() -> None:
+def test_every_level_on_the_sheet_gives_the_same_as_alone() -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (height, width, 3), np.uint8) for height, width in [(701, 500), (90, 333), (64, 64)]]
     sheet, tiles = cascade._sheet([cascade._halved(image) for image in images], 20.0)
@@ -109,7 +109,7 @@ def test_every_level_on_the_sheet_gives_what_p_net_gives_on_it_alone() -> None:
 
 @pytest.mark.parametrize(("net", "theirs", "side_px"), [(nets.refine_net, RNet, 24), (nets.output_net, ONet, 48)])
 @torch.inference_mode()
-def test_the_other_nets_give_what_those_of_facenet_pytorch_give(net: Any, theirs: Any, side_px: int) -> None:
+def test_the_other_nets_equal_facenet_pytorchs(net: Any, theirs: Any, side_px: int) -> None:
     crops = np.random.default_rng(1).integers(0, 256, (5, side_px, side_px, 3), np.uint8)
     ours = net()(torch.from_numpy(crops).permute(0, 3, 1, 2).float())
     for one, other in zip(ours, theirs()(nets_pixels(crops)), strict=True):
@@ -117,7 +117,7 @@ def test_the_other_nets_give_what_those_of_facenet_pytorch_give(net: Any, theirs
 
 
 @pytest.mark.parametrize(("size", "side_px"), [(2, 7), (2, 8), (3, 7), (3, 8)])
-def test_pooling_gives_what_that_of_torch_gives(size: int, side_px: int) -> None:
+def test_pooling_equals_torchs(size: int, side_px: int) -> None:
     maps = torch.randn(2, 5, side_px, side_px + 1, generator=torch.Generator().manual_seed(0))
     pool = torch.nn.MaxPool2d(size, 2, ceil_mode=True)
     assert torch.equal(nets.MaxPool(size)(maps), pool(maps))
@@ -127,7 +127,7 @@ def nets_pixels(images_nhwc: np.ndarray) -> torch.Tensor:
     return ((torch.from_numpy(images_nhwc).float() - 127.5) / 128).permute(0, 3, 1, 2)
 
 
-def test_a_face_many_times_as_large_is_found_at_the_same_place(chips: list[np.ndarray]) -> None:
+def test_a_much_larger_face_is_found_at_the_same_place(chips: list[np.ndarray]) -> None:
     large = [cv2.resize(chip, None, fx=6, fy=6, interpolation=cv2.INTER_CUBIC) for chip in chips[:6]]
     moves = []
     for plain, enlarged in zip(mtcnn().detect(chips), mtcnn().detect(large), strict=False):
@@ -138,14 +138,14 @@ def test_a_face_many_times_as_large_is_found_at_the_same_place(chips: list[np.nd
     assert np.median(moves) < 1.5
 
 
-def test_a_face_that_the_border_cuts_is_found_at_most_sizes(chips: list[np.ndarray]) -> None:
+def test_a_face_cut_by_the_border_is_found_at_most_sizes(chips: list[np.ndarray]) -> None:
     cut = [np.ascontiguousarray(chip[:, :140]) for chip in chips]
     scaled = [cv2.resize(chip, None, fx=factor, fy=factor) for chip in cut for factor in (0.8, 1.0, 1.3, 1.7, 2.3)]
     found = make_detector("mtcnn", min_score=0.9).detect(scaled)
     assert sum(len(faces) > 0 for faces in found) >= 0.9 * len(scaled)
 
 
-def test_a_batch_gives_what_each_image_gives_alone(chips: list[np.ndarray]) -> None:
+def test_a_batch_gives_the_same_results_as_single_images(chips: list[np.ndarray]) -> None:
     mixed = [chips[0], with_border(chips[1]), chips[2]]
     alone = [mtcnn().detect([chip])[0] for chip in mixed]
     for together, single in zip(mtcnn().detect(mixed), alone, strict=True):
@@ -161,13 +161,13 @@ def test_scaling_leads_to_original_pixels(chips: list[np.ndarray]) -> None:
     assert (scaled.scores == faces.scores).all()
 
 
-def test_a_high_least_score_leaves_no_face(chips: list[np.ndarray]) -> None:
+def test_a_high_minimum_score_leaves_no_face(chips: list[np.ndarray]) -> None:
     assert sum(map(len, make_detector("mtcnn", min_score=1.1).detect(chips[:3]))) == 0
 
 
 @pytest.mark.parametrize("name", ["mtcnn", "haar", "none"])
 @pytest.mark.parametrize("shape", [(64, 96, 3), (1, 1, 3), (5, 300, 3)])
-def test_where_there_is_no_face_none_is_found(name: str, shape: tuple[int, int, int]) -> None:
+def test_no_face_is_found_in_an_image_without_one(name: str, shape: tuple[int, int, int]) -> None:
     (faces,) = make_detector(name).detect([np.full(shape, 128, np.uint8)])
     assert len(faces) == 0
     assert faces.boxes_xyxy.shape == (0, 4)
@@ -175,7 +175,7 @@ def test_where_there_is_no_face_none_is_found(name: str, shape: tuple[int, int, 
 
 
 @pytest.mark.parametrize("name", ["mtcnn", "haar", "none"])
-def test_no_images_give_no_answers(name: str) -> None:
+def test_no_images_give_no_predictions(name: str) -> None:
     detector = make_detector(name)
     assert detector.name == name
     assert detector.detect([]) == []
@@ -187,7 +187,7 @@ def test_haar_finds_boxes_without_landmarks(chips: list[np.ndarray]) -> None:
     assert all(np.isnan(faces.landmarks).all() for faces in found)
 
 
-def test_an_unknown_detector_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_detector_is_rejected_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'dlib'; choose one of: mtcnn, haar, none"):
         make_detector("dlib")
 

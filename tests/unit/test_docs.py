@@ -47,7 +47,7 @@ def test_there_are_commands_on_most_pages() -> None:
 
 
 @pytest.mark.parametrize(("path", "name", "words"), EVERY, ids=lambda each: str(each)[-60:])
-def test_a_command_is_one_that_the_parser_takes(
+def test_the_parser_accepts_each_command(
     path: Path, name: str, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     job = COMMANDS[name].job

@@ -74,7 +74,7 @@ def test_a_dry_run_times_every_image_size(data: Path, capsys: pytest.CaptureFixt
     assert said.count("an epoch with validation, 2 of them") == 1
 
 
-def test_a_dry_run_times_steps_in_which_the_backbone_learns(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_times_steps_with_an_unfrozen_backbone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen: list[bool] = []
 
     def loop(context: Any, model: MultiTaskNet, *args: Any) -> Any:
@@ -136,7 +136,7 @@ class _Linear(Backbone):
         return features
 
 
-def test_memory_of_activations_is_what_the_layers_keep(tmp_path: Path) -> None:
+def test_activation_memory_is_what_the_layers_store(tmp_path: Path) -> None:
     # A linear layer keeps its input, and no weight counts: the pixels of each image, and the features of its heads.
     job = dry_job(tmp_path)
     model = MultiTaskNet(job.model, UTKFACE)

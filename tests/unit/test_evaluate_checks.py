@@ -30,7 +30,7 @@ def test_predictions_that_are_not_finite_are_counted_by_image() -> None:
     _check_finite({"race": race_probs}, "c")
 
 
-def test_predictions_come_back_from_their_rows_even_where_all_are_nan() -> None:
+def test_predictions_survive_conversion_to_rows_even_if_all_are_nan() -> None:
     nan = np.full(3, np.nan, np.float32)
     predictions = {"age": nan, "race": np.array([[0.2] * 5, [np.nan] * 5, [0.2] * 5], np.float32)}
     table = pa.table(prediction_columns(predictions, 3, UTKFACE))
@@ -43,7 +43,7 @@ def test_predictions_come_back_from_their_rows_even_where_all_are_nan() -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"evaluation": {"split": "test"}}'])
-def test_a_metrics_file_of_something_else_is_not_overwritten(tmp_path: Path, content: str) -> None:
+def test_a_foreign_metrics_file_is_not_overwritten(tmp_path: Path, content: str) -> None:
     out, prepared = (
         tmp_path / "out",
         open_prepared(Storage(), str(prepared_set(tmp_path / "prepared")), "evaluate.data"),

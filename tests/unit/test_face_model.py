@@ -139,7 +139,7 @@ def test_a_face_model_gives_the_faces_that_a_scoring_run_writes(
             assert (face.landmarks, face.yaw, face.age_interval, face.flags) == (None, None, None, ())
 
 
-def test_overrides_are_refused_or_allowed_as_in_scoring(model: Path, tmp_path: Path) -> None:
+def test_overrides_are_rejected_or_allowed_as_in_scoring(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     save_checkpoint(own, network("resnet18"), Transform(SIDE_PX, SIDE_PX), pipeline=STORED)
     calibrate(own, STORED)

@@ -51,7 +51,7 @@ def images(request: pytest.FixtureRequest) -> pa.Table:
     return pa.Table.from_pylist([ROWS[0], *ROWS, ROWS[0]], schema=IMAGES).slice(1, len(ROWS))
 
 
-def test_every_face_is_a_row_that_knows_its_image(images: pa.Table) -> None:
+def test_every_face_is_a_row_with_its_image_id(images: pa.Table) -> None:
     faces = explode_faces(images)
 
     assert faces.schema.equals(FACES)
@@ -59,13 +59,13 @@ def test_every_face_is_a_row_that_knows_its_image(images: pa.Table) -> None:
     assert rows == [("two", 0, pytest.approx(10.4)), ("two", 1, 10.5), ("one", 0, 10.0), ("ages only", 0, 85.0)]
 
 
-def test_columns_of_the_image_can_be_carried_along(images: pa.Table) -> None:
+def test_columns_of_the_image_can_be_copied(images: pa.Table) -> None:
     images = images.append_column("day", pa.array(["1", "2", "3", "4", "5"]))
 
     assert explode_faces(images, ("day",))["day"].to_pylist() == ["1", "1", "4", "5"]
 
 
-def test_no_image_gives_no_face_and_all_columns() -> None:
+def test_no_image_gives_no_face_but_all_columns() -> None:
     assert explode_faces(IMAGES.empty_table()).schema.equals(FACES)
 
 
@@ -87,7 +87,7 @@ def test_flagged_faces_are_not_counted_and_abstained_attributes_count_as_such(im
     }
 
 
-def test_a_face_without_an_age_is_in_no_age_group_and_counts() -> None:
+def test_a_face_without_an_age_counts_in_no_age_group() -> None:
     faces = [face(math.nan, "male", "asian"), face(None, "male", "asian"), face(30.0, "male", "asian")]
     images = pa.Table.from_pylist([image("three", faces=faces)], schema=IMAGES)
 

@@ -61,14 +61,14 @@ def test_float16_trains_and_keeps_its_scale() -> None:
     assert reports[-1].train_state()["scaler"]["scale"] > 0
 
 
-def test_other_precisions_keep_no_scale() -> None:
+def test_other_precisions_have_no_loss_scale() -> None:
     _, reports, _ = run(job({"epochs": 1}), faces(8))
     assert reports[0].train_state()["scaler"] == {}
 
 
 @pytest.mark.parametrize("grad_clip_norm", [0.0, 0.5])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_scaled_gradients_take_the_step_of_plain_ones(
+def test_scaled_gradients_give_the_same_step(
     monkeypatch: pytest.MonkeyPatch, optimizer: str, grad_clip_norm: float
 ) -> None:
     config, data = job({"epochs": 1, "optimizer": optimizer, "grad_clip_norm": grad_clip_norm}), faces(16)
@@ -79,7 +79,7 @@ def test_scaled_gradients_take_the_step_of_plain_ones(
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_steps_whose_gradients_overflow_are_left_out(monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+def test_steps_with_overflowing_gradients_are_skipped(monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     values = {"epochs": 1, "optimizer": optimizer, "grad_clip_norm": 1.0, "ema_decay": 0.9}
     config, data = job(values, loss=LossConfig(age_weight=1e6)), faces(24)
     scaled_by(monkeypatch, init_scale=2.0**127)  # float32 ends at the next power of two
@@ -95,7 +95,7 @@ def test_steps_whose_gradients_overflow_are_left_out(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_first_step_left_out_leaves_nothing_behind(optimizer: str) -> None:
+def test_a_skipped_first_step_leaves_no_state(optimizer: str) -> None:
     models = [nn.Linear(50, 20) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     config = TrainConfig(optimizer=optimizer, lr=0.1)  # type: ignore[arg-type]  # one of them
@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_its_loss_scale(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize("augment", [STILL, MIXED], ids=["plain", "mixed"])
 @pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
 @pytest.mark.parametrize("age_head", ["linear", "distribution"])
-def test_a_batch_in_parts_gives_the_gradient_of_the_whole(
+def test_micro_batches_give_the_gradient_of_the_whole_batch(
     augment: AugmentConfig, weighting: Any, age_head: str
 ) -> None:
     gradients: list[list[Tensor]] = []
@@ -173,7 +173,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(
         torch.testing.assert_close(states[1][1], states[0][1], rtol=0, atol=1e-7)
 
 
-def test_two_ranks_in_parts_take_the_step_of_one_process() -> None:
+def test_two_ranks_with_micro_batches_take_the_same_step_as_one_process() -> None:
     data = some_unlabelled(8)
     config = job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2, "grad_accum_steps": 2}, loss=LossConfig())
     whole = job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2})
@@ -188,7 +188,7 @@ def test_two_ranks_in_parts_take_the_step_of_one_process() -> None:
     [(12, [3, 3, 3, 3]), (10, [2, 3, 2, 3]), (5, [2, 3]), (3, [3]), (1, [1])],
     ids=str,
 )
-def test_no_part_has_a_single_image_but_of_a_single_one(num_faces: int, expected: list[int]) -> None:
+def test_only_a_batch_of_one_has_a_part_with_a_single_image(num_faces: int, expected: list[int]) -> None:
     seen: list[int] = []
     config = job({"epochs": 1, "batch_size": 12, "grad_accum_steps": 4})
     model = network(config)
@@ -301,7 +301,7 @@ def test_a_second_image_size_compiles_once_more_and_a_third_does_not(num_compile
     assert after == [1, 2, 2]  # and none for validation
 
 
-def test_ddp_takes_a_compiled_network(process_group: None, num_compiled: list[int]) -> None:
+def test_ddp_accepts_a_compiled_network(process_group: None, num_compiled: list[int]) -> None:
     data = faces(16)
     baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     config = job({"epochs": 1, "optimizer": "sgd", "compile": True, "grad_accum_steps": 2})
@@ -318,7 +318,7 @@ def test_ddp_takes_a_compiled_network(process_group: None, num_compiled: list[in
 # Batch norm over all workers
 
 
-def test_batch_norms_that_could_be_synchronised_are_kept_under_the_same_names(tmp_path: Path) -> None:
+def test_synchronised_batch_norms_keep_their_names(tmp_path: Path) -> None:
     # One process on a CPU has nobody to synchronise with: what is learnt is what it was without.
     values, data = {"epochs": 2, "ema_decay": 0.9}, faces(16)
     _, _, plain = run(job(values), data)
@@ -332,7 +332,7 @@ def test_batch_norms_that_could_be_synchronised_are_kept_under_the_same_names(tm
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_where_one_rank_has_too_few_rows_all_let_their_batch_norms_stand(
+def test_if_one_rank_has_too_few_rows_all_keep_their_batch_norm_statistics(
     monkeypatch: pytest.MonkeyPatch, sync: bool
 ) -> None:
     monkeypatch.setattr(_Rank, "wrap", lambda self, model: model)  # its hooks count on equal numbers of parts
@@ -370,7 +370,7 @@ def test_ranks_with_enough_rows_all_train_their_batch_norms() -> None:
 # Arithmetic and optimisers
 
 
-def test_tf32_is_for_gpus_and_can_be_had_without() -> None:
+def test_tf32_is_for_gpus_and_can_be_disabled() -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         allow_tf32(torch.device("cuda"), is_allowed=True)
@@ -398,7 +398,7 @@ def test_sgd_is_torchs_own() -> None:
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-6, atol=1e-6)
 
 
-def test_sgd_takes_to_a_backbone_that_begins_to_learn() -> None:
+def test_sgd_works_with_a_backbone_that_is_unfrozen_later() -> None:
     config = job({"epochs": 2, "freeze_epochs": 1, "optimizer": "sgd"})
     kept: list[Tensor] = []
     run(config, faces(8), on_report=lambda report: kept.append(weights(report.model.backbone)))

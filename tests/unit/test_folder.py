@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_words_are_matched_in_either_case_and_blanks_are_missing(folder: Path) -> None:
+def test_words_match_in_any_case_and_blanks_are_missing(folder: Path) -> None:
     rows = manifest(folder, "key,age,gender,race,note\na.jpg,31.5,FEMALE,Asian,x\nsub/b.png,,male,,y\n")
 
     assert labels(rows["a.jpg"]) == (31.5, "female", "asian", "ok")
@@ -94,7 +94,7 @@ def test_codes_mean_something_only_when_given(folder: Path) -> None:
     assert [row["gender"] for row in rows.values()] == ["male", "female"]
 
 
-def test_a_code_for_an_unknown_word_is_refused(folder: Path) -> None:
+def test_a_code_for_an_unknown_word_is_rejected(folder: Path) -> None:
     with pytest.raises(LabelTableError, match=r"'man': expected one of female, male"):
         manifest(folder, "key,age\na.jpg,3\n", gender_codes={"0": "man"})
 
@@ -117,9 +117,7 @@ def test_a_code_for_an_unknown_word_is_refused(folder: Path) -> None:
         ),
     ],
 )
-def test_a_value_that_cannot_be_read_is_dropped_alone(
-    folder: Path, values: str, kept: tuple[object, ...], error: str
-) -> None:
+def test_only_an_unreadable_value_is_dropped(folder: Path, values: str, kept: tuple[object, ...], error: str) -> None:
     rows, notes = rows_and_notes(folder, f"key,age,gender,race\na.jpg,{values}\nsub/b.png,1,female,asian\n")
 
     assert said(rows, "age", "gender", "race", "error") == [
@@ -131,7 +129,7 @@ def test_a_value_that_cannot_be_read_is_dropped_alone(
     assert notes == [f"labels.csv: invalid values of {column}, dropped: 1 ({text!r})"]
 
 
-def test_a_row_of_which_no_label_can_be_read_is_a_bad_label(folder: Path) -> None:
+def test_a_row_without_a_readable_label_is_a_bad_label(folder: Path) -> None:
     rows, _ = rows_and_notes(folder, "key,age,gender\na.jpg,abc,\nsub/b.png,,\n")
 
     assert said(rows, "age", "gender", "error") == [
@@ -174,7 +172,7 @@ def test_dropped_values_are_counted_by_column_with_the_first_examples(folder: Pa
         ("under 3", 0, 3),
     ],
 )
-def test_an_age_range_is_a_range_and_no_age(folder: Path, text: str, low: float, high: float) -> None:
+def test_an_age_range_is_not_an_age(folder: Path, text: str, low: float, high: float) -> None:
     rows, notes = rows_and_notes(folder, f'key,age,gender\na.jpg,"{text}",male\nsub/b.png,30,\n')
 
     assert said(rows, "age", "age_low", "age_high", "gender", "error") == [
@@ -247,12 +245,12 @@ def test_columns_are_found_whatever_their_case_and_blanks(folder: Path, header: 
         ("ageMax", "age_high"),
     ],
 )
-def test_a_column_that_is_nearly_right_is_refused(folder: Path, name: str, meant: str) -> None:
+def test_a_nearly_right_column_name_is_rejected(folder: Path, name: str, meant: str) -> None:
     assert f"has the column {name!r}, which probably means {meant!r}" in refusal(folder, f"key,age,{name}\na.jpg,3,x\n")
 
 
 @pytest.mark.parametrize("name", ["label_age", "ages", "age (years)", "Age Group", "years"])
-def test_a_column_that_is_nearly_the_age_is_refused(folder: Path, name: str) -> None:
+def test_a_column_name_close_to_age_is_rejected(folder: Path, name: str) -> None:
     assert f"has the column {name!r}, which probably means 'age'" in refusal(
         folder, f"key,gender,{name}\na.jpg,male,3\n"
     )
@@ -324,7 +322,7 @@ def test_codes_of_a_parquet_table_of_floats_match(folder: Path) -> None:
         ({"Male": "female"}, "gender code 'Male' means 'female' and 'male': leave one out"),
     ],
 )
-def test_a_code_with_two_meanings_is_refused(folder: Path, codes: dict[str, str], error: str) -> None:
+def test_a_code_with_two_meanings_is_rejected(folder: Path, codes: dict[str, str], error: str) -> None:
     assert refusal(folder, "key,gender\na.jpg,m\n", gender_codes=codes) == error
 
 
@@ -348,7 +346,7 @@ def test_tables_are_separated_by_commas_tabs_or_semicolons(
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_table_that_is_not_utf_8_is_one_line(folder: Path, encoding: str) -> None:
+def test_a_table_that_is_not_utf_8_gives_one_line(folder: Path, encoding: str) -> None:
     line, byte = {"latin-1": (2, "0xe9"), "utf-16": (1, "0xff")}[encoding]
 
     error = refusal(folder, "key,age\né.jpg,3\n".encode(encoding))
@@ -405,7 +403,7 @@ def test_keys_may_have_backslashes_and_begin_with_a_dot(folder: Path, key: str) 
     assert notes == []
 
 
-def test_a_file_whose_name_has_a_backslash_is_itself(folder: Path) -> None:
+def test_a_backslash_in_a_file_name_is_kept(folder: Path) -> None:
     (folder / "sub\\b.png").write_bytes(b"c")
 
     rows, _ = rows_and_notes(folder, "key,age\nsub\\b.png,3\nsub/b.png,4\na.jpg,5\n")
@@ -414,7 +412,7 @@ def test_a_file_whose_name_has_a_backslash_is_itself(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["C:\\faces\\", "/home/bo/faces/", "/", "../", "faces/"])
-def test_a_table_of_which_no_key_is_an_image_is_refused_with_examples(folder: Path, prefix: str) -> None:
+def test_a_table_whose_keys_match_no_image_is_rejected_with_examples(folder: Path, prefix: str) -> None:
     error = refusal(folder, f"key,age\n{prefix}b.png,3\n{prefix}a.jpg,3\n")
 
     key = f"{prefix}b.png"
@@ -424,7 +422,7 @@ def test_a_table_of_which_no_key_is_an_image_is_refused_with_examples(folder: Pa
     )
 
 
-def test_keys_of_which_few_are_images_are_named_with_how_they_are_matched(folder: Path) -> None:
+def test_if_few_keys_are_images_the_warning_says_how_keys_match(folder: Path) -> None:
     rows, notes = rows_and_notes(folder, "key,age\na.jpg,3\n/x/b.png,4\n/x/c.png,5\n/x/d.png,6\n../e.png,7\n")
 
     assert said(rows, "age") == [
@@ -454,13 +452,13 @@ def test_keys_that_differ_only_in_case_are_named(folder: Path) -> None:
     ]
 
 
-def test_an_empty_folder_with_labels_is_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_with_labels_is_rejected(tmp_path: Path) -> None:
     assert refusal(tmp_path, "key,age\na.jpg,3\n") == (
         f"source.uri {tmp_path}: there is no image below it, and labels.csv labels 1"
     )
 
 
-def test_the_label_table_of_a_folder_is_the_only_one(folder: Path) -> None:
+def test_a_folder_must_have_exactly_one_label_table(folder: Path) -> None:
     with pytest.raises(LabelTableError, match=r"source\.labels: there is no label table at .*parquet, .*csv, .*tsv"):
         find_labels(Storage(), str(folder))
 
@@ -497,14 +495,14 @@ def test_rows_that_agree_count_once_and_rows_that_disagree_reject(folder: Path) 
     assert rows["sub/b.png"]["error"] == "2 label rows disagree: age is 4 and 5"
 
 
-def test_subjects_and_splits_are_taken_over_as_text(folder: Path) -> None:
+def test_subjects_and_splits_are_copied_as_text(folder: Path) -> None:
     rows = manifest(folder, "key,age,subject,split\na.jpg,3,007,TEST\nsub/b.png,4,,\n")
 
     assert (rows["a.jpg"]["group_id"], rows["a.jpg"]["split"]) == ("subject:007", "test")
     assert str(rows["sub/b.png"]["group_id"]).startswith("sha256:")
 
 
-def test_one_subject_written_as_a_float_and_as_a_whole_number_is_one(folder: Path) -> None:
+def test_a_subject_written_as_float_and_integer_is_one_subject(folder: Path) -> None:
     rows, _ = rows_and_notes(folder, "key,age,subject\na.jpg,3,7.0\nsub/b.png,4, 7\n")
 
     assert [row["group_id"] for row in rows] == ["subject:7", "subject:7"]
@@ -531,14 +529,14 @@ def test_an_unknown_split_is_rejected(folder: Path) -> None:
         ("key,age\n,3\n", "row 1 has no key"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_one_line(folder: Path, table: str, said: str) -> None:
+def test_an_unusable_table_gives_one_line(folder: Path, table: str, said: str) -> None:
     with pytest.raises(LabelTableError, match=said) as caught:
         manifest(folder, table)
 
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_or_broken_table_is_named(folder: Path) -> None:
+def test_a_missing_or_broken_table_is_named_in_the_error(folder: Path) -> None:
     (folder / "broken.parquet").write_bytes(b"x")
 
     with pytest.raises(LabelTableError, match=r"none\.csv"):

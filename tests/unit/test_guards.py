@@ -60,7 +60,7 @@ def check(table: pa.Table, folder: Path) -> None:
     check_no_overlap(train, table, prepared(str(folder)), Storage())
 
 
-def test_an_image_in_training_and_validation_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_image_in_training_and_validation_is_rejected_by_name(tmp_path: Path) -> None:
     table = crops(
         tmp_path,
         [("a.jpg", "11", "train"), ("b.jpg", "22", "train"), ("c.jpg", "22", "val"), ("d.jpg", "33", "test")],
@@ -94,7 +94,7 @@ def test_classes_that_no_training_row_has_are_named_with_counts() -> None:
     assert "no training row has race indian or others, " in race
 
 
-def test_a_class_is_not_missed_where_its_task_has_no_head() -> None:
+def test_an_absent_class_does_not_matter_without_a_head_for_its_task() -> None:
     assert class_warnings(COUNTS, ["age"], [prepared("data")]) == []
 
 
@@ -104,7 +104,7 @@ def test_crops_made_without_a_detector_trigger_a_warning() -> None:
     assert "train.data data: its crops were made with vision.detector none, which scoring can't use" in warning
 
 
-def test_crops_of_any_detector_are_not() -> None:
+def test_crops_of_any_detector_trigger_no_warning() -> None:
     assert vision_warnings([prepared("data"), prepared("more")]) == []
     assert vision_warnings([prepared("data", "haar")]) == []
 
@@ -125,7 +125,7 @@ def test_sets_of_the_same_crop_size_can_be_trained_on_together() -> None:
     ],
     ids=str,
 )
-def test_sets_that_do_not_go_together_are_both_named(other: dict[str, Any], said: str) -> None:
+def test_incompatible_sets_are_both_named(other: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_sets([prepared("one"), prepared("two"), prepared("three", **other)])
 
@@ -141,7 +141,7 @@ APART = [("a.jpg", "11", "train"), ("b.jpg", "22", "val")]
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_an_image_in_training_of_one_set_and_validation_of_another_is_refused(tmp_path: Path, is_first: bool) -> None:
+def test_an_image_in_training_of_one_set_and_validation_of_another_is_rejected(tmp_path: Path, is_first: bool) -> None:
     seen = [("x.jpg", "33", "train"), ("y.jpg", "11", "test"), ("z.jpg", "44", "test")]
     order = [APART, seen] if is_first else [seen, APART]
     trained, held_back = (tmp_path / name for name in (("one", "two") if is_first else ("two", "one")))
@@ -175,7 +175,7 @@ def test_images_trained_on_in_two_sets_are_counted() -> None:
     assert copies_warnings([one.slice(0, 2), two], sets[:2]) == []
 
 
-def test_sets_of_different_detectors_trigger_a_warning() -> None:
+def test_sets_from_different_detectors_trigger_a_warning() -> None:
     (different,) = vision_warnings([prepared("one"), prepared("two", "haar")])
 
     assert "crops of one and two were made with different settings: vision.detector mtcnn and haar;" in different

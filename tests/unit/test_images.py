@@ -98,13 +98,13 @@ def test_a_sideways_face_is_found_in_its_place(
     assert int(np.argmin(errors)) == 0
 
 
-def test_a_photograph_is_turned_only_where_it_is_asked_for(tmp_path: Path, upright: np.ndarray) -> None:
+def test_a_photograph_is_rotated_only_on_request(tmp_path: Path, upright: np.ndarray) -> None:
     photograph = read_one(tmp_path, turned_clockwise(upright, 180), detector="haar")
 
     assert (len(photograph.faces), photograph.rotation_degrees) == (0, 0)
 
 
-def test_without_a_face_in_any_rotation_a_photograph_stays_as_it_is(tmp_path: Path) -> None:
+def test_without_a_face_in_any_rotation_a_photograph_is_not_rotated(tmp_path: Path) -> None:
     photograph = read_one(tmp_path, np.full((60, 90, 3), 128, np.uint8), try_rotations=True)
 
     assert (len(photograph.faces), photograph.rotation_degrees) == (0, 0)
@@ -112,9 +112,7 @@ def test_without_a_face_in_any_rotation_a_photograph_stays_as_it_is(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("small_faces", "num_faces"), [(False, 0), (True, 1)])
-def test_small_faces_are_found_in_large_photographs_by_one_switch(
-    tmp_path: Path, small_faces: bool, num_faces: int
-) -> None:
+def test_small_faces_finds_small_faces_in_large_photographs(tmp_path: Path, small_faces: bool, num_faces: int) -> None:
     rgb = np.full((1500, 6000, 3), 128, np.uint8)
     rgb[900:1000, 2200:2300] = cv2.resize(np.asarray(render_chip(0, 16).image_rgb), (100, 100))
 
@@ -126,7 +124,7 @@ def test_small_faces_are_found_in_large_photographs_by_one_switch(
         assert 870 < y0 < y1 < 1030
 
 
-def test_switches_without_an_effect_are_refused() -> None:
+def test_switches_without_an_effect_are_rejected() -> None:
     with pytest.raises(ValueError, match="max_side_px"):
         VisionConfig(small_faces=True, max_side_px=2000)
     with pytest.raises(ValueError, match="detector = none"):

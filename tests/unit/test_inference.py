@@ -37,7 +37,7 @@ def crops() -> np.ndarray:
 @pytest.mark.parametrize(
     "backbone", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "mobilenet_v3_small"]
 )
-def test_it_predicts_the_same_in_float32(backbone: str) -> None:
+def test_the_inference_network_predicts_the_same_in_float32(backbone: str) -> None:
     model, config = network(backbone), PredictConfig(flip_average=True)
     before = predict(model, crops(), TRANSFORM, config)
     after = predict(for_inference(model, config.precision), crops(), TRANSFORM, config)
@@ -47,7 +47,7 @@ def test_it_predicts_the_same_in_float32(backbone: str) -> None:
     assert np.ptp(before["gender"]) > 0.01
 
 
-def test_it_predicts_nearly_the_same_in_bfloat16() -> None:
+def test_the_inference_network_predicts_nearly_the_same_in_bfloat16() -> None:
     model, config = network("resnet18"), PredictConfig(precision="bfloat16")
     before = predict(model, crops(), TRANSFORM, PredictConfig())
     ready = for_inference(model, config.precision)

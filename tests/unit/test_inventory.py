@@ -19,7 +19,7 @@ def objects(uri: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("file_format", ["CSV", "Parquet"])
-def test_objects_of_all_data_files_come_in_order_under_their_own_keys(tmp_path: Path, file_format: str) -> None:
+def test_objects_of_all_data_files_are_listed_in_order(tmp_path: Path, file_format: str) -> None:
     files = [[entry(key) for key in ODD_KEYS], [entry("last.jpg", e_tag='"quoted-2"', storage_class="GLACIER")]]
     uri = write_inventory(Storage(), str(tmp_path), files, file_format)
 
@@ -56,7 +56,7 @@ def test_an_inventory_of_current_versions_has_no_version_columns(tmp_path: Path,
     ]
 
 
-def test_an_inventory_of_nothing_is_empty(tmp_path: Path) -> None:
+def test_an_inventory_without_objects_is_empty(tmp_path: Path) -> None:
     assert objects(write_inventory(Storage(), str(tmp_path), [[entry("a")]], "CSV", files=[])) == []
 
 
@@ -86,14 +86,14 @@ def test_an_inventory_that_cannot_be_used_says_why(tmp_path: Path, changes: dict
 
 
 @pytest.mark.parametrize("text", ["not json", "[]", '{"fileFormat": "CSV"}'])
-def test_what_is_no_inventory_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_manifest_that_is_not_an_inventory_is_rejected(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
 
     with pytest.raises(InventoryError, match="not an S3 Inventory"):
         objects(str(tmp_path / "manifest.json"))
 
 
-def test_a_number_that_is_none_is_refused_with_the_name_of_its_file(tmp_path: Path) -> None:
+def test_an_invalid_number_is_rejected_with_the_name_of_its_file(tmp_path: Path) -> None:
     uri = write_inventory(Storage(), str(tmp_path), [[entry("a.jpg", size="many")]], "CSV")
 
     with pytest.raises(InventoryError, match=r"0\.csv can't be read as CSV"):

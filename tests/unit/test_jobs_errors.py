@@ -113,11 +113,11 @@ def test_every_job_names_a_missing_recipe(complaint: Complaint, job: str) -> Non
 
 
 @pytest.mark.parametrize("uri", ["ftp://host/faces", "s3:/bucket/faces", "s3:///faces", "file://host/faces"])
-def test_a_uri_of_no_known_form_is_named(complaint: Complaint, uri: str) -> None:
+def test_an_unsupported_uri_is_named_in_the_error(complaint: Complaint, uri: str) -> None:
     assert uri in complaint("prepare", "--source.uri", uri, "--prepare.out", "out")
 
 
-def test_an_endpoint_out_of_reach_is_named(complaint: Complaint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_endpoint_is_named_in_the_error(complaint: Complaint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     endpoint = "http://127.0.0.1:9"
@@ -180,13 +180,13 @@ def test_preparing_with_a_missing_table_of_labels(complaint: Complaint, faces: P
         ("key,age\n/etc/a.jpg,3\n", "no key of labels.csv matches an image"),
     ],
 )
-def test_preparing_with_a_table_that_can_not_be_used(complaint: Complaint, faces: Path, labels: str, said: str) -> None:
+def test_preparing_with_an_unusable_table(complaint: Complaint, faces: Path, labels: str, said: str) -> None:
     (faces / "labels.csv").write_text(labels)
 
     assert said in complaint("prepare", "--source.uri", faces, "--prepare.out", "out")
 
 
-def test_preparing_with_a_table_that_is_no_parquet(complaint: Complaint, faces: Path) -> None:
+def test_preparing_with_a_table_that_is_not_parquet(complaint: Complaint, faces: Path) -> None:
     (faces / "labels.csv").unlink()
     (faces / "labels.parquet").write_bytes(b"no parquet")
 
@@ -201,7 +201,7 @@ def test_preparing_a_folder_with_two_label_tables(complaint: Complaint, faces: P
     assert f"there are several label tables, {faces}/labels.parquet and {faces}/labels.csv; name the one to use" in said
 
 
-def test_preparing_codes_that_mean_nothing(complaint: Complaint, faces: Path) -> None:
+def test_preparing_with_unknown_codes(complaint: Complaint, faces: Path) -> None:
     argv = ("--source.uri", faces, "--prepare.out", "out", "--source.gender_codes", '{"0": "man"}')
 
     assert "'man': expected one of female, male" in complaint("prepare", *argv)
@@ -215,7 +215,7 @@ def test_preparing_a_folder_without_images(complaint: Complaint, tmp_path: Path)
     assert "source.uri empty: there is no image below it" in said
 
 
-def test_preparing_into_a_folder_of_something_else(complaint: Complaint, faces: Path, tmp_path: Path) -> None:
+def test_preparing_into_a_foreign_folder(complaint: Complaint, faces: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
 
@@ -241,14 +241,14 @@ def test_preparing_over_a_damaged_record(complaint: Complaint, faces: Path, prep
 # train
 
 
-def test_training_on_nothing(complaint: Complaint, tmp_path: Path) -> None:
+def test_training_without_data(complaint: Complaint, tmp_path: Path) -> None:
     said = complaint("train", "--train.data", "nowhere")
 
     assert f"train.data {tmp_path}/nowhere: not a prepared set" in said
     assert not (tmp_path / "runs").exists()
 
 
-def test_training_on_a_set_that_is_not_finished(complaint: Complaint, tmp_path: Path) -> None:
+def test_training_on_an_unfinished_set(complaint: Complaint, tmp_path: Path) -> None:
     unfinished = prepared_set(tmp_path / "half", finished=False)
 
     assert f"train.data {unfinished}: preparation has not finished" in complaint("train", "--train.data", unfinished)
@@ -276,7 +276,7 @@ def test_a_plateau_without_validation(complaint: Complaint, prepared: Path) -> N
     assert f"train.schedule plateau needs validation, and {prepared} has no crop in its val split" in said
 
 
-def test_evening_out_crops_that_memory_does_not_hold(complaint: Complaint, prepared: Path) -> None:
+def test_balancing_crops_that_do_not_fit_into_memory(complaint: Complaint, prepared: Path) -> None:
     said = complaint("train", "--train.data", prepared, *TASKS, "--train.balance", "age", "--train.cache_mib", "0")
 
     assert "train.balance age draws from crops in memory, and train.cache_mib 0 holds 0 of the 2 of each worker" in said
@@ -293,9 +293,7 @@ def test_training_from_weights_that_are_missing(
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "weights.txt"])
-def test_training_from_a_file_that_holds_no_weights(
-    complaint: Complaint, prepared: Path, tmp_path: Path, name: str
-) -> None:
+def test_training_from_a_file_without_weights(complaint: Complaint, prepared: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no weights at all")
 
     said = complaint("train", "--train.data", prepared, *TASKS, "--model.pretrained", tmp_path / name)
@@ -312,7 +310,7 @@ def test_training_from_another_networks_weights(complaint: Complaint, prepared: 
     assert "other.pt" in said
 
 
-def test_training_on_images_of_another_split(complaint: Complaint, tmp_path: Path) -> None:
+def test_training_on_images_that_are_also_in_test(complaint: Complaint, tmp_path: Path) -> None:
     copied = prepared_set(tmp_path / "copied", copied=True)
 
     said = complaint("train", "--train.data", copied, *TASKS)
@@ -330,7 +328,7 @@ def test_training_on_sets_of_different_crops(complaint: Complaint, prepared: Pat
 
 
 @pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed")
-def test_logging_to_mlflow_without_mlflow(complaint: Complaint, prepared: Path, tmp_path: Path) -> None:
+def test_mlflow_settings_without_mlflow_installed(complaint: Complaint, prepared: Path, tmp_path: Path) -> None:
     said = complaint("train", "--train.data", prepared, *TASKS, "--train.mlflow_uri", "http://tracking:5000")
 
     assert "train.mlflow_uri http://tracking:5000: needs the package mlflow" in said
@@ -347,7 +345,7 @@ def test_evaluating_no_checkpoint(complaint: Complaint, prepared: Path, tmp_path
     assert f"evaluate.checkpoint {tmp_path}/gone: there is no checkpoint" in said
 
 
-def test_evaluating_on_nothing(complaint: Complaint, checkpoint: Path, tmp_path: Path) -> None:
+def test_evaluating_without_data(complaint: Complaint, checkpoint: Path, tmp_path: Path) -> None:
     said = complaint("evaluate", "--evaluate.checkpoint", checkpoint, "--evaluate.data", tmp_path / "gone")
 
     assert f"evaluate.data {tmp_path}/gone: not a prepared set" in said
@@ -380,7 +378,7 @@ def test_evaluating_crops_of_another_template(complaint: Complaint, checkpoint: 
 
 @pytest.mark.parametrize("job", ["evaluate", "score"])
 @pytest.mark.parametrize("damage", ["meta", "labels", "no weights", "cut weights", "template"])
-def test_a_damaged_checkpoint_is_named(
+def test_a_damaged_checkpoint_is_named_in_the_error(
     complaint: Complaint, checkpoint: Path, prepared: Path, faces: Path, job: str, damage: str
 ) -> None:
     weights = checkpoint / "weights.safetensors"

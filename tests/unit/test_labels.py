@@ -33,7 +33,7 @@ def test_a_space_survives_json(space: LabelSpace) -> None:
 
 
 @pytest.mark.parametrize("races", ["white", {"white": 1, "black": 2}, ["white", 1], None])
-def test_classes_that_are_no_list_of_names_are_rejected(races: object) -> None:
+def test_classes_that_are_not_a_list_of_names_are_rejected(races: object) -> None:
     with pytest.raises(ValueError, match="races must be a list of names, not "):
         LabelSpace.from_json(UTKFACE.to_json() | {"races": races})
 
@@ -73,12 +73,12 @@ def ranged() -> Labels:
     return Labels(FAIRFACE, age, np.array([0, 1, 1, -1, 0]), np.array([6, 2, -1, 0, 0]), low, high)
 
 
-def test_a_range_is_in_the_group_that_holds_all_of_it_or_in_none() -> None:
+def test_a_range_is_in_the_group_that_contains_it_or_in_none() -> None:
     groups = ranged().age_group.tolist()
     assert groups == [FAIRFACE.age_groups.index("30-39"), FAIRFACE.age_groups.index("50-59"), -1, 8, -1]
 
 
-def test_labels_survive_their_arrays() -> None:
+def test_labels_survive_conversion_to_arrays() -> None:
     again = Labels.from_arrays(FAIRFACE, ranged().take(slice(1, 4)).arrays)
     for name, values in ranged().arrays.items():
         np.testing.assert_array_equal(again.arrays[name], values[1:4])
@@ -93,7 +93,7 @@ def test_races_map_by_the_table_by_name_or_not_at_all() -> None:
         race_mapping(UTKFACE, FAIRFACE)
 
 
-def test_a_table_holds_for_its_classes_in_any_order() -> None:
+def test_a_mapping_applies_to_its_classes_in_any_order() -> None:
     turned = dataclasses.replace(FAIRFACE, name="custom", races=FAIRFACE.races[::-1])
     assert race_mapping(turned, UTKFACE) == RACE_MAPPINGS["fairface", "utkface"]
 

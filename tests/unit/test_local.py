@@ -83,7 +83,7 @@ def test_a_link_to_a_folder_that_holds_it_is_not_followed_for_ever(storage: Stor
 
 
 @pytest.mark.parametrize("name", ["none", "file"])
-def test_listing_what_is_not_a_folder_is_refused(storage: Storage, tmp_path: Path, name: str) -> None:
+def test_listing_a_file_is_rejected(storage: Storage, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_bytes(b"x")
 
     with pytest.raises(StorageUnavailable, match=name):
@@ -131,7 +131,7 @@ def test_an_unreadable_subfolder_among_others_is_skipped_and_named(
 
 
 @pytest.mark.parametrize("target", ["a.jpg", "deep"])
-def test_a_link_into_a_closed_folder_is_skipped_alone_and_named(
+def test_only_a_link_into_an_unreadable_folder_is_skipped_with_its_name(
     storage: Storage, unprivileged: Path, capsys: pytest.CaptureFixture[str], target: str
 ) -> None:
     (unprivileged / "shut" / "deep").mkdir(parents=True)
@@ -152,7 +152,7 @@ def test_a_link_into_a_closed_folder_is_skipped_alone_and_named(
     assert capsys.readouterr().err == f"warning: skipping {uri}/b.jpg: this user may not list it\n"
 
 
-def test_a_file_that_the_disk_fails_to_look_up_is_an_error(
+def test_a_failed_lookup_of_a_file_is_an_error(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
@@ -188,14 +188,14 @@ def test_unfinished_files_are_not_listed(storage: Storage, tmp_path: Path) -> No
     assert list(storage.list(str(tmp_path))) == []
 
 
-def test_reading_a_missing_file_is_data_with_a_status(storage: Storage, tmp_path: Path) -> None:
+def test_reading_a_missing_file_gives_a_status(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(MissingObject, match=r"gone\.jpg") as caught:
         storage.read(str(tmp_path / "gone.jpg"))
 
     assert caught.value.status is Status.MISSING
 
 
-def test_a_file_that_changed_since_it_was_listed_is_refused(storage: Storage, tmp_path: Path) -> None:
+def test_a_file_that_changed_since_it_was_listed_is_rejected(storage: Storage, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(b"old")
     (info,) = storage.list(str(tmp_path))
@@ -207,7 +207,7 @@ def test_a_file_that_changed_since_it_was_listed_is_refused(storage: Storage, tm
     assert caught.value.status is Status.CHANGED
 
 
-def test_a_file_over_the_limit_is_refused_and_one_at_the_limit_read(storage: Storage, tmp_path: Path) -> None:
+def test_a_file_over_the_limit_is_rejected_and_one_at_the_limit_is_read(storage: Storage, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(b"12345")
 
@@ -226,7 +226,7 @@ def test_reading_a_folder_or_a_pipe_fails_instead_of_waiting(storage: Storage, t
         assert caught.value.status is Status.FAILED
 
 
-def test_a_file_is_copied_whole_or_not_at_all(storage: Storage, tmp_path: Path) -> None:
+def test_a_file_is_copied_completely_or_not_at_all(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
 
     storage.copy(str(tmp_path / "a"), str(tmp_path / "new" / "b"))
@@ -237,7 +237,7 @@ def test_a_file_is_copied_whole_or_not_at_all(storage: Storage, tmp_path: Path) 
     assert os.listdir(tmp_path / "new") == ["b"]
 
 
-def test_a_move_takes_a_file_that_is_there_and_leaves_nothing_behind(storage: Storage, tmp_path: Path) -> None:
+def test_a_move_needs_an_existing_file_and_leaves_nothing_behind(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"before")
 
@@ -263,7 +263,7 @@ def test_delete_and_exists(storage: Storage, tmp_path: Path) -> None:
     assert storage.exists(str(tmp_path))
 
 
-def test_what_cannot_be_deleted_is_one_line_and_what_is_not_there_is_nothing(storage: Storage, tmp_path: Path) -> None:
+def test_an_undeletable_file_gives_one_line_and_a_missing_one_none(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "folder").mkdir()
 

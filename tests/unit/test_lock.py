@@ -97,7 +97,7 @@ def test_a_lock_is_released_after_an_error(storage: Storage, uri: str) -> None:
     assert not storage.exists(uri)
 
 
-def test_a_living_lock_is_refused_by_a_line_that_names_its_owner(storage: Storage, uri: str) -> None:
+def test_a_run_is_rejected_with_the_name_of_the_living_locks_owner(storage: Storage, uri: str) -> None:
     with run_lock(storage, uri, "run 5", expiry_s=ALIVE_S, console=Console()) as lock:
         with (
             pytest.raises(ConfigError, match=r"held by run 5 \(process .*since .*heartbeat .*wait until it ends"),
@@ -109,7 +109,7 @@ def test_a_living_lock_is_refused_by_a_line_that_names_its_owner(storage: Storag
 
 
 @pytest.mark.slow
-def test_of_two_processes_that_race_one_holds_the_lock(storage: Storage, uri: str) -> None:
+def test_one_of_two_racing_processes_gets_the_lock(storage: Storage, uri: str) -> None:
     racers = [start_holder(uri, ALIVE_S) for _ in range(2)]
     wait_until(lambda: any(racer.poll() is not None for racer in racers))
     loser, winner = sorted(racers, key=lambda racer: racer.poll() is None)
@@ -125,7 +125,7 @@ def test_of_two_processes_that_race_one_holds_the_lock(storage: Storage, uri: st
 
 
 @pytest.mark.parametrize("heartbeat_at", ["1970-01-01T00:00:00Z", "2100-01-01T00:00:00Z"])
-def test_a_lock_that_stands_still_is_taken_over_with_a_warning_whatever_its_clock(
+def test_a_lock_without_a_heartbeat_is_taken_over_with_a_warning_whatever_its_clock(
     storage: Storage, uri: str, heartbeat_at: str
 ) -> None:
     storage.write(uri, record(DEAD_S, heartbeat_at).model_dump_json().encode())
@@ -153,7 +153,7 @@ def test_the_lock_of_a_killed_process_of_this_machine_is_taken_over_at_once(stor
     assert "that process is gone" in console.file.getvalue()
 
 
-def test_a_lock_that_goes_away_while_it_is_watched_is_free(storage: Storage, uri: str) -> None:
+def test_a_lock_that_disappears_while_watched_is_free(storage: Storage, uri: str) -> None:
     storage.write(uri, record(5 * ALIVE_S).to_bytes())
     console = Console(file=io.StringIO())
 
@@ -185,7 +185,7 @@ def test_a_lost_lock_is_noticed_and_not_released(storage: Storage, uri: str, by:
     assert storage.exists(uri) == (by == "take-over")
 
 
-def test_a_run_that_slept_through_its_expiry_looks_before_it_goes_on(storage: Storage, uri: str) -> None:
+def test_a_run_that_slept_through_its_expiry_checks_its_lock(storage: Storage, uri: str) -> None:
     etag = storage.write(uri, record(ALIVE_S).to_bytes())
     slept = clock_s() - ALIVE_S
     still_ours = RunLock(storage, uri, record(ALIVE_S), etag, confirmed_s=slept)
@@ -199,9 +199,7 @@ def test_a_run_that_slept_through_its_expiry_looks_before_it_goes_on(storage: St
         taken_over.check()
 
 
-def test_a_run_whose_machine_slept_looks_before_it_goes_on(
-    storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_machine_slept_checks_its_lock(storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The machine's own clocks: of these only the one that counts sleep goes on.
     slept_s = 0.0
     clock_gettime = time.clock_gettime
@@ -238,7 +236,7 @@ def test_a_lock_works_without_hard_links(storage: Storage, uri: str, refused: li
     assert os.listdir(Path(uri).parent) == []
 
 
-def test_an_empty_lock_of_a_run_that_died_while_it_made_it_is_taken_over(
+def test_an_empty_lock_of_a_run_that_died_while_creating_it_is_taken_over(
     storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agr_ray.storage.lock._EMPTY_EXPIRES_S", DEAD_S)
@@ -268,7 +266,7 @@ def test_a_lock_outlives_an_outage_of_storage(storage: Storage, uri: str) -> Non
     assert console.file.getvalue().count("warning: no heartbeat") == 1
 
 
-def test_our_own_heartbeat_whose_answer_was_lost_is_known_again(storage: Storage, uri: str) -> None:
+def test_our_own_heartbeat_is_recognised_after_a_lost_response(storage: Storage, uri: str) -> None:
     before = storage.write(uri, record(ALIVE_S).to_bytes())
     storage.write(uri, record(ALIVE_S).to_bytes() + b"\n")
     lock = RunLock(storage, uri, record(ALIVE_S), before, confirmed_s=0.0)
@@ -281,7 +279,7 @@ def test_our_own_heartbeat_whose_answer_was_lost_is_known_again(storage: Storage
     assert not storage.exists(uri)
 
 
-def test_our_own_new_lock_whose_answer_was_lost_is_known_again(uri: str) -> None:
+def test_our_own_new_lock_is_recognised_after_a_lost_response(uri: str) -> None:
     class LosesAnswers(Storage):
         def write(self, uri, data, *, if_absent=False, if_match=None):
             etag = super().write(uri, data, if_absent=if_absent, if_match=if_match)
@@ -297,7 +295,7 @@ def test_our_own_new_lock_whose_answer_was_lost_is_known_again(uri: str) -> None
     assert not storage.exists(uri)
 
 
-def test_what_is_not_a_lock_is_left_alone(storage: Storage, uri: str) -> None:
+def test_a_file_that_is_not_a_lock_is_not_changed(storage: Storage, uri: str) -> None:
     storage.write(uri, b"{}")
 
     with (

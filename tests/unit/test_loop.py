@@ -98,7 +98,7 @@ def weights(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("age_head", [pytest.param("linear", marks=pytest.mark.slow), "distribution"])
-def test_a_few_faces_are_learnt_by_heart(age_head: str) -> None:
+def test_a_few_faces_can_be_overfitted(age_head: str) -> None:
     model = {"backbone": "resnet18", "preset": "paper", "age_head": age_head, "bn_momentum": 0.3}
     train_values = {"epochs": 30, "batch_size": 16, "lr": 2e-3, "schedule": "one_cycle"}
     loss = LossConfig(age_weight=0.1, gender_weight=1.0, race_weight=1.0)
@@ -116,7 +116,7 @@ def test_history_has_the_columns_of_the_schema_and_counts_every_row() -> None:
     assert rows[0]["num_val_rows"] == 11
 
 
-def test_validation_reports_what_predict_says() -> None:
+def test_validation_uses_the_predictions_of_predict() -> None:
     data = faces(10)
     _, reports, model = run(job({"epochs": 1}), data)
     predictions = predict(model.eval(), data["crop"], TRANSFORM, PredictConfig())
@@ -135,7 +135,7 @@ def test_flip_average_is_the_mean_of_both_views() -> None:
         np.testing.assert_allclose(mean, (plain[task] + mirrored[task]) / 2, rtol=1e-5)
 
 
-def test_predicting_nothing_gives_nothing() -> None:
+def test_predicting_no_images_gives_no_rows() -> None:
     predictions = predict(network(job({})).eval(), faces(0)["crop"], TRANSFORM, PredictConfig())
     assert predictions["race"].shape == (0, 5)
 
@@ -149,7 +149,7 @@ def test_predicting_nothing_gives_nothing() -> None:
     ],
     ids=str,
 )
-def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, train_values: dict[str, Any]
 ) -> None:
     # Everything that draws at random or keeps state is on; the interruption is after epoch 2 of 4.
@@ -227,14 +227,14 @@ def test_an_interrupted_epoch_is_resumed_and_counted_once(monkeypatch: pytest.Mo
     assert rows[0]["train_loss"] == pytest.approx(undisturbed[0]["train_loss"], rel=0.3)
 
 
-def test_steps_that_are_left_of_an_epoch_draw_other_rows() -> None:
+def test_remaining_steps_of_an_epoch_draw_other_rows() -> None:
     context = LocalContext(faces(60), faces(1), 60)
     (first,), (rest,) = context.train_batches(1), context.train_batches(1, steps_done=3)
     assert not np.array_equal(first["age"], rest["age"])
     assert np.array_equal(np.sort(first["age"]), np.sort(rest["age"]))
 
 
-def test_finished_run_resumes_to_nothing() -> None:
+def test_resuming_a_finished_run_does_nothing() -> None:
     config = job({"epochs": 1})
     rows, reports, model = run(config, faces(8))
     again, later, _ = run(config, faces(8), model=model, resume=reports[0].train_state())
@@ -242,7 +242,7 @@ def test_finished_run_resumes_to_nothing() -> None:
     assert not later
 
 
-def test_each_epoch_is_augmented_anew() -> None:
+def test_each_epoch_is_augmented_differently() -> None:
     seen: list[float] = []
 
     class Spy(nn.Module):
@@ -340,7 +340,7 @@ def test_single_task_model_learns_its_task(task: str) -> None:
     assert (rows[0]["val_age_mae_years"] is None) == (task != "age")
 
 
-def test_task_without_any_label_moves_nothing_of_its_head() -> None:
+def test_a_task_without_labels_does_not_change_its_head() -> None:
     data = faces(16)
     data["race"] = np.full(16, -1)
     config = job({"epochs": 1, "optimizer": "sgd"})
@@ -422,7 +422,7 @@ def test_validation_is_reported_by_group() -> None:
 
 
 @pytest.mark.parametrize(("sides", "expected"), [((), [88] * 5), ((48, 88), [48, 48, 88, 88, 88])])
-def test_the_side_of_each_epoch(sides: tuple[int, ...], expected: list[int]) -> None:
+def test_the_image_side_of_each_epoch(sides: tuple[int, ...], expected: list[int]) -> None:
     config = TrainConfig(epochs=5, image_sizes=sides)
     assert [epoch_side_px(epoch, config, 88) for epoch in range(1, 6)] == expected
 
@@ -434,7 +434,7 @@ def test_bfloat16_trains() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_progressive_resizing_shares_the_epochs_out() -> None:
+def test_progressive_resizing_divides_the_epochs() -> None:
     seen: list[tuple[int, bool]] = []
     config = job({"epochs": 4, "batch_size": 8, "image_sizes": (48, 40, SIDE)})
     model = network(config)
@@ -533,7 +533,7 @@ def part(data: dict[str, Any], rows: slice) -> Batch:
 
 
 @pytest.mark.parametrize("ema_decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
-def test_ranks_with_uneven_shares_end_together_and_alike(ema_decay: float) -> None:
+def test_ranks_with_uneven_shares_end_together_with_equal_weights(ema_decay: float) -> None:
     data, config = faces(14), job({"epochs": 2, "ema_decay": ema_decay})
     models = [network(config), network(config)]
     # Rank 0 has three batches, rank 1 one; all validation rows are on rank 1.
@@ -551,7 +551,7 @@ def test_ranks_with_uneven_shares_end_together_and_alike(ema_decay: float) -> No
 
 
 @pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
-def test_two_ranks_take_the_step_of_one_process(weighting: Literal["fixed", "uncertainty"]) -> None:
+def test_two_ranks_take_the_same_step_as_one_process(weighting: Literal["fixed", "uncertainty"]) -> None:
     # Batch norm sees other batches on two ranks, so it is taken out of the comparison: SGD, heads only.
     data, config = faces(8), job({"epochs": 1, "optimizer": "sgd", "lr": 1e-2}, loss=LossConfig(weighting=weighting))
     data["age"][:3] = np.nan
@@ -572,7 +572,7 @@ class _OneProcess(LocalContext):
         return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
 
 
-def test_ddp_takes_to_a_backbone_that_begins_to_learn() -> None:
+def test_ddp_works_with_a_backbone_that_is_unfrozen_later() -> None:
     config = job({"epochs": 3, "freeze_epochs": 1}, loss=LossConfig(weighting="uncertainty"))
     data = faces(16)
     baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
@@ -666,7 +666,7 @@ def test_cosine_rises_then_falls_to_nothing() -> None:
     assert rates == pytest.approx([0.04, 0.52, 1.0, 0.5, 0.0, 0.0])
 
 
-def test_plateau_cuts_after_so_many_epochs_without_a_better_objective() -> None:
+def test_plateau_cuts_after_the_configured_epochs_without_improvement() -> None:
     config = TrainConfig(lr=1.0, schedule="plateau", plateau_epochs=2, gamma=0.1)
     #            best       1    cut  best  1    cut  1    cut
     objectives = [0.9, 0.8, 0.8, 0.9, 0.7, 0.8, 0.7, 0.9, 0.7]
@@ -675,13 +675,13 @@ def test_plateau_cuts_after_so_many_epochs_without_a_better_objective() -> None:
     assert [learning_rate(9, config, num) for num in (0, 1, 2)] == pytest.approx([1.0, 0.1, 0.01])
 
 
-def test_plateau_leaves_epochs_without_validation_out() -> None:
+def test_plateau_ignores_epochs_without_validation() -> None:
     config = TrainConfig(schedule="plateau", plateau_epochs=2)
     assert plateau_cuts([0.5, 0.6, None, None], config) == 0
     assert plateau_cuts([0.5, 0.6, None, None, 0.6], config) == 1
 
 
-def test_plateau_does_what_torchs_does() -> None:
+def test_plateau_equals_torchs() -> None:
     config = TrainConfig(lr=1.0, epochs=60, schedule="plateau", plateau_epochs=3, gamma=0.5)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, threshold=0.0)
@@ -702,7 +702,7 @@ def test_plateau_does_what_torchs_does() -> None:
         ("mobilenet_v3_large", ["features.0.", "features.2.", "features.4.", "features.7.", "features.13."]),
     ],
 )
-def test_a_stage_begins_where_the_image_is_made_smaller(backbone: str, firsts: list[str]) -> None:
+def test_a_stage_begins_where_the_resolution_drops(backbone: str, firsts: list[str]) -> None:
     with torch.device("meta"):
         model = MultiTaskNet(ModelConfig(backbone=backbone), UTKFACE)  # type: ignore[arg-type]  # one of them
     names = {id(parameter): name for name, parameter in model.backbone.named_parameters()}
@@ -712,7 +712,7 @@ def test_a_stage_begins_where_the_image_is_made_smaller(backbone: str, firsts: l
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_layer_decay_slows_each_stage_by_its_distance_from_the_heads(optimizer: str) -> None:
+def test_layer_decay_lowers_the_rate_of_each_stage_by_its_distance_from_the_heads(optimizer: str) -> None:
     model = network(job({}))
     config = TrainConfig(optimizer=optimizer, layer_decay=0.5, weight_decay=0.1)  # type: ignore[arg-type]  # one of them
     built = build_optimizer(model, config)
@@ -728,7 +728,7 @@ def test_layer_decay_slows_each_stage_by_its_distance_from_the_heads(optimizer: 
     assert decays == ({0.1, 0.0} if optimizer == "adamw" else {0.1})
 
 
-def test_frozen_backbone_stands_still_and_then_learns() -> None:
+def test_a_frozen_backbone_does_not_change_until_it_is_unfrozen() -> None:
     config = job({"epochs": 3, "freeze_epochs": 2, "weight_decay": 0.1, "batch_size": 8})
     model = network(config)
     kept = [{name: value.clone() for name, value in model.state_dict().items()}]

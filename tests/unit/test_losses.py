@@ -60,7 +60,7 @@ def test_age_losses(head: str, values: dict[str, Any], by_hand: list[float]) -> 
     assert loss.item() == pytest.approx(expected / 2, abs=1e-5)
 
 
-def test_missing_labels_are_left_out_of_their_task_only() -> None:
+def test_missing_labels_affect_only_their_task() -> None:
     outputs = linear(torch.tensor([30.0, 40.0]), torch.zeros(2), torch.zeros(2, len(UTKFACE.races)))
     truth = targets([NAN, 39.0], [-1, -1], [2, -1])
     loss, tasks = multi_task_loss(LINEAR, outputs, truth, ONE_EACH, label_counts(LINEAR, truth))
@@ -159,7 +159,9 @@ def test_smoothed_labels_are_spread_over_all_classes() -> None:
         ("distribution", "l1", lambda mean, s: math.exp(-s) * mean + 0.5 * s),
     ],
 )
-def test_uncertainty_is_kendalls(head: str, age_loss: str, age_by_hand: Callable[[float, float], float]) -> None:
+def test_uncertainty_weighting_is_kendalls(
+    head: str, age_loss: str, age_by_hand: Callable[[float, float], float]
+) -> None:
     years = torch.tensor([30.0, 40.0])
     said = AgeDistribution(torch.zeros(2, len(AGE_BINS_YEARS)), years) if head == "distribution" else years
     outputs = linear(said, torch.tensor([0.0, 2.0]), torch.zeros(2, len(UTKFACE.races)))
@@ -174,7 +176,7 @@ def test_uncertainty_is_kendalls(head: str, age_loss: str, age_by_hand: Callable
 
 
 @pytest.mark.parametrize("age_loss", ["l1", "mse", "huber"])
-def test_uncertainty_begins_with_the_fixed_weights(age_loss: str) -> None:
+def test_uncertainty_weighting_begins_with_the_fixed_weights(age_loss: str) -> None:
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(size, generator=generator).requires_grad_() for size in ((6,), (6,), (6, 5))]
     truth = targets([1.0, -2.0, 0.5, NAN, 3.0, 0.0], [0, 1, -1, 1, 0, 1], [0, 1, 2, 3, 4, -1])
@@ -207,7 +209,7 @@ def test_a_task_without_a_label_keeps_its_learnt_weight() -> None:
     assert s.grad.tolist() == pytest.approx([0.0, 0.5 - math.log(2.0), 0.0])
 
 
-def test_gradients_averaged_over_ranks_are_those_of_one_process() -> None:
+def test_gradients_averaged_over_ranks_equal_those_of_one_process() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(7, 4, generator=generator)
     # Rank 1's share (the last two rows) has no gender, and an age only once.

@@ -103,7 +103,7 @@ def test_parts_add_up_to_the_whole() -> None:
     np.testing.assert_allclose(parts.vector, summed(truth, guess).vector)
 
 
-def test_report_is_json_and_null_where_nothing_is_labelled() -> None:
+def test_the_report_is_json_with_null_where_labels_are_missing() -> None:
     truth = labels([NAN, NAN], [-1, 1], [-1, -1])
     report = metrics_report(truth, predictions([20, 30], [0.1, 0.9], [0, 1]))
     decoded = json.loads(json.dumps(report, allow_nan=False))
@@ -141,7 +141,7 @@ def test_groups_partition_the_labelled_rows() -> None:
     assert groups["gender_race"]["male/asian"]["age"]["mae_years"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_group_sums_over_batches_are_the_reports_groups() -> None:
+def test_group_sums_over_batches_equal_the_reports_groups() -> None:
     truth, guess = some(300)
     sums = GroupSums(UTKFACE)
     for rows in (slice(0, 100), slice(100, 101), slice(101, 300)):
@@ -161,7 +161,7 @@ def test_group_sums_over_batches_are_the_reports_groups() -> None:
                 assert table[task] == pytest.approx({key: groups[attribute][name][task][key] for key in table[task]})
 
 
-def test_group_sums_of_nothing_and_of_a_task_without_head() -> None:
+def test_group_sums_without_rows_and_without_a_head() -> None:
     sums = GroupSums(UTKFACE)
     assert sums.to_json()["race"]["indian"]["age"]["mae_years"] is None
     sums.update(TRUTH, {"gender": GUESS["gender"]})
@@ -189,7 +189,7 @@ def test_baseline_is_median_and_majority_of_the_labels_that_it_was_fitted_on() -
     assert report["baseline"]["race"]["accuracy"] == 0.0
 
 
-def test_intervals_hold_the_value_and_are_as_wide_as_theory_says() -> None:
+def test_intervals_contain_the_value_and_have_the_theoretical_width() -> None:
     rng = np.random.default_rng(1)
     right = rng.random(2000) < 0.8
     truth = Labels(UTKFACE, np.full(2000, NAN, np.float32), np.ones(2000, np.int64), np.full(2000, -1))
@@ -223,7 +223,7 @@ def test_images_of_one_person_are_resampled_together() -> None:
     assert together > 3 * width(intervals(repeated, repeated_guess))
 
 
-def test_objective_is_the_mean_of_errors_relative_to_guessing() -> None:
+def test_the_objective_is_the_mean_error_relative_to_the_baseline() -> None:
     values = summed(TRUTH, GUESS).to_json()
     baseline = summed(TRUTH, Baseline.fit(TRUTH).predict(4)).to_json()
     # Age: 37/3 against the median 25's (15 + 0 + 15)/3; gender 0.5 against 0.5; race 1/3 against 1/3.
@@ -232,7 +232,7 @@ def test_objective_is_the_mean_of_errors_relative_to_guessing() -> None:
     assert objective(MetricSums(UTKFACE).to_json(), MetricSums(UTKFACE).to_json(), ("age",)) is None
 
 
-def test_one_row_or_one_person_has_no_interval() -> None:
+def test_a_single_row_or_person_has_no_interval() -> None:
     labels = Labels(UTKFACE, np.full(3, 30, np.float32), np.array([1, -1, -1]), np.array([-1, -1, -1]))
     guess = {"age": np.array([31, 35, 50], np.float32), "gender": np.array([0.9, 0.9, 0.9], np.float32)}
 
@@ -273,7 +273,7 @@ def test_ranges_count_for_age_groups_and_not_for_errors_in_years() -> None:
     assert objective(own, guessed, ("age",)) == pytest.approx((23 / 3) / guessed["age"]["distance_years"])
 
 
-def test_a_range_that_spans_several_groups_is_counted_apart() -> None:
+def test_a_range_that_spans_several_groups_is_counted_separately() -> None:
     age, low, high = (np.array(v, np.float32) for v in ([NAN, NAN, 30], [25, 21, NAN], [32, 30, NAN]))
     truth = Labels(UTKFACE, age, np.full(3, 0), np.full(3, -1), low, high)
     guess = {"age": np.array([31, 31, 31], np.float32)}  # in 31-40, as are ages of the first range

@@ -28,7 +28,7 @@ def blend(partner: list[int], share: list[float]) -> Mix:
     return Mix(torch.tensor(partner), torch.tensor(share), torch.zeros(len(partner), 4, dtype=torch.int64))
 
 
-def test_nothing_is_drawn_where_nothing_is_mixed() -> None:
+def test_without_mixing_nothing_is_drawn() -> None:
     generator = torch.Generator().manual_seed(0)
     assert draw_mix(4, SIDE, AugmentConfig(), generator) is None
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
@@ -43,7 +43,7 @@ def test_shares_are_drawn_from_beta(alpha: float, spread: float) -> None:
     assert not mix.boxes.any()
 
 
-def test_a_blend_is_the_sum_of_both_images_by_their_shares() -> None:
+def test_a_blend_is_the_weighted_sum_of_both_images() -> None:
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     mixed = mix_images(images, blend([1, 0, 2], [0.25, 1.0, 0.5]))
     torch.testing.assert_close(mixed[0], 0.25 * images[0] + 0.75 * images[1])
@@ -51,7 +51,7 @@ def test_a_blend_is_the_sum_of_both_images_by_their_shares() -> None:
     torch.testing.assert_close(mixed[2], images[2])
 
 
-def test_a_cut_image_is_its_own_outside_a_box_and_its_partners_within() -> None:
+def test_a_cutmix_image_is_its_partner_inside_a_box_and_itself_outside() -> None:
     mix = draw(cutmix_alpha=1.0)
     images = torch.arange(NUM, dtype=torch.float32).view(NUM, 1, 1, 1).expand(-1, 3, SIDE, SIDE)
     mixed = mix_images(images, mix)
@@ -87,7 +87,7 @@ def test_ages_are_never_averaged() -> None:
         assert loss.item() == pytest.approx(20.0)
 
 
-def test_labels_count_by_their_shares() -> None:
+def test_labels_count_by_their_share_of_a_blend() -> None:
     truth = targets([33.0, 39.0], [1, 0], [0, 4])
     logits = torch.log(torch.tensor([[0.6, 0.1, 0.1, 0.1, 0.1], [0.2] * 5]))
     outputs = linear(torch.tensor([30.0, 40.0]), torch.tensor([0.0, 2.0]), logits)
@@ -101,7 +101,7 @@ def test_labels_count_by_their_shares() -> None:
     assert loss.item() == pytest.approx(age / 2 + 0.5 * gender / 2 + 0.5 * race / 2, rel=1e-5)
 
 
-def test_a_missing_label_takes_its_share_of_the_weight_with_it() -> None:
+def test_a_missing_label_in_a_blend_loses_its_share_of_the_weight() -> None:
     truth = targets([30.0, NAN, NAN], [-1, 1, 1], [-1, -1, -1])
     mix = blend([1, 0, 2], [0.75, 0.5, 0.1])
     counts = label_counts(LINEAR, truth, mix)
@@ -113,7 +113,7 @@ def test_a_missing_label_takes_its_share_of_the_weight_with_it() -> None:
     assert loss.item() == pytest.approx((0.75 * 2 + 0.5 * 4) / 1.25 + math.log(2.0))
 
 
-def test_gradients_of_mixed_images_averaged_over_ranks_are_those_of_one_process() -> None:
+def test_gradients_of_mixed_images_averaged_over_ranks_equal_those_of_one_process() -> None:
     features = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
     truth = targets([20.0, NAN, 35.0, 50.0, 61.0, NAN, 70.0], [0, 1, -1, 1, 0, -1, -1], [0, 1, 2, -1, 4, 3, -1])
     # Partners are of the same rank: rows 0 to 4, and 5 and 6.

@@ -42,7 +42,7 @@ def test_every_backbone_predicts_every_task(backbone: str) -> None:
     }
 
 
-def test_distribution_is_read_out_by_expectation_over_all_ages() -> None:
+def test_a_distribution_predicts_its_expectation_over_all_ages() -> None:
     model = MultiTaskNet(small(age_head="distribution"), UTKFACE).eval()
     with torch.inference_mode():
         outputs = model(images())
@@ -61,7 +61,7 @@ def test_untrained_network_guesses_the_age_that_it_was_given(age_head: str) -> N
     assert ages.tolist() == pytest.approx([33.0, 33.0], abs=2.0)
 
 
-def test_there_are_outputs_of_the_tasks_only() -> None:
+def test_there_are_outputs_only_for_tasks() -> None:
     assert list(MultiTaskNet(small(tasks=("race", "gender")), UTKFACE).eval()(images())) == ["gender", "race"]
 
 
@@ -126,7 +126,7 @@ def test_weights_of_another_backbone_name_tensor_expected_and_found() -> None:
         ("text.safetensors", b"not weights", "not a state dict"),
     ],
 )
-def test_unreadable_weights_are_one_line_with_the_path(
+def test_unreadable_weights_give_one_line_with_the_path(
     tmp_path: Path, name: str, body: bytes | None, message: str
 ) -> None:
     path = tmp_path / name
@@ -139,13 +139,13 @@ def test_unreadable_weights_are_one_line_with_the_path(
     assert "\n" not in str(raised.value)
 
 
-def test_pickled_code_is_refused(tmp_path: Path) -> None:
+def test_pickled_code_is_rejected(tmp_path: Path) -> None:
     torch.save({"weight": Path("anything")}, tmp_path / "code.pth")
     with pytest.raises(WeightsError, match="not a state dict"):
         read_state(tmp_path / "code.pth")
 
 
-def test_imagenet_without_network_names_the_address_and_the_way_out(
+def test_imagenet_weights_without_network_name_the_address_and_an_alternative(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -169,13 +169,13 @@ def test_transform_survives_json() -> None:
 
 
 @pytest.mark.parametrize("equalize", [False, True])
-def test_equalising_survives_json(equalize: bool) -> None:
+def test_equalisation_survives_json(equalize: bool) -> None:
     transform = Transform(88, 112, equalize=equalize)
 
     assert transform.to_json()["equalize"] is equalize
     assert Transform.from_json(transform.to_json()) == transform
 
 
-def test_transform_with_an_unknown_key_is_refused() -> None:
+def test_transform_with_an_unknown_key_is_rejected() -> None:
     with pytest.raises(ValueError, match="gamma"):
         Transform.from_json({**Transform(88, 88).to_json(), "gamma": 2.0})

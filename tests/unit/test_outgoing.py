@@ -26,7 +26,7 @@ def test_a_folder_is_private_and_new_each_time() -> None:
     assert len({folder.name for folder in folders}) == 3
 
 
-def test_what_a_killed_worker_left_is_deleted_and_another_runs_folder_is_not() -> None:
+def test_leftovers_of_a_killed_worker_are_deleted_but_not_another_runs_folder() -> None:
     left, other = outgoing_folder(RUN), outgoing_folder("s3://bucket/runs/second")
     (left / "weights.safetensors").write_bytes(b"w")
 
@@ -35,7 +35,7 @@ def test_what_a_killed_worker_left_is_deleted_and_another_runs_folder_is_not() -
     assert (left.exists(), other.exists()) == (False, True)
 
 
-def test_a_planted_link_is_not_followed(shared: Path) -> None:
+def test_a_symbolic_link_by_another_user_is_not_followed(shared: Path) -> None:
     name = outgoing_folder(RUN).name
     victim = shared / "victim"
     victim.mkdir()

@@ -42,7 +42,9 @@ PARTS = {
 
 
 @pytest.mark.parametrize("model_values", PARTS.values(), ids=PARTS)
-def test_a_part_is_trained_saved_loaded_evaluated_and_used(model_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_new_network_part_can_be_trained_saved_loaded_evaluated_and_used(
+    model_values: dict[str, Any], tmp_path: Path
+) -> None:
     values = {"epochs": 2, "batch_size": 8, "lr": 2e-3, "layer_decay": 0.9, "freeze_epochs": 1, "ema_decay": 0.5}
     job = TrainJob(
         model=ModelConfig(image_size=32, **model_values),
@@ -78,7 +80,7 @@ def test_a_part_is_trained_saved_loaded_evaluated_and_used(model_values: dict[st
             np.testing.assert_allclose(ready[task], before, **tolerance)
 
 
-def test_a_fourth_task_is_learnt_beside_the_others() -> None:
+def test_a_fourth_task_is_trained_with_the_others() -> None:
     tasks = ("age", "gender", "race", "smile")
     job = TrainJob(
         model=ModelConfig(image_size=32, backbone="patches", tasks=tasks),

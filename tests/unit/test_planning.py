@@ -61,7 +61,7 @@ def names(rows: list[Any]) -> list[str]:
     return [os.path.basename(row["uri"]) for row in rows]
 
 
-def test_a_folder_becomes_a_manifest_of_its_images_in_the_order_of_their_keys(tmp_path: Path) -> None:
+def test_a_folder_becomes_a_manifest_sorted_by_key(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     touch(photos, "b.jpg", "a b/ünï%20.PNG", "notes.txt", "d=1/c+.jpeg")
 
@@ -75,7 +75,7 @@ def test_a_folder_becomes_a_manifest_of_its_images_in_the_order_of_their_keys(tm
     assert (made.num_listed, made.num_excluded, made.num_to_do) == (4, 1, 3)
 
 
-def test_every_part_but_the_last_is_a_row_group_of_exactly_so_many_rows(tmp_path: Path) -> None:
+def test_every_part_but_the_last_is_a_row_group_of_the_configured_size(tmp_path: Path) -> None:
     num_rows = 2 * PARTS_PER_FILE + 1
     uri = manifest(tmp_path / "in.parquet", [{"uri": f"s3://b/{number}.jpg"} for number in range(num_rows)])
 
@@ -108,7 +108,7 @@ def test_nothing_that_matches_is_an_empty_manifest(tmp_path: Path) -> None:
     assert (made.num_parts, made.num_to_do, made.num_excluded, rows) == (0, 0, 1, [])
 
 
-def test_what_is_scored_is_skipped_and_a_changed_photograph_is_not(tmp_path: Path) -> None:
+def test_scored_photographs_are_skipped_unless_changed(tmp_path: Path) -> None:
     old = [{"uri": f"s3://b/{name}.jpg", "etag": "1"} for name in "abc"]
     scored = [photograph_id(row["uri"], row["etag"]) for row in old]
     uri = manifest(tmp_path / "in.parquet", [old[0], {"uri": "s3://b/b.jpg", "etag": "2"}, old[2]])
@@ -119,7 +119,7 @@ def test_what_is_scored_is_skipped_and_a_changed_photograph_is_not(tmp_path: Pat
     assert (made.num_scored, made.num_to_do) == (2, 1)
 
 
-def test_a_ledger_may_know_photographs_by_another_name(tmp_path: Path) -> None:
+def test_a_ledger_may_identify_photographs_by_another_name(tmp_path: Path) -> None:
     uri = manifest(tmp_path / "in.parquet", [{"uri": "s3://b/a.jpg", "etag": "1"}, {"uri": "s3://b/b.jpg"}])
     ledger = batches([photograph_id("s3://b/a.jpg", "1")[::-1]])
 
@@ -148,7 +148,7 @@ def test_ids_come_from_all_folders_except_those_of_rows_to_retry(tmp_path: Path)
     assert [each for batch in found for each in batch["image_id"].to_pylist()] == ["run=1-ok", "run=2-too_large"]
 
 
-def test_scored_files_that_are_broken_end_the_run(tmp_path: Path) -> None:
+def test_broken_result_files_end_the_run(tmp_path: Path) -> None:
     (tmp_path / "part-0.parquet").write_bytes(b"PAR1")
 
     with pytest.raises(StorageUnavailable, match="can't be read"):
@@ -178,7 +178,7 @@ def test_a_manifest_may_be_a_folder_and_its_local_paths_become_absolute(
     assert [(row["uri"], row["size_bytes"]) for row in rows] == [(f"{tmp_path}/x/{n}.anything", n) for n in range(2)]
 
 
-def test_include_exclude_and_size_leave_out_what_the_user_says_and_no_large_file(tmp_path: Path) -> None:
+def test_include_exclude_and_min_bytes_filter_keys_but_keep_large_files(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     touch(photos, "2025/a.jpg", "2026/b.jpg", "2026/thumbs/c.jpg", "2026/d.raw", "2026/e")
     (photos / "2026" / "huge.jpg").write_bytes(bytes(1_000_000))
@@ -214,14 +214,14 @@ def test_the_limit_counts_what_the_filters_leave_scored_or_not(tmp_path: Path) -
         ("[]^\\]&[[]#{x}+(y)$ .%", ["]&[#{x}+(y)$ .%", "^&[#{x}+(y)$ .%", "\\&[#{x}+(y)$ .%"], ["&[#{x}+(y)$ .%"]),
     ],
 )
-def test_globs(glob: str, matching: list[str], others: list[str]) -> None:
+def test_globs_match_whole_keys(glob: str, matching: list[str], others: list[str]) -> None:
     found = pa.compute.match_substring_regex(pa.array([*matching, *others]), glob_expression(glob)).to_pylist()
 
     assert found == [True] * len(matching) + [False] * len(others)
 
 
 @pytest.mark.parametrize("glob", ["", "a**/b", "a[bc", "[z-a]"])
-def test_a_glob_that_is_not_understood_names_its_key_and_itself(tmp_path: Path, glob: str) -> None:
+def test_an_invalid_glob_is_named_with_its_key(tmp_path: Path, glob: str) -> None:
     touch(tmp_path / "photos", "a.jpg")
 
     with pytest.raises(ConfigError, match=rf"score\.exclude: {re.escape(repr(glob))} is not understood"):
@@ -251,7 +251,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def test_an_input_that_is_not_what_it_should_be_is_named_in_one_line(tmp_path: Path) -> None:
+def test_a_wrong_kind_of_input_gives_one_line(tmp_path: Path) -> None:
     for message, config in bad_inputs(tmp_path).items():
         with pytest.raises(ConfigError, match=rf"^score\.input.*{re.escape(message)}") as caught:
             plan(STORAGE, ScoreConfig(**config), str(tmp_path / "out"))
@@ -259,7 +259,7 @@ def test_an_input_that_is_not_what_it_should_be_is_named_in_one_line(tmp_path: P
         assert "\n" not in str(caught.value)
 
 
-def test_what_a_manifest_says_oddly_is_understood(tmp_path: Path) -> None:
+def test_unusual_values_in_a_manifest_are_understood(tmp_path: Path) -> None:
     rows = [
         {"uri": "s3://b/a", "etag": ""},
         {"uri": "s3://b/c", "etag": '"x"'},
@@ -273,7 +273,7 @@ def test_what_a_manifest_says_oddly_is_understood(tmp_path: Path) -> None:
     ]
 
 
-def test_groups_may_have_names_that_sql_knows(tmp_path: Path) -> None:
+def test_groups_may_be_named_like_sql_keywords(tmp_path: Path) -> None:
     uris = [{"uri": "s3://b/a"}, {"uri": "s3://b/c"}]
     metadata = manifest(tmp_path / "metadata.parquet", [row | {"order": row["uri"][-1]} for row in uris])
     config = {"input": manifest(tmp_path / "m.parquet", uris), "metadata": metadata}
@@ -286,14 +286,14 @@ def test_groups_may_have_names_that_sql_knows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["age", "flags", "face_index", "uri", "n", "is_total", "Share", "run", "file_row_number"]
 )
-def test_a_group_named_like_a_column_of_a_table_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+def test_a_group_with_the_name_of_a_table_column_is_rejected_before_any_work(tmp_path: Path, name: str) -> None:
     config = {"input": manifest(tmp_path / "m.parquet", [{"uri": "s3://b/a"}]), "group_by": (name,)}
 
     with pytest.raises(ConfigError, match=rf"^score\.group_by {name}: the tables have a column of that name"):
         planned(tmp_path, key_pattern=f"(?P<{name}>.)$", **config)
 
 
-def test_more_groups_than_a_table_should_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_groups_than_a_table_should_have_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "MAX_GROUPS", 2)
     touch(tmp_path / "photos", "a.jpg", "b.jpg", "c.jpg")
     config = {"input": str(tmp_path / "photos"), "group_by": ("name",)}

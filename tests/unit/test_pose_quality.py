@@ -64,12 +64,12 @@ def test_blur_lowers_the_sharpness() -> None:
     assert values[0] > 10 * values[2]
 
 
-def test_sharpness_compares_between_sizes() -> None:
+def test_sharpness_is_comparable_between_sizes() -> None:
     rng = np.random.default_rng(0)
     small = cv2.resize(rng.integers(0, 255, (28, 28, 3), dtype=np.uint8), (112, 112), interpolation=cv2.INTER_CUBIC)
     large = cv2.resize(small, (448, 448), interpolation=cv2.INTER_CUBIC)
     assert sharpness(large) == pytest.approx(sharpness(small), rel=0.25)
 
 
-def test_a_flat_picture_has_no_sharpness() -> None:
+def test_a_flat_image_has_no_sharpness() -> None:
     assert sharpness(np.full((80, 80, 3), 90, np.uint8)) == 0.0

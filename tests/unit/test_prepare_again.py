@@ -250,7 +250,9 @@ def test_a_sampled_image_keeps_its_split_when_its_subject_changes_and_images_com
     assert [after[f"new{number}.jpg"] for number in range(2)] == [None, None]
 
 
-def test_an_image_that_was_away_for_a_run_has_its_split_again(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_was_absent_for_one_run_gets_its_split_back(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(source.job())
     before = {row["key"]: row["split"] for row in source.rows()}
     for name in NAMES[:6]:
@@ -315,7 +317,7 @@ def test_parts_of_two_jobs_that_overlap_become_one_set(source: Source) -> None:
     source.check()
 
 
-def test_a_second_job_is_refused_while_one_is_at_work(source: Source) -> None:
+def test_a_second_job_is_rejected_while_one_is_running(source: Source) -> None:
     prepare(source.job())
     uri = str(source.folder / "out" / "lock.json")
     with (
@@ -346,7 +348,7 @@ def test_a_job_that_has_lost_its_lock_stops_at_its_next_part(source: Source, mon
     assert not module._check_out(Storage(), str(source.folder / "out"), module._settings(job)).finished  # type: ignore[union-attr]
 
 
-def test_a_source_of_which_nothing_can_be_used_is_refused_with_the_reason(source: Source) -> None:
+def test_a_source_without_usable_images_is_rejected_with_the_reason(source: Source) -> None:
     for name in NAMES[:6]:
         source.label(name, "old,male?,white?")
     with pytest.raises(ConfigError, match=r"none of its 6 images is usable; most frequent reason \(\d\): bad_label: "):
@@ -354,7 +356,7 @@ def test_a_source_of_which_nothing_can_be_used_is_refused_with_the_reason(source
     assert not (source.folder / "out" / "prepare.json").exists()
 
 
-def test_a_source_without_a_single_readable_image_is_refused_and_not_finished(source: Source) -> None:
+def test_a_source_without_a_readable_image_is_rejected_and_not_finished(source: Source) -> None:
     for name in NAMES[:6]:
         (source.folder / "in" / f"{name}.jpg").write_bytes(b"no image " + name.encode())
     with pytest.raises(ConfigError, match=r"none of its 6 images is usable; most frequent reason \(6\): not_an_image"):
@@ -363,7 +365,7 @@ def test_a_source_without_a_single_readable_image_is_refused_and_not_finished(so
         open_prepared(Storage(), str(source.folder / "out"), "train.data")
 
 
-def test_a_source_that_storage_mostly_refuses_is_an_error_and_the_same_command_finishes(
+def test_a_mostly_refused_source_is_an_error_and_the_same_command_finishes_later(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -406,9 +408,7 @@ def test_each_image_is_downloaded_once_and_again_only_where_it_has_changed(
     assert sorted(names[6:]) == ["d", "g"]
 
 
-def test_a_killed_job_downloads_no_image_again_that_it_has_staged(
-    source: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_job_does_not_download_staged_images_again(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     names = count_reads(monkeypatch)
     with monkeypatch.context() as patch:
         write = Parts.write
@@ -480,7 +480,7 @@ def test_every_request_of_a_running_job_is_retried(source: Source, monkeypatch: 
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
-def test_an_image_that_kills_its_worker_is_given_up_and_tried_again_when_it_is_another(
+def test_an_image_that_kills_its_worker_fails_and_is_retried_once_replaced(
     source: Source, monkeypatch: pytest.MonkeyPatch, *, is_replaced: bool
 ) -> None:
     crops = CropMaker.crops
@@ -511,7 +511,7 @@ def test_an_image_that_kills_its_worker_is_given_up_and_tried_again_when_it_is_a
     assert [row["status"] for row in source.rows()].count("fallback") == (6 if is_replaced else 5)
 
 
-def test_a_part_of_other_images_with_the_same_ids_is_deleted_before_its_successor_is_written(
+def test_an_outdated_part_is_deleted_before_its_successor_is_written(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(source.job())
@@ -531,7 +531,7 @@ def test_a_part_of_other_images_with_the_same_ids_is_deleted_before_its_successo
     source.check()
 
 
-def test_an_outage_blames_no_image(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_does_not_count_against_an_image(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Parts, "write", kill)
         with pytest.raises(Killed):
@@ -547,9 +547,7 @@ def test_an_outage_blames_no_image(source: Source, monkeypatch: pytest.MonkeyPat
     source.check()
 
 
-def test_an_image_that_a_busy_server_refuses_is_requested_again(
-    source: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_is_requested_again_from_a_busy_server(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Storage.read
     refused: list[str] = []
 

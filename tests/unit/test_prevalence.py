@@ -75,7 +75,7 @@ def test_corrected_shares_are_closer_and_intervals_cover(
     assert (made.high - made.low).mean() < 0.3  # intervals that say nothing would cover, too
 
 
-def test_counts_as_expected_give_the_shares_they_come_from() -> None:
+def test_expected_counts_give_the_shares_they_come_from() -> None:
     rng = np.random.default_rng(2)
     shares = np.stack([rng.dirichlet(np.ones(10)), rng.dirichlet(np.full(10, 0.1))])
     counts = np.rint(1e6 * shares @ np.kron(GENDERS, RACES)).astype(np.int64)
@@ -108,7 +108,7 @@ def test_shares_stay_on_the_simplex_and_within_their_interval() -> None:
     assert (made.high <= 1.0).all()
 
 
-def test_a_class_of_which_none_was_seen_is_not_excluded() -> None:
+def test_a_class_that_was_never_predicted_is_not_excluded() -> None:
     made = true_shares(np.array([[5, 0, 0]]), [np.rint(SURE * 10_000).astype(np.int64)])
 
     assert made.share[0] == pytest.approx([1.0, 0.0], abs=1e-3)
@@ -128,7 +128,7 @@ def test_more_faces_give_narrower_intervals_until_the_labelled_images_limit_them
     assert widths[2] > 0.03
 
 
-def test_no_faces_have_no_shares_and_change_no_other_group() -> None:
+def test_a_group_without_faces_has_no_shares_and_does_not_change_others() -> None:
     counts = np.array([[50, 40, 10], [0, 0, 0]])
     confusion = np.array([[80, 10, 10], [10, 80, 10]])
 
@@ -139,7 +139,7 @@ def test_no_faces_have_no_shares_and_change_no_other_group() -> None:
         assert (mine[0] == its[0]).all()
 
 
-def test_shares_of_a_group_tell_nothing_of_the_counts_of_others() -> None:
+def test_shares_of_a_group_reveal_nothing_about_other_groups() -> None:
     rng = np.random.default_rng(4)
     counts = drawn_counts([GENDERS, RACES], rng.dirichlet(np.full(10, 0.5), size=6), 200, rng)
     confusions = [drawn_confusion(each, 1500, rng) for each in (GENDERS, RACES)]
@@ -163,7 +163,7 @@ def test_shares_of_a_group_tell_nothing_of_the_counts_of_others() -> None:
         ([[900, 50, 50], [5, MIN_CALIBRATION_ROWS - 6, 0]], "male: 19 calibration images, 20 are needed"),
     ],
 )
-def test_what_cannot_be_corrected_is_told_why(confusion: list[list[int]], reason: str) -> None:
+def test_an_uncorrected_share_has_a_reason(confusion: list[list[int]], reason: str) -> None:
     said = why_not(np.array(confusion), ["female", "male"])
 
     assert said is not None
@@ -178,7 +178,7 @@ def blurred(size: int, blur: float) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize(("blurs", "is_allowed"), [((0.3, 0.3), True), ((0.68, 0.65), False)])
-def test_parts_that_do_alone_are_refused_where_together_they_make_shares_worse(
+def test_matrices_usable_alone_are_rejected_if_their_product_is_ill_conditioned(
     blurs: tuple[float, float], is_allowed: bool
 ) -> None:
     rng = np.random.default_rng(3)
@@ -200,11 +200,11 @@ def test_parts_that_do_alone_are_refused_where_together_they_make_shares_worse(
     assert (np.mean(error) < np.mean(raw_error)) == is_allowed
 
 
-def test_a_usable_confusion_needs_no_excuse() -> None:
+def test_a_usable_confusion_matrix_gives_no_reason() -> None:
     assert why_not(np.array([[80, 10, 10], [2, MIN_CALIBRATION_ROWS - 2, 0]]), ["female", "male"]) is None
 
 
-def test_confusions_leave_out_what_is_not_labelled_and_count_abstentions_last() -> None:
+def test_confusions_ignore_missing_labels_and_count_abstentions_last() -> None:
     truth, outcome = np.array([0, 0, 0, 1, 1, -1]), np.array([0, 1, -1, 1, 1, 0])
 
     assert confusion_counts([truth], [outcome], [2]).tolist() == [[1, 1, 1], [0, 2, 0]]

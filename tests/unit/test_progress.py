@@ -67,7 +67,7 @@ def random_outputs(num: int) -> Outputs:
     return linear(50 + 60 * draw[0], draw[1], torch.randn(num, 5, generator=generator))
 
 
-def test_running_sums_are_those_of_the_metrics() -> None:
+def test_running_sums_equal_those_of_the_metrics() -> None:
     data, outputs = faces(), random_outputs(NUM)
     expected = MetricSums(UTKFACE)
     expected.update(Labels.from_arrays(UTKFACE, data), average(LINEAR, [outputs]))
@@ -82,7 +82,7 @@ def test_running_sums_are_those_of_the_metrics() -> None:
 
 
 @pytest.mark.parametrize("mixup_alpha", [0.0, 0.4])
-def test_what_is_shown_is_the_mean_over_the_epoch_so_far(monkeypatch: pytest.MonkeyPatch, mixup_alpha: float) -> None:
+def test_progress_shows_the_mean_over_the_epoch_so_far(monkeypatch: pytest.MonkeyPatch, mixup_alpha: float) -> None:
     seen: list[tuple[Outputs, Targets]] = []
 
     def noted(parts: Heads, outputs: Outputs, targets: Targets) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_progress_is_a_line() -> None:
     )
 
 
-def test_what_is_left_is_never_less_than_nothing() -> None:
+def test_the_remaining_time_is_never_negative() -> None:
     done = dataclasses.replace(PROGRESS, num_samples=14000)
 
     assert done.epoch_left_s == 0.0
@@ -144,7 +144,7 @@ def drawn(bars: TrainingBars) -> str:
     return captured.get()
 
 
-def test_the_bars_say_what_the_line_says() -> None:
+def test_the_bars_show_the_same_values_as_the_line() -> None:
     bars = TrainingBars()
     assert drawn(bars) == "starting workers\n"
     bars.show(PROGRESS)
@@ -159,7 +159,7 @@ def test_the_bars_say_what_the_line_says() -> None:
     assert figures.strip() == PROGRESS.figures()
 
 
-def test_the_bars_go_back_with_a_run_that_does() -> None:
+def test_the_bars_go_back_when_a_run_is_resumed() -> None:
     bars = TrainingBars()
     bars.show(PROGRESS)
     bars.show(dataclasses.replace(PROGRESS, epoch=2, num_samples=64))

@@ -84,7 +84,7 @@ def test_damaged_rows_of_fairface_are_bad_labels(fairface: Path) -> None:
     assert len(rows) == 46
 
 
-def test_the_published_split_of_fairface_can_be_left(fairface: Path) -> None:
+def test_the_published_split_of_fairface_can_be_ignored(fairface: Path) -> None:
     rows = read(fairface, "fairface", published_splits=False)
     assert {row.label.split for row in rows.values()} == {None}
     split = SplitConfig(val=0.1, test=0.3)
@@ -111,7 +111,7 @@ def test_an_image_of_both_published_sets_is_in_test_only(fairface: Path) -> None
     assert {by_key[f"val/{n}.jpg"] for n in range(1, 41)} == {"test"}
 
 
-def test_each_published_word_of_fairface_has_a_class(fairface: Path) -> None:
+def test_each_label_word_of_fairface_has_a_class(fairface: Path) -> None:
     words = ("White", "Black", "Latino_Hispanic", "East Asian", "Southeast Asian", "Indian", "Middle Eastern")
     ages = ("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70")
     (fairface / "fairface_label_train.csv").write_text(
@@ -182,26 +182,26 @@ def test_adience_without_faces_reads_aligned(adience: Path) -> None:
         ("adience", "expected fold_0_data.txt to fold_4_data.txt, found none"),
     ],
 )
-def test_a_folder_without_label_files_is_refused(tmp_path: Path, kind: str, complaint: str) -> None:
+def test_a_folder_without_label_files_is_rejected(tmp_path: Path, kind: str, complaint: str) -> None:
     images(tmp_path, ["a.jpg"])
     with pytest.raises(LabelTableError, match=complaint):
         read(tmp_path, kind)
 
 
-def test_a_label_file_without_a_column_is_refused(fairface: Path) -> None:
+def test_a_label_file_without_a_column_is_rejected(fairface: Path) -> None:
     (fairface / "fairface_label_val.csv").write_text("file,age,gender\nval/1.jpg,0-2,Male\n")
     with pytest.raises(LabelTableError, match="expected the columns file, age, gender, race, found file, age, gender"):
         read(fairface, "fairface")
 
 
-def test_a_label_file_that_cannot_be_read_is_refused(fairface: Path) -> None:
+def test_a_label_file_that_cannot_be_read_is_rejected(fairface: Path) -> None:
     (fairface / "fairface_label_val.csv").unlink()
     (fairface / "fairface_label_val.csv").mkdir()
     with pytest.raises(LabelTableError, match=r"the label file can't be read: .*fairface_label_val\.csv"):
         read(fairface, "fairface")
 
 
-def test_a_source_with_its_own_labels_takes_no_others() -> None:
+def test_a_source_with_its_own_labels_rejects_others() -> None:
     fairface, own = SourceConfig(kind="fairface"), LabelsConfig(races=("a", "b"))
     assert label_space(fairface, LabelsConfig()) == FAIRFACE
     assert label_space(SourceConfig(kind="adience"), LabelsConfig(space="adience")) == ADIENCE

@@ -25,7 +25,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_there_are_the_papers_fourteen() -> None:
+def test_the_papers_fourteen_operations_exist() -> None:
     assert len(SIGNED) + len(UNSIGNED) == 14
 
 
@@ -45,12 +45,12 @@ def test_an_operation_treats_each_image_of_a_batch_alone(name: str, strength: fl
 
 
 @pytest.mark.parametrize("name", SIGNED)
-def test_no_strength_is_no_change(name: str) -> None:
+def test_zero_strength_changes_nothing(name: str) -> None:
     torch.testing.assert_close(SIGNED[name](crops(), 0.0).float(), crops().float(), rtol=0, atol=1)
 
 
 @pytest.mark.parametrize(("sign", "first"), [(1.0, 20 + 10), (-1.0, 20 - 10)])
-def test_a_shift_is_a_share_of_the_side(sign: float, first: int) -> None:
+def test_a_shift_is_a_fraction_of_the_side(sign: float, first: int) -> None:
     images = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)
     images[..., 20] = 255
     moved = SIGNED["translate_x"](images, sign * 0.5)  # 0.5 * 150 / 331 * 48 = 10.9 pixels
@@ -68,7 +68,7 @@ def test_colour_operations_are_as_strong_as_torchvisions() -> None:
     assert torch.equal(UNSIGNED["solarize"](images, 0.5), torch.where(images >= 128, 255 - images, images))
 
 
-def test_each_operation_and_direction_is_as_likely_as_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_operations_and_directions_are_equally_likely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(randaugment, "SIGNED", {"a": lambda images, strength: images + (1 if strength > 0 else 2)})
     monkeypatch.setattr(randaugment, "UNSIGNED", {"b": lambda images, strength: images + int(30 * strength)})
     images = torch.zeros(4000, 3, 1, 1, dtype=torch.uint8)

@@ -24,24 +24,24 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from agr_ray.runtime import ray_compat
 
 
-def test_ray_is_the_version_that_was_seen() -> None:
+def test_ray_has_the_tested_version() -> None:
     assert ray.__version__ == ray_compat.SEEN_WITH  # after an update: check the module's reasons, then change it
 
 
-def test_the_raylet_knows_the_variable_that_starts_no_workers_in_advance() -> None:
+def test_the_raylet_supports_the_variable_that_disables_prestarted_workers() -> None:
     library = next(Path(ray.__file__).parent.glob("_raylet*.so"))
 
     assert ray_compat.NO_PRESTART.removeprefix("RAY_").encode() in library.read_bytes()
 
 
-def test_the_cpus_of_this_machine_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_cpus_are_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= ray_compat.machine_cpus() <= (os.cpu_count() or 1)
     monkeypatch.setattr(ray_compat, "get_num_cpus", lambda override_docker_cpu_warning: 0.5)
     assert ray_compat.machine_cpus() == 1
 
 
 @pytest.mark.parametrize(("types", "expected"), [(["node_ab"], False), (["node_ab", "worker"], True), ([], False)])
-def test_a_cluster_whose_node_types_are_not_made_up_has_an_autoscaler(
+def test_a_cluster_with_configured_node_types_has_an_autoscaler(
     types: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Versions 1 and 2 of the autoscaler are run by tests/system/test_autoscaling.py."""
@@ -74,7 +74,7 @@ def test_ray_train_names_its_checkpoints_in_a_file() -> None:
     assert ray_compat.SNAPSHOT == "checkpoint_manager_snapshot.json"  # of a run that an earlier version began
 
 
-def test_the_start_of_workers_is_limited_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_to_start_workers_is_limited_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
     monkeypatch.setenv(name, "7")
     ray_compat.limit_worker_start(60.0)
@@ -95,11 +95,11 @@ def test_the_start_of_workers_is_limited_by_a_variable(monkeypatch: pytest.Monke
         (ValueError("no"), False),
     ],
 )
-def test_workers_that_could_not_start_are_told(failure: Exception, expected: bool) -> None:
+def test_workers_that_could_not_start_are_reported(failure: Exception, expected: bool) -> None:
     assert ray_compat.could_not_start(ControllerError(failure)) is expected
 
 
-def test_ray_train_passes_on_the_clusters_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_train_gets_the_clusters_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENV_VARS_TO_PROPAGATE", {"A"})
     monkeypatch.setattr(ray, "get_runtime_context", lambda: type("Context", (), {"gcs_address": "1.2.3.4:5"}))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -133,7 +133,7 @@ def test_ray_train_ends_after_three_interrupts(monkeypatch: pytest.MonkeyPatch) 
         (TrainController.abort, ["self"]),
     ],
 )
-def test_the_callbacks_and_the_controller_take_what_they_took(function: Any, names: list[str]) -> None:
+def test_the_signatures_of_rays_callbacks_and_controller_are_unchanged(function: Any, names: list[str]) -> None:
     # Not `inspect.signature`: Ray adds a parameter for traces to it once the class is an actor of this process.
     code = inspect.unwrap(function).__code__
     assert list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) == names

@@ -30,7 +30,7 @@ def test_every_entry_can_be_imported(registry: Registry) -> None:
         ({"tasks": ("age", "rase")}, "must name at least one of age, gender, race, each at most once"),
     ],
 )
-def test_an_unknown_name_is_refused(values: dict[str, object], expected: str) -> None:
+def test_an_unknown_name_is_rejected(values: dict[str, object], expected: str) -> None:
     with pytest.raises(ValidationError) as raised:
         ModelConfig(**values)  # type: ignore[arg-type]  # wrong on purpose
     assert re.search(expected.replace("?", r"\?"), raised.value.errors()[0]["msg"])

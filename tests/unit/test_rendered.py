@@ -86,7 +86,7 @@ def test_a_chip_does_not_depend_on_the_chips_before_it() -> None:
     assert np.array_equal(last.image_rgb, render_chip(5, 3, 64).image_rgb)
 
 
-def test_another_seed_and_another_index_give_other_chips() -> None:
+def test_another_seed_or_index_gives_another_chip() -> None:
     images = [render_chip(seed, index, 64).image_rgb for seed, index in ((5, 0), (5, 1), (6, 0))]
     assert all(not np.array_equal(a, b) for a, b in combinations(images, 2))
 
@@ -139,7 +139,7 @@ def test_faces_of_a_photograph_are_as_many_as_asked_for_and_wide_enough(photogra
     assert max(widths) > 1.5 * min(widths)
 
 
-def test_heads_of_a_photograph_do_not_touch(photographs: list[RenderedPhotograph]) -> None:
+def test_heads_in_a_photograph_do_not_overlap(photographs: list[RenderedPhotograph]) -> None:
     for photograph in photographs:
         height, width = photograph.image_rgb.shape[:2]
         poses = [face.pose for face in photograph.faces]
@@ -149,7 +149,7 @@ def test_heads_of_a_photograph_do_not_touch(photographs: list[RenderedPhotograph
             assert not cv2.erode(both.astype(np.uint8), np.ones((11, 11))).any()
 
 
-def test_a_photograph_too_small_for_its_faces_is_refused() -> None:
+def test_a_photograph_too_small_for_its_faces_is_rejected() -> None:
     with pytest.raises(ValueError, match="9 faces need more room than 200 x 200 px"):
         render_photograph(0, 0, 200, 200, 9)
 
@@ -161,12 +161,12 @@ def test_a_photograph_without_faces_is_a_background() -> None:
 
 
 @pytest.mark.parametrize(("seed", "index"), [(-1, 0), (0, -1)])
-def test_a_negative_seed_or_index_is_refused(seed: int, index: int) -> None:
+def test_a_negative_seed_or_index_is_rejected(seed: int, index: int) -> None:
     with pytest.raises(ValueError, match=f"seed={seed}, index={index}"):
         render_chip(seed, index)
 
 
-def test_labels_tables_have_a_row_a_face(photographs: list[RenderedPhotograph]) -> None:
+def test_label_tables_have_one_row_per_face(photographs: list[RenderedPhotograph]) -> None:
     chip = render_chip(1, 0, 64)
     assert chip_labels_table(["a.jpg"], [chip]).to_pylist() == [
         {"key": "a.jpg", "age": chip.age_years, "gender": chip.gender, "race": chip.race}

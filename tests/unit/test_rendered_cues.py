@@ -107,7 +107,7 @@ def test_other_labels_change_no_pixel_outside_of_the_head(other: Labels) -> None
 
 
 @pytest.mark.parametrize("label", ["age_years", "gender", "race"])
-def test_a_label_shows_in_the_head(label: str) -> None:
+def test_a_label_changes_the_rendered_head(label: str) -> None:
     base = Labels(40.0, "female", "asian")
     values = {"age_years": 70.0, "gender": "male", "race": "indian"}
     changed = Labels(**{"age_years": base.age_years, "gender": base.gender, "race": base.race, label: values[label]})

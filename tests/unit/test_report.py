@@ -28,15 +28,15 @@ def decoded(png: bytes) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("num_epochs", [1, 3, 100])
-def test_curves_are_a_picture_of_the_size_it_says(num_epochs: int) -> None:
+def test_curves_are_an_image_of_the_stated_size(num_epochs: int) -> None:
     assert decoded(curves_png(history(num_epochs), "runs/one")).shape == (800, 1500, 3)
 
 
-def test_the_path_of_a_run_is_no_formula() -> None:
+def test_the_path_of_a_run_is_not_parsed_as_mathtext() -> None:
     assert decoded(curves_png(history(2), "/data/$x_{$/[1]")).shape == (800, 1500, 3)
 
 
-def test_curves_change_with_what_was_measured() -> None:
+def test_curves_change_with_the_metrics() -> None:
     one, other = (decoded(curves_png(history(3, val_age_distance_years=years), "runs/one")) for years in (5.0, 7.0))
 
     # In the second panel of the upper row, and nowhere else.
@@ -70,7 +70,7 @@ SAID = {
         (2, "label: 60, ?, white", "model: 75, male, white", True),  # fifteen years
     ],
 )
-def test_samples_are_described_beside_their_labels(index: int, truth: str, said: str, is_wrong: bool) -> None:
+def test_samples_are_described_with_their_labels(index: int, truth: str, said: str, is_wrong: bool) -> None:
     assert describe(LABELS, SAID, index) == (truth, said, is_wrong)
 
 

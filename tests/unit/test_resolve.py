@@ -51,20 +51,20 @@ def with_vision(**values: Any) -> Pipeline:
     return Pipeline(vision=VisionConfig(**values))
 
 
-def test_settings_that_nobody_gives_are_the_checkpoints(trained: Path) -> None:
+def test_settings_that_are_not_given_come_from_the_checkpoint(trained: Path) -> None:
     resolved = resolve(load_checkpoint(trained), NOTHING, key="score.checkpoint")
 
     assert resolved.pipeline == STORED
     assert (resolved.calibration, resolved.reason.partition(";")[0]) == (None, "the checkpoint has no calibration.json")
 
 
-def test_an_explicit_setting_wins_even_where_it_is_the_default(trained: Path) -> None:
+def test_an_explicit_setting_wins_even_if_it_equals_the_default(trained: Path) -> None:
     resolved = resolve(load_checkpoint(trained), with_vision(detector="mtcnn"), key="score.checkpoint")
 
     assert resolved.pipeline == STORED.model_copy(update={"vision": VisionConfig(detector="mtcnn", max_side_px=900)})
 
 
-def test_settings_that_exclude_each_other_are_refused_and_the_message_says_whose_they_are(trained: Path) -> None:
+def test_conflicting_settings_are_rejected_with_their_origins(trained: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         resolve(load_checkpoint(trained), with_vision(small_faces=True), key="score.checkpoint")
 
@@ -78,7 +78,7 @@ def test_settings_that_exclude_each_other_are_refused_and_the_message_says_whose
     assert resolved.pipeline.vision == VisionConfig(detector="haar", small_faces=True)
 
 
-def test_a_calibrated_checkpoint_has_the_settings_it_was_calibrated_under(trained: Path) -> None:
+def test_a_calibrated_checkpoint_has_the_settings_of_its_calibration(trained: Path) -> None:
     calibrate(trained, with_vision(detector="haar", min_face_px=60))
 
     resolved = resolve(load_checkpoint(trained), NOTHING, key="score.checkpoint")
@@ -88,7 +88,7 @@ def test_a_calibrated_checkpoint_has_the_settings_it_was_calibrated_under(traine
     assert resolved.reason == ""
 
 
-def test_what_the_calibration_depends_on_cannot_be_overridden(trained: Path) -> None:
+def test_settings_that_the_calibration_depends_on_cannot_be_overridden(trained: Path) -> None:
     calibrate(trained, STORED)
 
     with pytest.raises(ConfigError) as refused:
@@ -103,7 +103,7 @@ def test_what_the_calibration_depends_on_cannot_be_overridden(trained: Path) -> 
         resolve(load_checkpoint(trained), Pipeline(predict=PredictConfig(flip_average=False)), key="score.checkpoint")
 
 
-def test_unless_that_is_allowed_and_then_there_is_no_calibration(trained: Path) -> None:
+def test_an_allowed_override_discards_the_calibration(trained: Path) -> None:
     calibrate(trained, STORED)
 
     given = with_vision(detector="mtcnn")
@@ -132,7 +132,7 @@ def test_calibrating_again_starts_from_the_settings_of_training(trained: Path) -
     assert (resolved.pipeline, resolved.calibration) == (STORED, None)
 
 
-def test_another_models_calibration_is_not_used(trained: Path) -> None:
+def test_the_calibration_of_another_model_is_not_used(trained: Path) -> None:
     calibrate(trained, NOTHING, digest="another")
 
     resolved = resolve(load_checkpoint(trained), NOTHING, key="score.checkpoint")
@@ -141,7 +141,7 @@ def test_another_models_calibration_is_not_used(trained: Path) -> None:
     assert "belongs to another model" in resolved.reason
 
 
-def test_every_setting_is_decisive_or_known_not_to_be() -> None:
+def test_every_setting_is_classified_as_decisive_or_not() -> None:
     fields = {f"vision.{name}" for name in VisionConfig.model_fields}
     fields |= {f"predict.{name}" for name in PredictConfig.model_fields}
 
@@ -151,13 +151,13 @@ def test_every_setting_is_decisive_or_known_not_to_be() -> None:
 
 @pytest.mark.parametrize("job", [ScoreJob, EvaluateJob])
 @pytest.mark.parametrize(("argv", "expected"), [((), False), (("--allow-uncalibrated",), True)])
-def test_the_flag_of_the_command_line(job: Any, argv: tuple[str, ...], expected: bool) -> None:
+def test_the_allow_uncalibrated_flag(job: Any, argv: tuple[str, ...], expected: bool) -> None:
     section = "score" if job is ScoreJob else "evaluate"
     needed = [word for name in NEEDED[job] for word in (f"--{section}.{name}", "x")]
     assert getattr(parse(job, (*needed, *argv), {}), section).allow_uncalibrated is expected
 
 
-def test_only_what_is_written_somewhere_is_explicit() -> None:
+def test_only_given_settings_are_explicit() -> None:
     needed = [word for name in NEEDED[ScoreJob] for word in (f"--score.{name}", "x")]
     recipe = b"[vision]\nmin_face_px = 40\n"
     argv = [*needed, "--config", "x.toml", "--vision.detector", "mtcnn"]

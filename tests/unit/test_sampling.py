@@ -41,29 +41,29 @@ def shares(truth: Labels, by: Balance, power: float = 1.0) -> dict[tuple[float, 
     return found
 
 
-def test_no_balance_is_no_sampler() -> None:
+def test_without_balance_there_is_no_sampler() -> None:
     assert Sampler.fit(labels((20, 0, 0, 3)), "none", 1.0) is None
 
 
-def test_classes_come_evenly() -> None:
+def test_classes_are_equally_frequent() -> None:
     truth = labels((20, 0, 0, 60), (30, 0, 1, 20), (40, 1, 1, 20))
     assert shares(truth, "gender") == pytest.approx({(20, 0, 0): 0.375, (30, 0, 1): 0.125, (40, 1, 1): 0.5})
     assert shares(truth, "race") == pytest.approx({(20, 0, 0): 0.5, (30, 0, 1): 0.25, (40, 1, 1): 0.25})
 
 
-def test_ages_are_evened_out_by_the_papers_groups() -> None:
+def test_ages_are_balanced_by_the_papers_groups() -> None:
     truth = labels((21, 0, 0, 50), (30, 0, 0, 10), (31, 0, 0, 20), (90, 0, 0, 5), (81, 0, 0, 15))
     assert shares(truth, "age") == pytest.approx(
         {(21, 0, 0): 5 / 18, (30, 0, 0): 1 / 18, (31, 0, 0): 1 / 3, (90, 0, 0): 1 / 12, (81, 0, 0): 1 / 4}
     )
 
 
-def test_cells_come_evenly_where_they_are_not_empty() -> None:
+def test_non_empty_cells_are_equally_frequent() -> None:
     truth = labels((20, 0, 0, 70), (20, 1, 0, 20), (60, 1, 4, 10))
     assert list(shares(truth, "cells").values()) == pytest.approx([1 / 3] * 3)
 
 
-def test_power_goes_from_as_it_is_to_even() -> None:
+def test_balance_power_interpolates_from_unchanged_to_equal() -> None:
     truth = labels((20, 0, 0, 90), (20, 1, 0, 10))
     men = [shares(truth, "gender", power)[20, 1, 0] for power in (0.0, 0.5, 1.0)]
     assert men == pytest.approx([0.1, 0.25, 0.5])  # sqrt(90) : sqrt(10) = 3 : 1
@@ -78,16 +78,16 @@ def test_rows_without_the_label_keep_their_share() -> None:
     )
 
 
-def test_cells_are_evened_out_among_rows_that_have_the_same_labels() -> None:
+def test_cells_are_balanced_among_rows_with_the_same_labels() -> None:
     truth = labels((20, 0, 0, 30), (60, 1, 0, 10), (20, 0, -1, 5), (60, 0, -1, 55))
     assert list(shares(truth, "cells").values()) == pytest.approx([0.2, 0.2, 0.3, 0.3])
 
 
-def test_labels_of_which_training_has_none_at_all_change_nothing() -> None:
+def test_absent_labels_do_not_change_training() -> None:
     assert fit(labels((NAN, 0, 0, 4)), "age").weights(labels((NAN, 0, 0, 2))).tolist() == [1.0, 1.0]
 
 
-def test_a_label_weighs_the_same_on_every_rank() -> None:
+def test_a_label_has_the_same_weight_on_every_rank() -> None:
     first, second = labels((20, 0, 0, 60), (20, 1, 0, 2)), labels((20, 0, 0, 20), (20, 1, 0, 18))
     whole = joined(first, second)
     sampler = fit(whole, "gender")
@@ -126,25 +126,25 @@ ONE, OTHER = labels((20, 0, 0, 240), (20, 1, 0, 60)), labels((20, 0, -1, 25), (2
 
 
 @pytest.mark.parametrize("by", ["none", "gender", "race", "cells"])
-def test_sets_are_drawn_at_their_shares_whatever_is_evened_out(by: Balance) -> None:
+def test_sets_are_drawn_by_their_shares_whatever_is_balanced(by: Balance) -> None:
     # Of 40,000 draws, four standard deviations are 0.01.
     assert drawn_shares([ONE, OTHER], by, [1, 3])[0] == pytest.approx([0.25, 0.75], abs=0.01)
     assert drawn_shares([ONE, OTHER, OTHER], by, [0.5, 0.2, 0.3])[0] == pytest.approx([0.5, 0.2, 0.3], abs=0.01)
 
 
-def test_labels_come_as_they_are_in_a_set_that_is_not_evened_out() -> None:
+def test_labels_of_a_set_without_balancing_keep_their_frequencies() -> None:
     found = drawn_shares([ONE, OTHER], "none", [1, 1])[1]
     assert found[0, 20, 1, 0] == pytest.approx(0.5 * 0.2, abs=0.01)
     assert found[1, 20, 1, -1] == pytest.approx(0.5 * 0.75, abs=0.01)
 
 
-def test_with_shares_labels_are_evened_out_within_each_set() -> None:
+def test_with_shares_labels_are_balanced_within_each_set() -> None:
     found = drawn_shares([ONE, OTHER], "gender", [1, 3])[1]
     assert [found[0, 20, gender, 0] for gender in (0, 1)] == pytest.approx([0.125, 0.125], abs=0.01)
     assert [found[1, 20, gender, -1] for gender in (0, 1)] == pytest.approx([0.375, 0.375], abs=0.01)
 
 
-def test_without_shares_all_sets_are_evened_out_as_one() -> None:
+def test_without_shares_all_sets_are_balanced_as_one() -> None:
     truth = joined(ONE, OTHER)
     set_index = np.repeat([0, 1], [300, 100])
     sampler = Sampler.fit(truth, "gender", 1.0, set_index)
@@ -152,7 +152,7 @@ def test_without_shares_all_sets_are_evened_out_as_one() -> None:
     assert np.array_equal(sampler.weights(truth, set_index), fit(truth, "gender").weights(truth))
 
 
-def test_draws_are_as_frequent_as_weights_say_and_can_be_repeated() -> None:
+def test_draws_follow_the_weights_and_can_be_repeated() -> None:
     truth = labels((20, 0, 0, 9000), (20, 1, 0, 1000))
     sampler = fit(truth, "gender")
     drawn = sampler.draw(truth, np.random.default_rng(0))

@@ -117,7 +117,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, refuses: Callable[[str], bool], erro
 
 @pytest.mark.parametrize("name", sorted({*DEMOGRAPHICS.names, *FACES.names, *IMAGES.names, *REJECTS.names, "run"}))
 @pytest.mark.parametrize("spell", [str, str.upper])
-def test_a_group_named_as_a_column_is_refused_before_anything_is_scored(
+def test_a_group_with_the_name_of_a_column_is_rejected_before_scoring(
     bucket: Bucket, name: str, spell: Callable[[str], str]
 ) -> None:
     with pytest.raises(ConfigError, match=rf"^score\.group_by {spell(name)}: the tables have a column of that name"):
@@ -127,7 +127,7 @@ def test_a_group_named_as_a_column_is_refused_before_anything_is_scored(
 @pytest.mark.parametrize(
     "name", ["key", "position", "listed_order", "file_row_number", "scored_id", "num_rows", "listed"]
 )
-def test_a_group_named_as_planning_names_its_own_columns_is_refused_or_works(bucket: Bucket, name: str) -> None:
+def test_a_group_with_the_name_of_a_planning_column_is_rejected_or_works(bucket: Bucket, name: str) -> None:
     try:
         record = bucket.score(group_by=(name,), key_pattern=rf"(?P<{name}>\d)\.jpg$")
     except ConfigError as error:
@@ -138,7 +138,7 @@ def test_a_group_named_as_planning_names_its_own_columns_is_refused_or_works(buc
     assert sorted(bucket.query(sql)) == [(str(number), 1) for number in range(len(NAMES))]
 
 
-def test_work_that_cannot_be_deleted_fails_neither_this_run_nor_the_next(
+def test_an_undeletable_work_folder_fails_neither_this_run_nor_the_next(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delete_tree = Storage.delete_tree
@@ -162,7 +162,7 @@ def test_work_that_cannot_be_deleted_fails_neither_this_run_nor_the_next(
 # One driver for each output
 
 
-def test_one_relative_path_from_two_folders_is_two_inputs(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_relative_path_in_two_folders_is_two_inputs(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = Bucket(bucket.folder / "elsewhere", bucket._model, bucket._workers)
     (elsewhere.input / "5.jpg").unlink()
     monkeypatch.chdir(bucket.folder)
@@ -182,7 +182,7 @@ def interrupt(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("out", ["s3://results", "s3://results/"])
-def test_a_whole_bucket_as_output_is_refused(bucket: Bucket, out: str) -> None:
+def test_a_whole_bucket_as_output_is_rejected(bucket: Bucket, out: str) -> None:
     with pytest.raises(ConfigError, match=r"^score\.out s3://results/?: is a whole bucket; name a prefix"):
         bucket.score(out=out)
 
@@ -208,9 +208,7 @@ def test_a_job_that_loses_its_lock_while_it_plans_stops_and_leaves_no_plan(
     assert not list((bucket.folder / "out-work").rglob("plan.json"))
 
 
-def test_a_record_of_a_plan_that_another_job_has_deleted_is_planned_again(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_that_another_job_has_deleted_is_planned_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(driver, "_score_parts", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -230,7 +228,7 @@ def test_a_record_of_a_plan_that_another_job_has_deleted_is_planned_again(
 
 @pytest.mark.parametrize("next_run", [{}, {"gates": GatesConfig(min_side_px=9)}, {"limit": 4}])
 @pytest.mark.parametrize("killed_before", ["views.sql", "_SUCCESS", "images", "demographics"])
-def test_what_a_killed_publication_left_is_gone_after_the_next_job_of_any_recipe(
+def test_leftovers_of_a_killed_publication_are_deleted_by_the_next_job(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, killed_before: str, next_run: dict[str, Any]
 ) -> None:
     write, move = Storage.write, Storage.move_tree
@@ -258,7 +256,7 @@ def test_what_a_killed_publication_left_is_gone_after_the_next_job_of_any_recipe
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_job_that_was_stopped_before_its_last_step_cannot_take_it_once_another_has_run(
+def test_a_suspended_job_cannot_publish_after_another_has_run(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, *, is_first: bool
 ) -> None:
     move, others = Storage.move, []
@@ -290,7 +288,7 @@ def test_a_job_that_was_stopped_before_its_last_step_cannot_take_it_once_another
     assert [path.name for path in bucket.out.parent.glob("*-work/publishing/*")] == []
 
 
-def test_a_newer_row_that_says_nothing_of_the_content_hides_no_older_one(
+def test_a_newer_row_without_content_does_not_hide_an_older_one(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket.score()
@@ -310,7 +308,7 @@ def test_a_newer_row_that_says_nothing_of_the_content_hides_no_older_one(
 # Nothing done is no success
 
 
-def test_an_input_where_nothing_is_is_refused_unless_that_is_allowed(bucket: Bucket) -> None:
+def test_an_empty_input_is_rejected_unless_allowed(bucket: Bucket) -> None:
     empty = bucket.folder / "empty"
     empty.mkdir()
     with pytest.raises(ConfigError, match=r"^score\.input .*empty: nothing is there; .*--score\.allow_empty true"):
@@ -321,7 +319,7 @@ def test_an_input_where_nothing_is_is_refused_unless_that_is_allowed(bucket: Buc
     assert bucket.score(input=str(empty), allow_empty=True)["num_images"] == 0
 
 
-def test_an_input_without_a_photograph_says_which_endings_it_has_and_how_to_include_them(bucket: Bucket) -> None:
+def test_the_error_of_an_input_without_photographs_names_its_endings_and_include(bucket: Bucket) -> None:
     odd = bucket.folder / "odd"
     for key in ("a.txt", "b.TXT", "uploads/ab12cd", "c.d/x"):
         (odd / key).parent.mkdir(parents=True, exist_ok=True)
@@ -334,7 +332,7 @@ def test_an_input_without_a_photograph_says_which_endings_it_has_and_how_to_incl
     assert bucket.score(input=str(odd), include=("**",))["num_images"] == 4
 
 
-def test_how_many_keys_of_which_ending_were_left_out_is_said(bucket: Bucket) -> None:
+def test_the_number_of_ignored_keys_is_printed_by_ending(bucket: Bucket) -> None:
     for key in ("a.txt", "b.md", "c.md", "d"):
         (bucket.input / key).write_text("no photograph")
 
@@ -345,7 +343,7 @@ def test_how_many_keys_of_which_ending_were_left_out_is_said(bucket: Bucket) -> 
 
 
 @pytest.mark.parametrize("error", [StorageFailed, ServerFailed])
-def test_a_run_with_most_images_refused_publishes_nothing_and_can_be_repeated_after_the_cause_is_fixed(
+def test_a_mostly_refused_run_publishes_nothing_and_can_be_repeated_after_a_fix(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -358,7 +356,7 @@ def test_a_run_with_most_images_refused_publishes_nothing_and_can_be_repeated_af
     assert [name for name, _ in bucket.statuses()] == NAMES
 
 
-def test_a_few_refused_photographs_are_rows_and_the_rest_are_published(
+def test_a_few_refused_photographs_become_rows_and_the_rest_is_published(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -371,7 +369,7 @@ def test_a_few_refused_photographs_are_rows_and_the_rest_are_published(
     assert bucket.score()["num_images"] == 2
 
 
-def test_files_that_are_no_photographs_are_refused_as_a_whole(bucket: Bucket) -> None:
+def test_files_that_are_not_photographs_are_rejected_as_a_whole(bucket: Bucket) -> None:
     for name in NAMES[:5]:
         (bucket.input / name).write_text("no photograph")
     with pytest.raises(TooManyRefused, match=r"5 of 6 photographs .*: not_an_image: "):
@@ -402,7 +400,7 @@ def test_a_run_rejected_for_its_photographs_is_planned_again_once_they_have_chan
     assert [status for _, status in bucket.statuses() if status not in ("ok", "no_face")] == []
 
 
-def test_parts_without_a_refused_photograph_are_kept_for_the_same_command(
+def test_parts_without_refused_photographs_are_kept_for_the_retry(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -414,14 +412,14 @@ def test_parts_without_a_refused_photograph_are_kept_for_the_same_command(
     assert [name for name, _ in bucket.statuses()] == NAMES
 
 
-def test_photographs_that_are_mostly_archived_do_not_keep_the_others_from_being_published(
+def test_mostly_archived_photographs_do_not_prevent_publishing_the_others(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse(monkeypatch, lambda name: name in NAMES[:5], ArchivedObject)
     assert bucket.score()["counts"]["archived"] == 5
 
 
-def test_an_input_of_which_all_is_archived_is_refused(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_with_only_archived_objects_is_rejected(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, lambda _: True, ArchivedObject)
     with pytest.raises(TooManyRefused, match=r"6 of 6 photographs .*: archived: "):
         bucket.score()
@@ -435,7 +433,7 @@ def test_the_third_most_frequent_reason_can_fail_a_run() -> None:
         refusals.check(at_end=True)
 
 
-def test_leftovers_that_cannot_be_deleted_stop_no_run(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_that_cannot_be_deleted_do_not_stop_a_run(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     left = bucket.out / "images" / "run=20260101T000000.000Z-0123abcd"
     left.mkdir(parents=True)
     (left / "images-00000.parquet").write_bytes(b"half")
@@ -461,14 +459,12 @@ def test_bad_metadata_are_found_before_the_input_is_listed(bucket: Bucket, monke
 
 
 @pytest.mark.parametrize("out", ["s3://", "S3://results", "s3:///x", "S3://results/"])
-def test_outputs_that_name_no_bucket_or_no_prefix_are_refused_however_written(bucket: Bucket, out: str) -> None:
+def test_outputs_without_a_bucket_or_prefix_are_rejected_in_any_spelling(bucket: Bucket, out: str) -> None:
     with pytest.raises(ConfigError, match=r"names no bucket|is a whole bucket"):
         bucket.score(out=out)
 
 
-def test_a_refused_run_that_was_killed_before_its_end_is_refused_too(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rejected_run_that_was_killed_is_rejected_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, lambda _: True, StorageFailed)
     with monkeypatch.context() as patch:
         patch.setattr(driver.Refusals, "check", lambda *_, **__: interrupt())
@@ -511,7 +507,7 @@ def metadata(bucket: Bucket, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def test_metadata_join_by_any_form_of_a_uri(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_match_any_form_of_a_uri(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bucket.folder)
     forms = [
         f"in/{NAMES[0]}",
@@ -535,7 +531,7 @@ def test_metadata_that_match_few_photographs_trigger_a_warning(bucket: Bucket) -
     assert "warning: score.group_by day: known for 0 of 6 photographs" in bucket.printed
 
 
-def test_metadata_with_two_rows_for_a_photograph_are_refused(bucket: Bucket) -> None:
+def test_metadata_with_two_rows_for_a_photograph_are_rejected(bucket: Bucket) -> None:
     path = bucket.input / NAMES[0]
     table = metadata(bucket, [{"uri": str(path), "day": "monday"}, {"uri": f"file://{path}", "day": "tuesday"}])
     with pytest.raises(ConfigError, match=rf"^score\.metadata .*: has 2 rows for {path}"):
@@ -545,7 +541,7 @@ def test_metadata_with_two_rows_for_a_photograph_are_refused(bucket: Bucket) -> 
 # Privacy
 
 
-def test_pseudonymised_rows_tell_neither_the_order_of_the_keys_nor_the_input(bucket: Bucket) -> None:
+def test_pseudonymised_rows_reveal_neither_the_order_of_the_keys_nor_the_input(bucket: Bucket) -> None:
     keys = [f"{number:03d}.jpg" for number in range(40)]
     for key in keys:
         (bucket.input / key).write_bytes(encode_jpeg(np.full((16, 16, 3), 99, np.uint8)) + key.encode())

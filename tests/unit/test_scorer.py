@@ -76,7 +76,7 @@ def test_a_sideways_face_has_its_rotation_in_its_row_and_its_box_in_original_pix
     assert ((x0 + x1) / 2, (y0 + y1) / 2) == pytest.approx((180, 120), abs=30)
 
 
-def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_are_done(
+def test_an_image_that_kills_its_worker_fails_and_the_rest_is_done(
     scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = FaceFinder.find
@@ -153,7 +153,7 @@ def test_requests_that_a_starting_server_rejects_are_retried_once_it_accepts_wri
         ({"detector_score": 0.9, "sharpness": 1.0}, ["blurred", "unsure"]),
     ],
 )
-def test_what_is_beyond_a_limit_is_flagged(changes: dict[str, Any], expected: list[str]) -> None:
+def test_faces_beyond_a_limit_are_flagged(changes: dict[str, Any], expected: list[str]) -> None:
     gates = GatesConfig(min_side_px=40, min_sharpness=5, max_turn_degrees=45, min_detector_score=0.95)
     face = {"box": [0, 0, 40, 40], "sharpness": 5.0, "yaw": 45.0, "pitch": -45.0, "detector_score": 0.95}
 
@@ -161,7 +161,7 @@ def test_what_is_beyond_a_limit_is_flagged(changes: dict[str, Any], expected: li
     assert flags(face | changes, GatesConfig()) == []
 
 
-def test_only_the_attributes_asked_for_are_filled_in(scoring: Scoring) -> None:
+def test_only_requested_attributes_are_filled_in(scoring: Scoring) -> None:
     faces = [{"box": [float(x), 0.0, 9.0, 9.0], "flags": []} for x in range(3)]
     rows = [image_row("a", faces[:2]), image_row("b", []), image_row("c", faces[2:])]
     images = pa.Table.from_pylist(rows, schema=IMAGES)
@@ -178,9 +178,7 @@ def test_only_the_attributes_asked_for_are_filled_in(scoring: Scoring) -> None:
     assert all(face["race"] is None and face["race_probs"] is None and face["abstain"] == [] for face in made)
 
 
-def test_a_network_that_gives_nan_names_no_gender_and_no_race(
-    scoring: Scoring, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_nan_prediction_has_no_gender_and_no_race(scoring: Scoring, monkeypatch: pytest.MonkeyPatch) -> None:
     predictions = {
         "age": np.array([30.0, np.nan], np.float32),
         "gender": np.array([0.9, np.nan], np.float32),
@@ -246,7 +244,7 @@ def assert_equal_rows(one: list[dict[str, Any]], other: list[dict[str, Any]]) ->
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 6])
 @pytest.mark.parametrize("make_predictor", [None, Deferred])
-def test_one_refused_photograph_is_back_in_its_place_with_its_faces(
+def test_a_retried_photograph_returns_to_its_place_with_its_faces(
     scoring: Scoring, monkeypatch: pytest.MonkeyPatch, make_predictor: Any, batch_size: int
 ) -> None:
     scoring = dataclasses.replace(chips_for(scoring), batch_size=batch_size)
@@ -289,7 +287,7 @@ def test_few_crops_are_held_however_many_faces_a_part_has(scoring: Scoring, monk
     assert max(pending for _, pending in predictor.sizes) == scorer.MAX_PENDING + 1
 
 
-def test_a_pseudonym_hides_all_that_names_an_image() -> None:
+def test_a_pseudonym_hides_every_name_of_an_image() -> None:
     rows = [image_row("a", []) | {"etag": "e", "size_bytes": 7, "status": "missing", "error": "s3://bucket/a is gone"}]
     images = pa.Table.from_pylist([*rows, image_row("b", [])], schema=IMAGES)
 
@@ -312,7 +310,7 @@ def image_row(name: str, faces: list[dict[str, Any]]) -> dict[str, Any]:
     return row | PROVENANCE | {"faces": faces}
 
 
-def test_photographs_of_phones_are_scored_beside_the_others(scoring: Scoring) -> None:
+def test_phone_formats_are_scored_with_the_others(scoring: Scoring) -> None:
     folder = Path(scoring.work).parent / "photographs"
     heic = (Path(__file__).parent / "heic" / "plain.heic").read_bytes()
     (folder / "phone.HEIC").write_bytes(heic)

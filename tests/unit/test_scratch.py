@@ -20,14 +20,14 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_folder_is_private_and_gone_at_the_end(temporary: Path) -> None:
+def test_a_folder_is_private_and_deleted_at_the_end(temporary: Path) -> None:
     with scratch_folder() as folder:
         assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
         Path(folder, "file").write_text("x")
     assert list(temporary.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_holds_is_not(
+def test_leftovers_of_a_killed_process_are_deleted_but_not_those_of_a_live_one(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = os.fork()

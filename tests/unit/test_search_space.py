@@ -105,13 +105,13 @@ def test_an_invalid_parameter_is_rejected(tmp_path: Path, parameter: str, said: 
     assert said in str(error.value)
 
 
-def test_a_sweep_without_a_space_is_refused() -> None:
+def test_a_sweep_without_a_space_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"tune\.space is needed"):
         parse(TuneJob, ["--train.data", "somewhere"], {})
 
 
 @pytest.mark.parametrize("study", ["s3://bucket/a.journal", "study.db"])
-def test_a_study_that_can_not_be_locked_is_refused(tmp_path: Path, study: str) -> None:
+def test_a_study_that_can_not_be_locked_is_rejected(tmp_path: Path, study: str) -> None:
     with pytest.raises(ConfigError, match=r"must be a local file whose name ends in \.journal, or a database URL"):
         parsed(tmp_path, '[tune.space]\n"train.lr" = {log_uniform = [1e-4, 1e-2]}\n', "--tune.study", study)
 
@@ -144,7 +144,7 @@ def test_a_study_that_can_not_be_locked_is_refused(tmp_path: Path, study: str) -
         ({"model.image_size": {"choice": [64, 96]}}, "96 can't be combined with the recipe"),
     ],
 )
-def test_bounds_and_choices_are_tried_in_the_configuration(space: dict[str, Any], said: str) -> None:
+def test_bounds_and_choices_are_checked_in_the_configuration(space: dict[str, Any], said: str) -> None:
     model = {"image_size": 64} if "model.image_size" in space else {}
     train = {"data": "somewhere", "image_sizes": [64] if model else []}
     job = TuneJob(model=model, train=train, tune={"space": space, "paper_first": False})
@@ -181,7 +181,7 @@ def test_a_condition_holds_while_a_bound_is_tried() -> None:
         ({"train.lr": 1e-3}, "depend on each other in a circle"),
     ],
 )
-def test_a_condition_that_never_holds_is_refused(when: dict[str, Any], said: str) -> None:
+def test_a_condition_that_never_holds_is_rejected(when: dict[str, Any], said: str) -> None:
     assert said in refused({"train.lr": LR | {"when": when}, "train.optimizer": OPTIMIZER})
 
 
@@ -195,14 +195,14 @@ def test_a_condition_that_never_holds_is_refused(when: dict[str, Any], said: str
         ({"train.optimizer": "adamw"}, "train.optimizer 'adamw' is not in choice"),
     ],
 )
-def test_a_point_outside_the_space_is_refused(point: dict[str, Any], said: str) -> None:
+def test_a_point_outside_the_space_is_rejected(point: dict[str, Any], said: str) -> None:
     space = {"train.lr": LR, "train.batch_size": {"integer": [32, 128], "step": 32}, "train.optimizer": OPTIMIZER}
 
     assert refused(space, points_to_evaluate=[point]).startswith("tune.points_to_evaluate: ")
     assert said in refused(space, points_to_evaluate=[point])
 
 
-def test_a_point_is_tried_as_a_whole() -> None:
+def test_a_point_is_checked_as_a_whole() -> None:
     space = {
         "train.schedule": {"choice": ["plateau", "step"]},
         "train.plateau_epochs": {"integer": [5, 15]},
@@ -236,7 +236,7 @@ def test_a_point_may_have_lists(tmp_path: Path) -> None:
     assert points(job.tune) == [{"train.image_sizes": "[64, 224]"}]
 
 
-def test_constraints_on_errors_of_tasks_that_there_are_none_of_are_refused() -> None:
+def test_constraints_on_absent_tasks_are_rejected() -> None:
     constraints = {"gender_error": 0.1, "worst_group_age_mae_years": 8}
     job = TuneJob(
         model={"tasks": ["gender"]}, train={"data": "d"}, tune={"space": {"train.lr": LR}, "constraints": constraints}
@@ -246,7 +246,7 @@ def test_constraints_on_errors_of_tasks_that_there_are_none_of_are_refused() -> 
         check_space(job)
 
 
-def test_the_papers_values_outside_the_space_are_refused() -> None:
+def test_the_papers_values_outside_the_space_are_rejected() -> None:
     said = refused({"train.lr": {"log_uniform": [1e-3, 1e-2]}})
 
     assert said.startswith("tune.paper_first: train.lr 0.0001 is not in log_uniform [0.001, 0.01]; widen the space")
@@ -261,7 +261,7 @@ def test_a_front_needs_two_errors() -> None:
 # What is drawn
 
 
-def test_the_papers_point_comes_first_and_knows_itself() -> None:
+def test_the_papers_point_comes_first_and_is_marked() -> None:
     space = {"loss.race_weight": {"uniform": [0, 2]}, "train.lr": LR}
     job = tune_job(space, points_to_evaluate=[{"train.lr": 2e-3}])
 
@@ -270,7 +270,7 @@ def test_the_papers_point_comes_first_and_knows_itself() -> None:
     assert not is_papers(job, {"loss.race_weight": 0.5, "train.lr": 2e-3})
 
 
-def test_what_is_not_searched_must_be_the_papers_too() -> None:
+def test_keys_that_are_not_searched_must_have_the_papers_values_too() -> None:
     job = TuneJob(train={"data": "d"}, loss={"age_weight": 0.1}, tune={"space": {"train.lr": LR}})
     point = points(job.tune)[0]
 
@@ -284,7 +284,7 @@ def test_what_is_not_searched_must_be_the_papers_too() -> None:
     assert not is_papers(tune_job(conditional, {"lr": 1e-3}), {"train.optimizer": "adam"})
 
 
-def test_what_depends_on_another_value_is_drawn_only_with_it() -> None:
+def test_a_conditional_key_is_drawn_only_if_its_condition_holds() -> None:
     config = tune_job(
         {
             "train.weight_decay": {"log_uniform": [1e-4, 1e-1], "when": {"train.optimizer": ["adamw"]}},
@@ -299,7 +299,7 @@ def test_what_depends_on_another_value_is_drawn_only_with_it() -> None:
     assert all(("train.weight_decay" in params) == (params["train.optimizer"] == "adamw") for params in drawn)
 
 
-def test_lists_go_through_optuna_as_text() -> None:
+def test_optuna_stores_lists_as_text() -> None:
     config = tune_job({"train.image_sizes": {"choice": [[64, 224], [224]]}}).tune
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
 
@@ -327,7 +327,7 @@ def test_steps_end_below_the_upper_bound() -> None:
 # The trial's job
 
 
-def test_a_trials_job_differs_in_what_is_searched_only() -> None:
+def test_a_trials_job_differs_only_in_the_searched_keys() -> None:
     job = base_job(tune_job({"train.lr": LR}, {"epochs": 7, "data_shares": []}))
 
     changed = with_values(job, {"train.lr": 3e-3, "loss.age_weight": 0.25, "train.name": "0003"})
@@ -337,6 +337,6 @@ def test_a_trials_job_differs_in_what_is_searched_only() -> None:
     assert with_values(changed, {"train.lr": job.train.lr, "loss.age_weight": 1.0, "train.name": ""}) == job
 
 
-def test_a_tune_config_is_frozen_and_has_the_papers_first() -> None:
+def test_a_tune_config_is_frozen_and_starts_with_the_papers_values() -> None:
     assert TuneConfig().paper_first
     assert TuneConfig().asha

@@ -50,11 +50,11 @@ JOBS: tuple[type[Job], ...] = (RenderJob, PrepareJob, TrainJob, TuneJob, Evaluat
         ("the lock's token is another's", "the lock's token is another's"),
     ],
 )
-def test_what_is_secret_in_a_text_is_hidden_and_nothing_else(text: str, said: str) -> None:
+def test_only_secrets_in_a_text_are_hidden(text: str, said: str) -> None:
     assert redacted(text, environ={}) == said
 
 
-def test_parts_that_a_parser_quotes_are_hidden_too() -> None:
+def test_fragments_quoted_by_a_parser_are_hidden_too() -> None:
     assert "fish" not in redacted("invalid port 'fish' in URL", "http://me:sword:fish@host", environ={})
 
 
@@ -79,7 +79,7 @@ BROKEN = (
 
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("broken", BROKEN)
-def test_one_broken_variable_shows_no_other_and_no_secret_of_its_own(
+def test_an_error_about_a_variable_shows_neither_others_nor_its_secret(
     job: type[Job], broken: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in SECRETS.items():
@@ -136,7 +136,7 @@ def test_the_tracking_server_is_named_without_its_password() -> None:
         check_mlflow(f"http://me:{SECRET}@tracking:5000")
 
 
-def test_why_a_trial_failed_holds_no_secret(tmp_path: Path) -> None:
+def test_the_reason_of_a_failed_trial_contains_no_secret(tmp_path: Path) -> None:
     error = tmp_path / "error.txt"
     error.write_text(f"Traceback\nagr_ray.config.ConfigError: http://me:{SECRET}@tracking:5000 refuses\n")
     trial = cast(Any, SimpleNamespace(pickled_error_file=None, error_file=str(error)))
@@ -144,7 +144,7 @@ def test_why_a_trial_failed_holds_no_secret(tmp_path: Path) -> None:
     assert why_failed(trial) == "raised: http://me:***@tracking:5000 refuses"
 
 
-def test_what_a_run_and_a_sweep_write_holds_no_secret(tmp_path: Path) -> None:
+def test_files_of_a_run_and_a_sweep_contain_no_secret(tmp_path: Path) -> None:
     train = TrainConfig(data="d", mlflow_uri=SECRETS["AGR_RAY_TRAIN__MLFLOW_URI"])
     assert SECRET not in json.dumps(settings(TrainJob(train=train)))
     study = f"sqlite:///{tmp_path}/studies.db?password={SECRET}"

@@ -72,7 +72,7 @@ def test_the_parts_of_one_set_are_read_one_by_one() -> None:
     assert deal_parts([["a", "b"]]) == [[Slice("a", 0, 1)], [Slice("b", 0, 1)]]
 
 
-def test_every_reading_has_rows_of_every_set_and_every_row_is_read_once() -> None:
+def test_every_group_has_rows_of_every_set_and_every_row_is_read_once() -> None:
     num_rows = {"a": 10, "b": 7, "c": 3, "d": 9, "e": 8, "x": 11, "y": 5, "z": 20}
     groups = deal_parts([["a", "b", "c", "d", "e"], ["x", "y"], ["z"]])
 
@@ -87,7 +87,7 @@ def test_every_reading_has_rows_of_every_set_and_every_row_is_read_once() -> Non
     assert sorted(read) == [(uri, row) for uri, num in num_rows.items() for row in range(num)]
 
 
-def test_rows_of_several_tables_take_turns_in_their_order() -> None:
+def test_rows_of_several_tables_are_interleaved_in_order() -> None:
     order = take_turns([4, 2, 0])
 
     assert order.tolist() == [0, 4, 1, 2, 5, 3]
@@ -96,7 +96,7 @@ def test_rows_of_several_tables_take_turns_in_their_order() -> None:
     assert all(part.sum() == 10 for part in np.split(every_tenth, 10))
 
 
-def test_rows_know_which_set_they_are_from_and_what_they_lack(one: Path, two: Path) -> None:
+def test_rows_record_their_set_and_missing_labels(one: Path, two: Path) -> None:
     slices = [Slice(str(folder / "crops" / "part-0.parquet"), 0, 1) for folder in (one, two)]
 
     arrays = training_arrays(read_slices(STORAGE, slices, "train", STATUSES), SIDE_PX, UTKFACE)
@@ -107,7 +107,7 @@ def test_rows_know_which_set_they_are_from_and_what_they_lack(one: Path, two: Pa
     assert arrays["race"].tolist() == [-1, 0, -1, 0]
 
 
-def test_a_slice_is_of_the_rows_of_its_split(one: Path) -> None:
+def test_a_slice_contains_rows_of_its_split(one: Path) -> None:
     part = str(one / "crops" / "part-0.parquet")
 
     found = [read_slices(STORAGE, [Slice(part, first, 2)], "train", STATUSES) for first in (0, 1, 2)]
@@ -177,7 +177,7 @@ def test_images_without_a_crop_are_no_rows_of_training_or_validation(
     assert "| validated on | 2 |" in card
 
 
-def test_a_val_split_without_a_crop_is_no_validation(two: Path) -> None:
+def test_a_val_split_without_crops_means_no_validation(two: Path) -> None:
     part = with_validation(two) / "crops" / "part-0.parquet"
     table = pq.read_table(part)
     rows = [row | {"status": "failed" if row["split"] == "val" else row["status"]} for row in table.to_pylist()]
@@ -187,9 +187,7 @@ def test_a_val_split_without_a_crop_is_no_validation(two: Path) -> None:
         train(job(two, schedule="plateau"))
 
 
-def test_labels_of_all_sets_and_images_of_all_sets_are_what_is_learnt_from(
-    one: Path, two: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_uses_the_images_and_labels_of_all_sets(one: Path, two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = planned(monkeypatch, one, two, data_shares=[3, 1], balance="gender")
 
     assert run.num_train_rows == 4
@@ -206,7 +204,9 @@ def test_labels_of_all_sets_and_images_of_all_sets_are_what_is_learnt_from(
     assert [said["share"] for said in run.data["sets"]] == [0.75, 0.25]
 
 
-def test_a_dry_run_says_what_each_set_gives(one: Path, two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_contribution_of_each_set(
+    one: Path, two: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(job(one, two, data_shares=[3, 1], epochs=1, threads_per_worker=1))
 
     said = capsys.readouterr().out
@@ -218,14 +218,14 @@ def test_a_dry_run_says_what_each_set_gives(one: Path, two: Path, capsys: pytest
     assert "dry run: nothing was written" in said
 
 
-def test_a_label_that_no_set_has_is_refused(one: Path, tmp_path: Path) -> None:
+def test_a_label_that_no_set_has_is_rejected(one: Path, tmp_path: Path) -> None:
     other = prepared_set(tmp_path / "other", keys=("d.jpg", "e.jpg", "f.jpg"))
 
     with pytest.raises(ConfigError, match=r"model.tasks has race, and no training row of .*one \+ .*other has that"):
         train(job(one, other))
 
 
-def test_an_added_task_without_a_label_is_refused(one: Path, two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_added_task_without_a_label_is_rejected(one: Path, two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(HEADS, "smile", Registry("smile head", {"square": "toy_parts:Smile"}))
     smiling = job(one, two).model_copy(update={"model": ModelConfig(image_size=SIDE_PX, tasks=("age", "smile"))})
 
@@ -233,7 +233,7 @@ def test_an_added_task_without_a_label_is_refused(one: Path, two: Path, monkeypa
         train(smiling)
 
 
-def test_a_set_without_training_rows_is_refused(one: Path, two: Path) -> None:
+def test_a_set_without_training_rows_is_rejected(one: Path, two: Path) -> None:
     crops = two / "crops" / "part-0.parquet"
     rows = [row | {"split": "test"} for row in pq.read_table(crops).to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, schema=CROPS), crops)
@@ -242,14 +242,14 @@ def test_a_set_without_training_rows_is_refused(one: Path, two: Path) -> None:
         train(job(one, two))
 
 
-def test_an_image_of_another_sets_test_split_is_refused(one: Path, tmp_path: Path) -> None:
+def test_an_image_of_another_sets_test_split_is_rejected(one: Path, tmp_path: Path) -> None:
     other = prepared_set(tmp_path / "other", keys=("d.jpg", "c.jpg", "f.jpg"), race="white")
 
     with pytest.raises(ConfigError, match=rf"train.data {other}: 1 images of test .* in train of {one}, such as c"):
         train(job(one, other))
 
 
-def test_a_set_twice_is_refused(one: Path) -> None:
+def test_the_same_set_twice_is_rejected(one: Path) -> None:
     with pytest.raises(ConfigError, match="are the same set; name it once"):
         train(job(one, Path(f"{one}/")))
 
@@ -283,7 +283,7 @@ def test_the_record_of_several_sets_has_joint_and_separate_entries(one: Path, tw
     assert json.loads(json.dumps(said)) == said
 
 
-def test_the_digest_of_a_run_on_one_set_does_not_know_of_several(one: Path, two: Path) -> None:
+def test_the_digest_of_a_run_on_one_set_has_no_settings_of_several(one: Path, two: Path) -> None:
     first, both = opened(one), opened(one, two)
     alone = job(one).train.model_dump(mode="json") | {"data": first[0].digest}
     moot = ("out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker", "mlflow_uri")

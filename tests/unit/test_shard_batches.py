@@ -45,7 +45,7 @@ def shard_batches(sampler: Sampler | None, *, keep: bool = True) -> ShardBatches
     return ShardBatches(Shard(), 64, keep=keep, shuffle_rows=8, seed=(0, 0), sampler=sampler)  # type: ignore[arg-type]  # all that it uses
 
 
-def test_rows_are_evened_out_once_they_are_in_memory() -> None:
+def test_rows_are_balanced_once_they_are_in_memory() -> None:
     sampler = Sampler.fit(Labels.from_arrays(UTKFACE, rows_of(NUM)), "gender", 1.0)
     batches = shard_batches(sampler)
     assert men(batches, 1) == (NUM, pytest.approx(0.1))
@@ -62,21 +62,21 @@ def test_a_resumed_epoch_has_another_order() -> None:
     assert np.array_equal(np.sort(first), np.sort(rest))
 
 
-def test_sets_come_at_their_shares_once_they_are_in_memory() -> None:
+def test_sets_are_drawn_by_their_shares_once_they_are_in_memory() -> None:
     batches = shard_batches(Sampler.fit(Labels.from_arrays(UTKFACE, rows_of(NUM)), "none", 1.0, SETS, [1, 1]))
     for epoch, share in ((1, 0.2), (2, 0.5), (3, 0.5)):
         drawn = np.concatenate([batch["set_index"] for batch in batches.epoch(epoch)])
         assert (len(drawn), drawn.mean()) == (NUM, pytest.approx(share, abs=0.08))
 
 
-def test_without_a_sampler_each_row_comes_once() -> None:
+def test_without_a_sampler_each_row_is_drawn_once() -> None:
     batches = shard_batches(None)
     for epoch in (1, 2):
         ages = np.concatenate([batch["age"] for batch in batches.epoch(epoch)])
         assert np.array_equal(np.sort(ages), np.sort(rows_of(NUM)["age"]))
 
 
-def test_batches_made_ahead_are_those_that_were_made_on_demand() -> None:
+def test_prefetched_batches_equal_batches_made_on_demand() -> None:
     batches = shard_batches(None)
     list(batches.epoch(1))
     order = np.random.default_rng([0, 0, 2]).permutation(NUM)
@@ -87,7 +87,7 @@ def test_batches_made_ahead_are_those_that_were_made_on_demand() -> None:
     assert np.array_equal(np.concatenate(ages), rows_of(NUM)["age"][order])
 
 
-def test_so_many_batches_wait_to_be_taken_and_no_more() -> None:
+def test_only_the_configured_number_of_batches_is_prefetched() -> None:
     made: list[int] = []
 
     def counted() -> Iterator[int]:
@@ -105,7 +105,7 @@ def test_so_many_batches_wait_to_be_taken_and_no_more() -> None:
     assert list(ahead) == []
 
 
-def test_an_error_comes_after_the_batches_before_it() -> None:
+def test_an_error_is_raised_after_the_batches_before_it() -> None:
     def broken() -> Iterator[int]:
         yield 1
         yield 2
@@ -118,7 +118,7 @@ def test_an_error_comes_after_the_batches_before_it() -> None:
     wait_until(lambda: not prefetching())
 
 
-def test_an_epoch_that_is_left_ends_its_thread() -> None:
+def test_leaving_an_epoch_ends_its_thread() -> None:
     batches = shard_batches(None)
     list(batches.epoch(1))
     left = batches.epoch(2)
@@ -130,7 +130,7 @@ def test_an_epoch_that_is_left_ends_its_thread() -> None:
     wait_until(lambda: not prefetching())
 
 
-def test_leaving_does_not_wait_for_a_batch_that_never_comes() -> None:
+def test_leaving_early_does_not_wait_for_a_blocked_batch() -> None:
     comes = threading.Event()
 
     def stalled() -> Iterator[int]:
@@ -186,7 +186,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(32, 1), (32, 2), (32, 3), (64, 5), (10, 4)])
-def test_shares_of_a_step_add_up_and_all_run_out_together(batch_size: int, world_size: int) -> None:
+def test_shares_of_a_step_add_up_and_all_end_together(batch_size: int, world_size: int) -> None:
     shares = [list(islice(share_sizes(batch_size, rank, world_size), 50)) for rank in range(world_size)]
 
     assert {sum(step) for step in zip(*shares, strict=True)} == {batch_size}
@@ -195,7 +195,7 @@ def test_shares_of_a_step_add_up_and_all_run_out_together(batch_size: int, world
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_what_is_streamed_and_what_is_in_memory_come_in_the_same_sizes(rank: int) -> None:
+def test_streamed_and_cached_batches_have_the_same_sizes(rank: int) -> None:
     batches = ShardBatches(Shard(), 64, keep=True, rank=rank, world_size=3)  # type: ignore[arg-type]  # all it uses
     epochs = [[batch["age"] for batch in batches.epoch(epoch)] for epoch in (1, 2)]
 

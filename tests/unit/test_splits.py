@@ -72,7 +72,7 @@ def assigned(rows: list[Row]) -> list[Row]:
     return list(assign_splits(make_manifest(rows), FRACTIONS, seed=1).to_pylist())
 
 
-def test_no_group_is_in_two_splits(assigned: list[Row]) -> None:
+def test_no_group_has_two_splits(assigned: list[Row]) -> None:
     splits = defaultdict(set)
     for row in assigned:
         if row["group_id"] is not None:
@@ -152,7 +152,7 @@ def test_without_a_train_part_conflicting_twins_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(("group", "expected"), [("subject:bo", "test"), ("conflict:subject:bo", None)])
-def test_a_subject_may_age_but_a_marked_conflict_is_left_out(group: str, expected: str | None) -> None:
+def test_a_subject_may_have_several_ages_but_a_conflict_is_left_out(group: str, expected: str | None) -> None:
     rows = [make_row("a", group, 30.0), make_row("b", group, 51.0)]
 
     table = assign_splits(make_manifest(rows), {"test": 1.0}, seed=0)
@@ -166,7 +166,7 @@ def test_a_missing_label_does_not_conflict() -> None:
     assert set(assign_splits(make_manifest(rows), {"test": 1.0}, seed=0).column("split").to_pylist()) == {"test"}
 
 
-def test_neither_order_nor_paths_decide(rows: list[Row], assigned: list[Row]) -> None:
+def test_order_and_paths_do_not_matter(rows: list[Row], assigned: list[Row]) -> None:
     moved = [row | {"key": f"x/{row['key']}", "uri": f"s3://b/{row['key']}"} for row in rows]
     order = np.random.default_rng(5).permutation(len(moved))
 
@@ -205,7 +205,7 @@ def test_a_sample_has_the_size_and_the_strata_of_the_whole(rows: list[Row]) -> N
     check_no_leak(make_manifest(table))
 
 
-def test_a_manifest_that_grows_keeps_its_sample_and_draws_new_images_only_until_it_is_full() -> None:
+def test_a_growing_manifest_keeps_its_sample_and_adds_images_until_it_is_full() -> None:
     rows = random_rows(num_groups=400)
     before = assign_splits(make_manifest(rows), FRACTIONS, seed=1, sample=300).to_pylist()
     drawn = {str(row["group_id"]): row["split"] is not None for row in before if row["status"] == "ok"}
@@ -226,7 +226,7 @@ def test_a_sample_larger_than_the_whole_takes_all(rows: list[Row], assigned: lis
     assert [row["split"] for row in table] == [row["split"] for row in assigned]
 
 
-def test_given_splits_are_kept_and_count() -> None:
+def test_given_splits_are_kept_and_count_towards_the_fractions() -> None:
     rows = [make_row(f"{number}", f"g{number}", split="test" if number < 10 else None) for number in range(100)]
 
     splits = assign_splits(make_manifest(rows), FRACTIONS, seed=1).column("split").to_pylist()
@@ -235,7 +235,7 @@ def test_given_splits_are_kept_and_count() -> None:
     assert Counter(splits) == {"train": 80, "val": 10, "test": 10}
 
 
-def test_the_rest_of_a_group_joins_its_given_split() -> None:
+def test_the_rest_of_a_group_gets_its_given_split() -> None:
     rows = [make_row("a", "g", split="val"), make_row("b", "g")]
 
     assert assign_splits(make_manifest(rows), FRACTIONS, seed=1).column("split").to_pylist() == ["val", "val"]
@@ -247,7 +247,7 @@ def test_conflicting_twins_given_to_test_are_left_out() -> None:
     assert assign_splits(make_manifest(rows), FRACTIONS, seed=1).column("split").to_pylist() == [None, None]
 
 
-def test_a_group_given_two_splits_is_an_error_naming_it() -> None:
+def test_a_group_with_two_splits_is_an_error_that_names_it() -> None:
     rows = [make_row("a", "subject:bo", split="train"), make_row("b", "subject:bo", split="test")]
 
     with pytest.raises(SplitLeakError, match=r"'subject:bo'.*train and test"):
@@ -271,7 +271,7 @@ def test_a_leak_is_found_and_named(assigned: list[Row]) -> None:
         ({"train": float("nan")}, "between 0 and 1"),
     ],
 )
-def test_impossible_fractions_are_refused(fractions: dict[str, float], said: str) -> None:
+def test_impossible_fractions_are_rejected(fractions: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         assign_splits(make_manifest([make_row("a", "g")]), fractions, seed=0)
 

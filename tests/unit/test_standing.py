@@ -13,7 +13,7 @@ from agr_ray.schema import CROPS, MANIFEST
 from agr_ray.storage import Storage
 
 
-def test_rows_of_images_that_were_not_read_stand(tmp_path: Path) -> None:
+def test_rows_of_images_that_were_not_read_are_kept(tmp_path: Path) -> None:
     said: list[dict[str, Any]] = [
         {"image_id": "1", "status": "ok", "etag": "1", "content_hash": "1", "error": "age 'x' is not a number"},
         {"image_id": "2", "status": "bad_label", "error": "no label row in labels.csv"},

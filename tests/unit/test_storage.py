@@ -27,20 +27,20 @@ def storage() -> Storage:
     return Storage()
 
 
-def test_errors_survive_the_way_between_processes() -> None:
+def test_errors_survive_pickling_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ChangedObject("s3://b/k changed")))
 
     assert (type(error), str(error), error.status) == (ChangedObject, "s3://b/k changed", Status.CHANGED)
 
 
-def test_impossible_settings_are_refused() -> None:
+def test_impossible_settings_are_rejected() -> None:
     with pytest.raises(ValueError, match="max_attempts is 0"):
         Connection(max_attempts=0)
     with pytest.raises(ValueError, match="timeout_s is 0"):
         Connection(timeout_s=0)
 
 
-def test_a_table_comes_back_as_written(storage: Storage, tmp_path: Path) -> None:
+def test_a_table_is_read_as_it_was_written(storage: Storage, tmp_path: Path) -> None:
     table = pa.table({"key": ["a", None], "age": pa.array([1.5, None], pa.float32())})
     uri = str(tmp_path / "run=7" / "manifest.parquet")
 
@@ -51,7 +51,7 @@ def test_a_table_comes_back_as_written(storage: Storage, tmp_path: Path) -> None
     assert storage.read_table(str(tmp_path)).equals(table)  # with no column `run`
 
 
-def test_a_table_that_is_not_parquet_or_not_there_is_named(storage: Storage, tmp_path: Path) -> None:
+def test_a_missing_or_non_parquet_table_is_named_in_the_error(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("not a table")
 
     with pytest.raises(NotParquet, match=r"text\.parquet"):
@@ -74,7 +74,7 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(storage: Storage, tmp
     assert os.listdir(tmp_path) == ["t.parquet"]
 
 
-def test_storage_without_settings_is_that_of_an_empty_configuration() -> None:
+def test_storage_without_settings_equals_an_empty_configuration() -> None:
     assert Storage.from_config(StorageConfig()) == Storage()
 
 

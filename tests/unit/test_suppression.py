@@ -149,7 +149,7 @@ def only_small_hidden(table: pa.Table, min_cell: int) -> pa.Table:
 
 # In the last five, cells follow from several sums taken together.
 @pytest.mark.parametrize("seed", [*range(4), 18, 51, 81, 147, 224])
-def test_no_hidden_count_can_be_worked_out(seed: int) -> None:
+def test_no_hidden_count_can_be_computed(seed: int) -> None:
     table, keys = random_table(seed)
     min_cell = (2, 3, 5, 11)[seed // 2 % 4]
 
@@ -158,14 +158,14 @@ def test_no_hidden_count_can_be_worked_out(seed: int) -> None:
     assert found_out(published, keys) == []
 
 
-def test_the_attacker_finds_what_hiding_small_cells_alone_gives_away() -> None:
+def test_the_attack_finds_counts_if_only_small_cells_are_hidden() -> None:
     table, keys = random_table(1)
 
     assert found_out(only_small_hidden(table, 5), keys) != []
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_small_counts_are_hidden_and_nothing_that_rests_on_them_is_shown(seed: int) -> None:
+def test_small_counts_and_everything_derived_from_them_are_hidden(seed: int) -> None:
     table, keys = random_table(seed)
 
     published = suppress(table, 5)
@@ -189,7 +189,7 @@ def test_small_counts_are_hidden_and_nothing_that_rests_on_them_is_shown(seed: i
             assert after["correction"] == "suppressed"
 
 
-def test_five_faces_of_five_kinds_are_not_given_away_by_their_sum() -> None:
+def test_five_hidden_faces_cannot_be_inferred_from_their_sum() -> None:
     cells = {("female", race): 1 for race in UTKFACE.classes["race"]}
 
     published = suppress(made_table({(): cells}, ()), 5)
@@ -200,7 +200,7 @@ def test_five_faces_of_five_kinds_are_not_given_away_by_their_sum() -> None:
     assert rows_of(published, "gender")["n"].to_pylist() == [5, 0]
 
 
-def test_zeros_stay_where_no_cell_is_small() -> None:
+def test_zeros_are_published_if_no_cell_is_small() -> None:
     cells = {("female", "white"): 20, ("female", "asian"): 30, ("male", "white"): 20, ("male", "asian"): 2}
 
     published = suppress(made_table({(): cells}, ()), 3)
@@ -210,7 +210,7 @@ def test_zeros_stay_where_no_cell_is_small() -> None:
 
 
 @pytest.mark.parametrize("keys", [("day",), ("day", "camera")])
-def test_a_hidden_cell_does_not_follow_from_the_total_of_all_groups(keys: tuple[str, ...]) -> None:
+def test_a_hidden_cell_cannot_be_computed_from_the_total_of_all_groups(keys: tuple[str, ...]) -> None:
     large = dict.fromkeys(product(*(UTKFACE.classes[name] for name in ATTRIBUTES)), 50)
     small = large | {("female", "asian"): 2, ("male", "asian"): 30, ("female", "white"): 20, ("male", "white"): 40}
     groups = {(day, *["x"] * (len(keys) - 1)): large for day in ("a", "b")} | {("c", *["y"] * (len(keys) - 1)): small}
@@ -221,7 +221,7 @@ def test_a_hidden_cell_does_not_follow_from_the_total_of_all_groups(keys: tuple[
     assert found_out(published, keys) == []
 
 
-def test_large_cells_stay() -> None:
+def test_large_cells_are_published() -> None:
     table = made_table({("a",): dict.fromkeys(INNER_CELLS, 7), ("b",): dict.fromkeys(INNER_CELLS, 90)}, ("day",))
 
     told = {cell: 7 for cell in INNER_CELLS if ABSTAINED not in cell}
@@ -230,7 +230,7 @@ def test_large_cells_stay() -> None:
     assert suppress(made_table({(): told}, ()), 7).equals(made_table({(): told}, ()))
 
 
-def test_few_images_without_a_face_or_a_sure_gender_cost_no_share() -> None:
+def test_a_few_images_without_a_face_or_a_sure_gender_do_not_bias_shares() -> None:
     cells = dict.fromkeys(INNER_CELLS, 0) | dict.fromkeys([cell for cell in INNER_CELLS if ABSTAINED not in cell], 9)
     cells[ABSTAINED, "white"] = 1
 
@@ -239,7 +239,7 @@ def test_few_images_without_a_face_or_a_sure_gender_cost_no_share() -> None:
     assert suppress(table, 5).equals(table)
 
 
-def test_a_small_cell_costs_few_others() -> None:
+def test_a_small_cell_hides_few_others() -> None:
     large = {cell: 50 + i for i, cell in enumerate(INNER_CELLS)}
     table = made_table({(): large | {("female", "asian"): 2}}, ())
 

@@ -40,7 +40,7 @@ def weights(sweep: Sweep) -> list[str]:
 # From the first trial to the last
 
 
-def test_trials_are_numbered_recorded_and_told(tmp_path: Path) -> None:
+def test_trials_are_numbered_recorded_and_reported(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path))
     for objectives in ([0.9, 0.8], [0.7, 0.75], [0.9, 0.85]):
         complete(sweep, objectives)
@@ -57,7 +57,7 @@ def test_trials_are_numbered_recorded_and_told(tmp_path: Path) -> None:
     assert sorted(path.parent.name for path in tmp_path.glob("sweep/trials/*/best")) == ["0001"]
 
 
-def test_points_come_after_the_papers_and_what_they_leave_out_is_drawn(tmp_path: Path) -> None:
+def test_points_follow_the_papers_and_their_missing_keys_are_drawn(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path, points_to_evaluate=[{"train.lr": 3e-3}]))
 
     given = [sweep.next() for _ in range(3)]
@@ -67,7 +67,7 @@ def test_points_come_after_the_papers_and_what_they_leave_out_is_drawn(tmp_path:
     assert 0.1 <= given[1][1]["loss.race_weight"] <= 2.0
 
 
-def test_what_the_configuration_refuses_is_a_row_and_the_next_is_drawn(tmp_path: Path) -> None:
+def test_values_that_the_configuration_rejects_are_a_row_and_the_next_are_drawn(tmp_path: Path) -> None:
     # The learning rate must be cut before train.early_stopping_patience, 10, are over.
     space = {"train.schedule": {"choice": ["plateau", "step"]}, "train.plateau_epochs": {"integer": [5, 15]}}
     sweep = opened(tune_job(tmp_path, space=space, paper_first=False, trials=20, random_trials=20))
@@ -92,7 +92,7 @@ def test_a_list_may_be_given_as_a_point(tmp_path: Path) -> None:
     assert sweep.next() == (0, {"train.image_sizes": (64, 224)})
 
 
-def test_a_pruned_and_a_failed_trial_are_told_as_such(tmp_path: Path) -> None:
+def test_pruned_and_failed_trials_are_reported_as_such(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path))
     for number in range(3):
         assert sweep.next() is not None
@@ -116,7 +116,7 @@ def test_a_pruned_and_a_failed_trial_are_told_as_such(tmp_path: Path) -> None:
     assert sweep.best is None
 
 
-def test_constraints_are_told_to_optuna(tmp_path: Path) -> None:
+def test_constraints_are_reported_to_optuna(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path, constraints={"age_mae_years": 0.4}))
 
     complete(sweep, [0.9])
@@ -124,7 +124,7 @@ def test_constraints_are_told_to_optuna(tmp_path: Path) -> None:
     assert study(sweep).trials[0].constraints == pytest.approx({"age_mae_years": 0.1})
 
 
-def test_constraints_of_a_pruned_trial_are_told_too(tmp_path: Path) -> None:
+def test_constraints_of_a_pruned_trial_are_reported_too(tmp_path: Path) -> None:
     job = tune_job(tmp_path, constraints={"age_mae_years": 0.4})
     sweep = opened(job)
     assert sweep.next() is not None
@@ -136,7 +136,7 @@ def test_constraints_of_a_pruned_trial_are_told_too(tmp_path: Path) -> None:
     assert study(opened(job)).trials[0].constraints == pytest.approx({"age_mae_years": 0.1})
 
 
-def test_a_front_keeps_checkpoints_of_all_that_no_other_beats(tmp_path: Path) -> None:
+def test_a_pareto_sweep_keeps_the_checkpoints_of_the_front(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path, mode="pareto", trials=3))
     errors = [(5.0, 0.8), (6.0, 0.9), (6.0, 0.7)]
     for number, (age, accuracy) in enumerate(errors):
@@ -155,7 +155,7 @@ def test_a_front_keeps_checkpoints_of_all_that_no_other_beats(tmp_path: Path) ->
 # Checkpoints
 
 
-def test_a_loser_whose_workers_still_write_is_cleaned_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worse_trial_with_writing_workers_is_cleaned_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = opened(tune_job(tmp_path))
     complete(sweep, [0.9])
     delete_tree = Storage.delete_tree
@@ -173,7 +173,9 @@ def test_a_loser_whose_workers_still_write_is_cleaned_later(tmp_path: Path, monk
     assert weights(sweep) == ["0002"]
 
 
-def test_each_loser_is_cleaned_once_and_all_again_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_worse_trial_is_cleaned_once_and_all_again_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = opened(tune_job(tmp_path, trials=9))
     deleted: list[str] = []
     monkeypatch.setattr(Storage, "delete_tree", lambda storage, uri: deleted.append(uri))
@@ -185,7 +187,7 @@ def test_each_loser_is_cleaned_once_and_all_again_at_the_end(tmp_path: Path, mon
     assert len(deleted) == 7 * 4 + 8 * 4
 
 
-def test_storage_that_is_away_when_a_trial_ends_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_trial_waits_for_unavailable_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agr_ray.storage.retry._RETRY_S", 0.0)
     sweep = opened(tune_job(tmp_path))
     outages = {"read": 1, "read_table": 1}
@@ -255,7 +257,7 @@ def test_a_trial_that_failed_before_its_first_epoch_restarts(tmp_path: Path) -> 
     assert not Path(second.trial_uri(1), "run.json").exists()  # without it the initial weights are drawn again
 
 
-def test_small_sweeps_and_those_that_diverge_are_told_apart(tmp_path: Path) -> None:
+def test_small_sweeps_and_diverging_ones_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="all 2 trials that have ended failed"):
         fail(opened(tune_job(tmp_path / "small", trials=2)), "killed: its process died", 2)
     diverging = opened(tune_job(tmp_path / "diverging"))
@@ -269,7 +271,7 @@ def test_small_sweeps_and_those_that_diverge_are_told_apart(tmp_path: Path) -> N
 # Interrupted
 
 
-def test_after_a_kill_finished_trials_stay_and_the_others_go_on(tmp_path: Path) -> None:
+def test_after_a_kill_finished_trials_stay_and_the_others_resume(tmp_path: Path) -> None:
     job = tune_job(tmp_path, trials=4)
     first = opened(job)
     complete(first, [0.9])
@@ -295,7 +297,7 @@ def test_after_a_kill_finished_trials_stay_and_the_others_go_on(tmp_path: Path) 
     assert second.next() is None
 
 
-def test_a_resumed_sweep_does_not_draw_again_what_it_drew(tmp_path: Path) -> None:
+def test_a_resumed_sweep_does_not_repeat_its_draws(tmp_path: Path) -> None:
     job = tune_job(tmp_path / "a", paper_first=False)
     drawn = []
     for _ in range(3):
@@ -310,7 +312,7 @@ def test_a_resumed_sweep_does_not_draw_again_what_it_drew(tmp_path: Path) -> Non
     assert drawn == [undisturbed.trials[number].params for number in range(3)]
 
 
-def test_a_trial_that_was_proposed_and_not_recorded_failed_to_optuna(tmp_path: Path) -> None:
+def test_a_proposed_trial_without_a_record_is_failed_in_optuna(tmp_path: Path) -> None:
     first = opened(tune_job(tmp_path))
     complete(first, [0.9])
     first.study.ask(1)  # and killed
@@ -349,7 +351,7 @@ def test_a_kill_while_a_trial_is_proposed_does_not_corrupt_the_study(
     assert [each.value for each in study(second).trials] == [None, 0.9]
 
 
-def test_what_the_study_was_told_is_told_once(tmp_path: Path) -> None:
+def test_the_study_gets_each_report_once(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path))
     complete(sweep, [0.9])
 
@@ -358,7 +360,7 @@ def test_what_the_study_was_told_is_told_once(tmp_path: Path) -> None:
     assert [each.value for each in study(sweep).trials] == [0.9]
 
 
-def test_a_lost_study_is_made_again_from_the_records(tmp_path: Path) -> None:
+def test_a_lost_study_is_rebuilt_from_the_records(tmp_path: Path) -> None:
     first = opened(tune_job(tmp_path, constraints={"age_mae_years": 0.4}))
     complete(first, [0.9, 0.8])
     assert first.next() is not None
@@ -391,7 +393,7 @@ def test_a_line_that_a_kill_cut_off_does_not_corrupt_the_journal(tmp_path: Path)
     assert [each.value for each in study(second).trials] == [0.9, 0.8]
 
 
-def test_a_journal_in_memory_is_the_files_own_format(tmp_path: Path) -> None:
+def test_a_journal_in_memory_has_the_format_of_the_file(tmp_path: Path) -> None:
     """That of a sweep in a bucket, which lies on no disk: read from a file that a kill cut off, and read by Optuna."""
     sweep = opened(tune_job(tmp_path))
     complete(sweep, [0.9])
@@ -407,7 +409,7 @@ def test_a_journal_in_memory_is_the_files_own_format(tmp_path: Path) -> None:
     assert [each.value for each in again.trials] == [0.9, 0.7]
 
 
-def test_a_journal_that_others_may_be_writing_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_journal_that_others_may_be_writing_is_not_changed(tmp_path: Path) -> None:
     journal = tmp_path / "shared.journal"
     job = tune_job(tmp_path, study=str(journal))
     complete(opened(job), [0.9])
@@ -432,7 +434,7 @@ def test_a_database_keeps_the_study_of_several_sweeps(tmp_path: Path) -> None:
     assert not (tmp_path / "one" / "study.journal").exists()
 
 
-def test_a_database_that_can_not_be_reached_is_said_without_the_password(tmp_path: Path) -> None:
+def test_the_error_of_an_unreachable_database_hides_the_password(tmp_path: Path) -> None:
     job = tune_job(tmp_path, study="nosuchdb://me:secret@nowhere/db?password=secret")
 
     with pytest.raises(ConfigError, match=r"tune\.study nosuchdb://me:\*\*\*@nowhere/db\?password=\*\*\*: ") as error:
@@ -440,7 +442,7 @@ def test_a_database_that_can_not_be_reached_is_said_without_the_password(tmp_pat
     assert "secret" not in str(error.value)
 
 
-def test_a_study_of_other_objectives_is_refused(tmp_path: Path) -> None:
+def test_a_study_of_other_objectives_is_rejected(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     opened(tune_job(tmp_path, name="one", study=url, study_name="shared"))
 
@@ -451,7 +453,7 @@ def test_a_study_of_other_objectives_is_refused(tmp_path: Path) -> None:
 # Budgets, and what a command may resume
 
 
-def test_epochs_of_all_trials_are_a_budget(tmp_path: Path) -> None:
+def test_the_epochs_of_all_trials_can_be_limited(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path, max_epochs=3))
     complete(sweep, [0.9, 0.8])
     assert sweep.spent == ""
@@ -462,11 +464,11 @@ def test_epochs_of_all_trials_are_a_budget(tmp_path: Path) -> None:
     assert opened(tune_job(tmp_path, max_epochs=9)).next() is not None
 
 
-def test_hours_are_a_budget(tmp_path: Path) -> None:
+def test_the_hours_of_a_sweep_can_be_limited(tmp_path: Path) -> None:
     assert opened(tune_job(tmp_path, max_hours=1e-9)).spent == "tune.max_hours 1e-09"
 
 
-def test_a_finished_sweep_is_refused_unless_more_is_asked_for(tmp_path: Path) -> None:
+def test_a_finished_sweep_is_rejected_unless_more_trials_are_requested(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path, trials=1))
     complete(sweep, [0.9])
     sweep.write_record("1 trials")
@@ -491,7 +493,7 @@ def test_adding_again_after_a_kill_adds_once(tmp_path: Path) -> None:
     assert again.num_left == 2
 
 
-def test_nothing_is_added_to_no_sweep(tmp_path: Path) -> None:
+def test_add_without_a_sweep_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="add 5: there is no sweep"):
         planned(tune_job(tmp_path, add=5))
 
@@ -532,11 +534,11 @@ def test_the_record_keeps_no_password(tmp_path: Path) -> None:
         ([{"CPU": 1, "GPU": 1}, {"CPU": 64}], {"use_gpu": True}, 0),
     ],
 )
-def test_trials_that_fit(nodes: list[dict[str, float]], config: dict[str, Any], fits: int) -> None:
+def test_concurrent_trials_are_as_many_as_fit(nodes: list[dict[str, float]], config: dict[str, Any], fits: int) -> None:
     assert trials_that_fit(nodes, TrainConfig(**config)) == fits
 
 
-def test_a_share_of_a_gpu_is_for_one_worker() -> None:
+def test_a_fraction_of_a_gpu_is_for_one_worker() -> None:
     with pytest.raises(ValueError, match="NCCL takes no two workers of one run on one GPU"):
         TrainConfig(use_gpu=True, gpus_per_worker=0.5, num_workers=2)
 

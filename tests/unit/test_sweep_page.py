@@ -139,7 +139,7 @@ def large() -> str:
     return sweep_page(report(many(120), best_number=0, logarithmic=frozenset({"loss.age_weight"})))
 
 
-def test_a_large_page_is_whole_and_loads_nothing(large: str) -> None:
+def test_a_large_report_is_complete_and_self_contained(large: str) -> None:
     found = outline(large)
 
     assert all(link.startswith("data:image/png;base64,") for link in found.fetched)
@@ -151,13 +151,13 @@ def test_a_large_page_is_whole_and_loads_nothing(large: str) -> None:
     assert len(large) < 2_000_000
 
 
-def test_a_large_page_takes_its_colours_from_its_style(large: str) -> None:
+def test_a_large_report_takes_its_colours_from_its_style(large: str) -> None:
     assert "#0102" not in large
     assert "var(--complete)" in large
     assert "prefers-color-scheme: dark" in large
 
 
-def test_a_large_page_names_what_mattered_and_what_some_trials_lack(large: str) -> None:
+def test_a_large_report_names_important_settings_and_those_some_trials_lack(large: str) -> None:
     text = words(large)
 
     assert "Importance by fANOVA, from the final objectives of 72 complete trials" in text
@@ -199,7 +199,7 @@ def test_one_trial_makes_a_page() -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf, None])
-def test_what_is_not_finite_is_shown_as_missing_and_drawn_nowhere(value: float | None) -> None:
+def test_non_finite_values_are_shown_as_missing_and_not_drawn(value: float | None) -> None:
     odd = trial(
         2,
         value,
@@ -219,7 +219,7 @@ def test_what_is_not_finite_is_shown_as_missing_and_drawn_nowhere(value: float |
         assert not re.search(r"\b(nan|inf)\b", svg)
 
 
-def test_the_headline_compares_with_the_papers_weights_and_the_guess() -> None:
+def test_the_headline_compares_with_the_papers_weights_and_the_baseline() -> None:
     rows = [trial(0, 0.5, is_reference=True, age_mae_years=8.0), trial(1, 0.4, age_mae_years=6.0)]
 
     text = words(sweep_page(report(rows, 1, baseline=BaselineErrors(1.0, 15.0, 0.5, 0.8))))
@@ -231,14 +231,14 @@ def test_the_headline_compares_with_the_papers_weights_and_the_guess() -> None:
     assert "most frequent classes 1.0000 15.00 50.0 % 80.0 %" in text
 
 
-def test_the_papers_weights_are_called_best_only_where_they_are() -> None:
+def test_the_papers_weights_are_called_best_only_if_they_are() -> None:
     rows = [trial(0, 0.5, is_reference=True), trial(1, 0.4)]
 
     assert "no other trial was better" not in sweep_page(report(rows, 0))
     assert "no other trial was better" in sweep_page(report([rows[0], trial(1, 0.6)], 0))
 
 
-def test_a_reference_that_was_stopped_is_not_compared() -> None:
+def test_a_stopped_reference_is_not_compared() -> None:
     rows = [trial(0, 0.5, is_reference=True, state="pruned"), trial(1)]
 
     text = words(sweep_page(report(rows, 1)))
@@ -247,7 +247,7 @@ def test_a_reference_that_was_stopped_is_not_compared() -> None:
     assert "Change" not in text
 
 
-def test_strings_are_text_and_nothing_else() -> None:
+def test_strings_in_the_report_are_escaped() -> None:
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>--!> \" ' & $x^2$"
     rows = [
         trial(number, 0.4 + 0.01 * number, params={evil: number, "word": evil if number else "plain"})
@@ -278,7 +278,7 @@ def test_control_characters_and_lone_surrogates_can_be_written() -> None:
     sweep_page(report(rows, 0)).encode("utf-8")
 
 
-def test_failures_with_one_reason_are_told_once() -> None:
+def test_failures_with_the_same_reason_are_printed_once() -> None:
     rows = [trial(n, None, state="failed", why=why, curve=()) for n, why in enumerate(["oom", "nan", "oom", " "])]
 
     text = words(sweep_page(report(rows)))
@@ -288,7 +288,7 @@ def test_failures_with_one_reason_are_told_once() -> None:
     assert "Trial 3: no reason was recorded" in text
 
 
-def test_a_model_without_a_head_has_a_front_of_the_other_errors() -> None:
+def test_without_a_head_the_front_is_of_the_other_errors() -> None:
     rows = [
         trial(n, age_mae_years=5.0 + n, gender_error=0.2 - 0.01 * n, race_error=None, is_on_front=True)
         for n in range(3)
@@ -300,14 +300,14 @@ def test_a_model_without_a_head_has_a_front_of_the_other_errors() -> None:
     assert page.count("<svg") == 2 + 1
 
 
-def test_numbers_that_do_not_fit_are_refused() -> None:
+def test_numbers_that_do_not_fit_are_rejected() -> None:
     with pytest.raises(ValueError, match="two trials are number 4"):
         sweep_page(report([trial(4), trial(4)]))
     with pytest.raises(ValueError, match="best_number is 9, but none of the 1 trials has it"):
         sweep_page(report([trial(4)], 9))
 
 
-def test_the_front_is_what_the_rows_say() -> None:
+def test_the_front_matches_the_rows() -> None:
     rows = [trial(n, age_mae_years=9.0 - n, is_on_front=n != 1) for n in range(3)]
 
     page = sweep_page(report(rows, 0, mode="pareto"))
@@ -317,7 +317,7 @@ def test_the_front_is_what_the_rows_say() -> None:
     assert re.findall(r'<th scope="row">(\d)</th>', table) == ["2", "0"]
 
 
-def test_the_panel_of_a_front_holds_all_of_it_and_the_chosen_trial() -> None:
+def test_the_panel_of_a_front_contains_it_and_the_chosen_trial() -> None:
     near = [trial(n, age_mae_years=9.0 + 0.1 * n, gender_error=0.2) for n in range(3)]
     far = trial(3, age_mae_years=30.0, gender_error=0.1)
 
@@ -372,7 +372,7 @@ def test_importance_of_noise_is_not_shown() -> None:
     assert "stands out from chance" in found.why_not
 
 
-def test_stopped_trials_are_compared_where_all_of_them_got_to() -> None:
+def test_stopped_trials_are_compared_at_an_epoch_that_all_reached() -> None:
     rows = [
         replace(row, state="complete" if row.number % 5 == 0 else "pruned", curve=(row.objective, 9.0)[: 1 + n % 2])
         for n, row in enumerate(many(40))
@@ -395,7 +395,7 @@ def test_stopped_trials_are_compared_where_all_of_them_got_to() -> None:
         ([True, False], False),
     ],
 )
-def test_a_logarithmic_scale_is_seen_from_the_values(values: list[Any], expected: bool) -> None:
+def test_a_logarithmic_scale_is_inferred_from_the_values(values: list[Any], expected: bool) -> None:
     assert looks_logarithmic(values) is expected
 
 

@@ -139,7 +139,7 @@ def test_trials_that_have_not_ended_are_not_shown_as_failed(tmp_path: Path, cons
     assert "0 failed, 1 not finished." in page
 
 
-def test_no_trial_is_the_papers_where_the_recipe_is_another(tmp_path: Path, console: Console) -> None:
+def test_no_trial_is_the_papers_if_the_recipe_differs(tmp_path: Path, console: Console) -> None:
     job = tune_job(tmp_path)
     write_results(swept(job, console), RUN, console)
     assert "not among the trials" in (tmp_path / "sweeps" / "lite" / "sweep.html").read_text()  # gender's is 0.7
@@ -149,7 +149,7 @@ def test_no_trial_is_the_papers_where_the_recipe_is_another(tmp_path: Path, cons
     assert "of the paper's own weights" in html.unescape((tmp_path / "papers/sweeps/lite/sweep.html").read_text())
 
 
-def test_the_page_has_the_front_of_the_table(tmp_path: Path, console: Console) -> None:
+def test_the_report_has_the_front_of_the_table(tmp_path: Path, console: Console) -> None:
     sweep = swept(tune_job(tmp_path, mode="pareto"), console)
 
     write_results(sweep, RUN, console)
@@ -173,7 +173,7 @@ def test_the_terminal_shows_the_best_first_and_why_trials_failed(tmp_path: Path,
     assert "trial 5 failed: killed: its process died" in printed
 
 
-def test_no_trial_within_the_constraints_is_said(tmp_path: Path, console: Console) -> None:
+def test_if_no_trial_satisfies_the_constraints_the_report_says_so(tmp_path: Path, console: Console) -> None:
     sweep = swept(tune_job(tmp_path, constraints={"age_mae_years": 3}), console)
 
     write_results(sweep, RUN, console)
@@ -229,7 +229,7 @@ def test_the_same_best_trial_keeps_its_calibration(tmp_path: Path, console: Cons
     assert "calibrate it" not in console.export_text()
 
 
-def test_a_new_best_model_says_that_it_must_be_calibrated(tmp_path: Path, console: Console) -> None:
+def test_a_new_best_model_must_be_calibrated_again(tmp_path: Path, console: Console) -> None:
     sweep, best = published_best(tmp_path, console)
     save(Path(sweep.trial_uri(2), "best"), seed=7)
 

@@ -93,7 +93,7 @@ def history(num_epochs: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_resumed_run_goes_on_in_the_same_one_and_logs_each_epoch_once(server: Server) -> None:
+def test_a_resumed_run_logs_each_epoch_once_to_the_same_mlflow_run(server: Server) -> None:
     first = TrackedRun("http://tracking", "s3://runs/one", SETTINGS)
     assert first.log(history(1)) == first.log(history(2)) == ""
     again = TrackedRun("http://tracking", "s3://runs/one", SETTINGS)
@@ -119,7 +119,7 @@ def test_epochs_that_a_server_missed_are_logged_when_it_is_back(server: Server) 
     assert [step for key, step in server.runs["0"].logged if key == "epoch"] == [1, 2, 3]
 
 
-def test_a_server_that_is_away_at_the_start_is_an_error_of_one_line(server: Server) -> None:
+def test_an_unreachable_server_at_the_start_gives_one_line(server: Server) -> None:
     server.is_away = True
 
     with pytest.raises(ConfigError, match=r"^train.mlflow_uri http://tracking: no answer from it$"):
@@ -138,7 +138,7 @@ def test_settings_are_flat_text() -> None:
 
 
 @pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
-def test_mlflow_itself_finds_the_run_again(tmp_path: Path) -> None:
+def test_mlflow_finds_the_run_again(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"

@@ -63,7 +63,7 @@ def record_before_lock(patch: pytest.MonkeyPatch, job: TrainJob, name: str, fini
     patch.setattr(command, "fit", reached)
 
 
-def test_a_run_that_another_driver_finished_meanwhile_is_refused(
+def test_a_run_that_another_driver_finished_meanwhile_is_rejected(
     job: TrainJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record_before_lock(monkeypatch, job, "run", "all epochs")
@@ -72,7 +72,7 @@ def test_a_run_that_another_driver_finished_meanwhile_is_refused(
         command.train(job)
 
 
-def test_a_new_run_that_another_driver_finished_meanwhile_is_refused(
+def test_a_new_run_that_another_driver_finished_meanwhile_is_rejected(
     job: TrainJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record(job, "run", "all epochs")

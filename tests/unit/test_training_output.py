@@ -136,7 +136,7 @@ class Deadly:
         return ""
 
 
-def test_a_run_killed_before_any_write_of_its_end_is_ended_by_the_same_command(
+def test_a_run_killed_before_any_of_its_final_writes_is_finished_by_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [dict.fromkeys(HISTORY.names, 1) | {"epoch": epoch} for epoch in (1, 2)]
@@ -166,7 +166,7 @@ def test_a_run_killed_before_any_write_of_its_end_is_ended_by_the_same_command(
     assert num_kills == 6  # best, last, history.parquet, history.png, MLflow, run.json
 
 
-def test_an_epoch_with_age_ranges_only_says_how_far_off_they_are() -> None:
+def test_an_epoch_with_only_age_ranges_reports_their_distance() -> None:
     row = dict.fromkeys(HISTORY.names, 2.0) | {"epoch": 4}
     report = EpochReport(row, True, "", {}, network(), TRANSFORM, dict)
     assert "val age MAE 2.00 years, gender" in _epoch_line(report, 9)
@@ -181,7 +181,7 @@ def measured() -> dict[str, Any]:
     return metrics_report(truth, guess) | {"evaluation": said | {"num_seen_in_training": 0}}
 
 
-def test_what_evaluate_measured_is_added_to_the_card(tmp_path: Path) -> None:
+def test_an_evaluation_is_added_to_the_card(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, network(), TRANSFORM)
     card = (tmp_path / CARD).read_text()
 
@@ -192,7 +192,7 @@ def test_what_evaluate_measured_is_added_to_the_card(tmp_path: Path) -> None:
     assert "## Measured on folder, split test, 00000000" in made
 
 
-def test_a_missing_card_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_card_triggers_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_checkpoint(tmp_path, network(), TRANSFORM)
     (tmp_path / CARD).unlink()
 
@@ -202,7 +202,7 @@ def test_a_missing_card_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "warning: the model card was not updated" in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_can_only_be_read_keeps_its_card(
+def test_a_read_only_checkpoint_keeps_its_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_checkpoint(tmp_path, network(), TRANSFORM)

@@ -20,7 +20,7 @@ def storage() -> Storage:
     return Storage()
 
 
-def test_a_tree_goes_up_and_down_whole(storage: Storage, tmp_path: Path) -> None:
+def test_a_tree_is_uploaded_and_downloaded_completely(storage: Storage, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
     (source / "deep" / "weights").write_bytes(b"w")
@@ -34,7 +34,7 @@ def test_a_tree_goes_up_and_down_whole(storage: Storage, tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path / "out")) == ["checkpoint"]
 
 
-def test_an_existing_tree_is_replaced_only_when_asked(storage: Storage, tmp_path: Path) -> None:
+def test_an_existing_tree_is_replaced_only_on_request(storage: Storage, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "meta.json").write_text(name)
@@ -49,7 +49,7 @@ def test_an_existing_tree_is_replaced_only_when_asked(storage: Storage, tmp_path
     assert sorted(os.listdir(uri)) == ["meta.json", "only-two"]
 
 
-def test_a_tree_that_cannot_be_written_is_one_line(storage: Storage, tmp_path: Path) -> None:
+def test_a_tree_that_cannot_be_written_gives_one_line(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "meta.json").write_text("{}")
     (tmp_path / "file").write_text("x")
@@ -59,7 +59,7 @@ def test_a_tree_that_cannot_be_written_is_one_line(storage: Storage, tmp_path: P
             write(str(tmp_path / "source"), str(tmp_path / "file" / "out"))
 
 
-def test_a_tree_without_its_marker_is_no_tree(storage: Storage, tmp_path: Path) -> None:
+def test_a_tree_without_its_marker_does_not_exist(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
 
     with pytest.raises(ValueError, match=r"meta\.json"):
@@ -69,7 +69,7 @@ def test_a_tree_without_its_marker_is_no_tree(storage: Storage, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tree_taken_away_by_a_writer_that_was_killed_is_put_back(tmp_path: Path) -> None:
+def test_a_tree_moved_aside_by_a_killed_writer_is_restored(tmp_path: Path) -> None:
     folder = tmp_path / "best"
     folder.mkdir()
     (folder / "meta.json").write_text("old")

@@ -60,7 +60,7 @@ def test_a_trial_is_judged_by_the_epoch_whose_checkpoint_is_kept() -> None:
     assert record.curve == [0.5, 0.8, 0.8]
 
 
-def test_an_epoch_that_is_told_twice_counts_once() -> None:
+def test_an_epoch_that_is_reported_twice_counts_once() -> None:
     record = Trial(0, {}).with_epochs([epoch(1, 0.9), epoch(2, 0.8)]).with_epochs([epoch(2, 0.7) | {"lr": 1.0}])
 
     assert [row["val_objective"] for row in record.epochs] == [0.9, 0.7]
@@ -73,7 +73,7 @@ def test_a_record_survives_json() -> None:
     assert Trial.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
-def test_a_history_from_before_the_new_columns_can_be_read() -> None:
+def test_a_history_without_the_newer_columns_can_be_read() -> None:
     record = Trial(0, {}).with_epochs([{"epoch": 1, "val_objective": 0.5}])
 
     assert record.objective is None
@@ -83,7 +83,7 @@ def test_a_history_from_before_the_new_columns_can_be_read() -> None:
 # Which is best
 
 
-def test_the_best_is_complete_and_the_first_of_equals() -> None:
+def test_the_best_trial_is_complete_and_the_first_among_equals() -> None:
     trials = [trial(0, 0.8), trial(1, 0.5, "pruned"), trial(2, 0.7), trial(3, 0.7), trial(4, 0.1, "failed")]
 
     best = best_trial(trials, {})
@@ -101,12 +101,12 @@ def test_a_constraint_comes_before_the_objective() -> None:
     assert best_trial(trials, {}) == trials[2]
 
 
-def test_what_was_not_measured_is_not_within_a_limit() -> None:
+def test_a_missing_metric_does_not_satisfy_a_constraint() -> None:
     assert not is_feasible(trial(0, 0.5, worst=None), {"worst_group_age_mae_years": 1e5})
     assert not is_feasible(Trial(0, {}), {"age_mae_years": 1e5})
 
 
-def test_the_front_is_what_no_other_beats() -> None:
+def test_the_front_consists_of_trials_that_no_other_beats() -> None:
     trials = [
         trial(0, 0.9, age=5.0, gender=0.2, race=0.4),
         trial(1, 0.9, age=6.0, gender=0.1, race=0.4),
@@ -121,7 +121,7 @@ def test_the_front_is_what_no_other_beats() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_front_is_that_of_brute_force(seed: int) -> None:
+def test_the_front_equals_brute_force(seed: int) -> None:
     rng = np.random.default_rng(seed)
     trials = []
     for number in range(40):
@@ -197,7 +197,7 @@ def test_a_recipe_gives_the_same_job_again(tmp_path: Path) -> None:
     assert path.read_text().startswith("# a head\n\n[vision]\n")
 
 
-def test_a_recipe_quotes_what_toml_would_misread() -> None:
+def test_a_recipe_quotes_values_that_toml_would_misread() -> None:
     said = SourceConfig(name='tab\tline\nquote"DEL\x7fü', gender_codes={"M.1": "male", "F": "female"})
 
     assert SourceConfig(**tomllib.loads(recipe_toml({"source": said}))["source"]) == said
@@ -222,7 +222,7 @@ def test_the_balanced_objective_counts_each_class_the_same() -> None:
     assert balanced == pytest.approx(0.25 / 0.5)
 
 
-def test_the_worst_group_is_not_a_small_one() -> None:
+def test_the_worst_group_is_never_a_small_one() -> None:
     # Thirty women off by 2 years, ten men by 4, three more, of a race of their own, by 20.
     genders = np.array([0] * 30 + [1] * 13)
     races = np.array([0] * 40 + [2] * 3)

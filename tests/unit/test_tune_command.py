@@ -110,7 +110,7 @@ def test_the_records_of_the_locks_previous_owner_are_resumed(
     assert (record["id"], record["finished"]) == (others[0], "3 trials")
 
 
-def test_a_sweep_that_another_driver_has_just_finished_is_not_begun_twice(
+def test_a_sweep_that_another_driver_has_just_finished_is_not_restarted(
     tmp_path: Path, run_trials: Callable[[Trials], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_trials(all_complete)
@@ -128,9 +128,7 @@ def test_a_sweep_that_another_driver_has_just_finished_is_not_begun_twice(
         tune(job)
 
 
-def test_a_lock_that_was_lost_keeps_the_results_from_being_written(
-    tmp_path: Path, run_trials: Callable[[Trials], None]
-) -> None:
+def test_a_lost_lock_prevents_writing_the_results(tmp_path: Path, run_trials: Callable[[Trials], None]) -> None:
     def lose(sweep: Sweep, lock: RunLock) -> None:
         all_complete(sweep, lock)
         lock.lost = True
@@ -145,7 +143,7 @@ def test_a_lock_that_was_lost_keeps_the_results_from_being_written(
 # How it ends
 
 
-def test_a_sweep_of_which_no_trial_came_to_its_end_is_an_error_once_it_is_finished(
+def test_a_finished_sweep_without_a_complete_trial_is_an_error(
     tmp_path: Path, run_trials: Callable[[Trials], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_trials(none_ends)
@@ -157,7 +155,7 @@ def test_a_sweep_of_which_no_trial_came_to_its_end_is_an_error_once_it_is_finish
         tune(quick(tmp_path))
 
 
-def test_a_recipe_that_is_not_the_papers_is_said(
+def test_a_recipe_that_differs_from_the_papers_is_mentioned(
     tmp_path: Path, run_trials: Callable[[Trials], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_trials(all_complete)
@@ -178,7 +176,7 @@ def test_a_recipe_that_is_not_the_papers_is_said(
         ({"constraints": {"race_error": 0.5}}, "tune.constraints race_error needs labels of race"),
     ],
 )
-def test_what_validation_has_no_labels_for_is_refused(
+def test_errors_without_validation_labels_are_rejected(
     tmp_path: Path,
     run_trials: Callable[[Trials], None],
     monkeypatch: pytest.MonkeyPatch,

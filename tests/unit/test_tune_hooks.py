@@ -49,7 +49,7 @@ def told(scheduler: Halving, number: int, epoch: int, objective: float) -> str:
 # Halving
 
 
-def test_a_trial_that_is_not_among_the_best_is_stopped_and_it_is_said_why(tmp_path: Path) -> None:
+def test_a_worse_trial_is_stopped_with_a_reason(tmp_path: Path) -> None:
     scheduler = halving(tmp_path)
 
     assert told(scheduler, 0, 1, 0.8) == CONTINUE
@@ -58,7 +58,7 @@ def test_a_trial_that_is_not_among_the_best_is_stopped_and_it_is_said_why(tmp_pa
     assert scheduler.pruned == {1: "after epoch 1 not among the best 1 of 2, at 0.9000"}
 
 
-def test_nobody_is_stopped_before_the_grace_is_over_nor_at_the_last_epoch(tmp_path: Path) -> None:
+def test_no_trial_is_stopped_within_the_grace_period_or_at_its_last_epoch(tmp_path: Path) -> None:
     scheduler = halving(tmp_path, grace_epochs=2)  # of 4 epochs: looked at after 2, and at 4 no more
 
     for number, objective in enumerate([0.5, 0.9]):
@@ -81,7 +81,7 @@ def test_a_resumed_sweep_compares_with_the_trials_before(tmp_path: Path) -> None
     assert told(scheduler, 0, 1, 0.99) == CONTINUE
 
 
-def test_an_epoch_that_measured_nothing_is_not_judged(tmp_path: Path) -> None:
+def test_an_epoch_without_metrics_is_not_judged(tmp_path: Path) -> None:
     scheduler = halving(tmp_path)
     told(scheduler, 0, 1, 0.8)
 
@@ -105,7 +105,7 @@ def test_a_trials_own_last_epoch_counts(tmp_path: Path) -> None:
 # Who is next
 
 
-def test_the_next_trial_is_the_sweeps(tmp_path: Path) -> None:
+def test_the_searcher_proposes_the_sweeps_next_trial(tmp_path: Path) -> None:
     searcher = NextTrials(opened(tune_job(tmp_path, trials=1)))
 
     given = searcher.suggest("x")
@@ -115,7 +115,7 @@ def test_the_next_trial_is_the_sweeps(tmp_path: Path) -> None:
     assert searcher.suggest("y") == Searcher.FINISHED
 
 
-def test_a_spent_budget_ends_the_sweep(tmp_path: Path) -> None:
+def test_an_exhausted_budget_ends_the_sweep(tmp_path: Path) -> None:
     assert budget(opened(tune_job(tmp_path, max_hours=1e-9))).stop_all()
     assert not budget(opened(tune_job(tmp_path))).stop_all()
 
@@ -133,7 +133,7 @@ def budget(sweep: Sweep, *, is_lost: bool = False) -> Budget:
     return Budget(sweep, lock)
 
 
-def test_what_tune_tells_of_a_trial_is_recorded(tmp_path: Path) -> None:
+def test_reports_of_tune_about_a_trial_are_recorded(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path))
     hook, told_of = watcher(sweep), [ray_trial(0)]
     assert sweep.next() is not None
@@ -146,7 +146,7 @@ def test_what_tune_tells_of_a_trial_is_recorded(tmp_path: Path) -> None:
     assert (sweep.trials[0].state, sweep.trials[0].objective, sweep.problem) == ("complete", 0.9, None)
 
 
-def test_what_goes_wrong_while_a_trial_ends_ends_the_sweep_and_not_the_trial(
+def test_an_error_at_the_end_of_a_trial_ends_the_sweep_and_not_the_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tune would catch it, call the complete trial failed and train it again.
@@ -174,14 +174,14 @@ def test_what_goes_wrong_while_a_trial_ends_ends_the_sweep_and_not_the_trial(
     assert [again.trials[number].state for number in range(2)] == ["complete", "complete"]
 
 
-def test_a_sweep_of_which_another_driver_has_taken_the_lock_ends(tmp_path: Path) -> None:
+def test_a_sweep_that_lost_its_lock_ends(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path))
 
     assert budget(sweep, is_lost=True).stop_all()
     assert isinstance(sweep.problem, LockLost)
 
 
-def test_what_tune_pickles_holds_nothing(tmp_path: Path) -> None:
+def test_objects_that_tune_pickles_have_no_state(tmp_path: Path) -> None:
     sweep = opened(tune_job(tmp_path))
 
     for hook in (NextTrials(sweep), Halving(sweep), budget(sweep)):
@@ -191,7 +191,7 @@ def test_what_tune_pickles_holds_nothing(tmp_path: Path) -> None:
 # Paths
 
 
-def test_a_trial_finds_what_is_given_relative_to_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_resolves_paths_relative_to_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     space = {"model.pretrained": {"choice": ["none", "backbone.pt"]}}
     job = TuneJob(
@@ -223,14 +223,14 @@ def test_a_trial_finds_what_is_given_relative_to_the_driver(tmp_path: Path, monk
         ),
     ],
 )
-def test_what_ended_a_trial_is_said_in_a_line(tmp_path: Path, error: Exception, why: str) -> None:
+def test_the_reason_for_a_trials_end_is_one_line(tmp_path: Path, error: Exception, why: str) -> None:
     path = tmp_path / "error.pkl"
     path.write_bytes(cloudpickle.dumps(error))
 
     assert why_failed(SimpleNamespace(pickled_error_file=str(path), error_file=None)) == why
 
 
-def test_an_error_that_was_not_pickled_is_read_as_text(tmp_path: Path) -> None:
+def test_an_unpickled_error_is_read_as_text(tmp_path: Path) -> None:
     path = tmp_path / "error.txt"
     path.write_text("Failure # 1\nTuneError: y\n\n")
 
@@ -238,7 +238,7 @@ def test_an_error_that_was_not_pickled_is_read_as_text(tmp_path: Path) -> None:
     assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=None)) == "raised an unknown error"
 
 
-def test_a_folder_that_was_replaced_meanwhile_is_entered_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_working_directory_is_entered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "job"
     folder.mkdir()
     monkeypatch.chdir(folder)

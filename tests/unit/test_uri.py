@@ -38,14 +38,14 @@ def test_absolute_gives_one_form_to_all_spellings_of_a_local_path(
         ("", "empty"),
     ],
 )
-def test_other_schemes_are_refused_with_what_is_allowed(storage: Storage, uri: str, said: str) -> None:
+def test_other_schemes_are_rejected_with_what_is_allowed(storage: Storage, uri: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
         storage.absolute(uri)
 
     assert "file:///path" in str(caught.value)
 
 
-def test_an_s3_uri_without_bucket_or_key_is_refused(storage: Storage) -> None:
+def test_an_s3_uri_without_bucket_or_key_is_rejected(storage: Storage) -> None:
     with pytest.raises(ValueError, match="names no bucket"):
         storage.read("s3:///key")
     with pytest.raises(ValueError, match="names no key"):
@@ -66,5 +66,5 @@ def test_ancestors_are_given_from_the_root_down() -> None:
 @pytest.mark.parametrize(
     ("uri", "expected"), [("s3://bucket", True), ("s3://bucket/", True), ("s3://bucket/a", False), ("/bucket", False)]
 )
-def test_a_whole_bucket_is_told_from_a_prefix(uri: str, expected: bool) -> None:
+def test_a_whole_bucket_is_distinguished_from_a_prefix(uri: str, expected: bool) -> None:
     assert is_bucket(uri) == expected

@@ -56,7 +56,7 @@ def test_a_longer_fraction_of_a_second_parses() -> None:
         "",
     ],
 )
-def test_damaged_names_are_rejected_with_what_is_expected(name: str) -> None:
+def test_damaged_names_are_rejected_with_the_expected_form(name: str) -> None:
     label = parse_name(name)
 
     assert label.error == "name does not parse: expected [age]_[gender]_[race]_[timestamp].jpg.chip.jpg"
@@ -82,15 +82,13 @@ def test_damaged_names_are_rejected_with_what_is_expected(name: str) -> None:
         ),
     ],
 )
-def test_a_label_that_is_missing_or_cannot_be_read_is_dropped_alone(
-    name: str, kept: tuple[object, ...], dropped: str
-) -> None:
+def test_only_a_missing_or_unreadable_label_is_dropped(name: str, kept: tuple[object, ...], dropped: str) -> None:
     label = parse_name(name)
 
     assert (label.age, label.gender, label.race, label.dropped, label.error) == (*kept, dropped, None)
 
 
-def test_a_name_of_which_no_label_can_be_read_is_rejected() -> None:
+def test_a_name_without_a_readable_label_is_rejected() -> None:
     assert parse_name(f"130_2{END}").error == (
         "age 130 is outside 0 to 116 years; gender 2 is not understood: expected one of 0 (male), 1 (female); "
         "the name lacks the race"
