@@ -1,4 +1,4 @@
-"""One small Ray cluster for all tests of this folder, and what they share."""
+"""Shared fixtures: one small Ray cluster for all tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing: every input ends as one row, whatever it is, and what is done is never done again."""
+"""Preparing: every input becomes one row, and finished work is never repeated."""
 
 from __future__ import annotations
 

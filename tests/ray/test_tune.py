@@ -64,7 +64,7 @@ def weights(sweep: Path) -> list[str]:
 
 
 def wait_until_nothing_is_held() -> None:
-    """Fail unless the workers of stopped trials end, and give back what they had reserved."""
+    """Fail unless the workers of stopped trials end and release their resources."""
     deadline = time.monotonic() + 60
     held: dict[str, float] = {}
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""The jobs as a user runs them: commands in processes of their own, a cluster to run them on, and the end of both."""
+"""Run jobs as a user does: commands in their own processes, on a cluster; and stop both."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def short_folder() -> Iterator[Path]:
 
 
 def job_environment(ray_folder: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a command: this process's, without what would make it join or use another cluster.
+    """Return the environment of a command: this process's, without variables that point to another cluster.
 
     `python` is this Python, and Ray keeps its files in `ray_folder`.
     """
@@ -87,7 +87,7 @@ def job_command(name: str, *arguments: object) -> list[str]:
 
 
 def submit_command(cluster: Cluster, command: list[str]) -> list[str]:
-    """Return what submits a command to the cluster, with the repository, and waits until it has ended."""
+    """Return the command that submits a command with the repository to the cluster, and waits for its end."""
     return ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *command]
 
 

@@ -1,4 +1,4 @@
-"""A real S3 server, started once for all system tests, and a real cluster, started once for those of a file."""
+"""A real S3 server, started once for all system tests, and a real cluster, started once per file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Se
 
 @pytest.fixture
 def s3_root(s3_environment: S3Server) -> str:
-    """Return the URI of a prefix that nothing is below, which the AWS variables reach.
+    """Return the URI of an empty prefix that the AWS variables can reach.
 
     All lie in one bucket: each of SeaweedFS's buckets takes volumes of its own, and a small server has few.
     """

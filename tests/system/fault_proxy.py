@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that turns requests away, as S3 does when it is asked for too much."""
+"""A proxy in front of an S3 server that rejects requests, as S3 does when it throttles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Faults:
     share: float
     """Of all requests."""
     always: str = ""
-    """Path, `/bucket/key`, that is never answered otherwise."""
+    """Path, `/bucket/key`, whose requests are always rejected."""
     held: str = ""
     """Part of a path: requests to write there are not answered until `let_go` is set, and then turned away."""
     holding: threading.Event = field(default_factory=threading.Event)

@@ -1,4 +1,4 @@
-"""A fake S3 server that records every request and can be told to fail in ways that real servers can't."""
+"""A fake S3 server that records every request and can fail in ways that a real server can't be made to."""
 
 from __future__ import annotations
 

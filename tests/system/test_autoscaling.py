@@ -1,4 +1,4 @@
-"""A cluster whose head has no CPUs and whose nodes come when they are needed; and one without an autoscaler."""
+"""A cluster whose head has no CPUs and whose nodes start on demand; and one without an autoscaler."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def autoscaling_cluster() -> Iterator[Cluster]:
 
 
 def tried(cluster: Cluster, asked: object, wait_s: float) -> str:
-    """Return what a job says that asks for so many processes."""
+    """Return the output of a job that requests so many processes."""
     command = [sys.executable, "-c", SCRIPT, cluster.address, str(asked), str(wait_s)]
     done = run_command(command, cluster.environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""A recipe in a bucket: `--config s3://...`, reached as the command line or the environment says."""
+"""A recipe in a bucket: `--config s3://...`, with connection settings from the command line or environment."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def filled(bucket: Bucket) -> Bucket:
 
 @pytest.fixture(scope="module")
 def here(cluster: Cluster, s3_server: S3Server) -> tuple[str, ...]:
-    """Return the options with which every job joins the cluster and finds the S3 server."""
+    """Return the options by which every job joins the cluster and reaches the S3 server."""
     return ("--cluster.address", cluster.address, "--storage.endpoint_url", s3_server.endpoint_url)
 
 
@@ -192,7 +192,7 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A set-up that can't work: environment and bucket, and what the job must name."""
+    """An unusable set-up: environment and bucket, and the names that the error must contain."""
 
     environment: dict[str, str]
     bucket: str

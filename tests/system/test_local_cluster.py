@@ -52,7 +52,7 @@ def local(folder: Path, command: str, *arguments: object) -> subprocess.Complete
 
 
 def exported(folder: Path) -> dict[str, str]:
-    """Return what the environment file exports."""
+    """Return the variables that the environment file exports."""
     lines = [shlex.split(line) for line in (folder / "env").read_text().splitlines()]
     return dict(words[1].split("=", 1) for words in lines if words[0] == "export")
 
@@ -64,7 +64,7 @@ def bucket_of(folder: Path) -> Bucket:
 
 
 def in_sourced_shell(folder: Path, *command: object) -> str:
-    """Run a command that must succeed, in a shell that knows of the cluster only what the file says."""
+    """Run a command that must succeed, in a shell whose only information about the cluster is the environment file."""
     environment = {**os.environ, **ELSEWHERE, "PATH": os.defpath}
     script = f'source {shlex.quote(str(folder / "env"))} && "$@"'
     return succeed(["bash", "-c", script, "bash", *map(str, command)], environment)

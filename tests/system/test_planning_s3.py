@@ -1,4 +1,4 @@
-"""Planning a scoring run from a real S3 server (SeaweedFS): a prefix, an inventory, a manifest, what is published."""
+"""Planning a scoring run from a real S3 server (SeaweedFS): a prefix, an inventory, a manifest, published runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch scoring of a bucket: each photograph once, whatever is killed, stopped or refused meanwhile."""
+"""Batch scoring of a bucket: each photograph once, whatever is killed, stopped or rejected meanwhile."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ FACE = encode_jpeg(render_photograph(0, 0, 640, 480, 1).image_rgb)
 
 
 def photograph(number: int) -> bytes:
-    """Return one face that costs a moment, each time as another object: what follows the end is not decoded."""
+    """Return one face after a moment, each time as a new object: images after the end are not decoded."""
     return FACE + number.to_bytes(4)
 
 
@@ -388,7 +388,7 @@ def test_a_job_submitted_to_three_nodes_scores_each_photograph_once(
     assert_each_once(task, tmp_path, task.expected())
 
 
-# Set-ups that can't work, and one that has nothing to do
+# Unusable set-ups, and one without work
 
 
 def score_job(model: str, bucket: Bucket, prefix: str) -> ScoreJob:

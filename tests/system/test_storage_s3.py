@@ -1,4 +1,4 @@
-"""Storage on a real S3 server (SeaweedFS), and on sockets that misbehave in ways that no server can be told to."""
+"""Storage on a real S3 server (SeaweedFS), and on sockets that misbehave as no real server can be made to."""
 
 from __future__ import annotations
 
@@ -571,7 +571,7 @@ def test_a_file_that_is_not_closed_is_not_published(storage: Storage, s3_root: s
 
 
 def test_the_server_handles_conditional_writes_as_documented(s3_root: str, s3_environment: S3Server) -> None:
-    """Hold what was probed of this SeaweedFS, so that an update that changes it is seen."""
+    """Check the probed behaviour of this SeaweedFS, so that an update that changes it is noticed."""
     client = s3_environment.client()
     bucket, _, prefix = s3_root.removeprefix("s3://").partition("/")
     client.put_object(Bucket=bucket, Key=f"{prefix}//a", Body=b"x")

@@ -1,4 +1,4 @@
-"""Training on three nodes and an S3 server: whatever is killed, each epoch is there once and the model is as good."""
+"""Training on three nodes and an S3 server: whatever is killed, each epoch exists once and the model is as good."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_a_preemption_notice_triggers_a_checkpoint_within_an_epoch(
 
 
 def drain(cluster: Cluster, node: Node) -> list[str]:
-    """Return the command with which a provider says that it will take a node away."""
+    """Return the command by which a provider announces that it will take a node away."""
     # Raylets name their node on their command line.
     (raylet,) = [p for p in titled_processes([node], "raylet/raylet") if "--node_id" in " ".join(p.cmdline())]
     node_id = next(word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--node_id"))

@@ -1,4 +1,4 @@
-"""`duckdb -init views.sql`, as a user types it, against an S3 server that needs keys.
+"""`duckdb -init views.sql`, as a user types it, with an S3 server that needs keys.
 
 DuckDB's S3 extension is no part of its Python wheel. It comes as a wheel of its own for one version of DuckDB, so it is
 installed beside that version's command, into a folder of the test's.

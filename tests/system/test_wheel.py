@@ -1,4 +1,4 @@
-"""The wheel, installed into an environment of its own with nothing of this checkout: the command and the API work."""
+"""The wheel, installed into a fresh environment without this checkout: the command and the API work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images, good and bad, made in memory: what a photograph store throws at a decoder."""
+"""Good and bad images, made in memory, as a decoder meets them in a bucket of photographs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def empty() -> bytes:
 
 
 def text() -> bytes:
-    """Return what somebody saved as .jpg and is text."""
+    """Return text, saved as .jpg."""
     return b"Dear Sir or Madam, please find attached the photograph.\n"
 
 

@@ -1,4 +1,4 @@
-"""What all unit tests share."""
+"""Shared fixtures of the unit tests."""
 
 from __future__ import annotations
 

@@ -72,12 +72,12 @@ class Run:
     refused: str = ""
     """Names of the images that storage refuses, each time."""
     refused_once: str = ""
-    """Those that it refuses once."""
+    """Those that it rejects once."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """An image that is put, replaced or deleted, between commands."""
+    """An image that is added, replaced or deleted between commands."""
 
     name: str
     delete: bool = False
@@ -93,7 +93,7 @@ class Both:
 
 @dataclass(frozen=True)
 class Stall:
-    """A command that is stopped for longer than its lock lasts, wakes up while or after another has run."""
+    """A command that is suspended for longer than its lock lasts, and wakes up while or after another has run."""
 
     stopped: Run
     other: Run

@@ -1,4 +1,4 @@
-"""Heads, targets and outputs made by hand."""
+"""Hand-made heads, targets and outputs."""
 
 from __future__ import annotations
 

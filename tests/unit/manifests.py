@@ -1,4 +1,4 @@
-"""Manifests of sources whose images are read here, in place of `prepare`'s workers."""
+"""Manifests of sources, with the images read in this process instead of `prepare`'s workers."""
 
 from __future__ import annotations
 

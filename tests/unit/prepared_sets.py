@@ -1,4 +1,4 @@
-"""A small prepared set, made without preparing."""
+"""A small prepared set, written without running `prepare`."""
 
 from __future__ import annotations
 

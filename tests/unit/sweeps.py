@@ -1,4 +1,4 @@
-"""Sweeps whose trials never ran: what tests of several files make them from."""
+"""Sweeps whose trials never ran, shared by several test files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def row(epoch: int, objective: float, **changes: Any) -> dict[str, Any]:
 
 
 def train(sweep: Sweep, number: int, objectives: list[float], finished: str = "epochs") -> None:
-    """Leave what a training run leaves, without a driver that looks."""
+    """Write the files of a training run, without a driver that reads them."""
     folder = Path(sweep.trial_uri(number))
     (folder / "best").mkdir(parents=True, exist_ok=True)
     (folder / "best" / "weights").write_text("w")

@@ -1,4 +1,4 @@
-"""The Python API: what is imported when, what `predict` takes, and what it returns."""
+"""The Python API: lazy imports, and the arguments and results of `predict`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local files written whole or not at all, and under a condition; temporaries of killed writers."""
+"""Local files: atomic and conditional writes, and temporary files of killed writers."""
 
 from __future__ import annotations
 

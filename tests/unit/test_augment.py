@@ -1,4 +1,4 @@
-"""Crops to input: cutting, resizing, and each random change."""
+"""Crops to network input: cropping, resizing, and each random augmentation."""
 
 from __future__ import annotations
 

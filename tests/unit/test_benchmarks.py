@@ -1,4 +1,4 @@
-"""The benchmarks can be imported: they are run by hand, so nothing else says that what they use has changed."""
+"""The benchmarks can be imported. They are run by hand, so no other test notices that a name they use has changed."""
 
 from __future__ import annotations
 

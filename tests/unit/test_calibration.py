@@ -1,4 +1,4 @@
-"""Calibration, on faces whose true uncertainty is known: promises hold over repeated draws."""
+"""Calibration on faces whose true uncertainty is known: guarantees hold over repeated draws."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRUE_TEMPERATURE = 2.5
 
 
 def draw(num_rows: int, seed: int) -> tuple[Labels, Predictions]:
-    """Draw faces and what a network that is too sure, `TRUE_TEMPERATURE` times its logits, says of them.
+    """Draw faces and the predictions of an overconfident network, `TRUE_TEMPERATURE` times its logits.
 
     Ages miss by a normal error whose width grows with the age that is predicted.
     """

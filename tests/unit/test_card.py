@@ -1,4 +1,4 @@
-"""The model card: what it says of a run, and what an evaluation adds to it."""
+"""The model card: its description of a run, and what an evaluation adds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoint directory: what comes back, and what is refused."""
+"""The checkpoint directory: saving, loading, and the errors of damaged ones."""
 
 from __future__ import annotations
 

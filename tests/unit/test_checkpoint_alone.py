@@ -50,7 +50,7 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def scored(job: ScoreJob) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """Return the run's record, its rows but for when and in which run, and what was printed."""
+    """Return the run's record, its rows without time and run id, and the output."""
     log = io.StringIO()
     record = score_input(job, ThisProcess(), make_console(log))
     table = pq.read_table(Path(job.score.out) / "images" / f"run={record['run_id']}", partitioning=None)

@@ -1,4 +1,4 @@
-"""The `agr-ray` command: what it answers at once, and how options are written."""
+"""The `agr-ray` command: fast answers, and the spelling of options."""
 
 from __future__ import annotations
 

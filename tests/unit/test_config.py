@@ -1,4 +1,4 @@
-"""Configuration: what wins over what, and one clear line for whatever can't be run."""
+"""Configuration: precedence of sources, and one clear line for each invalid setting."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-# What wins over what
+# Precedence
 
 
 def test_defaults_are_the_papers() -> None:
@@ -235,7 +235,7 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
     assert ModelConfig(**model.model_dump(mode="json")) == model
 
 
-# One line for what can't be run
+# One line for invalid settings
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_parse_raises_the_error_that_load_prints() -> None:
         train_job("--train.lr", "0")
 
 
-# What is documented
+# Documentation
 
 
 @pytest.mark.parametrize("name", SECTIONS)

@@ -26,7 +26,7 @@ ODD = "/data/[bold]x[/nope]/[1]/:key:/" + "0123456789" * 12
 
 
 class Terminal(io.StringIO):
-    """What is printed on a terminal."""
+    """The output on a terminal."""
 
     def isatty(self) -> bool:
         return True

@@ -68,7 +68,7 @@ def rank(number: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, dict[str, Tensor]]]:
-    """Return what each of three processes has of the step: its loss and the gradients."""
+    """Return the loss and the gradients of the step in each of three processes."""
     folder = tmp_path_factory.mktemp("ranks")
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=rank, args=(number, folder)) for number in range(len(SHARES))]

@@ -1,4 +1,4 @@
-"""Decoding: every kind of photograph comes out upright and right, every bad file with its status."""
+"""Decoding: every kind of photograph is decoded correctly and upright, every bad file gets its status."""
 
 import io
 import pickle
@@ -128,7 +128,7 @@ def test_damage_anywhere_gives_an_image_or_an_image_error(number: int) -> None:
 
 
 def decoded(data: bytes, **limits: int) -> tuple[ImageError | None, DecodedImage | None]:
-    """Return the error or the image; whatever else is raised fails the test."""
+    """Return the image or the image error; any other error fails the test."""
     try:
         return None, decode_image(data, **limits)
     except ImageError as error:

@@ -36,7 +36,7 @@ def rows_of(table: pa.Table, breakdown: str, **values: Any) -> list[dict[str, An
 
 
 def said_of(truth: tuple[np.ndarray, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return what a classifier says of faces: races are confused more for men, abstentions fall on the unsure ones."""
+    """Return a classifier's predictions: races are confused more often for men, and it abstains on unsure ones."""
     age, gender, race = truth
     moved = np.clip(age + rng.choice([-1, 0, 1], len(age), p=[0.14, 0.74, 0.12]), 0, SIZES[0] - 1)
     wrong = rng.random(len(age)) < np.array([0.05, 0.08])[gender]

@@ -1,4 +1,4 @@
-"""Detection: rendered faces are found, borders move nothing, and facenet-pytorch agrees."""
+"""Detection: rendered faces are found, borders move no landmarks, and facenet-pytorch agrees."""
 
 from functools import cache
 from typing import Any

@@ -1,4 +1,4 @@
-"""Commands in the guides, recipes, help texts and messages are ones that the parser takes."""
+"""The parser accepts the commands in guides, recipes, help texts and messages."""
 
 from __future__ import annotations
 

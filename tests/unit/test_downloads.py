@@ -1,4 +1,4 @@
-"""Image files from storage: in batches of few bytes, and one at a time after a death."""
+"""Image files from storage: in batches of limited bytes, and one at a time after a worker died."""
 
 from __future__ import annotations
 

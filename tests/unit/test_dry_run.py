@@ -1,4 +1,4 @@
-"""`--dry-run`: what it counts and times, and that it leaves nothing behind."""
+"""`--dry-run`: its counts and times, and that it leaves nothing behind."""
 
 from __future__ import annotations
 

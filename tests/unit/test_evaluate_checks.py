@@ -1,4 +1,4 @@
-"""What evaluating refuses before it measures."""
+"""Checks before an evaluation starts."""
 
 from __future__ import annotations
 

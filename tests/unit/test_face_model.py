@@ -1,4 +1,4 @@
-"""What is measured is what is scored: one network, whatever the batch; and a checkpoint used from Python."""
+"""Evaluation and scoring predict the same, whatever the batch; and a checkpoint used from Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes steps quicker or smaller, and must not change what is learnt."""
+"""Options that make steps faster or smaller must not change the result of training."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_resumed_run_keeps_its_loss_scale(monkeypatch: pytest.MonkeyPatch, tmp
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
-# A batch in parts
+# Micro-batches
 
 
 @pytest.mark.parametrize("augment", [STILL, MIXED], ids=["plain", "mixed"])
@@ -271,7 +271,7 @@ class _Small(Backbone):
 
 
 def small(config: TrainJob) -> MultiTaskNet:
-    """Return a network of three layers, for which a graph is made in no time."""
+    """Return a network of three layers, which compiles quickly."""
     model = network(config)
     model.backbone = _Small()
     return model

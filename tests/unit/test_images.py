@@ -1,4 +1,4 @@
-"""What every job takes from a detection."""
+"""The part of a detection that every job uses."""
 
 from __future__ import annotations
 

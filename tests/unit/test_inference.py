@@ -1,4 +1,4 @@
-"""A network made ready for inference says what it said before."""
+"""The inference form of a network predicts the same as the network."""
 
 import numpy as np
 import pytest

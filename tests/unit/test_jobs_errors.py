@@ -1,4 +1,4 @@
-"""A set-up that can't work ends with status 2 and one line on stderr, before Ray is started."""
+"""An unusable set-up ends with status 2 and one line on stderr, before Ray starts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Complaint = Callable[..., str]
 
 @pytest.fixture
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Complaint:
-    """Return a function that runs a job as its script does, and returns what it said on stderr."""
+    """Return a function that runs a job as its script does, and returns its stderr."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith(("AGR_RAY_", "AWS_"))]:
         monkeypatch.delenv(name)

@@ -83,7 +83,7 @@ def run(
 
 
 def still_norms(model: MultiTaskNet) -> MultiTaskNet:
-    """Let batch norm's statistics stand, whatever the loop says, so that a row's gradient is its own."""
+    """Freeze batch norm's statistics, so that a row's gradient does not depend on the other rows."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
@@ -463,7 +463,7 @@ def test_auto_precision_follows_the_device(
 
 
 class _Together:
-    """What the ranks of a test share: sums over threads."""
+    """The collectives of a test's ranks: sums over threads."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: what is drawn, what is seen, and by what each label counts."""
+"""Mixup and CutMix: draws, mixed images, and the weight of each label."""
 
 from __future__ import annotations
 

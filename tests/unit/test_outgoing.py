@@ -1,4 +1,4 @@
-"""Outgoing checkpoints are in folders where no other user of the machine can read, plant or delete them."""
+"""Outgoing checkpoints are in folders where no other user can read, create or delete them."""
 
 from __future__ import annotations
 

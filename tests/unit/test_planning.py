@@ -1,4 +1,4 @@
-"""What a scoring run is to do: from a listing, a manifest or an inventory to numbered parts."""
+"""Planning a scoring run: from a listing, a manifest or an inventory to numbered parts."""
 
 from __future__ import annotations
 

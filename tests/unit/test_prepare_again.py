@@ -1,4 +1,4 @@
-"""A prepared set follows its source: after any changes and kills it equals what a fresh run would make. No Ray."""
+"""A prepared set follows its source: after any changes and kills it equals the result of a fresh run. No Ray."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prepare(job: PrepareJob, pause_s: float = 0.0) -> PreparedSet:
 
 
 class Source:
-    """A folder of images and their labels, and the set that is made of it."""
+    """A folder of images and labels, and the set that is prepared from it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""True shares are found from what a classifier with known errors says."""
+"""True shares are estimated from the predictions of a classifier with known errors."""
 
 from __future__ import annotations
 

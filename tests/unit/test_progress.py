@@ -1,4 +1,4 @@
-"""What training shows while it runs: running figures, a line, bars."""
+"""Progress of training: running metrics, a line, bars."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def faces() -> dict[str, Any]:
 
 
 def shown_in_an_epoch(monkeypatch: pytest.MonkeyPatch, augment: AugmentConfig, **model: Any) -> list[Progress]:
-    """Train an epoch by a rate that moves no weight, and return what was shown after each step."""
+    """Train an epoch with a rate that changes no weight, and return the progress after each step."""
     monkeypatch.setattr(loop, "_PROGRESS_S", 0.0)
     data = faces()
     job = TrainJob(

@@ -1,4 +1,4 @@
-"""FairFace and Adience as they are published: labels, age ranges, splits and damaged rows."""
+"""FairFace and Adience as published: labels, age ranges, splits and damaged rows."""
 
 from __future__ import annotations
 

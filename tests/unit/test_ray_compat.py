@@ -1,4 +1,4 @@
-"""The parts of Ray that `ray_compat` leans on are as they were seen. A new Ray that changes one fails here first."""
+"""The parts of Ray that `ray_compat` depends on are unchanged. A new Ray that changes one fails here first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registries: names, what they build, and refusals."""
+"""Registries: names, the parts they build, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Equal reasons count together, whatever object they name."""
+"""Equal reasons are counted together, whatever object they name."""
 
 from __future__ import annotations
 

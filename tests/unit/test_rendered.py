@@ -1,4 +1,4 @@
-"""Rendered faces are reproducible, labelled evenly, where they say they are, and faces to a real detector."""
+"""Rendered faces are reproducible, evenly labelled, correctly located, and found by a real detector."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def photographs() -> list[RenderedPhotograph]:
 
 
 class _Found:
-    """What the detector says of faces whose truth is known."""
+    """Detections of faces with known positions."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The labels of a rendered face show in its face and hair, and nowhere else."""
+"""The labels of a rendered face change its face and hair, and nothing else."""
 
 from __future__ import annotations
 

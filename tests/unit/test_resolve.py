@@ -1,4 +1,4 @@
-"""Which settings and which calibration a checkpoint is used with."""
+"""The settings and the calibration with which a checkpoint is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rooms of the package that import-linter's contracts can't describe."""
+"""Import rules that import-linter's contracts can't describe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often rows are drawn: by the frequencies of their labels, over all ranks, and of what is missing."""
+"""Sampling weights of rows: from label frequencies over all ranks, with missing labels."""
 
 from __future__ import annotations
 

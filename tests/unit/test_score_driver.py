@@ -223,7 +223,7 @@ def test_a_plan_that_another_job_has_deleted_is_planned_again(bucket: Bucket, mo
     assert [name for name, _ in bucket.statuses()] == NAMES
 
 
-# Readers see what was published, once
+# Readers see each published row once
 
 
 @pytest.mark.parametrize("next_run", [{}, {"gates": GatesConfig(min_side_px=9)}, {"limit": 4}])
@@ -305,7 +305,7 @@ def test_a_newer_row_without_content_does_not_hide_an_older_one(
     assert bucket.query("SELECT * FROM rejects") == []
 
 
-# Nothing done is no success
+# Doing nothing is not success
 
 
 def test_an_empty_input_is_rejected_unless_allowed(bucket: Bucket) -> None:

@@ -1,4 +1,4 @@
-"""Scoring in one worker: attempts at images that kill it, storage that goes away, flags, attributes, pseudonyms."""
+"""Scoring in one worker: images that kill it, storage outages, flags, attributes, pseudonyms."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from agr_ray.vision.decode import encode_jpeg
 
 
 class Killed(BaseException):
-    """What SIGKILL is to a worker process: nothing in it gets to run any more."""
+    """Like SIGKILL for a worker process: none of its code runs any more."""
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ class Deferred:
 
 
 def chips_for(scoring: Scoring, refused: str = "") -> Scoring:
-    """Plan anew over six rendered chips, most of which have a face."""
+    """Make a new plan over six rendered chips, most of which have a face."""
     photographs = Path(scoring.work).parent / "photographs"
     for number in range(6):
         (photographs / f"{number}.jpg").write_bytes(encode_jpeg(render_chip(0, number).image_rgb))

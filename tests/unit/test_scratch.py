@@ -1,4 +1,4 @@
-"""Temporary folders: private, and gone though their process was killed."""
+"""Temporary folders: private, and deleted even if their process was killed."""
 
 from __future__ import annotations
 

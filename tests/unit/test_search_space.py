@@ -1,4 +1,4 @@
-"""A sweep's search space: what is refused before anything starts, and what is drawn."""
+"""A sweep's search space: checks before anything starts, and draws."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_a_front_needs_two_errors() -> None:
         check_space(job)
 
 
-# What is drawn
+# Draws
 
 
 def test_the_papers_point_comes_first_and_is_marked() -> None:

@@ -58,14 +58,14 @@ def job(*folders: Path, **changes: Any) -> TrainJob:
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, *folders: Path, **changes: Any) -> Run:
-    """Return what workers would be told."""
+    """Return the workers' task."""
     told: list[Run] = []
     monkeypatch.setattr("agr_ray.runtime.train.dry_run", lambda run, *_: told.append(run))
     train(job(*folders, **changes))
     return told[0]
 
 
-# What is read
+# Reading
 
 
 def test_the_parts_of_one_set_are_read_one_by_one() -> None:
@@ -115,7 +115,7 @@ def test_a_slice_contains_rows_of_its_split(one: Path) -> None:
     assert [table["image_id"].to_pylist() for table in found] == [["a.jpg"], ["c.jpg"], []]
 
 
-# What is planned
+# Plans
 
 
 def test_the_record_of_a_single_set_has_no_fields_for_several_sets(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +261,7 @@ def test_drawing_by_shares_needs_the_crops_in_memory(one: Path, two: Path) -> No
         train(job(one, two, data_shares=[3, 1], cache_mib=0))
 
 
-# What is recorded
+# Records
 
 
 def test_the_record_of_several_sets_has_joint_and_separate_entries(one: Path, two: Path) -> None:

@@ -1,4 +1,4 @@
-"""A training worker's batches: streamed first, then drawn from memory, made ahead in a thread."""
+"""A training worker's batches: first streamed, then drawn from memory, prefetched in a thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETS = np.arange(NUM) % 5 // 4  # one in five is of the second set
 
 
 class Shard:
-    """What `ShardBatches` needs of a Ray Data iterator."""
+    """The part of a Ray Data iterator that `ShardBatches` needs."""
 
     def iter_batches(self, batch_size: int, **_: Any) -> Iterator[dict[str, Any]]:
         rows = rows_of(NUM)

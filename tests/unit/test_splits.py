@@ -1,4 +1,4 @@
-"""Splits: nothing leaks, the shares come out right, and nothing but groups, labels and seed decides."""
+"""Splits: no leaks, the right fractions, and no influence but groups, labels and seed."""
 
 from __future__ import annotations
 

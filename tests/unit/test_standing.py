@@ -1,4 +1,4 @@
-"""Crop rows that an unchanged manifest leaves as they are."""
+"""Existing crop rows: which are kept, changed or removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables, settings, errors and the import of the storage room."""
+"""Tables, settings, errors and the import of `storage`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small cells are hidden, and an attacker who solves for what is hidden finds none of it."""
+"""Small cells are hidden, and an attacker who solves for the hidden counts finds none."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def found_out(table: pa.Table, keys: tuple[str, ...]) -> list[Any]:
 
 
 def group_of(row: dict[str, Any], keys: tuple[str, ...]) -> tuple[Any, ...]:
-    """Return what names a row's group."""
+    """Return the values that identify a row's group."""
     return TOTAL if row["is_total"] else tuple(row[key] for key in keys)
 
 
@@ -139,7 +139,7 @@ def rows_of(table: pa.Table, breakdown: str) -> pa.Table:
 
 
 def only_small_hidden(table: pa.Table, min_cell: int) -> pa.Table:
-    """Return what a careless publisher would: small n, their shares and nothing else hidden."""
+    """Hide only small n and their shares, as a careless publisher would."""
     small = pc.and_(pc.greater(table["n"], 0), pc.less(table["n"], min_cell))
     for name in ("n", "share"):
         index = table.column_names.index(name)

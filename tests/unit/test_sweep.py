@@ -1,4 +1,4 @@
-"""A sweep without Ray: what it resumes from, what it keeps, what its study is told."""
+"""A sweep without Ray: how it resumes, which files it keeps, and what it reports to its study."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def away_once(name: str, outages: dict[str, int]) -> Any:
     return call
 
 
-# What fails of no trial's values
+# Failures that no trial's values cause
 
 
 def fail(sweep: Sweep, why: str, num: int) -> None:
@@ -394,7 +394,7 @@ def test_a_line_that_a_kill_cut_off_does_not_corrupt_the_journal(tmp_path: Path)
 
 
 def test_a_journal_in_memory_has_the_format_of_the_file(tmp_path: Path) -> None:
-    """That of a sweep in a bucket, which lies on no disk: read from a file that a kill cut off, and read by Optuna."""
+    """The journal of a sweep in a bucket is in memory: read from a file that a kill truncated, and read by Optuna."""
     sweep = opened(tune_job(tmp_path))
     complete(sweep, [0.9])
     journal = MemoryJournal((tmp_path / "sweep" / "study.journal").read_bytes() + b'{"op_code": 4, "wor')
@@ -450,7 +450,7 @@ def test_a_study_of_other_objectives_is_rejected(tmp_path: Path) -> None:
         opened(tune_job(tmp_path, name="two", study=url, study_name="shared", mode="pareto"))
 
 
-# Budgets, and what a command may resume
+# Budgets and resuming
 
 
 def test_the_epochs_of_all_trials_can_be_limited(tmp_path: Path) -> None:

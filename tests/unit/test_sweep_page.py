@@ -88,7 +88,7 @@ def many(num: int) -> list[TrialRow]:
 
 
 class Outline(HTMLParser):
-    """Tags that are open, ids, and whatever a browser would fetch."""
+    """Open tags, ids, and every URL that a browser would fetch."""
 
     def __init__(self) -> None:
         super().__init__()

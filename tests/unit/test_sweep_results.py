@@ -1,4 +1,4 @@
-"""What a sweep leaves, written from trials that never ran: table, recipe, checkpoint, page."""
+"""A sweep's results from trials that never ran: table, recipe, checkpoint, report."""
 
 from __future__ import annotations
 

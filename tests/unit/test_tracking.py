@@ -1,4 +1,4 @@
-"""Logging to MLflow: against a server's memory in a few lines, and against MLflow itself where it is installed."""
+"""Logging to MLflow: to a fake server in a few lines, and to MLflow itself where it is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Refused(Exception):
 
 
 class Server:
-    """What a tracking server remembers, and the part of MlflowClient that is used."""
+    """A tracking server's memory, and the part of MlflowClient that we use."""
 
     def __init__(self) -> None:
         self.runs: dict[str, Any] = {}

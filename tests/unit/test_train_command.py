@@ -1,4 +1,4 @@
-"""What a training command does about a run.json that another driver writes before the command holds the lock."""
+"""A training command whose run.json is written by another driver before the command holds the lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training writes beside its weights, and what its batches hold, without a cluster."""
+"""Training's outputs besides weights, and the content of its batches, without a cluster."""
 
 from __future__ import annotations
 

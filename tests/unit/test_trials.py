@@ -1,4 +1,4 @@
-"""Trials' records: which is best, the front, the table, the recipe."""
+"""Trial records: the best trial, the Pareto front, the table, the recipe."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_history_without_the_newer_columns_can_be_read() -> None:
     assert best_trial([Trial(0, {}, "complete", epochs=record.epochs)], {}) is None
 
 
-# Which is best
+# The best trial
 
 
 def test_the_best_trial_is_complete_and_the_first_among_equals() -> None:

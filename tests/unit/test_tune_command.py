@@ -1,4 +1,4 @@
-"""A sweep's command, with trials that never run and no cluster: one driver at a time, and how it ends."""
+"""The `tune` command with trials that never run and no cluster: one driver at a time, and its end."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_lost_lock_prevents_writing_the_results(tmp_path: Path, run_trials: Ca
     assert not (tmp_path / "sweep" / "trials.parquet").exists()
 
 
-# How it ends
+# The end
 
 
 def test_a_finished_sweep_without_a_complete_trial_is_an_error(

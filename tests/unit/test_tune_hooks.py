@@ -1,4 +1,4 @@
-"""What Ray Tune is answered, without a cluster: who is stopped, who is next, and why a trial failed."""
+"""Our hooks for Ray Tune, without a cluster: which trial is stopped, which is next, and why one failed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_trials_own_last_epoch_counts(tmp_path: Path) -> None:
     assert last_epoch(tune_job(tmp_path), {}) == 4
 
 
-# Who is next
+# The next trial
 
 
 def test_the_searcher_proposes_the_sweeps_next_trial(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_an_exhausted_budget_ends_the_sweep(tmp_path: Path) -> None:
     assert not budget(opened(tune_job(tmp_path))).stop_all()
 
 
-# What became of trials
+# Outcomes of trials
 
 
 def watcher(sweep: Sweep) -> Watcher:

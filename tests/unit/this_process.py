@@ -49,7 +49,7 @@ class ThisProcess:
 
 
 def scoring_of(model: Path, work: Path | str = "", **changes: Any) -> Scoring:
-    """Return what the workers of a run are told that scores with this checkpoint, uncalibrated."""
+    """Return the workers' task of a run that scores with this checkpoint, uncalibrated."""
     settings = {
         "storage": Storage(),
         "work": str(work),

@@ -1,4 +1,4 @@
-"""A backbone, an attention block and two heads as somebody might add them; `toy_registry` has their lines."""
+"""A backbone, an attention block and two heads as a contributor might add them; `toy_registry` registers them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registers the parts of `toy_parts` in a process; imports no torch, for a worker of Ray does it at its start."""
+"""Registers the parts of `toy_parts` in a process. Imports no torch, because Ray workers import it when they start."""
 
 from __future__ import annotations
 
