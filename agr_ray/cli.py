@@ -1,6 +1,6 @@
 """The `agr-ray` command. `jobs/*.py` call it too, so that a submitted job takes the same arguments.
 
-Nothing heavy is imported before the command line is read: `--help` and mistakes answer at once.
+Nothing heavy is imported before the command line is read, so `--help` and mistakes answer at once.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ J = TypeVar("J", bound=Job)
 
 
 class Command(NamedTuple):
-    """One word after `agr-ray`."""
+    """A command: `agr-ray NAME`."""
 
     summary: str
     job: type[Job]
     work: str
-    """`module:function` of what does the job."""
+    """`module:function` that runs the job."""
 
 
 COMMANDS = {
@@ -57,7 +57,7 @@ Estimate perceived age, gender and race from photographs of faces: train, tune, 
 
 {commands}
 
-agr-ray COMMAND --help shows a command's most important options, --help-all every one.
+agr-ray COMMAND --help shows a command's most important options, --help-all all of them.
 """
 
 
@@ -88,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(
     job_class: type[J], work: Callable[[J], object], argv: Sequence[str] | None = None, prog: str | None = None
 ) -> None:
-    """Read a command line and do the work.
+    """Read a command line and run the job.
 
     Args:
-        job_class: what the command line configures.
-        work: does it.
+        job_class: configuration that the command line sets.
+        work: runs the job.
         argv: the options; None: those of this process.
         prog: the command's name in its help; None: that of the script.
     """
@@ -103,25 +103,28 @@ def run(
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """If the work fails, end the process with one line on stderr: status 2 if the set-up is at fault, otherwise 1."""
+    """If the block fails, end the process with one line on stderr: status 1 for `JobError` and `LockLost`, else 2.
+
+    Errors that are not ours, which are bugs, keep their traceback.
+    """
     try:
         yield
     except Exception as error:
         from agr_ray.storage import StorageError, StorageUnavailable
         from agr_ray.storage.lock import LockLost
 
-        said: BaseException | None = error
+        cause: BaseException | None = error
         ray_errors = sys.modules.get("ray.exceptions")
         if ray_errors is not None and isinstance(error, ray_errors.RayTaskError):
             # It is also an instance of its cause's class, with the traceback as its message.
-            said = error.cause
-            if not isinstance(said, StorageUnavailable | StorageError):
+            cause = error.cause
+            if not isinstance(cause, StorageUnavailable | StorageError):
                 raise
             # Ray Data appends a paragraph to the one line.
-            said = type(said)(str(said).partition("\n")[0])
-        if not isinstance(said, ConfigError | StorageUnavailable | StorageError | JobError | LockLost):
+            cause = type(cause)(str(cause).partition("\n")[0])
+        if not isinstance(cause, ConfigError | StorageUnavailable | StorageError | JobError | LockLost):
             raise
-        fail(str(said), status=1 if isinstance(said, JobError | LockLost) else 2)
+        fail(str(cause), status=1 if isinstance(cause, JobError | LockLost) else 2)
 
 
 def read_recipe(path: str, storage: StorageConfig) -> bytes:
@@ -145,10 +148,10 @@ def read_recipe(path: str, storage: StorageConfig) -> bytes:
 def _recipes(argv: Sequence[str]) -> None:
     """Print the names of the built-in recipes, or one recipe."""
     if argv[:1] in (["--help"], ["-h"]):
-        print("usage: agr-ray recipes [NAME]\n\nList the built-in recipes, or print one: the start of your own.")
+        print("usage: agr-ray recipes [NAME]\n\nList the built-in recipes, or print one as a start for your own.")
         return
     if len(argv) > 1:
-        fail(f"recipes {' '.join(argv)}: takes one name, or none")
+        fail(f"recipes {' '.join(argv)}: expected at most one name")
     recipes = built_in_recipes()
     if argv:
         if argv[0] not in recipes:
@@ -163,8 +166,8 @@ def _recipes(argv: Sequence[str]) -> None:
 def _demo(argv: Sequence[str]) -> None:
     if argv[:1] in (["--help"], ["-h"]):
         print(
-            "usage: agr-ray demo [--out FOLDER]\n\nRender faces, prepare, train, calibrate, evaluate and score: the "
-            "whole way once, in some minutes.\nFOLDER (default: demo-out) gets everything that the demo makes."
+            "usage: agr-ray demo [--out FOLDER]\n\nRender faces, then prepare, train, calibrate, evaluate and score. "
+            "It takes a few minutes.\nAll results are written to FOLDER (default: demo-out)."
         )
         return
     match [word for each in argv for word in each.split("=", 1)]:
@@ -173,14 +176,14 @@ def _demo(argv: Sequence[str]) -> None:
         case ["--out", out] if "://" not in out:
             pass
         case _:
-            fail(f"demo {' '.join(argv)}: expected nothing, or --out and a local folder")
+            fail(f"demo {' '.join(argv)}: the only option is --out FOLDER, a local folder")
     with one_line_errors():
         resolve_name("agr_ray.demo:demo")(out)
 
 
 def _usage() -> str:
     rows = {name: command.summary for name, command in COMMANDS.items()} | {
-        "demo": "all of it, on synthetic faces: a few minutes",
+        "demo": "run all of these on synthetic faces, in a few minutes",
         "recipes": "list or print the built-in recipes",
     }
     return _USAGE.format(commands="\n".join(f"  {name:10} {summary}" for name, summary in rows.items()))

@@ -1,4 +1,4 @@
-"""The whole way, once, on faces drawn for it: render, prepare, train, evaluate, score.
+"""The demo: render, prepare, train, calibrate, evaluate and score on synthetic faces.
 
 The README gives the same as separate commands. Here all of them share one small cluster.
 """
@@ -28,7 +28,7 @@ TILE_PX = 480
 
 
 def demo(out: str) -> None:
-    """Run every job in turn, then print where everything is and how well it went."""
+    """Run every job in turn, then print the metrics and the paths of the results."""
     console = make_console()
     started = time.perf_counter()
 
@@ -60,8 +60,8 @@ def demo(out: str) -> None:
         ("gender accuracy", "gender", "accuracy", 100, "%"),
         ("race accuracy", "race", "accuracy", 100, "%"),
     ):
-        value, guess = metrics[task][name] * scale, metrics["baseline"][task][name] * scale
-        table.add_row(label, f"{value:.1f} {unit}", f"{guess:.1f} {unit}")
+        value, baseline = metrics[task][name] * scale, metrics["baseline"][task][name] * scale
+        table.add_row(label, f"{value:.1f} {unit}", f"{baseline:.1f} {unit}")
     table.add_row("faces found in the photographs", f"{found} of {drawn}", "")
     console.print(table)
     for label, path in (
@@ -71,7 +71,7 @@ def demo(out: str) -> None:
         ("annotated photographs", sheet),
     ):
         console.print(f"{label}: {path}")
-    console.print("this model has seen drawings only: what it says of real people means nothing")
+    console.print("this model was trained on drawings only: its predictions for real people mean nothing")
     console.print(f"{time.perf_counter() - started:.0f} s in total")
 
 

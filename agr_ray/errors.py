@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class ConfigError(Exception):
-    """A configuration that can't be run: one line that names the key, the value and what is allowed."""
+    """A configuration that can't be run. The message is one line: the key, the value and what is allowed."""
 
 
 class JobError(Exception):
-    """The work can't continue, and the settings are not at fault: one line, status 1."""
+    """The job can't continue, although its configuration is valid. The message is one line; the exit status is 1."""

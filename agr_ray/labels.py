@@ -22,7 +22,7 @@ GENDERS: Final = ("female", "male")
 
 AGE_MIN_YEARS: Final = 0.0
 AGE_MAX_YEARS: Final = 116.0
-"""Ages outside this closed range are rejected: UTKFace's own range."""
+"""Ages below the minimum or above the maximum, which is UTKFace's, are rejected."""
 
 AGE_MISSING: Final = float("nan")
 CLASS_MISSING: Final = -1
@@ -48,8 +48,8 @@ class LabelSpace:
         """Check the classes.
 
         Raises:
-            ValueError: a class occurs twice, is empty or is named as `schema.ABSTAINED`, or the age groups are
-                malformed, overlap or are not ascending.
+            ValueError: a class occurs twice, is empty or has the name `schema.ABSTAINED`, there are too few classes,
+                or the age groups are malformed, overlap or are not ascending.
         """
         if self.genders != GENDERS:
             raise ValueError(f"genders must be {' and '.join(GENDERS)}, in this order, not {list(self.genders)}")
@@ -62,9 +62,9 @@ class LabelSpace:
                     f"{what} must not have a class {ABSTAINED}: tables mark uncertain faces with that word"
                 )
         if len(self.races) == 1:
-            raise ValueError(f"races must have two classes at least, or none, not {list(self.races)}")
+            raise ValueError(f"races must have at least two classes, or none, not {list(self.races)}")
         if len(self.age_groups) < 2:
-            raise ValueError(f"age_groups must have two groups at least, not {list(self.age_groups)}")
+            raise ValueError(f"age_groups must have at least two groups, not {list(self.age_groups)}")
         for (before, (_, high)), (group, (low, _)) in zip(self._ranges[:-1], self._ranges[1:], strict=True):
             if low <= high:
                 raise ValueError(f"age_groups must ascend without overlap: {group} follows {before}")
@@ -87,7 +87,8 @@ class LabelSpace:
     def age_group(self, ages_years: NDArray[np.floating[Any]]) -> IntArray:
         """Return the index of each age's group, (n,) int64; -1 for NaN.
 
-        An age between two groups is in the nearer; halfway, in the upper. So 10.5 years are in 11-20, not in 0-10.
+        An age between two groups is in the nearer one, or halfway between them, in the upper one: 10.5 years are in
+        11-20, not in 0-10.
         """
         ranges = self.age_ranges_years
         edges = [(high + low) / 2 for (_, high), (low, _) in itertools.pairwise(ranges)]
@@ -123,7 +124,7 @@ class LabelSpace:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Truth of n images."""
+    """True labels of n images."""
 
     space: LabelSpace
     """Gives the codes below their meaning."""
@@ -134,7 +135,7 @@ class Labels:
     race: IntArray
     """(n,) index in `space.races`; -1: missing."""
     age_low: NDArray[np.float32] | None = None
-    """(n,) first year of the range that is known of the age; NaN: no range is given. None: in no row."""
+    """(n,) first year of the age range; NaN: no range is given. None: no row has a range."""
     age_high: NDArray[np.float32] | None = None
     """(n,) last year of the range; NaN or None with `age_low`."""
 
@@ -165,7 +166,7 @@ class Labels:
 
     @property
     def age_range(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the first and last year of each age, (n,) float64: twice the age if it is exact; NaN: missing."""
+        """Return the first and last year of each age, (n,) float64; both are the age if it is exact. NaN: missing."""
         exact = self.age.astype(np.float64)
         if self.age_low is None or self.age_high is None:
             return exact, exact
@@ -194,7 +195,7 @@ def group_years(name: str) -> tuple[int, int]:
     low = int(parts[1])
     high = int(AGE_MAX_YEARS) if parts[3] else int(parts[2])
     if not low <= high <= AGE_MAX_YEARS:
-        raise ValueError(f"age group {name!r} must ascend and end at {AGE_MAX_YEARS:g} at most")
+        raise ValueError(f"age group {name!r} must ascend and end at {AGE_MAX_YEARS:g} or below")
     return low, high
 
 
@@ -233,7 +234,8 @@ RACE_MAPPINGS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
         "middle_eastern": "others",
     },
 }
-"""Race by race, from one space to another: (from, to). UTKFace's `others` includes Hispanic, Latino, Middle Eastern."""
+"""(from, to) -> the race of `to` for each race of `from`.
+UTKFace's `others` includes Hispanic, Latino and Middle Eastern."""
 
 
 def race_mapping(source: LabelSpace, target: LabelSpace) -> dict[str, str]:
@@ -241,10 +243,10 @@ def race_mapping(source: LabelSpace, target: LabelSpace) -> dict[str, str]:
 
     Two spaces with the same names, in any order, map by name. Otherwise equal names may mean different people: the
     `others` of a space with two races are not those of UTKFace. If one of the spaces has no races, the mapping is
-    empty: all rows lack the label.
+    empty, and all rows lose the label.
 
     Raises:
-        ValueError: no table of `RACE_MAPPINGS` leads from one to the other; one line.
+        ValueError: `RACE_MAPPINGS` has no table for these two spaces; one line.
     """
     if not source.races or not target.races:
         return {}

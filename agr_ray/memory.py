@@ -1,4 +1,4 @@
-"""How a worker process keeps its memory."""
+"""Memory allocation in worker processes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _KEPT_BYTES = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Have up to 1 GiB of freed memory kept for the next batch instead of given back; only glibc can.
+    """Make glibc keep up to 1 GiB of freed memory for the next batch; without glibc, do nothing.
 
-    A batch of photographs and a network's maps are large blocks, which glibc else maps anew each time: some 3,000 page
-    faults a photograph.
+    Photographs and feature maps are large blocks. By default, glibc returns them to the system and maps them again for
+    each batch, which causes some 3,000 page faults for each photograph.
     """
     if sys.platform != "linux":
         return

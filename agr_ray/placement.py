@@ -1,4 +1,4 @@
-"""How processes fit the nodes of a cluster; pure."""
+"""Placement of processes on the nodes of a cluster; pure."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ ROUNDING: Final = 1e-9
 def process_bundles(
     num_processes: int, cpus_each: float, gpus_each: float, spare_cpus: float
 ) -> list[dict[str, float]]:
-    """Return what processes ask for, each on one node, by Ray's names; and each spare CPU by itself."""
+    """Return the bundles of a Ray placement group: one for each process, and one for each spare CPU."""
     each = {kind: asked for kind, asked in (("CPU", cpus_each), ("GPU", gpus_each)) if asked}
     spare = [{"CPU": 1.0}] * math.ceil(spare_cpus) if cpus_each else []
     return [each] * num_processes + spare if each else spare
 
 
 def places(has: Mapping[str, float], cpus_each: float, gpus_each: float) -> int:
-    """Return how many processes fit a node; each asks for CPUs or GPUs, and a share of a GPU is one GPU's.
+    """Return how many processes fit on a node. A fraction of a GPU must be of a single GPU.
 
     Args:
-        has: what the node has, by Ray's names.
-        cpus_each: that a process asks for; 0: none.
-        gpus_each: the same, 1 at most.
+        has: the node's resources, by Ray's names.
+        cpus_each: CPUs of a process; 0 if it needs GPUs only.
+        gpus_each: GPUs of a process, at most 1; 0 if it needs CPUs only.
     """
     fits = [has.get("CPU", 0.0) / cpus_each] if cpus_each else []
     if gpus_each:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log."""
+"""Progress of a long job: a bar on a terminal, a line every ten seconds in a log."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from agr_ray.schema import Status
 LOG_EVERY_S = 10.0
 
 Update = Callable[[int, str], None]
-"""Tells how much is done in all, and a short remark."""
+"""Called with the total done so far, and a short remark."""
 
 
 @contextmanager
 def progress(console: Console, label: str, total: int | None) -> Iterator[Update]:
-    """Show how far the work is until the block ends; `total` None: not known beforehand."""
+    """Show progress until the block ends; `total` is None if it is not known in advance."""
     if not console.is_terminal:
         yield _log_lines(console, label, total)
         return

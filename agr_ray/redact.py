@@ -1,4 +1,4 @@
-"""Take secrets out of text that people will read: messages, logs, records."""
+"""Remove secrets from text that people will read: messages, logs, records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shown(value: Any) -> str:
 def redacted(text: str, *uris: str, environ: Mapping[str, str] = os.environ) -> str:
     """Return the text with `***` in place of passwords and tokens.
 
-    It hides passwords in URLs (also a user name without a password, which may be a token), values of parameters with
+    It hides passwords in URLs (and a user name without a password, which may be a token), values of parameters with
     secret-looking names, and values of environment variables with such names.
 
     Args:

@@ -1,6 +1,6 @@
 """Names of the network's parts. A part is added by one file in `models/` and one line here.
 
-Entries are `module:name` until they are used, so a configuration is checked and `--help` lists the names without torch.
+Entries are `module:name` until they are used, so checking a configuration and `--help` need no torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Registry:
     """Parts of one kind by name.
 
     Args:
-        kind: what messages call a part, such as `backbone`.
-        parts: `module:name` of what builds each part.
+        kind: name of the kind in messages, such as `backbone`.
+        parts: name of each part -> `module:name` of the class or function that builds it.
     """
 
     def __init__(self, kind: str, parts: Mapping[str, str]) -> None:
@@ -31,7 +31,7 @@ class Registry:
         return tuple(self._parts)
 
     def register(self, name: str, part: str | Callable[..., Any]) -> None:
-        """Add a part to this process: `module:name`, or the callable itself.
+        """Add a part in this process: `module:name` of its builder, or the builder itself.
 
         Other processes, such as Ray's workers, know only the parts that this module lists.
 
@@ -50,7 +50,7 @@ class Registry:
         """Return the name if there is such a part.
 
         Raises:
-            ValueError: there is none; names those that are allowed.
+            ValueError: there is none; the message lists the allowed names.
         """
         if name not in self._parts:
             close = difflib.get_close_matches(name, self._parts, n=1)
@@ -59,7 +59,7 @@ class Registry:
         return name
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        """Return what builds the part.
+        """Return the class or function that builds the part.
 
         Raises:
             ValueError: there is no such part.
@@ -81,7 +81,7 @@ BACKBONES: Final = Registry(
         "mobilenet_v3_large": "agr_ray.models.backbones.mobilenet:MobileNetV3",
     },
 )
-"""Built with their name; see `models.backbones.base.Backbone`."""
+"""Builders are called with the backbone's name; see `models.backbones.base.Backbone`."""
 
 ATTENTION: Final = Registry(
     "attention block",
@@ -91,10 +91,10 @@ ATTENTION: Final = Registry(
         "cbam": "agr_ray.models.attention.cbam:Cbam",
     },
 )
-"""Built with the feature map's number of channels; map an (n, channels, h, w) feature map to another of its shape."""
+"""Builders are called with the number of channels. A block maps (n, channels, h, w) feature maps to the same shape."""
 
 NECKS: Final = Registry("neck", {"average": "agr_ray.models.necks.average:AveragePool"})
-"""Built with the feature map's number of channels; map an (n, channels, h, w) feature map to (n, channels)."""
+"""Builders are called with the number of channels. A neck maps (n, channels, h, w) feature maps to (n, channels)."""
 
 HEADS: Final = {
     "age": Registry(
@@ -107,11 +107,11 @@ HEADS: Final = {
     "gender": Registry("gender head", {"binary": "agr_ray.models.heads.binary:Binary"}),
     "race": Registry("race head", {"softmax": "agr_ray.models.heads.softmax:Softmax"}),
 }
-"""Heads of each task, built with (number of features, task, label space); see `models.heads.base.Head`.
+"""Heads of each task. Builders are called with (number of features, task, label space); see `models.heads.base.Head`.
 
-The order of the tasks is that of the network's heads and of everything that has an entry for each task."""
+The tasks are in the order of the network's heads, and of everything else that has an entry for each task."""
 
 
 def head_name(config: Any, task: str) -> str:
-    """Return the name of a task's head: the configuration's `TASK_head`, or else the first that is registered."""
+    """Return the name of a task's head: the configuration's `TASK_head` if it has one, else the first registered."""
     return str(getattr(config, f"{task}_head", None) or HEADS[task].names[0])

@@ -1,7 +1,7 @@
 """Table schemas and their version: the only place that names a column or a dtype.
 
-Tables hold labels as words ("female", "asian"), so that a reader of the Parquet needs no code book; which words there
-are is up to the label space (`agr_ray.labels`). A missing label is null.
+Tables hold labels as words ("female", "asian"), so that a reader of the Parquet needs no code book. The label space
+(`agr_ray.labels`) defines the words. A missing label is null.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SCHEMA_VERSION: Final = 2
 """Raised whenever a column changes its meaning or its type; new nullable columns do not raise it."""
 
 ABSTAINED: Final = "abstained"
-"""In place of a gender or race: the model was too uncertain to tell it."""
+"""Stands for a class in counts: the model was too uncertain to tell it, or predicted none."""
 
 SPLITS: Final = ("train", "val", "test")
 
@@ -31,13 +31,13 @@ class Status(StrEnum):
     NO_FACE = "no_face"
     """The image is readable and no face was found in it."""
     UNREADABLE = "unreadable"
-    """The bytes claim to be an image and cannot be decoded: corrupt or truncated."""
+    """The file starts like an image but cannot be decoded: it is corrupt or truncated."""
     TOO_LARGE = "too_large"
-    """Over the limit of bytes or of pixels; seen from the header, before anything is decoded."""
+    """Over the limit of bytes or of pixels, which is checked before decoding."""
     NOT_AN_IMAGE = "not_an_image"
-    """Empty, or not of any image format that is read."""
+    """Empty, or not in a supported image format."""
     MISSING = "missing"
-    """The key was listed and is gone."""
+    """The object was listed but no longer exists."""
     CHANGED = "changed"
     """The object is not the one that was listed: its etag differs."""
     ARCHIVED = "archived"
@@ -45,7 +45,7 @@ class Status(StrEnum):
     FAILED = "failed"
     """Storage kept failing, or the image kept killing its worker."""
     BAD_LABEL = "bad_label"
-    """Labelled sources only: no label that was given can be read, or label rows disagree. The image is not read."""
+    """Labelled sources only: none of the given labels can be parsed, or label rows disagree. The image is not read."""
 
 
 CROP_STATUSES: Final = (Status.OK, Status.FALLBACK)
@@ -145,7 +145,7 @@ CROPS: Final = pa.schema(
 """One row for each manifest row, whatever happened to it."""
 
 CLASS_PROBS: Final = pa.map_(pa.string(), pa.float32())
-"""Class -> probability, in the order of the label space. A map names its classes, whichever space they are of."""
+"""Class -> probability, in the order of the label space. A map names its classes, so it fits every label space."""
 
 PREDICTION_FIELDS: Final = (
     pa.field("age_pred", pa.float32()),
@@ -170,7 +170,7 @@ PREDICTIONS: Final = pa.schema(
 """One row for each labelled crop: truth beside prediction. A task without a head predicts null."""
 
 FLAGS: Final = ("small", "blurred", "turned", "unsure")
-"""Why a face is flagged: its box, sharpness, head pose or detector score is beyond the limits of the scoring job."""
+"""Why a face is flagged: its box, sharpness, head pose or detector score is beyond a limit of `[gates]`."""
 
 FACE: Final = pa.struct(
     [
@@ -184,9 +184,9 @@ FACE: Final = pa.struct(
         pa.field("p_male", pa.float32()),
         pa.field("gender", pa.string()),
         pa.field("race", pa.string()),
-        pa.field("race_probs", CLASS_PROBS),  # calibrated, as p_male, where the model is
-        pa.field("abstain", pa.list_(pa.string())),  # of gender and race: too uncertain to be counted
-        pa.field("flags", pa.list_(pa.string())),  # of FLAGS: what speaks against trusting this face at all
+        pa.field("race_probs", CLASS_PROBS),  # like p_male, calibrated if the model is
+        pa.field("abstain", pa.list_(pa.string())),  # those of gender and race that are too uncertain to be counted
+        pa.field("flags", pa.list_(pa.string())),  # of FLAGS: reasons not to count this face at all
     ]
 )
 
@@ -227,7 +227,7 @@ REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in (*PHO
 """One row for each input image of a scoring run that could not be scored."""
 
 DEMOGRAPHIC_ATTRIBUTES: Final = ("age_group", "gender", "race")
-"""What faces are counted by: the columns of `LabelSpace.classes`."""
+"""Attributes by which faces are counted: the keys of `LabelSpace.classes`."""
 
 DEMOGRAPHIC_COUNTS: Final = (
     "num_images",
@@ -245,9 +245,9 @@ DEMOGRAPHICS: Final = pa.schema(
         pa.field("is_total", pa.bool_(), nullable=False),
         pa.field("breakdown", pa.string(), nullable=False),  # of DEMOGRAPHIC_ATTRIBUTES, separated by commas
         *(pa.field(name, pa.string()) for name in DEMOGRAPHIC_ATTRIBUTES),  # null: not broken down by it
-        pa.field("n", pa.int64()),  # faces predicted so; null: suppressed, as every count below
+        pa.field("n", pa.int64()),  # faces predicted to be in the cell; null: suppressed, as for each count below
         pa.field("share", pa.float64()),  # of the faces that got a class in this breakdown; null: none did
-        pa.field("share_corrected", pa.float64()),  # of the faces that passed the gates
+        pa.field("share_corrected", pa.float64()),  # of all faces that passed the gates, estimated
         pa.field("share_low", pa.float64()),  # 90 % interval of share_corrected
         pa.field("share_high", pa.float64()),
         pa.field("correction", pa.string()),  # why share_corrected is null
@@ -276,9 +276,9 @@ HISTORY: Final = pa.schema(
         pa.field("data_wait_share", pa.float64(), nullable=False),  # of the training part of the epoch
         pa.field("val_gender_balanced_accuracy", pa.float64()),
         pa.field("val_race_balanced_accuracy", pa.float64()),
-        pa.field("val_worst_group_age_mae_years", pa.float64()),  # of groups by gender, race and both, not too small
-        pa.field("val_balanced_objective", pa.float64()),  # as val_objective, of balanced errors: what sweeps minimise
-        pa.field("val_age_distance_years", pa.float64()),  # to the true age or age range: of exact ages, the MAE
+        pa.field("val_worst_group_age_mae_years", pa.float64()),  # of large enough groups by gender, race and both
+        pa.field("val_balanced_objective", pa.float64()),  # val_objective of balanced errors: what sweeps minimise
+        pa.field("val_age_distance_years", pa.float64()),  # mean, to the true age or age range; the MAE of exact ages
     ]
 )
 """One row for each epoch."""
@@ -287,11 +287,11 @@ TrialState = Literal["complete", "pruned", "failed", "unfinished"]
 
 TRIALS: Final = pa.schema(
     [
-        pa.field("number", pa.int32(), nullable=False),  # from 0, in the order in which trials were begun
+        pa.field("number", pa.int32(), nullable=False),  # from 0, in the order in which trials were started
         pa.field("state", pa.string(), nullable=False),  # a TrialState
-        pa.field("why", pa.string(), nullable=False),  # it was pruned, or failed; empty: there is nothing to say
-        pa.field("epochs", pa.int32(), nullable=False),  # that it has finished
-        pa.field("best_epoch", pa.int32()),  # whose checkpoint a training run keeps, and all errors below are of
+        pa.field("why", pa.string(), nullable=False),  # it was pruned or failed; else empty
+        pa.field("epochs", pa.int32(), nullable=False),  # number of finished epochs
+        pa.field("best_epoch", pa.int32()),  # its checkpoint is kept, and the errors below are measured after it
         pa.field("objective", pa.float64()),  # val_balanced_objective; lower is better
         pa.field("age_mae_years", pa.float64()),
         pa.field("gender_error", pa.float64()),  # 1 - balanced accuracy
@@ -300,7 +300,7 @@ TRIALS: Final = pa.schema(
         pa.field("is_feasible", pa.bool_(), nullable=False),  # within all constraints
         pa.field("is_best", pa.bool_(), nullable=False),
         pa.field("is_on_front", pa.bool_(), nullable=False),  # no other beats it in all three errors
-        pa.field("num_failures", pa.int32(), nullable=False),  # after each it was retried or given up
+        pa.field("num_failures", pa.int32(), nullable=False),  # failed attempts, the last one included
         pa.field("wall_s", pa.float64(), nullable=False),
     ]
 )

@@ -1,4 +1,4 @@
-"""Where a worker's time goes, by stage."""
+"""The time that a worker spends in each stage."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def take(self) -> dict[str, float]:
-        """Return the seconds since they were last taken."""
+        """Return the seconds of each stage since the last call, and start again from zero."""
         taken, self.seconds = self.seconds, {}
         return taken

@@ -12,7 +12,7 @@ from agr_ray.models.predictions import Predictions
 
 NUM_RESAMPLES: Final = 1000
 _MIN_UNITS = 2
-"""Minimum number of rows, or persons, for an interval."""
+"""Minimum number of rows (or persons) for an interval."""
 _INTERVAL = 0.95
 _CHUNK_WEIGHTS = 4_000_000
 
@@ -26,10 +26,9 @@ def intervals(
 ) -> dict[str, dict[str, list[float] | None]]:
     """Return 95 % percentile bootstrap intervals of the headline metrics.
 
-    None if fewer than two rows (or persons) count: resampling a single one would give an interval of zero width.
-
-    Arguments as `metrics.metrics_report`. Resampling draws a weight for every row (or person), so that all
-    resamples of all metrics are one matrix product.
+    None for a metric with fewer than two rows (or persons): resampling a single one would give an interval of zero
+    width. Each resample is a vector of weights over rows (or persons), so all resamples of all metrics are one matrix
+    product. For the arguments see `metrics.metrics_report`.
     """
     terms = row_terms(labels, predictions)
     values = np.stack(list(terms.values()), axis=1)
@@ -82,7 +81,7 @@ def intervals(
 
 
 def _resampled_sums(values: FloatArray, num_resamples: int, rng: np.random.Generator) -> FloatArray:
-    """Return (num_resamples, columns): sums over as many rows as there are, drawn with replacement."""
+    """Return (num_resamples, columns): sums over n rows that are drawn with replacement, n being all rows."""
     num_rows = len(values)
     if num_rows == 0:
         return np.zeros((num_resamples, values.shape[1]))

@@ -55,7 +55,7 @@ class Calibration:
     risk: float
     """Maximum share of errors among images for which the model does not abstain."""
     n: int
-    """Number of images, whatever their labels."""
+    """Number of images, with or without labels."""
     age: AgeCalibration | None
     gender: ClassCalibration | None
     race: ClassCalibration | None
@@ -73,7 +73,7 @@ class Calibration:
     split_manifest_sha256: str = ""
     """Digest of the splits of the prepared set that it was fitted on."""
     content_codes: tuple[int, ...] = ()
-    """`models.checkpoint.content_codes` of the images, to detect measured images among them."""
+    """`models.checkpoint.content_codes` of the images, to detect an evaluation on the same images."""
     num_seen_in_training: int | None = None
     """Images that were also used in training; they make calibration overconfident. None: unknown."""
 
@@ -97,7 +97,7 @@ class Calibration:
         Args:
             labels: the truth.
             predictions: of the same images, uncalibrated; the logs of probabilities serve as logits.
-            coverage: as the field; the same holds for the other arguments.
+            coverage: see the field of that name, as for the other arguments.
         """
         notes: list[str] = []
         age = fit_age(labels, predictions["age"], coverage, notes) if "age" in predictions else None
@@ -170,43 +170,43 @@ class Calibration:
         return _apply(self.space, predictions, self.age, self.gender, self.race)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values: what calibration.json holds."""
+        """Return plain values, the content of calibration.json."""
         values = asdict(self)
         space, rows = {"label_space": self.space.to_json()}, {name: codes.tolist() for name, codes in self.rows.items()}
         del values["space"]
         return {"format_version": FORMAT_VERSION} | space | values | {"rows": rows, "pipeline": self.pipeline.to_json()}
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Self:
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from `to_json`'s result.
 
         Raises:
             ValueError: the format differs, or a part is missing or has another shape; the message is one line.
         """
-        version = said.get("format_version")
+        version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"expected format_version {FORMAT_VERSION}, found {version!r}")
         try:
-            age = said["age"]
+            age = values["age"]
             if age is not None:
                 age = AgeCalibration(age["n"], tuple(age["half_widths_years"]), tuple(age["num_rows"]))
-            parts = {task: said[task] and ClassCalibration(**said[task]) for task in ("gender", "race")}
-            rows = {name: np.asarray(said["rows"][name], np.int64) for name in ROW_NAMES}
-            space = LabelSpace.from_json(said["label_space"])
-            fields = {name: value for name, value in said.items() if name not in ("format_version", "label_space")}
-            lists = {name: tuple(said[name]) for name in ("notes", "precisions", "content_codes")}
-            seen = {"num_seen_in_training": said["num_seen_in_training"]}
-            pipeline = Pipeline.from_json(said["pipeline"])
-            made = cls(
+            parts = {task: values[task] and ClassCalibration(**values[task]) for task in ("gender", "race")}
+            rows = {name: np.asarray(values["rows"][name], np.int64) for name in ROW_NAMES}
+            space = LabelSpace.from_json(values["label_space"])
+            fields = {name: value for name, value in values.items() if name not in ("format_version", "label_space")}
+            lists = {name: tuple(values[name]) for name in ("notes", "precisions", "content_codes")}
+            seen = {"num_seen_in_training": values["num_seen_in_training"]}
+            pipeline = Pipeline.from_json(values["pipeline"])
+            calibration = cls(
                 **fields | parts | lists | seen | {"space": space, "age": age, "rows": rows, "pipeline": pipeline}
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"expected what agr-ray evaluate --calibrate writes, found otherwise: {error}") from None
+            raise ValueError(f"not in the format that agr-ray evaluate --calibrate writes: {error}") from None
         if age is not None and len(age.half_widths_years) != len(space.age_groups):
             raise ValueError(f"expected {len(space.age_groups)} half_widths_years, found {len(age.half_widths_years)}")
-        if any(values.shape != (made.n,) for values in rows.values()):
-            raise ValueError(f"expected {made.n} of each of rows, found {[len(values) for values in rows.values()]}")
-        return made
+        if any(codes.shape != (calibration.n,) for codes in rows.values()):
+            raise ValueError(f"expected {calibration.n} of each of rows, found {list(map(len, rows.values()))}")
+        return calibration
 
 
 def _apply(

@@ -1,4 +1,4 @@
-"""Age intervals by split conformal prediction, separately for each predicted age group with enough images (Mondrian).
+"""Age intervals by Mondrian split conformal prediction: one width for each predicted age group with enough images.
 
 Vovk, Gammerman and Shafer 2005; Lei et al. 2018, JASA 113(523).
 """
@@ -16,7 +16,7 @@ from agr_ray.evaluation.terms import FloatArray
 from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS, Labels, LabelSpace
 
 MIN_ROWS: Final = 50
-"""Minimum images for an age group to have its own width, and for an attribute to have a temperature. With 50 images,
+"""Minimum images for an age group to have its own width, and for gender or race to have a temperature. With 50 images,
 the standard deviation of the coverage of a 90 % interval is 4 percentage points."""
 
 
@@ -29,7 +29,7 @@ class AgeCalibration:
     half_widths_years: tuple[float, ...]
     """By predicted age group, in the order of the label space's age groups."""
     num_rows: tuple[int, ...]
-    """Number of images behind each half-width: n itself if the group has fewer than `MIN_ROWS`."""
+    """Number of images on which each half-width was fitted: all n if the group has fewer than `MIN_ROWS`."""
 
     def apply(self, predicted: NDArray[np.float32], space: LabelSpace) -> tuple[NDArray[np.float32], ...]:
         """Return the low and high ends of the intervals of (n,) predicted ages, years."""
@@ -42,7 +42,7 @@ class AgeCalibration:
 
 
 def fit_age(labels: Labels, predicted: NDArray[np.float32], coverage: float, notes: list[str]) -> AgeCalibration | None:
-    """Fit intervals on the images with an exact age; None, and a note why, if these are too few.
+    """Fit intervals on the images with an exact age; if these are too few, return None and add a note.
 
     Args:
         labels: the truth.
@@ -72,6 +72,6 @@ def fit_age(labels: Labels, predicted: NDArray[np.float32], coverage: float, not
 
 
 def _conformal_quantile(errors: FloatArray, coverage: float) -> float | None:
-    """Return the ceil((n + 1) coverage)-th smallest error, a bound on a new error; None if n is less than that."""
-    rank = math.ceil(round((len(errors) + 1) * coverage, 9))  # 0.7 * 10 is not quite 7
+    """Return the ceil((n + 1) coverage)-th smallest error, a bound on a new error; None if that rank exceeds n."""
+    rank = math.ceil(round((len(errors) + 1) * coverage, 9))  # rounded first, because 100 * 0.55 is over 55
     return float(np.sort(errors)[rank - 1]) if rank <= len(errors) else None

@@ -20,26 +20,33 @@ _NUM_BINS = 15
 def coverage_report(labels: Labels, predictions: Predictions, calibration: Calibration) -> dict[str, Any]:
     """Measure the calibration on n labelled images, which should not be those that it was fitted on.
 
-    Keys: `n`; `age` {nominal, groups} and, for all and for each of groups.{age_group,gender,race}.NAME of the true
-    label, {n, coverage, interval, mean_width_years}; `gender` and `race` {n, risk, abstained, accepted, error,
-    interval, nll, nll_before, ece, ece_before}: `abstained` is a share of all images, `error` a share
-    of the accepted ones. `interval` is the exact 95 % interval (Clopper and Pearson 1934) of the share before it. Parts
-    that are not calibrated, or have no labelled image, are None.
+    Keys:
+
+    - `n`;
+    - `age`: nominal, n, coverage, interval and mean_width_years; groups.{age_group,gender,race}.NAME has the last four
+      for each group of true labels;
+    - `gender` and `race`: n, risk, abstained (share of all images), accepted, error (share of the accepted), interval,
+      nll, nll_before, ece, ece_before (`before`: without calibration).
+
+    `interval` is the exact 95 % interval (Clopper and Pearson 1934) of the share before it. Parts that are not
+    calibrated, or have no labelled image, are None.
 
     Args:
         labels: the truth; images with a missing label are left out.
         predictions: of the same images, uncalibrated.
         calibration: fitted on other images.
     """
-    made = calibration.apply(predictions)
+    calibrated = calibration.apply(predictions)
     age, gender, race = None, None, None
-    if made.age_low is not None and made.age_high is not None:
-        age = _coverage(labels, made.age_low, made.age_high, calibration.coverage)
-    if made.abstain_gender is not None:
-        before, after = gender_probs(predictions["gender"]), gender_probs(made.p_male)
-        gender = _selection(labels.gender, before, after, made.abstain_gender, calibration.risk)
-    if made.abstain_race is not None:
-        race = _selection(labels.race, predictions["race"], made.race_probs, made.abstain_race, calibration.risk)
+    if calibrated.age_low is not None and calibrated.age_high is not None:
+        age = _coverage(labels, calibrated.age_low, calibrated.age_high, calibration.coverage)
+    if calibrated.abstain_gender is not None:
+        before, after = gender_probs(predictions["gender"]), gender_probs(calibrated.p_male)
+        gender = _selection(labels.gender, before, after, calibrated.abstain_gender, calibration.risk)
+    if calibrated.abstain_race is not None:
+        race = _selection(
+            labels.race, predictions["race"], calibrated.race_probs, calibrated.abstain_race, calibration.risk
+        )
     return {"n": len(labels), "age": age, "gender": gender, "race": race}
 
 

@@ -1,4 +1,4 @@
-"""Number of rows and errors of the model for each group of the labels."""
+"""Row counts and model errors for each group of the true labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agr_ray.labels import Labels, LabelSpace
 from agr_ray.models.predictions import Predictions
 
 MIN_GROUP_ROWS: Final = 10
-"""Minimum rows of a group to count as the worst."""
+"""Minimum rows of a group to be considered for the worst group."""
 _TERMS: Final = (
     *("age", "age_absolute", "age_signed", "age_within", "age_known"),
     *("age_grouped", "age_exact_group", "age_one_off"),
@@ -23,7 +23,7 @@ _TERMS: Final = (
 
 
 class GroupSums:
-    """Errors and correct predictions of every group of `groups`, as sums over rows.
+    """Errors and correct predictions in every group of `groups`, as sums over rows.
 
     Cheap enough for every validation: a batch costs one product of two small matrices.
     """
@@ -33,17 +33,17 @@ class GroupSums:
         self._names = [(attribute, name) for attribute, members in groups(none).items() for name, _ in members]
         self._attributes = list(groups(none))
         self.vector: FloatArray = np.zeros(len(self._names) * (1 + len(_TERMS)))
-        """All sums: what an all-reduce takes."""
+        """All sums, for one all-reduce."""
 
     def update(self, labels: Labels, predictions: Predictions) -> None:
-        """Count n rows. A row counts for the groups that its labels name, and as in `MetricSums.update`."""
+        """Count n rows in the groups of their true labels; otherwise as `MetricSums.update`."""
         columns = row_terms(labels, predictions)
         terms = np.stack([np.ones(len(labels)), *(columns[name] for name in _TERMS)], axis=1)
         members = np.stack([chosen for group in groups(labels).values() for _, chosen in group])
         self.vector += (members.astype(np.float64) @ terms).ravel()
 
     def to_json(self) -> dict[str, Any]:
-        """Divide: part of the shape of `metrics_report`'s `groups`; what is left out are matrices and CS@k."""
+        """Divide the sums; return the shape of `metrics_report`'s `groups` without confusion matrices and CS@k."""
         report: dict[str, Any] = {attribute: {} for attribute in self._attributes}
         rows = self.vector.reshape(len(self._names), -1)
         for (attribute, name), (num_rows, *sums) in zip(self._names, rows, strict=True):
@@ -69,10 +69,7 @@ class GroupSums:
 
 
 def class_counts(labels: Labels) -> dict[str, dict[str, int]]:
-    """Return how many of n rows are in each group of `groups`.
-
-    A row whose label is missing is in no group of it.
-    """
+    """Return the number of rows in each group of `groups`; a row without a label is in none of its groups."""
     return {
         attribute: {name: int(chosen.sum()) for name, chosen in members}
         for attribute, members in groups(labels).items()
@@ -80,10 +77,10 @@ def class_counts(labels: Labels) -> dict[str, dict[str, int]]:
 
 
 def worst_group_age_mae(groups: Mapping[str, Any]) -> float | None:
-    """Return the largest mean absolute error of age, years, of any group by gender, race or both.
+    """Return the largest mean absolute error of age, years, over the groups by gender, race or both.
 
-    Groups of fewer than `MIN_GROUP_ROWS` rows with an age are left out; None: all are. Age groups are not considered,
-    because a model that errs towards the middle errs most at both ends.
+    Groups of fewer than `MIN_GROUP_ROWS` rows with an age are left out; None if all are. Age groups are not considered,
+    because models tend towards the middle and err most at both ends.
 
     Args:
         groups: `GroupSums.to_json`.
@@ -93,10 +90,10 @@ def worst_group_age_mae(groups: Mapping[str, Any]) -> float | None:
 
 
 def groups(labels: Labels) -> dict[str, Iterator[tuple[str, NDArray[np.bool_]]]]:
-    """Return each attribute's groups by true label, gender, race, age_group and gender_race: name and (n,) members.
+    """Return the groups of true labels by gender, race, age_group and gender_race: each group's name and (n,) members.
 
-    A row without the label, or with an age range that spans several age groups, is in none of them. Without races, the
-    groups of race and gender_race are empty.
+    A row without the label, or with an age range that spans several age groups, is in no group. In a label space
+    without races, there are no groups by race and gender_race.
     """
     space, ages = labels.space, labels.age_group
     return {

@@ -1,11 +1,11 @@
 """Metrics as sums and counts: add up over batches and ranks, divide once.
 
 Every accuracy is derived from its confusion matrix, whose rows are the truth. Values are fractions, not per cent; None
-if nothing is labelled. An age is in the group of the label space that it is nearest to (halfway, in the upper: 10.5 is
-in 11-20). Male is predicted if and only if p_male > 0.5.
+if nothing is labelled. An age between two groups of the label space is in the nearer one, or halfway, in the upper one
+(10.5 is in 11-20). Male is predicted if and only if p_male > 0.5.
 
-An age range has no error in years. It counts for the accuracy of age groups if one group contains all of it. A range
-that spans several groups would be right or wrong by guesswork, so it is counted apart.
+An age range has no error in years. It counts for the accuracy of age groups if one group contains all of it. Otherwise
+its true group is unknown, so it is counted separately.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Baseline:
     race: int | None
     """Index in `space.races`; None: no label has one."""
     fitted_on: str = "train"
-    """Labels that it was fitted on: `train`, or `evaluated` if those are not available, which flatters the baseline."""
+    """Labels that it was fitted on: `train`, or `evaluated` if those are not available, which favours the baseline."""
 
     @classmethod
     def fit(cls, labels: Labels, fitted_on: str = "train") -> Self:
-        """Fit the baseline. Of equally frequent classes the first is taken."""
+        """Fit the baseline; of equally frequent classes, take the first."""
         low, high = labels.age_range
         ages = ((low + high) / 2)[np.isfinite(low)]
         return cls(
@@ -57,14 +57,14 @@ class Baseline:
 
     def predict(self, num_rows: int) -> Predictions:
         """Return the constant predictions for this many rows."""
-        guesses: dict[str, NDArray[np.float32]] = {}
+        predictions: dict[str, NDArray[np.float32]] = {}
         if self.age_years is not None:
-            guesses["age"] = np.full(num_rows, self.age_years, np.float32)
+            predictions["age"] = np.full(num_rows, self.age_years, np.float32)
         if self.gender is not None:
-            guesses["gender"] = np.full(num_rows, self.gender, np.float32)
+            predictions["gender"] = np.full(num_rows, self.gender, np.float32)
         if self.race is not None:
-            guesses["race"] = np.tile(np.eye(len(self.space.races), dtype=np.float32)[self.race], (num_rows, 1))
-        return guesses
+            predictions["race"] = np.tile(np.eye(len(self.space.races), dtype=np.float32)[self.race], (num_rows, 1))
+        return predictions
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, classes as words."""
@@ -99,22 +99,23 @@ class MetricSums:
             "race": (len(space.races), len(space.races)),
         }
         self.vector: FloatArray = np.zeros(sum(math.prod(shape) for shape in sizes.values()))
-        """All sums: what an all-reduce takes. The other attributes are views of it."""
+        """All sums, for one all-reduce. The other attributes are views of it."""
         ends = np.cumsum([math.prod(shape) for shape in sizes.values()])
         parts = np.split(self.vector, ends[:-1])
         views = {name: part.reshape(shape) for (name, shape), part in zip(sizes.items(), parts, strict=True)}
         self.rows = views["rows"]
-        """Number of rows, and of those that are fallbacks (no face was found)."""
+        """Number of rows, and of fallbacks (no face was found) among them."""
         self.age = views["age"]
         """Rows with an exact age; sums of |error| and of error (predicted - true), years; rows with an age or a range;
         sum of distances to it, years."""
         self.within = views["within"]
         """Rows with |error| <= k years, for k = 0 .. CS_YEARS - 1."""
         self.age_group = views["age_group"]
-        """Confusion matrix of age groups, of rows that have one (`Labels.age_group`)."""
+        """Confusion matrix of age groups, over rows that have one (`Labels.age_group`)."""
         self.gender = views["gender"]
-        """Confusion matrix, as the next."""
+        """Confusion matrix."""
         self.race = views["race"]
+        """Confusion matrix."""
 
     def update(self, labels: Labels, predictions: Predictions, fallback: NDArray[np.bool_] | None = None) -> None:
         """Count n rows. A row counts for the tasks for which it has a label and a prediction.
@@ -122,30 +123,30 @@ class MetricSums:
         Args:
             labels: the truth.
             predictions: of the same rows.
-            fallback: (n,) where no face was found; none: nowhere.
+            fallback: (n,) whether no face was found; None: faces were found in all.
         """
         self.rows += (len(labels), 0 if fallback is None else int(fallback.sum()))
         if "age" in predictions:
             low, high = labels.age_range
             known = np.isfinite(low)
-            low, high, guess = low[known], high[known], predictions["age"][known].astype(np.float64)
-            distance = np.maximum(np.maximum(low - guess, guess - high), 0.0)
+            low, high, predicted = low[known], high[known], predictions["age"][known].astype(np.float64)
+            distance = np.maximum(np.maximum(low - predicted, predicted - high), 0.0)
             exact = np.isfinite(labels.age[known])
-            error = guess[exact] - low[exact]
-            self.age += (len(error), np.abs(error).sum(), error.sum(), len(guess), distance.sum())
+            error = predicted[exact] - low[exact]
+            self.age += (len(error), np.abs(error).sum(), error.sum(), len(predicted), distance.sum())
             self.within += (np.abs(error)[:, None] <= np.arange(CS_YEARS)).sum(axis=0)
-            truth, groups = labels.age_group[known], self.space.age_group(guess)
+            truth, groups = labels.age_group[known], self.space.age_group(predicted)
             self.age_group += _confusion(truth[truth >= 0], groups[truth >= 0], len(self.age_group))
         if "gender" in predictions:
             known = labels.gender >= 0
-            guesses = predicted_gender(predictions["gender"][known])
-            self.gender += _confusion(labels.gender[known], guesses, len(self.gender))
+            genders = predicted_gender(predictions["gender"][known])
+            self.gender += _confusion(labels.gender[known], genders, len(self.gender))
         if "race" in predictions:
             known = labels.race >= 0
             self.race += _confusion(labels.race[known], predictions["race"][known].argmax(axis=1), len(self.race))
 
     def to_json(self) -> dict[str, Any]:
-        """Divide: n, n_fallback, and a table for each task."""
+        """Divide the sums; return n, n_fallback and the metrics of each task."""
         num_age, absolute, signed, num_known, distance = self.age
         num_grouped = self.age_group.sum()
         return {
@@ -188,13 +189,14 @@ def metrics_report(
     Args:
         labels: the truth.
         predictions: of the same rows.
-        fallback: (n,) where no face was found; none: nowhere.
-        baseline: fitted on the training labels; None: fitted on these labels, and marked so.
-        clusters: (n,) number of each row's person, whose images are resampled together; None: images are independent.
+        fallback: (n,) whether no face was found; None: faces were found in all.
+        baseline: fitted on the training labels; None: it is fitted on these labels, and marked as such.
+        clusters: (n,) number of each row's person; the images of a person are resampled together. None: images are
+            independent.
         seed: of the bootstrap.
     """
     baseline = Baseline.fit(labels, fitted_on="evaluated") if baseline is None else baseline
-    guesses = {task: guess for task, guess in baseline.predict(len(labels)).items() if task in predictions}
+    constant = {task: values for task, values in baseline.predict(len(labels)).items() if task in predictions}
     return {
         **_sums(labels, predictions, fallback).to_json(),
         "labels": {
@@ -202,7 +204,7 @@ def metrics_report(
             "gender": list(labels.space.genders),
             "race": list(labels.space.races),
         },
-        "baseline": {"guess": baseline.to_json(), **_sums(labels, guesses, fallback).to_json()},
+        "baseline": {"guess": baseline.to_json(), **_sums(labels, constant, fallback).to_json()},
         "groups": {
             attribute: {
                 name: _sums(*_take(labels, predictions, fallback, chosen)).to_json() for name, chosen in members
@@ -216,11 +218,11 @@ def metrics_report(
 def objective(
     values: Mapping[str, Any], baseline: Mapping[str, Any], tasks: tuple[str, ...], *, balanced: bool = False
 ) -> float | None:
-    """Return what training minimises on validation: the mean over tasks of error / baseline's error.
+    """Return the validation objective, lower is better: the mean over tasks of error / baseline's error.
 
     The error of age is the mean distance to the true age or range in years. That of gender and race is 1 - accuracy, or
     in sweeps 1 - balanced accuracy, which counts each class equally, however rare. 1 is as good as the baseline, 0 is
-    perfect. A baseline without error counts as 1 (a year, or all wrong). Tasks without a label are left out; None: all
+    perfect. If the baseline's error is 0, the error is divided by 1. Tasks without labels are left out; None if all
     are.
 
     Args:
@@ -235,8 +237,8 @@ def objective(
         key = "distance_years" if task == "age" else accuracy
         if values[task][key] is None or baseline[task][key] is None:
             continue
-        own, guessed = (table[task][key] if task == "age" else 1.0 - table[task][key] for table in (values, baseline))
-        ratios.append(own / (guessed if guessed > 0.0 else 1.0))
+        own, constant = (table[task][key] if task == "age" else 1.0 - table[task][key] for table in (values, baseline))
+        ratios.append(own / (constant if constant > 0.0 else 1.0))
     return sum(ratios) / len(ratios) if ratios else None
 
 
@@ -256,8 +258,8 @@ def _take(
     )
 
 
-def _confusion(truth: IntArray, guess: IntArray, num_classes: int) -> FloatArray:
-    pairs = np.bincount(truth * num_classes + guess, minlength=num_classes * num_classes)
+def _confusion(truth: IntArray, predicted: IntArray, num_classes: int) -> FloatArray:
+    pairs = np.bincount(truth * num_classes + predicted, minlength=num_classes * num_classes)
     return pairs.reshape(num_classes, num_classes).astype(np.float64)
 
 

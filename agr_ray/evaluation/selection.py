@@ -38,7 +38,7 @@ class ClassCalibration:
     """Calibration of gender or race: a temperature, and a threshold for abstaining."""
 
     n: int
-    """Images that it was fitted on."""
+    """Number of images that it was fitted on."""
     temperature: float
     """Divides the logits: above 1, the network was overconfident."""
     abstain_below: float
@@ -48,7 +48,7 @@ class ClassCalibration:
 def fit_classes(
     task: str, truth: IntArray, probs: NDArray[np.floating[Any]], risk: float, notes: list[str]
 ) -> ClassCalibration | None:
-    """Fit temperature and threshold; None, and a note why, without a labelled image.
+    """Fit temperature and threshold; without a labelled image, return None and add a note.
 
     Args:
         task: in notes.
@@ -68,26 +68,26 @@ def fit_classes(
     else:
         temperature = _fit_temperature(truth, probs)
         if np.isclose(temperature, TEMPERATURES[0], rtol=0.01):
-            # Hardly an image is wrong, so the sharper the likelier: on others, it would be far too sure.
+            # With almost no errors, lower is always likelier, but on other images it would be overconfident.
             temperature = 1.0
             notes.append(f"{task}: too few of {len(truth)} labelled images are wrong to fit a temperature: 1 is used")
         elif np.isclose(temperature, TEMPERATURES[1], rtol=0.01):
             notes.append(
-                f"{task}: its temperature {temperature:.2f} is the largest that is tried: errors do not determine it"
+                f"{task}: the temperature is {temperature:.2f}, the largest that is tried; a larger one may fit better"
             )
     calibrated = scaled_probs(probs, temperature)
     wrong = calibrated.argmax(axis=1) != truth
     abstain_below = _fit_threshold(calibrated.max(axis=1), wrong, risk)
     if abstain_below == NEVER_SURE:
         notes.append(
-            f"{task}: always abstains: with {len(truth)} labelled images, {wrong.mean():.1%} of them wrong, a risk of "
-            f"{risk} can't be promised at any confidence"
+            f"{task}: always abstains: with {len(truth)} labelled images, {wrong.mean():.1%} of them wrong, no "
+            f"threshold guarantees a risk of {risk}"
         )
     return ClassCalibration(len(truth), temperature, abstain_below)
 
 
 def _fit_temperature(truth: IntArray, probs: NDArray[np.floating[Any]]) -> float:
-    """Minimise the negative log-likelihood, which has one minimum, over the log of the temperature."""
+    """Minimise the negative log-likelihood, which has a single minimum, over the log of the temperature."""
     logits = logits_of(probs)
     rows = np.arange(len(truth))
 
@@ -101,9 +101,9 @@ def _fit_temperature(truth: IntArray, probs: NDArray[np.floating[Any]]) -> float
 def _fit_threshold(confidence: FloatArray, wrong: NDArray[np.bool_], risk: float) -> float:
     """Return the smallest of 20 thresholds above which the error is at most `risk` with a confidence of 95 %.
 
-    They accept the most confident 5, 10, ... 100 % of the images. Any of them may be chosen, so each is tested at a
-    20th of the 5 %. Geifman and El-Yaniv's bisection instead tests log2(n) thresholds and assumes that the error falls
-    with the confidence.
+    The thresholds accept the most confident 5, 10, ... 100 % of the images. Each is tested at 5 % / 20 (Bonferroni),
+    because any of them may be chosen. Geifman and El-Yaniv's bisection instead tests log2(n) thresholds and assumes
+    that the error falls as the confidence rises.
     """
     highest_first = np.sort(confidence)[::-1]
     shares = np.arange(1, _NUM_THRESHOLDS) / _NUM_THRESHOLDS
@@ -118,7 +118,7 @@ def _fit_threshold(confidence: FloatArray, wrong: NDArray[np.bool_], risk: float
 
 
 def logits_of(probs: NDArray[np.floating[Any]]) -> FloatArray:
-    """Return the logs of probabilities, which serve as logits."""
+    """Return the logarithms of probabilities, which serve as logits."""
     logits: FloatArray = np.log(np.clip(probs.astype(np.float64), _LEAST_PROBABILITY, 1.0))
     return logits
 

@@ -21,29 +21,33 @@ def predicted_gender(p_male: NDArray[np.floating[Any]]) -> IntArray:
 
 
 def row_terms(labels: Labels, predictions: Predictions) -> dict[str, FloatArray]:
-    """Return the terms of n rows, (n,) each; they are zero if a row has no label or the network has no such head.
+    """Return the terms of n rows, (n,) each; 0 for a row without the label, or if the network has no such head.
 
-    `age` marks rows with an exact age, whose error is `age_absolute` and `age_signed` (years) and lies `age_within`
-    5 years. `age_known` marks rows with an exact age or a range; `age_distance` is the distance to it in years.
-    `age_grouped` marks those of them that have an age group (`Labels.age_group`): `age_exact_group` says whether it is
-    right, and `age_one_off` whether it is right or the next. `TASK` marks rows with that class and `TASK_right` those
-    predicted right; `TASK_true_K` and `TASK_right_K` mark the same for true class K.
+    All terms are 0 or 1, except those in years:
+
+    - `age`: the row has an exact age; `age_absolute`, `age_signed`: its error (predicted - true), years; `age_within`:
+      the error is at most 5 years;
+    - `age_known`: the row has an exact age or a range; `age_distance`: distance to it, years;
+    - `age_grouped`: the row has an age group (`Labels.age_group`); `age_exact_group`: it is predicted correctly;
+      `age_one_off`: the predicted group is correct or next to it;
+    - `TASK` (gender, race): the row has a class; `TASK_right`: it is predicted correctly; `TASK_true_K`,
+      `TASK_right_K`: the same for rows whose true class is K.
     """
     none = np.zeros(len(labels), bool)
     low, high = labels.age_range
     known = np.isfinite(low) if "age" in predictions else none
     exact = known & np.isfinite(labels.age)
     low, high = np.where(known, low, 0.0), np.where(known, high, 0.0)
-    guess = np.where(known, predictions.get("age", low), 0.0).astype(np.float64)
+    age = np.where(known, predictions.get("age", low), 0.0).astype(np.float64)
     group = labels.age_group
-    grouped, off = known & (group >= 0), np.abs(labels.space.age_group(guess) - group)
+    grouped, off = known & (group >= 0), np.abs(labels.space.age_group(age) - group)
     terms: dict[str, NDArray[Any]] = {
         "age": exact,
-        "age_absolute": np.where(exact, np.abs(guess - low), 0.0),
-        "age_signed": np.where(exact, guess - low, 0.0),
-        "age_within": exact & (np.abs(guess - low) <= WITHIN_YEARS),
+        "age_absolute": np.where(exact, np.abs(age - low), 0.0),
+        "age_signed": np.where(exact, age - low, 0.0),
+        "age_within": exact & (np.abs(age - low) <= WITHIN_YEARS),
         "age_known": known,
-        "age_distance": np.maximum(np.maximum(low - guess, guess - high), 0.0),
+        "age_distance": np.maximum(np.maximum(low - age, age - high), 0.0),
         "age_grouped": grouped,
         "age_exact_group": grouped & (off == 0),
         "age_one_off": grouped & (off <= 1),

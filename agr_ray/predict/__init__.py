@@ -1,1 +1,1 @@
-"""From a photograph to faces, and from crops to attributes."""
+"""Prediction: from a photograph to faces, and from crops to attributes."""

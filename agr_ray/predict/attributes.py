@@ -1,4 +1,4 @@
-"""Aligned crops -> attributes: the network in inference form, its batches, its calibration, and the columns of both."""
+"""Aligned crops -> attributes: run the network in batches, calibrate its predictions, and turn them into columns."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
 
-BATCH_SIZE: Final = {"cpu": 8, "cuda": 64}  # any other device: as cuda
+BATCH_SIZE: Final = {"cpu": 8, "cuda": 64}  # other devices use the value of cuda
 """Crops that go through the network at a time; smaller batches are padded.
 
-The size is fixed because oneDNN and cuDNN choose kernels by it, which round differently: a face must get the same
-prediction whatever other faces are in its batch. With one thread of an AMD EPYC with AVX-512, a ResNet50 takes 11.7
+The size is fixed because oneDNN and cuDNN choose kernels by it, and kernels round differently: a face must get the same
+prediction whatever other faces are in its batch. On one thread of an AMD EPYC with AVX-512, a ResNet50 processes 11.7
 crops/s at 8 and 11.2 at 32."""
 ATTRIBUTES: Final = ("age", "gender", "race")
 
@@ -36,10 +36,10 @@ class AttributePredictor:
     """Predicts and calibrates: the second half of `FaceModel`, used by both evaluation and scoring.
 
     Args:
-        model: in evaluation mode, on the device where it is to run.
+        model: in evaluation mode, on the device where it will run.
         transform: the model's.
         config: how outputs become predictions.
-        calibration: fitted under `config`; None: predictions stay as they are.
+        calibration: fitted under `config`; None: predictions are not calibrated.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class AttributePredictor:
 
 
 def uncalibrated(predictions: Predictions) -> CalibratedPredictions:
-    """Return predictions as they are: without intervals, and never abstaining."""
+    """Return predictions without calibration: there are no intervals and no abstentions."""
     return CalibratedPredictions(
         age=predictions.get("age"),
         age_low=None,

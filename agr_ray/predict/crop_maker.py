@@ -1,4 +1,4 @@
-"""Rows of a labelled source -> crop rows, in one worker: each image is downloaded once, hashed and cropped."""
+"""A preparing worker: manifest rows of a labelled source -> crop rows. Each image is downloaded, hashed and cropped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 class CropMaker:
-    """Makes the crop rows of parts and writes them. Each worker process has its own."""
+    """Makes and writes the crop rows of parts. Each worker process has its own."""
 
     def __init__(self, parts: Parts, vision: VisionConfig, config: PrepareConfig) -> None:
         use_one_cpu()
@@ -37,7 +37,7 @@ class CropMaker:
     def make(self, number: int) -> pa.Table:
         """Write a part's crop rows, in the order of its manifest, and return them.
 
-        Group and split are null, or the source's own: they need the hashes of all images.
+        Their group_id and split are null unless the source gives them: deriving them needs the hashes of all images.
         """
         rows = self._parts.rows(number).select(MANIFEST.names).to_pylist()
         table = pa.Table.from_pylist(self.crop_rows(rows, self._parts.begin(number)), schema=CROPS)
@@ -45,39 +45,40 @@ class CropMaker:
         return table
 
     def crop_rows(self, rows: Sequence[Row], attempts: Attempts) -> list[Row]:
-        """Return a row of schema.CROPS for each of schema.MANIFEST, in order; one that is not ok stays as it is.
+        """Return a row of schema.CROPS for each row, in order; rows that are not ok stay as they are.
 
         Args:
             rows: of schema.MANIFEST.
-            attempts: the notes on their part.
+            attempts: the attempts record of their part.
         """
-        made = [*rows]
+        filled = [*rows]
         places = [place for place, row in enumerate(rows) if row["status"] == Status.OK]
         for batch in self._downloads.read([rows[place] for place in places], attempts):
             crops = self.crops([each.body for each in batch])
             for each, columns in zip(batch, crops, strict=True):
-                made[places[each.place]] = rows[places[each.place]] | columns
-        return made
+                filled[places[each.place]] = rows[places[each.place]] | columns
+        return filled
 
     def crops(self, bodies: Sequence[bytes | Reject]) -> Iterator[Row]:
-        """Yield, in order, what each image adds to its row."""
-        for body, seen in zip(bodies, self._finder.find(bodies), strict=True):
-            yield {"content_hash": None if isinstance(body, Reject) else content_hash(body)} | self._crop(seen)
+        """Yield, in order, the columns that each image adds to its row."""
+        for body, photograph in zip(bodies, self._finder.find(bodies), strict=True):
+            yield {"content_hash": None if isinstance(body, Reject) else content_hash(body)} | self._crop(photograph)
 
-    def _crop(self, seen: Photograph | Reject) -> Row:
-        """Return the columns that an image adds to its row. The face nearest the centre is the labelled one."""
-        if isinstance(seen, Reject):
-            return {"status": str(seen.status), "error": seen.error}
-        if len(seen.faces):
-            height, width = seen.turned_rgb.shape[:2]
-            status, face = Status.OK, self._finder.face(seen, seen.faces.nearest_centre(width, height))
+    def _crop(self, photograph: Photograph | Reject) -> Row:
+        """Return the columns of one image except content_hash. The face nearest to the centre is the labelled one."""
+        if isinstance(photograph, Reject):
+            return {"status": str(photograph.status), "error": photograph.error}
+        faces = photograph.faces
+        if len(faces):
+            height, width = photograph.turned_rgb.shape[:2]
+            status, face = Status.OK, self._finder.face(photograph, faces.nearest_centre(width, height))
         else:
-            status, face = Status.FALLBACK, self._finder.chip(seen)
+            status, face = Status.FALLBACK, self._finder.chip(photograph)
         return face.columns | {
             "status": str(status),
             "crop": encode_jpeg(face.crop, self._config.jpeg_quality),
             "template": TEMPLATE,
             "detector": self._finder.detector_name,
-            "num_faces": len(seen.faces),
-            "rotation_degrees": seen.rotation_degrees,
+            "num_faces": len(faces),
+            "rotation_degrees": photograph.rotation_degrees,
         }

@@ -1,4 +1,4 @@
-"""Crops of a prepared set -> rows of predictions, in one worker, with the same predictor as scoring."""
+"""An evaluation worker: crops of a prepared set -> rows of predictions, with the same predictor as scoring."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ _KEPT_COLUMNS: Final = tuple(field.name for field in PREDICTIONS if field not in
 
 
 class CropPredictor:
-    """Parts of crop rows -> rows of schema.PREDICTIONS. Each worker has its own."""
+    """Predicts from parts of crop rows. Each worker process has its own.
+
+    Args:
+        storage: of the parts.
+        checkpoint: its files, as `portable_checkpoint`.
+        side_px: side of the alignment template of the set's crops, pixels.
+        config: split, batch size and device.
+        predict_config: how outputs become predictions.
+        mapping: race of the checkpoint for each race of the set, as `labels.race_mapping`.
+    """
 
     def __init__(
         self,
@@ -43,7 +52,7 @@ class CropPredictor:
         self._mapping = mapping
 
     def __call__(self, parts: pa.Table) -> Iterator[pa.Table]:
-        """Yield the predictions of the split's crops in each of the parts."""
+        """Yield rows of schema.PREDICTIONS for the split's crops in the parts, whose URIs are in the column `part`."""
         for uri in parts["part"].to_pylist():
             rows = self._storage.read_table(uri, columns=[*_KEPT_COLUMNS, "crop"])
             rows = select_crops(rows, self._config.split, usable_statuses(use_fallback=True))
@@ -57,7 +66,7 @@ class CropPredictor:
 
 
 def prediction_columns(predictions: Predictions, num_rows: int, space: LabelSpace) -> dict[str, pa.Array]:
-    """Return the columns of schema.PREDICTION_FIELDS but `precision`; a task without a head gives nulls."""
+    """Return the columns of schema.PREDICTION_FIELDS except `precision`; a task without a head gives nulls."""
     columns = attribute_columns(uncalibrated(predictions), num_rows, space)
     return {
         field.name: columns.get(field.name.removesuffix("_pred"), pa.nulls(num_rows, field.type))
@@ -67,7 +76,7 @@ def prediction_columns(predictions: Predictions, num_rows: int, space: LabelSpac
 
 
 def read_predictions(table: pa.Table, tasks: Collection[str], space: LabelSpace) -> Predictions:
-    """Return the predictions of these tasks in rows of schema.PREDICTIONS, if it has columns for them; null: NaN."""
+    """Return the predictions of those `tasks` that schema.PREDICTIONS has columns for; a null becomes NaN."""
     columns = {"age": "age_pred", "gender": "p_male", "race": "race_probs"}
     return {
         task: class_probs_array(table[name], space.races) if task == "race" else np.asarray(table[name], np.float32)

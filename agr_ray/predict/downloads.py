@@ -1,4 +1,4 @@
-"""Image files from storage, a batch ahead, and a worker process that has one CPU to itself."""
+"""Download image files a batch ahead, and set up a worker process for one CPU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from agr_ray.storage.parts import KILLED_ITS_WORKER, Attempts
 from agr_ray.storage.retry import Retry
 
 NUM_DOWNLOADS: Final = 8
-"""Objects that one worker reads at a time: storage is slow to answer and costs no CPU."""
+"""Objects that one worker reads concurrently: storage has a high latency, and waiting costs no CPU."""
 MAX_BATCH_BYTES: Final = 128 * MIB
-"""Maximum bytes of the files of a batch, unless one file has more. A worker holds two batches."""
+"""Maximum bytes of the files of a batch, unless a single file has more. A worker holds two batches."""
 
 _Row = Mapping[str, Any]
 
@@ -37,13 +37,13 @@ class Download(NamedTuple):
     """One image file."""
 
     place: int
-    """The image's place among the rows asked for, from 0."""
+    """Index of the image's row among those to read."""
     body: bytes | Reject
-    """The file, or why there is none."""
+    """The file's bytes, or why they could not be read."""
 
     @property
     def is_refused(self) -> bool:
-        """Return whether a second request may succeed."""
+        """Return whether storage refused the request; a second one may succeed."""
         return isinstance(self.body, Reject) and self.body.may_pass
 
 
@@ -69,17 +69,17 @@ class Downloads:
         self._threads = ThreadPoolExecutor(NUM_DOWNLOADS)
 
     def read(self, rows: Sequence[_Row], attempts: Attempts) -> Iterator[list[Download]]:
-        """Yield the file of each row once, in batches to be processed together; the next batch is on its way.
+        """Yield the file of each row once, in batches to be processed together; the next batch is prefetched.
 
         A server that has just restarted may refuse requests that succeed a moment later. So refused files are
-        requested once more, after all others, as soon as a note can be written to storage.
+        requested once more, after all others, once the attempts record can be written to storage.
 
-        If an earlier attempt at the part has died, a batch is one image, which is noted as the suspect while it is
+        If an earlier attempt at the part was killed, each batch is one image. It is recorded as the suspect while it is
         processed, but not while files are downloaded. An image that has killed its worker too often becomes `failed`.
 
         Args:
             rows: with the columns image_id, uri, etag and size_bytes.
-            attempts: the notes on the part.
+            attempts: the attempts record of the part.
 
         Raises:
             StorageUnavailable: no file can be read.
@@ -94,7 +94,7 @@ class Downloads:
                 yield from _in_turn(rows, batch, attempts)
 
     def _batches(self, rows: Sequence[_Row], places: Sequence[int], attempts: Attempts) -> Iterator[list[Download]]:
-        """Yield the files of some rows in batches; those of the next are requested before."""
+        """Yield the files of some rows in batches; the next batch is requested before a batch is yielded."""
         ahead: deque[tuple[list[int], list[Future[bytes | Reject]]]] = deque()
 
         def fetch(batch: list[int]) -> list[Future[bytes | Reject]]:
@@ -136,7 +136,7 @@ class Downloads:
 
 
 def _in_turn(rows: Sequence[_Row], batch: list[Download], attempts: Attempts) -> Iterator[list[Download]]:
-    """Yield a batch; if an earlier attempt has died, one image at a time, noted as the suspect until the next."""
+    """Yield the batch; if an earlier attempt was killed, one image at a time, recorded as the suspect."""
     if not attempts.has_died:
         if batch:
             yield batch

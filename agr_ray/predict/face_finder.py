@@ -1,4 +1,4 @@
-"""Bytes of an image file -> a photograph -> its faces: boxes, landmarks, pose, sharpness and aligned crops."""
+"""Image file -> photograph -> faces: boxes, landmarks, pose, sharpness and aligned crops."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Reject:
     status: Status
     error: str
     may_pass: bool = False
-    """Whether the fault lies with storage, not the image: a second request may succeed."""
+    """Whether storage, not the image, is at fault, so that a second request may succeed."""
 
 
 class AlignedFace(NamedTuple):
@@ -94,9 +94,9 @@ class FaceFinder:
         return self._detector.name
 
     def find(self, bodies: Sequence[bytes | Reject]) -> Iterator[Photograph | Reject]:
-        """Yield, in order, each image with its faces, or why there is none. A `Reject` stays as it is.
+        """Yield, in order, each image with its faces, or a `Reject`. A `Reject` in `bodies` stays as it is.
 
-        At most `_MAX_DECODED_PIXELS` are decoded ahead, unless one image has more.
+        Images are detected in batches of at most `_MAX_DECODED_PIXELS`; a larger image is a batch of its own.
         """
         ahead: list[DecodedImage | Reject] = []
         num_pixels = 0
@@ -141,20 +141,23 @@ class FaceFinder:
         return AlignedFace(crop, columns)
 
     def chip(self, photograph: Photograph) -> AlignedFace:
-        """Return the whole image as a face: a labelled chip in which no face was found."""
+        """Return the whole image as a face, for a labelled chip in which no face was found."""
         crop = align_chip(photograph.turned_rgb, self._crop_side_px, self._margin)
         return AlignedFace(crop, {"sharpness": sharpness(crop)})
 
     def _detect(self, images: Sequence[DecodedImage]) -> list[Photograph]:
-        """Find the faces of each image; if it has none upright, use the rotation whose best face scores highest."""
+        """Find the faces of each image; if there are none upright, try the other rotations if configured.
+
+        Of these, the one whose best face has the highest score is used.
+        """
         faces = self._detector.detect([image.rgb for image in images])
         photographs = [Photograph(image, image.rgb, found, 0) for image, found in zip(images, faces, strict=True)]
         if not self._vision.try_rotations:
             return photographs
         faceless = [index for index, found in enumerate(faces) if not len(found)]
         for degrees in (90, 180, 270):
-            turned = [np.ascontiguousarray(np.rot90(images[index].rgb, -degrees // 90)) for index in faceless]
-            for index, rgb, found in zip(faceless, turned, self._detector.detect(turned), strict=True):
+            rotated = [np.ascontiguousarray(np.rot90(images[index].rgb, -degrees // 90)) for index in faceless]
+            for index, rgb, found in zip(faceless, rotated, self._detector.detect(rotated), strict=True):
                 if len(found) and found.scores[0] > max(photographs[index].faces.scores, default=-np.inf):
                     photographs[index] = Photograph(images[index], rgb, found, degrees)
         return photographs

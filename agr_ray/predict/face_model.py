@@ -40,7 +40,7 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[n
 _DRAWN_SIDE_PX: Final = 4096
 _PNG_MODES: Final = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 _BATCH_SIZE: Final = 8
-"""Photographs that are read and decoded at a time."""
+"""Maximum photographs in memory at a time."""
 
 
 class FaceModel:
@@ -49,7 +49,7 @@ class FaceModel:
     Args:
         finder: the first half.
         predictor: the second half, for crops of the finder's side and margin.
-        resolved: the settings that both have, and the calibration.
+        resolved: the settings of both halves, and the calibration.
         gates: limits beyond which a face is flagged.
         storage: reads photographs that are given as a path or URI.
     """
@@ -85,11 +85,11 @@ class FaceModel:
         Args:
             uri: path or URI of its directory.
             device: of the network; detection stays on the CPU.
-            overrides: settings to use instead of the checkpoint's: only fields that were set explicitly count, as in
+            overrides: settings to use instead of the checkpoint's. Only fields that were set explicitly count, as in
                 `Pipeline(vision=VisionConfig(min_face_px=20))`.
             allow_uncalibrated: allow overrides that the calibration depends on, and discard it if there are any.
             gates: limits beyond which a face is flagged; None: no limits.
-            storage: of the checkpoint and the photographs; None: with default settings.
+            storage: reads the checkpoint and the photographs; None: storage with default settings.
 
         Raises:
             ConfigError: there is no such checkpoint, or an override is rejected.
@@ -117,14 +117,15 @@ class FaceModel:
         """Find the faces of one photograph or several, and predict their attributes.
 
         Args:
-            images: a path, a URI, the bytes of an image file, a PIL image, or an RGB array (h, w, 3) uint8; a list of
-                these gives a list in its order. EXIF orientation is applied.
+            images: a path, a URI, the bytes of an image file, a PIL image, or an RGB array (h, w, 3) uint8; or a list
+                of these, which gives a list in the same order. EXIF orientation is applied.
             strict: raise if an image can't be read. Otherwise its `Photo` has a status, an error and no faces.
 
         Raises:
             ImageError: `strict`, and an image can't be read.
             StorageUnavailable: the S3 server can't be reached.
-            TypeError, ValueError: what is given is not an image at all, or an array of another shape or dtype.
+            TypeError: an argument is not one of these types.
+            ValueError: an array has another shape or dtype, or is empty.
         """
         if isinstance(images, list | tuple):
             batches = (images[start : start + _BATCH_SIZE] for start in range(0, len(images), _BATCH_SIZE))
@@ -164,7 +165,7 @@ class FaceModel:
         return Photo(source, Status.NO_FACE, None, *size, seen.rotation_degrees, (), open_again)
 
     def _reader(self, image: ImageLike) -> Callable[[], bytes | Reject]:
-        """Return what reads the bytes of an image file."""
+        """Return a function that reads the image as the bytes of a file."""
         if isinstance(image, str | os.PathLike):
             uri = self._storage.absolute(os.fspath(image))
             return partial(read_image, self._storage, uri, None, self.resolved.pipeline.vision.max_mib * MIB)
@@ -210,7 +211,7 @@ def _decoded(reader: Callable[[], bytes | Reject], vision: VisionConfig) -> Deco
 
 
 def _encoded(image: Image.Image) -> bytes | Reject:
-    """Return an upright PNG, so that images in memory go the way of files."""
+    """Return an upright PNG, so that images in memory are processed like files."""
     try:
         upright = ImageOps.exif_transpose(image)
         if upright.mode not in _PNG_MODES:

@@ -1,4 +1,4 @@
-"""Why a face should not be trusted."""
+"""Flags: reasons not to trust a face."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from agr_ray.config import GatesConfig
 
 
 def flags(face: Mapping[str, Any], gates: GatesConfig) -> list[str]:
-    """Return the schema.FLAGS that a face has, in their order. Without landmarks it is never `turned`."""
+    """Return those of schema.FLAGS that apply to a face, in that order. A face without landmarks is never `turned`.
+
+    Args:
+        face: columns of schema.FACE.
+        gates: limits beyond which a face is flagged.
+    """
     x0, y0, x1, y1 = face["box"]
     turn = max(abs(face.get("yaw") or 0.0), abs(face.get("pitch") or 0.0))
     found = {

@@ -1,4 +1,4 @@
-"""A network's outputs -> predictions: one path for validation, evaluation and scoring."""
+"""Crops -> network -> predictions: one path for validation, evaluation and scoring."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def predict(
         model: in evaluation mode, on any device.
         images_u8: (n, stored, stored, 3) uint8, RGB, with the margin; n may be 0.
         transform: the model's.
-        config: whether to average in mirror images, and the precision.
+        config: whether to average with mirror images, and the precision.
     """
     device = next(model.parameters()).device
     return average(model.heads_by_task, infer(model, to_nchw(images_u8, device), transform, config))
@@ -40,7 +40,7 @@ def infer(model: MultiTaskNet, images_u8: Tensor, transform: Transform, config: 
         model: in evaluation mode.
         images_u8: (n, 3, stored, stored) uint8 on the model's device.
         transform: the model's.
-        config: as `predict`.
+        config: as in `predict`.
     """
     assert not model.training
     images = prepare_eval(images_u8, transform)
@@ -50,7 +50,7 @@ def infer(model: MultiTaskNet, images_u8: Tensor, transform: Transform, config: 
 
 
 def average(heads: Mapping[str, Head], views: Sequence[Outputs]) -> Predictions:
-    """Average what each head reads out over the views of the same faces."""
+    """Average each head's predictions over the views of the same faces."""
     return {
         task: torch.stack([head.read_out(view[task]) for view in views]).mean(dim=0).float().cpu().numpy()
         for task, head in heads.items()

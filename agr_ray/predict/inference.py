@@ -1,4 +1,4 @@
-"""A trained network -> one that only predicts: the same function, computed in less time."""
+"""Turn a trained network into one that only predicts: the same function, computed faster."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from agr_ray.models.precision import compute_dtype
 
 
 def for_inference(model: MultiTaskNet, precision: str) -> MultiTaskNet:
-    """Return a copy that predicts the same in less time, and cannot be trained.
+    """Return a copy that predicts the same faster, and cannot be trained. Its memory format is channels-last.
 
-    The backbone fuses what it can. If it can be cast, its weights are bfloat16 where `precision` asks for it: autocast
-    would convert them again for every batch. Any other backbone computes as in evaluation. Channels are last in memory.
+    If the backbone supports it (`Backbone.fuse`), its layers are fused and its weights are cast to the data type of
+    `precision`: autocast would convert them again for every batch. Other backbones stay as they are.
 
     Args:
         model: in evaluation mode, on the device where it will run.
@@ -31,7 +31,7 @@ def for_inference(model: MultiTaskNet, precision: str) -> MultiTaskNet:
 
 
 class _CastBackbone(Backbone):
-    """A backbone whose weights are of one type, and whose inputs are cast to it."""
+    """A backbone whose weights have one data type, and whose inputs are cast to it."""
 
     def __init__(self, backbone: Backbone, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What `FaceModel.predict` returns: a photograph with its faces and their attributes."""
+"""The result of `FaceModel.predict`: a photograph with its faces and their attributes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Face:
     box: tuple[float, float, float, float]
     """x0, y0, x1, y1."""
     detector_score: float
-    """The detector's confidence, 0 to 1; the Haar detector's is no probability."""
+    """MTCNN: probability of a face. Haar: the cascade's weight, mostly 3 to 12."""
     landmarks: tuple[tuple[float, float], ...] | None
-    """x, y of the left eye, right eye, nose, left and right corner of the mouth, as the viewer sees them. None: the
-    detector gives none, and so for the head pose."""
+    """x, y of the left eye, right eye, nose, left and right corner of the mouth, as the viewer sees them. None, like
+    the head pose, if the detector gives none."""
     yaw: float | None
     """Degrees; positive turns towards the viewer's right."""
     pitch: float | None
@@ -37,7 +37,7 @@ class Face:
     sharpness: float
     """Variance of the Laplacian of the aligned face."""
     age: float | None
-    """Years. None: the model does not predict it; so for gender and race."""
+    """Years. None, like gender and race, if the model does not predict it."""
     age_interval: tuple[float, float] | None
     """Years. None: the model is not calibrated in age."""
     gender: str | None
@@ -49,13 +49,13 @@ class Face:
     race_probs: Mapping[str, float] | None
     """Probability of each class, calibrated if the model is."""
     abstain: tuple[str, ...]
-    """Of gender and race: what the model is too uncertain to tell."""
+    """Those of gender and race that the model is too uncertain to tell."""
     flags: tuple[str, ...]
-    """Why this face should not be trusted, of schema.FLAGS: small, blurred, turned, unsure."""
+    """Reasons not to trust this face (schema.FLAGS): small, blurred, turned, unsure."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Face:
-        """Read a row of schema.FACE, in which columns may be absent."""
+        """Read a row of schema.FACE, which may lack columns."""
         points, low, probs = row.get("landmarks"), row.get("age_low"), row.get("race_probs")
         abstain = tuple(row.get("abstain") or ())
         return cls(
@@ -78,15 +78,15 @@ class Face:
 
     @property
     def label(self) -> str:
-        """Return the attributes in a few words, such as `34 (27-41), female, black`; `?` for what is not told."""
+        """Return the attributes as text, such as `34 (27-41), female, black`; `race ?` if the model abstains on it."""
         words = []
         if self.age is not None:
             interval = "" if self.age_interval is None else " ({:.0f}-{:.0f})".format(*self.age_interval)
             words.append(f"{self.age:.0f}{interval}")
         for attribute in ("gender", "race"):
-            told = getattr(self, attribute)
-            if told is not None or attribute in self.abstain:
-                words.append(told or f"{attribute} ?")
+            value = getattr(self, attribute)
+            if value is not None or attribute in self.abstain:
+                words.append(value or f"{attribute} ?")
         return ", ".join(words)
 
 
@@ -100,12 +100,14 @@ class Photo:
     """`ok`; `no_face`; or why the image could not be read, as in a scoring run: `unreadable`, `too_large`,
     `not_an_image`, `missing`, `failed`, ..."""
     error: str | None
-    """Why it could not be read, in one line; None: it was read."""
+    """Why it could not be read, in one line; None if it was."""
     width_px: int | None
-    """Of the upright photograph; None if it was not decoded, as the next two."""
+    """Of the upright photograph; None if it was not decoded."""
     height_px: int | None
+    """Of the upright photograph; None if it was not decoded."""
     rotation_degrees: int | None
-    """Clockwise rotation in which the faces were found; always 0 without `vision.try_rotations`."""
+    """Clockwise rotation in which the faces were found; always 0 without `vision.try_rotations`. None if it was not
+    decoded."""
     faces: tuple[Face, ...]
     """From left to right."""
     _open: Callable[[], DecodedImage] = field(repr=False, compare=False)
@@ -118,10 +120,11 @@ class Photo:
     def draw(self) -> Image.Image:
         """Return the upright photograph with boxes, landmarks and labels, as a PIL image in RGB.
 
-        The photograph is read again, and shrunk to a side of 4,096 pixels if it is larger. Flagged faces are orange.
+        The photograph is read again, and shrunk to a longer side of 4,096 pixels if it is larger. Flagged faces are
+        orange, others green.
 
         Raises:
-            ImageError: it could not be read, or cannot any more.
+            ImageError: the photograph can't be read, or no longer.
         """
         from PIL import Image, ImageDraw, ImageFont
 
@@ -139,7 +142,7 @@ class Photo:
             font = ImageFont.load_default(size=min(max(12.0, 0.13 * (x1 - x0)), 0.04 * max(image.size)))
             text = "\n".join(face.label.split(", "))
             left, top, right, bottom = pen.multiline_textbbox((0, 0), text, font=font)
-            # Below the box; above its lower edge where the photograph ends.
+            # Below the box, but never outside the photograph.
             x = min(max(x0, 0.0), max(image.width - (right - left) - 2 * width, 0.0))
             y = min(y1, max(image.height - (bottom - top) - 2 * width, 0.0))
             pen.rectangle((x, y, x + right - left + 2 * width, y + bottom - top + 2 * width), fill=colour)

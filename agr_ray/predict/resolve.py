@@ -1,4 +1,4 @@
-"""Determine the settings and calibration to use a checkpoint with, given a user's explicit settings."""
+"""Determine the settings and the calibration with which to use a checkpoint, given the user's explicit settings."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def resolve(
     """Return a checkpoint's settings (those of its calibration, else of its training), overridden by the explicit ones.
 
     Args:
-        checkpoint: whose settings and calibration.json count.
+        checkpoint: gives the settings and calibration.json.
         given: the user's settings. Only the fields in each section's `model_fields_set` count.
         key: configuration key that names the checkpoint; errors begin with it.
         allow_uncalibrated: whether settings that the calibration depends on may be overridden, which discards it.
-        recalibrate: ignore the calibration that the checkpoint has, because another will take its place.
+        recalibrate: ignore the checkpoint's calibration, because it will be replaced.
 
     Raises:
         ConfigError: calibration.json is damaged, an explicit setting can't be combined with a stored one, or one that
@@ -74,14 +74,14 @@ def overridden(stored: Pipeline, given: Pipeline, key: str) -> Pipeline:
             conflict = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
             settings = ", ".join(f"{name}.{field} = {value}" for field, value in explicit.items())
             raise ConfigError(
-                f"{key}: {settings} can't be combined with the checkpoint's other {name} settings: {conflict}; a "
-                "setting of the checkpoint that is not wanted must be overridden, too"
+                f"{key}: {settings} can't be combined with the checkpoint's other {name} settings: {conflict}. "
+                "Override the checkpoint's setting, too"
             ) from None
     return Pipeline(**sections)
 
 
 def _read_calibration(checkpoint: Checkpoint) -> tuple[Calibration | None, str]:
-    """Return the checkpoint's calibration, or None and why there is none that can be used.
+    """Return the checkpoint's calibration, or None and the reason why it has none that can be used.
 
     Raises:
         CheckpointError: calibration.json is damaged or has another format.

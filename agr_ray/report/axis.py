@@ -15,6 +15,7 @@ from agr_ray.report.panel import COLOURS
 _LONG_LABEL: Final = 16
 _MAX_CATEGORIES: Final = 12
 _FAR_ABOVE: Final = 4.0
+"""An outlier is this many times farther above the median than the minimum is below it."""
 
 
 def scale_categories(axes: Axes, ticks: list[str] | None, is_logarithmic: bool) -> None:
@@ -64,8 +65,8 @@ def fence(values: Sequence[float]) -> float:
     if not values:
         return math.inf
     low, middle = min(values), float(np.median(values))
-    fence = middle + max(_FAR_ABOVE * (middle - low), 0.05 * abs(middle))
-    return max(value for value in values if value <= fence)
+    limit = middle + max(_FAR_ABOVE * (middle - low), 0.05 * abs(middle))
+    return max(value for value in values if value <= limit)
 
 
 def note_beyond(axes: Axes, text: str) -> None:

@@ -15,7 +15,7 @@ from agr_ray.report.panel import COLOURS, panel
 from agr_ray.report.trial_rows import TrialRow, is_known, judged
 
 MIN_NEAR: Final = 3.0
-"""Trials, weighted by distance, that a grid point needs nearby to be filled."""
+"""Sum of the trials' weights, each at most 1, that a grid point needs to be coloured."""
 _MAP = "viridis"
 
 
@@ -78,7 +78,7 @@ def smoothed(
         side: grid points along each axis.
 
     Returns:
-        None if no grid point has `MIN_NEAR` trials nearby, or an axis has only one value.
+        None if fewer than four grid points have `MIN_NEAR` trials nearby, or an axis has only one value.
     """
     scaled = np.stack([np.log(x) if log else x for x, log in zip(points.T, is_log, strict=True)], axis=1)
     low, span = scaled.min(axis=0), np.ptp(scaled, axis=0)

@@ -1,4 +1,4 @@
-"""What an evaluation prints."""
+"""The terminal output of an evaluation."""
 
 from __future__ import annotations
 
@@ -17,56 +17,63 @@ from agr_ray.schema import CROP_STATUSES
 def vision_differences(
     measured: Pipeline, checkpoint: Pipeline, *, calibrates: bool, calibration: Calibration | None
 ) -> list[str]:
-    """Return a line about crops that were made with other settings than the checkpoint's, where that matters."""
+    """Return a line if crops made with settings other than the checkpoint's affect its calibration; else none.
+
+    Args:
+        measured: settings with which the crops were made.
+        checkpoint: settings of the checkpoint.
+        calibrates: whether this evaluation calibrates the checkpoint.
+        calibration: the checkpoint's calibration, if it has one.
+    """
     before, after = checkpoint.decisive(), measured.decisive()
     different = ", ".join(f"{key} = {after[key]}, not {before[key]}" for key in before if before[key] != after[key])
     if not different:
         return []
     if calibrates:
         return [
-            f"note: the crops were made with {different}; a calibrated checkpoint scores with the settings that it "
-            "was calibrated under, and so with these"
+            f"note: the crops were made with {different}. A calibrated checkpoint scores with the settings of its "
+            "calibration, so it will score with those of the crops"
         ]
     if calibration is not None:
         return [
-            f"warning: the crops were made with {different}, under which the checkpoint was calibrated; what "
-            "follows says little of how its intervals hold"
+            f"warning: the crops were made with {different}. The checkpoint was calibrated with the latter, so the "
+            "coverage measured here says little about scoring"
         ]
     return []
 
 
 def print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
-    """Print the headline metrics beside the baseline's, and what was measured."""
-    said = metrics["evaluation"]
-    console.print(f"{said['source']}, split {said['split']}")
+    """Print the headline metrics beside the constant baseline's, and the images on which they were measured."""
+    evaluation = metrics["evaluation"]
+    console.print(f"{evaluation['source']}, split {evaluation['split']}")
     table = make_table("metric", "model", "95 % interval", "baseline")
     for task, name, label, scale, unit in HEADLINES:
-        value, guess = metrics[task][name], metrics["baseline"][task][name]
-        between = metrics["intervals"].get(task, {}).get(name)
+        value, baseline = metrics[task][name], metrics["baseline"][task][name]
+        interval = metrics["intervals"].get(task, {}).get(name)
         if value is not None:
             table.add_row(
                 label,
                 f"{value * scale:.2f}{unit}",
-                "" if between is None else f"{between[0] * scale:.2f} to {between[1] * scale:.2f}",
-                "" if guess is None else f"{guess * scale:.2f}{unit}",
+                "" if interval is None else f"{interval[0] * scale:.2f} to {interval[1] * scale:.2f}",
+                "" if baseline is None else f"{baseline * scale:.2f}{unit}",
             )
     console.print(table)
-    seen = said["num_seen_in_training"]
-    overlap = "not known" if seen is None else f"{seen:,}"
+    num_seen = evaluation["num_seen_in_training"]
+    overlap = "unknown" if num_seen is None else f"{num_seen:,}"
     console.print(
         f"{metrics['n']:,} labelled images, {metrics['n_fallback']:,} of them without a detected face; "
         f"seen in training: {overlap}",
     )
-    without_crop = {name: count for name, count in said["statuses"].items() if name not in CROP_STATUSES}
+    without_crop = {name: count for name, count in evaluation["statuses"].items() if name not in CROP_STATUSES}
     if without_crop:
         reasons = ", ".join(f"{name} {count:,}" for name, count in without_crop.items())
         console.print(f"not measured, because they have no crop: {reasons}")
-    console.print(f"split manifest SHA-256 {said['split_manifest_sha256']}")
+    console.print(f"split manifest SHA-256 {evaluation['split_manifest_sha256']}")
     console.print(f"{out}/metrics.json, {out}/predictions.parquet")
 
 
 def print_fitted(console: Console, calibration: Calibration, uri: str) -> None:
-    """Say what was fitted, and what could not be."""
+    """Print the fitted calibration and its notes."""
     parts = []
     if calibration.age is not None:
         widths = calibration.age.half_widths_years
@@ -74,8 +81,7 @@ def print_fitted(console: Console, calibration: Calibration, uri: str) -> None:
     for task, part in (("gender", calibration.gender), ("race", calibration.race)):
         if part is not None:
             parts.append(f"{task} temperature {part.temperature:.2f}, abstains {_below(part.abstain_below)}")
-    said = "; ".join(parts) or "nothing could be fitted"
-    console.print(f"calibrated on {calibration.n:,} images: {said}")
+    console.print(f"calibrated on {calibration.n:,} images: {'; '.join(parts) or 'nothing could be fitted'}")
     for note in calibration.notes:
         console.print(f"note: {note}")
     console.print(uri)
@@ -88,13 +94,14 @@ def _below(abstain_below: float) -> str:
 
 
 def print_calibration(console: Console, measured: dict[str, Any]) -> None:
-    """Say what was measured beside what was promised."""
+    """Print the measured coverage and errors beside those that the calibration promises."""
     if measured["warning"]:
         console.print(f"warning: {measured['warning']}")
-    seen = measured["num_seen_in_calibration"]
-    if seen:
+    num_seen = measured["num_seen_in_calibration"]
+    if num_seen:
         console.print(
-            f"warning: {seen:,} of these images were calibrated on, which flatters what follows; measure on others",
+            f"warning: {num_seen:,} of these images were used to calibrate, so the figures below are optimistic; "
+            "evaluate on others"
         )
     table = make_table("calibrated", "promised", "measured", "95 % interval", "images")
     remarks = []
@@ -108,7 +115,7 @@ def print_calibration(console: Console, measured: dict[str, Any]) -> None:
         if part is not None:
             error, between = _per_cent(part["error"]), _between(part["interval"])
             table.add_row(
-                f"{task} error where told", f"<= {_per_cent(part['risk'])}", error, between, f"{part['accepted']:,}"
+                f"{task} error if told", f"<= {_per_cent(part['risk'])}", error, between, f"{part['accepted']:,}"
             )
             remarks.append(
                 f"{task}: abstains on {_per_cent(part['abstained'])} of {part['n']:,}; "
@@ -126,8 +133,7 @@ def print_calibration(console: Console, measured: dict[str, Any]) -> None:
             if part["interval"][1] < age["nominal"]
         ]
         if failed:
-            said = ", ".join(failed)
-            console.print(f"age intervals cover less than promised for: {said}")
+            console.print(f"age intervals cover less than promised for: {', '.join(failed)}")
 
 
 def _per_cent(share: float | None) -> str:

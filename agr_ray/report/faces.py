@@ -30,7 +30,7 @@ def predict(job: PredictJob) -> list[Photo]:
 
     Raises:
         ConfigError: the checkpoint can't be used.
-        JobError: most photographs could not be read. Fewer are rows with a status.
+        JobError: more than half of the photographs could not be read. If it is fewer, each is a result with a status.
     """
     storage = Storage.from_config(job.storage)
     model = FaceModel.load(
@@ -71,17 +71,17 @@ def _print_table(photos: Sequence[Photo], console: Console) -> None:
             table.add_row(photo.source, "", "", "", "", "", photo.error or "no face was found")
         for index, face in enumerate(photo.faces):
             interval = "" if face.age_interval is None else "{:.0f} to {:.0f}".format(*face.age_interval)
-            male = face.p_male
-            shown = "" if male is None else f"{face.gender or '?'} ({max(male, 1 - male):.0%})"
+            p_male = face.p_male
+            gender = "" if p_male is None else f"{face.gender or '?'} ({max(p_male, 1 - p_male):.0%})"
             race = "" if face.race_probs is None else f"{face.race or '?'} ({max(face.race_probs.values()):.0%})"
             age = "" if face.age is None else f"{face.age:.0f}"
             remarks = [*face.flags, *(f"{attribute} is uncertain" for attribute in face.abstain)]
-            table.add_row(photo.source, str(index + 1), age, interval, shown, race, ", ".join(remarks))
+            table.add_row(photo.source, str(index + 1), age, interval, gender, race, ", ".join(remarks))
     console.print(table)
 
 
 def _write_copies(photos: Sequence[Photo], out: str, storage: Storage, names: set[str]) -> None:
-    """Write an annotated copy of each photograph that has faces, under a name that is not among `names` yet; add it."""
+    """Write an annotated copy of each photograph with faces, under a name that is not in `names`; add it there."""
     for photo in photos:
         if photo.status != Status.OK:
             continue

@@ -1,4 +1,4 @@
-"""A page of faces with what they are labelled and what the model says, for a look at what it gets wrong."""
+"""A picture of validation faces with their labels and predictions, to see what the model gets wrong."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _FAR_YEARS: Final = 10.0
 def samples_page(crops_nhwc: NDArray[np.uint8], labels: Labels, predictions: Predictions) -> NDArray[np.uint8]:
     """Draw a grid of crops, `COLUMNS` wide.
 
-    Above each: its labels, a `?` for a missing one, and below those the predictions. What is wrong in gender or race,
-    or more than 10 years off, makes the text red.
+    Above each crop are its labels (`?` if missing) and, on a second line, its predictions. The text is red if the
+    gender or the race is wrong, or the age more than 10 years off.
 
     Args:
-        crops_nhwc: (n, s, s, 3) uint8, RGB; n is 1 at least.
+        crops_nhwc: (n, s, s, 3) uint8, RGB; at least one.
         labels: of the same rows.
-        predictions: of the same rows; a task without head is left out.
+        predictions: of the same rows; a task without a head is left out.
 
     Returns:
         (height, width, 3) uint8, RGB.
@@ -40,22 +40,22 @@ def samples_page(crops_nhwc: NDArray[np.uint8], labels: Labels, predictions: Pre
     for index, axes in enumerate(figure.subplots(lines, COLUMNS, squeeze=False).flat):
         axes.axis("off")
         if index < num_rows:
-            truth, said, is_wrong = describe(labels, predictions, index)
+            truth, prediction, is_wrong = describe(labels, predictions, index)
             axes.imshow(crops_nhwc[index])
-            axes.set_title(f"{truth}\n{said}", fontsize=8, color="red" if is_wrong else "black")
-    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib leaves both bare
+            axes.set_title(f"{truth}\n{prediction}", fontsize=8, color="red" if is_wrong else "black")
+    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib does not annotate it, nor the next call
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
 
 
 def describe(labels: Labels, predictions: Predictions, index: int) -> tuple[str, str, bool]:
-    """Return one row's labels and predictions in words, and whether any prediction is wrong."""
-    truth, said, is_wrong = [], [], False
+    """Return one row's labels and predictions as text, and whether any prediction is wrong."""
+    truth, predicted, is_wrong = [], [], False
     if "age" in predictions:
         low, high = (float(ends[index]) for ends in labels.age_range)
-        guess = float(predictions["age"][index])
+        age = float(predictions["age"][index])
         truth.append("?" if math.isnan(low) else f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}")
-        said.append(f"{guess:.0f}")
-        is_wrong |= max(low - guess, guess - high) > _FAR_YEARS  # never, of a missing one
+        predicted.append(f"{age:.0f}")
+        is_wrong |= max(low - age, age - high) > _FAR_YEARS  # False for a missing age, which is NaN
     classes: list[tuple[int, Any, tuple[str, ...]]] = []
     if "gender" in predictions:
         classes.append(
@@ -67,8 +67,8 @@ def describe(labels: Labels, predictions: Predictions, index: int) -> tuple[str,
         )
     if "race" in predictions:
         classes.append((int(labels.race[index]), predictions["race"][index].argmax(), labels.space.races))
-    for code, guessed, names in classes:
+    for code, predicted_code, names in classes:
         truth.append("?" if code < 0 else names[code])
-        said.append(names[int(guessed)])
-        is_wrong |= 0 <= code != guessed
-    return f"label: {', '.join(truth)}", f"model: {', '.join(said)}", bool(is_wrong)
+        predicted.append(names[int(predicted_code)])
+        is_wrong |= 0 <= code != predicted_code
+    return f"label: {', '.join(truth)}", f"model: {', '.join(predicted)}", bool(is_wrong)

@@ -120,7 +120,7 @@ def curves_svg(trials: Sequence[TrialRow], best_number: int | None, name: str) -
 
 
 def importances_svg(found: Importances, name: str) -> str:
-    """Draw the shares as bars, with a line at the largest share that chance gives."""
+    """Draw each parameter's share as a bar, with a dotted line at `found.chance`."""
     shares = list(found.shares.items())[::-1]
     with panel(name, height_inches=0.9 + 0.26 * len(shares)) as (axes, done):
         for place, (_, share) in enumerate(shares):

@@ -67,7 +67,7 @@ class SweepReport:
     recipe_toml: str
     """Contents of best.toml; empty: there is none."""
     constraints: Sequence[str]
-    """In words, one each."""
+    """In words, one string for each constraint."""
     provenance: Mapping[str, str]
     """Names and values, in display order: data, hash of the split, seed, commit, wall time."""
     baseline: BaselineErrors = field(default_factory=BaselineErrors)

@@ -22,10 +22,10 @@ from agr_ray.tuning.trials import Trial, excesses, front, is_feasible, trials_ta
 
 BEST_RECIPE: Final = "best.toml"
 OBJECTIVE_WORDS: Final = (
-    "The mean, over age, gender and race, of the error on validation divided by the error of a constant baseline, the "
-    "median age or the most frequent class of the training images: mean distance to the true age or age range for age, "
-    "1 - balanced accuracy for gender and race. 1 is no better than the baseline, 0 is perfect. A trial has the "
-    "objective of its best epoch, whose checkpoint is kept."
+    "The error on validation divided by the error of a constant baseline, averaged over age, gender and race. The "
+    "error is the mean distance to the true age or age range for age, and 1 - balanced accuracy for gender and race. "
+    "The baseline is the median age or the most frequent class of the training images. 1 is no better than the "
+    "baseline, 0 is perfect. The objective of a trial is that of its best epoch, whose checkpoint is kept."
 )
 _UNITS: Final = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 
@@ -68,7 +68,7 @@ def best_recipe(sweep: Sweep, best: Trial) -> str:
     values = values_of(job.tune.space, best.params) | {"train.name": f"{sweep.plan.name}-best"}
     retrained = with_values(base_job(job), values)
     sections: dict[str, Section] = {
-        # TOML has no null. `paper` sets no key that may be None, and all keys that it sets are written.
+        # TOML has no null, so keys that are None are not written. The preset `paper` sets none of those.
         "model": retrained.model.model_copy(update={"preset": "paper"}),
         "loss": retrained.loss,
         "augment": retrained.augment,
@@ -98,8 +98,8 @@ def print_trials(sweep: Sweep, console: Console) -> None:
     job, best = sweep.job, sweep.best
     tasks, constraints = job.model.tasks, job.tune.constraints
     on_front = {trial.number for trial in front(list(sweep.trials.values()), constraints, tasks)}
-    title = "trials, on validation" + ("; + is on the front" if job.tune.mode == "pareto" else "")
-    console.print(title)
+    front_key = ", + on the Pareto front" if job.tune.mode == "pareto" else ""
+    console.print(f"trials, on validation: * best{front_key}, ! violates a constraint")
     headings = ["", "trial", "state", "epochs", "objective", "age MAE, years", "gender error", "race error"]
     table = make_table(*headings, *(key.partition(".")[2] for key in job.tune.space))
 
@@ -141,15 +141,15 @@ def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> 
     on_front = {trial.number for trial in front(trials, job.tune.constraints, job.model.tasks)}
     constant = metrics.get("baseline", {})
 
-    def missed(task: str) -> float | None:
+    def error(task: str) -> float | None:
         accuracy = constant.get(task, {}).get("balanced_accuracy")
         return None if accuracy is None else 1.0 - accuracy
 
     baseline = BaselineErrors(
         objective=1.0 if constant else None,
         age_mae_years=constant.get("age", {}).get("mae_years"),
-        gender_error=missed("gender"),
-        race_error=missed("race"),
+        gender_error=error("gender"),
+        race_error=error("race"),
     )
     return SweepReport(
         title=f"Sweep {sweep.plan.name}",

@@ -3,13 +3,13 @@
     OUT-work/lock.json                   lock: one job at a time
     OUT-work/CONFIGURATION/plan.json     names the unpublished plan, at most one for each configuration and model
     OUT-work/CONFIGURATION/PLAN/
-        manifest/ parts/ attempts/       `storage.parts`: photographs to score, which `planning` lists, and image rows
+        manifest/ parts/ attempts/       `storage.parts`: photographs to score, listed by `planning`, and image rows
         staged/                          files to publish: `publish`
     OUT/                                 published files: `publish`
 
-The manifest never changes once plan.json names its plan. So after any kill, the same command sees from the parts' names
-which ones are missing, and a part that is scored twice overwrites itself. Each job publishes under its own run id. So
-a suspended job that wakes up after losing its lock cannot touch another job's files in OUT.
+The manifest never changes once plan.json names its plan. So after any kill, the same command knows from the names of
+the parts which ones are missing, and a part that is scored twice overwrites itself. Each job publishes under its own
+run id, so a suspended job that wakes up after losing its lock cannot touch another job's files in OUT.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
 
 
 class Workers(Protocol):
-    """Score the parts and write the files to publish: Ray's workers, or this process."""
+    """Scores parts and writes the files to publish, in Ray workers or in this process."""
 
     def session(self) -> AbstractContextManager[None]:
         """Keep the workers running until the block ends."""
@@ -101,7 +101,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
 
     Raises:
         ConfigError: the checkpoint or the input does not exist, the input has no photographs, most of them are
-            rejected for the same reason, another run is active, or the cluster is too small for the plan.
+            rejected for the same reason, another job holds the lock, or the cluster is too small.
         LockLost: another job has taken over the output.
         StorageUnavailable: input or output can't be reached.
     """
@@ -132,7 +132,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             left = delete_unpublished(storage, out)
         except (StorageError, StorageUnavailable) as error:
             check()
-            console.print(f"warning: what a killed job left unpublished in {out} can't be deleted: {error}")
+            console.print(f"warning: unpublished files of a killed job in {out} can't be deleted: {error}")
         if left:
             console.print(f"deleted unpublished files of killed jobs: {', '.join(left)}")
         skipped = _scored_folders(storage, out, job, model, config_digest, key)
@@ -155,7 +155,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             checkpoint=model.checkpoint,
             calibration=model.calibration,
             provenance={
-                "run_id": planned.plan_id,  # staging writes the run's own
+                "run_id": planned.plan_id,  # a placeholder: staging writes the run's id
                 "model_digest": model.digest,
                 "config_digest": config_digest,
                 "schema_version": SCHEMA_VERSION,
@@ -228,12 +228,12 @@ def _checked_key(job: ScoreJob, storage: Storage, out: str) -> bytes:
     config = job.score
     if is_bucket(out):
         raise ConfigError(
-            f"score.out {config.out}: is a whole bucket; name a prefix in it, such as {out}/scores, because unfinished "
+            f"score.out {config.out}: is a whole bucket; give a prefix in it, such as {out}/scores, because unfinished "
             "work is stored beside it, at PREFIX-work"
         )
     if "://" not in out and os.path.ismount(out):
         raise ConfigError(
-            f"score.out {config.out}: is a mount point; name a folder in it, such as {out}/scores, because unfinished "
+            f"score.out {config.out}: is a mount point; give a folder in it, such as {out}/scores, because unfinished "
             "work is stored beside it, at FOLDER-work, on the same disk"
         )
     key = b""
@@ -251,7 +251,7 @@ def _checked_key(job: ScoreJob, storage: Storage, out: str) -> bytes:
         for name in ("pseudonymise", "ledger"):
             if not getattr(config, name):
                 raise ConfigError(
-                    f"score.aggregate_only needs score.{name}: the next run needs it to skip scored images"
+                    f"score.aggregate_only needs score.{name}, so that the next run can skip scored images"
                 )
         if f"{storage.absolute(config.ledger).rstrip('/')}/".startswith(f"{out}/"):
             raise ConfigError(f"score.ledger {config.ledger}: is inside score.out {out}, which others may read")
@@ -262,11 +262,11 @@ def _checked_key(job: ScoreJob, storage: Storage, out: str) -> bytes:
 
 
 def _probe(config: ScoreConfig, storage: Storage, out: str) -> None:
-    """Make one cheap request to each place that the job reads or writes.
+    """Make one cheap request to each location that the job reads or writes, to fail before any work.
 
     Raises:
-        ConfigError: one is refused.
-        StorageUnavailable: one can't be reached.
+        ConfigError: a request is refused.
+        StorageUnavailable: a location can't be reached.
     """
     storage.probe(config.input, "score.input")
     storage.probe(config.checkpoint, "score.checkpoint")
@@ -294,7 +294,7 @@ def _scored_folders(
         if all(record[name] == value for name, value in wanted.items()):
             if record["aggregate_only"] and not job.score.aggregate_only:
                 raise ConfigError(
-                    f"score.out {job.score.out}: run={record['run_id']} there is aggregate_only; keep using "
+                    f"score.out {job.score.out}: its run={record['run_id']} is aggregate_only; keep using "
                     "score.aggregate_only and its score.ledger, or choose another score.out"
                 )
             root = storage.absolute(job.score.ledger) if record["aggregate_only"] else storage.join(out, "images")
@@ -324,20 +324,20 @@ def _score_parts(
     done = _finished_parts(scoring, refusals, precisions, check)
     todo = [part for part in range(planned.plan.num_parts) if part not in done]
     if done:
-        console.print(f"{len(done)} of {planned.plan.num_parts} parts done before")
+        console.print(f"resuming: {len(done)} of {planned.plan.num_parts} parts are done")
     if not todo:
         refusals.check(at_end=True)
         return {"score_s": 0.0, "num_workers": 0, "worker_s": {}}, precisions
-    # In random order, so that the first parts are a sample of all, and all workers share an expensive folder.
+    # In random order, so that the first parts are a sample of all, and an expensive folder is spread over all workers.
     random.Random(planned.plan_id).shuffle(todo)
     counts: Counter[str] = Counter()
     stopwatch = Stopwatch()
     num_faces = 0
     started = time.perf_counter()
     total = sum(_rows_of(part, planned.plan) for part in todo)
-    hides = bool(job.score.min_cell)  # a suppressed cell could be computed from the totals
+    hides_totals = bool(job.score.min_cell)  # a suppressed cell could be computed from them
     num_parts = 0
-    with progress(console, "scoring", len(todo) if hides else total) as update:
+    with progress(console, "scoring", len(todo) if hides_totals else total) as update:
         for each in workers.score(scoring, todo):
             check()
             counts.update(each["statuses"])
@@ -346,12 +346,12 @@ def _score_parts(
             num_faces += each["num_faces"]
             refusals.add(each["reasons"], sum(each["statuses"].values()))
             refusals.check(at_end=False)
-            said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
+            by_status = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
             num_parts += 1
-            update(*((num_parts, "parts") if hides else (counts.total(), f"{num_faces:,} faces; {said}")))
+            update(*((num_parts, "parts") if hides_totals else (counts.total(), f"{num_faces:,} faces; {by_status}")))
     refusals.check(at_end=True)
     score_s = time.perf_counter() - started
-    if not hides:
+    if not hides_totals:
         console.print(f"{total:,} photographs in {score_s:.1f} s: {total / score_s:.1f} images/s")
     return {"score_s": score_s, "num_workers": workers.num_workers, "worker_s": stopwatch.take()}, precisions
 

@@ -26,7 +26,7 @@ RESERVED: Final = frozenset(
         *(name for schema in (DEMOGRAPHICS, IMAGES, FACES, REJECTS, LISTED) for name in schema.names),
     }
 )
-"""Reserved names of grouping columns, in upper or lower case: columns of the tables that grouping columns pass through,
+"""Names that a grouping column must not have, in any case: columns of the tables that grouping columns pass through,
 columns of the SQL that plans a run, and `run`, which readers derive from run=ID/."""
 
 _BATCH_ROWS = 65_536
@@ -38,7 +38,7 @@ class Grouping:
 
     names: tuple[str, ...]
     select: str
-    """Named expressions to append to other columns: begins with a comma unless empty."""
+    """Expressions to append to a SELECT list; begins with a comma unless empty."""
     join: str
     """Join to append to the FROM clause."""
 
@@ -60,8 +60,8 @@ def check_grouping(config: ScoreConfig) -> dict[str, int]:
             database.execute("SELECT regexp_extract('', ?)", [config.key_pattern]).fetchall()
         captured = dict(re.compile(config.key_pattern).groupindex)
     except (re.error, duckdb.Error) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"score.key_pattern {config.key_pattern!r}: not a valid RE2 expression: {said}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"score.key_pattern {config.key_pattern!r}: not a valid RE2 expression: {reason}") from None
     for name in config.group_by:
         if name.lower() in RESERVED:
             raise ConfigError(f"score.group_by {name}: the tables have a column of that name; choose another")

@@ -1,4 +1,4 @@
-"""List and filter the input of a scoring run; rows are streamed, never in memory as a whole."""
+"""List and filter the input of a scoring run. Rows are streamed: the input is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from agr_ray.errors import ConfigError
 from agr_ray.storage import BadUri, MissingObject, Storage, StorageUnavailable
 
 MAX_ENDINGS: Final = 10
-"""Number of endings of left-out keys that a plan counts."""
+"""Maximum number of endings of left-out keys in a plan."""
 _BATCH_ROWS = 65_536
-_LISTED_ROWS = 8192  # at a time, so that a trial run over a few keys does not list many
+_LISTED_ROWS = 8192  # at a time: few, so that a run with a small limit does not list many more
 _BUFFER_BYTES = 2**23
 _ENDING = r"(?P<ending>(?:\.[^./]{1,10})?)$"
 _GLOB_TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^]/]*\]|.", re.DOTALL)
@@ -32,7 +32,7 @@ class Listing:
     """The input of a run, and counts of what has been listed so far.
 
     Raises:
-        ConfigError: the input is not of its kind, or a pattern is invalid.
+        ConfigError: there is no input, its URI is malformed, or a pattern is invalid.
     """
 
     def __init__(self, storage: Storage, config: ScoreConfig) -> None:
@@ -46,10 +46,10 @@ class Listing:
         """Number of left-out keys by ending."""
 
     def kept(self) -> Iterator[pa.RecordBatch]:
-        """Yield the rows that pass the filters, as `LISTED`; stop at the limit, so as not to list a whole bucket.
+        """Yield the rows that pass the filters, as `LISTED`; at `limit`, stop without listing the rest.
 
         Raises:
-            ConfigError: the input is not what its kind says.
+            ConfigError: the input does not exist, or does not match its kind (score.input_kind).
             StorageUnavailable: it can't be reached.
         """
         for batch in _listed(self._storage, self._uri, self._kind):
@@ -86,7 +86,7 @@ def _input(storage: Storage, config: ScoreConfig) -> tuple[str, str]:
 
 
 def _listed(storage: Storage, uri: str, kind: str) -> Iterator[pa.RecordBatch]:
-    """Yield what the input lists, as `LISTED`."""
+    """Yield the rows of the input, as `LISTED`."""
     if kind == "prefix":
         return _list_prefix(storage, uri)
     batches = _read_manifest(storage, uri) if kind == "manifest" else _list_inventory(storage, uri)
@@ -103,8 +103,8 @@ def _without_empty_etags(batch: pa.RecordBatch) -> pa.RecordBatch:
 def _list_prefix(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
     if os.path.isfile(uri):  # never true of an s3:// URI
         raise ConfigError(
-            f"score.input {uri} is a file: allowed are a folder, a bucket prefix, a .parquet manifest and the "
-            "manifest.json of an S3 Inventory (score.input_kind)"
+            f"score.input {uri} is a file; give a folder, a bucket prefix, a .parquet manifest or the manifest.json "
+            "of an S3 Inventory (score.input_kind)"
         )
     listed = storage.list_readable(uri)
     while infos := [*islice(listed, _LISTED_ROWS)]:
@@ -139,7 +139,7 @@ def _read_manifest(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
 
 
 def _manifest_rows(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
-    """Yield one file of a manifest as `LISTED`; its URIs, in their canonical form, are its keys too."""
+    """Yield one file of a manifest as `LISTED`. Its URIs, in their canonical form, are also its keys."""
     fs, path = storage.arrow_filesystem(uri)
     # Without a buffer, whole columns of a row group would be fetched.
     with pq.ParquetFile(path, filesystem=fs, buffer_size=_BUFFER_BYTES) as file:
@@ -158,7 +158,7 @@ def _manifest_rows(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
 
 
 def _filter(config: ScoreConfig, kind: str) -> Callable[[pa.RecordBatch], Any]:
-    """Return a function that says for each row of `LISTED` whether it is kept."""
+    """Return a function from rows of `LISTED` to a mask of those to keep."""
     include = _any_of("score.include", config.include)
     if not config.include and kind != "manifest":
         include = rf"(?i)(?:{'|'.join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)})\z"
@@ -177,7 +177,7 @@ def _filter(config: ScoreConfig, kind: str) -> Callable[[pa.RecordBatch], Any]:
 
 
 def _any_of(name: str, globs: Sequence[str]) -> str:
-    """Return the regular expression of the keys that match one of the globs; empty if there is none."""
+    """Return a regular expression that matches any of the globs; empty without globs."""
     try:
         return "|".join(glob_expression(glob) for glob in globs)
     except ValueError as error:
@@ -187,9 +187,9 @@ def _any_of(name: str, globs: Sequence[str]) -> str:
 def glob_expression(glob: str) -> str:
     r"""Return a regular expression (RE2) that matches the same whole keys as a case-sensitive glob.
 
-    `*` matches any characters except a slash, `?` one of these, `[a-z]` one character of a set and `[!a-z]` one not in
-    it. `**` between slashes matches any number of folders, and at the end everything below. Every other character
-    matches itself.
+    `*` matches any characters except a slash, `?` one such character, `[a-z]` one character of a set and `[!a-z]` one
+    that is not in it. `**` between slashes matches any number of folders, and at the end everything below. Every other
+    character matches itself.
 
     Raises:
         ValueError: a set is not closed or out of order, or `**` does not stand alone between slashes.

@@ -1,4 +1,4 @@
-"""What a scoring run predicts with: the files of a checkpoint, its settings and calibration."""
+"""The model of a scoring run: the files of a checkpoint, and its effective settings and calibration."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ModelFiles:
 
 
 def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> ModelFiles:
-    """Return what a run predicts with, and warn if it does not fit the job well.
+    """Return the model of a run, and print warnings if its settings or its calibration are doubtful.
 
     Raises:
         ConfigError: a setting is refused, as by `resolve`, or no faces would be detected.
@@ -66,7 +66,7 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
     if trained != chosen:
         console.print(f"warning: the model was trained on crops found by {trained}, but scoring uses {chosen}")
     if calibration is None:
-        console.print(f"warning: uncalibrated: no age_low and age_high, no abstention, no corrected shares: {reason}")
+        console.print(f"warning: no age intervals, no abstention, no corrected shares: {reason}")
     elif calibration.overlap_warning:
         console.print(f"warning: {calibration.overlap_warning}")
     return ModelFiles(
@@ -83,7 +83,7 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
 
 
 def written_attributes(config: ScoreConfig, tasks: Sequence[str]) -> tuple[str, ...]:
-    """Return the attributes to write, in the schema's order: the configured ones, by default all that are predicted.
+    """Return the attributes to write, in the schema's order: the configured ones that the checkpoint predicts.
 
     Raises:
         ConfigError: the checkpoint does not predict one that is explicitly configured.
@@ -98,5 +98,5 @@ def written_attributes(config: ScoreConfig, tasks: Sequence[str]) -> tuple[str, 
 
 
 def short_digest(value: Any) -> str:
-    """Return the first hex digits of the SHA-256 of plain values."""
+    """Return the first 12 hex digits of the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

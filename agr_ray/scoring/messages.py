@@ -1,4 +1,4 @@
-"""What a scoring job prints."""
+"""The terminal output of a scoring job."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
     if not config.min_cell:
         left_out = f"{plan.num_excluded:,} left out by name or size, " if plan.num_excluded else ""
         console.print(
-            f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} scored before, {plan.num_to_do:,} to do"
+            f"{plan.num_listed:,} listed, {left_out}{plan.num_scored:,} already scored, {plan.num_to_do:,} to do"
         )
     if plan.endings_left_out and not config.include:
         console.print(f"left out: {endings(plan, hides=bool(config.min_cell))}; score.include selects the keys to read")
@@ -42,7 +42,7 @@ def print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
                 if f"(?P<{name}>" in config.key_pattern
                 else (f"it comes from score.metadata {config.metadata}, joined on the column uri")
             )
-            console.print(f"warning: score.group_by {name}: known for {of} photographs, null for the others; {source}")
+            console.print(f"warning: score.group_by {name}: only {of} photographs have a value; {source}")
 
 
 def print_summary(console: Console, totals: Mapping[str, Any], title: str) -> None:
@@ -65,5 +65,5 @@ def print_timings(console: Console, timings: Mapping[str, Any]) -> None:
     if stages:
         total_s = sum(stages.values())
         most_first = sorted(stages.items(), key=lambda stage: -stage[1])
-        said = ", ".join(f"{name} {spent_s / total_s:.0%}" for name, spent_s in most_first)
-        console.print(f"where the workers' time went: {said}")
+        shares = ", ".join(f"{name} {spent_s / total_s:.0%}" for name, spent_s in most_first)
+        console.print(f"workers' time: {shares}")

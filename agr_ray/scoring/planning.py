@@ -1,7 +1,7 @@
-"""Plan a scoring run, once: write the manifest of `storage.parts`, with the photographs that are new.
+"""Plan a scoring run: write the manifest of `storage.parts` once, with the photographs that are new.
 
-The input and the ids of scored photographs stream through Parquet files in a temporary folder, which DuckDB joins
-within a memory limit: neither is ever in memory as a whole.
+The input and the ids of scored photographs are streamed to Parquet files in a temporary folder. DuckDB joins these
+within a memory limit, so neither is ever in memory as a whole.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from agr_ray.storage.parts import read_plan, write_manifest
 from agr_ray.storage.scratch import scratch_folder
 
 MAX_GROUPS: Final = 10_000
-"""Maximum groups of score.group_by: each has up to a hundred rows of demographics, which are computed together."""
+"""Maximum groups of score.group_by: each has over a hundred rows of demographics, which are computed together."""
 
 MEMORY_LIMIT: Final = "1GB"
 """Memory limit of DuckDB, which then spills to the temporary folder."""
 NUM_THREADS: Final = 4
-"""Maximum threads of DuckDB: each takes its share of the memory."""
+"""Maximum threads of DuckDB, because each takes a share of the memory."""
 
 _BATCH_ROWS = 65_536
 _FILES_AHEAD = 16
@@ -54,13 +54,13 @@ class Plan:
     """Counts of a planned run: listed = excluded + scored + duplicates + to do."""
 
     num_listed: int
-    """Objects looked at: all of the input, or as many as `limit` needed."""
+    """Listed objects: the whole input, or as many as were needed to reach `limit`."""
     num_excluded: int
     """Left out by patterns and min_bytes."""
     num_scored: int
-    """Scored before, so skipped."""
+    """Skipped because an earlier run scored them."""
     num_duplicates: int
-    """Further rows of one URI and etag."""
+    """Repeated rows with the same URI and etag."""
     num_to_do: int
     """Rows of the manifest."""
     num_parts: int
@@ -91,12 +91,12 @@ def plan(
         config: names the input, the filters, the limit and the rows of a part (rows_per_file).
         out: must not hold a whole manifest (`read_counts` returns None).
         scored: photographs to skip, with schema `SCORED` (`scored_ids`).
-        scored_as: maps an image_id to its id in `scored`, if they differ (an HMAC); none: they are the same.
+        scored_as: maps an image_id to its id in `scored` if they differ (an HMAC); None: they are the same.
         progress: called with the number of listed objects and a remark, every few thousand rows and before the
-            manifest is written; it may raise to stop the planning.
+            manifest is written; it may raise an error to stop the planning.
 
     Raises:
-        ConfigError: the input is not what its kind says, or a pattern is invalid.
+        ConfigError: the input does not match its kind (score.input_kind), a pattern is invalid, or the grouping is.
         FileExistsError: `out` holds a whole manifest.
         StorageUnavailable: input or output can't be reached.
     """
@@ -114,7 +114,7 @@ def plan(
             scored,
             f"{folder}/scored.parquet",
             SCORED,
-            lambda num_rows: report(listing.num_listed, f"{num_rows:,} scored before"),
+            lambda num_rows: report(listing.num_listed, f"{num_rows:,} already scored"),
         )
         with _open_database(folder) as database:
             num_fresh, num_to_do = _select(database, listed, known)
@@ -145,17 +145,15 @@ def read_counts(storage: Storage, out: str) -> Plan | None:
 
 
 def photograph_id(uri: str, etag: str | None) -> str:
-    """Return the image_id of a photograph to score: another etag means another photograph."""
+    """Return the image_id of a photograph to score, which depends on its etag: a replaced file is a new photograph."""
     return image_id(f"{uri}\n{etag or ''}")
 
 
 def scored_ids(storage: Storage, folders: Iterable[str]) -> Iterator[pa.RecordBatch]:
     """Yield the photographs to skip, with schema `SCORED`: rows whose status is not in `RETRIED_STATUSES`.
 
-    An archived photograph is skipped only as long as its storage class stays the same.
-
-    Several files are read at a time, because there are many small ones; few batches are in memory. A folder that does
-    not exist holds none.
+    An archived photograph is skipped only as long as its storage class stays the same. Several files are read at a
+    time, because there are many small ones. A folder that does not exist holds none.
 
     Args:
         storage: storage of the folders.
@@ -201,7 +199,7 @@ def _with_ids(batch: pa.RecordBatch, scored_as: Callable[[str], str] | None) -> 
 def _spool(
     batches: Iterable[pa.RecordBatch], path: str, schema: pa.Schema, report: Callable[[int], None] | None = None
 ) -> str:
-    """Write the batches to a Parquet file and return its path; tell `report` the rows so far."""
+    """Write the batches to a Parquet file and return its path; call `report` with the number of rows so far."""
     with pq.ParquetWriter(path, schema, use_dictionary=False, write_statistics=False) as writer:
         num_rows = 0
         for batch in batches:
@@ -225,7 +223,11 @@ def _open_database(folder: str) -> duckdb.DuckDBPyConnection:
 
 
 def _select(database: duckdb.DuckDBPyConnection, listed: str, scored: str) -> tuple[int, int]:
-    """Create the table `to_do` of positions in `listed` to score; return the numbers of unscored rows and positions."""
+    """Create the table `to_do`: the position in `listed` of each photograph to score.
+
+    Returns:
+        Number of rows that are not in `scored`, and number of photographs to score (rows without duplicates).
+    """
     database.execute(
         """
         CREATE TEMP TABLE to_do AS
@@ -253,10 +255,10 @@ _TO_DO: Final = """
 
 
 def _check_groups(database: duckdb.DuckDBPyConnection, listed: str, grouping: Grouping) -> dict[str, int]:
-    """Reject a grouping that would make a table as long as the bucket, before anything is scored.
+    """Reject a grouping with too many groups before anything is scored.
 
     Returns:
-        Number of photographs to score with a value, by grouping column.
+        Number of photographs to score that have a value, for each grouping column.
 
     Raises:
         ConfigError: there are more than `MAX_GROUPS`.

@@ -1,12 +1,12 @@
-"""The parts of a finished scoring run -> what readers see: images/, faces/, rejects/ and demographics/.
+"""Publish a finished scoring run: its parts become images/, faces/, rejects/ and demographics/.
 
 Each file of the run's manifest becomes one file in each of the first three, under a name that only depends on its
 number, so a killed job can publish again. All files are first written to the run's work folder. Once all are complete,
 they are moved into OUT: on a local disk one table's folder at a time, on S3 by server-side copies, file by file.
 Moving the run's record to `_SUCCESS/run=ID.json` then publishes the run. A job that takes over the lock first deletes
-the records that wait to be moved, so a job that was stopped just before that step can no longer take it. If a job is
-killed in between, the next job deletes the files that it left in OUT, whatever that next job scores; `views.sql` never
-shows them.
+all records that wait to be moved, so a job that was suspended just before that step can no longer publish. If a job is
+killed while files are moved, the next job with the same OUT deletes them, whatever it scores; `views.sql` never shows
+them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Publication:
 
     @property
     def classes(self) -> dict[str, tuple[str, ...]]:
-        """Return the classes that faces are counted by: those of the attributes that are predicted."""
+        """Return the classes by which faces are counted: those of the predicted attributes."""
         predicted = {"age_group" if name == "age" else name for name in self.attributes}
         return {name: names for name, names in self.space.classes.items() if name in predicted}
 
@@ -89,7 +89,7 @@ class Publication:
         return max(1, -(-self.num_parts // PARTS_PER_FILE))
 
     def stage_file(self, file: int) -> Counts:
-        """Write one file of each table to the work folder, and count what is in it."""
+        """Write one file of each table to the work folder, and return its counts."""
         return Retry(self.outage_s).call(lambda: self._stage_file(file))
 
     def _stage_file(self, file: int) -> Counts:
@@ -243,7 +243,7 @@ def publish(publication: Publication, record: dict[str, Any], check: Callable[[]
 
 
 def withdraw_waiting(storage: Storage, out: str) -> None:
-    """Delete the records that wait to be published: what is not published after this never will be."""
+    """Delete the records that wait to be published, so that no job that lost its lock can publish any more."""
     waiting = _waiting_uri(storage, out)
     if storage.exists(waiting):
         for info in storage.list(waiting):
@@ -252,7 +252,7 @@ def withdraw_waiting(storage: Storage, out: str) -> None:
 
 
 def delete_unpublished(storage: Storage, out: str) -> list[str]:
-    """Delete files in OUT of jobs that were killed while publishing; return their run ids.
+    """Delete the files in OUT that killed jobs did not publish; return the jobs' run ids.
 
     Call it only while no other job can publish, after `withdraw_waiting`. Folders not named like runs are left alone.
     """
@@ -275,7 +275,7 @@ def is_published(storage: Storage, out: str, run_id: str) -> bool:
 
 
 def _waiting_uri(storage: Storage, out: str, run_id: str = "") -> str:
-    """Return where a run's record waits to be moved to `_SUCCESS`; without a run, the folder of all."""
+    """Return the URI at which a run's record waits to be moved to `_SUCCESS`; without a run, their folder."""
     folder = storage.join(f"{out}-work", "publishing")
     return storage.join(folder, f"run={run_id}.json") if run_id else folder
 
@@ -285,7 +285,7 @@ def _success_uri(storage: Storage, out: str, run_id: str) -> str:
 
 
 def views_sql(storage: Storage, out: str, *, has_images: bool) -> str:
-    """Return DuckDB's views over all published runs; without `has_images`, all of them were aggregate_only.
+    """Return the SQL of DuckDB views over all published runs; without `has_images`, only runs and demographics.
 
     Columns come only from the files; by default, DuckDB would also derive columns from folders above `out` named
     `name=value`.
@@ -303,7 +303,7 @@ CREATE OR REPLACE VIEW demographics AS
 """
     if not has_images:
         return sql
-    says_nothing = ", ".join(f"'{status}'" for status in INCONCLUSIVE)
+    inconclusive = ", ".join(f"'{status}'" for status in INCONCLUSIVE)
     return f"""{sql}
 -- Each image has its latest score. A status that says nothing about the content ({", ".join(INCONCLUSIVE)})
 -- never hides an earlier row. An image that was deleted from its bucket stays until a run records it as missing:
@@ -313,7 +313,7 @@ CREATE OR REPLACE VIEW images AS
     FROM read_parquet('{quoted}/images/run=*/*.parquet', union_by_name = true, hive_partitioning = false) AS i
     SEMI JOIN runs USING (run_id)
     QUALIFY row_number() OVER (
-        PARTITION BY i.uri ORDER BY i.status IN ({says_nothing}), i.scored_at DESC, i.run_id DESC
+        PARTITION BY i.uri ORDER BY i.status IN ({inconclusive}), i.scored_at DESC, i.run_id DESC
     ) = 1;
 CREATE OR REPLACE VIEW faces AS
     SELECT f.*

@@ -1,4 +1,4 @@
-"""Photographs that are rejected for the same reason: if they are most, the run fails."""
+"""Fail a run if most of its photographs are rejected for the same reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agr_ray.schema import Status
 from agr_ray.scoring.planning import Plan
 
 MANY_REFUSED: Final = 100
-"""Photographs rejected for the same reason that fail a run, even if earlier runs scored far more."""
+"""If storage refuses this many photographs for the same reason, a run can fail even if earlier runs scored far more."""
 EARLY_IMAGES: Final = 500
 """Photographs, sampled over the whole input, after which a run may fail early because storage refuses most of them."""
 
@@ -54,7 +54,7 @@ class Refusals:
         num_inputs = self._plan.num_to_do + self._plan.num_scored
         if num_refused <= most * self._num_images:
             return
-        if status == Status.ARCHIVED:  # the bucket's owner has archived them: an error only if nothing else is there
+        if status == Status.ARCHIVED:  # archiving is the owner's choice: an error only if all photographs are archived
             is_fatal = at_end and num_refused == num_inputs
         elif at_end:
             is_fatal = num_refused > most * num_inputs or (status == Status.FAILED and num_refused >= MANY_REFUSED)
@@ -65,5 +65,5 @@ class Refusals:
                 reason,
                 f"score.input {self._config.input}: {num_refused:,} of {self._num_images:,} photographs were "
                 f"rejected for the same reason: {reason}. Nothing is published; fix the cause and repeat the command, "
-                f"or allow it with --score.max_refused 1 (now {most:g})",
+                f"or allow it with --max-refused 1 (now {most:g})",
             )

@@ -1,7 +1,7 @@
 """A scoring worker: a part of a run's manifest -> photographs -> faces -> attributes -> image rows.
 
 `PartFinder` runs on CPUs, `RowPredictor` preferably on a GPU. Without a GPU, both run in one process. With a GPU,
-each `PartScorer` sends its crops to a predictor in another process, a few batches ahead.
+each `PartScorer` sends its crops to a predictor in another process, at most `MAX_PENDING` + 1 batches at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from agr_ray.vision.align import stored_side_px
 MAX_CROPS: Final = 256
 """Maximum faces in a batch, unless one photograph has more: 56 MB of 224-pixel crops with margins."""
 MAX_PENDING: Final = 2
-"""Maximum batches of faces in flight: a worker keeps detecting while it waits for these, which keeps a GPU busy."""
+"""Maximum batches of faces that wait for a prediction while a worker detects the next, which keeps a GPU busy."""
 
 SUMMARY: Final = pa.schema(
     [
@@ -50,7 +50,7 @@ SUMMARY: Final = pa.schema(
 """One row for each part that was scored."""
 
 _Row = tuple[int, dict[str, Any]]
-"""A row and its place in the part."""
+"""A row's index in the part, and the row."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Scoring:
 
     storage: Storage
     work: str
-    """Folder of the run's work, with its `parts`."""
+    """Work folder of the plan (`storage.parts`)."""
     vision: VisionConfig
     gates: GatesConfig
     predict: PredictConfig
@@ -88,11 +88,11 @@ class Found(NamedTuple):
     """Photographs of one part and their faces."""
 
     positions: NDArray[np.int64]
-    """(n,) the rows' places in the part, from 0."""
+    """(n,) indices of the rows in the part."""
     images: pa.Table
     """(n rows) schema.IMAGES; attributes are null."""
     crops: NDArray[np.uint8]
-    """(faces of all images in their order, S, S, 3), S being the template's side and its margins."""
+    """(faces, S, S, 3): the faces of all images, in order; S is the template's side with its margins."""
 
 
 class Predictor(Protocol):
@@ -169,8 +169,8 @@ class PartFinder:
     def find(self, part: int) -> Iterator[Found]:
         """Find the faces of all images of a part, a batch at a time; an image that kills its worker is given up.
 
-        Each row of the part is yielded once, mostly in manifest order; `Downloads.read` says which come later. A worker
-        that dies before an image's attributes are there counts as killed by it.
+        Each row of the part is yielded once, mostly in manifest order; rows that storage refuses at first come last.
+        If a worker dies before an image's attributes are predicted, the image counts as the cause.
         """
         parts = self._scoring.parts
         rows = parts.rows(part).select(SCORE_MANIFEST.names).to_pylist()
@@ -209,7 +209,7 @@ class PartFinder:
         }
 
     def _faces(self, photograph: Photograph) -> tuple[dict[str, Any], list[NDArray[np.uint8]]]:
-        """Return the columns that a photograph adds to its row, and its faces' crops, both from left to right."""
+        """Return the columns that a photograph adds to its row, and the crops of its faces, from left to right."""
         found = self._finder.faces(photograph)
         faces = [face.columns | {"flags": flags(face.columns, self._scoring.gates)} for face in found]
         return {

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Scores:
-    """All published runs of a results folder: the views of its views.sql, which docs/operations.md describes.
+    """All published runs of a results folder, by the views of its views.sql; see docs/operations.md.
 
     Each relation has DuckDB's methods, such as `.df()`, `.arrow()`, `.filter("age < 18")` and `.aggregate(...)`.
     """
 
     def __init__(self, connection: DuckDBPyConnection, *, has_images: bool) -> None:
         self.connection = connection
-        """Has the views that the properties of this class return."""
+        """DuckDB connection with the views that the properties return."""
         self._has_images = has_images
 
     @property
@@ -39,18 +39,18 @@ class Scores:
         """Return schema.IMAGES, each image as it was last scored.
 
         Raises:
-            ConfigError: all runs are aggregate_only, which publish no rows; so for `faces` and `rejects`.
+            ConfigError: all runs are aggregate_only, and so published no image rows.
         """
         return self._rows("images")
 
     @property
     def faces(self) -> DuckDBPyRelation:
-        """Return schema.FACES of these images."""
+        """Return schema.FACES of these images; raises as `images`."""
         return self._rows("faces")
 
     @property
     def rejects(self) -> DuckDBPyRelation:
-        """Return schema.REJECTS of these images."""
+        """Return schema.REJECTS of these images; raises as `images`."""
         return self._rows("rejects")
 
     def query(self, sql: str) -> DuckDBPyRelation:
@@ -67,8 +67,8 @@ def open_scores(uri: str | os.PathLike[str], *, storage: Storage | None = None) 
     """Open the results of `score`.
 
     Args:
-        uri: `score.out`, a folder or s3:// prefix. It may be a copy of the folder that was written.
-        storage: where it is; None: with default settings.
+        uri: `score.out`, a folder or s3:// prefix, or a copy of it.
+        storage: reads it; None: storage with default settings.
 
     Raises:
         ConfigError: no run is published there.

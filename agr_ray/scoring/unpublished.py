@@ -47,23 +47,23 @@ def resume(storage: Storage, plans: str, skipped: list[str], max_refused: float,
         return None
     if record["skipped"] != skipped:
         console.print(
-            "another run was published since this one was planned; planning again, so that no image is published twice"
+            "another run was published after this one was planned; planning again, so that no image is published twice"
         )
         return None
     made = read_counts(storage, Parts(storage, storage.join(plans, record["plan_id"])).manifest)
     if made is None:
-        # A job that was stopped just before it wrote this record woke up after another had deleted its plan.
+        # A job that was suspended just before writing this record woke up after another job had deleted its plan.
         console.print(f"the plan {record['plan_id']} is gone; planning again")
         return None
     return Planned(record["plan_id"], record["started_at"], record["plan_s"], made)
 
 
 def keep_for_later(config: ScoreConfig, scoring: Scoring, plans: str, reason: str) -> None:
-    """Prepare a run that was rejected as a whole for the next command.
+    """Prepare the next command after a run that failed because most photographs were rejected.
 
-    If storage refused photographs, the same command scores their parts again and keeps the others. If photographs were
-    rejected for their content, the same command plans again, because they must change first. Only a command with a
-    higher score.max_refused resumes that run.
+    If storage refused them, the same command scores their parts again and keeps the others. If they were rejected for
+    their content, which must change first, the same command plans again; only a command with a higher
+    score.max_refused resumes the run.
     """
     storage, uri = scoring.storage, _plan_uri(scoring.storage, plans)
     if not reason.startswith(f"{Status.FAILED}:"):
@@ -80,7 +80,7 @@ def replan(
     check: Callable[[], None],
     console: Console,
 ) -> Planned:
-    """Delete what is left of earlier plans, and plan a new run.
+    """Delete earlier plans of this configuration, and plan a new run.
 
     Raises:
         ConfigError: the input has nothing to score.
@@ -118,7 +118,7 @@ def replan(
 
 
 def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:
-    """Reject an input without any photograph, new or scored before, unless that is allowed.
+    """Reject an input without any photograph, new or already scored, unless `allow_empty` is set.
 
     Raises:
         ConfigError: there is none; the message says what the input contains.
@@ -127,10 +127,10 @@ def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:
         return
     where = f"score.input {storage.absolute(config.input)}"
     if not plan.num_listed:
-        raise ConfigError(f"{where}: nothing is there; check the spelling, or allow it with --score.allow_empty true")
+        raise ConfigError(f"{where}: nothing is there; check the spelling, or allow it with --allow-empty true")
     raise ConfigError(
         f"{where}: none of its {plan.num_listed:,} keys is read as a photograph: {endings(plan)}; score.include "
-        "selects the keys to read, such as --score.include '[\"**\"]' for all"
+        "selects the keys to read, such as --include '**' for all"
     )
 
 

@@ -1,4 +1,4 @@
-"""Counts of scored faces -> demographic tables: raw shares, and shares corrected for the classifier's confusion."""
+"""Turn counts of faces into demographic tables: raw shares, and shares corrected for the classifier's confusion."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Classes = Mapping[str, Sequence[str]]
 
 
 class _Breakdown(NamedTuple):
-    """What the faces are broken down by."""
+    """Attributes by which the faces are broken down, and the classes of each."""
 
     attributes: tuple[str, ...]
     classes: Classes
 
     @property
     def factors(self) -> list[tuple[str, ...]]:
-        """The attributes whose errors are taken together: age errs independently of the others."""
+        """The attributes that share a confusion matrix: errors in age are taken as independent of the others."""
         rest = tuple(name for name in self.attributes if name != "age_group")
         return [part for part in ((("age_group",) if "age_group" in self.attributes else ()), rest) if part]
 
@@ -44,18 +44,18 @@ def demographics(
 ) -> pa.Table:
     """Break down the faces of each group, and of all groups together, by each attribute and by all of them jointly.
 
-    `share` is of the faces that got a class in all of the breakdown's attributes. `share_corrected` is of all faces
-    that passed the gates, those that the model abstained on included; `share_low` and `share_high` are its 90 %
-    interval (`tables/prevalence.py`). In the joint table, errors in age are taken to be independent of errors in gender
-    and race, given the true classes; errors in gender and race are measured together. The joint table needs enough
-    calibration images of every age group and of every pair of gender and race: a class that has too few leaves the
-    breakdowns it belongs to uncorrected, and `correction` names it.
+    `share` refers to the faces that got a class in all of the breakdown's attributes. `share_corrected` refers to all
+    faces that passed the gates, abstentions included; `share_low` and `share_high` are its 90 % interval
+    (`tables/prevalence.py`). In the joint table, errors in age are taken to be independent of errors in gender and
+    race, given the true classes; errors in gender and race are measured together. So the joint table needs enough
+    calibration images of every age group and of every pair of gender and race. A class with too few leaves its
+    breakdowns uncorrected, and `correction` names it.
 
     Args:
         counts: grouping columns, age_group, gender, race and n: faces that passed the gates. An attribute may be
             `ABSTAINED`; attributes that were not predicted are not read.
-        groups: the same grouping columns, one row a group, with num_images, num_no_face, num_rejected, num_faces,
-            num_flagged; num_abstained is counted anew for each breakdown.
+        groups: a row for each group: the same grouping columns, num_images, num_no_face, num_rejected, num_faces and
+            num_flagged. num_abstained is counted here, for each breakdown.
         calibration: (n,) arrays age_group, gender, race (-1: missing) and age_group_pred, gender_pred, race_pred (-1:
             abstained) of labelled images that training never saw; None: nothing is corrected.
         classes: of each attribute that was predicted, as `LabelSpace.classes`.
@@ -63,21 +63,21 @@ def demographics(
 
     Returns:
         The grouping columns as strings, then `schema.DEMOGRAPHICS`: every cell of every group, zeros included, in the
-        order of `groups` and of the schema; last the total over all groups, which `is_total` marks. Without grouping
-        columns the one group is the total. Nothing is suppressed yet.
+        order of `groups` and of the schema. Last comes the total over all groups, marked by `is_total`. Without
+        grouping columns, the only group is the total. Nothing is suppressed yet.
 
     Raises:
-        ValueError: counts of a group that is not among `groups` or one that is there twice, a class or attribute that
-            there is not, or a grouping column that is named like one of the result's.
+        ValueError: a group of `counts` is not among `groups` or is there twice, a class or attribute is unknown, or a
+            grouping column has the name of a result column.
     """
     unknown = sorted(set(classes) - set(DEMOGRAPHIC_ATTRIBUTES))
     if unknown:
-        raise ValueError(f"classes: {unknown[0]!r} is none of {', '.join(DEMOGRAPHIC_ATTRIBUTES)}")
+        raise ValueError(f"classes: {unknown[0]!r} is not one of {', '.join(DEMOGRAPHIC_ATTRIBUTES)}")
     predicted = tuple(name for name in DEMOGRAPHIC_ATTRIBUTES if name in classes)
     keys = [name for name in groups.column_names if name not in DEMOGRAPHIC_COUNTS]
     taken = [key for key in keys if key in DEMOGRAPHICS.names]
     if taken:
-        raise ValueError(f"grouping column {taken[0]}: the tables have a column of that name already")
+        raise ValueError(f"grouping column {taken[0]}: demographic tables already have a column of that name")
     faces = _faces(counts, groups, keys, predicted, classes)
     if keys:
         faces = np.concatenate([faces, faces.sum(axis=0, keepdims=True)])
@@ -98,7 +98,7 @@ def demographics(
 
 
 def _with_total(groups: pa.Table, keys: Sequence[str]) -> pa.Table:
-    """Return the groups and, last, the sums over all of them; its `keys` are null."""
+    """Return the groups and, as the last row, the sums over all of them; its `keys` are null."""
     counts = [name for name in groups.column_names if name not in keys]
     total = dict.fromkeys(keys) | {name: pc.sum(groups.column(name), min_count=0).as_py() for name in counts}
     return pa.concat_tables([groups, pa.Table.from_pylist([total], schema=groups.schema)])
@@ -107,10 +107,10 @@ def _with_total(groups: pa.Table, keys: Sequence[str]) -> pa.Table:
 def _faces(
     counts: pa.Table, groups: pa.Table, keys: Sequence[str], attributes: Sequence[str], classes: Classes
 ) -> IntArray:
-    """Return (groups, classes + 1 for each attribute) numbers of faces; the last index is "abstained"."""
+    """Return the numbers of faces, (groups, classes + 1 for each attribute); the last index is "abstained"."""
     row_of = {tuple(row.values()): i for i, row in enumerate(groups.select(keys).to_pylist())} if keys else {(): 0}
     if len(row_of) != groups.num_rows:
-        raise ValueError(f"groups: {groups.num_rows - len(row_of)} of the rows are there twice")
+        raise ValueError(f"groups: {groups.num_rows - len(row_of)} rows are duplicates")
     shape = [groups.num_rows, *(len(classes[name]) + 1 for name in attributes)]
     faces = np.zeros(shape, np.int64)
     rows = zip(*(counts.column(key).to_pylist() for key in keys), strict=True) if keys else [()] * counts.num_rows
@@ -123,7 +123,7 @@ def _faces(
         try:
             index.append(np.array([code_of[label] for label in counts.column(name).to_pylist()], np.int64))
         except KeyError as error:
-            raise ValueError(f"counts: {name} {error.args[0]!r} is none of {', '.join(code_of)}") from None
+            raise ValueError(f"counts: {name} {error.args[0]!r} is not one of {', '.join(code_of)}") from None
     np.add.at(faces, tuple(index), counts.column("n").to_numpy())
     return faces
 
@@ -135,7 +135,7 @@ def _broken_down(
     calibration: Mapping[str, IntArray] | None,
     seed: int,
 ) -> pa.Table:
-    """Return a row for each cell of each group: the columns of DEMOGRAPHICS less the groups' counts, and `group`."""
+    """Return a row for each cell of each group: `group` and the columns of DEMOGRAPHICS except the groups' counts."""
     others = tuple(1 + i for i, name in enumerate(attributes) if name not in breakdown.attributes)
     outcomes = faces.sum(axis=others)
     n = outcomes[(slice(None), *(slice(-1) for _ in breakdown.attributes))].reshape(len(faces), -1)
@@ -169,7 +169,7 @@ def _broken_down(
 def _corrected(
     outcomes: IntArray, breakdown: _Breakdown, calibration: Mapping[str, IntArray] | None, seed: int
 ) -> tuple[Shares, list[str | None]]:
-    """Return the corrected shares of each group, and why there are none."""
+    """Return the corrected shares of each group, and the reason if there are none; None if there are."""
     num_groups = len(outcomes)
     if calibration is None:
         return _no_shares(num_groups, len(breakdown.cells)), ["no calibration"] * num_groups

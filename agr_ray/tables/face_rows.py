@@ -1,4 +1,4 @@
-"""Image rows -> a row for each face, a row for each reject, and counts of both."""
+"""Turn image rows into a row for each face and for each reject, and count images and faces."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ _SCORED = pa.array([*SCORED_STATUSES])
 
 
 def explode_faces(images: pa.Table, carried: Sequence[str] = ()) -> pa.Table:
-    """Return a row of schema.FACES for each face of image rows, in their order, and its image's columns `carried`."""
+    """Return a row of schema.FACES for each face, in the order of the images, plus the image's columns `carried`."""
     lists = images["faces"].combine_chunks()
     parents = pc.list_parent_indices(lists)
     faces = lists.flatten()
     columns = {field.name: faces.field(field.name) for field in FACE}
-    columns["face_index"] = pc.subtract(
-        pa.array(np.arange(len(faces)), pa.int64()), pa.array(np.asarray(lists.offsets))[0 : len(lists)].take(parents)
-    ).cast(pa.int32())
-    above = {name: images[name].take(parents) for name in FACES.names if name not in columns}
-    rows = pa.table({name: (columns | above)[name] for name in FACES.names}, schema=FACES)
+    first_face = pa.array(np.asarray(lists.offsets))[0 : len(lists)]
+    columns["face_index"] = pc.subtract(pa.array(np.arange(len(faces)), pa.int64()), first_face.take(parents)).cast(
+        pa.int32()
+    )
+    of_image = {name: images[name].take(parents) for name in FACES.names if name not in columns}
+    rows = pa.table({name: (columns | of_image)[name] for name in FACES.names}, schema=FACES)
     for name in carried:
         rows = rows.append_column(name, images[name].take(parents))
     return rows
 
 
 def select_rejects(images: pa.Table) -> pa.Table:
-    """Return the rows of schema.REJECTS: of images that could not be scored."""
+    """Return a row of schema.REJECTS for each image that could not be scored."""
     rejected = images.filter(pc.invert(pc.is_in(images["status"], value_set=_SCORED)))
     return rejected.select(REJECTS.names).cast(REJECTS)
 
 
 def count_faces(faces: pa.Table, keys: Sequence[str], space: LabelSpace) -> pa.Table:
-    """Count the faces without a flag by the columns `keys`, by age group of the label space, by gender and by race.
+    """Count the faces without a flag by the columns `keys`, age group of the label space, gender and race.
 
-    If the model abstains on an attribute, or it is null or NaN, it counts as `schema.ABSTAINED`, so every face counts.
+    An attribute on which the model abstains, or that is null or NaN, counts as `schema.ABSTAINED`: no face is left out.
 
     Returns:
         `keys`, age_group, gender, race, n (int64).
@@ -57,7 +58,8 @@ def count_images(images: pa.Table, faces: pa.Table, keys: Sequence[str]) -> pa.T
     """Count image rows and their faces by the columns `keys`, which both tables have.
 
     Returns:
-        `keys`, num_images, num_no_face, num_rejected, num_faces, num_flagged, num_abstained (int64).
+        `keys`, num_images, num_no_face, num_rejected, num_faces, num_flagged, num_abstained (int64). Abstained are
+        faces without a flag on which the model abstains in any attribute.
     """
     status = images["status"]
     ones = {
@@ -80,11 +82,11 @@ def count_images(images: pa.Table, faces: pa.Table, keys: Sequence[str]) -> pa.T
 
 
 def sum_counts(tables: Sequence[pa.Table], keys: Sequence[str]) -> pa.Table:
-    """Add up tables of counts by the columns `keys`; the others are the counts. At least one table is needed."""
+    """Add up one or more tables of counts by the columns `keys`; all other columns are counts."""
     table = pa.concat_tables(tables)
     names = [name for name in table.column_names if name not in keys]
     added = table.group_by([*keys], use_threads=False).aggregate([(name, "sum") for name in names])
-    sums = {name: pc.fill_null(added[f"{name}_sum"], 0) for name in names}  # null: of no row, without keys
+    sums = {name: pc.fill_null(added[f"{name}_sum"], 0) for name in names}  # without keys, the sum of no rows is null
     return pa.table({key: added[key] for key in keys} | sums)
 
 
@@ -93,7 +95,7 @@ def _zeros(num_rows: int) -> pa.Array:
 
 
 def _abstains(faces: pa.Table, attribute: str) -> pa.Array:
-    """Return, for each face, whether the model abstains on an attribute."""
+    """Return a boolean for each face: whether the model abstains on an attribute."""
     lists = faces["abstain"].combine_chunks()
     mask = np.zeros(len(lists), bool)
     mask[np.asarray(pc.list_parent_indices(lists))[np.asarray(pc.equal(lists.flatten(), attribute))]] = True

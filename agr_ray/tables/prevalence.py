@@ -1,19 +1,18 @@
-"""True shares of classes, from counts of what a classifier said and from how it errs on labelled images.
+"""Estimate the true shares of classes from a classifier's outcomes and its confusion matrix on labelled images.
 
-Observed outcomes are the classes and, last, "abstained"; of two attributes together, all combinations of these. With
-M[c, o] the share of class c whose outcome is o, the outcomes' shares are sum_c share[c] M[c, o]. M is taken from the
-calibration images, whose own mixture of classes does not matter; M is assumed to be the same for the faces
-whose shares are estimated (label shift).
+The outcomes are the classes and, last, "abstained"; for several attributes together, all combinations of these. M[c, o]
+is the share of class c with outcome o, so the outcomes' shares are sum_c share[c] M[c, o]. M comes from the calibration
+images, whose own mixture of classes does not matter. It is assumed to be the same for the scored images (label shift).
 
 Estimate: maximum likelihood on the simplex by EM (Saerens, Latinne and Decaestecker 2002, Neural Computation 14(1),
-for hard outcomes). Interval: bootstrap over calibration images (within their class) and over faces, of the estimate
-without the simplex' border, share = outcomes M^+, then clipped to [0, 1]. Percentiles of the EM's own estimates cover
-too seldom at the border, where they pile up.
+with hard outcomes). Interval: bootstrap over calibration images (within their class) and over faces, of the estimate
+without the simplex constraint, share = outcomes M^+, clipped to [0, 1]. Percentiles of the EM estimates themselves
+cover too seldom at the simplex's border, where the estimates pile up.
 
-What the constants below were chosen by: 200 simulated mixtures (30 for the joint table) of 30 to 5,000 faces for each
-of gender, race, age group and all three, even and uneven, 2,800 calibration images. With percentiles 5 and 95 the
-true shares were covered in 79 to 92 % of the cases, in 65 % and more for the joint table; as built, in 88 to 95 %,
-and more for joint tables of few faces. Dirichlet instead of multinomial counts made no difference.
+The constants below were chosen on 200 simulated mixtures (30 for the joint table) for each of gender, race, age group
+and all three: 30 to 5,000 faces, even and uneven, 2,800 calibration images. With percentiles 5 and 95, the true shares
+were covered in 79 to 92 % of cases (joint table: at least 65 %); as built, in 88 to 95 %, and more for joint tables of
+few faces. Dirichlet instead of multinomial counts made no difference.
 """
 
 from __future__ import annotations
@@ -30,28 +29,35 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 INTERVAL: Final = 0.90
-"""Nominal coverage: of the shares in the mixture that the faces are a random sample of."""
+"""Nominal coverage. The interval is for the mixture from which the faces are a random sample."""
 
 PERCENTILES: Final = (4.0, 96.0)
-"""Of the bootstrap: wider than 5 and 95, which cover 87 to 90 %. That makes the intervals 6 % wider."""
+"""Of the bootstrap. 5 and 95 cover only 87 to 90 %; these make the intervals 6 % wider."""
 
 MIN_CALIBRATION_ROWS: Final = 20
-"""Calibration images below which a class' row of M is not trusted. At 20 a class, intervals cover 88 % (five races)."""
+"""Fewest calibration images of a class for its row of M to be used. With 20 each, intervals cover 88 % (five races)."""
 
 MAX_CONDITION: Final = 30.0
-"""Largest condition number of M with correction; noise is amplified by up to this factor. The condition number of
-several factors together is the product of theirs. Mean errors of corrected and
-raw shares of nine simulated age groups, 2,800 calibration images: at 6 to 10, 0.027 and 0.038 (1,000 faces), 0.036 and
-0.040 (300), intervals 0.14 and 0.20 wide; at 20 to 30, 0.039 and 0.046, 0.048 and 0.048, intervals 0.57 and 0.65 wide;
-beyond, 0.041 and 0.048, 0.051 and 0.047. Intervals cover the truth in 90 % of cases, and more often at higher numbers.
-With nine age groups jointly with ten other classes (5,000 faces), the error of corrected shares relative to raw ones
-is 0.4 to 0.9 up to a product of 30, about 1 at 70, and 1.3 at 400 (20 times 20)."""
+"""Largest condition number of M with which shares are corrected; it amplifies noise by up to this factor. The condition
+number of several matrices together is the product of theirs.
+
+Simulation with nine age groups and 2,800 calibration images, for 1,000 and for 300 faces:
+
+| condition number | mean error, corrected / raw (1,000) | (300) | width of intervals (1,000; 300) |
+| --- | --- | --- | --- |
+| 6 to 10 | 0.027 / 0.038 | 0.036 / 0.040 | 0.14; 0.20 |
+| 20 to 30 | 0.039 / 0.046 | 0.048 / 0.048 | 0.57; 0.65 |
+| over 30 | 0.041 / 0.048 | 0.051 / 0.047 | - |
+
+Intervals cover the truth in 90 % of cases, and more often at higher numbers. With nine age groups jointly with ten
+other classes (5,000 faces), the error of corrected shares relative to raw ones is 0.4 to 0.9 up to a product of 30,
+about 1 at 70, and 1.3 at 400 (20 times 20)."""
 
 NUM_RESAMPLES: Final = 300
 """Of the bootstrap."""
 
 SMOOTHING: Final = 0.5
-"""Images added to each class' row of M, spread evenly: no outcome is impossible, and 20 images still outweigh it."""
+"""Images added to each class's row of M, spread evenly, so that no outcome is impossible; 20 images outweigh it."""
 
 _MAX_STEPS = 2000
 _TOLERANCE = 1e-6
@@ -62,24 +68,24 @@ class Shares(NamedTuple):
     """Estimates for g groups and c classes."""
 
     share: FloatArray
-    """(g, c), rows add up to 1; NaN where the group has no faces, as the next two."""
+    """(g, c); rows add up to 1. All three are NaN for a group without faces."""
     low: FloatArray
-    """(g, c) lower end of the interval; it holds the share."""
+    """(g, c): lower end of the interval, which contains the share."""
     high: FloatArray
-    """(g, c) upper end."""
+    """(g, c): upper end."""
 
 
 def confusion_counts(truth: Sequence[IntArray], outcome: Sequence[IntArray], sizes: Sequence[int]) -> IntArray:
-    """Count calibration images by class and outcome, in one attribute or in several together.
+    """Count calibration images by class and outcome, of one attribute or of several together.
 
     Args:
-        truth: (n,) classes in each attribute; -1, missing: the image is left out.
-        outcome: (n,) classes in each attribute; -1: abstained.
-        sizes: numbers of classes.
+        truth: (n,) true classes of each attribute; an image with a missing one (-1) is left out.
+        outcome: (n,) predicted classes of each attribute; -1: abstained.
+        sizes: number of classes of each attribute.
 
     Returns:
-        (c, o): the combinations of classes, and those of classes and, last, "abstained"; the first attribute varies
-        slowest.
+        (c, o) counts. c runs over the combinations of classes, o over those of classes and, last, "abstained"; the
+        first attribute varies slowest.
     """
     known = np.all(np.stack(truth) >= 0, axis=0)
     outcome_sizes = [size + 1 for size in sizes]
@@ -93,7 +99,7 @@ def confusion_counts(truth: Sequence[IntArray], outcome: Sequence[IntArray], siz
 
 
 def why_not(confusion: IntArray, names: Sequence[str]) -> str | None:
-    """Say in a few words why shares can't be corrected with a confusion matrix; None: they can.
+    """Return the reason why shares can't be corrected with a confusion matrix; None if they can.
 
     Args:
         confusion: (c, o) counts.
@@ -110,7 +116,7 @@ def why_not(confusion: IntArray, names: Sequence[str]) -> str | None:
 
 
 def why_not_together(confusions: Sequence[IntArray]) -> str | None:
-    """Return why shares can't be corrected with several matrices, each good enough alone; None if they can."""
+    """Return why shares can't be corrected with several matrices that are good enough alone; None if they can."""
     conditions = [_condition(confusion) for confusion in confusions]
     condition = math.prod(conditions)
     if condition <= MAX_CONDITION:
@@ -125,13 +131,14 @@ def why_not_together(confusions: Sequence[IntArray]) -> str | None:
 def true_shares(counts: IntArray, confusions: Sequence[IntArray], seed: int = 0) -> Shares:
     """Estimate the true shares of classes in each group.
 
-    A group's shares do not depend on other groups' counts, not even in the last bit: suppression may hide those.
+    A group's shares do not depend on other groups' counts, not even in the last bit, because suppression may hide
+    those counts.
 
     Args:
-        counts: (g, product of the outcomes) faces by outcome.
-        confusions: (c, o) counts for each part of the class; errors in one part are taken to be independent of the
-            other parts, given the class, and the first part varies slowest.
-        seed: of the bootstrap. Groups share its confusion matrices, and so are not independent of each other.
+        counts: (g, product of the matrices' outcomes) faces by outcome; the first matrix varies slowest.
+        confusions: (c, o) counts, one matrix for each set of attributes. Errors in one set are taken to be independent
+            of errors in the others, given the true classes.
+        seed: of the bootstrap. All groups use the same resampled matrices, so their intervals are not independent.
     """
     rng = np.random.default_rng(seed)
     num_faces = counts.sum(axis=1)
@@ -158,7 +165,7 @@ def true_shares(counts: IntArray, confusions: Sequence[IntArray], seed: int = 0)
         )
         estimates = (drawn / num_faces[groups, None]) @ inverses
         low, high = np.clip(np.percentile(estimates, PERCENTILES, axis=0), 0.0, 1.0)
-        # A class of which none was seen has no spread to resample: the exact binomial bound for 0 of n.
+        # Resampling gives a class without faces no spread, so use the exact binomial bound for 0 of n.
         unseen = 1.0 - ((1.0 - INTERVAL) / 2.0) ** (1.0 / num_faces[groups, None])
         shares.low[groups] = np.minimum(low, shares.share[groups])
         shares.high[groups] = np.maximum.reduce([high, shares.share[groups], np.broadcast_to(unseen, high.shape)])
@@ -166,7 +173,7 @@ def true_shares(counts: IntArray, confusions: Sequence[IntArray], seed: int = 0)
 
 
 def _maximise(outcomes: FloatArray, rates: FloatArray) -> FloatArray:
-    """Find the most likely shares by EM, from equal ones: (g, o) shares of outcomes, (c, o) rates to (g, c)."""
+    """Return the maximum-likelihood shares (g, c) by EM, from outcomes (g, o) and rates (c, o)."""
     shares = np.full((len(outcomes), len(rates)), 1.0 / len(rates))
     moves = np.ones(len(outcomes), bool)
     for _ in range(_MAX_STEPS):
@@ -191,14 +198,14 @@ def _inverses(rates: FloatArray) -> FloatArray:
 
 
 def _rates(confusion: IntArray) -> FloatArray:
-    """Turn counts (..., c, o) into shares of each class."""
+    """Return smoothed counts (..., c, o), divided by the sum of each class: M."""
     smoothed = confusion + SMOOTHING / confusion.shape[-1]
     rates: FloatArray = smoothed / smoothed.sum(axis=-1, keepdims=True)
     return rates
 
 
 def _resample(confusion: IntArray, rng: np.random.Generator) -> IntArray:
-    """Draw (NUM_RESAMPLES, c, o) counts, each class' images with replacement."""
+    """Resample each class's images with replacement: (NUM_RESAMPLES, c, o) counts."""
     num_rows = confusion.sum(axis=1)
     return rng.multinomial(num_rows, confusion / num_rows[:, None], size=(NUM_RESAMPLES, len(confusion)))
 

@@ -1,26 +1,27 @@
-"""Suppression of small cells, and of as many others as keep them from being computed.
+"""Suppress small cells, and enough other counts that the small ones cannot be computed.
 
-Every count that is published, or follows from what is, is a variable; every sum that holds between them is a line
-of one total and its parts:
+Every count that is published, or follows from published ones, is a variable. Every sum that holds between variables is
+a line: one total and its parts.
 
 - the faces with a class in a breakdown = its cells (this total follows from any published share);
 - faces found = flagged + abstained + faces with a class, for each breakdown;
 - images = without a face + rejected + with a face; faces found = images with a face + further faces;
-- a cell of one attribute = the cells of the joint breakdown that lie in it + its faces without a joint class;
-- abstentions, those on each attribute added up = faces abstained on in the joint breakdown + further abstentions;
-- a count of the total over all groups = that count of all groups.
+- a cell of one attribute = the joint breakdown's cells within it + its faces without a joint class;
+- the abstentions on each attribute, added up = the joint breakdown's abstentions + further abstentions;
+- a count of the total over all groups = the sum of that count over the groups.
 
-Further faces and abstentions, and faces without a joint class, are never shown, nor protected; where there are none,
-that is taken to be known.
+Further faces, further abstentions and faces without a joint class are never published, and need no protection. Where
+they are 0, an attacker is assumed to know it.
 
-Cells, images, images with a face, faces found and faces with a class are hidden from 1 to k - 1. Images without a face,
-rejected ones, flagged and abstained faces are harmless: they tell nobody's attributes. Then others are hidden, until in
-no line (1) a hidden count stands alone and (2) the parts hidden below a published total add up to less than k, unless
-all are harmless. Last, (3) what all lines together still determine is found by linear programming and algebra.
+First, cells, images, images with a face, faces found and faces with a class are hidden if they are 1 to k - 1. Images
+without a face, rejected images, flagged faces and abstentions are harmless: they reveal nobody's attributes. Then more
+counts are hidden until, in every line, (1) no hidden count stands alone and (2) the hidden parts of a published total
+add up to k or more, unless all of them are harmless. Last, (3) linear programming and algebra find the hidden counts
+that all lines together still determine, and more counts are hidden for them.
 
-Wherever a cell of a breakdown is hidden, those of 0 are, too. Otherwise hidden cells would be known to be 1 or
-more, and of five faces in five cells, each would be known from their sum. A zero may be found out, as nobody
-is counted there. Hidden counts other than cells are known to be 1 or more.
+If a cell of a breakdown is hidden, its cells of 0 are hidden, too. Otherwise hidden cells would be known to be at least
+1, and five faces in five hidden cells would each be known from their sum. A hidden 0 may be found out, because nobody
+is counted there. Hidden counts other than cells are known to be at least 1.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 SUPPRESSED: Final = "suppressed"
-"""The `correction` of breakdowns whose corrected shares would give hidden counts away."""
+"""The `correction` of breakdowns whose corrected shares would reveal hidden counts."""
 
 _GROUP_COUNTS = tuple(name for name in DEMOGRAPHIC_COUNTS if name != "num_abstained")
 _HARMLESS = ("num_no_face", "num_rejected", "num_flagged")
@@ -51,53 +52,52 @@ _RIDGE = 1e-9
 
 
 class _Counts(NamedTuple):
-    """The variables of a table of r rows, their values, and where each stands."""
+    """The variables of a table of r rows: the value of each, and the indices of the variables of each kind."""
 
     values: IntArray
-    """Rows' n first, then the groups' and the breakdowns' counts, and then those that are never shown."""
-    num_shown: int
-    """Of the variables before those."""
+    """The n of each row, then the counts of groups and of breakdowns, then the counts that are never published."""
+    num_published: int
+    """Number of variables that are published or follow from published ones; they come first."""
     of_group: dict[str, IntArray]
-    """(groups,) variable of each group: `_GROUP_COUNTS`, with_face, further_faces, abstentions (the sum) and
-    further_abstentions; the last two without use where there is no joint breakdown."""
+    """(groups,) index of each group's `_GROUP_COUNTS`, with_face, further_faces, abstentions (the sum) and
+    further_abstentions; the last two are unused without a joint breakdown."""
     of_row: IntArray
-    """(r,) variable of each row's faces without a joint class; of rows of the joint breakdown without use."""
+    """(r,) index of each row's faces without a joint class; unused for rows of the joint breakdown."""
     of_breakdown: dict[str, IntArray]
-    """(breakdowns,) variable of each breakdown of each group: num_abstained and with_class."""
+    """(breakdowns,) index of the num_abstained and with_class of each breakdown of each group."""
     group: IntArray
     """(r,) number of each row's group."""
     breakdown: IntArray
-    """(r,) number of each row's breakdown of its group."""
+    """(r,) number of each row's breakdown, which is of one group."""
 
 
 class _Lines(NamedTuple):
-    """Sums: in each line, the parts less the total are 0. One entry a member, the cheapest to hide first."""
+    """Sums: in each line, the parts minus the total are 0. In a line, the cheapest member to hide comes first."""
 
     line: IntArray
     """(members,) number of the line."""
     member: IntArray
-    """(members,) variable."""
+    """(members,) index of the variable."""
     sign: IntArray
     """(members,) 1: part; -1: total."""
     num: int
-    """Of lines."""
+    """Number of lines."""
 
 
 def suppress(table: pa.Table, min_cell: int) -> pa.Table:
-    """Hide cells and totals from 1 to min_cell - 1, and what they could be computed from.
+    """Hide cells and totals from 1 to min_cell - 1, and further counts from which these could be computed.
 
-    Hidden counts are null, and so is the share of a hidden n, with `suppressed` true. Corrected shares follow from all
-    counts of their breakdown of a group: where one of these is hidden, all corrected shares are, and `correction` says
-    "suppressed". All shares are, too, where the number of faces with a class must be hidden.
+    Hidden counts are null. Where n is hidden, its share is null and `suppressed` is true. Corrected shares depend on
+    all counts of their breakdown of a group: if one of them is hidden, all its corrected shares are null, and
+    `correction` is "suppressed". If the number of faces with a class is hidden, all its shares are null.
 
     Args:
-        table: of `schema.DEMOGRAPHICS` after grouping columns, with every cell of every group, as `demographics` makes
-            it.
+        table: grouping columns, then `schema.DEMOGRAPHICS`, with every cell of every group, as from `demographics`.
         min_cell: smallest count, other than 0, to publish; 0 or 1: nothing is hidden.
     """
     if min_cell <= 1 or table.num_rows == 0:
         return table
-    # A group may have nulls in all grouping columns, like the total.
+    # Only is_total tells the total from a group whose grouping columns are all null.
     keys = [*(name for name in table.column_names if name not in DEMOGRAPHICS.names), "is_total"]
     counts = _counts(table, keys)
     hidden = _hide(counts, _lines(table, keys, counts), min_cell)
@@ -105,7 +105,7 @@ def suppress(table: pa.Table, min_cell: int) -> pa.Table:
 
 
 def _counts(table: pa.Table, keys: list[str]) -> _Counts:
-    """Number everything that is counted."""
+    """Number the variables, and collect their values."""
     group, first_of_group = _numbered(table, keys)
     breakdown, first_of_breakdown = _numbered(table, [*keys, "breakdown"])
     n, abstained = (table.column(name).to_numpy() for name in ("n", "num_abstained"))
@@ -122,21 +122,21 @@ def _counts(table: pa.Table, keys: list[str]) -> _Counts:
         np.bincount(group[first_of_breakdown], np.where(chosen, by_breakdown["num_abstained"], 0), len(first_of_group))
         for chosen in (~is_joint, is_joint)
     )
-    unshown = {
+    unpublished = {
         "further_faces": by_group["num_faces"] - by_group["with_face"],
         "abstentions": abstentions.astype(np.int64),
         "further_abstentions": (abstentions - joint_abstained).astype(np.int64),
     }
-    shown = [n, *by_group.values(), *by_breakdown.values()]
-    parts = [*shown, *unshown.values(), without_joint_class]
+    published = [n, *by_group.values(), *by_breakdown.values()]
+    parts = [*published, *unpublished.values(), without_joint_class]
     starts = np.cumsum([len(part) for part in parts])
     variables = [start + np.arange(len(part)) for start, part in zip(starts[:-1], parts[1:], strict=True)]
-    names = [*by_group, *by_breakdown, *unshown, "of_row"]
+    names = [*by_group, *by_breakdown, *unpublished, "of_row"]
     variable = dict(zip(names, variables, strict=True))
     return _Counts(
         values=np.concatenate(parts),
-        num_shown=sum(len(part) for part in shown),
-        of_group={name: variable[name] for name in (*by_group, *unshown)},
+        num_published=sum(len(part) for part in published),
+        of_group={name: variable[name] for name in (*by_group, *unpublished)},
         of_breakdown={name: variable[name] for name in by_breakdown},
         of_row=variable["of_row"],
         group=group,
@@ -179,8 +179,8 @@ def _lines(table: pa.Table, keys: list[str], counts: _Counts) -> _Lines:
     line = np.repeat(np.arange(len(listed)), [1 + len(parts) for _, parts in listed])
     member = np.concatenate([[total, *parts] for total, parts in listed]).astype(np.int64)
     sign = np.concatenate([[-1, *[1] * len(parts)] for _, parts in listed])
-    # The smaller the count, the less is lost. Hiding the faces with a class costs a whole breakdown's shares; and a 1
-    # that is known to be 1 or more makes room on one side only.
+    # Hiding a small count loses least. Hiding the faces with a class loses all shares of a breakdown. A 1 helps little,
+    # because it is often known to be at least 1: it could only be larger.
     cost = counts.values.copy()
     cost[of_breakdown["with_class"]] += 2 * cost.max()
     cost[counts.values == 1] += cost.max()
@@ -189,14 +189,14 @@ def _lines(table: pa.Table, keys: list[str], counts: _Counts) -> _Lines:
 
 
 def _is_joint(table: pa.Table) -> BoolArray:
-    """Return, for each row, whether it is of the joint breakdown."""
+    """Return a boolean for each row: whether it belongs to the joint breakdown."""
     return np.array(
         [breakdown not in DEMOGRAPHIC_ATTRIBUTES for breakdown in table.column("breakdown").to_pylist()], bool
     )
 
 
 def _joint_sums(table: pa.Table, groups: IntArray) -> list[tuple[int, list[int]]]:
-    """Return each cell of one attribute, and the joint cells that lie in it."""
+    """Return each cell of a single attribute and the joint cells within it, as numbers of rows."""
     cells: dict[tuple[int, str, str], list[int]] = defaultdict(list)
     single = []
     labels = {name: table.column(name).to_pylist() for name in DEMOGRAPHIC_ATTRIBUTES}
@@ -210,7 +210,7 @@ def _joint_sums(table: pa.Table, groups: IntArray) -> list[tuple[int, list[int]]
 
 
 def _group_sums(table: pa.Table, keys: list[str], counts: _Counts) -> list[tuple[int, list[int]]]:
-    """Return each count of the total over all groups, with the same count of each group.
+    """Return each count of the total over all groups and that count of each group, as indices of variables.
 
     `keys` are the grouping columns and, last, is_total.
     """
@@ -237,9 +237,9 @@ def _group_sums(table: pa.Table, keys: list[str], counts: _Counts) -> list[tuple
 
 
 def _hide(counts: _Counts, lines: _Lines, min_cell: int) -> BoolArray:
-    """Say which counts are hidden: those that are never shown only where they are not 0."""
+    """Return a boolean for each variable: whether it is hidden. Those never published are, unless they are 0."""
     values = counts.values
-    protected = np.arange(len(values)) < counts.num_shown
+    protected = np.arange(len(values)) < counts.num_published
     sensitive = protected.copy()
     for variables in (*(counts.of_group[name] for name in _HARMLESS), counts.of_breakdown["num_abstained"]):
         sensitive[variables] = False
@@ -266,7 +266,7 @@ def _hide_zeros(counts: _Counts, hidden: BoolArray) -> None:
 def _exposed_in_a_line(
     values: IntArray, lines: _Lines, hidden: BoolArray, protected: BoolArray, sensitive: BoolArray, min_cell: int
 ) -> BoolArray:
-    """Return, for each line, whether rule (1) or (2) requires more hidden counts in it."""
+    """Return a boolean for each line: whether it breaks rule (1) or (2), so that more of it must be hidden."""
     member_hidden = hidden[lines.member]
     part_hidden = member_hidden & (lines.sign > 0)
     num_hidden = np.bincount(lines.line, member_hidden, lines.num)
@@ -280,11 +280,12 @@ def _exposed_in_a_line(
 
 
 def _exposed_by_all_lines(counts: _Counts, lines: _Lines, hidden: BoolArray) -> BoolArray:
-    """Say which counts rule (3) finds.
+    """Return a boolean for each variable: whether rule (3) finds it, because all solutions have the same value there.
 
-    Other solutions differ from the true one by what adds up to zero in every line and is not negative where the true
-    count is the least that it can be. Such counts that no difference raises are found first. A random vector, projected
-    onto what adds up to zero without them, is zero just where all differences are.
+    Another solution differs from the true one by a vector that adds up to zero in every line, and that is not negative
+    where the true count is at its minimum. First, the counts at their minimum that no such vector raises are found by
+    linear programming, and fixed. Then a random vector is projected onto the vectors that add up to zero and leave
+    those fixed: it is zero only where all of them are.
     """
     values = counts.values
     variables = np.flatnonzero(hidden)
@@ -293,28 +294,28 @@ def _exposed_by_all_lines(counts: _Counts, lines: _Lines, hidden: BoolArray) -> 
     entries = (lines.sign[member_hidden].astype(np.float64), (lines.line[member_hidden], column))
     sums = csc_array(entries, shape=(lines.num, len(variables)))
     moves = np.ones(len(variables), bool)
-    is_cell, is_shown = variables < len(counts.breakdown), variables < counts.num_shown
-    least = np.flatnonzero(is_shown & (values[variables] == np.where(is_cell, 0, 1)))
+    is_cell, is_published = variables < len(counts.breakdown), variables < counts.num_published
+    least = np.flatnonzero(is_published & (values[variables] == np.where(is_cell, 0, 1)))
     moves[least] = _can_rise(sums, least)
     vector = np.random.default_rng(0).normal(size=len(variables)) * moves
     moving = sums[:, np.flatnonzero(moves)]
     normal = splu((moving @ moving.T + _RIDGE * eye_array(lines.num)).tocsc(), permc_spec="MMD_AT_PLUS_A")
     projected = vector[moves]
-    for _ in range(3):  # the ridge, for lines that depend on each other, leaves a remainder
+    for _ in range(3):  # the ridge, which lines that depend on each other need, leaves a residual
         projected = projected - moving.T @ normal.solve(moving @ projected)
     vector[moves] = projected
     exposed = np.zeros(len(values), bool)
-    exposed[variables[(np.abs(vector) < _DETERMINED) & is_shown]] = True
+    exposed[variables[(np.abs(vector) < _DETERMINED) & is_published]] = True
     return exposed & (values > 0)
 
 
 def _can_rise(sums: csc_array, least: IntArray) -> BoolArray:
-    """Return, for each variable in `least`, whether it is over 0 in a solution of sums @ x = 0 with all x >= 0."""
+    """Return for each of `least` whether some solution of sums @ x = 0 with no negative x[least] has it above 0."""
     rise, rest = sums[:, least], sums[:, np.setdiff1d(np.arange(sums.shape[1]), least)]
     num = len(least)
     if not num:
         return np.zeros(0, bool)
-    # As solutions can be multiplied, those that can rise at all can rise by 1, and all of them together.
+    # Solutions can be scaled and added, so all variables that can rise at all can rise by 1 together.
     found = linprog(
         np.repeat([-1.0, 0.0], [num, num + rest.shape[1]]),
         A_eq=hstack([rise, rise, rest], format="csc"),
@@ -327,7 +328,7 @@ def _can_rise(sums: csc_array, least: IntArray) -> BoolArray:
 
 
 def _next_to_hide(values: IntArray, lines: _Lines, hidden: BoolArray, chosen: BoolArray) -> IntArray:
-    """Return the cheapest member that is published and not 0 of each chosen line that has one."""
+    """Return the cheapest member of each chosen line that is published and not 0; none if a line has no such member."""
     usable = ~hidden & (values > 0)
     candidates = np.flatnonzero(usable[lines.member] & chosen[lines.line])
     first = np.unique(lines.line[candidates], return_index=True)[1]
@@ -335,13 +336,14 @@ def _next_to_hide(values: IntArray, lines: _Lines, hidden: BoolArray, chosen: Bo
 
 
 def _nearest_to_hide(values: IntArray, lines: _Lines, hidden: BoolArray, exposed: BoolArray) -> IntArray:
-    """Return what else to hide in the lines of exposed counts, or else in the next lines over hidden ones."""
+    """Return counts to hide in the lines of exposed counts, or else in the nearest lines that share a hidden count."""
     while True:
         chosen = np.bincount(lines.line, exposed[lines.member], lines.num) > 0
         more = _next_to_hide(values, lines, hidden, chosen)
         if more.size:
             return more
-        # All solutions of lines that are hidden as a whole can be multiplied: there is more to reach.
+        # If all connected lines were hidden as a whole, their solution could be scaled, and nothing would be exposed.
+        # So there are more lines to reach.
         reached = exposed.copy()
         reached[lines.member[chosen[lines.line] & hidden[lines.member]]] = True
         assert (reached != exposed).any()
@@ -349,7 +351,7 @@ def _nearest_to_hide(values: IntArray, lines: _Lines, hidden: BoolArray, exposed
 
 
 def _publish(table: pa.Table, counts: _Counts, hidden: BoolArray) -> pa.Table:
-    """Return the table without what is hidden."""
+    """Return the table with nulls for what is hidden."""
     n_hidden = hidden[: table.num_rows]
     by_breakdown = {name: hidden[variables][counts.breakdown] for name, variables in counts.of_breakdown.items()}
     any_cell = np.bincount(counts.breakdown, n_hidden)[counts.breakdown] > 0
@@ -370,7 +372,7 @@ def _publish(table: pa.Table, counts: _Counts, hidden: BoolArray) -> pa.Table:
 
 
 def _numbered(table: pa.Table, names: list[str]) -> tuple[IntArray, IntArray]:
-    """Number the distinct values of some columns in order of appearance: (rows,) numbers, and each one's first row."""
+    """Number the distinct values of some columns in order of appearance; return (rows,) numbers and each first row."""
     number_of: dict[tuple[str | bool | None, ...], int] = {}
     columns = [table.column(name).to_pylist() for name in names]
     values = zip(*columns, strict=True) if columns else [()] * table.num_rows

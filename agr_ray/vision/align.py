@@ -1,4 +1,4 @@
-"""Aligned square crops: five landmarks onto one template, by a least-squares similarity."""
+"""Aligned square crops: a least-squares similarity transform maps five landmarks onto one template."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ TEMPLATE_POINTS: Final = ((0.30, 0.29), (0.70, 0.29), (0.49, 0.53), (0.32, 0.69)
 """x, y of each of `schema.LANDMARK_NAMES` as fractions of the crop's side, without margin: UTKFace's own geometry."""
 
 HAAR_SQUARE: Final = (0.50, 0.587, 0.99)
-"""Where the template's square lies about a box of OpenCV's frontal cascade: x and y of its centre and its side."""
+"""The template's square relative to a box of OpenCV's frontal cascade: x and y of its centre, and its side."""
 
 DEFAULT_MARGIN: Final = 0.10
 
 _MAX_WARP_PX: Final = 16_384
-"""Largest side that is warped, into or from: OpenCV refuses 32,767 pixels and more."""
+"""Longest side of an image before and after warping: OpenCV refuses 32,767 pixels and more."""
 
 
 def stored_side_px(side_px: int, margin: float = DEFAULT_MARGIN) -> int:
-    """Return the side of a crop whose template square has `side_px` and a margin of that fraction on each side."""
+    """Return the side of a stored crop: the template's square of `side_px`, and `margin * side_px` on each side."""
     return round(side_px * (1 + 2 * margin))
 
 
@@ -37,7 +37,7 @@ def align(
     side_px: int,
     margin: float = DEFAULT_MARGIN,
 ) -> NDArray[np.uint8]:
-    """Cut one detected face: by its landmarks, or by its box where the detector gave none (NaN)."""
+    """Crop one detected face by its landmarks, or by its box if the landmarks are NaN."""
     if np.isfinite(landmarks).all():
         return align_face(rgb, landmarks, side_px, margin)
     return align_box(rgb, box_xyxy, side_px, margin)
@@ -46,11 +46,11 @@ def align(
 def align_face(
     rgb: NDArray[np.uint8], landmarks: NDArray[np.floating], side_px: int, margin: float = DEFAULT_MARGIN
 ) -> NDArray[np.uint8]:
-    """Turn, scale and shift a face so that its landmarks lie on the template.
+    """Crop a face, rotated, scaled and shifted so that its landmarks lie on the template.
 
     `rgb` is uint8, height x width x 3; `landmarks` is (5, 2) in its pixels, in the order of
-    `schema.LANDMARK_NAMES`. The result is uint8, S x S x 3 with S = `stored_side_px(side_px, margin)`. Beyond the
-    image its border is reflected; a face that shrinks is averaged, not sampled.
+    `schema.LANDMARK_NAMES`. The result is uint8, S x S x 3 with S = `stored_side_px(side_px, margin)`. Outside the
+    image its border is reflected. A face that is shrunk is averaged, not sampled.
 
     Raises:
         ValueError: if the landmarks are not finite, or all in one place.
@@ -63,9 +63,9 @@ def align_face(
 def align_box(
     rgb: NDArray[np.uint8], box_xyxy: NDArray[np.floating], side_px: int, margin: float = DEFAULT_MARGIN
 ) -> NDArray[np.uint8]:
-    """Cut a face that has a box of OpenCV's frontal cascade and no landmarks; see `HAAR_SQUARE`.
+    """Crop a face without landmarks by its box, which is of OpenCV's frontal cascade; see `HAAR_SQUARE`.
 
-    `box_xyxy` is (4,) in pixels of `rgb`; the result is as that of `align_face`.
+    `box_xyxy` is (4,) in pixels of `rgb`. The result has the size of `align_face`'s.
     """
     x0, y0, x1, y1 = (float(value) for value in box_xyxy)
     centre_x, centre_y, ratio = HAAR_SQUARE
@@ -74,19 +74,19 @@ def align_box(
 
 
 def align_chip(rgb: NDArray[np.uint8], side_px: int, margin: float = DEFAULT_MARGIN) -> NDArray[np.uint8]:
-    """Take a whole chip, in which no face was found, as the template's square; its border is reflected for the margin.
+    """Use a whole chip, in which no face was found, as the template's square; the margin reflects its border.
 
-    Of a chip that is not square, the square of its shorter side about its centre is taken.
+    If the chip is not square, its central square is used.
     """
     height, width = rgb.shape[:2]
     return _cut_square(rgb, width / 2, height / 2, min(width, height), side_px, margin)
 
 
 def similarity(points: NDArray[np.floating], target: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the 2 x 3 similarity (no mirroring) that maps `points` onto `target`, both (n, 2), with least squares.
+    """Return the least-squares similarity transform, 2 x 3 without reflection, from `points` to `target`, both (n, 2).
 
     Source: Umeyama, "Least-squares estimation of transformation parameters between two point patterns", 1991.
-    In two dimensions the rotation and scale are one complex number, and the singular values need not be found.
+    In two dimensions, rotation and scale are one complex number, so no singular value decomposition is needed.
 
     Raises:
         ValueError: if the points are not finite, or all in one place.
@@ -114,14 +114,14 @@ def _cut_square(
 def _warp(rgb: NDArray[np.uint8], affine: NDArray[np.float64], side: int) -> NDArray[np.uint8]:
     """Warp `rgb` by `affine` (image to crop) into a square of `side` pixels.
 
-    A face that shrinks is warped at its own scale, to a whole multiple of `side`, and then averaged down: bilinear
-    sampling alone skips pixels below half the scale, and aliases.
+    A face that shrinks is first warped at about its own scale, to a whole multiple of `side`, and then averaged down:
+    below half the scale, bilinear sampling alone would skip pixels and alias.
     """
     rgb, affine = _near_crop(rgb, affine, side)
     scale = math.hypot(affine[0, 0], affine[1, 0])
     multiple = max(1, min(math.ceil(1 / scale - 1e-6), _MAX_WARP_PX // side))
     matrix = affine * multiple
-    matrix[:, 2] += 0.5 * matrix[:, :2].sum(axis=1) - 0.5  # OpenCV counts from the centre of the first pixel
+    matrix[:, 2] += 0.5 * matrix[:, :2].sum(axis=1) - 0.5  # OpenCV's origin is the centre of the first pixel
     big_side = side * multiple
     warped = cv2.warpAffine(rgb, matrix, (big_side, big_side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     if multiple > 1:
@@ -132,7 +132,7 @@ def _warp(rgb: NDArray[np.uint8], affine: NDArray[np.float64], side: int) -> NDA
 def _near_crop(
     rgb: NDArray[np.uint8], affine: NDArray[np.float64], side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Return the part of a very long image about the centre of the crop, and the affine from that part to the crop."""
+    """Return the part of a very large image around the crop's centre, and the affine from that part to the crop."""
     centre_xy = np.linalg.solve(affine[:, :2], side / 2 - affine[:, 2])
     excess_xy = np.array([max(0, length - _MAX_WARP_PX) for length in rgb.shape[1::-1]])
     corner = np.clip(np.round(centre_xy) - _MAX_WARP_PX // 2, 0, excess_xy).astype(int)

@@ -1,4 +1,4 @@
-"""Bytes of a photograph to upright 8-bit RGB, with limits that hold before anything is decoded."""
+"""Decode photographs to upright 8-bit RGB, within limits that are checked before decoding."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from agr_ray.vision.containers import ORIENTATION_TAG, BrokenFileError, format_o
 from agr_ray.vision.pixels import brighten_dim_16_bit, is_16_bit_colour, rgb_of
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
-"""What a store of photographs holds. Pillow reads dozens more, each one more parser for hostile bytes.
-JPEG includes MPO; HEIF is what iPhones call HEIC."""
+"""The formats of photographs. Pillow reads dozens more, but each would be one more parser exposed to hostile bytes.
+JPEG includes MPO; HEIF includes HEIC, which iPhones write."""
 
 MAX_BYTES: Final = 64 * 2**20
 MAX_PIXELS: Final = 180_000_000
 
-# The bytes behind EXIF orientations 2 to 8: how many quarter turns (counter-clockwise, as np.rot90) after an
-# optional left-right flip.
+# How pixels of EXIF orientations 2 to 8 become upright: whether they are flipped left to right, and the number of
+# quarter turns (counter-clockwise, as np.rot90) after that.
 _FLIP_AND_TURNS: Final = {
     2: (True, 0),
     3: (False, 2),
@@ -43,7 +43,7 @@ _FLIP_AND_TURNS: Final = {
     8: (False, 1),
 }
 
-# What Pillow's parsers raise on broken files; each was met while its formats were fuzzed, or is raised in their source.
+# Errors that Pillow's parsers raise on broken files, found by fuzzing its formats or in its source.
 DECODING_ERRORS: Final = (
     OSError,
     SyntaxError,
@@ -75,7 +75,7 @@ class ImageError(Exception):
     """
 
     def __init__(self, status: Status, message: str) -> None:
-        """Keep `status`, and `message` as one line."""
+        """Store `status`, and `message` as one line."""
         self.status = status
         super().__init__(" ".join(message.split()))
 
@@ -89,7 +89,7 @@ class DecodedImage:
     """An upright photograph.
 
     `rgb` is uint8, height x width x 3, contiguous, and may be smaller than the original;
-    `width_px` and `height_px` are those of the original, upright.
+    `width_px` and `height_px` are the size of the original, upright.
     """
 
     rgb: NDArray[np.uint8]
@@ -98,7 +98,7 @@ class DecodedImage:
 
     @property
     def scale(self) -> float:
-        """Return original pixels per pixel of `rgb`, at least 1: multiply detected boxes by it."""
+        """Return original pixels per pixel of `rgb`, at least 1: boxes in `rgb` times this are in original pixels."""
         return max(self.width_px, self.height_px) / int(max(self.rgb.shape[:2]))
 
 
@@ -107,13 +107,13 @@ def decode_image(
 ) -> DecodedImage:
     """Decode one photograph to upright 8-bit RGB.
 
-    The longer side of the result is at most `max_side_px` (None: as it is); nothing is enlarged. Large JPEGs
+    The longer side of the result is at most `max_side_px` (None: no limit); nothing is enlarged. Large JPEGs
     are shrunk while they are decoded. Transparent pixels are composited on white. Samples of more than 8 bits are
     scaled to 8. Only the first frame of an animation or a multi-page file is decoded. Embedded ICC profiles are
     ignored, and so is broken or overlong metadata.
 
-    `max_pixels` limits the number of pixels that decoding holds in memory. A baseline JPEG counts with its size after
-    shrinking, a progressive one with its full size.
+    `max_pixels` limits the number of pixels that decoding holds in memory: of a baseline JPEG, its size after
+    shrinking; of a progressive one, its full size.
 
     Raises:
         ImageError: with the status NOT_AN_IMAGE, UNREADABLE (corrupt or truncated: never a half-grey image)
@@ -168,10 +168,10 @@ def _decode(data: bytes, format_name: str, max_pixels: int, max_side_px: int | N
 
 
 def _load_sequential_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Load a drafted JPEG; if only its end marker is missing, add it.
+    """Load a baseline JPEG that may have been shrunk by `draft`; if only its end marker is missing, add it.
 
-    libjpeg invents missing blocks, so they depend on the bytes after the data. If no block is missing, the image is the
-    same whatever bytes follow.
+    libjpeg makes up missing blocks from the bytes that follow the data. If no block is missing, the image is the same
+    whatever bytes follow.
 
     Raises:
         OSError: blocks are missing.
@@ -228,7 +228,7 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int = 95) -> bytes:
 
 
 def decode_crop(jpeg: bytes) -> NDArray[np.uint8]:
-    """Decode a crop that `encode_jpeg` wrote to uint8 RGB, faster than `decode_image` and with none of its checks.
+    """Decode a crop from `encode_jpeg` to uint8 RGB; faster than `decode_image`, but without its checks.
 
     Raises:
         ImageError: UNREADABLE, if the bytes are not a JPEG.
@@ -241,15 +241,15 @@ def decode_crop(jpeg: bytes) -> NDArray[np.uint8]:
 
 
 def _bounded(width: int, height: int, max_side_px: int) -> tuple[int, int]:
-    """Return the size that keeps the shape and whose longer side is at most `max_side_px`."""
+    """Return the size with the same aspect ratio whose longer side is at most `max_side_px`; never larger."""
     factor = min(1.0, max_side_px / max(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def _resized(rgb_image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return the pixels of an RGB image at `size`, which is no larger.
+    """Return the pixels of an RGB image, shrunk to `size`.
 
-    What Pillow's resize gives, but torch takes a quarter of its time.
+    This is Pillow's bilinear resize, but torch takes a quarter of its time.
     """
     if rgb_image.size == size:
         return np.array(rgb_image, dtype=np.uint8)
@@ -259,9 +259,9 @@ def _resized(rgb_image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, or 1 where the metadata is broken: the pixels can still be good."""
+    """Return the EXIF orientation; 1 if the metadata is broken, because that must not make a photograph unreadable."""
     try:
-        # pi-heif removes the orientation from EXIF.
+        # pi-heif moves the orientation from EXIF to `original_orientation`.
         return int(image.info.get("original_orientation") or image.getexif().get(ORIENTATION_TAG, 1))
     except DECODING_ERRORS:
         return 1

@@ -1,4 +1,4 @@
-"""What a face detector is and gives, and the detectors by name."""
+"""The interface of a face detector, and the detectors by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DETECTORS: Final = ("mtcnn", "haar", "none")
 
 
 class Detector(Protocol):
-    """Finds faces. `name` goes into every row that comes of it."""
+    """Finds faces. Its `name` is stored in each row."""
 
     @property
     def name(self) -> str:
@@ -22,12 +22,12 @@ class Detector(Protocol):
         ...
 
     def detect(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Faces]:
-        """Find the faces of each image (uint8, height x width x 3, of any sizes), in the pixels of that image."""
+        """Return the faces of each image (uint8, height x width x 3, sizes may differ), in pixels of that image."""
         ...
 
 
 class NoDetector:
-    """Finds no face, so that a labelled chip is used whole."""
+    """Finds no faces, so that labelled chips are used whole."""
 
     name: Final = "none"
 
@@ -46,14 +46,14 @@ def make_detector(
 ) -> Detector:
     """Build a detector by its name, one of `DETECTORS`.
 
-    `min_face_px` is the smallest face that is looked for, in pixels of the images given to `detect`. `thresholds` are
-    those of MTCNN's three nets. Faces of a score below `min_score`, on the detector's own scale (MTCNN: a probability;
-    Haar: the cascade's weight, mostly 3 to 12), are dropped. `device` is torch's, for MTCNN.
+    `min_face_px` is the size of the smallest face to find, in pixels of the images given to `detect`. `thresholds` are
+    those of MTCNN's three nets. Faces with a score below `min_score` are dropped; the scale is the detector's own
+    (MTCNN: a probability; Haar: the cascade's weight, mostly 3 to 12). `device` is MTCNN's torch device.
 
     Raises:
         ValueError: if no detector has that name.
     """
-    # Imported here, so that a job with Haar or with no detector does not load torch.
+    # Imported here, so that a job with Haar or without a detector does not load torch.
     if name == "mtcnn":
         from agr_ray.vision.detectors.mtcnn import Mtcnn
 

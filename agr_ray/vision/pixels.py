@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-_BAND_PIXELS: Final = (
-    4_000_000  # pixels converted at a time, because a second copy of a large image would double its memory
-)
+_BAND_PIXELS: Final = 4_000_000
+"""Pixels converted at a time, because a second copy of a large image would double its memory."""
 
 _FULL_SCALES: Final = (255, 1023, 4095, 65_535, 2**31 - 1, 2**32 - 1)
-"""Values of white in images of 8, 10, 12, 16, 31 and 32 bits."""
+"""The value of white in images of 8, 10, 12, 16, 31 and 32 bits."""
 
 _MAX_DIM: Final = 4095  # 12-bit samples stored unscaled in 16-bit files: nearly black if 65,535 is white
 _GREY_ALPHA: Final = "LA;16B"  # Pillow's name for 16-bit grey with alpha, as stored in PNG

@@ -7,9 +7,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-# A mean face in the unit of the crop's side: the alignment template made symmetrical, so that the mean face is the
-# one that looks straight ahead. x to the viewer's right, y down, z away from the viewer. With eyes 0.40 apart for
-# 62 mm, the tip of the nose stands 28 mm before the pupils, and the corners of the mouth 3 mm.
+# A mean face in units of the crop's side: the alignment template, made symmetrical so that it looks straight ahead.
+# x points to the viewer's right, y down, z away from the viewer. The eyes are 0.40 apart, 62 mm, so the tip of the nose
+# is 28 mm in front of the pupils, and the corners of the mouth 3 mm.
 _MEAN_FACE: Final = (
     (-0.200, 0.29, 0.0),
     (0.200, 0.29, 0.0),
@@ -22,10 +22,10 @@ _MEAN_FACE: Final = (
 def head_pose(landmarks: NDArray[np.floating]) -> tuple[float, float, float]:
     """Return yaw, pitch and roll in degrees, with the signs of `schema.QUALITY_FIELDS`; NaN for NaN landmarks.
 
-    `landmarks` is (5, 2), x before y, in the order of `schema.LANDMARK_NAMES`. The head is a rigid mean face under weak
-    perspective: its 2 x 3 projection is found with least squares, and the nearest one with orthogonal rows of equal
-    length gives the rotation. Roll is applied last, so that it is the tilt seen in the image. Noses differ, so pitch
-    and yaw are rough: good for telling frontal from turned, to some ten degrees.
+    `landmarks` is (5, 2), x before y, in the order of `schema.LANDMARK_NAMES`. The head is modelled as a rigid mean
+    face under weak perspective. Least squares gives its 2 x 3 projection; the nearest projection with orthogonal rows
+    of equal length gives the rotation. Roll is applied last, so it is the tilt seen in the image. Noses differ, so yaw
+    and pitch are only accurate to about ten degrees: enough to tell a frontal face from a turned one.
 
     Source: DeMenthon and Davis, "Model-based object pose in 25 lines of code", 1995 (the first step, POS).
     """

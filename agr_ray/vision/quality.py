@@ -1,4 +1,4 @@
-"""How sharp a face is."""
+"""The sharpness of a face."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SIDE_PX: Final = 112
 def sharpness(rgb: NDArray[np.uint8]) -> float:
     """Return the variance of the Laplacian of the luminance (0 to 255) of an aligned face; higher is sharper.
 
-    `rgb` is a square uint8 crop of any size. It is measured at 112 px a side, so that crops of different sizes compare;
-    a face enlarged to that size counts as unsharp, as it is.
+    `rgb` is a square uint8 crop of any size. It is first resized to 112 x 112, so that crops of different sizes can be
+    compared. A face that has to be enlarged scores as unsharp, which it is.
 
     Source: Pech-Pacheco, Cristobal, Chamorro-Martinez and Fernandez-Valdivia, "Diatom autofocusing in brightfield
     microscopy: a comparative study", 2000.

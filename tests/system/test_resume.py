@@ -156,7 +156,7 @@ def test_a_resumed_scoring_run_does_only_the_remaining_work(scored: Killed) -> N
     num_parts = NUM_PHOTOGRAPHS // ROWS_PER_PART
 
     assert 0 < len(scored.before) < num_parts
-    assert f"{NUM_PHOTOGRAPHS} to do, {len(scored.before)} of {num_parts} parts done before" in scored.printed
+    assert f"{NUM_PHOTOGRAPHS} to do, resuming: {len(scored.before)} of {num_parts} parts are done" in scored.printed
     scored_at = {row["uri"]: row["scored_at"] for row in pq.read_table(scored.out / "images").to_pylist()}
     assert all(scored_at[row["uri"]] == row["scored_at"] for row in rows_before(scored))
 

@@ -270,7 +270,7 @@ def test_a_killed_driver_is_resumed_although_the_bucket_has_changed(
 
     printed = succeed(command, three_nodes.environment)
 
-    assert f"{len(done)} of {num_parts} parts done before" in printed
+    assert f"{len(done)} of {num_parts} parts are done" in printed
     assert_each_once(task, tmp_path / "out", expected)
     with task.published(tmp_path / "out") as database:
         scored_at = dict(database.sql("SELECT uri, scored_at FROM rows").fetchall())

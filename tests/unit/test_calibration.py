@@ -279,12 +279,12 @@ def test_an_invalid_calibration_is_rejected() -> None:
     said = fit(*draw(60, seed=2)).to_json()
     for damage, complaint in (
         ({"format_version": 1}, "expected format_version 2, found 1"),
-        ({"rows": {}}, "expected what agr-ray evaluate --calibrate writes, found otherwise: 'age_group'"),
-        ({"race": {"n": 1}}, "expected what agr-ray evaluate --calibrate writes, found otherwise: "),
-        ({"surplus": 1}, "expected what agr-ray evaluate --calibrate writes, found otherwise: "),
+        ({"rows": {}}, "not in the format that agr-ray evaluate --calibrate writes: 'age_group'"),
+        ({"race": {"n": 1}}, "not in the format that agr-ray evaluate --calibrate writes: "),
+        ({"surplus": 1}, "not in the format that agr-ray evaluate --calibrate writes: "),
         (
             {"pipeline": {}},
-            "expected what agr-ray evaluate --calibrate writes, found otherwise: vision: expected a table",
+            "not in the format that agr-ray evaluate --calibrate writes: vision: expected a table",
         ),
         ({"n": 61}, "expected 61 of each of rows, found"),
         ({"age": said["age"] | {"half_widths_years": [1.0]}}, "expected 9 half_widths_years, found 1"),

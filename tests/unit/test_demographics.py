@@ -239,11 +239,11 @@ def test_a_run_without_images_has_a_total_of_zero() -> None:
 @pytest.mark.parametrize(
     ("cells", "groups", "attributes", "said"),
     [
-        ([cell(None, "man", None, 1, day="mon")], [group_row(1, day="mon")], ["gender"], "'man' is none of"),
+        ([cell(None, "man", None, 1, day="mon")], [group_row(1, day="mon")], ["gender"], "'man' is not one of"),
         ([cell(None, "male", None, 1, day="tue")], [group_row(1, day="mon")], ["gender"], "'tue'"),
-        ([cell(None, "male", None, 1, day="mon")], [group_row(1, day="mon")], ["height"], "'height' is none of"),
+        ([cell(None, "male", None, 1, day="mon")], [group_row(1, day="mon")], ["height"], "'height' is not one of"),
         ([cell(None, "male", None, 1, share="mon")], [group_row(1, share="mon")], ["gender"], "grouping column share"),
-        ([cell(None, "male", None, 1, day="mon")], [group_row(1, day="mon")] * 2, ["gender"], "twice"),
+        ([cell(None, "male", None, 1, day="mon")], [group_row(1, day="mon")] * 2, ["gender"], "duplicates"),
     ],
 )
 def test_invalid_arguments_are_named(cells: list[Any], groups: list[Any], attributes: list[str], said: str) -> None:

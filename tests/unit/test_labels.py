@@ -43,12 +43,12 @@ def test_classes_that_are_not_a_list_of_names_are_rejected(races: object) -> Non
     [
         ({"races": ("a", "b", "a")}, "races must be distinct"),
         ({"races": ("a", "")}, "races must be distinct, non-empty"),
-        ({"races": ("a",)}, "two classes at least"),
+        ({"races": ("a",)}, "at least two classes"),
         ({"races": ("a", "abstained")}, "races must not have a class abstained"),
         ({"genders": ("male", "female")}, "genders must be female and male, in this order"),
         ({"age_groups": ("0-10", "10-20")}, "10-20 follows 0-10"),
         ({"age_groups": ("11-20", "0-10")}, "0-10 follows 11-20"),
-        ({"age_groups": ("0-10",)}, "two groups at least"),
+        ({"age_groups": ("0-10",)}, "at least two groups"),
         ({"age_groups": ("0-10", "eleven")}, "LOW-HIGH or LOW\\+.*'eleven'"),
         ({"age_groups": ("10-0", "11+")}, "'10-0' must ascend"),
         ({"age_groups": ("0-10", "11-200")}, "end at 116"),
@@ -121,5 +121,5 @@ def test_a_recipe_defines_its_own_classes() -> None:
     own = LabelsConfig(races=(), age_groups=("0-17", "18+")).label_space
     assert own is not None
     assert (own.name, own.races, own.age_groups) == ("custom", (), ("0-17", "18+"))
-    with pytest.raises(ValueError, match="two classes at least, or none"):
+    with pytest.raises(ValueError, match="at least two classes, or none"):
         LabelsConfig(races=("a",))

@@ -236,7 +236,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, dict[str, str]]:
     return {
         "is empty": {"input": ""},
         "has the scheme 'gs'": {"input": "gs://b/c"},
-        "is a file: allowed are": {"input": str(tmp_path / "x.tar")},
+        "is a file; give a folder": {"input": str(tmp_path / "x.tar")},
         "there is no such manifest": {"input": str(tmp_path / "none.parquet")},
         "there is no such inventory": {"input": str(tmp_path / "none" / "manifest.json")},
         "not an S3 Inventory": {"input": str(tmp_path / "manifest.json")},

@@ -70,8 +70,8 @@ def test_conflicting_settings_are_rejected_with_their_origins(trained: Path) -> 
 
     assert str(refused.value) == (
         "score.checkpoint: vision.small_faces = True can't be combined with the checkpoint's other vision settings: "
-        "max_side_px = 900 has no effect with small_faces; give only one of them; a setting of the checkpoint that is "
-        "not wanted must be overridden, too"
+        "max_side_px = 900 has no effect with small_faces; give only one of them. Override the checkpoint's "
+        "setting, too"
     )
     given = with_vision(small_faces=True, max_side_px=1280)
     resolved = resolve(load_checkpoint(trained), given, key="score.checkpoint")

@@ -1,12 +1,12 @@
 """MTCNN: a cascade of three small nets that gives boxes and five landmarks.
 
 Source: Zhang, Zhang, Li and Qiao, "Joint face detection and alignment using multitask cascaded convolutional
-networks", 2016. The weights of the nets are facenet-pytorch's; the cascade about them is ours, because theirs
-clips its crops at the image's border and then stretches them to a square, which moves the landmarks of tight chips.
-Here all that lies beyond the image is black: P-Net sees half a window of it on every side, and crops keep their shape.
+networks", 2016. The weights are facenet-pytorch's. The cascade is our own, because theirs clips crops at the image's
+border and then stretches them to a square, which moves the landmarks of tight chips. Here everything outside the image
+is black: P-Net sees half a window of it on every side, and crops keep their aspect ratio.
 
-Whole batches go through each net. For P-Net, all levels of all images' pyramids are laid out on one sheet, of which
-it sees strips of one size: for every new size, oneDNN would compile its convolutions again.
+Each net runs on whole batches. For P-Net, all pyramid levels of all images are laid out on one sheet, which is
+processed in strips of equal size: oneDNN would compile the convolutions again for every new size.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from agr_ray.vision.detectors.mtcnn_nets import ProposalNet, output_net, refine_
 from agr_ray.vision.faces import Faces
 
 _PYRAMID_FACTOR: Final = 0.709
-_NUM_COARSE_LEVELS: Final = 5  # the levels after them, for large faces, are twice as close: they cost next to nothing
-_WINDOW_PX: Final = 12  # what one output cell of P-Net sees
+_NUM_COARSE_LEVELS: Final = 5  # later levels, for large faces, are spaced twice as densely: they cost almost nothing
+_WINDOW_PX: Final = 12  # receptive field of one output cell of P-Net
 _STRIDE_PX: Final = 2  # between neighbouring cells
-_BORDER_PX: Final = 6  # at every scale, so that a face is found with its centre on the image's border
+_BORDER_PX: Final = 6  # black border at every scale, so that a face centred on the image's edge is found
 _OVERLAP_PX: Final = _WINDOW_PX - _STRIDE_PX  # of neighbouring cells' windows, and of neighbouring strips
 _NMS_WITHIN_SCALE: Final = 0.5
 _NMS_BETWEEN_STAGES: Final = 0.7
 
 _MAX_BATCH_PIXELS: Final = 16_000_000  # of images that go through the nets together: bounds memory
-_SHEET_WIDTH_PX: Final = 768  # at which levels of 1280 px photographs fill nine tenths of the sheet
-_STRIP_HEIGHT_PX: Final = 192  # keeps P-Net's maps in the CPU's cache
-_CHUNK_PIXELS: Final = 36_864  # of candidates per pass of R-Net (64) and O-Net (16): likewise
-_CHUNK_STEP: Final = 8  # chunks are filled up to a multiple of it, for few sizes
+_SHEET_WIDTH_PX: Final = 768  # the pyramid levels of 1280 px photographs fill nine tenths of such a sheet
+_STRIP_HEIGHT_PX: Final = 192  # keeps P-Net's feature maps in the CPU's cache
+_CHUNK_PIXELS: Final = 36_864  # per pass of R-Net (64 crops) or O-Net (16): also for the cache
+_CHUNK_STEP: Final = 8  # the number of crops is padded to a multiple of it, so that there are few tensor sizes
 _FINAL_SHIFTS: Final = ((0.0, 0.0), (0.05, 0.05), (-0.05, 0.05), (0.05, -0.05), (-0.05, -0.05))  # of the face's side
 
 
@@ -68,7 +68,7 @@ class Mtcnn:
         self._min_score = min_score
 
     def detect(self, images_rgb: Sequence[NDArray[np.uint8]]) -> list[Faces]:
-        """Find the faces of each image (uint8, height x width x 3)."""
+        """Return the faces of each image (uint8, height x width x 3, sizes may differ)."""
         return [faces for batch in _batches(images_rgb) for faces in self._detect_batch(batch)]
 
     @torch.inference_mode()
@@ -79,12 +79,12 @@ class Mtcnn:
         boxes, scores, landmarks, owners = self._output(images, boxes, owners)
         faces = []
         for index in range(len(images)):
-            mine = owners == index
-            faces.append(Faces.sorted_by_score(boxes[mine].numpy(), scores[mine].numpy(), landmarks[mine].numpy()))
+            own = owners == index
+            faces.append(Faces.sorted_by_score(boxes[own].numpy(), scores[own].numpy(), landmarks[own].numpy()))
         return faces
 
     def _propose(self, images: list[_Halvings]) -> tuple[Tensor, Tensor]:
-        """Run P-Net over the pyramids; return square candidates (k, 4) and the index of the image (k,) of each."""
+        """Run P-Net over the pyramids; return square candidates (k, 4) and their owners (k,), indices of images."""
         sheet, tiles = _sheet(images, self._min_face_px)
         cells, scores, regressions = _candidates(self._p_net, sheet, self._thresholds[0], self._device)
         tile_k = _tile_numbers(tiles, sheet.shape)[cells[:, 0], cells[:, 1]]
@@ -100,7 +100,7 @@ class Mtcnn:
         return _square(_regress(boxes[kept], regressions[kept])), owners[kept]
 
     def _refine(self, images: list[_Halvings], boxes: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
-        """Run R-Net over the candidates; return those that pass, regressed and square."""
+        """Run R-Net over the candidates; return those that pass, as regressed squares, and their owners."""
         if len(boxes) == 0:
             return boxes, owners
         crops, boxes = _cut(images, boxes, owners, 24)
@@ -113,10 +113,10 @@ class Mtcnn:
     def _output(self, images: list[_Halvings], boxes: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run O-Net over the candidates; return boxes (k, 4), scores (k,), landmarks (k, 5, 2) and owners (k,).
 
-        Landmarks depend on the cut by 2 to 3 % of the face, scores of faces at the image's border by more, and P-Net's
-        grid makes the first cut a matter of chance. So the faces that remain are cut twice again, each time by the box
-        that O-Net gave them last, and the best of the three scores counts. Then they are cut at five places about the
-        last box, whose boxes and landmarks are averaged: that halves their noise.
+        Landmarks move by 2 to 3 % of the face with the crop, and the scores of faces at the image's border vary more.
+        The first crop is arbitrary, because it depends on P-Net's grid. So each remaining face is cropped twice more,
+        each time by O-Net's latest box, and its highest score counts. Then it is cropped at five positions around the
+        last box; averaging their boxes and landmarks halves the noise.
         """
         boxes, scores, _ = self._output_once(images, boxes, owners)
         passed = scores > self._thresholds[2]
@@ -133,7 +133,7 @@ class Mtcnn:
         boxes, _, landmarks = self._output_once(images, shifted, owners.repeat(len(_FINAL_SHIFTS)), finely=True)
         boxes = boxes.reshape(len(_FINAL_SHIFTS), -1, 4).mean(dim=0)
         landmarks = landmarks.reshape(len(_FINAL_SHIFTS), -1, 5, 2).mean(dim=0)
-        kept = _suppress_contained(boxes, scores, owners, _NMS_BETWEEN_STAGES)  # two may have moved to one face
+        kept = _suppress_contained(boxes, scores, owners, _NMS_BETWEEN_STAGES)  # two may have converged on one face
         return boxes[kept], scores[kept], landmarks[kept], owners[kept]
 
     def _output_once(
@@ -150,19 +150,19 @@ class Mtcnn:
     def _run(self, net: Callable[[Tensor], tuple[Tensor, ...]], crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
         """Run a net over any number of crops, at least one; return its outputs on the CPU."""
         num_crops = len(crops_nhwc)
-        filling = np.zeros((-num_crops % _CHUNK_STEP, *crops_nhwc.shape[1:]), np.uint8)
-        crops_nchw = torch.from_numpy(np.concatenate([crops_nhwc, filling])).permute(0, 3, 1, 2)
+        padding = np.zeros((-num_crops % _CHUNK_STEP, *crops_nhwc.shape[1:]), np.uint8)
+        crops_nchw = torch.from_numpy(np.concatenate([crops_nhwc, padding])).permute(0, 3, 1, 2)
         chunks = torch.split(crops_nchw, _CHUNK_PIXELS // crops_nchw[0, 0].numel())
         outputs = [net(chunk.to(self._device).to(self._dtype)) for chunk in chunks]
         return tuple(torch.cat(parts)[:num_crops].float().cpu() for parts in zip(*outputs, strict=True))
 
 
 _Halvings = list[NDArray[np.uint8]]
-"""An image, uint8 RGB, and the same at a half, a quarter and so on of its size."""
+"""An image, uint8 RGB, at its full size, half of it, a quarter and so on."""
 
 
 class _Tile(NamedTuple):
-    """Where a level of an image's pyramid lies on the sheet."""
+    """The place of one pyramid level of an image on the sheet."""
 
     owner: int
     """Index of the image."""
@@ -178,14 +178,14 @@ class _Tile(NamedTuple):
 def _candidates(
     net: ProposalNet, sheet: NDArray[np.uint8], threshold: float, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Return the cells (k, 2), row before column, whose probability (k,) of a face is at least `threshold`.
+    """Return the cells (row, column) with a face, their probabilities and their box regressions, all on the CPU.
 
-    The third result is the regression of each cell's box (k, 4). All are on the CPU.
+    The shapes are (k, 2), (k,) and (k, 4). A cell has a face if its probability is at least `threshold`.
     """
     num_columns = _num_cells(sheet.shape[1])
     per_strip = _STRIP_HEIGHT_PX // _STRIDE_PX * num_columns
     positions, logits = [torch.zeros(0).long()], [torch.zeros(0)]
-    seen = [torch.zeros(0, net.box.in_features, device=device)]
+    passed_features = [torch.zeros(0, net.box.in_features, device=device)]
     for number, top in enumerate(range(0, len(sheet) - _OVERLAP_PX, _STRIP_HEIGHT_PX)):
         pixels = torch.from_numpy(sheet[top : top + _STRIP_HEIGHT_PX + _OVERLAP_PX]).to(device)
         pixels_nchw = pixels.permute(2, 0, 1)[None].to(net.face_logit.weight.dtype)
@@ -194,16 +194,16 @@ def _candidates(
         passed = (strip_logits.sigmoid() >= threshold).nonzero()[:, 0]
         positions.append(passed.cpu() + number * per_strip)
         logits.append(strip_logits[passed].cpu())
-        seen.append(features[passed].float())
-    # Not in bfloat16, for which oneDNN would compile and keep a product for each number of cells: 1 MiB each.
-    regressions = functional.linear(torch.cat(seen), net.box.weight.float(), net.box.bias.float())
+        passed_features.append(features[passed].float())
+    # Not in bfloat16: oneDNN would compile and keep a kernel for each number of cells, 1 MiB each.
+    regressions = functional.linear(torch.cat(passed_features), net.box.weight.float(), net.box.bias.float())
     position = torch.cat(positions)
     cells = torch.stack([position // num_columns, position % num_columns], dim=1)
     return cells, torch.cat(logits).sigmoid(), regressions.cpu()
 
 
 def _batches(images_rgb: Sequence[NDArray[np.uint8]]) -> Iterator[list[NDArray[np.uint8]]]:
-    """Split images into runs of at most `_MAX_BATCH_PIXELS`, or of one image."""
+    """Split images into batches of at most `_MAX_BATCH_PIXELS`; a larger image is a batch of its own."""
     batch: list[NDArray[np.uint8]] = []
     num_pixels = 0
     for rgb in images_rgb:
@@ -218,11 +218,11 @@ def _batches(images_rgb: Sequence[NDArray[np.uint8]]) -> Iterator[list[NDArray[n
 
 
 def _halved(rgb: NDArray[np.uint8]) -> _Halvings:
-    """Return an image with its halvings, down to a shorter side of no less than P-Net's window."""
+    """Return an image and its halvings, whose shorter side is at least P-Net's window."""
     halvings = [rgb]
     while min(rgb.shape[:2]) >= 2 * _WINDOW_PX:
         height, width = rgb.shape[0] // 2, rgb.shape[1] // 2
-        # An odd last row or column is left out: OpenCV takes ten times as long for any other factor than 2.
+        # An odd last row or column is left out: OpenCV takes ten times as long if the factor is not exactly 2.
         whole = rgb[: 2 * height, : 2 * width]
         rgb = np.asarray(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
         halvings.append(rgb)
@@ -230,9 +230,9 @@ def _halved(rgb: NDArray[np.uint8]) -> _Halvings:
 
 
 def _sheet(images: list[_Halvings], min_face_px: float) -> tuple[NDArray[np.uint8], list[_Tile]]:
-    """Lay out the pyramids' levels, each with its border, on one black sheet, (height, width, 3).
+    """Lay out all pyramid levels, each with its border, on one black sheet, (height, width, 3).
 
-    Levels stand on shelves, the highest first, each on the first shelf that has room.
+    The layout is first-fit decreasing: in order of height, each level goes onto the first shelf that has room.
     """
     levels = [
         (owner, halvings, height, width)
@@ -266,7 +266,7 @@ def _sheet(images: list[_Halvings], min_face_px: float) -> tuple[NDArray[np.uint
 
 
 def _tile_numbers(tiles: list[_Tile], sheet_shape: tuple[int, ...]) -> Tensor:
-    """Return, for each cell of P-Net on the sheet, the index of the tile in whose border it begins; -1 for none."""
+    """Return the index of the tile, border included, that contains each cell's window; -1 for none."""
     numbers = np.full((_num_cells(sheet_shape[0]), _num_cells(sheet_shape[1])), -1, np.int64)
     for number, tile in enumerate(tiles):
         row, column = (tile.top - _BORDER_PX) // _STRIDE_PX, (tile.left - _BORDER_PX) // _STRIDE_PX
@@ -278,19 +278,19 @@ def _tile_numbers(tiles: list[_Tile], sheet_shape: tuple[int, ...]) -> Tensor:
 def _pyramid(image_shape: tuple[int, ...], min_face_px: float) -> Iterator[tuple[int, int]]:
     """Yield the height and width of the pyramid's levels; in the first, P-Net's window is a face of `min_face_px`.
 
-    The last is the one at which the window would be larger than the image with its border.
+    In the last, the shorter side is at least half a window: the largest face found is twice as large as the image.
     """
     height, width, _ = image_shape
     scale = _WINDOW_PX / min_face_px
     for number in itertools.count(1):
-        if min(height, width) * scale + 2 * _BORDER_PX < _WINDOW_PX + _BORDER_PX:
+        if min(height, width) * scale < _WINDOW_PX / 2:
             return
         yield math.ceil(height * scale), math.ceil(width * scale)
         scale *= _PYRAMID_FACTOR if number < _NUM_COARSE_LEVELS else math.sqrt(_PYRAMID_FACTOR)
 
 
 def _num_cells(side_px: int) -> int:
-    """Return how many cells P-Net makes of an even number of pixels."""
+    """Return the number of P-Net's cells along a side of an even number of pixels."""
     return (side_px - _OVERLAP_PX) // _STRIDE_PX
 
 
@@ -305,21 +305,22 @@ def _round_up(number: int, step: int) -> int:
 def _cut(
     images: list[_Halvings], squares: Tensor, owners: Tensor, side_px: int, *, finely: bool = False
 ) -> tuple[NDArray[np.uint8], Tensor]:
-    """Cut squares and bring them to `side_px`, (k, side, side, 3); black beyond the image.
+    """Crop squares and resize them to (k, side_px, side_px, 3); black outside the image.
 
-    A square of at least twice that side is cut from the image's half, and so on: the second result are the squares
-    (k, 4) on the whole pixels of where they were cut. `finely`: only one of at least four times, and every pixel
-    counts; that takes longer, and landmarks move two thirds as much.
+    A square of at least `2 * side_px` is cropped from the half-size image, one of `4 * side_px` from the quarter-size
+    image and so on. The second result is the squares (k, 4), rounded to whole pixels of those images. With `finely`,
+    halving starts at `4 * side_px` and shrinking averages all pixels: slower, but landmarks move only two thirds as
+    much.
     """
     max_ratio = 4 if finely else 2
     crops = np.empty((len(squares), side_px, side_px, 3), np.uint8)
-    cut = []
+    rounded = []
     for crop, (left, top, right, _), owner in zip(crops, squares.int().tolist(), owners.tolist(), strict=True):
         depth = min((2 * (right - left) // (max_ratio * side_px)).bit_length() - 1, len(images[owner]) - 1)
         depth = max(depth, 0)
         rgb, step = images[owner][depth], 2**depth
         x0, y0, side = round(left / step), round(top / step), round((right - left) / step)
-        cut.append((x0 * step, y0 * step, (x0 + side) * step, (y0 + side) * step))
+        rounded.append((x0 * step, y0 * step, (x0 + side) * step, (y0 + side) * step))
         height, width = rgb.shape[:2]
         inside = rgb[max(0, y0) : max(0, y0 + side), max(0, x0) : max(0, x0 + side)]
         if inside.size == 0:
@@ -330,7 +331,7 @@ def _cut(
             inside = cv2.copyMakeBorder(inside, *beyond, cv2.BORDER_CONSTANT)
         interpolation = cv2.INTER_AREA if finely and side > side_px else cv2.INTER_LINEAR
         cv2.resize(inside, (side_px, side_px), crop, interpolation=interpolation)
-    return crops, torch.tensor(cut, dtype=torch.float32)
+    return crops, torch.tensor(rounded, dtype=torch.float32)
 
 
 def _regress(boxes: Tensor, regression: Tensor) -> Tensor:
@@ -340,7 +341,7 @@ def _regress(boxes: Tensor, regression: Tensor) -> Tensor:
 
 
 def _square(boxes: Tensor) -> Tensor:
-    """Grow each box about its centre to a square of its longer side, on whole pixels."""
+    """Grow each box around its centre to a square of its longer side, on whole pixels."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     sides = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
     corners = (centres - sides / 2).round()
@@ -348,9 +349,9 @@ def _square(boxes: Tensor) -> Tensor:
 
 
 def _suppress_contained(boxes: Tensor, scores: Tensor, owners: Tensor, max_overlap: float) -> Tensor:
-    """Keep the best of those of an image's boxes that overlap by more than `max_overlap` of the smaller.
+    """Suppress each box that overlaps a better one of its image by more than `max_overlap` of the smaller box's area.
 
-    Returns the indices (k,) of those kept.
+    Returns the indices (k,) of the other boxes, best first.
     """
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
     remaining = scores.argsort(descending=True, stable=True)

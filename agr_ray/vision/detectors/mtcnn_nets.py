@@ -1,7 +1,8 @@
 """MTCNN's three nets (Zhang et al. 2016, figure 2), arranged for speed on a CPU.
 
 Their weights are in mtcnn.safetensors: those of facenet-pytorch 2.6 (MIT licence, in mtcnn.LICENSE), under its names.
-The nets take pixels from 0 to 255: the mapping to about -1..1 that they were trained with is part of the first layer.
+The nets take pixels from 0 to 255: the scaling to about -1..1 with which they were trained is folded into the first
+layer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 
 class ProposalNet(nn.Module):
-    """P-Net without its regression of boxes, which the cascade needs only where there are faces."""
+    """The layers of P-Net. There is no `forward`: the cascade runs `box`, the box regression, only where faces are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class CropNet(nn.Module):
             crops_nchw: (n, 3, side, side) pixels.
         """
         maps = self.features(crops_nchw)
-        # Trained with columns before rows before channels.
+        # The weights expect columns before rows before channels.
         hidden = self.prelu(self.dense(maps.permute(0, 3, 2, 1).flatten(1)))
         return (*(output(hidden) for output in self.outputs), functional.softmax(self.face(hidden), dim=1))
 
@@ -97,14 +98,17 @@ class RowwisePReLU(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """Max-pooling of stride 2 with partial windows at the ends, by slices: an eighth of torch's time for few maps."""
+    """Max-pooling with stride 2 and partial windows at the ends, as with torch's `ceil_mode`.
+
+    Slicing takes an eighth of torch's time for few maps.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self._size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return maps of half the height and width, rounded up."""
+        """Return maps of half the height and width; odd sides are rounded up if the window is even, else down."""
         missing_rows, missing_columns = ((self._size - side) % 2 for side in x.shape[2:])
         if missing_rows or missing_columns:
             x = functional.pad(x, (0, missing_columns, 0, missing_rows), value=-math.inf)
