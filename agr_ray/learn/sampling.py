@@ -19,20 +19,19 @@ Balance: TypeAlias = Literal["none", "age", "gender", "race", "cells"]
 
 @dataclass(frozen=True)
 class Sampler:
-    """How often rows are drawn, relative to each other, by their labels and by the set that they are from.
+    """Sampling weights of rows, by their labels and their set.
 
-    A row's weight is (rows that have its label) ** -power. Rows that lack the label keep the share that they have
-    without a sampler: they can't be evened out, and drawing them more often would only cost labelled rows their place.
-    For `cells`, the same holds for each pattern of known labels: rows with age and gender but no race are evened out
-    among each other, and are together as frequent as before.
+    A row's weight is (rows with its label) ** -power. Rows without the label keep the share that they have without a
+    sampler: they can't be balanced, and drawing them more often would only displace labelled rows. For `cells`, the
+    same holds for each pattern of known labels: rows with age and gender but no race are balanced among each other,
+    and are together as frequent as before.
 
-    Where sets have shares, labels are evened out within each set, and then all weights of a set are scaled to its
-    share. Evened out over all sets, they would not be even any more once sets are scaled; and a set that has most of a
-    label would give that label away by its cameras and crops. Without shares, all sets are evened out as one.
+    If sets have shares, labels are balanced within each set, and then all weights of a set are scaled to its share.
+    Labels balanced over all sets would lose their balance in this scaling, and the cameras and crops of a set with
+    most of a label would predict that label. Without shares, all sets are balanced as one.
 
-    Weights come from the counts over all ranks, so that a label that is rare everywhere weighs the same on each; a
-    rank draws from its own share as many rows as it has. So shares of sets hold over all ranks as far as each rank was
-    given rows of each set in proportion.
+    Weights come from the counts over all ranks, so a label has the same weight on each. A rank draws as many rows as it
+    has, from its own rows. So the shares of sets hold over all ranks if each rank has rows of each set in proportion.
     """
 
     space: LabelSpace
@@ -56,7 +55,7 @@ class Sampler:
 
         Args:
             labels: of all n training rows, on all ranks.
-            by: what is evened out: age by the label space's age groups; with `none` nothing is, and without shares None
+            by: what is balanced: age by the label space's age groups; with `none` nothing is, and without shares None
                 is returned.
             power: 1 evens out wholly, 0 leaves the frequencies as they are, 0.5 is half-way, on a logarithmic scale.
             set_index: (n,) number of the set that each row is from; needed with shares only.
@@ -116,7 +115,7 @@ def _table(cells: tuple[IntArray, ...], shape: tuple[int, ...], power: float) ->
 def _cells(labels: Labels, by: Balance) -> tuple[IntArray, ...]:
     """Return each row's indices in a table; the last of each axis is a missing label.
 
-    What is not evened out is as good as known and the same.
+    What is not balanced is as good as known and the same.
     """
     codes = {"age": labels.age_group, "gender": labels.gender, "race": labels.race}
     return tuple(

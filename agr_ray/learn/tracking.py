@@ -33,7 +33,7 @@ def check_mlflow(mlflow_uri: str) -> None:
 
 
 class TrackedRun:
-    """One of our runs as one of MLflow's, found again by its URI whoever logs to it, so a resumed run goes on in it.
+    """A run of ours in MLflow, identified by its URI, so a resumed run continues the same MLflow run.
 
     Args:
         mlflow_uri: the tracking server.

@@ -149,9 +149,9 @@ def _interface(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
     outputs = {
         "age": f"age: years, {AGE_MIN_YEARS:g} to {AGE_MAX_YEARS:g}"
         + (", the expectation of a distribution over years" if meta["model"]["age_head"] == "distribution" else ""),
-        "gender": f"gender: the probability of *{space['genders'][1]}*; above 0.5 it is said, else "
+        "gender": f"gender: the probability of *{space['genders'][1]}*; above 0.5 it is predicted, else "
         f"*{space['genders'][0]}*",
-        "race": f"race: a probability each of *{'*, *'.join(space['races'])}*; the largest is said",
+        "race": f"race: a probability each of *{'*, *'.join(space['races'])}*; the largest is predicted",
     }
     side = transform["image_size"]
     return "\n".join(

@@ -202,7 +202,7 @@ def test_only_a_batch_of_one_has_a_part_with_a_single_image(num_faces: int, expe
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    """Be the only process of a group, so that torch's own DDP can be had."""
+    """Start a process group of one, so that torch's own DDP can be used."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

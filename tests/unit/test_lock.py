@@ -200,7 +200,7 @@ def test_a_run_that_slept_through_its_expiry_checks_its_lock(storage: Storage, u
 
 
 def test_a_run_whose_machine_slept_checks_its_lock(storage: Storage, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The machine's own clocks: of these only the one that counts sleep goes on.
+    # Of the machine's own clocks, only the one that counts sleep continues.
     slept_s = 0.0
     clock_gettime = time.clock_gettime
     monkeypatch.setattr(
