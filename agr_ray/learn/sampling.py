@@ -55,9 +55,9 @@ class Sampler:
 
         Args:
             labels: of all n training rows, on all ranks.
-            by: what is balanced: age by the label space's age groups; with `none` nothing is, and without shares None
-                is returned.
-            power: 1 evens out wholly, 0 leaves the frequencies as they are, 0.5 is half-way, on a logarithmic scale.
+            by: the labels to balance; age by the label space's age groups. `none`: no labels; without shares, None is
+                returned.
+            power: 1 balances fully, 0 keeps the frequencies, 0.5 is half-way on a logarithmic scale.
             set_index: (n,) number of the set that each row is from; needed with shares only.
             shares: how often each set is drawn, relative to the others, each over 0; each set has a row. Empty: all are
                 one set.
@@ -115,7 +115,7 @@ def _table(cells: tuple[IntArray, ...], shape: tuple[int, ...], power: float) ->
 def _cells(labels: Labels, by: Balance) -> tuple[IntArray, ...]:
     """Return each row's indices in a table; the last of each axis is a missing label.
 
-    What is not balanced is as good as known and the same.
+    An attribute that is not balanced counts as known and equal in all rows.
     """
     codes = {"age": labels.age_group, "gender": labels.gender, "race": labels.race}
     return tuple(
