@@ -1,6 +1,6 @@
 """Every knob: frozen pydantic models, filled from a TOML recipe, the environment and the command line.
 
-One recipe serves every job: a job reads the sections that it names, and only checks the others' spelling and range.
+One recipe serves every job: a job uses its own sections, and only validates the others.
 """
 
 from agr_ray.config.architecture import PRESETS, ModelConfig, PredictConfig

@@ -1,4 +1,4 @@
-"""Settings of the network, and of how its outputs become predictions."""
+"""Settings of the network and of its predictions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """The network: backbone, attention, neck and heads."""
 
     preset: Literal["paper", "lightweight"] = "paper"
-    """`paper`: ResNet50 and linear heads; `lightweight`: MobileNetV3-small. Other keys of this table override it."""
+    """`paper`: ResNet50 at 224 pixels; `lightweight`: MobileNetV3-small at 112 pixels. Other keys override it."""
     backbone: Annotated[str, AfterValidator(BACKBONES.check)] = Field(
         "resnet50", description=f"Network that computes the feature map: {', '.join(BACKBONES.names)}."
     )
@@ -56,9 +56,9 @@ class ModelConfig(Section):
     image_size: Annotated[int, Field(ge=32, le=512)] = 224
     """Side of the network's input, pixels."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Dropout probability of the features before the heads."""
+    """Dropout probability of the features, before the heads."""
     bn_momentum: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Momentum of all batch norms; none: the backbone's default (0.01 in MobileNetV3: too slow for short runs)."""
+    """Momentum of all batch norms; none: the backbone's default (MobileNetV3: 0.01, too slow for short runs)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -73,6 +73,6 @@ class PredictConfig(Section):
     """How a network's outputs become predictions, in evaluation and in scoring alike."""
 
     flip_average: bool = False
-    """Predict the crop and its mirror image and average: slightly more accurate, twice the time."""
+    """Average the predictions of a crop and its mirror image: slightly more accurate, but takes twice the time."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Data type of the network (autocast); auto: bfloat16 if the device supports it natively."""
+    """Data type of the forward pass (autocast); auto: bfloat16 if the device supports it natively, else float32."""

@@ -1,4 +1,4 @@
-"""A job's command line: its options, its two helps, and errors of one line."""
+"""A job's command line: its options, `--help` and `--help-all`, and one-line errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from agr_ray.redact import redacted
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The options of a job. `--help` shows those that most users need, `--help-all` every one.
+    """The options of a job. `--help` shows the most important ones, `--help-all` all of them.
 
     Options of the job's own section need no prefix: `--epochs` is `--train.epochs` in training.
 
@@ -60,7 +60,7 @@ class CommandParser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         """Return the recipe and the values that a command line sets.
 
-        Exits after `--help`, and with status 2 after an error of spelling.
+        Exits with status 0 after `--help`, and with status 2 if an option does not exist or lacks its value.
 
         Raises:
             SettingsError: a list or table is malformed.
@@ -68,7 +68,7 @@ class CommandParser(argparse.ArgumentParser):
         end = argv.index("--") if "--" in argv else len(argv)
         options = _joined([_underscored(argument) for argument in argv[:end]], self._job)
         arguments = self.parse_intermixed_args([*options, *argv[end:]])
-        # As they are: pydantic-settings would take file names for lists, numbers or JSON.
+        # Not through pydantic-settings, which would parse file names as lists, numbers or JSON.
         words = {name: arguments.__dict__.pop(name) for name in self._job.positional}
         return arguments.config, self._source(parsed_args=arguments)() | words
 
@@ -78,11 +78,11 @@ class CommandParser(argparse.ArgumentParser):
         if unknown != message:
             flag = (unknown.split() or ["''"])[0].partition("=")[0]
             message = f"{flag}: there is no such option{did_you_mean(flag, list(self._option_string_actions))}"
-        message = re.sub(r"^argument (\S+): ", lambda found: f"{min(found[1].split('/'), key=len)}: ", message)
+        message = re.sub(r"^argument (\S+): ", lambda match: f"{min(match[1].split('/'), key=len)}: ", message)
         fail(f"{message} (--help-all lists every option)")
 
     def format_short_help(self) -> str:
-        """Return the help of the most important options, a sentence for each."""
+        """Return the help of the most important options, one sentence each."""
         order = ["config", *self._job.essentials]
         groups: dict[str, list[argparse.Action]] = {}
         num_hidden = 0
@@ -103,22 +103,20 @@ class CommandParser(argparse.ArgumentParser):
             place = {key: index for index, key in enumerate(self._job.essentials)}
             formatter.add_arguments(sorted(groups[section], key=lambda action: place.get(action.dest, len(place))))
             formatter.end_section()
-        formatter.add_text(f"{num_hidden} more options, and more about these: --help-all. {_LISTS}")
+        formatter.add_text(f"--help-all shows {num_hidden} more options and the full descriptions. {_LISTS}")
         return formatter.format_help()
 
 
-_LISTS: Final = (
-    "Lists are repeated or separated by commas: --model.tasks age,gender. Paths are local, file:// or s3://."
-)
+_LISTS: Final = "Give a list as --model.tasks age,gender, or repeat the option. Paths are local, file:// or s3://."
 _DEFAULT: Final = re.compile(r" \(default: (.*)\)$", re.DOTALL)
 
 
 def _first_sentence(text: str) -> str:
     """Return the first sentence of an option's help, and its default unless it is empty."""
-    found = _DEFAULT.search(text)
-    body = text[: found.start()] if found else text
-    first = body.partition(". ")[0].rstrip(".")
-    default = "" if found is None or found[1] in ("", "None", "()", "[]", "{}", "False") else f" (default: {found[1]})"
+    match = _DEFAULT.search(text)
+    body = text[: match.start()] if match else text
+    first = re.split(r"\.\s", body, maxsplit=1)[0].rstrip(".")
+    default = "" if match is None or match[1] in ("", "None", "()", "[]", "{}", "False") else f" (default: {match[1]})"
     return first + default
 
 
@@ -143,7 +141,7 @@ _METAVARS: Final = {
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """One name for each option: the shortest."""
+    """Shows only the shortest name of each option."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
@@ -159,7 +157,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _underscored(argument: str) -> str:
-    """Let `--new-run` and `--train.batch-size` be written with either dash."""
+    """Return an option with underscores for dashes, so that `--new-run` and `--train.batch-size` work, too."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")
@@ -168,35 +166,35 @@ def _underscored(argument: str) -> str:
 
 
 def _joined(argv: Sequence[str], job: type[Job]) -> list[str]:
-    """Write a repeated option of a path as one JSON list: pydantic-settings keeps the last.
+    """Join the values of a repeated path option into one JSON list, because pydantic-settings keeps only the last.
 
-    A comma doesn't separate paths, because it may be part of one.
+    Commas do not separate paths, because a path may contain one.
     """
     paths = _paths(job)
     flags = {f"--{key}" for key in paths} | {job.option(key) for key in paths}
-    kept: list[str] = []
+    others: list[str] = []
     values: list[str] = []
     words = iter(argv)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag not in flags:
-            kept.append(word)
+            others.append(word)
         elif equals:
             values.append(value)
         else:
             following = next(words, None)
             if following is None:
-                kept.append(word)
+                others.append(word)
             else:
                 values.append(following)
     if not values:
-        return kept
+        return others
     flag = min(flags)
-    return [*kept, f"{flag}={values[0] if len(values) == 1 else json.dumps(values)}"]
+    return [*others, f"{flag}={values[0] if len(values) == 1 else json.dumps(values)}"]
 
 
 def _paths(job: type[Job]) -> list[str]:
-    """Return the dotted keys that take one path or several."""
+    """Return the dotted keys of options that take one or several paths."""
     return [
         f"{name}.{key}"
         for name, section in job.sections().items()
@@ -206,17 +204,17 @@ def _paths(job: type[Job]) -> list[str]:
 
 
 def one_line(text: str) -> str:
-    """Return a message as the one line that ends a job, without passwords."""
+    """Return a message on one line, with passwords redacted."""
     return redacted(" ".join(text.split()))
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    """Print the one line that ends a job, and exit."""
+    """Print an error on one line of stderr, and exit."""
     print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return `; did you mean X?` if one of the known words is close."""
+    """Return `; did you mean X?` if a known word is similar, else nothing."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -22,20 +22,20 @@ class EvaluateConfig(Section):
     split: Split = "test"
     """Split to evaluate; `all` for a set that was not trained on."""
     out: str = ""
-    """Folder or prefix of predictions.parquet and metrics.json; empty: the checkpoint with -eval-SPLIT-DIGEST."""
+    """Folder or prefix of predictions.parquet and metrics.json; empty: CHECKPOINT-eval-SPLIT-DIGEST."""
     allow_overlap: bool = False
-    """Evaluate even if images of this split were trained on; the metrics then say so."""
+    """Evaluate even if the checkpoint was trained on images of this split; the metrics then say so."""
     num_workers: PositiveInt | None = None
-    """Number of predicting processes; none: the number of GPUs or spare CPUs."""
+    """Number of processes that predict; none: the number of GPUs or spare CPUs."""
     use_gpu: bool = False
-    """One GPU for each predicting process."""
+    """Use one GPU for each process that predicts."""
     batch_size: PositiveInt = 128
     """Images in a batch."""
     calibrate: CliImplicitFlag[bool] = False
     """Fit age intervals, probabilities and abstention on this split, and write calibration.json to the checkpoint."""
     allow_uncalibrated: CliImplicitFlag[bool] = False
-    """Allow [predict] settings that differ from those of the checkpoint's calibration. The calibration is then not
-    measured."""
+    """Allow [predict] settings that differ from those of the checkpoint's calibration. The calibration is then left out
+    of the metrics."""
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
     """`calibrate` only: target fraction of true ages inside the intervals from age_low to age_high."""
     abstain_risk: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05

@@ -11,7 +11,7 @@ from agr_ray.config.section import Address, PositiveInt, Section, Timeout
 
 
 class StorageConfig(Section):
-    """How `s3://` is reached. Credentials come from the usual AWS variables, profiles or instance roles."""
+    """The connection to S3. Credentials come from the usual AWS variables, profiles or instance roles."""
 
     endpoint_url: Address = None
     """Address of an S3-compatible server; none: AWS_ENDPOINT_URL if set, else AWS itself."""
@@ -27,10 +27,10 @@ class StorageConfig(Section):
     timeout_s: Timeout = 30.0
     """Seconds to connect, and between two packets, before a request is retried."""
     max_attempts: PositiveInt = 6
-    """Maximum attempts of a throttled, timed-out or failed request, with back-off."""
+    """Maximum attempts for a request that is throttled, times out or fails, with back-off."""
 
     @model_validator(mode="after")
-    def _someone_pays(self) -> Self:
+    def _has_credentials_to_pay(self) -> Self:
         if self.anonymous and self.requester_pays:
             raise ValueError("storage.requester_pays: needs credentials, but storage.anonymous sends none; unset one")
         return self
@@ -45,7 +45,7 @@ class ClusterConfig(Section):
     """Logical CPUs of a `local` cluster; none: the machine's own, but at least 8. They limit scheduling, not
     threads."""
     object_store_mib: PositiveInt = 1024
-    """Shared memory of a `local` cluster's object store, MiB."""
+    """Shared memory of the object store of a `local` cluster, MiB."""
     include_dashboard: bool = True
     """Whether a `local` cluster starts Ray's dashboard."""
     verbose: CliImplicitFlag[bool] = False

@@ -1,4 +1,4 @@
-"""The jobs: which sections each one reads, and what must hold between them."""
+"""The jobs: the sections that each uses, and the checks across sections."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SECTIONS: Mapping[str, type[Section]] = {
 
 
 class Job(BaseSettings):
-    """The sections that one job reads. Build one with `load`, or directly in code and tests."""
+    """The sections that a job uses. `load` builds it from the command line; code and tests build it directly."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -63,11 +63,11 @@ class Job(BaseSettings):
     required: ClassVar[Sequence[str]] = ()
     """Dotted keys that must be set."""
     positional: ClassVar[Sequence[str]] = ()
-    """Fields that take words without an option."""
+    """Fields that are positional arguments."""
     essentials: ClassVar[Sequence[str]] = ()
     """Dotted keys that `--help` shows, in this order."""
     example: ClassVar[str] = ""
-    """A command that does the job."""
+    """An example command."""
 
     storage: StorageConfig = StorageConfig()
 
@@ -83,13 +83,13 @@ class Job(BaseSettings):
 
     @classmethod
     def shortcuts(cls) -> dict[str, str]:
-        """Return the options that need no prefix, and the dotted key of each."""
+        """Return the dotted keys of the options that need no prefix, by option."""
         own = SECTIONS[cls.own].model_fields if cls.own else {}
         return {name: f"{cls.own}.{name}" for name in own}
 
     @classmethod
     def option(cls, key: str) -> str:
-        """Return how a dotted key is written on the command line."""
+        """Return the command-line option of a dotted key."""
         return "--" + next((name for name, target in cls.shortcuts().items() if target == key), key)
 
     @classmethod
@@ -101,7 +101,7 @@ class Job(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read nothing but what the caller passes: `parse` adds the environment itself, below the command line."""
+        """Use only what the caller passes: `parse` adds the environment, which the command line overrides."""
         return (init_settings,)
 
 
@@ -141,7 +141,7 @@ class ClusterJob(Job):
 
     @classmethod
     def shortcuts(cls) -> dict[str, str]:
-        """Return those of the job's own section, and `--verbose`."""
+        """Return the options of the job's own section, and `--verbose`."""
         return super().shortcuts() | {"verbose": "cluster.verbose"}
 
 
@@ -173,7 +173,7 @@ class PrepareJob(ClusterJob):
 
 
 class TrainJob(ClusterJob):
-    """Train a multi-task network on a prepared set. Run the same command again to resume a run that died."""
+    """Train a multi-task network on a prepared set. Run the same command again to resume a run that was killed."""
 
     own = "train"
     required: ClassVar[Sequence[str]] = ("train.data",)
@@ -190,7 +190,7 @@ class TrainJob(ClusterJob):
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
     new_run: CliImplicitFlag[bool] = False
-    """Start another run if the run of this name has finished; its name gets a number."""
+    """If the run of this name has finished, start another, with a number added to its name."""
     dry_run: CliImplicitFlag[bool] = False
     """Print the plan with estimates of memory and, from 20 real steps, of time; write nothing."""
 
@@ -208,14 +208,16 @@ class TrainJob(ClusterJob):
 
     @model_validator(mode="after")
     def _has_a_share_for_each_set(self) -> Self:
-        # Not in TrainConfig, because a recipe may hold the shares of sets that the command line names.
+        # Not in TrainConfig, because a recipe may set shares for sets that are given on the command line.
         shares, uris = list(self.train.data_shares), self.train.data_uris
         if shares and len(uris) == 1:
             raise ValueError(
                 f"train.data_shares {shares} needs several sets in train.data, which is {self.train.data!r}"
             )
         if shares and len(shares) != len(uris):
-            raise ValueError(f"train.data_shares {shares} must have a number for each of the {len(uris)} in train.data")
+            raise ValueError(
+                f"train.data_shares {shares} must have a number for each of the {len(uris)} sets in train.data"
+            )
         return self
 
     @model_validator(mode="after")
@@ -248,7 +250,7 @@ class TuneJob(TrainJob):
 
     @classmethod
     def shortcuts(cls) -> dict[str, str]:
-        """Return those of [tune], and `--data`, which every sweep needs."""
+        """Return the options of [tune], and `--data`, which every sweep needs."""
         return super().shortcuts() | {"data": "train.data"}
 
 

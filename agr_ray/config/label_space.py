@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LabelsConfig(Section):
-    """Races and age groups. Without settings: those of the source or of the prepared sets."""
+    """Races and age groups. By default, those of the source or of the prepared sets."""
 
     space: Literal["", "utkface", "fairface", "adience"] = ""
     """Built-in label space. `prepare` needs it for the source `folder` only (empty: utkface). `train` needs it for
@@ -43,5 +43,5 @@ class LabelsConfig(Section):
 
     @model_validator(mode="after")
     def _is_usable(self) -> Self:
-        _ = self.label_space  # raises a ValueError, which names what is wrong
+        _ = self.label_space  # raises ValueError if it is invalid
         return self

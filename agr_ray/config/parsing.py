@@ -31,11 +31,11 @@ _PREFIX = "agr_ray_"
 
 def built_in_recipes() -> dict[str, Traversable]:
     """Return the recipes of the package by name, in order."""
-    found = sorted((files("agr_ray") / "recipes").iterdir(), key=lambda file: file.name)
-    return {file.name.removesuffix(".toml"): file for file in found}
+    recipes = sorted((files("agr_ray") / "recipes").iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".toml"): file for file in recipes}
 
 
-def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # as other readers
+def read_local(path: str, storage: StorageConfig) -> bytes:  # noqa: ARG001  # the signature of all readers
     """Return the bytes of a recipe, given the name of one in the package or a path on the local disk.
 
     A name has neither a slash nor a dot.
@@ -92,7 +92,7 @@ def parse(
     read: Reader = read_local,
     prog: str | None = None,
 ) -> J:
-    """Do what `load` does, but raise `ConfigError` instead of exiting (bad options and `--help` still exit)."""
+    """Like `load`, but raise `ConfigError` instead of exiting. Unknown options and `--help` still exit."""
     parser = CommandParser(job, prog)
     try:
         try:
@@ -100,9 +100,9 @@ def parse(
         except SettingsError as error:
             raise ConfigError(redacted(str(error).splitlines()[0], environ=environ)) from None
         from_environment = _read_environment(environ, job)
-        above = _merged(from_environment, from_command_line)
-        storage = StorageConfig(**above.get("storage", {})) if recipe else StorageConfig()
-        built = job(**_merged(_read_recipe(recipe, job, storage, read), above))
+        overrides = _merged(from_environment, from_command_line)
+        storage = StorageConfig(**overrides.get("storage", {})) if recipe else StorageConfig()
+        built = job(**_merged(_read_recipe(recipe, job, storage, read), overrides))
     except ValidationError as error:
         raise ConfigError(redacted(_describe(error, job), environ=environ)) from None
     for key in job.required:
@@ -181,9 +181,9 @@ def _read_variable(name: str, value: str) -> dict[str, Any]:
         ) from None
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
+def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
         old = merged.get(key)
         merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
@@ -212,7 +212,7 @@ def _read_recipe(path: str | None, job: type[Job], storage: StorageConfig, read:
 
 
 def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Say the first of pydantic's complaints in one line: key, value, what is allowed."""
+    """Return the first of pydantic's errors as one line: the key, the value and what is allowed."""
     first = error.errors(include_url=False)[0]
     path = [part for part in ([prefix] if prefix else []) + [str(part) for part in first["loc"]] if part]
     key = ".".join(path)

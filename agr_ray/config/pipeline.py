@@ -1,4 +1,4 @@
-"""Everything beside the weights that decides what is predicted of a photograph. A checkpoint stores it."""
+"""The settings that, besides the weights, determine the predictions for a photograph. A checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ rejected before a face is looked for."""
 
 
 class Pipeline(Section):
-    """The settings that lead from bytes to faces, and from the network's outputs to predictions."""
+    """Settings from a photograph's bytes to faces, and from the network's outputs to predictions."""
 
     vision: VisionConfig = VisionConfig()
     """How photographs become aligned faces."""
@@ -40,7 +40,7 @@ class Pipeline(Section):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from what `to_json` gave; other keys of `values` are ignored.
+        """Rebuild from the result of `to_json`; other keys of `values` are ignored.
 
         Raises:
             ValueError: a section or key is missing, unknown or has a value that is not allowed; one line.

@@ -24,11 +24,11 @@ class ScoreConfig(Section):
     include: tuple[str, ...] = ()
     """Globs, one of which must match the whole key, case-sensitively. The key is the path below a prefix, the key in an
     inventory's bucket or the URI in a manifest. `*` and `?` do not match a slash; `**/` matches any number of folders:
-    ["**/*.jpg", "2026/**"]. Empty: keys with an image file's suffix; all of a manifest."""
+    ["**/*.jpg", "2026/**"]. Empty: keys with an image suffix; in a manifest, all."""
     exclude: tuple[str, ...] = ()
     """Globs of keys to leave out, even if `include` matches them."""
     min_bytes: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
-    """Leave out smaller objects. Larger ones than vision.max_mib are not left out: their rows have status too_large."""
+    """Leave out objects of fewer bytes. Objects above vision.max_mib are not left out: their status is too_large."""
     out: str = ""
     """Folder or prefix of the results: images/, faces/, rejects/ and demographics/, each with run=ID/*.parquet."""
     num_workers: PositiveInt | None = None
@@ -38,7 +38,7 @@ class ScoreConfig(Section):
     batch_size: PositiveInt = 16
     """Photographs in a worker's batch."""
     rows_per_file: PositiveInt = 256
-    """Images in one part, the unit of work that a killed worker loses. A published file contains 256 parts."""
+    """Images in one part, the unit of work that is lost if a worker is killed. A published file has up to 256 parts."""
     attributes: tuple[Literal["age", "gender", "race"], ...] = ("age", "gender", "race")
     """Attributes to write; default: all that the checkpoint predicts."""
     group_by: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ _LONGEST_NAME: Final = 200
 
 
 def _one_or_several(value: Any) -> Any:
-    """Return a list of strings, given as a list or as JSON, as JSON. One string stays, and a list of one becomes it."""
+    """Return several strings, given as a list or as JSON, as a JSON list; a single string is returned as it is."""
     if isinstance(value, str) and value.startswith("["):
         try:
             value = json.loads(value)
@@ -52,12 +52,12 @@ Name = Annotated[str, AfterValidator(_plain_name)]
 Address = Annotated[str | None, AfterValidator(_without_login)]
 ONE_OR_SEVERAL: Final = BeforeValidator(_one_or_several)
 OneOrSeveral = Annotated[str, ONE_OR_SEVERAL]
-"""Text for all sources of settings: a union type would split paths at commas and parse 7 as a number."""
+"""A plain string, because pydantic-settings would split a union type at commas and parse 7 as a number."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_INT = 2**31 - 1
 """Largest integer that any knob accepts: some parts of torch, OpenCV and Ray accept no larger one."""
 MAX_FLOAT = 1e38
-"""Largest value of any other number: networks compute in float32, and this is its maximum."""
+"""Largest value of any other number: networks compute in float32, whose maximum is 3.4e38."""
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=MAX_FLOAT)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=MAX_FLOAT)]
@@ -69,13 +69,13 @@ Timeout = Annotated[float, Field(ge=0.1, le=1e6)]
 
 
 class Section(BaseModel):
-    """A table of the recipe: frozen, unknown keys refused, each field documented beneath it."""
+    """A table of the recipe: frozen, unknown keys are rejected, each field is documented below it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def digest(*sections: BaseModel, length: int = 12) -> str:
-    """Return the first hex digits of the SHA-256 of the sections' canonical JSON."""
+    """Return the first `length` hex digits of the SHA-256 of the sections' canonical JSON."""
     text = json.dumps([section.model_dump(mode="json") for section in sections], sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 

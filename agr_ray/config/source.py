@@ -1,4 +1,4 @@
-"""Settings of a labelled data set: where it is, and how it is split."""
+"""Settings of a labelled data set and of its split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import model_validator
 from agr_ray.config.section import Fraction, PositiveInt, Section, Seed
 
 MISSING_VALUES: Final = ("nan", "none", "na", "n/a", "#n/a", "<na>", "null", "-1", "u", "unknown", "?")
-"""How sources write a missing label, beside an empty cell; compared without case and blanks."""
+"""Values that mean a missing label, as an empty cell does; case and blanks are ignored."""
 
 
 class SourceConfig(Section):

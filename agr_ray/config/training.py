@@ -32,8 +32,8 @@ class LossConfig(Section):
     race_weight: NonNegativeFloat = 0.5
     """Weight of the race loss."""
     weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """`fixed`: by the weights above, as the paper does; `uncertainty`: by one learnable weight for each
-    task, initialised to those above (Kendall et al. 2018). Reported losses always use the weights above."""
+    """`fixed`: the weights above, as in the paper; `uncertainty`: learnable weights, initialised to those above
+    (Kendall et al. 2018). Reported losses always use the weights above."""
     age_loss: Literal["l1", "mse", "huber"] = "l1"
     """Loss of the error e in years: `l1` is |e| (paper eq. 12); `mse` is e^2 (its eq. 26); `huber` is e^2 / 2 up to
     huber_delta_years d, and d (|e| - d / 2) beyond."""
@@ -49,7 +49,7 @@ class LossConfig(Section):
     """Share of a gender or race label spread over all classes."""
 
     @model_validator(mode="after")
-    def _begins_with_weights(self) -> Self:
+    def _has_positive_weights(self) -> Self:
         if self.weighting == "uncertainty":
             for key in ("age_weight", "gender_weight", "race_weight"):
                 if getattr(self, key) == 0.0:
@@ -75,14 +75,14 @@ class AugmentConfig(Section):
     saturation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Saturation factor drawn from 1 - this to 1 + this; 0: none."""
     erasing_probability: Fraction = 0.0
-    """Chance that a random rectangle of 2 to 20 % of the image is filled with its mean; 0: none."""
+    """Chance that a random rectangle of 2 to 20 % of the image is filled with the image's mean colour; 0: none."""
     randaugment_ops: Annotated[int, Field(ge=0, le=8)] = 0
     """RandAugment: operations drawn for each image out of 14 (shears, shifts, rotation, brightness, saturation,
     contrast, sharpness, posterisation, solarisation and so on), before all other augmentation; 0: none."""
     randaugment_magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = 9.0
     """RandAugment's strength, the same for all operations: 0 to 30."""
     equalize: bool = False
-    """Histogram equalisation (paper eq. 17) of each crop's luminance; keeps colour. Not random: it is part of the
+    """Equalise the histogram of each crop's luminance (paper eq. 17); colour is kept. Not random: it is part of the
     network's input, stored in the checkpoint, and also applied in validation, evaluation and scoring."""
     mixup_alpha: NonNegativeFloat = 0.0
     """MixUp: blend each image with another of its batch, with a weight from Beta(this, this), and weight the losses of
@@ -127,7 +127,7 @@ class TrainConfig(Section):
     """Gradient accumulation: micro-batches in which a worker processes its share of batch_size, if its memory is too
     small for all of it. The gradient is the same, but batch norm sees micro-batches, which need two images each."""
     epochs: PositiveInt = 50
-    """Maximum passes over the training part."""
+    """Maximum number of passes over the training data."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """The paper uses Adam (eq. 19)."""
     lr: PositiveFloat = 1e-4
@@ -136,7 +136,7 @@ class TrainConfig(Section):
     """Factor of the learning rate for each stage of the backbone, counted from the heads, which have the full rate:
     the last stage at lr * this, the one before at lr * this^2. A stage begins where the resolution drops. 1: off."""
     freeze_epochs: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
-    """First epochs, in which only the heads learn: the backbone's weights and running statistics stay fixed.
+    """Number of first epochs in which only the heads learn; the backbone's weights and running statistics stay fixed.
     Only useful with pretrained weights (model.pretrained). 0: none; epochs: throughout."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay: L2 for adam and sgd, decoupled for adamw."""
@@ -160,12 +160,12 @@ class TrainConfig(Section):
     supports it natively. float16 is for GPUs without bfloat16 (V100, T4) and requires use_gpu: the loss is scaled, and
     steps whose gradients overflow are skipped."""
     tf32: bool = True
-    """Let a GPU use TF32 for float32 matrix products: several times as fast since Ampere, with 10-bit mantissas."""
+    """Let a GPU use TF32 for float32 products: several times as fast (Ampere or newer), with 10-bit mantissas."""
     compile: bool = False
     """Compile the network for training (torch.compile). Needs a C++ compiler on every node. The first step takes a
-    minute or more; a smaller last batch or a new image size compiles once more, for dynamic shapes."""
+    minute or more. A smaller last batch or a new image size triggers one recompilation, for dynamic shapes."""
     sync_batch_norm: bool = False
-    """Synchronise batch-norm statistics across workers, with two more exchanges for each layer; useful for about 8
+    """Synchronise batch-norm statistics across workers, which takes two more exchanges per layer; useful for about 8
     images or fewer per worker. Requires use_gpu."""
     image_sizes: tuple[Annotated[int, Field(ge=32, le=1024)], ...] = ()
     """Progressive resizing: sides of the network's input, pixels, in equal shares of the epochs, such as [48, 64, 88].
@@ -191,10 +191,10 @@ class TrainConfig(Section):
     killed on another machine. A driver killed on this machine is detected at once. The heartbeat interval is a quarter
     of it."""
     num_to_keep: PositiveInt = 1
-    """Number of best checkpoints to keep in NAME/checkpoints, beside the last."""
+    """Number of best checkpoints to keep in NAME/checkpoints, in addition to the last."""
     cache_mib: Annotated[int, Field(ge=0, le=MAX_INT)] = 4096
-    """Memory of each worker for its share of the decoded training crops, MiB, if they fit; as much again for
-    validation. From the second epoch on, crops come from there."""
+    """Memory in which each worker may keep its share of the decoded training crops, MiB; as much again for validation.
+    If they fit, epochs from the second on read crops from there."""
     shuffle_rows: PositiveInt = 2048
     """Rows in each worker's shuffle buffer while crops are streamed. In memory, its whole share is shuffled."""
     mlflow_uri: str = ""
@@ -203,7 +203,7 @@ class TrainConfig(Section):
 
     @field_validator("num_workers", mode="before")
     @classmethod
-    def _one_number_or_two(cls, value: object) -> object:
+    def _parse_num_workers(cls, value: object) -> object:
         """Accept `2-8`, and a list of one number."""
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
@@ -226,13 +226,13 @@ class TrainConfig(Section):
         return tuple(json.loads(self.data)) if self.data.startswith("[") else (self.data,)
 
     @model_validator(mode="after")
-    def _fewest_before_most(self) -> Self:
+    def _has_a_valid_range_of_workers(self) -> Self:
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers [{self.min_workers}, {self.max_workers}]: the minimum comes first")
         return self
 
     @model_validator(mode="after")
-    def _cuts_before_it_stops(self) -> Self:
+    def _reduces_before_it_stops(self) -> Self:
         if self.schedule == "plateau" and 0 < self.early_stopping_patience <= self.plateau_epochs:
             raise ValueError(
                 f"plateau_epochs {self.plateau_epochs} must be less than early_stopping_patience "
@@ -241,7 +241,7 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _has_the_gpu_it_needs(self) -> Self:
+    def _has_a_gpu_if_needed(self) -> Self:
         if self.precision == "float16" and not self.use_gpu:
             raise ValueError("precision float16 requires use_gpu; on a CPU: auto, float32, bfloat16")
         if self.sync_batch_norm and not self.use_gpu:
@@ -249,6 +249,6 @@ class TrainConfig(Section):
         if self.gpus_per_worker < 1.0 and (not self.use_gpu or self.max_workers > 1):
             raise ValueError(
                 f"gpus_per_worker {self.gpus_per_worker:g} needs use_gpu and num_workers 1: "
-                "NCCL takes no two workers of one run on one GPU"
+                "NCCL does not support two workers of a run on one GPU"
             )
         return self

@@ -36,7 +36,7 @@ class ParameterConfig(Section):
     integer: tuple[AnyInt, AnyInt] | None = None
     """Any integer between the two, both included."""
     choice: tuple[Scalar | tuple[Scalar, ...], ...] | None = None
-    """One of these values, without an order."""
+    """One of these values, which have no order."""
     step: PositiveFloat | None = None
     """`uniform` and `integer` only: step between values, from the lower bound; none: any value."""
     when: dict[str, Scalar | tuple[Scalar, ...]] = {}
@@ -108,7 +108,7 @@ class TuneConfig(Section):
     constraints: dict[TrialError, float] = {}
     """Upper limits of age_mae_years, gender_error, race_error (1 - balanced accuracy) and worst_group_age_mae_years
     (the largest age MAE of a group by gender, race or both of at least ten validation rows). A trial that violates one
-    can only be best if all do, and Optuna learns the excess; ASHA uses the objective alone."""
+    can be the best only if all trials do. Optuna takes violations into account; ASHA uses the objective alone."""
     asha: bool = True
     """`scalar` only: asynchronous successive halving. After grace_epochs, grace_epochs * reduction and so on, a trial
     stops unless it is among the best 1 / reduction of those that got as far. Excludes a search over train.epochs,
@@ -139,7 +139,7 @@ class TuneConfig(Section):
     """Name of the study; empty: the sweep's."""
 
     @model_validator(mode="after")
-    def _keeps_its_study_where_it_can_be_locked(self) -> Self:
+    def _has_a_study_that_can_be_locked(self) -> Self:
         allowed = "a local file whose name ends in .journal, or a database URL"
         scheme, is_url, _ = self.study.partition("://")
         if self.study and not is_url and not self.study.endswith(".journal"):

@@ -13,13 +13,13 @@ class VisionConfig(Section):
     """How bytes become aligned faces. Training and scoring must use the same settings."""
 
     detector: Literal["mtcnn", "haar", "none"] = "mtcnn"
-    """`mtcnn` finds faces and five landmarks; `haar` boxes only, with no weights; `none` takes whole chips."""
+    """`mtcnn` finds faces and five landmarks; `haar` finds boxes only and needs no weights; `none` uses whole chips."""
     min_face_px: Annotated[int, Field(ge=12, le=MAX_INT)] = 40
     """Shorter side of the smallest face to detect, in pixels of a photograph no larger than `max_side_px`.
-    In larger photographs it grows with their longer side: by default, it is 1/32 of it (94 px for 3,000, 188 px for
+    In larger photographs it grows with their longer side: by default, to 1/32 of it (94 px for 3,000, 188 px for
     6,000). With `small_faces` it is always in original pixels."""
     min_score: Fraction = 0.95
-    """`mtcnn` only: probability below which a face is not counted."""
+    """`mtcnn` only: minimum probability of a face; detections below it are dropped."""
     max_side_px: PositiveInt = 1280
     """Photographs are shrunk to this longer side before detection, pixels; boxes stay in original pixels."""
     small_faces: bool = False
@@ -33,7 +33,7 @@ class VisionConfig(Section):
     it is decoded, and only the shrunk size counts (200 megapixels take 22 MiB). At the limit, decoding takes 0.8 GiB
     for a PNG (1.5 GiB with 16-bit channels) and 2.6 GiB for a WebP. Raise it only if workers have memory to spare."""
     max_mib: PositiveInt = 64
-    """Files of more MiB are not read: status too_large."""
+    """Files larger than this, MiB, are not read; their status is too_large."""
 
     @model_validator(mode="after")
     def _has_only_knobs_with_an_effect(self) -> Self:
@@ -56,9 +56,9 @@ class PrepareConfig(Section):
     num_workers: PositiveInt | None = None
     """Processes that decode, detect and align; none: as many as there are spare CPUs."""
     batch_size: PositiveInt = 32
-    """Images that a worker takes at a time."""
+    """Images in a worker's batch."""
     rows_per_file: PositiveInt = 1024
-    """Crop rows in one Parquet file, the unit of work that a killed worker loses."""
+    """Crop rows in one Parquet file, the unit of work that is lost if a worker is killed."""
     allow_shrink: bool = False
     """Allow the set to follow a source that has lost more than half of its images; else that is an error."""
     outage_s: Annotated[float, Field(ge=0.0, le=1e6)] = 300.0

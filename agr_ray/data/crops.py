@@ -100,11 +100,11 @@ def map_races(table: pa.Table, mapping: Mapping[str, str]) -> pa.Table:
 
 
 def training_arrays(table: pa.Table, side_px: int, space: LabelSpace) -> dict[str, NDArray[Any]]:
-    """Return the arrays that a network is trained on: image_id (n,) words, `decoded_crops`, and those of `Labels`.
+    """Return the arrays that a network is trained on.
 
-    Also set_index, (n,) int64: which of several sets a row is from; 0 if the table has no such column.
-
-    image_id takes about a hundred bytes beside tens of thousands for a crop. It names the rows of a failed run.
+    image_id: (n,) strings, which name the rows of a failed step; about 100 bytes each, a crop takes tens of thousands.
+    crop: `decoded_crops`. set_index: (n,) int64, the set of each row; 0 if the table has no such column. The others are
+    `Labels.arrays`.
     """
     image_ids = np.asarray(table["image_id"].to_pylist(), dtype=object)
     has_index = "set_index" in table.column_names
@@ -131,7 +131,7 @@ def read_slices(
         slices: one of each set.
         split: as in `select_crops`.
         statuses: as in `select_crops`.
-        mappings: mapping of `map_races` for each set; empty: races are kept.
+        mappings: `map_races`' mapping for each set; empty: races are kept.
     """
     tables = []
     for index, (uri, first, step) in enumerate(slices):

@@ -93,18 +93,18 @@ def check_no_overlap(
     shared = others.filter(seen)
     if not shared.num_rows:
         return
-    named = storage.read_table(prepared.crops(storage), columns=["content_hash", "split", "key"])
-    named = named.filter(pc.equal(named["content_hash"], shared["content_hash"][0]))
+    copies = storage.read_table(prepared.crops(storage), columns=["content_hash", "split", "key"])
+    copies = copies.filter(pc.equal(copies["content_hash"], shared["content_hash"][0]))
     where = ", ".join(
-        f"{key} in {split}" for key, split in zip(*named.select(["key", "split"]).to_pydict().values(), strict=True)
+        f"{key} in {split}" for key, split in zip(*copies.select(["key", "split"]).to_pydict().values(), strict=True)
     )
     of = "" if trained is None else f" of {trained.uri}"
-    copies = (
+    remedy = (
         "give copies the same subject, or leave them out," if trained is None else "leave them out of one of the two"
     )
     raise ConfigError(
         f"train.data {prepared.uri}: {shared.num_rows:,} images of {_listed(shared['split'])} are also, byte for byte, "
-        f"in train{of}, such as {where}; {copies} and prepare again"
+        f"in train{of}, such as {where}; {remedy} and prepare again"
     )
 
 
@@ -149,7 +149,7 @@ def class_warnings(
 
 
 def vision_warnings(sets: Sequence[PreparedSet]) -> list[str]:
-    """Return warnings about how the crops were made: without a detector, or with settings that differ between sets.
+    """Return warnings about crops that were made without a detector, or with settings that differ between sets.
 
     A checkpoint stores the vision settings of its first set. If crops differ between sets, a network can recognise the
     set by the crop, and learn the distribution of its labels.

@@ -1,6 +1,6 @@
 """S3 Inventory: AWS's own listing of a bucket, made daily or weekly, as a stream of its objects.
 
-An inventory is a `manifest.json` that names the bucket it lists and the data files that list it, which lie in the
+An inventory is a `manifest.json`, which names the listed bucket and the data files of the listing. These are in the
 bucket of the manifest:
 
     DESTINATION/SOURCE-BUCKET/CONFIGURATION/2026-11-24T01-00Z/manifest.json
@@ -177,14 +177,14 @@ def _objects(rows: pa.RecordBatch, bucket: str) -> pa.RecordBatch:
     for name, wanted in (("is_latest", True), ("is_delete_marker", False)):
         if name in rows.schema.names:
             live = pc.and_(live, pc.equal(pc.fill_null(rows.column(name), wanted), wanted))
-    kept = rows.filter(live)
+    objects = rows.filter(live)
     columns: Mapping[str, Any] = {
-        "uri": pc.binary_join_element_wise(f"s3://{bucket}", kept.column("key"), "/"),
-        "key": kept.column("key"),
-        "etag": pc.utf8_trim(kept.column("e_tag"), characters='"'),
-        "size_bytes": kept.column("size"),
+        "uri": pc.binary_join_element_wise(f"s3://{bucket}", objects.column("key"), "/"),
+        "key": objects.column("key"),
+        "etag": pc.utf8_trim(objects.column("e_tag"), characters='"'),
+        "size_bytes": objects.column("size"),
         "storage_class": (
-            kept.column("storage_class") if "storage_class" in rows.schema.names else pa.nulls(kept.num_rows)
+            objects.column("storage_class") if "storage_class" in rows.schema.names else pa.nulls(objects.num_rows)
         ),
     }
     return pa.record_batch([columns[field.name].cast(field.type) for field in LISTED], schema=LISTED)

@@ -22,7 +22,7 @@ IMAGE_SUFFIXES: Final = (
     *(".heic", ".heif", ".avif"),
     *(".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
 )
-"""Files of a source with one of these endings, in upper or lower case, are its images and become rows."""
+"""Suffixes, in upper or lower case, of the files of a source that become rows."""
 
 CONFLICT_PREFIX: Final = "conflict:"
 """Prefix of the group_id of a subject with two copies of one image under different labels."""
@@ -128,8 +128,8 @@ def build_manifest(rows: Sequence[SourceRow], source: str, contents: Mapping[str
     Returns:
         A table of `schema.MANIFEST`, the same for the same source on every machine, except for URIs and etags.
     """
-    found = [_content(row, contents) for row in rows]
-    groups = group_ids([row.label for row in rows], [content.digest for content in found])
+    row_contents = [_content(row, contents) for row in rows]
+    groups = group_ids([row.label for row in rows], [content.digest for content in row_contents])
     records = [
         {
             "image_id": image_id(row.uri),
@@ -149,7 +149,7 @@ def build_manifest(rows: Sequence[SourceRow], source: str, contents: Mapping[str
             "status": content.status,
             "error": content.error or row.label.dropped,
         }
-        for row, content, group in zip(rows, found, groups, strict=True)
+        for row, content, group in zip(rows, row_contents, groups, strict=True)
     ]
     return pa.Table.from_pylist(records, schema=MANIFEST)
 

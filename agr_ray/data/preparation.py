@@ -1,7 +1,7 @@
-"""The steps from labelled photographs to a prepared set, for any kind of workers.
+"""The steps from labelled photographs to a prepared set, independent of the kind of workers.
 
     OUT/lock.json               one job at a time
-    OUT/work/PLAN/              images to read, in numbered parts (`storage.parts`), and the crop rows made of them
+    OUT/work/PLAN/              images to read, in numbered parts (`storage.parts`), and their crop rows
     OUT/                        the prepared set: `data.prepared`
 
 Each image is downloaded once, by a worker, which hashes and crops it. Groups and splits need the hashes of all images.
@@ -56,7 +56,7 @@ _NUM_READS: Final = 8
 
 
 class Workers(Protocol):
-    """Make crop rows: Ray's workers, or this process."""
+    """Whoever makes crop rows: Ray's workers, or this process."""
 
     def session(self) -> AbstractContextManager[int]:
         """Keep the workers running until the block ends; yield their number."""
@@ -137,8 +137,8 @@ class _Preparation:
         todo = _without(listing, valid["image_id"]).sort_by("image_id")
         console.print(f"{len(rows):,} images: {valid.num_rows:,} done before, {todo.num_rows:,} to do")
         if todo.num_rows:
-            made = self._make(todo, workers)
-            standing += self._retry.call(lambda: find_standing(storage, listing, staged=made, retry_failed=False))
+            new_parts = self._make(todo, workers)
+            standing += self._retry.call(lambda: find_standing(storage, listing, staged=new_parts, retry_failed=False))
             valid = standing_rows(standing)
         self._check_usable(valid, CROP_STATUSES)
         manifest = build_manifest(rows, source, dict(contents(valid)))
@@ -156,7 +156,7 @@ class _Preparation:
         """Have workers make crop rows for these rows of the listing; return the URIs of the new parts."""
         if not self._has_record:
             self._check()
-            # The settings of the staged crops.
+            # From now on, the staged crops must not be mixed with those of other settings.
             self._retry.call(lambda: self._earlier.write(self._storage))
         counts: Counter[str] = Counter()
         started = time.perf_counter()
@@ -166,8 +166,8 @@ class _Preparation:
                 for statuses in workers.crop(parts, numbers):
                     self._check()
                     counts.update(statuses)
-                    said = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
-                    update(counts.total(), said)
+                    by_status = ", ".join(f"{status} {count:,}" for status, count in sorted(counts.items()))
+                    update(counts.total(), by_status)
         elapsed_s = time.perf_counter() - started
         self._console.print(f"{todo.num_rows:,} images in {elapsed_s:.0f} s: {todo.num_rows / elapsed_s:.1f} images/s")
         return [parts.uri(number) for number in numbers]
@@ -402,7 +402,7 @@ def _check_not_another_source(job: PrepareJob, before: pa.Table, table: pa.Table
 
 def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> None:
     console.print(prepared.uri)
-    summary = make_table("status", "images", "first reasons")
+    summary = make_table("status", "images", "most frequent reasons")
     for status, count in prepared.counts.items():
         errors = Counter(rows.filter(pc.equal(rows["status"], status))["error"].drop_null().to_pylist())
         summary.add_row(status, f"{count:,}", "\n".join(f"{n} x {error}" for error, n in errors.most_common(3)))

@@ -5,7 +5,7 @@ splits.tsv          group_id, key and split of every image, sorted: its SHA-256 
 split_memory.parquet    content_hash and split of all content that the set ever held, so that images keep their split
 crops/*.parquet     schema.CROPS: one row for every manifest row, whatever its status
 prepare.json        the record below; `finished` is true once every row is there
-work/               while the set is made or updated: `data.preparation`
+work/               only while the set is made or updated: `data.preparation`
 """
 
 from __future__ import annotations
@@ -116,19 +116,19 @@ def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
         ConfigError: there is no set, or it can't be used.
     """
     uri = storage.absolute(uri).rstrip("/")
-    found = find_prepared(storage, uri, key)
-    if found is None:
+    prepared = find_prepared(storage, uri, key)
+    if prepared is None:
         raise ConfigError(f"{key} {uri}: not a prepared set: it holds no prepare.json; agr-ray prepare makes one")
-    if not found.finished:
+    if not prepared.finished:
         raise ConfigError(f"{key} {uri}: preparation has not finished; the same agr-ray prepare command resumes it")
-    ids = storage.read_table(found.crops(storage), columns=["image_id"])["image_id"]
-    num_images, num_expected = pc.count_distinct(ids).as_py(), sum(found.counts.values())
+    ids = storage.read_table(prepared.crops(storage), columns=["image_id"])["image_id"]
+    num_images, num_expected = pc.count_distinct(ids).as_py(), sum(prepared.counts.values())
     if not len(ids) == num_images == num_expected:
         raise ConfigError(
             f"{key} {uri}: holds {len(ids):,} crop rows of {num_images:,} images, but should hold {num_expected:,}; "
             "the same agr-ray prepare command repairs it"
         )
-    return found
+    return prepared
 
 
 def describe_sets(
@@ -150,16 +150,16 @@ def describe_sets(
     """
     if len(sets) == 1:
         return _describe_set(sets[0], num_train_rows[0], num_val_rows[0])
-    each = [_describe_set(*of) for of in zip(sets, num_train_rows, num_val_rows, strict=True)]
+    records = [_describe_set(*each) for each in zip(sets, num_train_rows, num_val_rows, strict=True)]
     parts = shares or num_train_rows
     lines = "".join(f"{sha256}\n" for sha256 in sorted(prepared.split_manifest_sha256 for prepared in sets))
     return {
-        **{key: " + ".join(dict.fromkeys(said[key] for said in each)) for key in ("uri", "source", "detector")},
+        **{key: " + ".join(dict.fromkeys(record[key] for record in records)) for key in ("uri", "source", "detector")},
         "split_manifest_sha256": hashlib.sha256(lines.encode()).hexdigest(),
         "splits": {name: sum(prepared.splits[name] for prepared in sets) for name in sets[0].splits},
         "num_train_rows": sum(num_train_rows),
         "num_val_rows": sum(num_val_rows),
-        "sets": [said | {"share": part / sum(parts)} for said, part in zip(each, parts, strict=True)],
+        "sets": [record | {"share": part / sum(parts)} for record, part in zip(records, parts, strict=True)],
     }
 
 

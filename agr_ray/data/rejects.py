@@ -9,7 +9,7 @@ from collections.abc import Collection
 import pyarrow as pa
 
 _PARTICULAR = re.compile(r"\S*[\d/#][^\s:]*")
-"""Parts that differ between otherwise equal errors: numbers, request ids, ARNs, paths."""
+"""Parts of errors that differ from object to object: numbers, request ids, ARNs, paths."""
 
 
 def reject_reasons(rows: pa.Table, usable: Collection[str]) -> Counter[str]:

@@ -185,7 +185,7 @@ class _Dealer:
     def deal(self, num_images: int) -> str:
         """Return the share that is furthest behind once the group counts, and give the group to it."""
         total = sum(self._dealt.values()) + num_images
-        # They sum to num_images, so the largest is above 0 and never that of a share without a fraction.
+        # They sum to num_images, so the largest is above 0. A share without a fraction is never above 0.
         behind = {share: fraction * total - self._dealt[share] for share, fraction in self._fractions.items()}
         share = max(behind, key=lambda each: behind[each])  # the first of equal ones, in the order of `fractions`
         self._dealt[share] += num_images
@@ -195,7 +195,7 @@ class _Dealer:
 def _deal(groups: list[_Group], fractions: Mapping[str, float], seed: int) -> dict[str, str | None]:
     """Return the split of each group."""
     dealer = _Dealer({split: fractions.get(split, 0.0) for split in SPLITS})
-    refuge = TRAIN if fractions.get(TRAIN, 0.0) > 0 else None
+    conflict_split = TRAIN if fractions.get(TRAIN, 0.0) > 0 else None
     by_stratum: dict[Stratum, list[_Group]] = defaultdict(list)
     for group in _shuffled(groups, seed, "split"):
         by_stratum[group.stratum].append(group)
@@ -204,7 +204,7 @@ def _deal(groups: list[_Group], fractions: Mapping[str, float], seed: int) -> di
         # Groups with a fixed split come first, so that the rest of their stratum makes up for them.
         for group in members:
             if group.conflicting:
-                splits[group.group_id] = refuge if group.given in (None, TRAIN) else None
+                splits[group.group_id] = conflict_split if group.given in (None, TRAIN) else None
             elif group.given is not None:
                 splits[group.group_id] = group.given
             else:
@@ -218,10 +218,10 @@ def _deal(groups: list[_Group], fractions: Mapping[str, float], seed: int) -> di
 
 def _draw_more(groups: list[_Group], sample: int, seed: int, drawn: Mapping[str, bool]) -> list[_Group]:
     """Return the groups that were drawn before, and as many new ones as the sample lacks."""
-    kept = [group for group in groups if drawn.get(group.group_id)]
-    missing = sample - sum(group.num_images for group in kept)
+    earlier = [group for group in groups if drawn.get(group.group_id)]
+    missing = sample - sum(group.num_images for group in earlier)
     new = [group for group in groups if group.group_id not in drawn]
-    return kept + (_draw(new, missing, seed) if missing > 0 else [])
+    return earlier + (_draw(new, missing, seed) if missing > 0 else [])
 
 
 def _draw(groups: list[_Group], sample: int, seed: int) -> list[_Group]:

@@ -1,6 +1,6 @@
-"""Find which crop rows of a prepared set are still valid after its source has been listed again, and write the set's.
+"""Find the crop rows that are still valid after the source has been listed again, and write them to the prepared set.
 
-A row is valid while its image has the etag under which it was read. Its hash, status and crop then need no new
+A row is valid while its image has the etag with which it was read. Its hash, status and crop then need no new
 download; labels, group and split come from the manifest, so a corrected label needs no new crop. Rows of images that
 are gone, changed or failed are dropped. If several parts hold the same image, only its first row is kept. The remaining
 rows equal those of a fresh run.
@@ -28,7 +28,7 @@ from agr_ray.storage.retry import Retry
 COPIED: Final = tuple(name for name in MANIFEST.names if name not in ("status", "error"))
 """Columns of crop rows that are copied from the manifest."""
 _NUM_THREADS: Final = 8
-"""Parts that are read, or rewritten, at a time."""
+"""Number of parts that are read or rewritten at a time."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def write_crop_rows(
     check: Callable[[], None],
     retry: Retry,
 ) -> None:
-    """Make the set's crops agree with its manifest; safe to repeat after a kill.
+    """Make the set's crops agree with its manifest. Can be repeated after a kill.
 
     A part of the crops is rewritten, or deleted, if any of its rows is invalid or differs from the manifest. The valid
     rows of a staged part are written to the crops, under a name hashed from their ids.

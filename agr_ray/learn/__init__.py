@@ -1,1 +1,1 @@
-"""Losses, metrics, augmentation, prediction and the training loop. Knows nothing of Ray."""
+"""The training loop and its parts: losses, augmentation, sampling, optimisers, validation. Does not depend on Ray."""

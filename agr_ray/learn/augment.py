@@ -1,9 +1,8 @@
-"""Stored crops -> the network's input in training, with random changes; `models.transform.prepare_eval` makes none.
+"""Training augmentation: stored crops to the network's input. `models.transform.prepare_eval` does this unchanged.
 
-All geometry is one affine map and one `grid_sample`, all colour one 3 x 3 matrix and offset an image.
-Shrinking is always anti-aliased: where the template in the stored crop is larger than the input, the
-crop is shrunk with a filter first, and `grid_sample` works at about 1:1. Images come as uint8 NCHW; a
-permuted NHWC array is fine, and keeps the result in channels_last.
+All geometry is one affine map and one `grid_sample`; all colour changes are one 3 x 3 matrix and offset per image.
+Shrinking is always anti-aliased: if the template in the stored crop is larger than the input, the crop is first shrunk
+with a filter, and `grid_sample` then works at about 1:1. Images are uint8 NCHW, in any memory format.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ _ERASED_ASPECT = (0.3, 3.3)
 
 
 def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Do what `prepare_eval` does with changes drawn for every image.
+    """Prepare images as `prepare_eval` does, with random changes drawn for each image.
 
-    Where a change reaches beyond the stored crop, the border is reflected.
+    Beyond the stored crop, the image is reflected at its border.
 
     Args:
         images_u8: (n, 3, stored, stored) uint8, RGB.
-        transform: the network's.
-        config: which changes, and how strong.
-        generator: of any device; the same state gives the same images.
+        transform: of the network.
+        config: kinds and strengths of the changes.
+        generator: on any device; the same state gives the same images.
 
     Returns:
         (n, 3, image_size, image_size) float32.
@@ -53,7 +52,7 @@ def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, gene
 
 
 def _uniform(like: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:
-    """Draw one float32 an image, on the images' device, the same on every device."""
+    """Draw a float32 for each image on the generator's device, and move them to the images' device."""
     draws = torch.rand(like.shape[0], generator=generator, device=generator.device)
     return (low + (high - low) * draws).to(like.device)
 
@@ -72,7 +71,7 @@ def _resample(
     if side > transform.image_size:
         images = resize(images_u8, round(stored * transform.image_size / side))
     else:
-        # Colour planes apart: grid_sample and what follows take half the time of channels_last.
+        # Contiguous NCHW: grid_sample and the steps after it take half as long as with channels_last.
         images = images_u8.to(torch.float32, memory_format=torch.contiguous_format)
     # From output to input, both in -1..1: flip, then rotate and zoom about the centre, then shift.
     cosine, sine = share / zoom * angle.cos(), share / zoom * angle.sin()

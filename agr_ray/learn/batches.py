@@ -14,19 +14,19 @@ from agr_ray.models.heads.base import Targets
 
 Batch: TypeAlias = Mapping[str, Any]
 """crop (n, stored, stored, 3) uint8, and label arrays, (n,) each: age, age_low and age_high float32, gender and race
-int64; arrays or CPU tensors. A label array that is not there has no label.
+int64; NumPy arrays or CPU tensors. If a label array is absent, no row has that label.
 
-Where there is an image_id, (n,) words, an error names the rows of a non-finite loss. Where there is a set_index, (n,)
-int64, a sampler may draw by it: the prepared set that a row is from."""
+Optional: image_id, (n,) strings, which the error about a non-finite loss names; set_index, (n,) int64, the prepared set
+of each row, by which a sampler may draw."""
 
 
 def num_rows(batch: Batch | None) -> int:
-    """Return the number of rows; 0 without a batch."""
+    """Return the number of rows; 0 for None."""
     return 0 if batch is None else len(batch["crop"])
 
 
 def batches_of(arrays: Batch, order: NDArray[np.int64], sizes: Iterator[int]) -> Iterator[Batch]:
-    """Iterate over rows in the order of these indices, so many at a time; the last batch may have fewer."""
+    """Yield batches of the rows with the indices `order`, of the given sizes; the last batch may be smaller."""
     while len(order):
         size = next(sizes)
         chosen, order = order[:size], order[size:]
@@ -34,17 +34,17 @@ def batches_of(arrays: Batch, order: NDArray[np.int64], sizes: Iterator[int]) ->
 
 
 def next_batch(batches: Iterator[Batch]) -> Batch | None:
-    """Return the next batch that has rows; none: there is none left."""
+    """Return the next batch that has rows; None: there is none left."""
     return next((batch for batch in batches if num_rows(batch)), None)
 
 
 def image_ids(batch: Batch | None) -> list[str]:
-    """Return the ids of a batch's rows; none where it has no such column."""
+    """Return the image ids of a batch's rows; empty if the batch has no such column."""
     return [] if batch is None else [str(each) for each in batch.get("image_id", ())]
 
 
 def targets_of(heads: Heads, batch: Batch | None) -> Targets:
-    """Return copies of the label arrays that the heads learn from, on the CPU; of no batch, of no rows."""
+    """Return copies of the label arrays that the heads learn from, on the CPU; for None, arrays without rows."""
     labels: Batch = {} if batch is None else batch
     return {k: v for head in heads.values() for k, v in head.targets(labels, num_rows(batch)).items()}
 

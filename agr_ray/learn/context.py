@@ -1,4 +1,4 @@
-"""Where the training loop runs: the context that gives it batches and takes its reports."""
+"""The context of the training loop, which provides batches, sums over ranks, and receives reports."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from agr_ray.models.transform import Transform
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What the context learns after each epoch. Every rank has the same; one of them should save."""
+    """Result of an epoch, the same on all ranks; only one of them should save it."""
 
     row: Row
     is_best: bool
-    """Whether no epoch before had a better objective (always, without validation)."""
+    """Whether the objective is lower than in all earlier epochs; always true without validation."""
     finished: str
-    """Why this epoch is the last: `epochs`, `early_stopping`; empty: it isn't."""
+    """Why this epoch is the last: `epochs` or `early_stopping`; empty: it is not the last."""
     metrics: Mapping[str, Any]
-    """On validation: `MetricSums.to_json`, with `baseline` of the same shape and `groups` by `GroupSums.to_json`."""
+    """Validation metrics: `MetricSums.to_json`, with `baseline` of the same shape and `groups`: `GroupSums.to_json`."""
     model: MultiTaskNet
-    """Whose weights were validated and should be kept: the moving average where there is one."""
+    """The network that was validated and should be saved: with the moving average of weights, if there is one."""
     transform: Transform
-    """With which they were trained and validated."""
+    """Transform of this epoch's training and validation."""
     train_state: Callable[[], dict[str, Any]]
-    """Build what `train(resume=...)` takes: plain values and tensors that the next step changes, so save at once."""
+    """Returns the argument `resume` of `train`. The next step changes its tensors in place, so save it at once."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is kept of an epoch that may not come to its end. Every rank has the same; one of them should save."""
+    """State in the middle of an epoch that may not finish, the same on all ranks; only one of them should save it."""
 
     epoch: int
     num_steps: int
-    """Of the epoch, so far."""
+    """Steps of the epoch so far."""
     model: MultiTaskNet
     transform: Transform
     train_state: Callable[[], dict[str, Any]]
@@ -53,57 +53,58 @@ class Snapshot:
 
 
 class Context(Protocol):
-    """Where the loop runs."""
+    """The environment of the training loop on one rank."""
 
     @property
     def rank(self) -> int:
-        """Which of the workers this is, from 0."""
+        """Rank of this worker, from 0."""
 
     @property
     def world_size(self) -> int:
-        """How many workers there are."""
+        """Number of workers."""
 
     @property
     def device(self) -> torch.device:
-        """Where this worker computes."""
+        """Device on which this worker computes."""
 
     def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
-        """Iterate over this rank's share of one epoch (from 1), shuffled anew for each.
+        """Iterate over this rank's share of an epoch (from 1), in a new random order for each epoch.
 
-        An epoch that was interrupted is resumed in another order; the loop takes only the remaining steps.
+        An epoch that was interrupted after `steps_done` steps resumes in another order; the loop takes only the
+        remaining steps.
         """
 
     def val_batches(self) -> Iterator[Batch]:
-        """Iterate over this rank's share of validation; over all ranks each row comes once."""
+        """Iterate over this rank's share of validation. All ranks together yield each row once."""
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Add up over ranks. The tensor is a small one on the CPU, and so is the result."""
+        """Return the sum over ranks of a small CPU tensor, on the CPU."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Make backward average the gradients over ranks (DDP, or nothing).
+        """Wrap the model so that backward averages gradients over ranks (DDP); with one rank, return it unchanged.
 
-        The loop averages running statistics, once an epoch.
+        The loop itself averages running statistics, once per epoch.
         """
 
     def report(self, report: EpochReport) -> None:
-        """Keep a checkpoint, log the row."""
+        """Save a checkpoint and log the row."""
 
     def must_save(self) -> bool:
-        """Say whether a machine will soon be preempted, so that a checkpoint should be kept at once.
+        """Return whether a machine is about to be preempted, so that a checkpoint must be saved at once.
 
-        Asked on all ranks at the same step, every few seconds, and answered alike on all.
+        Called on all ranks at the same step, every few seconds; returns the same on all.
         """
 
     def save(self, snapshot: Snapshot) -> None:
-        """Keep a checkpoint in the middle of an epoch."""
+        """Save a checkpoint in the middle of an epoch."""
 
     def progress(self, progress: Progress) -> None:
-        """Show it; called about once a second."""
+        """Show the progress; called about once per second."""
 
 
 @dataclass
 class LocalContext:
-    """One rank in this process, on arrays in memory."""
+    """A single rank in this process, with arrays in memory."""
 
     train: Batch
     val: Batch
@@ -115,10 +116,10 @@ class LocalContext:
     rank: int = 0
     world_size: int = 1
     sampler: Sampler | None = None
-    """Which rows are drawn, and how often (`TrainConfig.balance`, `data_shares`); None: each once."""
+    """Draws the rows of each epoch (`TrainConfig.balance`, `data_shares`); None: each row once."""
 
     def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:
-        """Iterate over the training arrays in an order drawn by seed and epoch."""
+        """Iterate over the training arrays in an order drawn from seed, epoch and `steps_done`."""
         rng = np.random.default_rng([self.seed, epoch, steps_done])
         if self.sampler is None:
             order = rng.permutation(num_rows(self.train))
@@ -128,30 +129,30 @@ class LocalContext:
         return batches_of(self.train, order, itertools.repeat(self.batch_size))
 
     def val_batches(self) -> Iterator[Batch]:
-        """Iterate over the validation arrays in their order."""
+        """Iterate over the validation arrays in order."""
         return batches_of(self.val, np.arange(num_rows(self.val)), itertools.repeat(self.batch_size))
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Return it: there are no others."""
+        """Return the tensor: there is only one rank."""
         return tensor
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return it: there are no others."""
+        """Return the model: there is only one rank."""
         return model
 
     def report(self, report: EpochReport) -> None:
-        """Hand it on."""
+        """Call `on_report`."""
         if self.on_report is not None:
             self.on_report(report)
 
     def must_save(self) -> bool:
-        """Say no: nobody takes this process away with a notice."""
+        """Return False: this process gets no preemption notice."""
         return False
 
     def save(self, snapshot: Snapshot) -> None:
-        """Do nothing: never asked to."""
+        """Do nothing: `must_save` is never true."""
 
     def progress(self, progress: Progress) -> None:
-        """Hand it on."""
+        """Call `on_progress`."""
         if self.on_progress is not None:
             self.on_progress(progress)

@@ -1,7 +1,7 @@
-"""`agr-ray train --dry-run`: what a run would do, take and cost, from 20 real steps in this process.
+"""`agr-ray train --dry-run`: the plan of a run, and its memory and time estimated from 20 real steps in this process.
 
-Starts no cluster and writes nothing. Memory is counted, not guessed: one step on two images says what the optimiser
-keeps, and what the forward pass keeps for the backward pass, which grows in proportion to the batch.
+Starts no cluster and writes nothing. Memory is counted in one step on two images: the state of the optimiser, and the
+tensors that the forward pass saves for the backward pass, which grow in proportion to the batch.
 """
 
 from __future__ import annotations
@@ -37,52 +37,52 @@ from agr_ray.models.precision import autocast, compute_dtype
 
 NUM_STEPS: Final = 20
 _WARM_UP_STEPS: Final = 3
-"""Before the clock runs: the first steps choose algorithms and allocate."""
+"""Steps before the timed ones, in which algorithms are chosen and memory is allocated."""
 _NUM_VAL_BATCHES: Final = 3
 _MIB: Final = 2**20
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one worker's training step holds, bytes."""
+    """Memory of one worker's training step, bytes."""
 
     weights: int
-    """And batch norm's statistics."""
+    """Weights and batch-norm statistics."""
     gradients: int
     optimizer: int
     average: int
-    """Moving average of weights; 0: none is kept."""
+    """Moving average of weights; 0: there is none."""
     activations: int
-    """Kept from the forward to the backward pass, for the images that the worker takes at a time."""
+    """Tensors saved by the forward pass for the backward pass, for one micro-batch."""
 
     @property
     def total(self) -> int:
-        """All of it, without what the framework, its workspaces and augmentation take beside."""
+        """The sum. The framework, its workspaces and augmentation need more."""
         return sum(dataclasses.astuple(self))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What was timed at one image size, seconds."""
+    """Measured times at one image size, seconds."""
 
     step_s: float
-    """Of one optimiser step on one worker's batch, augmentation included."""
+    """Time of one optimiser step on one worker's batch, including augmentation."""
     val_row_s: float
-    """Of validating one image."""
+    """Time to validate one image."""
 
 
 def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus: int, console: Console) -> None:
-    """Print the plan of a run, and what it is likely to take.
+    """Print the plan of a run, and the memory and time that it is likely to need.
 
     Args:
-        run: as workers would be told it.
-        sets: its data, of which a part or so is read.
+        run: the run, as its workers would get it.
+        sets: its prepared sets, of which only the first crops are read.
         model: with its initial weights; not changed.
         num_cpus: CPUs of this machine that this process may use.
         console: where to print.
 
     Raises:
-        JobError: the loss is not finite within these steps.
+        JobError: the loss is not finite in one of the steps.
     """
     job, config = run.job, run.job.train
     for line in plan_lines(run, model):
@@ -90,13 +90,13 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus
     device = torch.device("cuda" if config.use_gpu and torch.cuda.is_available() else "cpu")
     batch_size = math.ceil(config.batch_size / config.min_workers)
     largest = max(_sides(job))
-    crops = _some_crops(run, sets, batch_size)
+    crops = _first_crops(run, sets, batch_size)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads_per_worker or max(1, num_cpus // config.min_workers))
     try:
-        at_a_time = math.ceil(batch_size / config.grad_accum_steps)
-        memory = count_memory(model, job, largest, at_a_time, device)
-        for line in memory_lines(run, memory, at_a_time, largest, device):
+        micro_batch = math.ceil(batch_size / config.grad_accum_steps)
+        memory = count_memory(model, job, largest, micro_batch, device)
+        for line in memory_lines(run, memory, micro_batch, largest, device):
             console.print(line)
         speeds = {side: time_steps(run, model, crops, side, device) for side in _sides(job)}
     except NonFiniteLossError as error:
@@ -109,23 +109,23 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus
 
 
 def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:
-    """Return what is settled before anything is timed: data, classes, steps, parameters, workers."""
+    """Return the part of the plan that needs no measurement: data, classes, steps, parameters, workers."""
     job, config = run.job, run.job.train
     steps = steps_per_epoch(run.num_train_rows, config)
     counts = run.data["train_labels"]
     parameters = sum(p.numel() for p in model.parameters())
     workers = f"{config.min_workers}" if config.min_workers == config.max_workers else f"at least {config.min_workers}"
     resources = f"{config.cpus_per_worker:g} CPU" + (" and 1 GPU" if config.use_gpu else "")
-    share = f"{math.ceil(config.batch_size / config.min_workers)} images a step each"
+    share = f"{math.ceil(config.batch_size / config.min_workers)} images per step each"
     if config.grad_accum_steps > 1:
-        share += f" in {config.grad_accum_steps} parts"
+        share += f" in {config.grad_accum_steps} micro-batches"
     lines = [
         f"data: {run.data['uri']}: {run.num_train_rows:,} training crops, {run.num_val_rows:,} validation crops",
     ]
-    for said in run.data.get("sets", ()):
+    for part in run.data.get("sets", ()):
         lines.append(
-            f"of them {said['uri']}: {said['num_train_rows']:,} training crops, "
-            f"{100 * said['share']:.1f} % of those drawn; {said['num_val_rows']:,} validation crops"
+            f"of them {part['uri']}: {part['num_train_rows']:,} training crops, "
+            f"{100 * part['share']:.1f} % of those drawn; {part['num_val_rows']:,} validation crops"
         )
     for attribute in ("gender", "race", "age_group"):
         of = ", ".join(f"{name} {count:,}" for name, count in counts[attribute].items())
@@ -133,16 +133,16 @@ def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:
     return [
         *lines,
         f"network: {job.model.backbone}, heads {', '.join(model.tasks)}, {parameters:,} parameters, "
-        f"{_said_sides(job)} px",
-        f"steps: {steps:,} an epoch, {config.batch_size} images each; {steps * config.epochs:,} in all "
+        f"{_shown_sides(job)} px",
+        f"steps: {steps:,} per epoch, {config.batch_size} images each; {steps * config.epochs:,} in all "
         f"{config.epochs} epochs",
         f"workers: {workers} x {resources}, {share}; "
-        f"with reading, {config.min_workers * config.cpus_per_worker + spare_cpus(config):g} logical CPUs in all",
+        f"including reading, {config.min_workers * config.cpus_per_worker + spare_cpus(config):g} logical CPUs in all",
     ]
 
 
 def memory_lines(run: Run, memory: Memory, num_images: int, side_px: int, device: torch.device) -> list[str]:
-    """Return what a worker needs that takes so many images at a time, and what holding its crops needs."""
+    """Return the memory of a worker's step on a micro-batch of `num_images`, and of its decoded crops."""
     config = run.job.train
     held = f"weights {_mib(memory.weights)}, gradients {_mib(memory.gradients)}, optimiser {_mib(memory.optimizer)}"
     if memory.average:
@@ -153,19 +153,18 @@ def memory_lines(run: Run, memory: Memory, num_images: int, side_px: int, device
     kept = share <= max_kept_rows(run.job.train, run.transform)
     return [
         f"memory of a worker's step: {_mib(memory.total)}: {held}, activations {_mib(memory.activations)} for "
-        f"{num_images} images of {side_px} px in {kind} (counted on two images, in proportion; the framework's own is "
-        "not in it)",
+        f"{num_images} images of {side_px} px in {kind} (extrapolated from two images; without the framework's own)",
         f"memory of a worker's crops: {_mib(decoded)} decoded, twice that while they are joined; "
         + (
             "kept after the first epoch"
             if kept
-            else f"over train.cache_mib {config.cache_mib}, so streamed in every epoch"
+            else f"more than train.cache_mib {config.cache_mib}, so they are streamed in every epoch"
         ),
     ]
 
 
 def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list[str]:
-    """Return how long epochs and the run will take, from the times at each image size."""
+    """Return the estimated times of epochs and of the run, from the times at each image size."""
     job, config = run.job, run.job.train
     steps = steps_per_epoch(run.num_train_rows, config)
     epochs = Counter(epoch_side_px(epoch, config, job.model.image_size) for epoch in range(1, config.epochs + 1))
@@ -174,46 +173,47 @@ def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list
         epoch_s = steps * speed.step_s + run.num_val_rows / config.min_workers * speed.val_row_s
         total_s += epochs[side] * epoch_s
         lines.append(
-            f"time at {side} px: {speed.step_s * 1000:.0f} ms a step, {config.batch_size / speed.step_s:.0f} samples/s "
-            f"of all workers; {_duration(epoch_s)} an epoch with validation, {epochs[side]} of them"
+            f"time at {side} px: {speed.step_s * 1000:.0f} ms per step, "
+            f"{config.batch_size / speed.step_s:.0f} samples/s of all workers; {_duration(epoch_s)} per epoch with "
+            f"validation, epochs: {epochs[side]}"
         )
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
     lines.append(
-        f"time in all: {_duration(total_s)} after {NUM_STEPS} steps on {on}; reading and decoding in the first epoch, "
-        "exchange of gradients and checkpoints come on top"
+        f"total time: {_duration(total_s)}, estimated from {NUM_STEPS} steps on {on}; without reading and decoding in "
+        "the first epoch, exchange of gradients, and checkpoints"
     )
     if config.use_gpu and device.type == "cpu":
-        lines.append("warning: train.use_gpu, but there is no GPU here: the times are a CPU's and say nothing of yours")
+        lines.append("warning: train.use_gpu is set, but this machine has no GPU: the times are those of its CPU")
     return lines
 
 
 def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, num_images: int, device: torch.device) -> Memory:
-    """Count what a training step holds, by one step on two images.
+    """Count the memory of a training step, by taking one step on two images.
 
     Args:
-        model: left as it is.
-        job: its optimiser, precision and average.
+        model: not changed.
+        job: its optimiser, precision and moving average.
         side_px: of the images.
-        num_images: that one worker takes at a time, for which activations are counted.
-        device: where the step is taken.
+        num_images: of one worker's micro-batch, for which activations are counted.
+        device: on which the step is taken.
     """
     model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, job.train)
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
     saved: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 
     images = torch.rand(2, 3, side_px, side_px, device=device).contiguous(memory_format=torch.channels_last)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         with autocast(device, job.train.precision):
             outputs = model(images)
-        # What the pass kept is alive until backward, so no address was given out twice.
-        parts = [each for said in outputs.values() for each in (said if isinstance(said, tuple) else (said,))]
+        # Saved tensors are alive until backward, so no address is reused.
+        parts = [each for output in outputs.values() for each in (output if isinstance(output, tuple) else (output,))]
         loss = torch.stack([each.mean() for each in parts]).sum()
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
     optimizer.step()
@@ -230,9 +230,9 @@ def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, num_images: i
 
 
 def time_steps(run: Run, model: MultiTaskNet, crops: Batch, side_px: int, device: torch.device) -> Speed:
-    """Time `NUM_STEPS` steps of one worker by the training loop itself, on the same crops again and again.
+    """Time `NUM_STEPS` steps of one worker in the training loop itself, all on the same crops.
 
-    The backbone learns in them: steps with a frozen one (`train.freeze_epochs`) take less.
+    The backbone is trained in all of them; steps with a frozen one (`train.freeze_epochs`) are faster.
     """
     job = run.job.model_copy(
         update={
@@ -256,18 +256,18 @@ def time_steps(run: Run, model: MultiTaskNet, crops: Batch, side_px: int, device
 
 @dataclass
 class _Timed(LocalContext):
-    """Gives out the same batch, and looks at the clock before and after."""
+    """Repeats one batch, and times the steps."""
 
     train_s: float = field(default=0.0, init=False)
     val_s: float = field(default=0.0, init=False)
 
     @property
     def num_val_rows(self) -> int:
-        """Rows of one batch of validation."""
+        """Rows of a validation batch."""
         return max(len(self.val["age"]), MIN_VAL_BATCH)
 
     def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:  # noqa: ARG002  # all alike
-        """Iterate over warm-up and timed steps."""
+        """Yield the batch for the warm-up steps and the timed ones."""
         for _ in range(_WARM_UP_STEPS):
             yield self.train
         start = self._now()
@@ -276,7 +276,7 @@ class _Timed(LocalContext):
         self.train_s = self._now() - start
 
     def val_batches(self) -> Iterator[Batch]:
-        """Iterate over a batch to warm up and those that are timed."""
+        """Yield one batch to warm up, and those that are timed."""
         rows = torch.arange(self.num_val_rows).numpy() % len(self.val["age"])
         batch = {name: values[rows] for name, values in self.val.items()}
         yield batch
@@ -291,29 +291,29 @@ class _Timed(LocalContext):
         return time.perf_counter()
 
 
-def _some_crops(run: Run, sets: Sequence[PreparedSet], batch_size: int) -> Batch:
-    """Read crops until there is one worker's batch, and repeat them if there are fewer."""
+def _first_crops(run: Run, sets: Sequence[PreparedSet], batch_size: int) -> Batch:
+    """Return one worker's batch of crops; if the sets have fewer, repeat them."""
     storage = run.storage
     statuses = usable_statuses(use_fallback=run.job.train.use_fallback)
-    found: list[pa.Table] = []
+    tables: list[pa.Table] = []
     parts = (info for prepared in sets for info in storage.list(prepared.crops(storage), (".parquet",)))
     for info in parts:
         columns = [*TRAINING_COLUMNS, "split", "status"]
-        found.append(select_crops(storage.read_table(info.uri, columns=columns), "train", statuses))
-        if sum(table.num_rows for table in found) >= batch_size:
+        tables.append(select_crops(storage.read_table(info.uri, columns=columns), "train", statuses))
+        if sum(table.num_rows for table in tables) >= batch_size:
             break
-    rows = pa.concat_tables(found)
+    rows = pa.concat_tables(tables)
     arrays = training_arrays(rows.slice(0, batch_size), sets[0].crop_side_px, run.baseline.space)
     chosen = torch.arange(batch_size).numpy() % len(arrays["age"])
     return {name: values[chosen] for name, values in arrays.items()}
 
 
 def _sides(job: TrainJob) -> list[int]:
-    """Return the image sides that occur, each once, in their order, pixels."""
+    """Return the distinct image sides of the run, in order, pixels."""
     return list(dict.fromkeys(job.train.image_sizes or (job.model.image_size,)))
 
 
-def _said_sides(job: TrainJob) -> str:
+def _shown_sides(job: TrainJob) -> str:
     return " then ".join(map(str, _sides(job)))
 
 

@@ -1,4 +1,4 @@
-"""Rows of schema.HISTORY: one an epoch."""
+"""The training history: rows of schema.HISTORY, one per epoch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _VALIDATION = "val_"
 
 
 def history_row(values: Mapping[str, Any], metrics: Mapping[str, Any], tasks: Sequence[str]) -> Row:
-    """Return a row.
+    """Return a row of schema.HISTORY.
 
     Args:
-        values: the columns that are not metrics of validation.
-        metrics: of validation, as in `EpochReport.metrics`. A column `val_TASK_METRIC` is `metrics[TASK][METRIC]`, null
-            where there is no such task.
-        tasks: of the network; one that validation does not measure is left out.
+        values: the columns that are not validation metrics.
+        metrics: validation metrics, as in `EpochReport.metrics`. A column `val_TASK_METRIC` is `metrics[TASK][METRIC]`,
+            or null if there is no such task.
+        tasks: of the network; tasks that are not in `metrics` are ignored.
     """
     tasks = tuple(task for task in tasks if task in metrics)
     row = {

@@ -1,10 +1,10 @@
-"""The training loop. It does not know where batches come from, who else trains, or what the heads predict.
+"""The training loop. It does not depend on the source of the batches, the number of ranks, or the kinds of heads.
 
     for each epoch: train_batches -> augment -> network -> loss -> step; val_batches -> metrics; report
 
-Ranks may have different numbers of batches: before every step they add up their rows and labels, so all know whether
-anyone has data, and by what to divide the masked means; a rank without data takes part with weight zero. All else that
-ranks exchange is one reduction after training and one after validation.
+Ranks may have different numbers of batches. Before each step they add up their rows and labels, so all know whether any
+rank has data, and the divisors of the masked means. A rank without data takes part with weight zero. Once per epoch,
+ranks also add up losses, running statistics and validation metrics.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from agr_ray.models.precision import allow_tf32
 from agr_ray.models.transform import Transform
 
 _PROGRESS_S: Final = 1.0
-_CHECK_EVERY: Final = 25
-_ASK_EVERY_S: Final = 5.0
-"""How often the context is asked whether a machine will be preempted."""
+_STEPS_PER_LOSS_CHECK: Final = 25
+"""On a GPU, which must finish its work before a loss can be read."""
+_CHECK_EVERY_S: Final = 5.0
+"""Seconds between calls of `Context.must_save`."""
 _CUDA: Final = "cuda"
 
 
@@ -52,47 +53,47 @@ def train(
     num_train_rows: int,
     resume: Mapping[str, Any] | None = None,
 ) -> list[Row]:
-    """Train until the epochs are done or validation stops getting better.
+    """Train until the epochs are done or validation stops improving.
 
-    The same state, data and seed give the same weights, whether the run was interrupted between epochs or not: the
-    learning rate follows from progress and history, and random numbers, which are drawn anew in each epoch, depend on
-    (seed, epoch, rank) alone. An epoch that is resumed in its middle has as many steps as any other, but draws the rows
-    of the steps that are left anew.
+    The same state, data and seed give the same weights, whether or not the run was interrupted between epochs. The
+    learning rate is a function of progress and history, and the random numbers of an epoch depend only on (seed, epoch,
+    rank). An epoch that is resumed in the middle has as many steps as any other, but the rows of its remaining steps
+    are drawn again.
 
     Args:
-        context: where batches come from and reports go to.
-        model: with its initial weights, or those of the checkpoint to resume from; ends with the last epoch's
+        context: provides batches and receives reports.
+        model: with its initial weights, or those of the checkpoint to resume from. Afterwards it has the last epoch's
             raw weights, on the context's device.
-        transform: the model's.
-        job: sections model, loss, augment, train and predict are read.
-        baseline: guesses fitted on the training labels; the objective is relative to them (`metrics.objective`).
-        num_train_rows: of all ranks, in one epoch; foresees the number of steps, and a little off does no harm.
-        resume: `EpochReport.train_state()` of the same checkpoint; none: begin.
+        transform: of the model.
+        job: only its sections model, loss, augment, train and predict are used.
+        baseline: constant baseline of the training labels; the objective is relative to it (`metrics.objective`).
+        num_train_rows: rows of all ranks in one epoch, to predict the number of steps; may be slightly off.
+        resume: `EpochReport.train_state()` of the same checkpoint; None: start from the beginning.
 
     Returns:
-        The rows of all epochs, those before the interruption too.
+        The rows of all epochs, including those before an interruption.
 
     Raises:
-        NonFiniteLossError: on all ranks.
+        NonFiniteLossError: a loss is not finite; raised on all ranks.
     """
     return _Loop(context, model, transform, job, baseline, num_train_rows, resume).run()
 
 
 @dataclass
 class _Epoch:
-    """What the training part of one epoch adds up."""
+    """Sums over the training part of one epoch, over all ranks unless stated otherwise."""
 
     num_rows: int = 0
-    """Of all ranks, as everything here without another word."""
     num_local_rows: int = 0
-    """Of this rank, since this process began or resumed the epoch."""
+    """Rows of this rank since this process began or resumed the epoch."""
     num_steps: int = 0
     wait_s: float = 0.0
-    """Mean over ranks, once the epoch has ended."""
+    """Time spent waiting for batches: of this rank; after the epoch, the mean over ranks."""
     train_s: float = 0.0
     loss: float = math.nan
     task_totals: list[float] = dataclasses.field(default_factory=list)
-    """Of the steps before this process resumed: a sum of losses of each task, then a count of labels. Empty: none."""
+    """Sum of losses of each task, then number of labels of each. During the epoch, only of the steps before this
+    process resumed it. Empty: no steps."""
 
 
 class _Loop:
@@ -126,21 +127,21 @@ class _Loop:
         self.stale_epochs = int(state.get("stale_epochs", 0))
         self.finished = str(state.get("finished", ""))
         self.history: list[Row] = [dict(row) for row in state.get("history", [])]
-        self.begun = _Epoch(**state.get("begun", {}))  # an epoch left in its middle
+        self.partial_epoch = _Epoch(**state.get("partial_epoch", {}))  # interrupted in the middle
         self.has_saved = False
-        self.asked = time.monotonic()
+        self.last_check_s = time.monotonic()
         self.stepper = Stepper(context, self.model, job, state, is_frozen=self.epoch < job.train.freeze_epochs)
 
     def run(self) -> list[Row]:
         while not self.finished and self.epoch < self.job.train.epochs:
-            start = time.perf_counter() - self.begun.train_s
+            start = time.perf_counter() - self.partial_epoch.train_s
             self.epoch += 1
             epoch = self._train_epoch()
             self.stepper.average_statistics(epoch.num_local_rows)
-            kept = self.stepper.kept
+            model = self.stepper.kept
             metrics, val_loss, num_val_rows = validate(
                 self.context,
-                kept,
+                model,
                 self._transform(),
                 self.job.loss,
                 self.job.predict,
@@ -162,50 +163,52 @@ class _Loop:
             row = history_row(values, metrics, self.model.tasks)
             is_best = self._judge(row["val_objective"])
             self.history.append(row)
-            self.context.report(EpochReport(row, is_best, self.finished, metrics, kept, self._transform(), self._state))
+            self.context.report(
+                EpochReport(row, is_best, self.finished, metrics, model, self._transform(), self._state)
+            )
         return self.history
 
     def _train_epoch(self) -> _Epoch:
         """Take all steps of one epoch."""
         context, device, num_tasks = self.context, self.context.device, len(self.heads)
-        epoch, self.begun = self.begun, _Epoch()
+        epoch, self.partial_epoch = self.partial_epoch, _Epoch()
         steps_before, train_s_before = epoch.num_steps, epoch.train_s
         seed = epoch_seed(self.job.train.seed, self.epoch, context.rank, steps_before)
         torch.manual_seed(seed)  # dropout
         generator = torch.Generator().manual_seed(seed)
         self.stepper.begin_epoch(is_frozen=self.epoch <= self.job.train.freeze_epochs)
         totals, running = torch.zeros(2 * num_tasks, device=device), torch.zeros(2 * num_tasks, device=device)
-        check_every = _CHECK_EVERY if device.type == _CUDA else 1
+        check_every = _STEPS_PER_LOSS_CHECK if device.type == _CUDA else 1
         monitor = Monitor(self.epoch, self.model.tasks, check_every)
         batches = context.train_batches(self.epoch, steps_before)
         start = shown = time.perf_counter()
         while True:
-            asked = time.perf_counter()
+            wait_start = time.perf_counter()
             is_done = steps_before > 0 and epoch.num_steps >= self.steps_per_epoch
             batch = None if is_done else next_batch(batches)
-            epoch.wait_s += time.perf_counter() - asked
+            epoch.wait_s += time.perf_counter() - wait_start
             targets = targets_of(self.heads, batch)
             mix = None
             if batch is None:
                 monitor.flush()
             else:
-                # Before the ranks add up their labels, because it decides how much each counts.
+                # Before the ranks add up their labels, because it sets the weight of each.
                 mix = draw_mix(num_rows(batch), self._transform().image_size, self.job.augment, generator)
             is_short = num_rows(batch) < 2 * self.job.train.grad_accum_steps
-            asks = context.rank == 0 and time.monotonic() - self.asked >= _ASK_EVERY_S
-            told = torch.tensor([num_rows(batch), is_short, bool(monitor.problem), asks], dtype=torch.float32)
-            told = context.all_reduce_sum(torch.cat([told, label_counts(self.heads, targets, mix)]))
-            num_all_rows, num_short, num_problems, num_asking = told[:4].tolist()
+            is_check_due = context.rank == 0 and time.monotonic() - self.last_check_s >= _CHECK_EVERY_S
+            counts = torch.tensor([num_rows(batch), is_short, bool(monitor.problem), is_check_due], dtype=torch.float32)
+            counts = context.all_reduce_sum(torch.cat([counts, label_counts(self.heads, targets, mix)]))
+            num_all_rows, num_short, num_problems, must_check = counts[:4].tolist()
             if num_problems:
                 raise self._not_finite(monitor)
             if not num_all_rows:
                 break
             if self.job.train.sync_batch_norm and num_short:
-                self.stepper.wrapped.eval()  # ranks normalise together, in the same number of parts, or not at all
+                self.stepper.wrapped.eval()  # all ranks normalise together, in equally many micro-batches, or none
             self.step += 1
             lr = self._lr(epoch.num_steps)
             tasks, score = self.stepper.step(
-                batch, targets, mix, told[4:], self._transform(), lr, generator, monitor, self.step
+                batch, targets, mix, counts[4:], self._transform(), lr, generator, monitor, self.step
             )
             epoch.num_steps += 1
             totals += torch.cat([tasks.sums, tasks.counts])
@@ -213,14 +216,14 @@ class _Loop:
             epoch.num_rows += int(num_all_rows)
             epoch.num_local_rows += num_rows(batch)
             now = time.perf_counter()
-            if num_asking:
-                self.asked = time.monotonic()
+            if must_check:
+                self.last_check_s = time.monotonic()
                 epoch.train_s = train_s_before + now - start
                 self._save_if_needed(epoch, totals, monitor)
             if now - shown >= _PROGRESS_S:
                 shown = now
                 context.progress(self._progress(epoch, totals, running, train_s_before + now - start))
-        for _ in batches:  # of a resumed epoch, the rows that come late in its new order; memory may keep them
+        for _ in batches:  # the surplus rows of a resumed epoch, so that all crops are loaded into memory
             pass
         epoch.train_s = max(train_s_before + time.perf_counter() - start, 1e-9)
         return self._summed(epoch, totals)
@@ -228,8 +231,8 @@ class _Loop:
     def _not_finite(self, monitor: Monitor) -> NonFiniteLossError:
         """Return the error of this rank, once all ranks know that there is one.
 
-        A bad gradient on one rank makes the weights of all ranks bad one step later, and losses may be read only
-        then. So the first bad batch is to blame.
+        A bad gradient of one rank reaches the weights of all ranks, and losses may be checked only some steps later. So
+        the earliest bad batch is the cause.
         """
         context = self.context
         firsts = torch.zeros(context.world_size, dtype=torch.float64)
@@ -240,32 +243,32 @@ class _Loop:
         return NonFiniteLossError(f"epoch {self.epoch}: the loss of another rank is not finite", None)
 
     def _summed(self, epoch: _Epoch, totals: Tensor) -> _Epoch:
-        """Return the epoch with the sums over all ranks."""
+        """Return the epoch with its sums over all ranks."""
         waited = torch.tensor([epoch.wait_s], dtype=torch.float64)
         *summed, wait_s = self.context.all_reduce_sum(torch.cat([totals.double().cpu(), waited])).tolist()
-        begun = epoch.task_totals or [0.0] * len(summed)
-        task_totals = [before + now for before, now in zip(begun, summed, strict=True)]
+        earlier = epoch.task_totals or [0.0] * len(summed)
+        task_totals = [before + now for before, now in zip(earlier, summed, strict=True)]
         wait_s /= self.context.world_size
         return dataclasses.replace(epoch, task_totals=task_totals, wait_s=wait_s, loss=self._weighted(task_totals))
 
     def _save_if_needed(self, epoch: _Epoch, totals: Tensor, monitor: Monitor) -> None:
-        """Keep a checkpoint, once, if a machine will be preempted. All ranks are here."""
+        """Save a checkpoint, once, if a machine is about to be preempted. Called on all ranks."""
         if self.has_saved or not self.context.must_save():
             return
         monitor.flush()
         if self.context.all_reduce_sum(torch.tensor([float(bool(monitor.problem))]))[0] > 0:
-            return  # the weights are not finite on some rank, and the next step says so on all
+            return  # a loss of some rank is not finite, and the next step raises the error on all ranks
         self.has_saved = True
         self.stepper.average_statistics(epoch.num_local_rows)
-        begun = dataclasses.replace(self._summed(epoch, totals), num_local_rows=0)
+        partial = dataclasses.replace(self._summed(epoch, totals), num_local_rows=0)
 
         def state() -> dict[str, Any]:
-            return self._state() | {"epoch": self.epoch - 1, "begun": dataclasses.asdict(begun)}
+            return self._state() | {"epoch": self.epoch - 1, "partial_epoch": dataclasses.asdict(partial)}
 
         self.context.save(Snapshot(self.epoch, epoch.num_steps, self.stepper.kept, self._transform(), state))
 
     def _judge(self, score: float | None) -> bool:
-        """Count epochs without progress, decide whether this one is the last, and say whether it is the best."""
+        """Count epochs without improvement, decide whether this one is the last, and return whether it is the best."""
         config = self.job.train
         is_best = score is None or score < self.best_objective
         if score is not None:
@@ -294,12 +297,12 @@ class _Loop:
         return learning_rate(self.epoch - 1 + share, self.job.train, num_cuts)
 
     def _transform(self) -> Transform:
-        """Return this epoch's, whose images may be smaller."""
+        """Return this epoch's transform, whose images may be smaller."""
         side = epoch_side_px(self.epoch, self.job.train, self.transform.image_size)
         return dataclasses.replace(self.transform, image_size=side)
 
     def _progress(self, epoch: _Epoch, totals: Tensor, running: Tensor, elapsed_s: float) -> Progress:
-        """Return how far the epoch is; waits for the device."""
+        """Return the progress of the epoch; waits for the device."""
         return Progress(
             epoch=self.epoch,
             num_epochs=self.job.train.epochs,

@@ -1,17 +1,17 @@
 """L = sum of w_task L_task over labelled rows only (paper eqs 11 to 14, 21).
 
-Each task's loss is its sum over the rows of all ranks that have its label, divided by their number.
-DDP averages gradients over ranks, which see different numbers of labels, so a rank's loss is its own
-sum over the number on all ranks, times the number of ranks: the average is then the exact gradient.
+Each task's loss is its sum over the labelled rows of all ranks, divided by their number. DDP averages gradients over
+ranks, which have different numbers of labels. So a rank's loss is its own sum, divided by the number of labels on all
+ranks and multiplied by the number of ranks: the average is then the exact gradient.
 
-With `LossConfig.weighting` of `uncertainty` the weights are learnt: a task of loss L and learnt s adds
-a exp(-s) L + b s, the negative log-likelihood whose scale is exp(s) (Kendall, Gal and Cipolla, "Multi-Task
-Learning Using Uncertainty to Weigh Losses", CVPR 2018, eqs 7 and 10). A head's `likelihood` gives a and b:
+With `LossConfig.weighting` = `uncertainty` the weights are learnt: a task with loss L and learnt s adds a exp(-s) L +
+b s, the negative log-likelihood with the scale exp(s) (Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty
+to Weigh Losses", CVPR 2018, eqs 7 and 10). A head's `likelihood` gives a and b:
 
     loss                    likelihood           exp(s)     a     b
     age, mse                Gaussian             sigma^2    1/2   1/2
     age, huber              nearly Gaussian      sigma^2    1     1/2
-    age, l1                 Laplace              its b      1     1
+    age, l1                 Laplace              scale      1     1
     age of `distribution`,  softmax of logits    sigma^2    1     1/2
     gender, race            over sigma^2
 """
@@ -40,13 +40,13 @@ class TaskSums(NamedTuple):
     sums: Tensor
     """(tasks,) float32, detached."""
     counts: Tensor
-    """(tasks,) float32, rows that have the label; of mixed images, shares."""
+    """(tasks,) float32, labelled rows; for mixed images, the sum of their labels' weights."""
 
 
 def label_counts(heads: Heads, targets: Targets, mix: Mix | None = None) -> Tensor:
-    """Return how many rows have a label, (tasks,) float32 on the targets' device.
+    """Return the number of rows with a label, (tasks,) float32 on the targets' device.
 
-    Of mixed images, the sum of the shares that are labelled.
+    For mixed images, return the sum of their labels' weights.
     """
     counts = [
         torch.stack([head.num_labelled(part, share) for head in heads.values()])
@@ -68,7 +68,7 @@ def weighted_loss(config: LossConfig, tasks: Iterable[str], sums: Iterable[float
 
 
 def first_log_variances(heads: Heads, config: LossConfig) -> Tensor:
-    """Return the s of each task from which `uncertainty` begins, (tasks,) float32: they give the fixed weights."""
+    """Return the initial s of each task with `uncertainty`, (tasks,) float32: those that give the fixed weights."""
     factors = [head.likelihood(config)[0] for head in heads.values()]
     return torch.tensor([math.log(a / w) for a, w in zip(factors, loss_weights(config, heads), strict=True)])
 
@@ -87,23 +87,24 @@ def multi_task_loss(
 ) -> tuple[Tensor, TaskSums]:
     """Return the loss to differentiate, and the sums and counts to report.
 
-    Of a batch that is taken in parts, the parts' losses, sums and counts add up to those of the batch.
+    With gradient accumulation, the losses, sums and counts of the micro-batches add up to those of the batch.
 
-    A task whose labels all are missing adds exactly zero, but stays in the graph, so that DDP finds a
-    gradient for every parameter. Nothing non-finite in an unlabelled row reaches the loss or a gradient.
+    A task without any label adds exactly zero, but stays in the graph, so that DDP finds a gradient for every
+    parameter. Non-finite values in unlabelled rows reach neither the loss nor a gradient.
 
     Args:
         heads: of the network.
         outputs: of `rows`, float32.
         targets: of this rank's batch.
         config: the weights, and the age head's loss.
-        counts_total: (tasks,) `label_counts` summed over all ranks; less than 1, as of mixed images, is taken for 1.
-        world_size: the number of ranks that gradients will be averaged over.
-        log_variances: (tasks,) the learnt s, alike on all ranks; that of a task without a label on any rank is left
-            alone. None: the weights are fixed.
-        mix: how the images were mixed, on the targets' device; `counts_total` must know of it. None: they were not.
-        rows: of the batch, those that this part has.
-        num_parts: how many parts the batch is taken in.
+        counts_total: (tasks,) sum of `label_counts` over all ranks. Below 1, as mixed images can have it, it counts
+            as 1.
+        world_size: number of ranks over which gradients are averaged.
+        log_variances: (tasks,) the learnt s, the same on all ranks; a task without a label on any rank does not change
+            its own. None: the weights are fixed.
+        mix: how the images were mixed, on the targets' device; `counts_total` must be of the same mix. None: not mixed.
+        rows: rows of the batch in this micro-batch.
+        num_parts: number of micro-batches.
 
     Returns:
         A scalar, and this rank's `TaskSums`.
@@ -111,9 +112,9 @@ def multi_task_loss(
     device = next(iter(targets.values())).device
     stacked, counts = torch.zeros(len(heads), device=device), torch.zeros(len(heads), device=device)
     for part, share in _learnt(targets, mix, rows):
-        found = [head.loss(outputs[task], part, config, share) for task, head in heads.items()]
-        stacked = stacked + torch.stack([each.total for each in found])
-        counts += torch.stack([each.rows for each in found])
+        losses = [head.loss(outputs[task], part, config, share) for task, head in heads.items()]
+        stacked = stacked + torch.stack([each.total for each in losses])
+        counts += torch.stack([each.rows for each in losses])
     totals = counts_total.to(device, stacked.dtype).clamp(min=1.0)
     if log_variances is None:
         weights = torch.tensor(loss_weights(config, heads), device=device)
@@ -121,7 +122,7 @@ def multi_task_loss(
     else:
         a, b = torch.tensor([head.likelihood(config) for head in heads.values()], device=device).unbind(dim=1)
         is_learnt = counts_total.to(device) > 0
-        # Each rank adds the whole of b s: averaged over ranks it is itself.
+        # Each rank adds b s without `world_size`, because the average over ranks is b s again.
         scales = b * log_variances * is_learnt / num_parts
         loss = (world_size * a * torch.exp(-log_variances) * stacked / totals + scales).sum()
     return loss, TaskSums(stacked.detach(), counts)
@@ -133,7 +134,7 @@ def rows_of(targets: Targets, rows: slice | Tensor) -> Targets:
 
 
 def _learnt(targets: Targets, mix: Mix | None, rows: slice = slice(None)) -> list[tuple[Targets, Tensor | None]]:
-    """Return what n rows are to learn: labels, and the (n,) weights of the rows; None: each counts once."""
+    """Return the labels to learn, with the (n,) weights of their rows; None: all have weight 1."""
     own = rows_of(targets, rows)
     if mix is None:
         return [(own, None)]

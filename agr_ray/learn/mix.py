@@ -1,9 +1,9 @@
-"""Mixup and CutMix: images that are partly another image of the batch, and learn the labels of both.
+"""MixUp and CutMix: mix each image with another of its batch, and train on the labels of both.
 
-Labels are never averaged: a face that is half 20 and half 60 years old is not taken for one of 40. The loss of a mixed
-image is share * loss(own label) + (1 - share) * loss(partner's label), for ages and classes alike. A label that is
-missing takes its part of the weight with it, and what is divided by is the sum of the weights that remain (1 at least),
-so an image of which a third is labelled counts as a third of an image.
+Labels are never averaged: a mixture of faces of 20 and 60 years is not labelled 40. The loss of a mixed image is
+share * loss(own label) + (1 - share) * loss(partner's label), for ages and classes alike. If one of the two labels is
+missing, its term is left out, and so is its weight from the divisor of the mean loss (at least 1): an image of which a
+third is labelled counts as a third of an image.
 
 Sources: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; Yun et al., "CutMix", ICCV 2019.
 """
@@ -23,28 +23,28 @@ class Mix(NamedTuple):
     """How n images are mixed with each other."""
 
     partner: Tensor
-    """(n,) int64: the row mixed in."""
+    """(n,) int64: row of the image that is mixed in."""
     share: Tensor
-    """(n,) float32: weight of an image's own labels; 1 - share is that of its partner's."""
+    """(n,) float32: weight of an image's own labels; its partner's labels have weight 1 - share."""
     boxes: Tensor
-    """(n, 4) int64, xyxy in pixels of the network's input: where the partner is seen. All 0: both are, blended."""
+    """(n, 4) int64, xyxy in pixels of the network's input: area filled with the partner. All 0: the two are blended."""
 
     def to(self, device: torch.device) -> Mix:
-        """Return it on a device."""
+        """Return a copy on a device."""
         return Mix(*(values.to(device, non_blocking=True) for values in self))
 
 
 def draw_mix(num_images: int, side_px: int, config: AugmentConfig, generator: torch.Generator) -> Mix | None:
-    """Draw partners, shares and boxes, on the CPU; None, and no draw, where nothing is mixed.
+    """Draw partners, shares and boxes, on the CPU; return None, without drawing, if nothing is mixed.
 
-    Each image is either blended (`mixup_alpha`) or has a box of its partner (`cutmix_alpha`), with even chances where
-    both are on. The share is drawn from Beta(alpha, alpha) for each; that of a box is its exact area, of whole pixels
-    and within the image.
+    Each image is either blended (`mixup_alpha`) or gets a box of its partner (`cutmix_alpha`), with equal chances if
+    both are on. The share is drawn from Beta(alpha, alpha) for each image. For a box, it is then computed from the
+    box's exact area, in whole pixels inside the image.
 
     Args:
-        num_images: in the batch.
+        num_images: of the batch.
         side_px: of the network's input.
-        config: which of the two, and their alphas.
+        config: the alphas of MixUp and CutMix.
         generator: on the CPU; the same state gives the same mix.
     """
     if not (config.mixup_alpha or config.cutmix_alpha):
@@ -65,7 +65,7 @@ def draw_mix(num_images: int, side_px: int, config: AugmentConfig, generator: to
 
 
 def mix_images(images_nchw: Tensor, mix: Mix) -> Tensor:
-    """Return the mixed images, (n, c, side, side) float32, of normalised ones; the mix is on their device."""
+    """Return the mixed images, (n, c, side, side) float32; `images_nchw` are normalised and on the mix's device."""
     side = images_nchw.shape[-1]
     pixels = torch.arange(side, device=images_nchw.device)
     x0, y0, x1, y1 = (edge[:, None] for edge in mix.boxes.unbind(dim=1))

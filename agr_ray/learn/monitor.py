@@ -1,4 +1,4 @@
-"""Non-finite losses: found without making the device wait at every step, and named."""
+"""Detect non-finite losses without waiting for the device at every step, and name their rows."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _NAMED_ROWS: Final = 8
 
 
 class NonFiniteLossError(Exception):
-    """The loss is not finite: names the epoch, the step, each task's loss and the rows.
+    """The loss is not finite. The message gives the epoch, the step, each task's loss and the rows.
 
-    The run stops and nothing is saved. Raised on all ranks.
+    Raised on all ranks. The run stops, and this step is not saved.
     """
 
-    def __init__(self, said: str, image_ids: Sequence[str] | None) -> None:
+    def __init__(self, message: str, image_ids: Sequence[str] | None) -> None:
         some = ", ".join((image_ids or ())[:_NAMED_ROWS])
         more = len(image_ids or ()) - _NAMED_ROWS
         super().__init__(
-            said + (f"; its batch holds image_id {some}" if some else "") + (f" and {more} more" if more > 0 else "")
+            message + (f"; its batch holds image_id {some}" if some else "") + (f" and {more} more" if more > 0 else "")
         )
         self.image_ids = image_ids
-        """Of the batch, as far as batches have ids; None: the batch was another rank's, which says more."""
+        """Image ids of the batch, if it has any; None: the batch was another rank's, whose error names it."""
 
 
 class Monitor:
-    """Looks for losses that are not finite, without making the device wait at every step."""
+    """Checks the losses of `check_every` steps at a time, so that not every step waits for the device."""
 
     def __init__(self, epoch: int, tasks: Sequence[str], check_every: int) -> None:
         self.epoch = epoch
@@ -39,26 +39,26 @@ class Monitor:
         self.pending: list[tuple[int, Tensor, list[str]]] = []
         self.problem = ""
         self.bad_step = 0
-        """The first step whose loss is not finite; 0: none."""
+        """First step whose loss is not finite; 0: none."""
         self.image_ids: list[str] = []
 
     def watch(self, step: int, loss: Tensor, sums: Tensor, counts: Tensor, batch: Batch | None) -> None:
-        """Take note of one step."""
+        """Record a step."""
         self.pending.append((step, torch.cat([loss[None], sums, counts]), image_ids(batch)))
         if len(self.pending) >= self.check_every:
             self.flush()
 
     def flush(self) -> None:
-        """Look at all steps noted; `problem` names the first bad one, `image_ids` its rows."""
+        """Check all recorded steps; `problem` then describes the first bad one, and `image_ids` its rows."""
         if self.pending and not self.problem:
-            values = torch.stack([noted for _, noted, _ in self.pending]).cpu()
+            values = torch.stack([losses for _, losses, _ in self.pending]).cpu()
             bad = (~torch.isfinite(values).all(dim=1)).nonzero()
             if len(bad):
                 first = int(bad[0])
                 loss, *parts = values[first].tolist()
-                named = describe(self.tasks, parts[: len(self.tasks)], parts[len(self.tasks) :])
+                losses = describe(self.tasks, parts[: len(self.tasks)], parts[len(self.tasks) :])
                 self.bad_step = self.pending[first][0]
-                self.problem = f"epoch {self.epoch}, step {self.bad_step}: loss {loss}: {named}"
+                self.problem = f"epoch {self.epoch}, step {self.bad_step}: loss {loss}: {losses}"
                 self.image_ids = self.pending[first][2]
         self.pending.clear()
 

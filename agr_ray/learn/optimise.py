@@ -19,9 +19,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimiser (the paper's: Adam, betas 0.9 and 0.999, eq. 19).
 
-    AdamW decays weights only, never biases and norms; Adam and SGD add L2 to all, as the paper's would. Each group
-    of parameters has an `lr_scale`, by which `set_learning_rate` multiplies (`TrainConfig.layer_decay`). Frozen
-    parameters are in it too, and stand still as long as they have no gradient. The loss's `log_variances`, where they
+    AdamW decays only matrices and kernels, not biases and norms; Adam and SGD apply L2 to all parameters. Each
+    parameter group has an `lr_scale`, by which `set_learning_rate` multiplies the rate (`TrainConfig.layer_decay`).
+    Frozen parameters are included; they do not change while they have no gradient. The loss's `log_variances`, if they
     are learnt, have the full rate and no weight decay.
     """
     groups: list[dict[str, Any]] = []
@@ -39,7 +39,7 @@ def build_optimizer(
         return torch.optim.Adam(groups, lr=config.lr, fused=True)
     if config.optimizer == "sgd":
         sgd = torch.optim.SGD(groups, lr=config.lr, momentum=_SGD_MOMENTUM, nesterov=True, fused=True)
-        # Without them, fused SGD breaks where a frozen backbone joins later, and starts from uninitialised memory where
+        # Without these buffers, fused SGD fails when a frozen backbone is unfrozen, and uses uninitialised memory if
         # the first gradients overflow.
         sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for group in groups for p in group["params"]})
         return sgd
@@ -47,7 +47,7 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set it for all parameters, scaled as `build_optimizer` says."""
+    """Set the learning rate of each parameter group, multiplied by its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
@@ -55,18 +55,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 class Ema:
     """An exponential moving average of a network's weights; buffers such as running statistics are copied.
 
-    The decay of update t is min(decay, (1 + t) / (10 + t)), so that the first steps' weights fade soon.
+    The decay of update t is min(decay, (1 + t) / (10 + t)), so that the initial weights are soon forgotten.
     """
 
     def __init__(self, model: MultiTaskNet, decay: float, num_updates: int = 0) -> None:
-        """Begin from the model's weights; `num_updates` continues an average that they are."""
+        """Start from the model's weights, which are an average of `num_updates` updates; 0: initial weights."""
         self.decay = decay
         self.num_updates = num_updates
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: MultiTaskNet) -> None:
-        """Take in the weights after an optimiser step."""
+        """Update the average after an optimiser step."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = [p.detach() for p in self.model.parameters()]
@@ -74,13 +74,13 @@ class Ema:
 
     @torch.no_grad()
     def copy_buffers(self, model: MultiTaskNet) -> None:
-        """Take over running statistics; needed only before the average is used."""
+        """Copy the buffers, such as running statistics; needed only before the average is used."""
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
 
 
 def _layers(model: MultiTaskNet, decay: float) -> list[tuple[list[nn.Parameter], float]]:
-    """Return all parameters in parts, each with its share of the learning rate."""
+    """Return all parameters in groups, each with its factor of the learning rate."""
     if decay == 1.0:
         return [(list(model.parameters()), 1.0)]
     stages = model.backbone.stages()

@@ -1,4 +1,4 @@
-"""Batches made ahead, in a thread, while the device computes."""
+"""Prepare batches in a background thread while the device computes."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _End:
-    """Comes after the last item."""
+    """Marks the end of the items."""
 
     error: BaseException | None = None
 
 
 def prefetch(items: Iterator[T], num_ahead: int) -> Iterator[T]:
-    """Iterate over the same items in the same order, of which up to `num_ahead` wait to be taken.
+    """Iterate over the same items in the same order, with up to `num_ahead` of them prepared in advance.
 
-    A thread makes them: it starts with the first item that is asked for, and ends with the last. An exception in it is
-    raised here, in its place in the order. Closed early, the thread ends after the item that it is at. Nobody waits for
-    it: that item may never come, where it comes from others who have stopped too.
+    A thread prepares them, from the first request to the last item. An exception in it is raised here, in place of the
+    item. If this iterator is closed early, the thread ends after its current item. Nothing waits for that: the item may
+    never come, if it depends on other processes that have stopped, too.
 
     Args:
-        items: used by no one else from now on.
-        num_ahead: 1 or more; the thread may hold one more, just made.
+        items: must not be used elsewhere from now on.
+        num_ahead: 1 or more; the thread itself may hold one more.
     """
     ready: Queue[T | _End] = Queue(num_ahead)
     is_closed = threading.Event()
 
-    def make() -> None:
+    def prepare() -> None:
         end = _End()
         try:
             for item in items:
                 ready.put(item)
                 if is_closed.is_set():
                     return
-        except BaseException as error:  # handed on, whatever it is
+        except BaseException as error:  # raised in the other thread, whatever it is
             end = _End(error)
         ready.put(end)
 
-    threading.Thread(target=make, name="prefetch", daemon=True).start()
+    threading.Thread(target=prepare, name="prefetch", daemon=True).start()
     try:
         while not isinstance(item := ready.get(), _End):
             yield item
@@ -51,7 +51,7 @@ def prefetch(items: Iterator[T], num_ahead: int) -> Iterator[T]:
             raise item.error
     finally:
         is_closed.set()
-        # Room for the one item that the thread may be about to put down before it sees that it is to end.
+        # Make room for the one item that the thread may still put before it sees that it must end.
         while not ready.empty():
             try:
                 ready.get_nowait()

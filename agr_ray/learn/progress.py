@@ -1,4 +1,4 @@
-"""How far training is, as numbers and as a line. Imports nothing, because whoever passes it on need not know torch."""
+"""Progress of training, as numbers and as text. Does not import torch, so that any process can pass it on."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an epoch is, and how it goes.
+    """Progress of an epoch.
 
-    Loss, error and accuracies are of the images as they were augmented, by the network as it was at each step, of one
-    rank. So they lag behind validation at first, and say whether learning goes on, not how good it is.
+    Loss, error and accuracies are means over the steps so far, on the augmented images of one rank. So at first they
+    are worse than validation. They show whether the network is learning, not how good it is.
     """
 
     epoch: int
     """From 1."""
     num_epochs: int
     num_samples: int
-    """Of all ranks, in this epoch."""
+    """Images of all ranks in this epoch so far."""
     num_samples_total: int
     loss: float
-    """Of this rank, mean since the epoch began."""
+    """Mean of this rank since the epoch began."""
     running: Mapping[str, float]
-    """The same of each task's metric by `TASK_METRIC`: `age_mae_years`, `race_accuracy` (0 to 1). A task without a
-    label is left out. Mixed images (mixup, CutMix) count against their own label, which they may hardly show."""
+    """Means of each task's metric on this rank since the epoch began, by `TASK_METRIC`: `age_mae_years`,
+    `race_accuracy` (0 to 1). Tasks without a label are left out. Mixed images (MixUp, CutMix) are compared with their
+    own label, even if they hardly show it."""
     samples_per_s: float
     """Of all ranks, since the epoch began."""
     data_wait_share: float
-    """Of this rank's time since the epoch began, the part in which it waited for its next batch; 0 to 1."""
+    """Fraction of the time since the epoch began in which this rank waited for its next batch; 0 to 1."""
 
     @property
     def epoch_left_s(self) -> float:
-        """Return the seconds until the epoch's last step, at the speed so far."""
+        """Return the estimated seconds until the epoch's last step, at the speed so far."""
         return max(self.num_samples_total - self.num_samples, 0) / self.samples_per_s
 
     @property
     def run_left_s(self) -> float:
-        """Return the seconds until the last epoch's last step: no validation is in them, and no early stopping."""
+        """Return the estimated seconds until the last epoch's last step, without validation and early stopping."""
         later = (self.num_epochs - self.epoch) * self.num_samples_total
         return self.epoch_left_s + later / self.samples_per_s
 
     def figures(self) -> str:
-        """Say how it goes: `loss 2.803, age MAE 5.01 years, gender 92.8 %, ...`; what isn't there is left out."""
+        """Return the metrics as text: `loss 2.803, age MAE 5.01 years, gender 92.8 %, ...`."""
         parts = [f"loss {self.loss:.3f}"]
         for name, value in self.running.items():
             if name.endswith("_mae_years"):
@@ -54,7 +55,7 @@ class Progress:
         return ", ".join(parts)
 
     def line(self) -> str:
-        """Say all of it."""
+        """Return everything as one line."""
         return (
             f"epoch {self.epoch}/{self.num_epochs}: {self.num_samples:,} of {self.num_samples_total:,}, "
             f"{self.figures()}, {duration(self.epoch_left_s)} to go, {duration(self.run_left_s)} in all epochs"

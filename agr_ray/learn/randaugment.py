@@ -1,8 +1,8 @@
-"""RandAugment on a batch of uint8 images, with draws of its own for every image.
+"""RandAugment on a batch of uint8 images, with operations drawn for each image.
 
 The operations and their strengths are torchvision's, which are those of Cubuk et al., "RandAugment: Practical automated
 data augmentation with a reduced search space", NeurIPS 2020. torchvision's own class draws once for a whole batch.
-Here images that drew the same operation and direction go through it together, on the device.
+Here, images that drew the same operation and direction are processed together, on the device.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 MAX_MAGNITUDE: Final = 30.0
-_FILL: Final = (124.0, 116.0, 104.0)  # ImageNet's mean colour, where an image was moved away from
+_FILL: Final = (124.0, 116.0, 104.0)  # ImageNet's mean colour, for areas that an image was moved out of
 
 Operation = Callable[[Tensor, float], Tensor]
 
 
 def rand_augment(images_u8: Tensor, num_ops: int, magnitude: float, generator: torch.Generator) -> Tensor:
-    """Change each image by operations drawn evenly from `SIGNED` and `UNSIGNED`, one after another.
+    """Apply operations drawn uniformly from `SIGNED` and `UNSIGNED` to each image, one after another.
 
     Args:
-        images_u8: (n, 3, h, w) uint8, RGB; left as they are.
-        num_ops: for each image; the same may come again.
-        magnitude: 0 to MAX_MAGNITUDE; signed operations are as likely to go the other way.
-        generator: of any device; the same state gives the same images.
+        images_u8: (n, 3, h, w) uint8, RGB; not changed.
+        num_ops: operations per image, drawn with replacement.
+        magnitude: 0 to MAX_MAGNITUDE; the strength of signed operations is negated with probability 1/2.
+        generator: on any device; the same state gives the same images.
 
     Returns:
         (n, 3, h, w) uint8.
     """
     strength = magnitude / MAX_MAGNITUDE
     drawn = [(op, sign) for op in SIGNED.values() for sign in (1.0, -1.0)]
-    # Twice too, so that each operation has the same chance.
+    # Twice, because signed operations are there twice: all have the same probability.
     drawn += [(op, 1.0) for op in UNSIGNED.values() for _ in range(2)]
     images = images_u8.clone()
     for _ in range(num_ops):
@@ -56,7 +56,7 @@ def _affine(
     shift: tuple[float, float] = (0.0, 0.0),
     shear: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """Turn, shift by shares of the side in x and y, and shear about the centre, by pixels a pixel in x and y."""
+    """Rotate, shift by fractions of the side in x and y, and shear about the centre, pixels per pixel in x and y."""
     side = images.shape[-1]
     shear_degrees = [math.degrees(math.atan(share)) for share in shear]
     shift_px = [int(share * side) for share in shift]
@@ -77,7 +77,7 @@ SIGNED: Final[Mapping[str, Operation]] = {
     "contrast": lambda images, strength: functional.adjust_contrast(images, 1.0 + 0.9 * strength),
     "sharpness": lambda images, strength: functional.adjust_sharpness(images, 1.0 + 0.9 * strength),
 }
-"""Operations whose strength, 0 to 1, may be taken negative."""
+"""Operations whose strength, 0 to 1, may be negated."""
 
 UNSIGNED: Final[Mapping[str, Operation]] = {
     "identity": lambda images, strength: images,  # noqa: ARG005  # as the others
@@ -86,4 +86,4 @@ UNSIGNED: Final[Mapping[str, Operation]] = {
     "autocontrast": lambda images, strength: functional.autocontrast(images),  # noqa: ARG005
     "equalize": lambda images, strength: functional.equalize(images),  # noqa: ARG005
 }
-"""Operations whose strength, 0 to 1, means something in one direction only, or nothing."""
+"""Operations whose strength, 0 to 1, has only one direction, or no effect."""

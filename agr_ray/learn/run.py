@@ -1,6 +1,6 @@
-"""What a training run is: what its workers are told, and what it writes beside checkpoints.
+"""A training run: what its workers need to know, and the files that it writes besides checkpoints.
 
-The folder's layout is in `runtime.train`.
+`runtime.train` describes the layout of its folder.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ _SECTIONS: Final = ("labels", "model", "loss", "augment", "train", "predict")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What every worker is told."""
+    """Everything that a worker needs to know of a run."""
 
     job: TrainJob
     storage: Storage
     uri: str
     transform: Transform
     pipeline: Pipeline
-    """The settings that its checkpoints store."""
+    """Settings that its checkpoints store."""
     baseline: Baseline
     sampler: Sampler | None
     num_train_rows: int
     num_val_rows: int
     train_images: Tensor
     data: Mapping[str, Any]
-    """What the checkpoint says of its data."""
+    """Description of the training data, stored in the checkpoints."""
     git_commit: str
     settings_digest: str
     quiet: bool = False
-    """Whether workers print warnings only: of a sweep's trials, of which its driver says how they do."""
+    """Whether workers print only warnings, as in a sweep, whose driver prints the progress of its trials."""
 
 
 def settings(job: TrainJob) -> dict[str, Any]:
-    """Return the settings that decide what the run learns, by section, without those of where it runs."""
+    """Return the settings of learning, by section: not those of storage and cluster, nor an address with a password."""
     return job.model_dump(mode="json", include=set(_SECTIONS), exclude={"train": {"mlflow_uri"}})
 
 
@@ -64,13 +64,17 @@ def write_history(run: Run, history: list[Row]) -> None:
 
 
 def tracked(run: Run) -> TrackedRun | None:
-    """Return the run in MLflow, made there if need be; None where none is asked for."""
+    """Return the MLflow run, created if necessary; None if `train.mlflow_uri` is empty.
+
+    Raises:
+        ConfigError: the server can't be reached, or rejects a request.
+    """
     uri = run.job.train.mlflow_uri
     return TrackedRun(uri, run.uri, settings(run.job)) if uri else None
 
 
 def tracked_again(run: Run) -> tuple[TrackedRun | None, str]:
-    """Do what `tracked` does once training has begun, when an unreachable server is only a warning."""
+    """Like `tracked`, but return an error as a text, because once training has begun it is only a warning."""
     try:
         return tracked(run), ""
     except ConfigError as error:

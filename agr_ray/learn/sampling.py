@@ -1,4 +1,4 @@
-"""Draw training rows so that ages, genders, races or their cells are equally frequent, and sets as configured.
+"""Draw training rows so that age groups, genders, races or their cells are equally frequent, and sets as configured.
 
 labels and sets of all training rows -> Sampler.fit -> weights of any rows, on any rank -> draw
 """
@@ -19,27 +19,27 @@ Balance: TypeAlias = Literal["none", "age", "gender", "race", "cells"]
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sampling weights of rows, by their labels and their set.
+    """Relative sampling weights of rows, by their labels and by their prepared set.
 
-    A row's weight is (rows with its label) ** -power. Rows without the label keep the share that they have without a
-    sampler: they can't be balanced, and drawing them more often would only displace labelled rows. For `cells`, the
-    same holds for each pattern of known labels: rows with age and gender but no race are balanced among each other,
-    and are together as frequent as before.
+    A row's weight is (number of rows with its label) ** -power. Rows without the label keep the share that they have
+    without a sampler: they can't be balanced, and drawing them more often would only displace labelled rows. For
+    `cells`, the same holds for each pattern of known labels: rows with age and gender but no race are balanced among
+    each other, and together are as frequent as before.
 
     If sets have shares, labels are balanced within each set, and then all weights of a set are scaled to its share.
-    Labels balanced over all sets would lose their balance in this scaling, and the cameras and crops of a set with
-    most of a label would predict that label. Without shares, all sets are balanced as one.
+    Otherwise scaling would unbalance the labels again, and a set with most rows of a label would give that label away
+    by its cameras and crops. Without shares, all sets are balanced as one.
 
-    Weights come from the counts over all ranks, so a label has the same weight on each. A rank draws as many rows as it
-    has, from its own rows. So the shares of sets hold over all ranks if each rank has rows of each set in proportion.
+    Weights are computed from the counts over all ranks, so a label has the same weight on each. Each rank draws from
+    its own rows, as many as it has. So sets have their shares only if each rank holds rows of all sets in proportion.
     """
 
     space: LabelSpace
     by: Balance
     table: FloatArray
-    """(sets or 1, age groups + 1, genders + 1, races + 1) weight of a row of each cell; 0 where training has none.
+    """(sets or 1, age groups + 1, genders + 1, races + 1) weight of a row of each cell; 0 if training has no such row.
 
-    1: sets have no shares, and a row's weight does not depend on its set.
+    The first axis has length 1 if sets have no shares: a row's weight then does not depend on its set.
     """
 
     @classmethod
@@ -51,16 +51,14 @@ class Sampler:
         set_index: IntArray | None = None,
         shares: Sequence[float] = (),
     ) -> Self | None:
-        """Count the labels.
+        """Compute the weights from the labels; return None if nothing is balanced and there are no shares.
 
         Args:
-            labels: of all n training rows, on all ranks.
-            by: the labels to balance; age by the label space's age groups. `none`: no labels; without shares, None is
-                returned.
+            labels: of all n training rows of all ranks.
+            by: attribute to balance; age is balanced by the label space's age groups.
             power: 1 balances fully, 0 keeps the frequencies, 0.5 is half-way on a logarithmic scale.
-            set_index: (n,) number of the set that each row is from; needed with shares only.
-            shares: how often each set is drawn, relative to the others, each over 0; each set has a row. Empty: all are
-                one set.
+            set_index: (n,) number of each row's set; only needed with shares.
+            shares: relative frequency of each set, above 0; each set must have a row. Empty: treat all sets as one.
         """
         if by == "none" and not shares:
             return None
@@ -77,7 +75,7 @@ class Sampler:
     def weights(self, labels: Labels, set_index: IntArray | None = None) -> FloatArray:
         """Return the weights of some of the rows, (n,); their mean over all training rows is 1.
 
-        `set_index`, (n,) int64, says of which set each is; needed where sets have shares.
+        `set_index`, (n,) int64, is the number of each row's set; only needed if sets have shares.
         """
         cells = _cells(labels, self.by)
         if len(self.table) == 1:
@@ -101,7 +99,7 @@ def _classes(labels: Labels) -> tuple[tuple[str, ...], ...]:
 
 
 def _table(cells: tuple[IntArray, ...], shape: tuple[int, ...], power: float) -> FloatArray:
-    """Return the weights of the cells, whose mean over these rows is 1; `shape` as `Sampler.table`, without sets."""
+    """Return the weights of the cells, whose mean over these rows is 1; `shape` is that of one set's table."""
     counts = np.bincount(np.ravel_multi_index(cells, shape), minlength=int(np.prod(shape))).reshape(shape)
     weights = np.where(counts, np.maximum(counts, 1) ** -float(power), 0.0)
     known = np.stack(np.meshgrid(*(np.arange(size) < size - 1 for size in shape), indexing="ij"))

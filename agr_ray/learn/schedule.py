@@ -1,4 +1,4 @@
-"""What follows from how far training is: steps, image sizes, learning rates, seeds."""
+"""Functions of training progress: steps, image sizes, learning rates, seeds."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ _ONE_CYCLE_END = 1.0 / 25.0e4
 
 
 def steps_per_epoch(num_train_rows: int, config: TrainConfig) -> int:
-    """Return the optimiser steps of one epoch over the rows of all ranks."""
+    """Return the number of optimiser steps in one epoch over the rows of all ranks."""
     return max(1, math.ceil(num_train_rows / config.batch_size))
 
 
 def epoch_side_px(epoch: int, config: TrainConfig, side_px: int) -> int:
-    """Return the side of the images that an epoch, from 1, is trained and validated on, pixels.
+    """Return the side of the network's input in an epoch, for training and validation, pixels.
 
     Args:
-        epoch: which.
-        config: `image_sizes` in equal shares of `epochs`.
-        side_px: the model's, which is that of all epochs where there are no others.
+        epoch: number of the epoch, from 1.
+        config: its `image_sizes` are used in equal shares of its `epochs`.
+        side_px: the model's image size, used if `image_sizes` is empty.
     """
     sides = config.image_sizes or (side_px,)
     return sides[-1 - (config.epochs - epoch) * len(sides) // config.epochs]
 
 
 def epoch_seed(seed: int, epoch: int, rank: int, steps_done: int) -> int:
-    """Return the seed of the random numbers that a rank draws in an epoch, or in what is left of it after a resume."""
+    """Return the seed of a rank's random numbers in an epoch, or in the rest of one that resumes after `steps_done`."""
     return int(np.random.SeedSequence([seed, epoch, rank, steps_done]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def learning_rate(epochs_done: float, config: TrainConfig, num_cuts: int = 0) -> float:
-    """Return the learning rate of the step that begins after so many epochs, a fraction within one.
+    """Return the learning rate of the step that begins after `epochs_done` epochs, which may be a fraction.
 
-    It depends on progress alone, so a resumed run needs no state of it, and an epoch with one step more than
-    planned does not shift it.
+    A function of progress alone, so a resumed run needs no scheduler state, and an epoch with one step more than
+    expected shifts nothing.
 
-    `step`: times gamma each `step_size_epochs` (eq. 20). `one_cycle`: from 1/25 of `lr` up in the share
-    `warmup` of the run, then down to nearly 0, both along a cosine (Smith and Topin, arXiv 1708.07120).
-    `cosine`: straight up from 1/25 in the share `warmup`, then down to 0. `plateau`: times gamma for each
-    of the `num_cuts` that `plateau_cuts` counts.
+    - `step`: multiplied by gamma every `step_size_epochs` (paper eq. 20).
+    - `one_cycle`: rises from 1/25 of `lr` during the fraction `warmup` of the run, then falls to nearly 0, both along a
+      cosine (Smith and Topin, arXiv 1708.07120).
+    - `cosine`: rises linearly from 1/25 of `lr` during the fraction `warmup`, then falls to 0 along a cosine.
+    - `plateau`: multiplied by gamma for each of the `num_cuts` that `plateau_cuts` counts.
     """
     progress = min(max(epochs_done / config.epochs, 0.0), 1.0)
     if config.schedule == "constant":
         factor = 1.0
     elif config.schedule == "step":
-        # Rounded, because a sum of fractions of epochs may end a hair before the whole number.
+        # Rounded, because a sum of fractions may be slightly below the whole number.
         factor = config.gamma ** int(round(epochs_done, 6) // config.step_size_epochs)
     elif config.schedule == "plateau":
         factor = config.gamma**num_cuts
@@ -67,10 +68,10 @@ def learning_rate(epochs_done: float, config: TrainConfig, num_cuts: int = 0) ->
 
 
 def plateau_cuts(objectives: Iterable[float | None], config: TrainConfig) -> int:
-    """Count how often `plateau` has cut the learning rate after epochs with these objectives on validation.
+    """Count how often `plateau` has reduced the learning rate after epochs with these validation objectives.
 
-    A cut comes after `plateau_epochs` epochs none of which was better than all before, and the next one not until
-    as many more were not. None, an epoch without a labelled validation row, says nothing either way.
+    Each reduction follows `plateau_epochs` epochs in a row without a new best. Epochs whose objective is None, because
+    validation has no labelled row, are ignored.
     """
     best, num_stale, num_cuts = math.inf, 0, 0
     for score in objectives:

@@ -1,4 +1,4 @@
-"""One optimiser step: images in parts, forward, loss, backward, clip, update."""
+"""One optimiser step: micro-batches, forward, loss, backward, clip, update."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from agr_ray.models.transform import Transform, to_nchw
 
 
 class Stepper:
-    """The network that learns, and everything that changes with each of its steps.
+    """The network in training, and all state that changes with each step.
 
     Args:
-        context: where it runs.
-        model: on the context's device, with the checkpoint's weights; `state` replaces them by the raw ones.
-        job: sections loss, augment and train are read.
-        state: what `state` returned, to resume from; empty: begin.
+        context: of the training loop.
+        model: on the context's device, with the checkpoint's weights; raw weights in `state` replace them.
+        job: only its sections loss, augment and train are used.
+        state: result of the method `state`, to resume from; empty: start from the beginning.
         is_frozen: whether the backbone is frozen in the next step.
     """
 
@@ -45,7 +45,7 @@ class Stepper:
         self.job = job
         self.heads = model.heads_by_task
         decay = job.train.ema_decay
-        # The checkpoint's weights are the average's; the raw ones are in the state.
+        # The checkpoint's weights are the moving average; the raw ones are in the state.
         self.ema = Ema(model, decay, int(state.get("ema_updates", 0))) if decay else None
         if state.get("raw_weights") is not None:
             model.load_state_dict(state["raw_weights"])
@@ -63,11 +63,11 @@ class Stepper:
 
     @property
     def kept(self) -> MultiTaskNet:
-        """Return the network that is validated and kept."""
+        """Return the network that is validated and saved."""
         return self.model if self.ema is None else self.ema.model
 
     def state(self) -> dict[str, Any]:
-        """Return what resumes it, beside the weights of `kept`."""
+        """Return the state to resume from, besides the weights of `kept`."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -77,12 +77,12 @@ class Stepper:
         }
 
     def begin_epoch(self, *, is_frozen: bool) -> None:
-        """Freeze or unfreeze the backbone, and let the rest train."""
+        """Freeze or unfreeze the backbone, and set training mode."""
         if is_frozen != self.is_frozen:
             self.wrapped = self.model
             gc.collect()  # DDP is part of reference cycles, and its hooks must not outlive it
             self.wrapped = self._wrap(is_frozen)
-        self._let_train()
+        self._set_train_mode()
 
     def step(
         self,
@@ -96,17 +96,17 @@ class Stepper:
         monitor: Monitor,
         number: int,
     ) -> tuple[TaskSums, Tensor]:
-        """Take one optimiser step, with an image of no label and no weight where this rank has none.
+        """Take one optimiser step. A rank without rows takes part with an unlabelled dummy image.
 
         Args:
-            batch: of this rank; none: it has no rows left.
+            batch: of this rank; None: it has no rows left.
             targets: of the batch, on the CPU.
             mix: of the batch, on the CPU.
             counts_total: (tasks,) labels of all ranks.
             transform: of this epoch.
             lr: the learning rate.
             generator: draws the augmentation.
-            monitor: receives the loss; once one was non-finite, no weight changes any more.
+            monitor: receives the loss; once it has found a non-finite one, the weights are not changed any more.
             number: of the step, from 1.
 
         Returns:
@@ -114,7 +114,7 @@ class Stepper:
         """
         device, config = self.context.device, self.job.train
         if num_rows(batch) < 2:
-            # Batch norm cannot be trained on no image, nor on one: let its statistics stand for this step.
+            # Batch norm needs two images to train; in this step it uses its running statistics.
             self.wrapped.eval()
         if batch is None:
             images = torch.zeros(1, 3, transform.image_size, transform.image_size, device=device)
@@ -135,22 +135,22 @@ class Stepper:
             self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model)
-        self._let_train()
+        self._set_train_mode()
         return tasks, running
 
     def average_statistics(self, num_local_rows: int) -> None:
-        """Average running statistics over ranks, by the rows that each saw, and pass them to the moving average.
+        """Average running statistics over ranks, weighted by their rows, and copy them to the moving average.
 
-        They are every floating-point buffer of the state dict, whichever layer has it.
+        Running statistics are all floating-point buffers in the state dict, of any layer.
         """
         with torch.no_grad():
-            kept = self.model.state_dict()
-            statistics = [b for name, b in self.model.named_buffers() if name in kept and b.is_floating_point()]
+            saved = self.model.state_dict()
+            statistics = [b for name, b in self.model.named_buffers() if name in saved and b.is_floating_point()]
             if self.context.world_size > 1 and statistics:
                 weight = torch.tensor([num_local_rows], dtype=torch.float64)
                 flat = torch.cat([b.detach().cpu().double().flatten() for b in statistics])
                 flat = self.context.all_reduce_sum(torch.cat([flat * weight, weight]))
-                if flat[-1]:  # else this was a resumed epoch that had no step left
+                if flat[-1]:  # 0: a resumed epoch without remaining steps
                     parts = torch.split(flat[:-1] / flat[-1], [b.numel() for b in statistics])
                     for buffer, part in zip(statistics, parts, strict=True):
                         buffer.copy_(part.view(buffer.shape))
@@ -158,18 +158,18 @@ class Stepper:
                 self.ema.copy_buffers(self.model)
 
     def _wrap(self, is_frozen: bool) -> nn.Module:
-        """Freeze the backbone or not, and wrap the model anew: DDP waits for the gradients that it was made with."""
+        """Freeze or unfreeze the backbone, and wrap the model again, because DDP fixes its parameters when created."""
         self.is_frozen = is_frozen
         self.model.backbone.requires_grad_(not is_frozen)
         learner: nn.Module = self.model
         if self.log_variances is not None or self.job.train.compile:
             learner = _Learner(self.model, self.log_variances)
         if self.job.train.compile:
-            learner.compile()  # before DDP, which then cuts the graph where it sends gradients off
+            learner.compile()  # before DDP, which then splits the graph where it sends gradients
         return self.context.wrap(learner)
 
-    def _let_train(self) -> None:
-        """Let batch norm and dropout train, but not in a frozen backbone."""
+    def _set_train_mode(self) -> None:
+        """Put the network into training mode, except for a frozen backbone."""
         self.wrapped.train()
         if self.is_frozen:
             self.model.backbone.eval()
@@ -177,12 +177,12 @@ class Stepper:
     def _backward(
         self, images: Tensor, targets: Targets, mix: Mix | None, counts_total: Tensor
     ) -> tuple[Tensor, TaskSums, Tensor]:
-        """Add up the gradients of this rank's batch, part by part, and return its loss, detached, and its sums."""
+        """Accumulate the gradients of this rank's micro-batches; return loss, sums and `running_sums`."""
         images = images.contiguous(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
         slices = _slices(len(images), self.job.train.grad_accum_steps)
         losses: list[Tensor] = []
-        found: list[TaskSums] = []
+        parts: list[TaskSums] = []
         running = torch.zeros(2 * len(self.heads), device=images.device)
         for rows in slices:
             with self._exchange(is_last=rows == slices[-1]):
@@ -202,22 +202,22 @@ class Stepper:
                 )
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
             losses.append(loss.detach())
-            found.append(tasks)
+            parts.append(tasks)
             running += running_sums(self.heads, outputs, rows_of(targets, rows))
-        tasks = TaskSums(*(torch.stack(each).sum(dim=0) for each in zip(*found, strict=True)))
+        tasks = TaskSums(*(torch.stack(each).sum(dim=0) for each in zip(*parts, strict=True)))
         return torch.stack(losses).sum(), tasks, running
 
     def _exchange(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Let ranks exchange gradients once a step: after the last part of their batches."""
+        """Let ranks exchange gradients once per step, after the last micro-batch."""
         if is_last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return nullcontext()
         return self.wrapped.no_sync()
 
 
 class _Learner(nn.Module):
-    """The network, and the learnt weights of its losses, whose gradients are averaged too.
+    """The network and the learnt weights of its losses, so that DDP averages the gradients of both.
 
-    `compile` compiles this module, so that the network itself, which is validated and kept, stays as it is.
+    `compile` compiles this module; the network inside, which is validated and saved, is not changed.
     """
 
     def __init__(self, model: MultiTaskNet, log_variances: nn.Parameter | None) -> None:
@@ -231,7 +231,7 @@ class _Learner(nn.Module):
 
 
 def _slices(num_images: int, num_parts: int) -> list[slice]:
-    """Cut rows into parts as equal as can be; into fewer where a part would have only one, as batch norm needs two."""
+    """Cut rows into parts of nearly equal size, but of at least two rows, because batch norm needs two."""
     num_parts = min(num_parts, max(num_images // 2, 1))
     edges = [num_images * part // num_parts for part in range(num_parts + 1)]
     return [slice(first, end) for first, end in itertools.pairwise(edges)]

@@ -1,4 +1,4 @@
-"""A run in MLflow, where `train.mlflow_uri` asks for it. The package is imported only then."""
+"""The MLflow run of a training run, if `train.mlflow_uri` is set. MLflow is imported only then."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from agr_ray.redact import redacted
 
 EXPERIMENT: Final = "agr_ray"
 TAG: Final = "agr_ray.run"
-"""Tag of an MLflow run that holds the URI of ours, by which it is found again."""
+"""Tag of an MLflow run with the URI of our run, by which it is found again."""
 
 _PARAMS_AT_ONCE: Final = 100
-"""MLflow takes no more in one request."""
+"""MLflow's limit for one request."""
 _LONGEST_PARAM: Final = 500
 
 
 def check_mlflow(mlflow_uri: str) -> None:
-    """Refuse a tracking server where there is no package to reach it with; no server at all is fine.
+    """Reject a tracking server if the package mlflow is not installed.
 
     Raises:
-        ConfigError: naming the package.
+        ConfigError: the package is missing.
     """
     if mlflow_uri and importlib.util.find_spec("mlflow") is None:
         raise ConfigError(
@@ -33,15 +33,15 @@ def check_mlflow(mlflow_uri: str) -> None:
 
 
 class TrackedRun:
-    """A run of ours in MLflow, identified by its URI, so a resumed run continues the same MLflow run.
+    """The MLflow run of one of our runs. Any process finds it by our run's URI, so a resumed run continues in it.
 
     Args:
         mlflow_uri: the tracking server.
         run_uri: of our run.
-        settings: sections of the configuration, which become parameters when the run is first seen.
+        settings: sections of the configuration, stored as parameters when the MLflow run is created.
 
     Raises:
-        ConfigError: the server does not answer, or refuses.
+        ConfigError: the server can't be reached, or rejects a request.
     """
 
     def __init__(self, mlflow_uri: str, run_uri: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
@@ -56,11 +56,11 @@ class TrackedRun:
             experiment = self._client.get_experiment_by_name(EXPERIMENT)
             number = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
             quoted = run_uri.replace("'", "\\'")
-            found = self._client.search_runs([number], filter_string=f"tags.`{TAG}` = '{quoted}'", max_results=1)
-            if found:
-                self._id = found[0].info.run_id
-                # Its last epoch, so that an epoch is logged once.
-                self._logged = int(found[0].data.metrics.get("epoch", 0))
+            runs = self._client.search_runs([number], filter_string=f"tags.`{TAG}` = '{quoted}'", max_results=1)
+            if runs:
+                self._id = runs[0].info.run_id
+                # The last epoch that was logged, so that none is logged twice.
+                self._logged = int(runs[0].data.metrics.get("epoch", 0))
             else:
                 name = run_uri.rstrip("/").rpartition("/")[2]
                 self._id = self._client.create_run(number, tags={TAG: run_uri}, run_name=name).info.run_id
@@ -69,12 +69,12 @@ class TrackedRun:
                 for first in range(0, len(params), _PARAMS_AT_ONCE):
                     self._client.log_batch(self._id, params=params[first : first + _PARAMS_AT_ONCE])
         except MlflowException as error:
-            raise ConfigError(f"train.mlflow_uri {redacted(mlflow_uri)}: {self._said(error)}") from None
+            raise ConfigError(f"train.mlflow_uri {redacted(mlflow_uri)}: {self._one_line(error)}") from None
 
     def log(self, history: Sequence[Mapping[str, Any]]) -> str:
-        """Log the epochs that are not there yet, and return what went wrong, for a warning; empty: nothing.
+        """Log the epochs that are not logged yet. Return an error as a text, for a warning; empty: no error.
 
-        Training does not end for it: history.parquet has everything, and the next call logs what this one could not.
+        An error does not end training: history.parquet has everything, and the next call tries again.
 
         Args:
             history: rows of schema.HISTORY, of all epochs so far.
@@ -93,26 +93,26 @@ class TrackedRun:
                     self._client.log_batch(self._id, metrics=metrics)
                     self._logged = int(row["epoch"])
         except self._failure as error:
-            return f"MLflow: {self._said(error)}"
+            return f"MLflow: {self._one_line(error)}"
         return ""
 
     def finish(self, files: Sequence[str]) -> str:
-        """Keep local files as artifacts and end the run; return as `log`."""
+        """Upload local files as artifacts and end the run; return an error as `log` does."""
         try:
             for path in files:
                 self._client.log_artifact(self._id, path)
             self._client.set_terminated(self._id)
         except self._failure as error:
-            return f"MLflow: {self._said(error)}"
+            return f"MLflow: {self._one_line(error)}"
         return ""
 
-    def _said(self, error: Exception) -> str:
-        """Return MLflow's error as one line, without the password of the server's URL that it may quote."""
+    def _one_line(self, error: Exception) -> str:
+        """Return MLflow's error as one line, without the password that a quoted server URL may contain."""
         return redacted(" ".join(str(error).split()), self._uri)
 
 
 def flat(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return dotted keys and values as text, cut to what MLflow takes."""
+    """Return the values by dotted key, as text, truncated to MLflow's limit."""
     return {
         f"{section}.{key}": str(value)[:_LONGEST_PARAM]
         for section, values in settings.items()

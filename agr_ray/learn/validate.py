@@ -1,4 +1,4 @@
-"""Validation: the metrics and the loss of all ranks' rows, each counted once."""
+"""Validation: metrics and loss over the rows of all ranks, each counted once."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from agr_ray.predict.forward import average, infer
 
 
 class Validation(NamedTuple):
-    """What one validation found, the same on all ranks."""
+    """Results of a validation, the same on all ranks."""
 
     metrics: dict[str, Any]
-    """As `EpochReport.metrics`."""
+    """As in `EpochReport.metrics`."""
     loss: float | None
     """None: no row has a label."""
     num_rows: int
@@ -43,16 +43,16 @@ def validate(
     """Validate on `context.val_batches`.
 
     Args:
-        context: where it runs.
-        model: put into evaluation mode.
+        context: provides the batches, and sums over ranks.
+        model: is put into evaluation mode.
         transform: of this epoch.
-        loss_config: of the loss.
-        predict_config: of the predictions.
-        baseline: whose guesses are measured on the same rows.
-        when: what an error says of the moment.
+        loss_config: settings of the loss.
+        predict_config: settings of the predictions.
+        baseline: constant baseline, measured on the same rows.
+        when: epoch and step, for errors.
 
     Raises:
-        NonFiniteLossError: on all ranks.
+        NonFiniteLossError: the loss is not finite; raised on all ranks.
     """
     model.eval()
     heads, device, space = model.heads_by_task, context.device, model.space
@@ -83,7 +83,7 @@ def validate(
     if task_counts.any():
         loss = weighted_loss(loss_config, heads, task_sums.tolist(), task_counts.tolist())
         if not math.isfinite(loss):
-            named = describe(list(heads), task_sums.tolist(), task_counts.tolist())
-            raise NonFiniteLossError(f"{when}, on validation: loss {loss}: {named}", bad_ids)
+            losses_by_task = describe(list(heads), task_sums.tolist(), task_counts.tolist())
+            raise NonFiniteLossError(f"{when}, on validation: loss {loss}: {losses_by_task}", bad_ids)
     metrics = {**sums.to_json(), "baseline": guesses.to_json(), "groups": groups.to_json()}
     return Validation(metrics, loss, int(sums.rows[0]))

@@ -1,1 +1,1 @@
-"""The network, and the directory that it is kept in."""
+"""The network, and its checkpoints."""

@@ -1,6 +1,6 @@
-"""A checkpoint's model card: what meta.json and evaluations say, in words for the model's users.
+"""A checkpoint's model card: the content of meta.json and the results of evaluations, in words for users of the model.
 
-Everything here is text made from plain values. `save_checkpoint` writes the card; `agr-ray evaluate` adds to it.
+Pure functions from plain values to text. `save_checkpoint` writes the card; `agr-ray evaluate` adds to it.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ HEADLINES: Final = (
     ("race", "accuracy", "race accuracy", 100.0, " %"),
     ("race", "balanced_accuracy", "race balanced accuracy", 100.0, " %"),
 )
-"""Metrics worth a row: task, key, what it is called, factor and unit to show it in."""
+"""Metrics that get a row: task, key, title, and the factor and unit of the figures."""
 
 _GROUPS: Final = ("gender", "race", "age_group")
 _SCARCE: Final = 0.5
-"""A class is under-represented below this share of what it would have if all classes had as many images."""
+"""A class is under-represented below this fraction of an equal share of the images."""
 _FEW: Final = 100
-"""Or with fewer training images than this."""
+"""A class is also under-represented with fewer training images than this."""
 
 _INTENDED: Final = """\
-- Statistics over many photographs: how a collection is composed by perceived age, gender and race, with the error rates
-  in this card stated beside the figures.
+- Statistics over many photographs: the composition of a collection by perceived age, gender and race, published with
+  the error rates in this card.
 - Auditing collections and other models for uneven representation or uneven error.
 - Research on estimating perceived attributes, and on its errors."""
 
 _EXCLUDED: Final = """\
 - Deciding anything about one person: admission, employment, credit, insurance, policing, border control, medical care.
 - Proving an age, such as for the sale of restricted goods: the error for one face is often many years.
-- Identifying anyone, or following anyone. It does not recognise people, and must not be used as if it did.
+- Identifying or tracking anyone. It does not recognise people, and must not be used as if it did.
 - Inferring ancestry, ethnicity, nationality, sex or gender identity. None of these can be seen in a photograph.
-- Faces of people who have not been told, or have not agreed, where the law asks for that."""
+- Faces of people who have not been informed, or have not consented, where the law requires that."""
 
 _LIMITS: Final = """\
-- Attributes are *perceived*: the labels are what an annotator, or another algorithm, thought of a picture. The model
-  repeats their judgement and their mistakes, and accuracy is measured against them.
-- It knows the categories of its training labels only, and puts every face into one of them. They are coarse, and
-  many people are in none of them or in several."""
+- Attributes are *perceived*: the labels are judgements of a picture by an annotator or another algorithm. The model
+  repeats their judgements and their mistakes, and its accuracy is measured against them.
+- It knows only the categories of its training labels, and puts every face into one of them. They are coarse, and
+  many people belong to none of them or to several."""
 
 
 def model_card(meta: Mapping[str, Any]) -> str:
     """Return the card, in Markdown, of a checkpoint with this `meta.json`.
 
-    What meta does not say is left out or said to be unknown, so the card of a network that was never trained is short.
+    Missing information is left out or marked as unknown, so the card of an untrained network is short.
     """
     data, config = meta.get("data") or {}, meta.get("config") or {}
     tasks = list(meta["model"]["tasks"])
@@ -72,25 +72,25 @@ def model_card(meta: Mapping[str, Any]) -> str:
 
 
 def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
-    """Return the card with a section of what `agr-ray evaluate` measured, in place of an earlier one of the same data.
+    """Return the card with a section for the results of an evaluation, replacing an earlier one of the same data.
 
     Args:
         card: of the checkpoint that was measured.
-        metrics: what its `metrics.json` holds.
+        metrics: content of the evaluation's `metrics.json`.
     """
-    said = metrics["evaluation"]
-    heading = f"## Measured on {said['source']}, split {said['split']}, {said['split_manifest_sha256'][:8]}"
-    seen = said["num_seen_in_training"]
-    overlap = f"**{seen:,} of them were trained on, which flatters the model.**" if seen else "None was trained on."
+    record = metrics["evaluation"]
+    heading = f"## Measured on {record['source']}, split {record['split']}, {record['split_manifest_sha256'][:8]}"
+    seen = record["num_seen_in_training"]
+    overlap = f"**{seen:,} of them were trained on, so the figures are too good.**" if seen else "None was trained on."
     if seen is None:
         overlap = "**It is not known which of them were trained on.**"
     lines = [
         heading,
         "",
-        f"{metrics['n']:,} labelled images of {said['data']}, {metrics['n_fallback']:,} without a detected face. "
+        f"{metrics['n']:,} labelled images of {record['data']}, {metrics['n_fallback']:,} without a detected face. "
         + overlap
         + _ages(metrics["age"])
-        + _mapping(said),
+        + _mapping(record),
         "",
         *_calibration_warning(metrics),
         *_headline_table(metrics),
@@ -105,7 +105,7 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
 
 
 def _ages(age: Mapping[str, Any]) -> str:
-    """Say how many ages are known as a range, if any are."""
+    """Return the number of ages that are known as a range, if any."""
     if not age["n_range"]:
         return ""
     spanning = f"; {age['n_spanning']:,} of them span several groups and are in none" if age["n_spanning"] else ""
@@ -113,14 +113,14 @@ def _ages(age: Mapping[str, Any]) -> str:
     return f" {age['n']:,} have an exact age, and {ranges}."
 
 
-def _mapping(said: Mapping[str, Any]) -> str:
-    """Say how the labels of another label space were mapped, if they were."""
-    mapping = said.get("label_mapping")
+def _mapping(record: Mapping[str, Any]) -> str:
+    """Return how the labels of another label space were mapped, if they were."""
+    mapping = record.get("label_mapping")
     if not mapping:
         return ""
     races = ", ".join(f"{data} as {own}" for data, own in mapping["races"].items() if data != own)
-    return f" Their label space is {mapping['from']}: age groups are its own" + (
-        f", races count {races}." if races else "."
+    return f" Their label space is {mapping['from']}, whose age groups are used" + (
+        f"; its races are counted as follows: {races}." if races else "."
     )
 
 
@@ -131,15 +131,15 @@ def _calibration_warning(metrics: Mapping[str, Any]) -> list[str]:
 
 def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
     versions, model = meta.get("versions") or {}, meta["model"]
-    made = [f"agr_ray {versions['agr_ray']}"] if "agr_ray" in versions else []
-    made += [f"commit {meta['git_commit']}"] if meta.get("git_commit") else []
-    made += [str(meta["created"])] if meta.get("created") else []
+    origin = [f"agr_ray {versions['agr_ray']}"] if "agr_ray" in versions else []
+    origin += [f"commit {meta['git_commit']}"] if meta.get("git_commit") else []
+    origin += [str(meta["created"])] if meta.get("created") else []
     return "\n".join(
         [
             f"# Model card: perceived {_listed(tasks)} from a face",
             "",
             f"A {model['backbone']} with {'a head' if len(tasks) == 1 else 'heads'} for {_listed(tasks)}."
-            + (f" Made by {', '.join(made)}." if made else ""),
+            + (f" Made by {', '.join(origin)}." if origin else ""),
         ]
     )
 
@@ -149,24 +149,24 @@ def _interface(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
     outputs = {
         "age": f"age: years, {AGE_MIN_YEARS:g} to {AGE_MAX_YEARS:g}"
         + (", the expectation of a distribution over years" if meta["model"]["age_head"] == "distribution" else ""),
-        "gender": f"gender: the probability of *{space['genders'][1]}*; above 0.5 it is predicted, else "
+        "gender": f"gender: the probability of *{space['genders'][1]}*, which is predicted above 0.5, else "
         f"*{space['genders'][0]}*",
-        "race": f"race: a probability each of *{'*, *'.join(space['races'])}*; the largest is predicted",
+        "race": f"race: probabilities of *{'*, *'.join(space['races'])}*; the most probable is predicted",
     }
     side = transform["image_size"]
     return "\n".join(
         [
-            f"- In: an upright face, aligned to the template {transform['template']}, {side} x {side} pixels, RGB.",
-            *(f"- Out: {outputs.get(task, task)}." for task in tasks),
-            "- Settings, transform and label space are in meta.json; calibration.json, where there is one, holds age "
-            "intervals,\n  calibrated probabilities and when to abstain.",
+            f"- Input: an upright face, aligned to the template {transform['template']}, {side} x {side} pixels, RGB.",
+            *(f"- Output: {outputs.get(task, task)}." for task in tasks),
+            "- Settings, transform and label space are in meta.json. calibration.json, if there is one, adds age "
+            "intervals,\n  calibrated probabilities and abstention.",
         ]
     )
 
 
 def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
     if not data:
-        return "Not known."
+        return "Unknown."
     rows = [
         ("source", data.get("source")),
         ("prepared set", data.get("uri")),
@@ -180,7 +180,7 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
     lines = _table(("", ""), [(name, value) for name, value in rows if value])
     sets = data.get("sets")
     if sets:
-        lines += ["", "It learnt from several prepared sets; share is that of the images drawn in training:", ""]
+        lines += ["", "It was trained on several prepared sets; share: fraction of the images drawn in training:", ""]
         keys = ("source", "uri", "split_manifest_sha256", "detector")
         header = (
             "source",
@@ -211,7 +211,7 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
                 classes += [(_attribute(attribute), name, f"{n:,}", _share(n, total)) for name, n in of.items()]
                 rest = "no label, or a range of several groups" if attribute == "age_group" else "no label"
                 classes.append((_attribute(attribute), rest, f"{total - sum(of.values()):,}", ""))
-        lines += ["", "Labels that it learnt from:", ""]
+        lines += ["", "Training labels:", ""]
         lines += _table(("attribute", "class", "images", "share"), classes)
     return "\n".join(lines)
 
@@ -222,24 +222,26 @@ def _splits(splits: Mapping[str, int]) -> str:
 
 def _training(meta: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if not config:
-        return "Not trained, or not known how."
+        return "Not trained, or unknown."
     model = meta["model"]
     rows = [
         ("initial weights of the backbone", model["pretrained"]),
         ("age head", model["age_head"] if "age" in model["tasks"] else None),
-        *((name, _said(config.get(name) or {}, leave)) for name, leave in (("loss", ()), ("augment", ()))),
-        ("train", _said(config.get("train") or {}, _MOOT)),
-        ("predict", _said(config.get("predict") or {}, ())),
+        *((name, _listed_settings(config.get(name) or {})) for name in ("loss", "augment")),
+        ("train", _listed_settings(config.get("train") or {}, _WITHOUT_EFFECT)),
+        ("predict", _listed_settings(config.get("predict") or {})),
     ]
     return "\n".join(_table(("", ""), [(name, value) for name, value in rows if value]))
 
 
-_MOOT: Final = ("data", "out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker")
-"""Knobs of training that change nothing of what is learnt."""
+_WITHOUT_EFFECT: Final = ("data", "out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker")
+"""Settings of training that do not affect what is learnt."""
 
 
-def _said(settings: Mapping[str, Any], leave: Sequence[str]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items() if key not in leave and value not in ("", []))
+def _listed_settings(settings: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    return ", ".join(
+        f"{key} {value}" for key, value in settings.items() if key not in without and value not in ("", [])
+    )
 
 
 def _validation(metrics: Mapping[str, Any]) -> str:
@@ -248,8 +250,8 @@ def _validation(metrics: Mapping[str, Any]) -> str:
         return "Not validated."
     return "\n".join(
         [
-            f"After epoch {metrics['epoch']}, on {val['n']:,} images of the validation split. Which epoch is kept was "
-            "chosen on them,\nso these figures flatter the model a little: measure it on others with agr-ray evaluate. "
+            f"After epoch {metrics['epoch']}, on {val['n']:,} images of the validation split. The best epoch was "
+            "chosen on them,\nso these figures are slightly too good: agr-ray evaluate measures the model on others. "
             "The constant baseline\npredicts the training labels' median age and most frequent classes for every face.",
             "",
             *_headline_table(val),
@@ -275,7 +277,7 @@ def _headline_table(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _group_table(groups: Mapping[str, Any]) -> list[str]:
-    """Return rows by true label; a group without an image has none."""
+    """Return a table with a row for each group by true label that has images."""
     rows = [
         (
             _attribute(attribute),
@@ -292,14 +294,14 @@ def _group_table(groups: Mapping[str, Any]) -> list[str]:
         if of["n"]
     ]
     header = ("by true", "", "images", "age MAE, years", "age bias, years", "age group, %", "gender, %", "race, %")
-    return ["Where a group has few images, its figures say little.", "", *_table(header, rows)] if rows else []
+    return ["The figures of a group with few images are uncertain.", "", *_table(header, rows)] if rows else []
 
 
 def _under_represented(data: Mapping[str, Any]) -> list[str]:
-    """Say which classes training had few images of."""
+    """Return which classes had few training images."""
     counts = data.get("train_labels")
     if not counts:
-        return ["- How its training images are distributed over classes is not known."]
+        return ["- The distribution of its training images over classes is unknown."]
     scarce = []
     for attribute in _GROUPS:
         of = counts[attribute]
@@ -314,13 +316,13 @@ def _under_represented(data: Mapping[str, Any]) -> list[str]:
     rule = f"fewer than half of an equal share, or than {_FEW}, of the labelled training images"
     if not scarce:
         return [f"- No class has {rule}."]
-    return [f"- Under-represented, with {rule}: {', '.join(scarce)}. Expect larger errors there."]
+    return [f"- Under-represented, with {rule}: {', '.join(scarce)}. Expect larger errors for them."]
 
 
 def _detector_limit(data: Mapping[str, Any]) -> list[str]:
     detector = data.get("detector")
     return (
-        [f"- It was trained on crops made with the detector {detector}; with another, errors differ."]
+        [f"- It was trained on crops made with the detector {detector}; errors differ with another detector."]
         if detector
         else []
     )

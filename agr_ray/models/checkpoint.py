@@ -49,7 +49,7 @@ from agr_ray.models.transform import Transform
 from agr_ray.schema import SCHEMA_VERSION
 
 FORMAT_VERSION: Final = 2
-"""Raised whenever a reader of the old layout would misread the new one."""
+"""Must be increased whenever a reader of the old layout would misread the new one."""
 
 WEIGHTS: Final = "weights.safetensors"
 TRAIN_STATE: Final = "train_state.pt"
@@ -63,15 +63,15 @@ _KEYS: Final = ("format_version", "schema_version", *_TABLES, "git_commit", "cre
 
 
 class CheckpointError(Exception):
-    """A directory that is no checkpoint of this format: names the file, what was expected and what was found."""
+    """The directory is not a checkpoint of this format. The message names the file, and what was expected and found."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network ready to predict (evaluation mode), and all that is known of it."""
+    """A network in evaluation mode, and its metadata."""
 
     directory: Path
-    """Local folder that it was loaded from."""
+    """Local folder from which it was loaded."""
     model: MultiTaskNet
     transform: Transform
     pipeline: Pipeline
@@ -102,17 +102,17 @@ def save_checkpoint(
     """Write a checkpoint into a new or empty directory.
 
     Args:
-        directory: made if need be.
-        model: whose weights predict.
-        transform: what the model's input went through.
-        pipeline: vision settings of the crops that it was trained on, and predict settings that it was validated with.
-        train_state: `EpochReport.train_state()`, plain values and tensors; none: not written.
-        train_images: `content_codes` of the training images, kept in train_state.pt.
-        data: of the training data: split_manifest_sha256, counts, train_labels, source, detector, template; with an
-            entry of `sets` for each, where it is several prepared sets.
-        metrics: on validation.
-        config: of the training run.
-        git_commit: of the code; empty: not known.
+        directory: created if necessary.
+        model: the network to save.
+        transform: of the model's input.
+        pipeline: vision settings of its training crops, and predict settings of its validation.
+        train_state: `EpochReport.train_state()`, plain values and tensors; None: not written.
+        train_images: `content_codes` of the training images, stored in train_state.pt.
+        data: description of the training data: split_manifest_sha256, counts, train_labels, source, detector, template;
+            for several prepared sets also `sets`, with an entry for each.
+        metrics: validation metrics.
+        config: configuration of the training run.
+        git_commit: of the code; empty: unknown.
         created: UTC time, ISO 8601.
 
     Raises:
@@ -168,7 +168,7 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
 
 
 def load_train_state(directory: Path) -> dict[str, Any]:
-    """Read what resumes a run, with `train_images` where it was saved; tensors on the CPU.
+    """Read the state to resume a run from, with `train_images` if they were saved; tensors are on the CPU.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds anything but plain values and tensors.
@@ -239,11 +239,12 @@ def model_digest(directory: Path) -> str:
 def content_codes(content_hashes: Iterable[str]) -> Tensor:
     """Return the first 8 bytes of each distinct hash of an image's content, sorted, int64.
 
-    Two sets share an image if and only if their codes intersect (but for a chance of about n * m / 2^64), whatever
-    the image is called in either, so a checkpoint can prove that it never saw it without holding any name.
+    Sets of n and m images share an image if and only if their codes intersect, whatever its names are; a false match
+    has a probability of about n * m / 2^64. So a checkpoint can tell that it was not trained on an image, without
+    storing names.
 
     Args:
-        content_hashes: SHA-256 in hex, as `schema.MANIFEST` has it.
+        content_hashes: SHA-256 in hex, as in `schema.MANIFEST`.
     """
     codes = {int.from_bytes(bytes.fromhex(each)[:8], "big", signed=True) for each in content_hashes}
     return torch.tensor(sorted(codes), dtype=torch.int64)
@@ -259,7 +260,7 @@ def _named(path: Path, key: str = "") -> Iterator[None]:
 
 
 def _read_json(path: Path) -> Any:
-    """Return the value in a JSON file; None: there is no such file."""
+    """Return the value in a JSON file; None if there is no such file."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Checkpoints at any URI: brought to a local folder to be read, and published whole."""
+"""Checkpoints at any URI: copied to a local folder for reading, and published whole or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Checkpoin
     """Copy a checkpoint to a local folder, load it on the CPU, and delete the copy afterwards.
 
     Raises:
-        ConfigError: naming the configuration's `key`: there is none, or one that this code can't use.
+        ConfigError: there is no checkpoint, or this code can't use it; the message names the configuration's `key`.
     """
     with scratch_folder() as temporary:
         directory = Path(temporary, "checkpoint")
@@ -120,13 +120,13 @@ def calibration_hint(uri: str) -> str:
 
 
 def portable_checkpoint(directory: Path) -> dict[str, bytes]:
-    """Return the files that a network is loaded from, to be sent to other machines."""
+    """Return the files that a network is loaded from, by name, to be sent to other machines."""
     return {name: (directory / name).read_bytes() for name in (WEIGHTS, META)}
 
 
 @contextmanager
 def unpacked_checkpoint(files: dict[str, bytes]) -> Iterator[Path]:
-    """Put what `portable_checkpoint` gave into a local folder, and delete it afterwards."""
+    """Write the result of `portable_checkpoint` to a local folder, and delete it afterwards."""
     with scratch_folder() as temporary:
         for name, body in files.items():
             Path(temporary, name).write_bytes(body)

@@ -28,10 +28,10 @@ Outputs: TypeAlias = Mapping[str, Any]
 
 
 class MultiTaskNet(nn.Module):
-    """The parts that a configuration names.
+    """A network made of the parts that a configuration names.
 
-    Weights are drawn from torch's global generator: seed it first. `pretrained.load_backbone` then replaces the
-    backbone's.
+    Initial weights are drawn from torch's global generator: seed it first. `pretrained.load_backbone` can then replace
+    those of the backbone.
 
     Args:
         config: names of the parts, and the tasks.
@@ -69,11 +69,11 @@ class MultiTaskNet(nn.Module):
 
     @property
     def heads_by_task(self) -> Mapping[str, Head]:
-        """Return the heads, typed."""
+        """Return the heads by task; unlike `heads`, typed."""
         return cast(Mapping[str, Head], dict(self.heads.items()))
 
     def initialise(self, labels: Mapping[str, NDArray[Any]]) -> None:
-        """Let every untrained head predict something near the training labels."""
+        """Initialise every head so that it predicts typical values of the training labels."""
         for head in self.heads_by_task.values():
             head.initialise(labels)
 
@@ -91,10 +91,10 @@ class MultiTaskNet(nn.Module):
 
 
 def check_tasks(config: ModelConfig, space: LabelSpace) -> None:
-    """Refuse a task that has no classes in the label space.
+    """Reject a task that has no classes in the label space.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: there is such a task; the message names it.
     """
     if "race" in config.tasks and not space.races:
         allowed = ", ".join(task for task in config.tasks if task != "race") or "others"

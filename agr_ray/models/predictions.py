@@ -10,10 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 Predictions: TypeAlias = Mapping[str, NDArray[np.float32]]
-"""What each head reads out for n faces, by task; a task without a head is not there.
+"""Predictions for n faces, by task; tasks without a head are absent.
 
 - `age`: (n,) years, within the range that labels may have.
-- `gender`: (n,) probability of "male"; male if and only if it is over 0.5.
+- `gender`: (n,) probability of "male"; above 0.5, the predicted gender is male.
 - `race`: (n, races) probabilities in the order of the label space; each row sums to 1.
 """
 

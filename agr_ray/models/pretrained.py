@@ -1,4 +1,4 @@
-"""Pretrained weights of a backbone: where they come from, and whether they fit."""
+"""Pretrained weights of a backbone: read them, and check that they fit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from agr_ray.models.network import MultiTaskNet
 
 
 def pretrained_weights(backbone: Backbone, pretrained: str) -> Mapping[str, Tensor] | None:
-    """Return the state dict that `model.pretrained` asks for; none for `none`.
+    """Return the state dict that `model.pretrained` names; None for `none`.
 
     Args:
-        backbone: that they are for.
-        pretrained: `none`, `imagenet` or a local path: fetch a remote file first.
+        backbone: the backbone to load them into.
+        pretrained: `none`, `imagenet` or a local path. Remote files must be downloaded first.
 
     Raises:
-        WeightsError: the file or the download cannot be read.
+        WeightsError: the file can't be read, or the download failed.
     """
     if pretrained == "none":
         return None
@@ -45,7 +45,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         reason = (str(error).splitlines() or [""])[0]
         raise WeightsError(f"weights {path}: not a state dict: {type(error).__name__} {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"weights {path}: expected a state dict of tensors, found {type(state).__name__} of others")
+        found = "a dict of other values" if isinstance(state, dict) else type(state).__name__
+        raise WeightsError(f"weights {path}: expected a state dict of tensors, found {found}")
     return cast(dict[str, Tensor], state)
 
 
@@ -53,9 +54,9 @@ def load_backbone(model: MultiTaskNet, state: Mapping[str, Tensor], where: str =
     """Load published weights into the backbone, without the layers that the heads replace.
 
     Args:
-        model: whose backbone is changed in place.
-        state: named as the backbone's state dict; `num_batches_tracked` may be missing, as in old files.
-        where: what messages call the state.
+        model: its backbone is changed in place.
+        state: with the names of the backbone's state dict; `num_batches_tracked` may be missing, as in old files.
+        where: name of the state dict in messages.
 
     Raises:
         WeightsError: names the first tensor that is missing, unknown or of another shape.

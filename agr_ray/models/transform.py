@@ -17,7 +17,7 @@ from agr_ray.vision.align import DEFAULT_MARGIN
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
-"""Eqs 2 and 3 of the paper, which prints the mean of green as 0.406, a slip."""
+"""Paper eqs 2 and 3, where the mean of green is misprinted as 0.406."""
 
 LUMA: Final = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in luminance: ITU-R BT.601."""
@@ -25,14 +25,14 @@ LUMA: Final = (0.299, 0.587, 0.114)
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """From a stored crop to the network's input. Kept with the weights, which mean nothing without it."""
+    """How a stored crop becomes the network's input. Stored with the weights, which need it."""
 
     image_size: int
-    """Side of the square that the network sees."""
+    """Side of the network's input, pixels."""
     crop_side_px: int
-    """Side of the alignment template in the stored crop: the middle of it, without the margin."""
+    """Side of the alignment template in the centre of the stored crop, without the margins, pixels."""
     margin: float = DEFAULT_MARGIN
-    """Share of the template's side that the stored crop has more on each side."""
+    """Margin of the stored crop on each side, as a fraction of the template's side."""
     template: str = TEMPLATE
     """Name and version of the alignment template."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -40,7 +40,7 @@ class Transform:
     std: tuple[float, float, float] = IMAGENET_STD
     """Of red, green, blue in 0..1."""
     equalize: bool = False
-    """Whether the luminance of the stored crop is equalised first, the margin included."""
+    """Whether the luminance of the stored crop, including its margins, is equalised first."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for meta.json."""
@@ -51,7 +51,7 @@ class Transform:
         """Rebuild from what `to_json` gave.
 
         Raises:
-            ValueError: a key is missing or unknown, or mean or std has not three numbers.
+            ValueError: a key is missing or unknown, or mean or std does not have three numbers.
         """
         expected = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != expected:
@@ -73,11 +73,11 @@ def to_nchw(images_nhwc_u8: NDArray[np.uint8] | Tensor, device: torch.device) ->
 
 
 def prepare_eval(images_u8: Tensor, transform: Transform) -> Tensor:
-    """Equalise where the network is used to it, cut out the template, resize and normalise.
+    """Equalise if the transform says so, cut out the template, resize and normalise.
 
     Args:
         images_u8: (n, 3, stored, stored) uint8, RGB.
-        transform: the network's.
+        transform: of the network.
 
     Returns:
         (n, 3, image_size, image_size) float32.
@@ -90,8 +90,8 @@ def prepare_eval(images_u8: Tensor, transform: Transform) -> Tensor:
 def equalize_luminance(images_u8: Tensor) -> Tensor:
     """Flatten the histogram of each image's luminance and keep its colour (paper eq. 17, on Y of YCrCb).
 
-    Level v becomes (cdf(v) - cdf_min) / (num_pixels - cdf_min) * 255, as in OpenCV; an image of one level stays as it
-    is. Keeping Cr and Cb while Y changes is adding the same to red, green and blue, cut off at 0 and 255.
+    Level v becomes (cdf(v) - cdf_min) / (num_pixels - cdf_min) * 255, as in OpenCV; an image of one level is not
+    changed. Keeping Cr and Cb while Y changes means adding the same value to red, green and blue, clipped to 0..255.
 
     Args:
         images_u8: (n, 3, h, w) uint8, RGB.
@@ -112,7 +112,7 @@ def equalize_luminance(images_u8: Tensor) -> Tensor:
 
 
 def centre(images_u8: Tensor, transform: Transform) -> Tensor:
-    """Cut out the template; resize only if its side is not the input's."""
+    """Cut out the template; resize it if its side differs from the input's."""
     stored, side = images_u8.shape[-1], transform.crop_side_px
     assert images_u8.shape[-2] == stored >= side, (images_u8.shape, side)
     first = (stored - side) // 2

@@ -245,7 +245,7 @@ def test_an_elastic_run_resumes_with_fewer_workers(
         cpus_per_worker=4,
     )
 
-    assert "beginning, 2 workers" in printed
+    assert "starting, 2 workers" in printed
     assert re.search(r"resuming after epoch \d+, 1 worker\b", printed)
     run.check(like=undisturbed)
 

@@ -31,7 +31,7 @@ GUESS = {
 
 def test_an_added_task_is_an_output_by_its_name() -> None:
     model = meta()["model"] | {"tasks": ["age", "smile"]}
-    assert "\n- Out: smile.\n" in model_card(meta(model=model))
+    assert "\n- Output: smile.\n" in model_card(meta(model=model))
 
 
 def meta(**changes: Any) -> dict[str, Any]:
@@ -167,13 +167,13 @@ def test_the_card_does_not_mention_a_task_without_a_head(task: str) -> None:
     model = {"backbone": "resnet18", "tasks": [task], "age_head": "linear", "pretrained": "none"}
     outputs = section(model_card(meta(model=model)), "Input and output")
 
-    assert [line.split()[2].rstrip(":") for line in outputs.splitlines() if line.startswith("- Out:")] == [task]
+    assert [line.split()[2].rstrip(":") for line in outputs.splitlines() if line.startswith("- Output:")] == [task]
 
 
 def test_the_card_of_initial_weights_says_that_nothing_was_measured() -> None:
     card = model_card({key: value for key, value in meta().items() if key in ("model", "transform", "label_space")})
 
-    assert "Not known." in section(card, "Training data")
+    assert "Unknown." in section(card, "Training data")
     assert "Not trained" in section(card, "Training\n")
     assert section(card, "Validation").strip() == "Not validated."
 

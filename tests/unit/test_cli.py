@@ -117,6 +117,14 @@ def test_short_help_shows_the_options_that_matter_and_an_example_that_works(
     assert " ".join(job.example.split()) in " ".join(words)
 
 
+def test_short_help_shows_one_sentence_also_if_a_line_ends_after_it(capsys: pytest.CaptureFixture[str]) -> None:
+    _, shown, _ = outcome(capsys, "score", "--help")
+
+    words = " ".join(shown.split())
+    assert "no larger than `max_side_px` (default: 40)" in words
+    assert "In larger photographs" not in words
+
+
 @pytest.mark.parametrize("job", [PrepareJob, TrainJob, TuneJob, EvaluateJob, ScoreJob])
 def test_options_of_the_jobs_own_section_need_no_prefix(job: type[Job]) -> None:
     argv = {

@@ -305,7 +305,7 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         ),
         (
             ["--train.data", '["a", "b"]', "--train.data_shares", "[1, 2, 3]"],
-            "train.data_shares [1.0, 2.0, 3.0] must have a number for each of the 2 in train.data",
+            "train.data_shares [1.0, 2.0, 3.0] must have a number for each of the 2 sets in train.data",
         ),
         (["--train.data", '["a", "b"]', "--train.data_shares", "[1, 0]"], "train.data_shares.1: 0 is not allowed"),
     ],

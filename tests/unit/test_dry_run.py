@@ -53,13 +53,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(data: Path, capsys: pytest
     assert f"data: {data}: 2 training crops, 0 validation crops" in said
     assert "training labels, gender: female 1, male 1" in said
     assert f"heads age, gender, {num_parameters:,} parameters, {SIDE_PX} px" in said
-    assert "steps: 1 an epoch, 4 images each; 3 in all 3 epochs" in said
-    assert "workers: 1 x 1 CPU, 4 images a step each; with reading, 3 logical CPUs in all" in said
+    assert "steps: 1 per epoch, 4 images each; 3 in all 3 epochs" in said
+    assert "workers: 1 x 1 CPU, 4 images per step each; including reading, 3 logical CPUs in all" in said
     assert "memory of a worker's step: " in said
     assert "average of weights " in said
     assert "kept after the first epoch" in said
-    assert "ms a step" in said
-    assert "time in all: " in said
+    assert "ms per step" in said
+    assert "total time: " in said
     assert "dry run: nothing was written" in said
     assert [path.name for path in data.parent.iterdir()] == ["prepared"]
 
@@ -70,8 +70,8 @@ def test_a_dry_run_times_every_image_size(data: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert ", 48 then 32 px" in said
     assert "time at 48 px" in said
-    assert said.count("an epoch with validation, 1 of them") == 1  # of three epochs the first
-    assert said.count("an epoch with validation, 2 of them") == 1
+    assert said.count("per epoch with validation, epochs: 1") == 1  # of three epochs the first
+    assert said.count("per epoch with validation, epochs: 2") == 1
 
 
 def test_a_dry_run_times_steps_with_an_unfrozen_backbone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_a_dry_run_counts_the_images_of_a_part(data: Path, capsys: pytest.Captur
     train(dry_job(data, batch_size=10, grad_accum_steps=4))
 
     said = capsys.readouterr().out
-    assert "workers: 1 x 1 CPU, 10 images a step each in 4 parts; with reading" in said
+    assert "workers: 1 x 1 CPU, 10 images per step each in 4 micro-batches; including reading" in said
     assert f"for 3 images of {SIDE_PX} px in float32" in said
 
 

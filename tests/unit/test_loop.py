@@ -206,7 +206,7 @@ class _Preempted(LocalContext):
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_an_interrupted_epoch_is_resumed_and_counted_once(monkeypatch: pytest.MonkeyPatch, ema_decay: float) -> None:
-    monkeypatch.setattr(loop, "_ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "_CHECK_EVERY_S", 0.0)
     config, data = job({"epochs": 2, "ema_decay": ema_decay}), faces(60)
     baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
     context = _Preempted(data, data, config.train.batch_size)

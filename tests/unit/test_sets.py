@@ -213,7 +213,7 @@ def test_a_dry_run_prints_the_contribution_of_each_set(
     assert f"data: {one} + {two}: 4 training crops, 0 validation crops" in said
     assert f"of them {one}: 2 training crops, 75.0 % of those drawn; 0 validation crops" in said
     assert f"of them {two}: 2 training crops, 25.0 % of those drawn" in said
-    assert "images a step each; with reading" in said
+    assert "images per step each; including reading" in said
     assert "training labels, race: white 2, black 0" in said
     assert "dry run: nothing was written" in said
 

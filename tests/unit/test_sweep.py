@@ -539,7 +539,7 @@ def test_concurrent_trials_are_as_many_as_fit(nodes: list[dict[str, float]], con
 
 
 def test_a_fraction_of_a_gpu_is_for_one_worker() -> None:
-    with pytest.raises(ValueError, match="NCCL takes no two workers of one run on one GPU"):
+    with pytest.raises(ValueError, match="NCCL does not support two workers of a run on one GPU"):
         TrainConfig(use_gpu=True, gpus_per_worker=0.5, num_workers=2)
 
 

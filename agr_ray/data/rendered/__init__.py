@@ -1,7 +1,7 @@
 """Rendered synthetic faces: labelled chips and photographs for demos, tests and benchmarks.
 
-They are drawn with numpy and OpenCV, in any number, and are determined by the seed. The labels of a face show only in
-the face and the hair, each by several continuous cues.
+They are drawn with numpy and OpenCV, in any number, and depend only on the seed. Each label of a face affects several
+continuous cues in the face and the hair, and nothing else.
 """
 
 from agr_ray.data.rendered.scene import (

@@ -1,8 +1,7 @@
 """The canvas a head is drawn on: soft polygons, lines, spots and noise in the head's own coordinates.
 
-Coordinates are in distances between the eyes, from the point midway between them, x to the viewer's
-right and y down. A head stays inside `head_outline` whatever its labels are, so that a mask made from
-its pose alone hides all of it.
+The unit is the distance between the eyes, the origin is midway between them, x points to the viewer's right and y down.
+A head stays inside `head_outline` whatever its labels are, so a mask made from its pose alone hides all of it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ HEAD_HALF_WIDTH: Final = 1.50
 HEAD_HALF_HEIGHT: Final = 1.90
 HEAD_CENTRE_Y: Final = 0.25
 _HEAD_POWER: Final = 4.0
-"""The outline that holds a head is |x / half width|^4 + |(y - centre) / half height|^4 = 1."""
+"""The outline that encloses every head is |x / half width|^4 + |(y - centre) / half height|^4 = 1."""
 
 _MARGIN: Final = 0.06
 _SUBPIXEL_BITS: Final = 4
@@ -29,7 +28,7 @@ Roi = tuple[slice, slice]
 
 
 def head_outline(num_points: int = 96) -> RenderedArray:
-    """Return the outline, (num_points, 2), that holds every head whatever its labels."""
+    """Return the outline, (num_points, 2), that encloses every head whatever its labels."""
     angles = np.linspace(0, 2 * np.pi, num_points, endpoint=False)
     cosine, sine = np.cos(angles), np.sin(angles)
     x = HEAD_HALF_WIDTH * np.sign(cosine) * np.abs(cosine) ** (2 / _HEAD_POWER)
@@ -38,7 +37,7 @@ def head_outline(num_points: int = 96) -> RenderedArray:
 
 
 class Canvas:
-    """RGB, opacity and skin shading under construction, with drawing in distances between the eyes."""
+    """RGB, opacity and skin shading of a head, and functions that draw on them in the head's coordinates."""
 
     def __init__(self, scale_px: float, rng: np.random.Generator) -> None:
         self.scale_px = scale_px
@@ -48,7 +47,9 @@ class Canvas:
         self._origin = np.array(self.origin_px, np.float32)
         self.x = ((np.arange(self.width) + 0.5 - self.origin_px[0]) / scale_px).astype(np.float32)
         self.y = ((np.arange(self.height) + 0.5 - self.origin_px[1]) / scale_px).astype(np.float32)
-        self.rgb = np.zeros((3, self.height, self.width), np.float32)  # planes: numpy is slow on runs of three
+        self.rgb = np.zeros(
+            (3, self.height, self.width), np.float32
+        )  # planes first, because numpy is slow on a last axis of length 3
         self.alpha = np.zeros((self.height, self.width), np.float32)
         self.shade = np.zeros((self.height, self.width), np.float32)
         grain = np.frombuffer(rng.bytes(self.width * self.height), np.uint8).reshape(self.height, self.width)
@@ -57,7 +58,7 @@ class Canvas:
         self._grain = (grain.astype(np.float32) - 127.5) * np.float32(1 / 74)
 
     def noise(self, size: float) -> RenderedArray:
-        """Return noise of mean 0 and deviation about 1 with blobs of about this size: the same for the same size."""
+        """Return noise with mean 0, deviation about 1 and blobs of about this size; the same for the same size."""
         if size not in self._noises:
             self._noises[size] = self._draw_noise(size)
         return self._noises[size]
@@ -141,7 +142,7 @@ class Canvas:
         self._blobs.append((x, y, width, height, amount))
 
     def blobs(self, x: float, y: float, width: float, height: float, amount: float) -> None:
-        """Add a soft spot on either side."""
+        """Add a soft spot on each side, at -x and x."""
         self.blob(-x, y, width, height, amount)
         self.blob(x, y, width, height, amount)
 
@@ -200,7 +201,7 @@ def _spline_weights(num_knots: int, closed: bool) -> RenderedArray:
 
 
 def ellipse(x: float, y: float, width: float, height: float) -> RenderedArray:
-    """Return the outline of an ellipse of these half axes."""
+    """Return the outline of an ellipse with these half axes."""
     return _CIRCLE * np.array([width, height], np.float32) + np.array([x, y], np.float32)
 
 

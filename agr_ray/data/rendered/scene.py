@@ -1,8 +1,7 @@
-"""Rendered chips and photographs: heads placed before a background, lit, blurred and made noisy.
+"""Rendered chips and photographs: heads in front of a background, with light, blur and noise.
 
-Labels and looks, pose, background, light and camera are each drawn from a stream of their own, keyed
-by (seed, kind, index, stream), so that labels can't shift anything outside of the head, and any item
-can be rendered alone and in any order.
+Labels, looks, pose, background, light, camera and so on have a random stream each, keyed by (seed, kind, index,
+stream). So labels affect nothing outside the head, and items can be rendered alone and in any order.
 """
 
 from __future__ import annotations
@@ -115,8 +114,8 @@ class RenderedPhotograph:
 def render_chip(seed: int, index: int, side_px: int = 200, labels: Labels | None = None) -> RenderedChip:
     """Render chip `index` of the set that `seed` names; the same arguments always give the same chip.
 
-    `labels` replaces the labels that would be drawn, and everything else stays: the same place, light and camera with
-    another face.
+    `labels` replaces the labels that would be drawn. Everything else stays the same: another face in the same place,
+    with the same light and camera.
 
     Raises:
         ValueError: a negative seed or index, or a side below 32 px.
@@ -144,9 +143,9 @@ def iter_chips(seed: int, num: int, side_px: int = 200) -> Iterator[RenderedChip
 def render_photograph(
     seed: int, index: int, width_px: int, height_px: int, num_faces: int, labels: Labels | None = None
 ) -> RenderedPhotograph:
-    """Render photograph `index` of the set that `seed` names, of people whose heads do not hide each other.
+    """Render photograph `index` of the set that `seed` names. Heads do not overlap.
 
-    `labels` replaces the labels that would be drawn for every face, and everything else stays.
+    `labels` replaces the labels that would be drawn for every face. Everything else stays the same.
 
     Raises:
         ValueError: a negative seed or index, or an image too small for so many faces of `MIN_FACE_WIDTH_PX`.
@@ -216,7 +215,7 @@ def _render(
     draw: _Streams, width_px: int, height_px: int, poses: list[Pose], forced: Labels | None
 ) -> tuple[ImageRgb, list[RenderedFace]]:
     image = _background(draw(_Stream.BACKGROUND), width_px, height_px)
-    for number in sorted(range(len(poses)), key=lambda number: poses[number].y_px):  # the lower ones are in front
+    for number in sorted(range(len(poses)), key=lambda number: poses[number].y_px):  # lower heads are in front
         _draw_shoulders(image, poses[number], draw(_Stream.CLOTHES, number))
     faces = []
     for number, pose in enumerate(poses):
@@ -275,7 +274,7 @@ def _light_head(head: Head, rng: np.random.Generator) -> None:
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> RenderedArray:
-    """Draw soft colours with a few shapes before them: float32 HxWx3 in 0..1."""
+    """Draw soft colours and a few shapes: float32 HxWx3 in 0..1."""
     cells = int(rng.integers(2, 9))
     base = _muted(rng, 0.25)
     rows = max(2, round(cells * height / width))
@@ -302,7 +301,7 @@ def _muted(rng: np.random.Generator, spread: float) -> RenderedArray:
 
 
 def _draw_shoulders(image: RenderedArray, pose: Pose, rng: np.random.Generator) -> None:
-    """Draw shoulders in clothes of any colour below the neck: of one shape for all labels."""
+    """Draw shoulders, in clothes of any colour, below the neck. Their shape does not depend on the labels."""
     points = np.array(
         [[-0.55, 1.75], [-1.3, 1.95], [-2.15, 2.3], [-2.5, 60.0], [2.5, 60.0], [2.15, 2.3], [1.3, 1.95], [0.55, 1.75]]
     )

@@ -1,8 +1,8 @@
-"""From labels to the looks of a face: every cue is a number, drawn around a mean that the labels set.
+"""From labels to the looks of a face: every cue is a number drawn around a mean that depends on the labels.
 
-No cue gives its label away alone: each of the cues of a label is drawn with its own error, so that
-single cues overlap between labels and only all of them together tell. Age acts through an apparent
-age for each cue, gender through an apparent masculinity, race through a mean for each cue.
+No single cue reveals its label: each is drawn with an error of its own, so the cues of different labels overlap, and
+only all cues together identify a label. Age enters each cue as an apparent age, gender as an apparent masculinity, race
+as the mean of the cue.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def draw_traits(labels: Labels, rng: np.random.Generator) -> Traits:
     def near(mean: float, error: float) -> float:
         return mean + error * float(rng.standard_normal())
 
-    adult = _ramp(age(2.0), 4, 24)  # bones: the jaw and the brows differ little between girls and boys
+    adult = _ramp(age(2.0), 4, 24)  # jaws and brows of girls and boys differ little
     bones = 0.35 + 0.65 * adult
     greyness = _ramp(age(3.5), 26, 100)
     skin = _skin(near(means.melanin, 0.07), near(means.yellowness, 0.28))

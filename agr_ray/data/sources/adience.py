@@ -31,8 +31,8 @@ GENDER_WORDS: Final = {"m": "male", "f": "female"}
 def source_rows(storage: Storage, uri: str, *, note: Callable[[str], None]) -> Iterator[SourceRow]:
     """Yield a row for each image below `uri`, and one for each labelled image that does not exist.
 
-    The subject is the user_id, so that all images of a user get one split. A row of a label file that can't be read is
-    a bad label, as is an image without a row.
+    The subject is the user_id, so that all images of a user get one split. An image whose row can't be read, or without
+    a row, gets the status bad_label.
 
     Args:
         storage: where the data set is.

@@ -28,7 +28,7 @@ RACE_WORDS: Final = {
     "Southeast Asian": "southeast_asian",
     "Middle Eastern": "middle_eastern",
 }
-"""Published races that differ from the label space's names in more than case."""
+"""Published names of races that differ from the label space's in more than case."""
 
 
 def source_rows(
@@ -36,7 +36,7 @@ def source_rows(
 ) -> Iterator[SourceRow]:
     """Yield a row for each image below `uri`, and one for each labelled image that does not exist.
 
-    A row of a label file that can't be read is a bad label, as is an image without a row.
+    An image whose row can't be read, or without a row, gets the status bad_label.
 
     Args:
         storage: where the data set is.

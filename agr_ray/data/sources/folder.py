@@ -40,8 +40,8 @@ def source_rows(
     path of its image below `uri`. If no file has exactly that path, backslashes count as slashes, and a leading `./`
     and outer blanks are ignored.
 
-    An image without a row in the table is a bad label ("no label row"), as is one whose rows disagree. Identical rows
-    count once. A value that can't be read is dropped, and the image keeps its other labels.
+    An image without a row in the table, or whose rows disagree, gets the status bad_label. Identical rows count once.
+    A value that can't be read is dropped, and the image keeps its other labels.
 
     Args:
         space: allowed genders and races.
@@ -68,7 +68,7 @@ def source_rows(
 def labelled_images(
     storage: Storage, uri: str, name: str, by_key: Mapping[str, Sequence[RowLabels]], note: Callable[[str], None]
 ) -> Iterator[SourceRow]:
-    """Yield a row for each image below `uri`, and one for each labelled image that does not exist, as `source_rows`.
+    """Yield a row for each image below `uri`, and one for each labelled image that does not exist; see `source_rows`.
 
     Args:
         storage: where the images are.

@@ -32,13 +32,14 @@ _MEANT: Final = {
     "subset": "split",
     "partition": "split",
 }
-"""Other words for a column, as parts of a name."""
+"""Other words for a column, which may be a part of a name."""
 
 _LIMIT_WORDS: Final = {
     **dict.fromkeys(("low", "lower", "min", "from"), "age_low"),
     **dict.fromkeys(("high", "upper", "max", "to"), "age_high"),
 }
 _CLOSE: Final = 0.8
+"""Minimum similarity (`difflib`) of a misspelt name."""
 _LONG: Final = 5
 """Minimum length of a column's name that is recognised within another name."""
 
@@ -52,7 +53,7 @@ class LabelTableError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LabelTable:
-    """The rows of a label table, every value as text and an empty one as None."""
+    """The rows of a label table, with all values as text and empty ones as None."""
 
     rows: list[dict[str, str | None]]
     """By `KEY_COLUMN`, `LABEL_COLUMNS` and `OPTIONAL_COLUMNS`, if the table has them."""
@@ -114,8 +115,8 @@ def _columns_of_parquet(table: pa.Table, uri: str, key_column: str) -> tuple[_Co
         try:
             columns[column] = _without_nan(table.column(index)).cast(pa.string()).to_pylist()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            said = " ".join(str(error).split())
-            raise LabelTableError(f"{uri}: column {names[index]!r} is neither text nor numbers: {said}") from error
+            reason = " ".join(str(error).split())
+            raise LabelTableError(f"{uri}: column {names[index]!r} is neither text nor numbers: {reason}") from error
     return columns, [name for index, name in enumerate(names) if index not in indices.values()]
 
 

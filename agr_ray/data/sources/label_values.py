@@ -1,4 +1,4 @@
-"""From the texts of a label table to labels. A value that can't be read is dropped; the others are kept."""
+"""Parse the values of a label table. A value that can't be read is dropped; the others are kept."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WHOLE_FLOAT = re.compile(r"^([+-]?[0-9]+)\.0*$")
 
 
 class LabelCodeError(ValueError):
-    """A code means a word that does not exist, or two words. The message is one line."""
+    """A code stands for a class that does not exist, or for two classes. The message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class RowLabels:
 
 
 def unreadable_row(text: str, error: str) -> RowLabels:
-    """Return the labels of a row that can't be read at all: none, so its image is a bad label."""
+    """Return the labels of a row that can't be read at all: there are none, so its image gets the status bad_label."""
     return RowLabels(None, None, None, None, None, (Dropped("row", text, error),))
 
 
@@ -115,10 +115,10 @@ class LabelParser:
         age = None if text is None else _parse_years("age", text)
         low, high = (self._given(row.get(name)) for name in ("age_low", "age_high"))
         limits = _parse_limits(low, high)
-        for found in (age, limits):
-            if isinstance(found, Dropped):
-                dropped.append(found)
-        exact, limits = (None if isinstance(found, Dropped) else found for found in (age, limits))
+        for value in (age, limits):
+            if isinstance(value, Dropped):
+                dropped.append(value)
+        exact, limits = (None if isinstance(value, Dropped) else value for value in (age, limits))
         if exact is None or limits is None:
             return exact or limits
         years = common_years(exact, limits)
@@ -131,8 +131,8 @@ class LabelParser:
 def merge_labels(rows: Sequence[RowLabels]) -> ParsedLabel:
     """Return the labels of an image with one row or several.
 
-    Identical rows count once, and rows may complement each other. There is no label if rows contradict each other, if
-    no label can be read, or if the split can't be read.
+    Identical rows count once, and rows may complement each other. The result is an error if rows contradict each other,
+    or if values were dropped and no label is left or the split is among them.
     """
     dropped = list(dict.fromkeys(each.error for row in rows for each in row.dropped))
     years: Years | None = None

@@ -11,10 +11,10 @@ from agr_ray.storage import Storage, StorageError
 def published_rows(
     storage: Storage, uri: str, columns: Sequence[str], separator: str
 ) -> Iterator[tuple[int, dict[str, str], str | None]]:
-    """Yield each row's line number, its values by column, and the error in its form, or None.
+    """Yield each row's line number, its values by column, and an error if the row is malformed, else None.
 
-    Values are not quoted. Bytes that are not UTF-8 are replaced, so that they damage only one value. Values that a
-    damaged row lacks are empty.
+    Values are not quoted. Bytes that are not UTF-8 are replaced, so that they damage only one value. Missing values of
+    a malformed row are empty.
 
     Args:
         storage: where the file is.

@@ -20,8 +20,8 @@ UTKFACE_GENDERS: Final = ("male", "female")
 
 EXPECTED_NAME: Final = "[age]_[gender]_[race]_[timestamp].jpg.chip.jpg"
 
-# The timestamp is yyyymmddHHMMSS and a fraction of a second, in three digits or (rarely) more. ASCII, because \d
-# would take the digits of every script. Of the labels, the last may be missing, and any may be empty or damaged.
+# The timestamp is yyyymmddHHMMSS and a fraction of a second, in three digits or (rarely) more. ASCII only, because \d
+# would match the digits of every script. The last label may be missing, and any may be empty or damaged.
 _NAME = re.compile(r"([^_\s]*)_([^_\s]*)(?:_([^_\s]*))?_([0-9]{17,})\.jpg(?:\.chip\.jpg)?", re.ASCII)
 _CODE = re.compile(r"[0-9]+", re.ASCII)
 
@@ -30,7 +30,7 @@ def parse_name(name: str) -> ParsedLabel:
     """Return the labels in a file name, or the error in it.
 
     If one label is missing or can't be read, only that label is dropped: many names lack the race. A name with a stray
-    blank or dot, or with too short a timestamp, is rejected: it was damaged, and so may be its labels. Names of the
+    blank or dot, or with too short a timestamp, is rejected, because its labels may be damaged, too. Names of the
     uncropped images (`....jpg`) parse too.
     """
     match = _NAME.fullmatch(name)
@@ -66,7 +66,7 @@ def _word(label: str, code: str, words: Sequence[str], errors: list[str]) -> str
 
 
 def source_rows(storage: Storage, uri: str) -> Iterator[SourceRow]:
-    """Yield a row for each image (`IMAGE_SUFFIXES`) below `uri`, in folders or not.
+    """Yield a row for each image (`IMAGE_SUFFIXES`) below `uri`, subfolders included.
 
     Raises:
         StorageUnavailable: the folder or bucket can't be listed.

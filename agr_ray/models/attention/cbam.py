@@ -1,4 +1,4 @@
-"""CBAM: channels reweighted first, places second."""
+"""CBAM: channel attention, then spatial attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _KERNEL = 7
 
 
 class Cbam(nn.Module):
-    """Multiply each channel by a gate, then each place by another.
+    """Multiply each channel by a gate, then each position by another.
 
     Source: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018, equations 1 to 3, reduction ratio 16,
     kernel of 7 x 7; without the batch norm that its code adds.

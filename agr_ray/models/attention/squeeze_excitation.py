@@ -1,4 +1,4 @@
-"""Squeeze and excitation: channels reweighted by what the whole map shows."""
+"""Squeeze-and-excitation: channel attention."""
 
 from __future__ import annotations
 

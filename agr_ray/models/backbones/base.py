@@ -1,4 +1,4 @@
-"""What every backbone has."""
+"""The interface of all backbones."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 
 class WeightsError(Exception):
-    """Pretrained weights that cannot be read, or do not fit the backbone; one line."""
+    """Pretrained weights can't be read, or do not fit the backbone. The message is one line."""
 
 
 class Backbone(nn.Module):
-    """From normalised images, (n, 3, side, side) float, to a feature map, (n, num_channels, h, w).
+    """Maps normalised images, (n, 3, side, side) float, to a feature map, (n, num_channels, h, w).
 
-    A subclass sets the two numbers and defines `forward`. It overrides other methods only where it has more to offer.
+    A subclass sets `num_channels` and `num_features`, and defines `forward`. It may override the other methods.
     """
 
     num_channels: int
     """Channels of the feature map."""
     num_features: int
-    """Features of a face, after pooling and `project`."""
+    """Number of features after pooling and `project`."""
     replaced_layers: tuple[str, ...] = ()
-    """Prefixes of tensors in published state dicts that the heads replace."""
+    """Name prefixes of tensors in published state dicts that the heads replace."""
 
     def project(self, pooled: Tensor) -> Tensor:
         """Map the pooled feature map, (n, num_channels), to (n, num_features)."""
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
         """Download the published weights, named as in `state_dict`.
 
         Raises:
-            WeightsError: there are none, or the download failed.
+            WeightsError: there are no published weights, or the download failed.
         """
         raise WeightsError("this backbone has no published ImageNet weights; allowed: none, or a path or URI")
 

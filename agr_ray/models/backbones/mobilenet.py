@@ -14,7 +14,7 @@ from agr_ray.models.backbones.torchvision_parts import fold_batch_norms, publish
 
 
 class MobileNetV3(Backbone):
-    """All layers but the last, named as torchvision names them. The linear layer after pooling is `project`."""
+    """All layers except the last, with torchvision's names. The linear layer after pooling is `project`."""
 
     replaced_layers = ("classifier.3.",)
 
@@ -25,7 +25,7 @@ class MobileNetV3(Backbone):
         self.num_channels = int(net.classifier[0].in_features)
         self.num_features = int(net.classifier[3].in_features)
         self.features = net.features
-        # Without its dropout of 20 %: `model.dropout` alone decides.
+        # Without its dropout of 20 %, because `model.dropout` sets that.
         self.classifier = nn.Sequential(net.classifier[0], net.classifier[1])
 
     def forward(self, images_nchw: Tensor) -> Tensor:
@@ -43,10 +43,10 @@ class MobileNetV3(Backbone):
         return shrinking_stages(self)
 
     def imagenet_weights(self) -> Mapping[str, Tensor]:
-        """Download torchvision's."""
+        """Download torchvision's weights."""
         return published_weights(self._name)
 
-    def fuse(self, device: torch.device) -> bool:  # noqa: ARG002  # alike on all
+    def fuse(self, device: torch.device) -> bool:  # noqa: ARG002  # the same on all devices
         """Fold batch norms."""
         fold_batch_norms(self)
         return True

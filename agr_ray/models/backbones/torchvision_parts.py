@@ -1,4 +1,4 @@
-"""What torchvision's networks have in common: published weights, stages and fusable layers."""
+"""Functions for torchvision's networks: published weights, stages, and folding of batch norms."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def published_weights(name: str) -> dict[str, Tensor]:
 
 
 def shrinking_stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
-    """Return the parameters in stages: one begins at each block that shrinks the image, by convolution or pooling.
+    """Return the parameters in stages. A stage begins at each block that shrinks the feature map.
 
     torchvision's ResNets and MobileNetV3s have five, at 1/2 to 1/32 of the input's side. Blocks must be registered in
     the order in which they run.
@@ -46,7 +46,7 @@ def shrinking_stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def fold_batch_norms(module: nn.Module) -> None:
-    """Fold each batch norm into the convolution registered right before it. In torchvision's networks it feeds it."""
+    """Fold each batch norm into the convolution registered right before it: in torchvision's networks, its input."""
     before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and before is not None and isinstance(before[1], nn.Conv2d):

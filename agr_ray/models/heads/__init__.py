@@ -1,1 +1,1 @@
-"""Heads: what the network says of a face, how it learns it, and how it is read out. One file each."""
+"""Heads, one file each: the outputs, the loss and the predictions for one task."""

@@ -1,4 +1,4 @@
-"""What the age heads have in common: ages and age ranges as labels, and the loss of an error in years."""
+"""Functions of all age heads: labels that are ages or age ranges, and the loss of an error in years."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS, AGE_MISSING
 from agr_ray.models.heads.base import Targets, TaskSum
 
 MISSING_VALUES: Final[Mapping[str, float | int]] = {"age": AGE_MISSING, "age_low": AGE_MISSING, "age_high": AGE_MISSING}
-"""Years. A row has an age, or a range (both bounds, included), or neither."""
+"""Values of missing labels, years. A row has an age, or a range with both bounds included, or neither."""
 
 
 class AgeTruth(NamedTuple):
-    """Ages and ranges of n rows, finite in all of them."""
+    """Ages and ranges of n rows; all values are finite."""
 
     low_years: Tensor
-    """(n,); the age where it is exact; 0 where there is no label."""
+    """(n,); the age itself if it is exact; 0 without a label."""
     high_years: Tensor
     is_exact: Tensor
     """(n,) bool."""
@@ -32,7 +32,7 @@ class AgeTruth(NamedTuple):
 
 
 def age_truth(targets: Targets) -> AgeTruth:
-    """Return each row's age, or range."""
+    """Return the age or range of each row."""
     age = targets["age"]
     low, high = targets.get("age_low", age), targets.get("age_high", age)
     is_exact = torch.isfinite(age)
@@ -43,7 +43,7 @@ def age_truth(targets: Targets) -> AgeTruth:
 
 
 def error_losses(ages_years: Tensor, truth: AgeTruth, config: LossConfig) -> Tensor:
-    """Return the `age_loss` of the distance to each age or range, 0 inside a range and where there is no label."""
+    """Return the `age_loss` of the distance to each age or range, (n,); 0 inside a range and without a label."""
     ages = torch.where(truth.is_labelled, ages_years, 0.0)
     # Detached, so that no gradient passes through the nearest age of the range.
     nearest = torch.minimum(torch.maximum(ages.detach(), truth.low_years), truth.high_years)
@@ -62,7 +62,7 @@ def error_likelihood(config: LossConfig) -> tuple[float, float]:
 
 
 def clamped(ages_years: Tensor) -> Tensor:
-    """Return ages within the range that labels may have."""
+    """Return ages clamped to the range of valid labels."""
     return ages_years.clamp(AGE_MIN_YEARS, AGE_MAX_YEARS)
 
 
@@ -74,7 +74,7 @@ def age_score(ages_years: Tensor, targets: Targets) -> TaskSum:
 
 
 def mean_and_std_years(labels: Mapping[str, NDArray[Any]]) -> tuple[float, float] | None:
-    """Return mean and standard deviation, 1 at least, of ages and of ranges' centres; none: no row has either."""
+    """Return mean and standard deviation (at least 1) of ages and of ranges' centres; None if no row has either."""
     ages = np.asarray(labels["age"], np.float64)
     if "age_low" in labels:
         centres = 0.5 * (np.asarray(labels["age_low"], np.float64) + np.asarray(labels["age_high"], np.float64))

@@ -1,4 +1,4 @@
-"""What every head has."""
+"""The interface of all heads."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ _INITIAL_STD = 0.01
 
 
 class TaskSum(NamedTuple):
-    """A sum over rows, and the number of rows that it is of; scalars, float32."""
+    """A sum over rows, and the number of these rows; float32 scalars."""
 
     total: Tensor
     rows: Tensor
 
 
 class Head(nn.Module):
-    """From the features of n faces to what the network says of them for one task.
+    """Maps the features of n faces to the outputs of one task.
 
     A subclass sets `missing_values` and `metric` and defines `forward`, `labelled`, `losses`, `read_out` and `score`.
     """
 
     missing_values: Mapping[str, float | int]
-    """The label arrays that it learns from, and the value that marks a missing label in each."""
+    """Label arrays that it learns from, and the value of a missing label in each."""
     metric: str
-    """Metric that the mean of `score` is: `mae_years` or `accuracy`."""
+    """Name of the mean of `score`: `mae_years` or `accuracy`."""
 
     def forward(self, features: Tensor) -> Any:
         """Return the raw outputs, one tensor or a tuple of tensors, of (n, num_features) float32."""
         raise NotImplementedError
 
     def labelled(self, targets: Targets) -> Tensor:
-        """Return where there is a label, (n,) bool."""
+        """Return which rows have a label, (n,) bool."""
         raise NotImplementedError
 
     def losses(self, outputs: Any, targets: Targets, config: LossConfig) -> Tensor:
         """Return the loss of each row, (n,) float32.
 
-        Of a row without a label it is exactly 0, and its outputs, finite or not, get no gradient but 0.
+        For a row without a label the loss is exactly 0, and its outputs, finite or not, get the gradient 0.
         """
         raise NotImplementedError
 
@@ -57,7 +57,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def score(self, outputs: Any, targets: Targets) -> TaskSum:
-        """Return the sum of |error| or the number of right answers, without waiting for the device."""
+        """Return the sum of |error| or the number of correct predictions, without waiting for the device."""
         raise NotImplementedError
 
     def loss(self, outputs: Any, targets: Targets, config: LossConfig, share: Tensor | None = None) -> TaskSum:
@@ -65,14 +65,14 @@ class Head(nn.Module):
 
         Args:
             outputs: of n images.
-            targets: of the same, on their device.
-            config: the loss.
-            share: (n,) weight of each row; none: each counts once.
+            targets: of the same images, on their device.
+            config: settings of the loss.
+            share: (n,) weight of each row; None: 1.
         """
         return TaskSum(weighted_sum(self.losses(outputs, targets, config), share), self.num_labelled(targets, share))
 
     def num_labelled(self, targets: Targets, share: Tensor | None = None) -> Tensor:
-        """Return the number of labelled rows, or the sum of their shares; a scalar, float32."""
+        """Return the number of labelled rows, or the sum of their weights; a float32 scalar."""
         return weighted_sum(self.labelled(targets), share).float()
 
     def likelihood(self, config: LossConfig) -> tuple[float, float]:  # noqa: ARG002  # for subclasses
@@ -80,7 +80,7 @@ class Head(nn.Module):
         return 1.0, 0.5
 
     def initialise(self, labels: Mapping[str, NDArray[Any]]) -> None:  # most heads need nothing
-        """Let the untrained head predict something near the training labels."""
+        """Initialise the head so that it predicts typical values of the training labels."""
 
     def missing_targets(self, num_rows: int) -> dict[str, Tensor]:
         """Return targets on the CPU in which every label is missing."""
@@ -90,7 +90,7 @@ class Head(nn.Module):
         }
 
     def targets(self, labels: Mapping[str, Any], num_rows: int) -> dict[str, Tensor]:
-        """Return copies of this head's label arrays on the CPU; an array that is not there has no label."""
+        """Return copies of this head's label arrays on the CPU; if an array is absent, all its labels are missing."""
         missing = self.missing_targets(num_rows)
         return {
             name: torch.tensor(np.asarray(labels[name]), dtype=empty.dtype) if name in labels else empty
@@ -99,7 +99,7 @@ class Head(nn.Module):
 
 
 def linear(num_features: int, num_outputs: int) -> nn.Linear:
-    """Return a layer whose first outputs are nearly its bias, which is 0."""
+    """Return a linear layer with small initial weights and bias 0, so that the bias alone sets the first outputs."""
     layer = nn.Linear(num_features, num_outputs)
     nn.init.normal_(layer.weight, std=min(_INITIAL_STD, 1.0 / math.sqrt(num_features)))
     nn.init.zeros_(layer.bias)
@@ -107,5 +107,5 @@ def linear(num_features: int, num_outputs: int) -> nn.Linear:
 
 
 def weighted_sum(rows: Tensor, share: Tensor | None) -> Tensor:
-    """Return the sum of (n,) rows, each times its share."""
+    """Return the sum of (n,) values, each multiplied by its weight."""
     return rows.sum() if share is None else (rows * share).sum()

@@ -1,4 +1,4 @@
-"""Two classes by one logit."""
+"""A head for two classes with one logit."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Binary(Head):
         return logits
 
     def labelled(self, targets: Targets) -> Tensor:
-        """Return where the class is known."""
+        """Return which rows have a class, (n,) bool."""
         return targets[self.task] >= 0
 
     def losses(self, outputs: Tensor, targets: Targets, config: LossConfig) -> Tensor:
-        """Return each row's binary cross-entropy (paper equation 13, with the minus sign that it lacks)."""
+        """Return each row's binary cross-entropy (paper eq. 13, which lacks the minus sign)."""
         classes, known = targets[self.task], self.labelled(targets)
         truth = classes.clamp(min=0).float() * (1.0 - config.label_smoothing) + 0.5 * config.label_smoothing
         losses = F.binary_cross_entropy_with_logits(torch.where(known, outputs, 0.0), truth, reduction="none")
@@ -44,7 +44,7 @@ class Binary(Head):
         return outputs.sigmoid()
 
     def score(self, outputs: Tensor, targets: Targets) -> TaskSum:
-        """Return the number of right answers: the second class if and only if its probability is over 0.5."""
+        """Return the number of correct predictions; the second class is predicted if its probability is above 0.5."""
         known = self.labelled(targets)
         is_right = (self.read_out(outputs) > 0.5) == (targets[self.task] == 1)
         return TaskSum((known & is_right).sum().float(), known.sum().float())

@@ -1,4 +1,4 @@
-"""Age as a distribution over years.
+"""An age head with a distribution over years.
 
 Source: Gao et al., "Age Estimation Using Expectation of Label Distribution Learning" (DLDL-v2), IJCAI 2018.
 """
@@ -18,7 +18,7 @@ from agr_ray.models.heads import ages
 from agr_ray.models.heads.base import Head, Targets, TaskSum, linear
 
 AGE_BINS_YEARS: Final = tuple(range(int(AGE_MIN_YEARS), int(AGE_MAX_YEARS) + 1))
-"""One bin a year, for every age that a label may have."""
+"""One bin per year, over the range of valid labels."""
 
 
 class AgeDistribution(NamedTuple):
@@ -31,7 +31,7 @@ class AgeDistribution(NamedTuple):
 
 
 class DistributionAge(Head):
-    """A bin for each year, read out by expectation. A range is learnt by the probability of its bins."""
+    """One bin per year; the prediction is the expectation. An age range is learnt from the probability of its bins."""
 
     missing_values = ages.MISSING_VALUES
     metric = "mae_years"
@@ -48,13 +48,14 @@ class DistributionAge(Head):
         return AgeDistribution(logits, logits.softmax(dim=1) @ self.bins_years)
 
     def labelled(self, targets: Targets) -> Tensor:
-        """Return where there is an age or a range."""
+        """Return which rows have an age or a range, (n,) bool."""
         return ages.age_truth(targets).is_labelled
 
     def losses(self, outputs: AgeDistribution, targets: Targets, config: LossConfig) -> Tensor:
-        """Return DLDL-v2's loss of each age, and the negative log probability of each range.
+        """Return the loss of each row: DLDL-v2's for an age, the negative log probability for a range.
 
-        That of an age is the divergence from a Gaussian around it, and `age_loss` of the expectation's error.
+        DLDL-v2's loss is the KL divergence from a Gaussian around the age, plus the weighted `age_loss` of the
+        expectation.
         """
         truth = ages.age_truth(targets)
         bins = self.bins_years
@@ -65,7 +66,7 @@ class DistributionAge(Head):
         )
         divergence = (target_log.exp() * (target_log - log_probs)).sum(dim=1)
         of_ages = divergence + config.age_expectation_weight * ages.error_losses(outputs.years, truth, config)
-        # Outwards to whole years, so that a bin is inside. All are where there is no range: no infinite logarithm.
+        # Rounded outwards, so that a range has a bin. Without a range no bin is masked: no infinite logarithm.
         is_inside = (bins >= truth.low_years.floor()[:, None]) & (bins <= truth.high_years.ceil()[:, None])
         is_range = truth.is_labelled & ~truth.is_exact
         of_ranges = -log_probs.masked_fill(is_range[:, None] & ~is_inside, -torch.inf).logsumexp(dim=1)
@@ -80,7 +81,7 @@ class DistributionAge(Head):
         return ages.age_score(outputs.years, targets)
 
     def initialise(self, labels: Mapping[str, NDArray[Any]]) -> None:
-        """Predict a Gaussian of the training ages' mean and standard deviation."""
+        """Predict a Gaussian with the training ages' mean and standard deviation at first."""
         moments = ages.mean_and_std_years(labels)
         if moments is not None:
             mean, std = moments

@@ -1,4 +1,4 @@
-"""Age as one number (paper equation 7)."""
+"""An age head with one number (paper eq. 7)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agr_ray.models.heads.base import Head, Targets, TaskSum, linear
 
 
 class LinearAge(Head):
-    """Outputs: (n,) years, not clamped. A range is learnt by the distance to it, 0 inside."""
+    """Outputs: (n,) years, not clamped. The error of an age range is the distance to it, 0 inside."""
 
     missing_values = ages.MISSING_VALUES
     metric = "mae_years"
@@ -31,15 +31,15 @@ class LinearAge(Head):
         return years
 
     def labelled(self, targets: Targets) -> Tensor:
-        """Return where there is an age or a range."""
+        """Return which rows have an age or a range, (n,) bool."""
         return ages.age_truth(targets).is_labelled
 
     def losses(self, outputs: Tensor, targets: Targets, config: LossConfig) -> Tensor:
-        """Return the loss of each error (L1: paper equation 12)."""
+        """Return the loss of each row's error (L1: paper eq. 12)."""
         return ages.error_losses(outputs, ages.age_truth(targets), config)
 
     def read_out(self, outputs: Tensor) -> Tensor:
-        """Return years, clamped."""
+        """Return years, clamped to the range of valid labels."""
         return ages.clamped(outputs)
 
     def score(self, outputs: Tensor, targets: Targets) -> TaskSum:
@@ -47,11 +47,11 @@ class LinearAge(Head):
         return ages.age_score(outputs, targets)
 
     def likelihood(self, config: LossConfig) -> tuple[float, float]:
-        """Return that of the `age_loss`."""
+        """Return a and b of the `age_loss`."""
         return ages.error_likelihood(config)
 
     def initialise(self, labels: Mapping[str, NDArray[Any]]) -> None:
-        """Predict the mean age, so that L1 need not get there in steps of the learning rate."""
+        """Predict the mean age at first, because L1 would approach it only in steps of the learning rate."""
         moments = ages.mean_and_std_years(labels)
         if moments is not None:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Any number of classes."""
+"""A head for any number of classes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Softmax(Head):
         return logits
 
     def labelled(self, targets: Targets) -> Tensor:
-        """Return where the class is known."""
+        """Return which rows have a class, (n,) bool."""
         return targets[self.task] >= 0
 
     def losses(self, outputs: Tensor, targets: Targets, config: LossConfig) -> Tensor:
-        """Return each row's cross-entropy (paper equation 14, with the minus sign that it lacks)."""
+        """Return each row's cross-entropy (paper eq. 14, which lacks the minus sign)."""
         classes, known = targets[self.task], self.labelled(targets)
         finite = torch.where(known[:, None], outputs, 0.0)
         losses = F.cross_entropy(finite, classes.clamp(min=0), reduction="none", label_smoothing=config.label_smoothing)
@@ -43,7 +43,7 @@ class Softmax(Head):
         return outputs.softmax(dim=1)
 
     def score(self, outputs: Tensor, targets: Targets) -> TaskSum:
-        """Return the number of right answers: the most probable class."""
+        """Return the number of correct predictions: the most probable class."""
         known = self.labelled(targets)
         is_right = outputs.argmax(dim=1) == targets[self.task]
         return TaskSum((known & is_right).sum().float(), known.sum().float())

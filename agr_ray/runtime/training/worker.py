@@ -63,11 +63,11 @@ def work(config: dict[str, Any]) -> None:
     context = RayContext(run, fence, config["board"], retry, epochs_done=resume["epoch"] if resume else 0)
     torch.set_num_threads(context.num_threads)
     if context.rank == 0:
-        begun = "beginning"
+        event = "starting"
         if resume is not None:
-            middle = f" and {resume['begun']['num_steps']} steps" if "begun" in resume else ""
-            begun = f"resuming after epoch {resume['epoch']}{middle}"
-        context.say(f"{begun}, {_workers(context.world_size)}")
+            steps = f" and {resume['partial_epoch']['num_steps']} steps" if "partial_epoch" in resume else ""
+            event = f"resuming after epoch {resume['epoch']}{steps}"
+        context.say(f"{event}, {_workers(context.world_size)}")
     try:
         train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
     except NonFiniteLossError as error:
