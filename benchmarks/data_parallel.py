@@ -119,12 +119,12 @@ def measure(size: int, config: ModelConfig, batch: int, num_steps: int) -> Measu
     """Train in this many processes, and return the time of the slowest."""
     with tempfile.TemporaryDirectory(prefix="data-parallel-") as folder:
         torch.multiprocessing.spawn(work, (size, folder, config, batch, num_steps), nprocs=size)
-        found = [Measured(**torch.load(Path(folder, f"{rank}.pt"))) for rank in range(size)]
+        each_rank = [Measured(**torch.load(Path(folder, f"{rank}.pt"))) for rank in range(size)]
     return Measured(
-        step_s=max(each.step_s for each in found),
-        alone_step_s=max(each.alone_step_s for each in found),
-        sent_bytes=found[0].sent_bytes,
-        all_reduce_s=max(each.all_reduce_s for each in found),
+        step_s=max(each.step_s for each in each_rank),
+        alone_step_s=max(each.alone_step_s for each in each_rank),
+        sent_bytes=each_rank[0].sent_bytes,
+        all_reduce_s=max(each.all_reduce_s for each in each_rank),
     )
 
 
@@ -157,8 +157,8 @@ def work(rank: int, size: int, folder: str, config: ModelConfig, batch: int, num
     sent_bytes = sent.num_bytes / (WARM_UP_STEPS + num_steps)
     gradients = torch.zeros(int(sent_bytes) // 4)
     all_reduce_s = timed(lambda: dist.all_reduce(gradients), NUM_ALL_REDUCES) if size > 1 else 0.0
-    found = Measured(step_s, alone_s, sent_bytes, all_reduce_s)
-    torch.save(vars(found), Path(folder, f"{rank}.pt"))
+    measured = Measured(step_s, alone_s, sent_bytes, all_reduce_s)
+    torch.save(vars(measured), Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 

@@ -67,7 +67,7 @@ def measure(folder: Path) -> dict[str, float]:
     storage = Storage()
     out = folder / "manifests" / f"{time.time_ns()}"
     started = time.perf_counter()
-    made = plan(
+    planned = plan(
         storage,
         ScoreConfig(input=str(folder / "inventory" / "manifest.json")),
         str(out),
@@ -76,7 +76,7 @@ def measure(folder: Path) -> dict[str, float]:
     elapsed_s = time.perf_counter() - started
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     storage.delete_tree(str(out))
-    return asdict(made) | {"elapsed_s": elapsed_s, "peak_mib": peak_kib / 1024}
+    return asdict(planned) | {"elapsed_s": elapsed_s, "peak_mib": peak_kib / 1024}
 
 
 def show(measured: dict[str, float], num_rows: int, file_format: str) -> None:

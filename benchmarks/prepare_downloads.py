@@ -39,7 +39,7 @@ NUM_DRIVER_THREADS = 8
 
 
 class Requests:
-    """Counts and delays what is read of the bucket's images."""
+    """Counts and delays reads of the bucket's images."""
 
     def __init__(self, latency_s: float) -> None:
         self.count = 0
@@ -55,7 +55,7 @@ class Requests:
 
 
 def main() -> None:
-    """Fill the bucket, prepare four times and print."""
+    """Fill the bucket, prepare five times, the first as a warm-up, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder of UTKFace chips")
     parser.add_argument("--num", type=int, default=1000, help="images")

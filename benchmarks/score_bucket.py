@@ -6,10 +6,10 @@ Fills a bucket of SeaweedFS: labelled chips, press photographs shrunk to 480 px,
 object in a hundred; objects of the same picture differ in trailing bytes. Then runs `jobs/score.py`
 
 1. on a quarter of the objects, for its peak memory, into an output of its own;
-2. on all of them; 3. again; 4. once more after 100 were added and 50 replaced;
+2. on all of them; 3. again; 4. once more after 100 were added and 50 replaced.
 
-After each, DuckDB checks that each object has one row, and that exactly the bad objects have reject statuses. Prints
-counts, images/s and, for 1 and 2, the peak of the summed proportional set sizes of all processes: that of 2 may be a
+After 2, 3 and 4, DuckDB checks that each object has one row, and that exactly the bad objects have reject statuses.
+Prints counts, images/s and, for 1 and 2, the peak of the summed proportional set sizes of all processes: that of 2 may be a
 fifth larger. Parts and files are small, so that a quarter has several files, too.
 """
 
@@ -58,7 +58,7 @@ BAD = {
 BAD_EVERY, FIRST_BAD = 100, 7
 """Every hundredth object is bad."""
 ROWS_PER_PART = 16
-"""256 of them are a file."""
+"""A published file has 256 parts."""
 MAX_GROWTH = 0.2
 
 

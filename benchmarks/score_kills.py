@@ -49,7 +49,7 @@ REFUSED_SHARE = 0.05
 
 
 def main() -> None:
-    """Fill, disturb, finish, check and print."""
+    """Fill the bucket, score with disturbances, check and print."""
     arguments = parse_arguments(__doc__)
     console = make_console()
     pictures = make_pictures(arguments.chips, arguments.photographs)
@@ -133,7 +133,7 @@ class Disturbance:
         deadline = time.monotonic() + TIMEOUT_S
         while self._num_parts_done() * 128 < share * self._num:
             if time.monotonic() > deadline:
-                raise SystemExit(f"never came to {share:.0%}: {self._log.read_text(errors='replace')[-3000:]}")
+                raise SystemExit(f"never reached {share:.0%}: {self._log.read_text(errors='replace')[-3000:]}")
             time.sleep(1.0)
 
     def _num_parts_done(self) -> int:

@@ -77,8 +77,8 @@ def main() -> None:
     calibration = Calibration.fit(*calibration_set, coverage=EvaluateConfig().coverage, risk=arguments.risk)
     faces = scored_faces(calibration.apply(test.predictions))
     console = make_console()
-    said = f"{len(calibration_set.labels.age):,} calibration and {len(test.labels.age):,} test images"
-    console.print(f"{said}; {arguments.mixtures} mixtures of {arguments.faces:,} faces")
+    counts = f"{len(calibration_set.labels.age):,} calibration and {len(test.labels.age):,} test images"
+    console.print(f"{counts}; {arguments.mixtures} mixtures of {arguments.faces:,} faces")
     for note in calibration.notes:
         console.print(f"note: {note}")
     reasons = {}
@@ -154,20 +154,20 @@ def draw_mixtures(
     return shares, chosen
 
 
-def scored_faces(made: CalibratedPredictions) -> pa.Table:
+def scored_faces(predictions: CalibratedPredictions) -> pa.Table:
     """Return the columns of faces that counting reads, as scoring writes them; no face is flagged."""
-    assert made.p_male is not None
-    assert made.race_probs is not None
+    assert predictions.p_male is not None
+    assert predictions.race_probs is not None
     abstained = [
-        (name, np.zeros(len(made.p_male), bool) if mask is None else mask)
-        for name, mask in (("gender", made.abstain_gender), ("race", made.abstain_race))
+        (name, np.zeros(len(predictions.p_male), bool) if mask is None else mask)
+        for name, mask in (("gender", predictions.abstain_gender), ("race", predictions.abstain_race))
     ]
-    names = [[name for name, mask in abstained if mask[face]] for face in range(len(made.p_male))]
+    names = [[name for name, mask in abstained if mask[face]] for face in range(len(predictions.p_male))]
     return pa.table(
         {
-            "age": pa.array(made.age),
-            "gender": np.asarray(UTKFACE.genders)[predicted_gender(made.p_male)],
-            "race": np.asarray(UTKFACE.races)[made.race_probs.argmax(axis=1)],
+            "age": pa.array(predictions.age),
+            "gender": np.asarray(UTKFACE.genders)[predicted_gender(predictions.p_male)],
+            "race": np.asarray(UTKFACE.races)[predictions.race_probs.argmax(axis=1)],
             "abstain": pa.array(names, pa.list_(pa.string())),
             "flags": pa.array([[]] * len(names), pa.list_(pa.string())),
         }

@@ -96,11 +96,11 @@ def main() -> None:
     objectives = [row["val_balanced_objective"] for row in again]
     spread = max(objectives) - min(objectives)
     console.print(f"best.toml is {abs(objectives[0] - best['objective']):.4f} off its trial; seeds spread {spread:.4f}")
-    said = {
+    results = {
         name: {"wall_s": done.wall_s, "best": done.best["number"], "objective": done.best["objective"]}
         for name, done in sweeps.items()
     }
-    print(json.dumps(said | {"retrained": objectives}))
+    print(json.dumps(results | {"retrained": objectives}))
 
 
 def sweep(arguments: argparse.Namespace, name: str, more: list[str]) -> Sweep:
@@ -122,8 +122,8 @@ def train(arguments: argparse.Namespace, recipe: str | Path, name: str, more: li
     """Train a recipe, and return the epoch of its history that is kept."""
     run("train", "--config", recipe, "--train.name", name, *more)
     rows = pq.read_table(arguments.work / "runs" / name / "history.parquet").to_pylist()
-    kept: dict[str, Any] = min(rows, key=lambda row: row["val_objective"])
-    return kept
+    best: dict[str, Any] = min(rows, key=lambda row: row["val_objective"])
+    return best
 
 
 def run(job: str, *words: object) -> float:

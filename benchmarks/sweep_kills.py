@@ -148,9 +148,9 @@ class KilledSweep:
         return bool(self._bucket.keys(f"sweeps/{NAME}/trials/{trial:04d}/history.parquet"))
 
     def _running(self) -> int:
-        """Return the trial that began or went on last; -1: none has."""
-        found = re.findall(r"trial (\d+) (?:begins|resumes)", self._log.read_text(errors="replace"))
-        return int(found[-1]) if found else -1
+        """Return the last trial that began or resumed; -1: none has."""
+        numbers = re.findall(r"trial (\d+) (?:begins|resumes)", self._log.read_text(errors="replace"))
+        return int(numbers[-1]) if numbers else -1
 
     def _has_processes(self, title: str) -> bool:
         return bool(titled_processes(self._cluster.nodes, title))

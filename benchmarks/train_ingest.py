@@ -150,7 +150,7 @@ class Setup:
 
 
 def device_of(job: TrainJob) -> torch.device:
-    """Return where it is trained."""
+    """Return the device on which the job trains."""
     return torch.device("cuda" if job.train.use_gpu else "cpu")
 
 
@@ -177,7 +177,7 @@ class SameBatch(LocalContext):
     num_steps: int
 
     def train_batches(self, epoch: int, steps_done: int = 0) -> Iterator[Batch]:  # noqa: ARG002  # the protocol's
-        """Yield it once per step."""
+        """Yield the batch once per step."""
         for _ in range(self.num_steps):
             yield self.train
 

@@ -1,7 +1,7 @@
-"""Record of everything that `cluster/local.sh up` made in a folder; nothing else there is used, replaced or deleted.
+"""Record of everything that `cluster/local.sh up` created in a folder. Nothing else is used, replaced or deleted there.
 
 The marker file lists each entry by name and inode number, and the folder itself by its inode number. So a link, folder
-or file that somebody else put in an entry's place is recognised as foreign, and so is a copy of the whole folder.
+or file that replaced an entry is recognised as foreign, and so is a copy of the whole folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEW_MARKER: Final = f"{MARKER}.new"
 
 @dataclass(frozen=True)
 class Claims:
-    """The entries that we made in a folder."""
+    """The entries that `up` created in a folder."""
 
     folder: Path
 
@@ -93,7 +93,7 @@ class Claims:
         self._note(name)
 
     def has(self, name: str) -> bool:
-        """Return whether the entry of this name is still the one that was made: same kind, same user."""
+        """Return whether the entry of this name is still the one that was created: same inode, kind and user."""
         marker = self._read()
         if marker is None or name not in marker["inodes"]:
             return False
@@ -113,8 +113,8 @@ class Claims:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        for noted in (marker["inodes"], marker["elsewhere"]):
-            noted.pop(name, None)
+        for entries in (marker["inodes"], marker["elsewhere"]):
+            entries.pop(name, None)
         self._write(marker)
         return not os.path.lexists(path)
 
@@ -173,10 +173,10 @@ class Claims:
 def _is_mine(path: Path, is_kind: Callable[[int], bool], inode: int | None = None) -> bool:
     """Return whether the path is an entry of this kind and user with the inode number; links are not followed."""
     try:
-        found = path.lstat()
+        info = path.lstat()
     except FileNotFoundError:
         return False
-    return is_kind(found.st_mode) and found.st_uid == os.getuid() and inode in (None, found.st_ino)
+    return is_kind(info.st_mode) and info.st_uid == os.getuid() and inode in (None, info.st_ino)
 
 
 def _is_file_or_folder(mode: int) -> bool:

@@ -3,7 +3,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python="$here/../.venv/bin/python"
-if [ ! -x "$python" ]; then # installed otherwise, into the environment that is active
+if [ ! -x "$python" ]; then # installed into the active environment instead
     python=python
     python -c "import boto3" 2>/dev/null || { echo "error: no .venv here; make setup makes it" >&2; exit 2; }
 fi

@@ -1,7 +1,7 @@
-"""An S3 server and the nodes of a Ray cluster, on this machine: how to start and how to reach them.
+"""Start and reach an S3 server and the nodes of a Ray cluster on this machine.
 
-Everything listens on 127.0.0.1 only, at ports that were free a moment before. `cluster/local.py` runs them for a user,
-and `tests/system` for itself.
+Everything listens on 127.0.0.1 only, on ports that were free a moment before. `cluster/local.py` and `tests/system` use
+this module.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def free_ports(count: int) -> list[int]:
 S3_FOLDERS: Final = ("s3", "logs", "keys")
 """Subfolders of a server's folder: data, logs and keys."""
 
-_SHOWN = 'cert = "keys/certificate.pem"\nkey = "keys/key.pem"\n'
+_CERTIFICATE = 'cert = "keys/certificate.pem"\nkey = "keys/key.pem"\n'
 _SECURITY: Final = "\n".join(
     [
         '[grpc]\nca = "keys/certificate.pem"\n',
-        *(f"[grpc.{part}]\n{_SHOWN}" for part in ("master", "volume", "filer", "s3", "client")),
-        *(f'[https.{part}]\n{_SHOWN}ca = "keys/certificate.pem"\n' for part in ("master", "volume", "filer")),
-        f'[https.client]\nenabled = true\n{_SHOWN}ca = "keys/certificate.pem"\n',
+        *(f"[grpc.{part}]\n{_CERTIFICATE}" for part in ("master", "volume", "filer", "s3", "client")),
+        *(f'[https.{part}]\n{_CERTIFICATE}ca = "keys/certificate.pem"\n' for part in ("master", "volume", "filer")),
+        f'[https.client]\nenabled = true\n{_CERTIFICATE}ca = "keys/certificate.pem"\n',
     ]
 )
 """SeaweedFS's security.toml: every port except that of S3 presents the certificate and requires it of clients."""
@@ -58,17 +58,17 @@ _SECURITY: Final = "\n".join(
 
 @dataclass(frozen=True)
 class Identity:
-    """Who may do what on an S3 server."""
+    """A user of an S3 server: keys and permissions."""
 
     access_key: str
     secret_key: str
     actions: tuple[str, ...] = ("Admin",)
-    """SeaweedFS's words: `Read`, `List`, `Write`, `Tagging`; `Admin` is all."""
+    """SeaweedFS's names of permissions: `Read`, `List`, `Write`, `Tagging`; `Admin` includes all."""
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """How to reach a running server."""
+    """Address and keys of a running S3 server."""
 
     endpoint_url: str
     access_key: str
@@ -86,7 +86,7 @@ class S3Server:
         }
 
     def client(self) -> Any:
-        """Return a boto3 client with this server's keys that tries once and does not wait long."""
+        """Return a boto3 client with this server's keys, short timeouts and no retries."""
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint_url,
@@ -102,7 +102,7 @@ class S3Server:
         )
 
     def makes_bucket(self, name: str) -> bool:
-        """Make the bucket unless it is there, and say whether objects can be written: ports open earlier than that."""
+        """Create the bucket if necessary; return whether objects can be written: the ports open earlier than that."""
         client = self.client()
         try:
             if name not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
@@ -140,7 +140,7 @@ def seaweedfs_command(folder: Path, identities: Sequence[Identity]) -> tuple[lis
         ("security.toml", _SECURITY),
     ):
         write_private(folder / "keys" / name, text)
-    # The gRPC ports default to port + 10000, which may be taken: every port is chosen.
+    # Every port is chosen, because the default of gRPC ports, port + 10000, may be taken.
     names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     # The umask keeps other users away from the sockets that SeaweedFS always creates in /tmp.
@@ -190,21 +190,21 @@ def write_private(path: Path, text: str) -> None:
 
 
 def ray_environment() -> dict[str, str]:
-    """Draw a token, and return the variables with which nodes and commands are of one cluster on 127.0.0.1.
+    """Draw a token, and return the variables that nodes and commands of one cluster on 127.0.0.1 share.
 
-    Without a token, whoever reaches a cluster's dashboard runs code there.
+    Without a token, anyone who can reach the cluster's dashboard can run code.
     """
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or Ray looks for the head at another of the machine's addresses
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray looks for the head at another address of the machine
     }
 
 
 def head_options(folder: Path) -> tuple[list[str], str, str]:
-    """Return the options of a cluster's first node, its address, and the URL of its dashboard, which takes jobs.
+    """Return the options of a cluster's first node, its address, and the URL of its dashboard, which accepts jobs.
 
-    Ray's files lie in `folder`, whose path must be short, because the paths of sockets may have 107 bytes.
+    Ray's files are in `folder`, whose path must be short, because socket paths are limited to 107 bytes.
     """
     port, dashboard_port, client_port = free_ports(3)
     options = ["--head", f"--temp-dir={folder}", f"--port={port}", f"--dashboard-port={dashboard_port}"]
@@ -213,9 +213,9 @@ def head_options(folder: Path) -> tuple[list[str], str, str]:
 
 
 def node_command(num_cpus: int, object_store_mib: int, options: Sequence[str]) -> list[str]:
-    """Return the command of a node: the first with the options of `head_options`, the others with `--address=`.
+    """Return the command of a node: the first one takes the options of `head_options`, the others `--address=`.
 
-    All processes of the node descend from it.
+    All processes of the node are its descendants.
     """
     names = ["dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"]
     command = [sys.executable, str(Path(__file__).with_name("loopback.py"))]
@@ -226,7 +226,7 @@ def node_command(num_cpus: int, object_store_mib: int, options: Sequence[str]) -
 
 
 def nodes_alive(dashboard: str, token: str) -> int | None:
-    """Return how many nodes a cluster counts, or None if it takes no jobs now."""
+    """Return the number of live nodes of a cluster; None if it accepts no jobs now."""
     headers = {"Authorization": f"Bearer {token}"}
     try:
         nodes, jobs = (

@@ -29,10 +29,10 @@ DECODED_ROWS: Final = 256
 def part_dataset(storage: Storage, prepared: PreparedSet) -> Dataset:
     """Return one row for each Parquet part of the crops: its URI, in the column `part`.
 
-    The map over it reads the part. One operator that reads and decodes needs a third of the processes of Ray Data's
-    Parquet reader followed by a map, and on a small machine, starting processes takes most of the time.
+    A map over this dataset reads the parts. A single operator that reads and decodes needs a third of the processes of
+    Ray Data's Parquet reader followed by a map. On a small machine, starting processes takes most of the time.
     """
-    # Here, not in the driver, because Ray Train calls this in another process.
+    # Not in the driver, because Ray Train calls this in another process.
     configure_ray_data()
     parts = [{"part": info.uri} for info in storage.list(prepared.crops(storage), (".parquet",))]
     return ray.data.from_items(parts, override_num_blocks=len(parts))
@@ -50,7 +50,7 @@ def training_dataset(
 ) -> Dataset:
     """Return the crops of one split of all sets, decoded as they stream: the columns of `training_arrays`.
 
-    Every stretch of rows, and so each worker's share, has rows of all sets in proportion.
+    Rows of all sets are interleaved in proportion, so each worker's share has rows of all sets.
 
     Args:
         storage: where the sets are.

@@ -1,4 +1,4 @@
-"""A checkpoint on a split of any prepared set -> predictions.parquet and metrics.json, its calibration and its card.
+"""Evaluate a checkpoint on a split of any prepared set: predictions.parquet, metrics.json, calibration, model card.
 
 Metrics cover every labelled image, including chips in which no face was found, and use the uncalibrated predictions.
 A separate section measures the checkpoint's calibration. The evaluation is rejected if the checkpoint was trained on
@@ -178,7 +178,7 @@ def _record(
     measured_in: LabelSpace,
     mapping: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return what metrics.json says of the evaluation itself: which model, on which data, under which settings."""
+    """Return the section of metrics.json about the evaluation itself: the model, the data and the settings."""
     is_mapped = prepared.label_space != space
     label_mapping = {
         "from": prepared.label_space.name,
@@ -250,9 +250,9 @@ def _out(
         return f"{checkpoint}-eval-{config.split}-{prepared.digest[:8]}-{digest_of(pipeline.predict)[:4]}"
     out = storage.absolute(config.out).rstrip("/")
     try:
-        there = json.loads(storage.read(storage.join(out, "metrics.json")))["evaluation"]
-        theirs = tuple(there[name] for name in ("model_digest", "split_manifest_sha256", "split", "predict"))
-        title = f"the evaluation of {there['checkpoint']} on split {there['split']} of {there['data']}"
+        existing = json.loads(storage.read(storage.join(out, "metrics.json")))["evaluation"]
+        theirs = tuple(existing[name] for name in ("model_digest", "split_manifest_sha256", "split", "predict"))
+        title = f"the evaluation of {existing['checkpoint']} on split {existing['split']} of {existing['data']}"
     except MissingObject:
         if not storage.exists(out) or not any(True for _ in storage.list(out)):
             return out
@@ -340,10 +340,10 @@ def _predict(
             _check(locks)
             tables.append(table)
             update(sum(each.num_rows for each in tables), "")
-    made = pa.concat_tables(tables).sort_by("key")
-    if made.num_rows != num_rows:
-        raise RuntimeError(f"{made.num_rows} predictions of {num_rows} crops")
-    return made
+    result = pa.concat_tables(tables).sort_by("key")
+    if result.num_rows != num_rows:
+        raise RuntimeError(f"{result.num_rows} predictions for {num_rows} crops")
+    return result
 
 
 def _measure(

@@ -12,7 +12,7 @@ from ray.data import ActorPoolStrategy
 from agr_ray.runtime.cluster import configure_ray_data
 
 MAX_BLOCKS: Final = 4096
-"""Parts that Ray Data gets at a time, each as its own block: if a block held several, a kill would lose all of them."""
+"""Parts that Ray Data gets at a time, one per block, so that a kill loses only one."""
 
 
 def run_parts(
@@ -21,7 +21,7 @@ def run_parts(
     """Have actors on the connected cluster make parts; yield the tables that they return.
 
     Args:
-        worker: class of the actors, each with one logical CPU, which get one number at a time in the column `part`.
+        worker: class of the actors. Each has one logical CPU, and gets one number at a time, in the column `part`.
         arguments: of its constructor.
         numbers: of the parts.
         pool: of the actors.
@@ -29,13 +29,13 @@ def run_parts(
     configure_ray_data()
     for first in range(0, len(numbers), MAX_BLOCKS):
         wave = numbers[first : first + MAX_BLOCKS]
-        made = ray.data.from_items([{"part": number} for number in wave], override_num_blocks=len(wave)).map_batches(
+        results = ray.data.from_items([{"part": number} for number in wave], override_num_blocks=len(wave)).map_batches(
             worker,
             fn_constructor_args=tuple(arguments),
             batch_size=1,
             num_cpus=1,
             compute=pool,
         )
-        for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(batch, pa.Table)
             yield batch

@@ -47,10 +47,10 @@ def render(job: RenderJob) -> str:
         config.model_dump(mode="json", exclude={"out", "lock_expiry_s"}),
     )
     if storage.exists(marker):
-        found = json.loads(storage.read(marker))
-        if found.get("settings") != settings:
+        record = json.loads(storage.read(marker))
+        if record.get("settings") != settings:
             raise ConfigError(f"render.out {out}: holds faces drawn with other settings; choose another folder")
-        if found["finished"]:
+        if record["finished"]:
             console.print(f"{out} already exists")
             return out
     elif storage.exists(out) and any(info.key != LOCK for info in storage.list(out)):

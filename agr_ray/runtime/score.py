@@ -1,4 +1,4 @@
-"""Photographs -> a Parquet row for each, with every face in it, and demographic tables; each new photograph once.
+"""Score photographs: a Parquet row for each, with all its faces, and demographic tables. Each is scored only once.
 
 `scoring.driver` defines the steps; Ray's workers, in this module, carry them out.
 """
@@ -72,14 +72,14 @@ class RayWorkers:
 
 
 _MAX_BATCH_DEATHS: Final = 10
-"""Deaths of a predictor that a batch survives, such as those of preempted nodes."""
+"""Deaths of its predictor after which a batch is retried, such as those of preempted nodes."""
 
 
 @contextmanager
 def remote_predictors(scoring: Scoring, number: int, *, gpus_each: float) -> Iterator[list[ActorHandle[Any]]]:
     """Run this many predictors, each in its own process, until the block ends.
 
-    Ray restarts those that die. A batch that kills its predictor every time ends the job.
+    Ray restarts predictors that die. A batch that kills its predictor every time ends the job.
     """
     actor: Any = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=-1, max_task_retries=_MAX_BATCH_DEATHS)(
         RowPredictor

@@ -11,7 +11,7 @@ A run is a folder, OUT/NAME:
     history.png         learning curves, once the run has finished
     tensorboard/        its event files; the last epoch adds a page of sample predictions
     lock.json           the lock of the running driver
-    failure.txt         only if the loss was NaN or infinite: the step, and the image_ids of its batch
+    failure.txt         only if the loss was not finite: the step, and the image_ids of its batch
 
 The same command resumes from the last checkpoint.
 """
@@ -161,12 +161,12 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 
 def settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
     """Return the digest of all settings and data that affect the weights, wherever the data is."""
-    # Threads, TF32 and the compiler only round differently. `grad_accum_steps` counts: batch norm sees each part.
-    moot = {"out", "name", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "cache_mib"}
-    moot |= {"threads_per_worker", "cpus_per_worker", "gpus_per_worker", "tf32", "compile", "mlflow_uri"}
+    # Threads, TF32 and the compiler only round differently. `grad_accum_steps` matters: batch norm sees micro-batches.
+    ignored = {"out", "name", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "cache_mib"}
+    ignored |= {"threads_per_worker", "cpus_per_worker", "gpus_per_worker", "tf32", "compile", "mlflow_uri"}
     fields = TrainConfig.model_fields
     data = sets[0].digest if len(sets) == 1 else json.dumps([prepared.digest for prepared in sets])
-    settings = job.train.model_copy(update={name: fields[name].default for name in moot} | {"data": data})
+    settings = job.train.model_copy(update={name: fields[name].default for name in ignored} | {"data": data})
     return digest(job.labels, job.model, job.loss, job.augment, settings, job.predict)
 
 
@@ -257,9 +257,9 @@ def _check_finite(run: Run) -> None:
     """
     failure = run.storage.join(run.uri, FAILURE)
     if run.storage.exists(failure):
-        said, _, image_ids = run.storage.read(failure).decode().partition("\n")
+        reason, _, image_ids = run.storage.read(failure).decode().partition("\n")
         where = f"; all of them are in {failure}" if image_ids else ""
-        raise JobError(f"{run.uri}: {said}{where}; train.grad_clip_norm or a lower train.lr may help")
+        raise JobError(f"{run.uri}: {reason}{where}; train.grad_clip_norm or a lower train.lr may help")
 
 
 def _begin(run: Run, first: MultiTaskNet | None) -> None:
@@ -324,8 +324,8 @@ def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:
         # Ray's `as_directory` is not used, because other users of this machine could read its copy.
         with TemporaryDirectory() as temporary:
             directory = Path(temporary, name)
-            kept = run.storage.join(run.uri, CHECKPOINTS, Path(checkpoint.path).name)
-            run.storage.download_tree(kept, str(directory))
+            source = run.storage.join(run.uri, CHECKPOINTS, Path(checkpoint.path).name)
+            run.storage.download_tree(source, str(directory))
             lock.check()
             if publish_checkpoint(run.storage, directory, run.storage.join(run.uri, name)):
                 console.print(calibration_hint(run.storage.join(run.uri, name)))
@@ -346,7 +346,7 @@ def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:
     if problem:
         console.print(f"warning: {problem}")
     lock.check()
-    _write_record(run, state["finished"])  # last, because a finished run is refused
+    _write_record(run, state["finished"])  # last, because a finished run can't be resumed
     return best_uri
 
 

@@ -73,8 +73,8 @@ def tune(job: TuneJob) -> str:
     _check_labels(job, sets, storage)
     console.print(f"sweep {planned.uri}")
     if unlike_papers(job) and paper_point(job.tune.space):
-        said = ", ".join(f"{key} {recipes_value(job, key):g} (not {PAPER_POINT[key]:g})" for key in unlike_papers(job))
-        console.print(f"warning: {said} is not searched, so no trial has the paper's values")
+        keys = ", ".join(f"{key} {recipes_value(job, key):g} (not {PAPER_POINT[key]:g})" for key in unlike_papers(job))
+        console.print(f"warning: {keys} is not searched, so no trial has the paper's values")
     if job.dry_run:
         _dry_run(job, planned, run, console)
         if first is not None:
@@ -84,14 +84,19 @@ def tune(job: TuneJob) -> str:
     owner = f"sweep {planned.uri}"
     with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
         with cluster(job.cluster):
-            has = room(base.train, job.tune.max_concurrent)
+            capacity = room(base.train, job.tune.max_concurrent)
             sweep = Sweep(storage, _planned_again(planned, storage, job, digest), job, console, lock)
             sweep.begin()
-            at_once = min(has.num_trials, max(sweep.num_left, 1))
+            at_once = min(capacity.num_trials, max(sweep.num_left, 1))
             console.print(f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
             if sweep.num_left and not sweep.spent:
                 _run_trials(
-                    sweep, lock, _trial_job(base, sweep, has.threads_per_worker), has.num_trials, folder, console
+                    sweep,
+                    lock,
+                    _trial_job(base, sweep, capacity.threads_per_worker),
+                    capacity.num_trials,
+                    folder,
+                    console,
                 )
         retry.call(lock.confirm)
         retry.call(sweep.clean)
@@ -239,5 +244,5 @@ def _dry_run(job: TuneJob, planned: Plan, run: Run, console: Console) -> None:
     """Print the search space."""
     console.print(f"{planned.num_trials} trials of {run.job.train.epochs} epochs; {_budget(job)}")
     for key, parameter in job.tune.space.items():
-        said = parameter.model_dump(exclude_defaults=True)
-        console.print(f"  {key}: {', '.join(f'{name} {value}' for name, value in said.items())}")
+        settings = parameter.model_dump(exclude_defaults=True)
+        console.print(f"  {key}: {', '.join(f'{name} {value}' for name, value in settings.items())}")

@@ -147,7 +147,7 @@ class Connection:
 
 
 class Clients:
-    """Clients, made on first use, once per process; pickles as empty."""
+    """Clients, made once per process, on first use. A pickled copy starts empty."""
 
     def __init__(self) -> None:
         self._clients: dict[tuple[int, str], Any] = {}

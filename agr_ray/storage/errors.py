@@ -54,11 +54,11 @@ class ServerFailed(StorageFailed):
 
 
 class NotParquet(StorageError):
-    """The object is no Parquet file of the expected columns. Reading it again gives the same."""
+    """The object is not a Parquet file with the expected columns. A retry would not help."""
 
 
 class BadUri(ConfigError, ValueError):
-    """A malformed URI, or one of an unsupported scheme."""
+    """The URI is malformed, or its scheme is not supported."""
 
 
 class StorageUnavailable(Exception):

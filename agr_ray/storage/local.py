@@ -32,10 +32,10 @@ _LEADS_NOWHERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
 class LocalBackend:
-    """Files of this machine. A file's etag is its size and modification time."""
+    """Local files. A file's etag is its size and modification time."""
 
     def list(self, uri: str, on_unreadable: Callable[[str], None] | None) -> Iterator[ObjectInfo]:
-        """Yield the files below a folder, following links except to a folder that holds them."""
+        """Yield the files below a folder. Links are followed, except to a folder that contains them."""
         root = local_path(uri)
         try:
             info = os.stat(root)
@@ -58,9 +58,9 @@ class LocalBackend:
                 raise StorageFailed(f"{path} is not a file")
             with open(path, "rb") as file:
                 info = os.fstat(file.fileno())
-                found = file_etag(info)
-                if etag is not None and found != etag:
-                    raise ChangedObject(f"{path} has size and time {found}, and was listed with {etag}")
+                found_etag = file_etag(info)
+                if etag is not None and found_etag != etag:
+                    raise ChangedObject(f"{path} has size and time {found_etag}, and was listed with {etag}")
                 if max_bytes is not None and info.st_size > max_bytes:
                     raise ObjectTooLarge(f"{path} has {info.st_size} bytes, and {max_bytes} are allowed")
                 data = file.read()
@@ -70,7 +70,7 @@ class LocalBackend:
             raise StorageFailed(f"{path}: {error.strerror}") from error
         if len(data) != info.st_size:
             raise ChangedObject(f"{path} changed while it was read: {info.st_size} bytes became {len(data)}")
-        return data, found
+        return data, found_etag
 
     def write(self, uri: str, data: bytes | IO[bytes], *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write a temporary file and move it into place."""

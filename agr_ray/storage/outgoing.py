@@ -1,4 +1,4 @@
-"""Private folders on the local disk for checkpoints on their way to storage."""
+"""Private folders on the local disk for checkpoints that are being uploaded."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def delete_leftovers(run_uri: str) -> None:
     with os.scandir(gettempdir()) as entries:
         for entry in entries:
             if entry.name.startswith(_prefix(run_uri)):
-                found = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+                info = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid():
                     shutil.rmtree(entry.path, ignore_errors=True)
 
 

@@ -1,12 +1,12 @@
-"""Work divided into numbered parts, from which prepare and scoring resume after a kill at any time.
+"""Work divided into numbered parts, so that prepare and scoring can resume after a kill at any time.
 
     WORK/manifest/parts-000000.parquet ...   input rows, PARTS_PER_FILE row groups a file: row group N is part N
     WORK/manifest/plan.json                  the plan's record; written last
     WORK/parts/part-00000000.parquet ...     output rows of each part, complete or absent
     WORK/attempts/part-00000000.json ...     notes on parts in progress
 
-The manifest never changes, so the names in parts/ tell which parts are finished: no row is read or joined to find out,
-and a part that is written twice replaces itself.
+The manifest never changes, so the names in parts/ show which parts are finished, without reading any rows. A part that
+is written twice replaces itself.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Parts:
 class Attempts:
     """Notes on the image in progress of a part, kept in storage because a killed worker loses its memory.
 
-    After an attempt at the part has died, its images must be processed one at a time, and each noted while it is
-    processed, but not while its worker waits for storage: a job that ends in an outage must not count against it. An
-    image that has killed its worker `MAX_DEATHS` times gets the status `failed`.
+    After a worker has died on the part, its images must be processed one at a time, and each must be noted while it is
+    processed. It must not be noted while its worker waits for storage, because a job that ends in an outage must not
+    count as a death. An image that has killed its worker `MAX_DEATHS` times gets the status `failed`.
     """
 
     def __init__(self, storage: Storage, uri: str, outage_s: float = 0.0) -> None:
@@ -108,7 +108,7 @@ class Attempts:
         return self.deaths[image_id] >= MAX_DEATHS
 
     def suspect(self, image_id: str) -> None:
-        """Note the image that is processed next; empty: no image alone is to blame for a death."""
+        """Note the image that is processed next; empty: a death would not be due to a single image."""
         record = {"suspect": image_id, "deaths": self.deaths}
         self._retry.call(lambda: self._storage.write(self._uri, json.dumps(record).encode()))
 
@@ -135,7 +135,7 @@ def write_manifest(
         batches: rows of `schema`, streamed through a temporary folder.
         schema: schema of the rows.
         rows_per_part: number of rows in each part.
-        record: result of `read_plan`.
+        record: what `read_plan` will return.
 
     Raises:
         FileExistsError: `folder` holds a whole manifest.

@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 class Retry:
-    """Calls functions again while storage is unavailable, each for up to `outage_s` seconds; 0: never again.
+    """Retries calls while storage is unavailable, each for up to `outage_s` seconds; 0: no retries.
 
-    A warning on stderr says so once an outage.
+    Prints one warning on stderr per outage.
     """
 
     def __init__(self, outage_s: float) -> None:

@@ -53,9 +53,9 @@ class S3Backend:
 
         With `recursive` false, the folders right below the prefix stand for everything in them.
         """
-        bucket, key = bucket_and_key(uri, key_needed=False)
+        bucket, top = bucket_and_key(uri, key_needed=False)
         root = f"s3://{bucket}/"
-        prefix = as_prefix(key)
+        prefix = as_prefix(top)
         pages = iter(
             self.client()
             .get_paginator("list_objects_v2")
@@ -75,10 +75,10 @@ class S3Backend:
             for folder in page.get("CommonPrefixes", []):
                 yield ObjectInfo(root + folder["Prefix"], folder["Prefix"].removeprefix(prefix), "", 0)
             for entry in page.get("Contents", []):
-                found = entry["Key"]
+                key = entry["Key"]
                 # SeaweedFS stores `d//e` as `d/e`, but lists it under the prefix `d//`.
-                relative = found[len(prefix) :] if found.startswith(prefix) else found
-                yield ObjectInfo(root + found, relative, entry["ETag"].strip('"'), entry["Size"], _storage_class(entry))
+                relative = key[len(prefix) :] if key.startswith(prefix) else key
+                yield ObjectInfo(root + key, relative, entry["ETag"].strip('"'), entry["Size"], _storage_class(entry))
 
     def read(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> tuple[bytes, str]:
         """Return an object's bytes, decompressed if it is stored with `Content-Encoding: gzip`, and its ETag."""

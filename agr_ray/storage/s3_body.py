@@ -41,9 +41,9 @@ def read_body(uri: str, response: Any, etag: str | None, *, max_bytes: int | Non
     from urllib3.exceptions import HTTPError
 
     with contextlib.closing(response["Body"]) as body:
-        found = response["ETag"].strip('"')
-        if etag is not None and found != etag:  # a server that ignores If-Match
-            raise ChangedObject(f"{uri} has ETag {found}, and was listed with {etag}")
+        found_etag = response["ETag"].strip('"')
+        if etag is not None and found_etag != etag:  # a server that ignores If-Match
+            raise ChangedObject(f"{uri} has ETag {found_etag}, and was listed with {etag}")
         size = response["ContentLength"]
         if max_bytes is not None and size > max_bytes:
             raise ObjectTooLarge(f"{uri} has {size} bytes, and {max_bytes} are allowed")
@@ -53,10 +53,10 @@ def read_body(uri: str, response: Any, etag: str | None, *, max_bytes: int | Non
             raise BrokenBody(str(error)) from error
     if is_range:
         offset, total = _content_range(response.get("ContentRange"), len(data))
-        return ObjectRange(data, offset, total, found)
+        return ObjectRange(data, offset, total, found_etag)
     if response.get("ContentEncoding", "").lower() in ("gzip", "x-gzip"):
         data = _unzipped(uri, data, max_bytes)
-    return ObjectRange(data, 0, len(data), found)
+    return ObjectRange(data, 0, len(data), found_etag)
 
 
 def _content_range(header: str | None, num_bytes: int) -> tuple[int, int]:

@@ -43,8 +43,8 @@ def room_for(
     Args:
         config: of a trial.
         asked: tune.max_concurrent.
-        has_each: what each node has, by Ray's names.
-        machine_cpus: CPUs of this machine, which count if it is the only node.
+        has_each: resources of each node, by Ray's names.
+        machine_cpus: CPUs of this machine; used only if it is the only node.
 
     Raises:
         ConfigError: no trial fits, or fewer than requested.
@@ -70,7 +70,7 @@ def trials_that_fit(has_each: Sequence[Mapping[str, float]], config: TrainConfig
     """Return the number of trials that fit the cluster: each worker on one node, CPUs for reading on any.
 
     Args:
-        has_each: what each node has, by Ray's names.
+        has_each: resources of each node, by Ray's names.
         config: of a trial.
     """
     gpus_each = config.gpus_per_worker if config.use_gpu else 0.0

@@ -74,7 +74,17 @@ def plan_sweep(storage: Storage, job: TuneJob, training_digest: str) -> Plan:
 
 def sweep_digest(config: TuneConfig, training_digest: str) -> str:
     """Return the digest of all settings that define a trial and how trials are compared."""
-    moot = {"out", "name", "trials", "max_epochs", "max_hours", "max_concurrent", "max_failures", "study", "study_name"}
+    ignored = {
+        "out",
+        "name",
+        "trials",
+        "max_epochs",
+        "max_hours",
+        "max_concurrent",
+        "max_failures",
+        "study",
+        "study_name",
+    }
     fields = TuneConfig.model_fields
-    settings = {name: fields[name].default for name in moot} | {"name": training_digest}
+    settings = {name: fields[name].default for name in ignored} | {"name": training_digest}
     return digest(config.model_copy(update=settings))

@@ -28,11 +28,11 @@ FIXED: Final = {
     "model.preset": "search the keys that it sets, such as model.backbone",
     "model.tasks": "objectives of other tasks can't be compared",
     "train.data": "a sweep compares trainings on the same data",
-    "train.out": "trials lie in the sweep's folder",
+    "train.out": "trials are in the sweep's folder",
     "train.name": "trials are named by their number",
     **dict.fromkeys(
         ("train.num_workers", "train.use_gpu", "train.gpus_per_worker", "train.cpus_per_worker"),
-        "how many trials the cluster has room for follows from it",
+        "the number of concurrent trials depends on it",
     ),
     **dict.fromkeys(
         (
@@ -51,7 +51,7 @@ FIXED: Final = {
 }
 """Keys that can't be searched, and why."""
 _BETWEEN: Final = 0.6180339887
-"""Position between two bounds of the non-integer value that is tried."""
+"""Position, between the bounds, of the value that stands for those in between when the space is checked."""
 
 
 def check_space(job: TuneJob) -> None:
@@ -73,9 +73,9 @@ def check_space(job: TuneJob) -> None:
             try:
                 with_values(base, conditions | {key: value})
             except ConfigError as error:
-                said = str(error)
-                where = "" if said.startswith(f"{key}:") else f"{value!r} can't be combined with the recipe: "
-                raise ConfigError(f'tune.space."{key}": {where}{said.removeprefix(f"{key}: ")}') from None
+                reason = str(error)
+                where = "" if reason.startswith(f"{key}:") else f"{value!r} can't be combined with the recipe: "
+                raise ConfigError(f'tune.space."{key}": {where}{reason.removeprefix(f"{key}: ")}') from None
     for point in job.tune.points_to_evaluate:
         _check_point(base, space, point, "tune.points_to_evaluate")
     if job.tune.paper_first:
@@ -132,10 +132,10 @@ def values_of(space: Space, params: Params) -> dict[str, Any]:
 
 
 def in_order(space: Space) -> list[str]:
-    """Return the keys in an order in which each comes after those that it depends on.
+    """Return the keys in an order in which each comes after those that it depends on (`when`).
 
     Raises:
-        ConfigError: some depend on each other in a circle.
+        ConfigError: keys depend on each other in a circle.
     """
     ordered: list[str] = []
     while len(ordered) < len(space):
@@ -258,8 +258,8 @@ def _check_point(base: TrainJob, space: Space, point: Mapping[str, Any], where: 
     try:
         with_values(base, {key: value for key, value in values.items() if is_searched(space[key], params, space)})
     except ConfigError as error:
-        said = ", ".join(f"{key} {value}" for key, value in point.items())
-        raise ConfigError(f"{where}: {said} can't be combined with the recipe: {error}") from None
+        shown_point = ", ".join(f"{key} {value}" for key, value in point.items())
+        raise ConfigError(f"{where}: {shown_point} can't be combined with the recipe: {error}") from None
 
 
 def _check_value(space: Space, key: str, value: Any, where: str, hint: str = "") -> None:
@@ -287,7 +287,7 @@ def _add_conditions(space: Space, key: str, conditions: dict[str, Any]) -> None:
 
 
 def _tried(parameter: ParameterConfig) -> list[Any]:
-    """Return values that represent all possible values."""
+    """Return the values with which `check_space` tests a parameter: its bounds and one between, or all choices."""
     if parameter.choice is not None:
         return list(parameter.choice)
     if parameter.integer is not None:

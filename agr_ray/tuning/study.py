@@ -30,7 +30,7 @@ from agr_ray.tuning.trials import Trial, error_names, excesses
 
 JOURNAL: Final = "study.journal"
 _MAX_EXCESS: Final = 1e6
-"""Optuna needs a finite excess for an error that was not measured."""
+"""Excess of an error that was not measured, because Optuna needs a finite one."""
 SWEEP: Final = "agr_ray.sweep"
 """Attribute of a trial in the study: the id of its sweep."""
 NUMBER: Final = "agr_ray.trial"
@@ -49,10 +49,10 @@ class Study:
     Args:
         storage: where the sweep is.
         uri: the sweep's folder.
-        sweep_id: drawn once for each sweep.
+        sweep_id: random id of the sweep.
         config: its settings.
         tasks: of the model.
-        name: the sweep's.
+        name: of the sweep.
 
     Raises:
         ConfigError: there is no such database, or the study there has other objectives.
@@ -75,9 +75,9 @@ class Study:
                 storage=self._open(), study_name=name, directions=directions, load_if_exists=True
             )
             self._ids = self._known_ids()
-        except Exception as error:  # of whatever database driver
-            said = redacted(" ".join(str(error).split()), config.study)
-            raise ConfigError(f"tune.study {redacted(config.study) or JOURNAL}: {said}") from None
+        except Exception as error:  # of any database driver
+            reason = redacted(" ".join(str(error).split()), config.study)
+            raise ConfigError(f"tune.study {redacted(config.study) or JOURNAL}: {reason}") from None
         if len(self._study.directions) != len(directions):
             raise ConfigError(
                 f"tune.study_name {name}: the study there has {len(self._study.directions)} objectives and tune.mode "
@@ -190,23 +190,23 @@ class Study:
 
     def _report(self, trial: Trial) -> None:
         """Report the epochs that the study lacks."""
-        heard = self._frozen(trial.number).intermediate_values
+        reported = self._frozen(trial.number).intermediate_values
         for row, objective in zip(trial.epochs, trial.curve, strict=True):
-            if row["epoch"] not in heard:
+            if row["epoch"] not in reported:
                 self.report(trial.number, row["epoch"], objective)
 
     def _add(self, trial: Trial) -> None:
-        values, heard = self._values(trial), self._intermediate(trial)
+        values, intermediate = self._values(trial), self._intermediate(trial)
         state = _STATES[trial.state] if values is not None or trial.state != "complete" else TrialState.FAIL
-        if trial.state == "pruned" and heard:
-            values = [heard[max(heard)]]  # as Optuna does for a trial that it has pruned itself
+        if trial.state == "pruned" and intermediate:
+            values = [intermediate[max(intermediate)]]  # as Optuna does for a trial that it has pruned itself
         added: FrozenTrial = create_trial(
             state=state,
             values=values,
             params=dict(trial.params),
             distributions={key: distribution_of(self._config.space[key]) for key in trial.params},
             user_attrs={SWEEP: self._sweep_id, NUMBER: trial.number},
-            intermediate_values=heard,
+            intermediate_values=intermediate,
             constraints=dict(self._excesses(trial)) or None,
         )
         self._study.add_trial(added)
@@ -219,8 +219,8 @@ class Study:
         return {row["epoch"]: objective for row, objective in rows if objective is not None}
 
     def _excesses(self, trial: Trial) -> Mapping[str, float]:
-        found = excesses(trial, self._config.constraints) if trial.state in ("complete", "pruned") else {}
-        return {name: min(excess, _MAX_EXCESS) for name, excess in found.items()}
+        measured = excesses(trial, self._config.constraints) if trial.state in ("complete", "pruned") else {}
+        return {name: min(excess, _MAX_EXCESS) for name, excess in measured.items()}
 
     def _values(self, trial: Trial) -> list[float] | None:
         """Return the minimised values of a complete trial; None: it is not complete or was not measured."""
@@ -229,8 +229,8 @@ class Study:
         errors: list[float | None] = (
             [trial.error(name) for name in self._errors] if self._config.mode == "pareto" else [trial.objective]
         )
-        found = [value for value in errors if value is not None]
-        return found if len(found) == len(errors) else None
+        measured = [value for value in errors if value is not None]
+        return measured if len(measured) == len(errors) else None
 
 
 class MemoryJournal(BaseJournalBackend):

@@ -41,7 +41,7 @@ from agr_ray.tuning.trials import DIVERGED, REFUSED, Trial, best_trial, front
 _WEIGHTS: Final = (CHECKPOINTS, "best", "last", "initial")
 """Parts of a trial's run that are deleted unless the trial is the best."""
 _FIRST: Final = 3
-"""Number of ended trials, of which at least one must have finished an epoch."""
+"""If none of this many ended trials has finished an epoch, the sweep ends."""
 
 
 class Sweep:
@@ -124,7 +124,7 @@ class Sweep:
         self._retry.call(self.clean)
         if self.trials:
             resumed = f"; {len(self._queue)} unfinished, to be resumed" if self._queue else ""
-            self._say(f"{len(self.trials)} of {self.plan.num_trials} trials were begun before{resumed}")
+            self._say(f"{len(self.trials)} of {self.plan.num_trials} trials were started before{resumed}")
 
     def next(self) -> tuple[int, dict[str, Any]] | None:
         """Return the number and values of the next trial; None: no trial is left.
@@ -221,7 +221,7 @@ class Sweep:
         """Delete the checkpoints of ended trials that are neither the best nor on the Pareto front.
 
         Args:
-            but: a trial whose workers may still be writing; without one, those that were deleted are deleted again.
+            but: a trial whose workers may still be writing, which is skipped. None: clean all trials again.
         """
         if but is None:
             self._cleaned.clear()
@@ -233,21 +233,21 @@ class Sweep:
             if number in kept or number == but or number in self._cleaned:
                 continue
             self.check_lock()
-            with contextlib.suppress(OSError):  # workers that end slowly still write there; the next call repeats it
+            with contextlib.suppress(OSError):  # ending workers may still write there; the next call tries again
                 for name in _WEIGHTS:
                     self.storage.delete_tree(self.storage.join(self.trial_uri(number), name))
                 self._cleaned.add(number)
 
     def _settled(self, trial: Trial) -> Trial:
         """Return the record of a trial that was not stopped, from its training run's files."""
-        said = self._said(trial.number, FAILURE)
-        if said is not None:
-            return dataclasses.replace(trial, state="failed", why=DIVERGED + said.partition("\n")[0])
-        record = self._said(trial.number, "run.json")
+        failure = self._read_file(trial.number, FAILURE)
+        if failure is not None:
+            return dataclasses.replace(trial, state="failed", why=DIVERGED + failure.partition("\n")[0])
+        record = self._read_file(trial.number, "run.json")
         is_complete = record is not None and json.loads(record)["finished"]
         return dataclasses.replace(trial, state="complete") if is_complete else trial
 
-    def _said(self, number: int, name: str) -> str | None:
+    def _read_file(self, number: int, name: str) -> str | None:
         """Return the contents of a file of a trial's run; None: it does not exist."""
         uri = self.storage.join(self.trial_uri(number), name)
         try:
@@ -263,13 +263,13 @@ class Sweep:
         self._retry.call(lambda: self.clean(but=trial.number))
         best = self.best
         judged = "" if trial.objective is None else f", objective {trial.objective:.4f}"
-        said = {"complete": "is complete", "pruned": "was stopped", "failed": "failed"}[trial.state]
+        outcome = {"complete": "is complete", "pruned": "was stopped", "failed": "failed"}[trial.state]
         why = f" ({trial.why})" if trial.why else ""
         so_far = f"; best so far: trial {best.number}, {best.objective:.4f}" if best else ""
         if best is not None and (before is None or best.number != before.number):
             so_far += " (new)"
         self._say(
-            f"trial {trial.number} {said} after {len(trial.epochs)} epochs{judged}{why}; "
+            f"trial {trial.number} {outcome} after {len(trial.epochs)} epochs{judged}{why}; "
             f"{self.num_ended} of {self.plan.num_trials} ended{so_far}"
         )
         self._check_something_works()
@@ -307,8 +307,8 @@ class Sweep:
         self.trials[trial.number] = trial
         self._write(f"records/{trial_name(trial.number)}.json", trial.to_json())
 
-    def _write(self, name: str, said: Mapping[str, Any]) -> None:
-        body = (json.dumps(said, indent=2) + "\n").encode()
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        body = (json.dumps(record, indent=2) + "\n").encode()
         self._retry.call(self.check_lock)
         self._retry.call(lambda: self.storage.write(self.join(*name.split("/")), body))
 

@@ -36,7 +36,7 @@ ERROR_TASKS: Final[Mapping[TrialError, str]] = {
 """Task of each error."""
 DIVERGED: Final = "diverged: "
 REFUSED: Final = "refused: "
-"""Reasons for failure without a retry: a non-finite loss; values that the configuration rejects."""
+"""Prefixes of `why` for failures that are not retried: a non-finite loss; values that the configuration rejects."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Trial:
     epochs: tuple[Mapping[str, Any], ...] = ()
     """`EPOCH_COLUMNS` of each epoch, in order."""
     failures: tuple[str, ...] = ()
-    """Reasons of all its ends: before each retry, and the last."""
+    """Reason of each failure: those before retries, and the last."""
     wall_s: float = 0.0
     """Seconds from start to end, summed over retries, including the wait for workers."""
 
@@ -104,9 +104,9 @@ class Trial:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Self:
-        """Rebuild from `to_json`'s result."""
-        return cls(**{**said, "epochs": tuple(said["epochs"]), "failures": tuple(said["failures"])})
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from the result of `to_json`."""
+        return cls(**{**values, "epochs": tuple(values["epochs"]), "failures": tuple(values["failures"])})
 
 
 def excesses(trial: Trial, constraints: Mapping[TrialError, float]) -> dict[str, float]:
@@ -145,17 +145,17 @@ def front(trials: Sequence[Trial], constraints: Mapping[TrialError, float], task
     Trials with an error that was not measured are left out.
     """
     names = error_names(tasks)
-    found: list[tuple[Trial, list[float]]] = []
+    candidates: list[tuple[Trial, list[float]]] = []
     for trial in trials:
         errors = [error for error in (trial.error(name) for name in names) if error is not None]
         if trial.state == "complete" and is_feasible(trial, constraints) and len(errors) == len(names):
-            found.append((trial, errors))
+            candidates.append((trial, errors))
     return [
         trial
-        for trial, errors in found
+        for trial, errors in candidates
         if not any(
             other != errors and all(theirs <= own for theirs, own in zip(other, errors, strict=True))
-            for _, other in found
+            for _, other in candidates
         )
     ]
 

@@ -141,7 +141,7 @@ def test_the_status_shows_the_nodes_of_the_cluster(folder: Path) -> None:
     printed = local(folder, "status").stdout
 
     assert [line.partition(":")[0] for line in printed.splitlines()[:-1]] == ["node-0", "node-1", "node-2", "s3"]
-    assert printed.endswith(f"the cluster counts {NUM_NODES} nodes alive\n")
+    assert printed.endswith(f"the cluster has {NUM_NODES} live nodes\n")
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_a_second_up_is_rejected_and_changes_nothing(folder: Path) -> None:
     done = local(folder, "up", 1)
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert "node-0, node-1, node-2, s3 run already" in done.stderr
+    assert "node-0, node-1, node-2, s3 are running already" in done.stderr
     assert (folder / "env").read_text() == before
 
 
@@ -203,13 +203,13 @@ def test_down_ends_all_that_up_started_and_keeps_the_data(folder: Path, bucket: 
 
     printed = local(folder, "down").stdout
 
-    assert printed.startswith("ended node-0, ")
+    assert printed.startswith("stopped node-0, ")
     assert printed.endswith(", s3\n")
     assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not ray_folder.exists()
     assert not (folder / "env").exists()
-    assert local(folder, "down").stdout == "nothing runs\n"
-    assert local(folder, "status").stdout == "nothing runs\n"
+    assert local(folder, "down").stdout == "nothing is running\n"
+    assert local(folder, "status").stdout == "nothing is running\n"
 
     assert local(folder, "up", 1).returncode == 0
     assert bucket_of(folder).get("faces/labels.csv").startswith(b"key,")
@@ -222,8 +222,8 @@ def test_down_ends_all_that_up_started_and_keeps_the_data(folder: Path, bucket: 
 
 
 def test_down_and_status_report_that_nothing_runs(tmp_path: Path) -> None:
-    assert local(tmp_path, "down").stdout == "nothing runs\n"
-    assert local(tmp_path, "status").stdout == "nothing runs\n"
+    assert local(tmp_path, "down").stdout == "nothing is running\n"
+    assert local(tmp_path, "status").stdout == "nothing is running\n"
     assert not any(tmp_path.iterdir())
 
 
@@ -289,7 +289,7 @@ def test_a_foreign_folder_is_not_changed(tmp_path: Path, arguments: tuple[object
         assert done.stderr.startswith(f"error: {tmp_path / 'folder'}: ")
         assert done.stderr.count("\n") == 1
     else:
-        assert (done.returncode, done.stdout) == (0, "nothing runs\n")
+        assert (done.returncode, done.stdout) == (0, "nothing is running\n")
 
 
 def test_a_folder_reached_through_a_link_is_not_changed(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_an_interrupted_up_leaves_nothing_running(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
 
     assert (process.returncode, errors) == (1, "interrupted\n")
-    assert local(tmp_path, "status").stdout == "nothing runs\n"
+    assert local(tmp_path, "status").stdout == "nothing is running\n"
     assert not [each for each in psutil.process_iter() if each.name() == "weed" and each.cwd() == str(tmp_path)]
 
 
@@ -437,5 +437,5 @@ def test_a_missing_program_or_ended_process_is_named_in_the_error(
     weed = tmp_path / "weed"
     weed.write_text("#!/bin/sh\necho no room on the disk\nexit 1\n")
     weed.chmod(0o755)
-    with pytest.raises(RuntimeError, match=r"s3 ended; .*s3.log ends with\nno room on the disk"):
+    with pytest.raises(RuntimeError, match=r"s3 exited; .*s3.log ends with\nno room on the disk"):
         cluster.up(1, 4, 512)

@@ -121,7 +121,7 @@ def test_after_sigkill_the_same_command_repeats_no_finished_trial(root: Path, no
     assert after[:2] == before[:2]
     assert [record["state"] for record in after] == ["complete"] * TRIALS
     assert after[2]["params"] == before[2]["params"]
-    assert "3 of 4 trials were begun before; 1 unfinished, to be resumed" in printed
+    assert "3 of 4 trials were started before; 1 unfinished, to be resumed" in printed
     assert "trial 0 begins" not in printed
     assert [row["number"] for row in trials(Storage(), run)] == list(range(TRIALS))
     done = run_command(run.command(nodes), nodes.environment)

@@ -171,7 +171,7 @@ def test_an_epoch_with_only_age_ranges_reports_their_distance() -> None:
     report = EpochReport(row, True, "", {}, network(), TRANSFORM, dict)
     assert "val age MAE 2.00 years, gender" in _epoch_line(report, 9)
     row["val_age_mae_years"] = None
-    assert "loss 2.000, val age off its range by 2.00 years, gender" in _epoch_line(report, 9)
+    assert "loss 2.000, val age outside its range by 2.00 years, gender" in _epoch_line(report, 9)
 
 
 def measured() -> dict[str, Any]:

@@ -33,11 +33,11 @@ class Board:
         self._latest: Progress | None = None
 
     def put(self, progress: Progress) -> None:
-        """Replace it."""
+        """Replace the progress."""
         self._latest = progress
 
     def latest(self) -> Progress | None:
-        """Return it; None: there is none yet, or Ray has restarted the board since."""
+        """Return the progress; None: there is none yet, or Ray has restarted the board since."""
         return self._latest
 
 
@@ -55,7 +55,7 @@ class TrainingBars:
         self._tasks: tuple[bars.TaskID, bars.TaskID] | None = None
 
     def show(self, progress: Progress) -> None:
-        """Move the bars; backwards if a run has resumed from an earlier checkpoint."""
+        """Update the bars. They move backwards if a run has resumed from an earlier checkpoint."""
         if self._tasks is None:
             self._tasks = (self._bars.add_task("epochs", left=""), self._bars.add_task("epoch", left=""))
         epochs, epoch = self._tasks

@@ -64,7 +64,7 @@ def fit(
         LockLost: another driver has the run's lock; the workers have been stopped.
     """
     retry = Retry(run.job.train.outage_s)
-    # The time of one attempt; Ray makes CONTROLLER_FAILURES more.
+    # Time limit of one attempt; Ray makes CONTROLLER_FAILURES more attempts.
     start_s = max(MIN_START_S, run.job.train.outage_s / (CONTROLLER_FAILURES + 1))
     limit_worker_start(start_s)
     fence = Fence.of(lock, run.storage)
@@ -118,8 +118,8 @@ def _delete_unknown_checkpoints(run: Run, lock: RunLock) -> None:
             f"{snapshot} is incomplete: the disk was full, or the machine stopped, while it was written; restore it, "
             "or start another run with train.name"
         ) from None
-    found = {info.key.partition("/")[0] for info in run.storage.list(folder) if "/" in info.key}
-    for name in sorted(found):
+    names = {info.key.partition("/")[0] for info in run.storage.list(folder) if "/" in info.key}
+    for name in sorted(names):
         if f'"{name}"' not in known:
             lock.check()
             run.storage.delete_tree(run.storage.join(folder, name))

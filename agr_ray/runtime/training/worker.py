@@ -43,7 +43,7 @@ NUM_SAMPLES: Final = 24
 """Crops on the page of sample predictions."""
 COLLECTIVE_MARGIN_S: Final = 1800.0
 NOT_VALIDATED: Final = 1e30
-"""The objective of a checkpoint that is only for resuming, never the best."""
+"""Objective of a checkpoint that is only for resuming, so that it is never the best."""
 
 
 def work(config: dict[str, Any]) -> None:
@@ -55,8 +55,8 @@ def work(config: dict[str, Any]) -> None:
     with TemporaryDirectory() as temporary:
         directory = Path(temporary, "checkpoint")
         checkpoint = ray.train.get_checkpoint()
-        kept = "initial" if checkpoint is None else f"{CHECKPOINTS}/{Path(checkpoint.path).name}"
-        uri = run.storage.join(run.uri, kept)
+        folder = "initial" if checkpoint is None else f"{CHECKPOINTS}/{Path(checkpoint.path).name}"
+        uri = run.storage.join(run.uri, folder)
         retry.call(lambda: run.storage.download_tree(uri, str(directory)))
         model = load_checkpoint(directory).model
         resume = None if checkpoint is None else load_train_state(directory)
@@ -193,7 +193,7 @@ class RayContext:
         self.say(f"preemption notice: checkpoint of epoch {snapshot.epoch} after {snapshot.num_steps} steps")
 
     def _keep(
-        self, kept: EpochReport | Snapshot, row: Row, metrics: Mapping[str, Any], mode: CheckpointUploadMode
+        self, state: EpochReport | Snapshot, row: Row, metrics: Mapping[str, Any], mode: CheckpointUploadMode
     ) -> None:
         """Write a checkpoint to the disk, and have Ray Train upload it and then delete it from the disk."""
         run = self._run
@@ -201,10 +201,10 @@ class RayContext:
         directory = outgoing_folder(run.uri)
         save_checkpoint(
             directory,
-            kept.model,
-            kept.transform,
+            state.model,
+            state.transform,
             pipeline=run.pipeline,
-            train_state=kept.train_state(),
+            train_state=state.train_state(),
             train_images=run.train_images,
             data=run.data,
             metrics=metrics,
@@ -231,7 +231,7 @@ class RayContext:
         return Checkpoint(path, filesystem)
 
     def progress(self, progress: Progress) -> None:
-        """Put it on the board, or print a line every `PROGRESS_EVERY_S`."""
+        """Put the progress on the board, or print a line every `PROGRESS_EVERY_S`."""
         if self.rank:
             return
         if self._board is not None:
@@ -280,8 +280,8 @@ class RunLogs:
         from agr_ray.report.samples import samples_page
 
         labels = Labels.from_arrays(report.model.space, samples)
-        said = AttributePredictor(report.model, report.transform, self._run.job.predict).predict(samples["crop"])
-        page = samples_page(samples["crop"], labels, said)
+        predictor = AttributePredictor(report.model, report.transform, self._run.job.predict)
+        page = samples_page(samples["crop"], labels, predictor.predict(samples["crop"]))
         self._writer.add_image("val/samples", page, report.row["epoch"], dataformats="HWC")
         self._upload()
 
@@ -314,7 +314,7 @@ def _epoch_line(report: EpochReport, num_epochs: int) -> str:
     is_ranged = row["val_age_mae_years"] is None  # no row of validation has an exact age
     for name, label, scale, unit in (
         ("val_age_mae_years", "val age MAE", 1, " years"),
-        *((("val_age_distance_years", "val age off its range by", 1, " years"),) if is_ranged else ()),
+        *((("val_age_distance_years", "val age outside its range by", 1, " years"),) if is_ranged else ()),
         ("val_gender_accuracy", "gender", 100, " %"),
         ("val_race_accuracy", "race", 100, " %"),
         (OBJECTIVE, "objective", 1, ""),

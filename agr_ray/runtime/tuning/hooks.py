@@ -73,8 +73,8 @@ class NextTrials(NotPickled, Searcher):
 
 
 @dataclass(frozen=True)
-class _Named:
-    """Stands for a trial of Tune, whose own id differs between commands."""
+class _StandIn:
+    """Stands in for a trial of Tune, whose own id differs between commands."""
 
     trial_id: int
 
@@ -98,19 +98,19 @@ class Halving(NotPickled, ASHAScheduler):
             reduction_factor=sweep.config.reduction,
         )
         for number, trial in sorted(sweep.trials.items()):
-            named = _Named(number)
-            super().on_trial_add(None, named)  # type: ignore[arg-type]  # it looks at the id only
+            stand_in = _StandIn(number)
+            super().on_trial_add(None, stand_in)  # type: ignore[arg-type]  # it uses only the id
             for row in trial.epochs:
-                self._judge(named, row, trial.params)
+                self._judge(stand_in, row, trial.params)
 
     def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
         """Start or continue watching a trial."""
-        super().on_trial_add(tune_controller, _Named(trial.config["number"]))  # type: ignore[arg-type]  # as above
+        super().on_trial_add(tune_controller, _StandIn(trial.config["number"]))  # type: ignore[arg-type]  # as above
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         """Return whether the trial continues."""
         number = trial.config["number"]
-        if self._judge(_Named(number), result, trial.config["values"]) != TrialScheduler.STOP:
+        if self._judge(_StandIn(number), result, trial.config["values"]) != TrialScheduler.STOP:
             return str(TrialScheduler.CONTINUE)
         self.pruned[number] = (
             f"after epoch {result['epoch']} not among the best 1 of {self._sweep.config.reduction}, at "
@@ -124,10 +124,10 @@ class Halving(NotPickled, ASHAScheduler):
     def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
         """Do nothing."""
 
-    def _judge(self, named: _Named, row: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    def _judge(self, stand_in: _StandIn, row: Mapping[str, Any], values: Mapping[str, Any]) -> str:
         if row.get(JUDGED_BY) is None or row["epoch"] >= last_epoch(self._sweep.job, values):
             return str(TrialScheduler.CONTINUE)
-        return str(super().on_trial_result(None, named, dict(row)))  # type: ignore[arg-type]  # as above
+        return str(super().on_trial_result(None, stand_in, dict(row)))  # type: ignore[arg-type]  # as above
 
 
 class Budget(NotPickled, ray_tune.Stopper):
@@ -228,8 +228,8 @@ def why_failed(trial: RayTrial) -> str:
     error = _error(trial)
     if isinstance(error, RayActorError):
         return "killed: its process died"
-    said = str(error) if error is not None else Path(trial.error_file or os.devnull).read_text()
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    text = str(error) if error is not None else Path(trial.error_file or os.devnull).read_text()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Messages of our own errors need no class name.
     return (
         f"raised: {redacted(re.sub(r'^agr_ray[.a-zA-Z_]*: ', '', lines[-1]))}" if lines else "raised an unknown error"

@@ -47,14 +47,14 @@ def trainable(base: TrainJob) -> Callable[[dict[str, Any]], None]:
         uri = storage.join(job.train.out, job.train.name)
         try:
             if json.loads(storage.read(storage.join(uri, "run.json")))["finished"]:
-                return  # before its process died
+                return  # it finished before its process died
         except MissingObject:
             pass
         try:
-            reports = EpochReports()  # type: ignore[no-untyped-call]  # Ray leaves it bare
+            reports = EpochReports()  # type: ignore[no-untyped-call]  # Ray does not annotate it
             train(job, callbacks=[reports], quiet=True)
         except JobError:
-            # A NaN loss would come again; the driver reads the file.
+            # A retry would have the same non-finite loss; the driver reads the file.
             if not storage.exists(storage.join(uri, FAILURE)):
                 raise
 
