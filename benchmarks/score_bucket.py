@@ -9,8 +9,8 @@ object in a hundred; objects of the same picture differ in trailing bytes. Then 
 2. on all of them; 3. again; 4. once more after 100 were added and 50 replaced.
 
 After 2, 3 and 4, DuckDB checks that each object has one row, and that exactly the bad objects have reject statuses.
-Prints counts, images/s and, for 1 and 2, the peak of the summed proportional set sizes of all processes: that of 2 may be a
-fifth larger. Parts and files are small, so that a quarter has several files, too.
+Prints counts, images/s and, for 1 and 2, the peak of the summed proportional set sizes of all processes: that of 2 may
+be a fifth larger. Parts and files are small, so that a quarter has several files, too.
 """
 
 from __future__ import annotations
