@@ -173,8 +173,8 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
         ("split manifest, SHA-256", data.get("split_manifest_sha256")),
         ("images by split", _splits(data.get("splits") or {})),
         ("trained on", _count(data.get("num_train_rows"))),
-        ("validated on", _count(data.get("num_val_rows"))),
         ("of them without a detected face", _count(data.get("num_train_fallback"))),
+        ("validated on", _count(data.get("num_val_rows"))),
         ("faces found by", data.get("detector")),
     ]
     lines = _table(("", ""), [(name, value) for name, value in rows if value])
