@@ -183,7 +183,7 @@ def _demo(argv: Sequence[str]) -> None:
 
 def _usage() -> str:
     rows = {name: command.summary for name, command in COMMANDS.items()} | {
-        "demo": "run all of these on synthetic faces, in a few minutes",
+        "demo": "render, prepare, train, evaluate and score: the whole pipeline in a few minutes",
         "recipes": "list or print the built-in recipes",
     }
     return _USAGE.format(commands="\n".join(f"  {name:10} {summary}" for name, summary in rows.items()))
