@@ -214,7 +214,7 @@ def test_an_interrupted_epoch_is_resumed_and_counted_once(monkeypatch: pytest.Mo
         train(context, network(config), TRANSFORM, config, baseline, 60)
     assert context.snapshot is not None
     assert (context.snapshot.epoch, context.snapshot.num_steps) == (1, 1)
-    context.state["begun"]["train_s"] += 1000.0  # before the interruption
+    context.state["partial_epoch"]["train_s"] += 1000.0  # before the interruption
 
     rows, _, _ = run(config, data, model=context.model, resume=context.state)
 
@@ -629,7 +629,7 @@ def test_a_resumed_epoch_without_a_step_left_keeps_its_statistics() -> None:
     state = reports[0].train_state()
     steps = steps_per_epoch(16, config.train)
     begun = {"num_rows": 16, "num_steps": steps, "train_s": 1.0}
-    resume = state | {"epoch": 0, "finished": "", "history": [], "begun": begun}
+    resume = state | {"epoch": 0, "finished": "", "history": [], "partial_epoch": begun}
     models = [copy.deepcopy(model), copy.deepcopy(model)]
 
     rows, errors = run_ranks(config, shares, vals, models, resume)
