@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Two processes: one for all tests that run a Ray cluster, one for the rest (tests/conftest.py).
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all lint types layers unit format lock clean
 
@@ -26,13 +28,13 @@ demo: $(READY)  ## render faces, prepare, train, evaluate and score: five to ten
 	$(BIN)/python jobs/demo.py
 
 test: $(READY) lint types layers  ## lint, types, layers and every test but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: $(READY) lint types layers  ## every test
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 unit: $(READY)  ## the tests that need no Ray, a few minutes
-	$(BIN)/python -m pytest tests/unit -m "not slow"
+	$(TESTS) tests/unit -m "not slow"
 
 lint: $(READY)  ## style, spelling and vocabulary
 	$(BIN)/ruff check .

@@ -19,12 +19,21 @@ from agr_ray.cli import COMMANDS
 from agr_ray.config import RenderJob, parse
 from agr_ray.console import make_console, make_table
 from agr_ray.predict.face_model import FaceModel
+from agr_ray.report.pyramid import population_pyramid
 from agr_ray.runtime.cluster import cluster
 from agr_ray.storage import Storage
 
 MIN_IOU = 0.5
 NUM_SHOWN = 9
 TILE_PX = 480
+
+
+_NEXT = """
+This model has seen only drawings, so its predictions for real people mean nothing. Next:
+  source .venv/bin/activate
+  agr-ray predict {out}/faces/photographs/photograph-000000.jpg --checkpoint {checkpoint}
+  agr-ray prepare --help    begin with your own photographs: a folder and a table of labels
+"""
 
 
 def demo(out: str) -> None:
@@ -48,7 +57,7 @@ def demo(out: str) -> None:
         metrics = step("evaluate", *measured)
         photographs = ("--input", f"{out}/faces/photographs", "--out", f"{out}/scored")
         scored = step("score", "--checkpoint", checkpoint, *photographs)
-    sheet = _contact_sheet(checkpoint, Path(out))
+    model = FaceModel.load(checkpoint)
     images = f"{out}/scored/images/run={scored['run_id']}"
     console.print("--- result")
     found, drawn = _found_faces(
@@ -65,20 +74,21 @@ def demo(out: str) -> None:
     table.add_row("faces found in the photographs", f"{found} of {drawn}", "")
     console.print(table)
     for label, path in (
-        ("checkpoint", checkpoint),
+        ("annotated photographs", _contact_sheet(model, Path(out))),
+        ("population pyramid", _pyramid(model, scored["run_id"], out)),
+        ("checkpoint, with a model card", checkpoint),
         ("metrics", f"{checkpoint}-eval-*/metrics.json"),
-        ("scores", images),
-        ("annotated photographs", sheet),
+        ("tables of faces and demographics", f"{out}/scored"),
     ):
         console.print(f"{label}: {path}")
-    console.print("this model was trained on drawings only: its predictions for real people mean nothing")
+    console.print(_NEXT.format(out=out, checkpoint=checkpoint))
     console.print(f"{time.perf_counter() - started:.0f} s in total")
 
 
-def _contact_sheet(checkpoint: str, out: Path) -> str:
+def _contact_sheet(model: FaceModel, out: Path) -> str:
     """Write one picture of several annotated photographs; return its path."""
     paths = sorted((out / "faces" / "photographs").glob("*.jpg"))[:NUM_SHOWN]
-    tiles = [photo.draw() for photo in FaceModel.load(checkpoint).predict([*paths])]
+    tiles = [photo.draw() for photo in model.predict([*paths])]
     columns = math.ceil(math.sqrt(len(tiles)))
     sheet = Image.new("RGB", (TILE_PX * columns, TILE_PX * math.ceil(len(tiles) / columns)), "white")
     for index, tile in enumerate(tiles):
@@ -87,6 +97,14 @@ def _contact_sheet(checkpoint: str, out: Path) -> str:
     path = out / "annotated.jpg"
     sheet.save(path, quality=90)
     return str(path)
+
+
+def _pyramid(model: FaceModel, run_id: str, out: str) -> str:
+    """Draw the population pyramid of the scored photographs; return its path."""
+    table = Storage().read_table(f"{out}/scored/demographics/run={run_id}")
+    path = f"{out}/demographics.png"
+    population_pyramid(table, model.predictor.space, "Faces in the demo's photographs").savefig(path)
+    return path
 
 
 def _found_faces(images: pa.Table, truth: pa.Table) -> tuple[int, int]:

@@ -182,6 +182,7 @@ class _Loop:
         monitor = Monitor(self.epoch, self.model.tasks, check_every)
         batches = context.train_batches(self.epoch, steps_before)
         start = shown = time.perf_counter()
+        first_step: tuple[float, int] | None = None
         while True:
             wait_start = time.perf_counter()
             is_done = steps_before > 0 and epoch.num_steps >= self.steps_per_epoch
@@ -216,13 +217,16 @@ class _Loop:
             epoch.num_rows += int(num_all_rows)
             epoch.num_local_rows += num_rows(batch)
             now = time.perf_counter()
+            first_step = first_step or (now, epoch.num_rows)
             if must_check:
                 self.last_check_s = time.monotonic()
                 epoch.train_s = train_s_before + now - start
                 self._save_if_needed(epoch, totals, monitor)
             if now - shown >= _PROGRESS_S:
                 shown = now
-                context.progress(self._progress(epoch, totals, running, train_s_before + now - start))
+                steady_s, steady_rows = now - first_step[0], epoch.num_rows - first_step[1]
+                steady_rate = steady_rows / steady_s if steady_rows else None
+                context.progress(self._progress(epoch, totals, running, train_s_before + now - start, steady_rate))
         for _ in batches:  # the surplus rows of a resumed epoch, so that all crops are loaded into memory
             pass
         epoch.train_s = max(train_s_before + time.perf_counter() - start, 1e-9)
@@ -301,7 +305,9 @@ class _Loop:
         side = epoch_side_px(self.epoch, self.job.train, self.transform.image_size)
         return dataclasses.replace(self.transform, image_size=side)
 
-    def _progress(self, epoch: _Epoch, totals: Tensor, running: Tensor, elapsed_s: float) -> Progress:
+    def _progress(
+        self, epoch: _Epoch, totals: Tensor, running: Tensor, elapsed_s: float, steady_rate: float | None
+    ) -> Progress:
         """Return the progress of the epoch; waits for the device."""
         return Progress(
             epoch=self.epoch,
@@ -312,6 +318,7 @@ class _Loop:
             running=running_metrics(self.heads, running.tolist()),
             samples_per_s=epoch.num_rows / elapsed_s,
             data_wait_share=epoch.wait_s / elapsed_s,
+            steady_samples_per_s=steady_rate,
         )
 
     def _weighted(self, sums_and_counts: list[float]) -> float:

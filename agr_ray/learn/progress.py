@@ -32,16 +32,24 @@ class Progress:
     data_wait_share: float
     """Fraction of the time since the epoch began in which this rank waited for its next batch; 0 to 1."""
 
-    @property
-    def epoch_left_s(self) -> float:
-        """Return the estimated seconds until the epoch's last step, at the speed so far."""
-        return max(self.num_samples_total - self.num_samples, 0) / self.samples_per_s
+    steady_samples_per_s: float | None
+    """Of all ranks, since the first step that this process took in this epoch: without the wait for its first batch.
+    None: there was only one step."""
 
     @property
-    def run_left_s(self) -> float:
-        """Return the estimated seconds until the last epoch's last step, without validation and early stopping."""
+    def epoch_left(self) -> str:
+        """Return the estimated time until the epoch's last step: `0:01:25 left`; empty if it is unknown."""
+        return self._left(max(self.num_samples_total - self.num_samples, 0))
+
+    @property
+    def run_left(self) -> str:
+        """Return the same until the run's last step, without validation and early stopping."""
         later = (self.num_epochs - self.epoch) * self.num_samples_total
-        return self.epoch_left_s + later / self.samples_per_s
+        return self._left(max(self.num_samples_total - self.num_samples, 0) + later)
+
+    def _left(self, num_samples: int) -> str:
+        rate = self.steady_samples_per_s
+        return f"{duration(num_samples / rate)} left" if rate else ""
 
     def figures(self) -> str:
         """Return the metrics as text: `loss 2.803, age MAE 5.01 years, gender 92.8 %, ...`."""
@@ -56,9 +64,10 @@ class Progress:
 
     def line(self) -> str:
         """Return everything as one line."""
+        left = f", {self.epoch_left} in this epoch, {self.run_left} in this run" if self.steady_samples_per_s else ""
         return (
             f"epoch {self.epoch}/{self.num_epochs}: {self.num_samples:,} of {self.num_samples_total:,}, "
-            f"{self.figures()}, {duration(self.epoch_left_s)} to go, {duration(self.run_left_s)} in all epochs"
+            f"{self.figures()}{left}"
         )
 
 

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Final, TypeVar
 
@@ -19,7 +19,14 @@ from agr_ray.config import ClusterConfig
 from agr_ray.console import make_console
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.placement import places, process_bundles
-from agr_ray.runtime.ray_compat import NO_PRESTART, has_autoscaler, machine_cpus, pace_ray_data
+from agr_ray.runtime.ray_compat import (
+    NO_PRESTART,
+    has_autoscaler,
+    machine_cpus,
+    only_lines_for_user,
+    pace_ray_data,
+    quiet_start,
+)
 
 MIN_LOCAL_CPUS: Final = 8
 """Fewest logical CPUs of a local cluster: actors that hold all CPUs leave none for Ray Data to read and write with."""
@@ -45,7 +52,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     """
     waiting = _autoscaler_wait_s.set(config.autoscaler_wait_s)
     try:
-        with _joined(config):
+        with nullcontext() if config.verbose else only_lines_for_user(), _joined(config):
             yield
     finally:
         _autoscaler_wait_s.reset(waiting)
@@ -59,17 +66,18 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if config.verbose else logging.ERROR
     try:
-        if address == "local":
-            os.environ.setdefault(NO_PRESTART, "0")
-            ray.init(
-                address="local",
-                num_cpus=config.num_cpus or max(machine_cpus(), MIN_LOCAL_CPUS),
-                object_store_memory=config.object_store_mib * 2**20,
-                include_dashboard=config.include_dashboard,
-                logging_level=level,
-            )
-        else:
-            ray.init(address=address, logging_level=level)
+        with nullcontext() if config.verbose else quiet_start():
+            if address == "local":
+                os.environ.setdefault(NO_PRESTART, "0")
+                ray.init(
+                    address="local",
+                    num_cpus=config.num_cpus or max(machine_cpus(), MIN_LOCAL_CPUS),
+                    object_store_memory=config.object_store_mib * 2**20,
+                    include_dashboard=config.include_dashboard,
+                    logging_level=level,
+                )
+            else:
+                ray.init(address=address, logging_level=level)
     except (ConnectionError, ValueError) as error:
         said = "Ray refuses to start" if address == "local" else "no Ray cluster answers there"
         raise ConfigError(f"cluster.address {address}: {said}: {' '.join(str(error).split())}") from None
@@ -91,7 +99,8 @@ def configure_ray_data() -> None:
     # logged as well.
     context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks for ")  # a small input needs fewer
+    # A small input needs fewer.
+    warnings.filterwarnings("ignore", "The (maximum|minimum) number of concurrent (tasks|actors) for ")
     pace_ray_data(context)
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import ray
+from ray._private import worker as ray_worker
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.utils import get_num_cpus
 from ray.autoscaler._private.util import format_readonly_node_type
@@ -66,6 +70,67 @@ def has_autoscaler() -> bool:
         types = list((report or {}).get("active_nodes", {}))
     made_up = {format_readonly_node_type(node["NodeID"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]  # Ray leaves it bare
     return any(name and name not in made_up for name in types)
+
+
+# Console
+
+FOR_USER: Final = "agr_ray: "
+"""Prefix of each line that a worker prints for the user."""
+_STDERR: Final = 2
+_RESOURCE_RAN_OUT: Final = re.compile(r"due to memory pressure|out of disk|disk is full", re.IGNORECASE)
+
+
+def print_for_user(line: str) -> None:
+    """Print a line in a worker that the driver shows its user. `print` would print it twice in Ray Train's workers."""
+    sys.stdout.write(f"{FOR_USER}{line}\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def quiet_start() -> Iterator[None]:
+    """Around `ray.init`: hide what it writes to stderr, and let Ray's C++ code log fatal errors only from then on.
+
+    A local cluster's processes inherit the level, unless the user has set one. Ray's C++ code in the driver announces
+    the level that it read on stderr, and logs warnings of its own actors as errors.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    stderr = os.dup(_STDERR)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), _STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, _STDERR)
+        os.close(stderr)
+
+
+@contextmanager
+def only_lines_for_user() -> Iterator[None]:
+    """Print what workers print for the user, without Ray's prefix, and hide Ray's own messages.
+
+    Events of the autoscaler and reports of a node that runs out of memory or disk are still printed. Call it in the
+    driver, around `ray.init`. Ray itself forwards the output of all processes, or of none.
+    """
+    ray_prints = ray_worker.print_to_stdstream
+
+    def print_lines(data: dict[str, Any], ignore_prefix: bool) -> None:
+        lines = data["lines"]
+        if data["pid"] == "raylet":
+            lines = [line for line in lines if _RESOURCE_RAN_OUT.search(line)]
+        elif data["pid"] != "autoscaler":
+            for line in lines:
+                if line.startswith(FOR_USER):
+                    sys.stdout.write(f"{line.removeprefix(FOR_USER)}\n")
+            sys.stdout.flush()
+            return
+        if lines:
+            ray_prints(data | {"lines": lines}, ignore_prefix)
+
+    ray_worker.print_to_stdstream = print_lines
+    try:
+        yield
+    finally:
+        ray_worker.print_to_stdstream = ray_prints
 
 
 # Ray Data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -98,10 +99,17 @@ def run_command(command: list[str], environment: Mapping[str, str]) -> subproces
     )
 
 
+RAY_NOISE = re.compile(
+    r"core_worker|raylet|RayTrainWorker|pid=\d|DeprecationWarning|Progress bars|execution finished|Token authentication"
+)
+
+
 def succeed(command: list[str], environment: Mapping[str, str]) -> str:
-    """Run a command that must succeed, and return what it wrote to stdout."""
+    """Run a command that must succeed and print nothing of Ray's internals, and return what it wrote to stdout."""
     done = run_command(command, environment)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    noise = RAY_NOISE.search(done.stdout + done.stderr)
+    assert noise is None, f"{' '.join(command)}\n{noise and noise.string}"
     return done.stdout
 
 

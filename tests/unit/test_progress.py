@@ -31,7 +31,7 @@ from agr_ray.runtime.training.board import TrainingBars, progress_board
 SIDE = 32
 NUM = 21
 RUNNING = {"age_mae_years": 5.012, "gender_accuracy": 0.928, "race_accuracy": 0.8199}
-PROGRESS = Progress(3, 24, 1024, 13000, 2.803, RUNNING, 137.7, 0.004)
+PROGRESS = Progress(3, 24, 1024, 13000, 2.803, RUNNING, 130.0, 0.004, 137.7)
 
 
 def faces() -> dict[str, Any]:
@@ -124,17 +124,33 @@ def test_without_a_head_its_figure_is_not_shown(monkeypatch: pytest.MonkeyPatch)
 
 def test_progress_is_a_line() -> None:
     assert PROGRESS.line() == (
-        "epoch 3/24: 1,024 of 13,000, loss 2.803, age MAE 5.01 years, gender 92.8 %, race 82.0 %, 138 samples/s, "
-        "0% waiting for data, 0:01:27 to go, 0:34:30 in all epochs"
+        "epoch 3/24: 1,024 of 13,000, loss 2.803, age MAE 5.01 years, gender 92.8 %, race 82.0 %, 130 samples/s, "
+        "0% waiting for data, 0:01:27 left in this epoch, 0:34:30 left in this run"
     )
 
 
 def test_the_remaining_time_is_never_negative() -> None:
     done = dataclasses.replace(PROGRESS, num_samples=14000)
 
-    assert done.epoch_left_s == 0.0
-    assert done.run_left_s == pytest.approx(21 * 13000 / 137.7)
+    assert done.epoch_left == "0:00:00 left"
+    assert done.run_left == f"{duration(21 * 13000 / 137.7)} left"
     assert duration(3725.4) == "1:02:05"
+
+
+def test_after_one_step_no_time_is_estimated() -> None:
+    first = dataclasses.replace(PROGRESS, steady_samples_per_s=None)
+
+    assert first.line().endswith("0% waiting for data")
+    assert first.epoch_left == first.run_left == ""
+
+
+def test_the_wait_for_the_first_batch_is_not_in_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shown_in_an_epoch(monkeypatch, AugmentConfig())
+
+    assert shown[0].steady_samples_per_s is None
+    for progress in shown[1:]:
+        assert progress.steady_samples_per_s is not None
+        assert progress.steady_samples_per_s > 0
 
 
 def drawn(bars: TrainingBars) -> str:
@@ -153,7 +169,7 @@ def test_the_bars_show_the_same_values_as_the_line() -> None:
 
     assert epochs.startswith("epochs")
     assert " 2/24 " in epochs
-    assert epochs.rstrip().endswith("0:34:30 to go")
+    assert epochs.rstrip().endswith("0:34:30 left")
     assert epoch.startswith("epoch 3")
     assert " 1024/13000 " in epoch
     assert figures.strip() == PROGRESS.figures()

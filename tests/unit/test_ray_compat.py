@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 import ray.data._internal.execution.streaming_executor as streaming_executor
+from ray._private import worker as ray_worker
 from ray.data import DataContext
 from ray.train import ControllerError
 from ray.train.v2._internal import constants, exceptions
@@ -137,3 +138,39 @@ def test_the_signatures_of_rays_callbacks_and_controller_are_unchanged(function:
     # Not `inspect.signature`: Ray adds a parameter for traces to it once the class is an actor of this process.
     code = inspect.unwrap(function).__code__
     assert list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) == names
+
+
+def test_ray_prints_all_forwarded_lines_with_the_replaced_function() -> None:
+    for name in ("listen_error_messages", "connect"):
+        assert "print_to_stdstream" in inspect.getsource(getattr(ray_worker, name))
+
+
+def test_only_lines_for_the_user_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def data(pid: str, *lines: str) -> dict[str, Any]:
+        return {
+            "pid": pid,
+            "lines": [*lines],
+            "is_err": False,
+            "actor_name": "RayTrainWorker",
+            "ip": "",
+            "localhost": "",
+        }
+
+    ray_prints = ray_worker.print_to_stdstream
+    with ray_compat.only_lines_for_user():
+        print_lines = ray_worker.print_to_stdstream
+        print_lines(data("12", "noise", "agr_ray: epoch 1", "a word agr_ray: inside", "agr_ray: epoch 2"), False)
+        print_lines(data("raylet", "8 PYTHON worker processes have been started", "a worker died"), False)
+        assert capsys.readouterr().out.splitlines() == ["epoch 1", "epoch 2"]
+        died, killed = "A worker died, maybe by the OOM killer", "2 Workers killed due to memory pressure (OOM)"
+        print_lines(data("raylet", died, killed), False)
+        shown = capsys.readouterr().out
+        assert "memory pressure" in shown
+        assert "died" not in shown
+    assert ray_worker.print_to_stdstream is ray_prints
+
+
+def test_a_line_for_the_user_has_the_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    ray_compat.print_for_user("epoch 1")
+
+    assert capsys.readouterr().out == "agr_ray: epoch 1\n"

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.text import Text
 
 from agr_ray.console import text_column
-from agr_ray.learn.progress import Progress, duration
+from agr_ray.learn.progress import Progress
 
 LOOK_EVERY_S: Final = 0.5
 TIMEOUT_S: Final = 2.0
@@ -60,14 +60,13 @@ class TrainingBars:
             self._tasks = (self._bars.add_task("epochs", left=""), self._bars.add_task("epoch", left=""))
         epochs, epoch = self._tasks
         done = progress.epoch - 1
-        left = f"{duration(progress.run_left_s)} to go"
-        self._bars.update(epochs, total=progress.num_epochs, completed=done, left=left)
+        self._bars.update(epochs, total=progress.num_epochs, completed=done, left=progress.run_left)
         self._bars.update(
             epoch,
             description=f"epoch {progress.epoch}",
             total=progress.num_samples_total,
             completed=min(progress.num_samples, progress.num_samples_total),
-            left=f"{duration(progress.epoch_left_s)} to go",
+            left=progress.epoch_left,
         )
         self._figures = Text(progress.figures())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,7 @@ from agr_ray.learn.resources import MIN_VAL_BATCH, max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.predict.attributes import AttributePredictor
-from agr_ray.runtime.ray_compat import machine_cpus
+from agr_ray.runtime.ray_compat import machine_cpus, print_for_user
 from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.shard_batches import ShardBatches
 from agr_ray.storage.outgoing import delete_leftovers, outgoing_folder
@@ -245,7 +244,7 @@ class RayContext:
     def say(self, line: str) -> None:
         """Print a line, unless the run is quiet."""
         if not self._run.quiet:
-            _say(line)
+            print_for_user(line)
 
 
 class RunLogs:
@@ -297,15 +296,9 @@ def _workers(count: int) -> str:
     return "1 worker" if count == 1 else f"{count} workers"
 
 
-def _say(line: str) -> None:
-    """Print a line, which Ray forwards to the driver's terminal; in Ray Train's workers, `print` prints twice."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
 def _warn(problem: str) -> None:
     if problem:
-        _say(f"warning: {problem}")
+        print_for_user(f"warning: {problem}")
 
 
 def _epoch_line(report: EpochReport, num_epochs: int) -> str:

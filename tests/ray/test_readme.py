@@ -1,0 +1,96 @@
+"""The commands and the Python of the README run as written, here on rendered faces and with short trainings."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pyarrow.dataset
+import pytest
+
+from agr_ray import cli
+from agr_ray.data.rendered import render_chip
+from agr_ray.vision.decode import encode_jpeg
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", f"## first screen\n{README}", re.DOTALL | re.MULTILINE))
+SMALL = {
+    "RENDER__NUM_CHIPS": "80",
+    "RENDER__NUM_PHOTOGRAPHS": "2",
+    "PREPARE__NUM_WORKERS": "1",
+    "TRAIN__EPOCHS": "1",
+    "TRAIN__NUM_WORKERS": "1",
+    "TRAIN__BATCH_SIZE": "16",
+    "TUNE__TRIALS": "1",
+}
+NUM_CHIPS = 60
+UTKFACE_RACES = ("white", "black", "asian", "indian", "others")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make an empty folder the current one, and the README's work small."""
+    monkeypatch.chdir(tmp_path)
+    for key, value in SMALL.items():
+        monkeypatch.setenv(f"AGR_RAY_{key}", value)
+    return tmp_path
+
+
+def run_commands(section: str) -> list[str]:
+    """Run a section's `agr-ray` commands in this process, and return them."""
+    blocks = re.findall(r"^```\n(.*?)^```", SECTIONS[section], re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("agr-ray ")]
+    for line in lines:
+        cli.main(shlex.split(line, comments=True)[1:])
+    return lines
+
+
+def run_python(section: str) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", SECTIONS[section], re.DOTALL | re.MULTILINE):
+        exec(block, {})
+
+
+def test_the_demo_and_the_first_screen(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(run_commands("The demo, step by step")) == 6
+    assert len(run_commands("first screen")) == 1
+    capsys.readouterr()
+
+    run_python("first screen")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith("(") for line in lines)  # a box, then the face's attributes, which may be None
+    run_python("I want to score a bucket every night")
+    assert "faces" in capsys.readouterr().out
+
+    assert (here / "faces.png").is_file()
+
+
+@pytest.mark.slow
+def test_ones_own_photographs(here: Path) -> None:
+    for folder in ("UTKFACE", "PHOTOGRAPHS", "FOLDER"):
+        (here / folder).mkdir()
+    labels = ["key,age,gender,race"]
+    for index in range(NUM_CHIPS):
+        chip = render_chip(0, index)
+        picture = encode_jpeg(chip.image_rgb)
+        codes = f"{chip.age_years}_{int(chip.gender == 'female')}_{UTKFACE_RACES.index(chip.race)}"
+        (here / "UTKFACE" / f"{codes}_20170116174525{index:03d}.jpg.chip.jpg").write_bytes(picture)
+        (here / "FOLDER" / f"{index}.jpg").write_bytes(picture)
+        labels.append(f"{index}.jpg,{chip.age_years},{chip.gender},{chip.race}")
+    (here / "FOLDER" / "labels.csv").write_text("\n".join(labels))
+    (here / "PHOTOGRAPHS" / "one.jpg").write_bytes(picture)
+
+    assert len(run_commands("I have photographs and no model")) == 4
+    assert pyarrow.dataset.dataset("scored/images").count_rows() == 1
+    assert len(run_commands("I have labelled photographs")) == 4
+
+
+@pytest.mark.slow
+def test_a_sweep(here: Path) -> None:
+    cli.main(["render", "--config", "demo", "--out", "faces"])
+    cli.main(["prepare", "--source.uri", "faces/chips", "--out", "data/utkface"])
+
+    assert len(run_commands("I want better settings")) == 2

@@ -1,0 +1,53 @@
+"""The population pyramid shows the faces of every age group and gender."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from agr_ray.labels import UTKFACE
+from agr_ray.report.pyramid import population_pyramid
+from agr_ray.schema import DEMOGRAPHICS
+
+
+def _row(group: str, gender: str, race: str, n: int | None, **changes: Any) -> dict[str, Any]:
+    cell = {"is_total": True, "breakdown": "age_group,gender,race", "age_group": group, "gender": gender, "race": race}
+    counts = dict.fromkeys((field.name for field in DEMOGRAPHICS if field.name.startswith("n_")), 0)
+    return counts | cell | {"n": n, "suppressed": n is None} | changes
+
+
+def _lengths(table: pa.Table) -> tuple[list[float], str]:
+    axes = population_pyramid(table, UTKFACE, "title").axes[0]
+    return [bar.get_width() for container in axes.containers for bar in container], axes.get_xlabel()
+
+
+def test_bars_sum_the_races_of_the_total() -> None:
+    rows = [
+        _row("0-10", "female", "white", 3),
+        _row("0-10", "female", "black", 4),
+        _row("21-30", "male", "white", 5),
+        _row("21-30", "male", "white", 100, is_total=False),
+        _row("21-30", "male", "white", 100, breakdown="gender"),
+    ]
+
+    lengths, label = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
+
+    groups = len(UTKFACE.age_groups)
+    assert lengths == [-7, *[0] * (groups - 1), 0, 0, 5, *[0] * (groups - 3)]
+    assert label == "faces"
+
+
+def test_hidden_cells_are_mentioned() -> None:
+    rows = [_row("0-10", "female", "white", None), _row("0-10", "female", "black", 12)]
+
+    lengths, label = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
+
+    assert sum(lengths) == -12
+    assert "score.min_cell" in label
+
+
+def test_an_empty_table_has_empty_bars() -> None:
+    lengths, _ = _lengths(DEMOGRAPHICS.empty_table())
+
+    assert set(lengths) == {0}
