@@ -103,9 +103,9 @@ def _fit_temperature(truth: IntArray, probs: NDArray[np.floating[Any]]) -> float
 def _fit_threshold(confidence: FloatArray, wrong: NDArray[np.bool_], risk: float) -> float:
     """Return the smallest of 20 thresholds above which the error is at most `risk` with a confidence of 95 %.
 
-    The thresholds accept the most confident 5, 10, ... 100 % of the images. Fixed-sequence testing (Angelopoulos et al., "Learn
-    then Test", 2021, section 3.2): from each of a few starting shares, accept more images until a test fails. Each
-    sequence tests at its part of the 5 %. Several starts are used, because a few confident mistakes or a small sample
+    The thresholds accept the most confident 5, 10, ... 100 % of the images. Fixed-sequence testing (Angelopoulos et
+    al., "Learn then Test", 2021): from each of a few starting shares, accept more images until a test fails. Each
+    sequence tests at its part of the 5 %. There are several starts, because a few confident mistakes or a small sample
     would fail the first test of one.
     """
     highest_first = np.sort(confidence)[::-1]

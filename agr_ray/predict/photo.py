@@ -112,6 +112,12 @@ class Photo:
     """From left to right."""
     _open: Callable[[], DecodedImage] = field(repr=False, compare=False)
 
+    def __str__(self) -> str:
+        """Return a line for the photograph and a line for each face."""
+        heading = f"{self.source or 'image'}: {self.status}" + (f": {self.error}" if self.error else "")
+        boxes = ((face, ", ".join(f"{each:.0f}" for each in face.box)) for face in self.faces)
+        return "\n".join([heading, *(f"  box ({box}): {face.label}" for face, box in boxes)])
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values, with `faces` as a list."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.repr}

@@ -59,9 +59,9 @@ def test_the_demo_and_the_first_screen(here: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
 
     run_python("first screen")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines
-    assert all(line.startswith("(") for line in lines)  # a box, then the face's attributes, which may be None
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "demo-out/faces/photographs/photograph-000000.jpg: ok"
+    assert all(line.startswith("  box (") for line in shown[1:])
     run_python("I want to score a bucket every night")
     assert "faces" in capsys.readouterr().out
 

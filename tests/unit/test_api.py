@@ -160,6 +160,14 @@ def test_a_face_label_contains_the_known_attributes() -> None:
     assert agr_ray.Face.from_row(row | {"age": 20.0}).label == "20"
 
 
+def test_a_printed_photograph_has_a_line_for_each_face(model: agr_ray.FaceModel, photograph: Path) -> None:
+    heading, *faces = str(model.predict(photograph)).splitlines()
+
+    assert heading == f"{photograph}: ok"
+    assert [line.partition(": ")[2] for line in faces] == [face.label for face in model.predict(photograph).faces]
+    assert "missing.jpg: missing: " in str(model.predict("missing.jpg"))
+
+
 def test_gates_flag_faces(checkpoint: Path, photograph: Path) -> None:
     model = agr_ray.load(checkpoint, gates=GatesConfig(min_side_px=10_000))
 
