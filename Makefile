@@ -24,7 +24,7 @@ $(READY): requirements.lock pyproject.toml | $(BIN)/uv
 
 setup: $(READY)  ## make .venv with everything in it
 
-demo: $(READY)  ## render faces, prepare, train, evaluate and score: five to ten minutes on two cores
+demo: $(READY)  ## render faces, prepare, train, evaluate, calibrate and score: under five minutes on two cores
 	$(BIN)/python jobs/demo.py
 
 test: $(READY) lint types layers  ## lint, types, layers and every test but the slow ones

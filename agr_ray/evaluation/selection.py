@@ -12,9 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from scipy.stats import binomtest
 
 from agr_ray.evaluation.conformal import MIN_ROWS
 from agr_ray.evaluation.terms import FloatArray
@@ -90,6 +88,8 @@ def fit_classes(
 
 def _fit_temperature(truth: IntArray, probs: NDArray[np.floating[Any]]) -> float:
     """Minimise the negative log-likelihood, which has a single minimum, over the log of the temperature."""
+    from scipy.optimize import minimize_scalar  # takes long to import; only fitting needs it
+
     logits = logits_of(probs)
     rows = np.arange(len(truth))
 
@@ -108,6 +108,8 @@ def _fit_threshold(confidence: FloatArray, wrong: NDArray[np.bool_], risk: float
     sequence tests at its part of the 5 %. There are several starts, because a few confident mistakes or a small sample
     would fail the first test of one.
     """
+    from scipy.stats import binomtest  # takes long to import; only fitting needs it
+
     highest_first = np.sort(confidence)[::-1]
     lowest = NEVER_SURE
     for start in _STARTS:
