@@ -94,6 +94,9 @@ AGE_RANGE_FIELDS: Final = (
     pa.field("age_high", pa.float32()),  # years, included; labels.AGE_MAX_YEARS where the range is open
 )
 
+LABEL_COLUMNS: Final = ("age", "age_low", "age_high", "gender", "race")
+"""Columns of labels in every table and label file."""
+
 MANIFEST: Final = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),  # hash of the URI; in scoring, of the URI and the etag

@@ -15,6 +15,7 @@ CLUSTERS = ("test_autoscaling", "test_local_cluster")
 """Files of tests/system that start clusters without the fixture `cluster`."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put each test into the group of clusters or of its file."""
     for item in items:

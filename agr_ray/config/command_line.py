@@ -66,11 +66,23 @@ class CommandParser(argparse.ArgumentParser):
             SettingsError: a list or table is malformed.
         """
         end = argv.index("--") if "--" in argv else len(argv)
-        options = _joined([_underscored(argument) for argument in argv[:end]], self._job)
+        options = self._with_true([_underscored(argument) for argument in argv[:end]])
+        options = _joined(options, self._job)
         arguments = self.parse_intermixed_args([*options, *argv[end:]])
         # Not through pydantic-settings, which would parse file names as lists, numbers or JSON.
         words = {name: arguments.__dict__.pop(name) for name in self._job.positional}
         return arguments.config, self._source(parsed_args=arguments)() | words
+
+    def _with_true(self, argv: Sequence[str]) -> list[str]:
+        """Give a boolean option that stands alone the value true: `--use_gpu` is `--use_gpu true`."""
+        flags = {flag for action in self._actions if action.metavar == "bool" for flag in action.option_strings}
+
+        def is_alone(word: str, after: str) -> bool:
+            is_positional = bool(self._job.positional) and after.lower() not in _BOOLEANS
+            return word in flags and (not after or after.startswith("--") or is_positional)
+
+        following = [*argv[1:], ""]
+        return [f"{word}=true" if is_alone(word, after) else word for word, after in zip(argv, following, strict=True)]
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
@@ -127,11 +139,13 @@ class _ShowHelp(argparse.Action):
         raise SystemExit(0)
 
 
+_BOOLEANS: Final = ("true", "false", "1", "0", "yes", "no", "on", "off", "t", "f", "y", "n")
+"""What pydantic reads as a boolean, in lower case."""
 _METAVARS: Final = {
     "str": "TEXT",
     "int": "N",
     "float": "X",
-    "bool": "true|false",
+    "bool": "[true|false]",
     "{int,tuple[int,int]}": "N|MIN-MAX",
     "tuple[str,...]": "TEXT,...",
     "tuple[float,...]": "X,...",

@@ -14,12 +14,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from agr_ray.labels import AGE_MISSING, CLASS_MISSING, Labels, LabelSpace
-from agr_ray.schema import AGE_RANGE_FIELDS, CROP_STATUSES, LABEL_FIELDS, Status
+from agr_ray.schema import CROP_STATUSES, LABEL_COLUMNS, Status
 from agr_ray.storage import Storage
 from agr_ray.vision.align import DEFAULT_MARGIN, stored_side_px
 from agr_ray.vision.decode import decode_crop
 
-LABEL_COLUMNS: Final = tuple(field.name for field in (*LABEL_FIELDS, *AGE_RANGE_FIELDS))
 TRAINING_COLUMNS: Final = ("image_id", "crop", *LABEL_COLUMNS)
 
 

@@ -14,7 +14,7 @@ from typing import Final
 import pyarrow as pa
 
 from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS
-from agr_ray.schema import MANIFEST, Status
+from agr_ray.schema import LABEL_COLUMNS, MANIFEST, Status
 from agr_ray.storage import ObjectInfo
 
 IMAGE_SUFFIXES: Final = (
@@ -164,7 +164,7 @@ def _content(row: SourceRow, contents: Mapping[str, Content]) -> Content:
 
 def labels_digest(manifest: pa.Table) -> str:
     """Return the SHA-256, in hex, of each image's key, content, labels and split, independent of its URI."""
-    names = ("key", "content_hash", "split", "age", "age_low", "age_high", "gender", "race", "status")
+    names = ("key", "content_hash", "split", *LABEL_COLUMNS, "status")
     rows = sorted(zip(*(manifest.column(name).to_pylist() for name in names), strict=True), key=lambda row: str(row[0]))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

@@ -38,7 +38,7 @@ from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, sp
 from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_crop_rows
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.progress_bar import print_failed, progress
-from agr_ray.schema import CROP_STATUSES, MANIFEST, SPLITS, TEMPLATE, Status
+from agr_ray.schema import CROP_STATUSES, LABEL_COLUMNS, MANIFEST, SPLITS, TEMPLATE, Status
 from agr_ray.storage import Storage
 from agr_ray.storage.lock import RunLock, run_lock
 from agr_ray.storage.parts import Parts, read_plan, write_manifest
@@ -254,7 +254,7 @@ class _Preparation:
         if not is_same:
             self._retry.call(write_splits)
             write_crop_rows(storage, self._crops, standing, manifest, self._check, self._retry)
-        columns = ["image_id", "uri", "status", "error"]
+        columns = ["image_id", "uri", "status", "error", *LABEL_COLUMNS]
         rows = self._retry.call(lambda: storage.read_table(self._crops, columns))
         if sorted(rows["image_id"].to_pylist()) != sorted(manifest["image_id"].to_pylist()):
             raise JobError(
@@ -408,5 +408,11 @@ def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> N
         summary.add_row(status, f"{count:,}", "\n".join(f"{n} x {error}" for error, n in errors.most_common(3)))
     console.print(summary)
     print_failed(console, prepared.counts)
+    num_ages, num_ranges = (len(rows) - rows[name].null_count for name in ("age", "age_low"))
+    console.print(f"age labels: {num_ages:,}" + (f"; age ranges: {num_ranges:,}" if num_ranges else ""))
+    for name in ("gender", "race"):
+        classes = Counter(rows[name].drop_null().to_pylist())
+        counts = ", ".join(f"{label} {count:,}" for label, count in sorted(classes.items()))
+        console.print(f"{name} labels: {classes.total():,}" + (f" ({counts})" if counts else ""))
     shares = ", ".join(f"{name} {count:,}" for name, count in prepared.splits.items())
     console.print(f"splits: {shares}; split manifest SHA-256 {prepared.split_manifest_sha256}")

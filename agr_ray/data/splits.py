@@ -15,7 +15,7 @@ from typing import Final
 import pyarrow as pa
 
 from agr_ray.data.manifest import CONFLICT_PREFIX, labels_conflict
-from agr_ray.schema import MANIFEST, SPLITS, Status
+from agr_ray.schema import LABEL_COLUMNS, MANIFEST, SPLITS, Status
 
 TRAIN: Final = "train"
 DECADE_YEARS: Final = 10
@@ -121,7 +121,7 @@ def _groups(manifest: pa.Table) -> list[_Group]:
     """Return the groups of the rows that are ok, in the order of their ids."""
     members: dict[str, list[tuple[float | None, str | None, str | None]]] = defaultdict(list)
     given: dict[str, str] = {}
-    names = ("group_id", "age", "age_low", "age_high", "gender", "race", "split", "status")
+    names = ("group_id", *LABEL_COLUMNS, "split", "status")
     for group, age, low, high, gender, race, split, status in zip(
         *(manifest.column(name).to_pylist() for name in names), strict=True
     ):

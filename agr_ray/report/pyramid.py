@@ -49,5 +49,5 @@ def population_pyramid(demographics: pa.Table, space: LabelSpace, title: str) ->
     axes.tick_params(labelsize=14, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.axvline(0, color="0.3", linewidth=1)
-    axes.legend(fontsize=16, loc="upper right", frameon=False)
+    figure.legend(fontsize=16, loc="outside lower center", ncols=2, frameon=False)
     return figure

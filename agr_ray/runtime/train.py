@@ -37,7 +37,7 @@ from torch import Tensor
 from agr_ray.config import TrainConfig, TrainJob, digest
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
-from agr_ray.data.crops import LABEL_COLUMNS, map_races, read_labels, select_crops, usable_statuses
+from agr_ray.data.crops import map_races, read_labels, select_crops, usable_statuses
 from agr_ray.data.guards import (
     check_no_overlaps,
     check_sets,
@@ -66,7 +66,7 @@ from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.ray_compat import machine_cpus
 from agr_ray.runtime.training.board import progress_board
 from agr_ray.runtime.training.trainer import check_workers_fit, fit
-from agr_ray.schema import Status
+from agr_ray.schema import LABEL_COLUMNS, Status
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
 from agr_ray.storage.retry import Retry

@@ -155,6 +155,13 @@ def test_lists_are_repeated_or_separated_by_commas_and_ranges_have_a_dash() -> N
     assert parse(ScoreJob, [*score, *globs], {}).score.include == ("**/*.jpg", "**/*.png", "2026/*")
 
 
+def test_a_boolean_option_that_stands_alone_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    job = parse(TrainJob, ["--data", "d", "--use-gpu", "--epochs", "3", "--tf32", "false", "--sync_batch_norm"], {})
+
+    assert (job.train.use_gpu, job.train.tf32, job.train.sync_batch_norm, job.train.epochs) == (True, False, True, 3)
+    assert outcome(capsys, "train", "--data", "d", "--use_gpu", "maybe")[0] == 2
+
+
 def test_recipes_can_be_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     _, shown, _ = outcome(capsys, "recipes")
     assert [line.split()[0] for line in shown.splitlines()] == ["demo", "paper", "tune_lite", "utkface_lite"]

@@ -13,10 +13,10 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from agr_ray.schema import LABEL_COLUMNS
 from agr_ray.storage import MissingObject, Storage, StorageError
 
 KEY_COLUMN: Final = "key"
-LABEL_COLUMNS: Final = ("age", "age_low", "age_high", "gender", "race")
 OPTIONAL_COLUMNS: Final = ("subject", "split")
 TABLE_NAMES: Final = ("labels.parquet", "labels.csv", "labels.tsv")
 """Names of label tables that are searched for in the folder of the images."""
