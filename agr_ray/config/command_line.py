@@ -81,7 +81,7 @@ class CommandParser(argparse.ArgumentParser):
             is_positional = bool(self._job.positional) and after.lower() not in _BOOLEANS
             return word in flags and (not after or after.startswith("--") or is_positional)
 
-        following = [*argv[1:], ""]
+        following = [*argv, ""][1:]
         return [f"{word}=true" if is_alone(word, after) else word for word, after in zip(argv, following, strict=True)]
 
     def error(self, message: str) -> NoReturn:
