@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 # Two processes: one for all tests that run a Ray cluster, one for the rest (tests/conftest.py).
-TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all lint types layers unit format lock clean
 

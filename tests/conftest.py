@@ -1,24 +1,29 @@
-"""How `pytest -n 2 --dist loadgroup` shares the tests between two processes.
+"""How `pytest -n 2` shares the tests between two processes.
 
-All tests that run a Ray cluster stay in one process, because two clusters crowd a small machine. It gets them first.
-The other process runs the remaining files.
+All files that run a Ray cluster stay in one process, because two clusters crowd a small machine. It gets them first.
+The other process runs the remaining files, one after another.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import PurePath
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
-HERE = Path(__file__).parent
-CLUSTERS = ("test_autoscaling", "test_local_cluster")
-"""Files of tests/system that start clusters without the fixture `cluster`."""
+CLUSTER_FILES = ("autoscaling", "jobs_s3", "local_cluster", "resume", "score_s3", "train_s3", "tune_s3")
+"""Files of tests/system that run a cluster; all of tests/ray do."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put each test into the group of clusters or of its file."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        in_clusters = HERE / "ray" in item.path.parents or item.path.stem in CLUSTERS or "cluster" in fixtures
-        item.add_marker(pytest.mark.xdist_group("clusters" if in_clusters else item.path.stem))
+class ByFile(LoadScopeScheduling):
+    """Gives a process all tests of a file, and one of them all files that run a cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = PurePath(nodeid.partition("::")[0])
+        is_cluster = file.parent.name == "ray" or file.stem.removeprefix("test_") in CLUSTER_FILES
+        return "clusters" if is_cluster else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
