@@ -79,7 +79,7 @@ class CommandParser(argparse.ArgumentParser):
 
         def is_alone(word: str, after: str) -> bool:
             is_positional = bool(self._job.positional) and after.lower() not in _BOOLEANS
-            return word in flags and (not after or after.startswith("--") or is_positional)
+            return word in flags and (not after or after.startswith("-") or is_positional)
 
         following = [*argv, ""][1:]
         return [f"{word}=true" if is_alone(word, after) else word for word, after in zip(argv, following, strict=True)]

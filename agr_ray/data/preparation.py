@@ -254,7 +254,7 @@ class _Preparation:
         if not is_same:
             self._retry.call(write_splits)
             write_crop_rows(storage, self._crops, standing, manifest, self._check, self._retry)
-        columns = ["image_id", "uri", "status", "error", *LABEL_COLUMNS]
+        columns = ["image_id", "uri", "status", "error", "split", *LABEL_COLUMNS]
         rows = self._retry.call(lambda: storage.read_table(self._crops, columns))
         if sorted(rows["image_id"].to_pylist()) != sorted(manifest["image_id"].to_pylist()):
             raise JobError(
@@ -408,6 +408,7 @@ def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> N
         summary.add_row(status, f"{count:,}", "\n".join(f"{n} x {error}" for error, n in errors.most_common(3)))
     console.print(summary)
     print_failed(console, prepared.counts)
+    rows = rows.filter(pc.field("split").is_valid() & pc.field("status").isin([str(each) for each in CROP_STATUSES]))
     num_ages, num_ranges = (len(rows) - rows[name].null_count for name in ("age", "age_low"))
     console.print(f"age labels: {num_ages:,}" + (f"; age ranges: {num_ranges:,}" if num_ranges else ""))
     for name in ("gender", "race"):

@@ -28,7 +28,7 @@ NEVER_SURE: Final = 2.0
 """The `abstain_below` that no probability reaches."""
 
 _NUM_THRESHOLDS: Final = 20
-_STARTS: Final = (3, 5, 10, 20)
+_STARTS: Final = (2, 5, 10, 20)
 """Shares, in twentieths, at which sequences of tests start."""
 _LEAST_PROBABILITY = 1e-7  # float32 probabilities saturate at 0 and 1, whose logit is infinite
 
@@ -101,9 +101,9 @@ def _fit_temperature(truth: IntArray, probs: NDArray[np.floating[Any]]) -> float
 
 
 def _fit_threshold(confidence: FloatArray, wrong: NDArray[np.bool_], risk: float) -> float:
-    """Return the smallest of 20 thresholds above which the error is at most `risk` with a confidence of 95 %.
+    """Return the smallest of 19 thresholds above which the error is at most `risk` with a confidence of 95 %.
 
-    The thresholds accept the most confident 5, 10, ... 100 % of the images. Fixed-sequence testing (Angelopoulos et
+    The thresholds accept the most confident 10, 15, ... 100 % of the images. Fixed-sequence testing (Angelopoulos et
     al., "Learn then Test", 2021): from each of a few starting shares, accept more images until a test fails. Each
     sequence tests at its part of the 5 %. There are several starts, because a few confident mistakes or a small sample
     would fail the first test of one.

@@ -19,14 +19,17 @@ def population_pyramid(demographics: pa.Table, space: LabelSpace, title: str) ->
     """Draw how many faces of all groups together have each age group and gender.
 
     Args:
-        demographics: schema.DEMOGRAPHICS, with the breakdown by age group, gender and race.
+        demographics: schema.DEMOGRAPHICS. Its joint breakdown is drawn: by age group, gender and race, without those
+            that the model does not predict. A face with an attribute that is too uncertain is in none of its cells; a
+            note counts such faces.
         space: the label space of the model. Its two genders are the sides, its age groups the rows, youngest below.
         title: of the picture.
 
     Returns:
         A figure of 1200 x 900 pixels. A cell that `score.min_cell` hides adds nothing to its bar, and a note says so.
     """
-    cells = demographics.filter(pc.field("is_total") & (pc.field("breakdown") == "age_group,gender,race"))
+    joint = max(pc.unique(demographics["breakdown"]).to_pylist(), key=len, default="")
+    cells = demographics.filter(pc.field("is_total") & (pc.field("breakdown") == joint))
     counts = {
         (row["age_group"], row["gender"]): row["n_sum"] or 0
         for row in cells.group_by(["age_group", "gender"]).aggregate([("n", "sum")]).to_pylist()
@@ -42,9 +45,10 @@ def population_pyramid(demographics: pa.Table, space: LabelSpace, title: str) ->
     axes.set_xlim(-1.15 * longest, 1.15 * longest)
     axes.xaxis.set_major_formatter(lambda count, _: f"{abs(count):,.0f}")
     axes.set_title(title, fontsize=20, parse_math=False)
-    axes.set_xlabel(
-        "faces" + (", without cells that score.min_cell hides" if cells["n"].null_count else ""), fontsize=16
-    )
+    abstained = pc.max(cells["num_abstained"]).as_py() or 0
+    notes = [f"; {abstained:,} more have an attribute that is too uncertain"] if abstained else []
+    notes += ["; cells that score.min_cell hides are left out"] if cells["n"].null_count else []
+    axes.set_xlabel("faces" + "".join(notes), fontsize=16)
     axes.set_ylabel("perceived age, years", fontsize=16)
     axes.tick_params(labelsize=14, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)

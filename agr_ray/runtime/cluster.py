@@ -25,7 +25,7 @@ from agr_ray.runtime.ray_compat import (
     machine_cpus,
     only_lines_for_user,
     pace_ray_data,
-    quiet_start,
+    quiet_driver,
 )
 
 MIN_LOCAL_CPUS: Final = 8
@@ -66,7 +66,7 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if config.verbose else logging.ERROR
     try:
-        with nullcontext() if config.verbose else quiet_start():
+        with nullcontext() if config.verbose else quiet_driver():
             if address == "local":
                 os.environ.setdefault(NO_PRESTART, "0")
                 ray.init(

@@ -76,8 +76,10 @@ def has_autoscaler() -> bool:
 
 FOR_USER: Final = "agr_ray: "
 """Prefix of each line that a worker prints for the user."""
+_LEVEL: Final = "RAY_BACKEND_LOG_LEVEL"
 _STDERR: Final = 2
-_RESOURCE_RAN_OUT: Final = re.compile(r"due to memory pressure|out of disk|disk is full", re.IGNORECASE)
+_RESOURCE_RAN_OUT: Final = re.compile(r"due to memory pressure|out of disk|disk is full|% full", re.IGNORECASE)
+"""Matches the raylet's reports of a full memory or disk."""
 
 
 def print_for_user(line: str) -> None:
@@ -87,21 +89,33 @@ def print_for_user(line: str) -> None:
 
 
 @contextmanager
-def quiet_start() -> Iterator[None]:
-    """Around `ray.init`: hide what it writes to stderr, and let Ray's C++ code log fatal errors only from then on.
+def quiet_driver() -> Iterator[None]:
+    """Around `ray.init`: let Ray's C++ code in this process log fatal errors only, unless the user has set its level.
 
-    A local cluster's processes inherit the level, unless the user has set one. Ray's C++ code in the driver announces
-    the level that it read on stderr, and logs warnings of its own actors as errors.
+    It logs warnings about its own actors as errors, straight to stderr. It reads the level when the driver connects,
+    and then announces it on stderr. The processes of a local cluster have started by then and keep their level.
     """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    stderr = os.dup(_STDERR)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), _STDERR)
+    connect = ray_worker.connect
+
+    def connect_quietly(*args: Any, **options: Any) -> None:
+        if _LEVEL in os.environ:
+            return connect(*args, **options)
+        os.environ[_LEVEL] = "fatal"
+        stderr = os.dup(_STDERR)
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), _STDERR)
+        try:
+            return connect(*args, **options)
+        finally:
+            os.dup2(stderr, _STDERR)
+            os.close(stderr)
+            del os.environ[_LEVEL]
+
+    ray_worker.connect = connect_quietly
     try:
         yield
     finally:
-        os.dup2(stderr, _STDERR)
-        os.close(stderr)
+        ray_worker.connect = connect
 
 
 @contextmanager

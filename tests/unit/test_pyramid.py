@@ -13,7 +13,7 @@ from agr_ray.schema import DEMOGRAPHICS
 
 def _row(group: str, gender: str, race: str, n: int | None, **changes: Any) -> dict[str, Any]:
     cell = {"is_total": True, "breakdown": "age_group,gender,race", "age_group": group, "gender": gender, "race": race}
-    counts = dict.fromkeys((field.name for field in DEMOGRAPHICS if field.name.startswith("n_")), 0)
+    counts = dict.fromkeys((field.name for field in DEMOGRAPHICS if field.name.startswith("num_")), 0)
     return counts | cell | {"n": n, "suppressed": n is None} | changes
 
 
@@ -45,6 +45,21 @@ def test_hidden_cells_are_mentioned() -> None:
 
     assert sum(lengths) == -12
     assert "score.min_cell" in label
+
+
+def test_faces_without_a_cell_are_mentioned() -> None:
+    rows = [_row("0-10", "female", "white", 3, num_abstained=7)]
+
+    lengths, label = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
+
+    assert sum(lengths) == -3
+    assert label == "faces; 7 more have an attribute that is too uncertain"
+
+
+def test_a_model_without_race_has_its_bars() -> None:
+    rows = [_row("0-10", "female", "", 3, breakdown="age_group,gender")]
+
+    assert sum(_lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))[0]) == -3
 
 
 def test_an_empty_table_has_empty_bars() -> None:

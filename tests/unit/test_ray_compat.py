@@ -145,6 +145,17 @@ def test_ray_prints_all_forwarded_lines_with_the_replaced_function() -> None:
         assert "print_to_stdstream" in inspect.getsource(getattr(ray_worker, name))
 
 
+def test_ray_init_connects_with_the_replaced_function() -> None:
+    assert "\n    connect(\n" in inspect.getsource(ray_worker.init)
+
+
+def test_the_raylet_reports_full_memory_and_disk_in_the_matched_words() -> None:
+    raylet = (Path(ray.__file__).parent / "core/src/ray/raylet/raylet").read_bytes()
+    for words in (b"killed due to memory pressure (OOM)", b"% full, available space"):
+        assert words in raylet
+        assert ray_compat._RESOURCE_RAN_OUT.search(words.decode())
+
+
 def test_only_lines_for_the_user_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     def data(pid: str, *lines: str) -> dict[str, Any]:
         return {
