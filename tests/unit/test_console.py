@@ -17,7 +17,7 @@ from agr_ray.data import preparation
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.progress_bar import progress
 from agr_ray.runtime.training.board import TrainingBars
-from agr_ray.schema import Status
+from agr_ray.schema import CROPS, Status
 from agr_ray.scoring import messages
 
 ROOT = Path(__file__).parents[2]
@@ -128,12 +128,19 @@ def test_the_summary_of_prepare_has_its_folder_and_reasons() -> None:
         counts={"ok": 1, "bad_label": 1},
         uri=ODD,
     )
-    rows = pa.table({"status": [Status.OK, Status.BAD_LABEL], "error": [None, f"age {ODD} is not a number"]})
+    rows = pa.Table.from_pylist(
+        [
+            {"status": Status.OK, "split": "train", "age": 30.0, "gender": "male"},
+            {"status": Status.BAD_LABEL, "error": f"age {ODD} is not a number", "gender": "female"},
+        ],
+        CROPS.remove_metadata(),
+    )
 
     preparation._print_summary(make_console(out), prepared, rows)
 
     assert ODD in out.getvalue().splitlines()
     assert f"1 x age {ODD} is not a number" in out.getvalue()
+    assert "gender labels: 1 (male 1)" in out.getvalue()  # of the images in the set
 
 
 def test_progress_on_a_terminal_shows_labels_and_remarks_verbatim(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_a_study_that_can_not_be_locked_is_rejected(tmp_path: Path, study: str) 
     [
         ({"train.learning_rate": LR}, 'tune.space."train.learning_rate": there is no such key; allowed in [train]:'),
         ({"score.batch_size": LR}, "can't be searched; allowed: model.*, loss.*"),
-        ({"train.num_workers": {"integer": [1, 2]}}, "how many trials the cluster has room for"),
+        ({"train.num_workers": {"integer": [1, 2]}}, "the number of concurrent trials depends on it"),
         ({"model.tasks": {"choice": [["age"], ["age", "race"]]}}, "objectives of other tasks can't be compared"),
         ({"train.lock_expiry_s": {"uniform": [1, 2]}}, "it does not affect what is learnt"),
         ({"train.tf32": {"choice": [True, False]}}, "it does not affect what is learnt"),
