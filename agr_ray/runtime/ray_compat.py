@@ -97,7 +97,7 @@ def quiet_driver() -> Iterator[None]:
     """
     connect = ray_worker.connect
 
-    def connect_quietly(*args: Any, **options: Any) -> None:
+    def connect_quietly(*args: Any, **options: Any) -> Any:
         if _LEVEL in os.environ:
             return connect(*args, **options)
         os.environ[_LEVEL] = "fatal"

@@ -282,9 +282,15 @@ def _initial_model(run: Run, labels: Labels) -> MultiTaskNet:
     """
     torch.manual_seed(run.job.train.seed)
     model = MultiTaskNet(run.job.model, labels.space)
-    for task, head in model.heads_by_task.items():
-        if not head.num_labelled(head.targets(labels.arrays, len(labels))):
-            raise ConfigError(f"model.tasks has {task}, and no training row of {run.data['uri']} has that label")
+    labelled = [
+        task
+        for task, head in model.heads_by_task.items()
+        if head.num_labelled(head.targets(labels.arrays, len(labels)))
+    ]
+    unlabelled = ", ".join(sorted(model.heads_by_task.keys() - labelled))
+    if unlabelled:
+        hint = f"; train without: --model.tasks {','.join(labelled)}" if labelled else ""
+        raise ConfigError(f"model.tasks: no training row of {run.data['uri']} has a label of {unlabelled}{hint}")
     model.initialise(labels.arrays)
     try:
         state = _pretrained_weights(model.backbone, run.job.model.pretrained, run.storage)

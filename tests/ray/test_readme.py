@@ -61,7 +61,7 @@ def write_utkface(folder: Path) -> None:
     folder.mkdir()
     for index in range(NUM_CHIPS):
         chip = render_chip(0, index)
-        codes = f"{chip.age_years}_{int(chip.gender == 'female')}_{UTKFACE_RACES.index(chip.race)}"
+        codes = f"{chip.age_years:.0f}_{int(chip.gender == 'female')}_{UTKFACE_RACES.index(chip.race)}"
         (folder / f"{codes}_20170116174525{index:03d}.jpg.chip.jpg").write_bytes(encode_jpeg(chip.image_rgb))
 
 

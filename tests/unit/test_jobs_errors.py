@@ -264,7 +264,7 @@ def test_training_on_a_set_of_another_format(complaint: Complaint, prepared: Pat
 def test_training_a_task_that_no_row_has(complaint: Complaint, prepared: Path) -> None:
     said = complaint("train", "--train.data", prepared)
 
-    assert "model.tasks has race, and no training row" in said
+    assert "has a label of race; train without: --model.tasks age,gender" in said
 
 
 TASKS = ("--model.tasks", '["age", "gender"]', "--model.backbone", "mobilenet_v3_small")
