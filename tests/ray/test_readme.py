@@ -96,7 +96,7 @@ def test_ones_own_photographs(here: Path) -> None:
 
     assert len(run_commands("I have photographs and no model")) == 4
     assert pyarrow.dataset.dataset("scored/images").count_rows() == 1
-    assert len(run_commands("I have labelled photographs")) == 4
+    assert len(run_commands("I have labelled photographs")) == 5
 
 
 @pytest.mark.slow
