@@ -27,7 +27,7 @@ CONFIDENCE: Final = 0.95
 NEVER_SURE: Final = 2.0
 """The `abstain_below` that no probability reaches."""
 
-_NUM_THRESHOLDS: Final = 20
+_NUM_SHARES: Final = 20
 _STARTS: Final = (2, 5, 10, 20)
 """Shares, in twentieths, at which sequences of tests start."""
 _LEAST_PROBABILITY = 1e-7  # float32 probabilities saturate at 0 and 1, whose logit is infinite
@@ -111,15 +111,15 @@ def _fit_threshold(confidence: FloatArray, wrong: NDArray[np.bool_], risk: float
     from scipy.stats import binomtest  # takes long to import; only fitting needs it
 
     highest_first = np.sort(confidence)[::-1]
+    level = 1.0 - (1.0 - CONFIDENCE) / len(_STARTS)
     lowest = NEVER_SURE
     for start in _STARTS:
-        for share in range(start, _NUM_THRESHOLDS + 1):
-            last = math.ceil(share / _NUM_THRESHOLDS * len(confidence)) - 1
-            threshold = 0.0 if share == _NUM_THRESHOLDS else float(highest_first[last])
+        for share in range(start, _NUM_SHARES + 1):
+            last = math.ceil(share / _NUM_SHARES * len(confidence)) - 1
+            threshold = 0.0 if share == _NUM_SHARES else float(highest_first[last])
             accepted = confidence >= threshold
             test = binomtest(int(wrong[accepted].sum()), int(accepted.sum()), alternative="less")
-            chance = (1.0 - CONFIDENCE) / len(_STARTS)
-            if test.proportion_ci(confidence_level=1.0 - chance, method="exact").high > risk:
+            if test.proportion_ci(confidence_level=level, method="exact").high > risk:
                 break
             lowest = min(lowest, threshold)
     return lowest

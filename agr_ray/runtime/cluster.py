@@ -19,14 +19,7 @@ from agr_ray.config import ClusterConfig
 from agr_ray.console import make_console
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.placement import places, process_bundles
-from agr_ray.runtime.ray_compat import (
-    NO_PRESTART,
-    has_autoscaler,
-    machine_cpus,
-    only_lines_for_user,
-    pace_ray_data,
-    quiet_driver,
-)
+from agr_ray.runtime.ray_compat import NO_PRESTART, has_autoscaler, machine_cpus, pace_ray_data, quiet_console
 
 MIN_LOCAL_CPUS: Final = 8
 """Fewest logical CPUs of a local cluster: actors that hold all CPUs leave none for Ray Data to read and write with."""
@@ -52,7 +45,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     """
     waiting = _autoscaler_wait_s.set(config.autoscaler_wait_s)
     try:
-        with nullcontext() if config.verbose else only_lines_for_user(), _joined(config):
+        with nullcontext() if config.verbose else quiet_console(), _joined(config):
             yield
     finally:
         _autoscaler_wait_s.reset(waiting)
@@ -66,18 +59,17 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if config.verbose else logging.ERROR
     try:
-        with nullcontext() if config.verbose else quiet_driver():
-            if address == "local":
-                os.environ.setdefault(NO_PRESTART, "0")
-                ray.init(
-                    address="local",
-                    num_cpus=config.num_cpus or max(machine_cpus(), MIN_LOCAL_CPUS),
-                    object_store_memory=config.object_store_mib * 2**20,
-                    include_dashboard=config.include_dashboard,
-                    logging_level=level,
-                )
-            else:
-                ray.init(address=address, logging_level=level)
+        if address == "local":
+            os.environ.setdefault(NO_PRESTART, "0")
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus or max(machine_cpus(), MIN_LOCAL_CPUS),
+                object_store_memory=config.object_store_mib * 2**20,
+                include_dashboard=config.include_dashboard,
+                logging_level=level,
+            )
+        else:
+            ray.init(address=address, logging_level=level)
     except (ConnectionError, ValueError) as error:
         said = "Ray refuses to start" if address == "local" else "no Ray cluster answers there"
         raise ConfigError(f"cluster.address {address}: {said}: {' '.join(str(error).split())}") from None

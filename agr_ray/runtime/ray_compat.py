@@ -89,7 +89,7 @@ def print_for_user(line: str) -> None:
 
 
 @contextmanager
-def quiet_driver() -> Iterator[None]:
+def _quiet_connect() -> Iterator[None]:
     """Around `ray.init`: let Ray's C++ code in this process log fatal errors only, unless the user has set its level.
 
     It logs warnings about its own actors as errors, straight to stderr. It reads the level when the driver connects,
@@ -119,7 +119,7 @@ def quiet_driver() -> Iterator[None]:
 
 
 @contextmanager
-def only_lines_for_user() -> Iterator[None]:
+def quiet_console() -> Iterator[None]:
     """Print what workers print for the user, without Ray's prefix, and hide Ray's own messages.
 
     Events of the autoscaler and reports of a node that runs out of memory or disk are still printed. Call it in the
@@ -142,7 +142,8 @@ def only_lines_for_user() -> Iterator[None]:
 
     ray_worker.print_to_stdstream = print_lines
     try:
-        yield
+        with _quiet_connect():
+            yield
     finally:
         ray_worker.print_to_stdstream = ray_prints
 

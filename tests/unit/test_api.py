@@ -161,10 +161,12 @@ def test_a_face_label_contains_the_known_attributes() -> None:
 
 
 def test_a_printed_photograph_has_a_line_for_each_face(model: agr_ray.FaceModel, photograph: Path) -> None:
-    heading, *faces = str(model.predict(photograph)).splitlines()
+    photo = model.predict(photograph)
+
+    heading, *faces = str(photo).splitlines()
 
     assert heading == f"{photograph}: ok"
-    assert [line.partition(": ")[2] for line in faces] == [face.label for face in model.predict(photograph).faces]
+    assert [line.partition(": ")[2] for line in faces] == [face.label for face in photo.faces]
     assert "missing.jpg: missing: " in str(model.predict("missing.jpg"))
 
 

@@ -168,7 +168,7 @@ def test_only_lines_for_the_user_are_printed(capsys: pytest.CaptureFixture[str])
         }
 
     ray_prints = ray_worker.print_to_stdstream
-    with ray_compat.only_lines_for_user():
+    with ray_compat.quiet_console():
         print_lines = ray_worker.print_to_stdstream
         print_lines(data("12", "noise", "agr_ray: epoch 1", "a word agr_ray: inside", "agr_ray: epoch 2"), False)
         print_lines(data("raylet", "8 PYTHON worker processes have been started", "a worker died"), False)
