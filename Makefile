@@ -23,6 +23,7 @@ $(READY): requirements.lock pyproject.toml | $(BIN)/uv
 	@touch $(READY)
 
 setup: $(READY)  ## make .venv with everything in it
+	@echo 'ready: source .venv/bin/activate, then agr-ray --help'
 
 demo: $(READY)  ## render faces, prepare, train, evaluate, calibrate and score: under five minutes on two cores
 	$(BIN)/python jobs/demo.py

@@ -77,7 +77,7 @@ def demo(out: str) -> None:
         ("annotated photographs", _contact_sheet(model, Path(out))),
         ("population pyramid", _pyramid(model, scored["run_id"], out)),
         ("checkpoint, with a model card", checkpoint),
-        ("metrics", f"{checkpoint}-eval-*/metrics.json"),
+        ("metrics", str(next(Path(checkpoint).parent.glob("*-eval-test-*/metrics.json")))),
         ("tables of faces and demographics", f"{out}/scored"),
     ):
         console.print(f"{label}: {path}")

@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from servers import (
     S3_FOLDERS,
     Identity,
     S3Server,
+    delete_sockets,
     head_options,
     node_command,
     nodes_alive,
@@ -287,6 +288,10 @@ class LocalCluster:
             RuntimeError: a process can't be stopped.
         """
         stopped = self.running()
+        commands = []
+        for process in stopped.get("s3", []):
+            with suppress(psutil.Error):  # it has exited
+                commands.append(process.cmdline())
         for send in (psutil.Process.terminate, psutil.Process.kill):
             processes = [process for part in self.running().values() for process in part]
             for process in processes:
@@ -297,6 +302,8 @@ class LocalCluster:
             psutil.wait_procs(processes, timeout=END_TIMEOUT_S)
         if left := self.running():
             raise RuntimeError(f"can't stop {left}")
+        for command in commands:
+            delete_sockets(command)
         self.forget()
         return list(stopped)
 

@@ -154,6 +154,14 @@ def seaweedfs_command(folder: Path, identities: Sequence[Identity]) -> tuple[lis
     return command, f"http://127.0.0.1:{ports['s3.port']}"
 
 
+def delete_sockets(command: Sequence[str]) -> None:
+    """Delete the sockets in /tmp that a server with this command left there. SeaweedFS leaves them when it ends."""
+    for option, _, port in (word.partition("=") for word in command):
+        if ".port" in option and port != "0":
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
+
+
 def _seaweedfs_identity(identity: Identity) -> dict[str, Any]:
     keys = {"accessKey": identity.access_key, "secretKey": identity.secret_key}
     return {"name": identity.access_key, "credentials": [keys], "actions": list(identity.actions)}

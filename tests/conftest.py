@@ -6,6 +6,7 @@ The other process runs the remaining files, one after another.
 
 from __future__ import annotations
 
+import os
 from pathlib import PurePath
 
 import pytest
@@ -14,6 +15,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 CLUSTER_FILES = ("autoscaling", "jobs_s3", "local_cluster", "resume", "score_s3", "train_s3", "tune_s3")
 """Files of tests/system that run a cluster; all of tests/ray do."""
+
+os.environ.setdefault("RAY_worker_niceness", "0")  # else the tests beside the cluster take its cores
 
 
 class ByFile(LoadScopeScheduling):
@@ -25,5 +28,6 @@ class ByFile(LoadScopeScheduling):
         return "clusters" if is_cluster else str(file)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)

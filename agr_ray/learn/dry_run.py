@@ -34,6 +34,7 @@ from agr_ray.learn.run import Run
 from agr_ray.learn.schedule import epoch_side_px, steps_per_epoch
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import autocast, compute_dtype
+from agr_ray.progress_bar import Update, progress
 
 NUM_STEPS: Final = 20
 _WARM_UP_STEPS: Final = 3
@@ -98,7 +99,10 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus
         memory = count_memory(model, job, largest, micro_batch, device)
         for line in memory_lines(run, memory, micro_batch, largest, device):
             console.print(line)
-        speeds = {side: time_steps(run, model, crops, side, device) for side in _sides(job)}
+        speeds = {}
+        for side in _sides(job):
+            with progress(console, f"timing steps at {side} px", _WARM_UP_STEPS + NUM_STEPS) as update:
+                speeds[side] = time_steps(run, model, crops, side, device, update)
     except NonFiniteLossError as error:
         raise JobError(f"dry run: {error}; train.grad_clip_norm or a lower train.lr may help") from None
     finally:
@@ -229,11 +233,14 @@ def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, num_images: i
     )
 
 
-def time_steps(run: Run, model: MultiTaskNet, crops: Batch, side_px: int, device: torch.device) -> Speed:
+def time_steps(
+    run: Run, model: MultiTaskNet, crops: Batch, side_px: int, device: torch.device, update: Update
+) -> Speed:
     """Time `NUM_STEPS` steps of one worker in the training loop itself, all on the same crops.
 
     The backbone is trained in all of them; steps with a frozen one (`train.freeze_epochs`) are faster.
     """
+    batch_size = len(crops["age"])
     job = run.job.model_copy(
         update={
             "train": run.job.train.model_copy(
@@ -242,14 +249,15 @@ def time_steps(run: Run, model: MultiTaskNet, crops: Batch, side_px: int, device
                     "num_workers": 1,
                     "image_sizes": (),
                     "freeze_epochs": 0,
-                    "batch_size": len(crops["age"]),
+                    "batch_size": batch_size,
                 }
             )
         }
     )
-    context = _Timed(crops, crops, len(crops["age"]), device=device)
+    context = _Timed(crops, crops, batch_size, device=device)
+    context.on_progress = lambda now: update(now.num_samples // batch_size, "steps")
     transform = dataclasses.replace(run.transform, image_size=side_px)
-    num_rows = len(crops["age"]) * (_WARM_UP_STEPS + NUM_STEPS)
+    num_rows = batch_size * (_WARM_UP_STEPS + NUM_STEPS)
     train_loop(context, copy.deepcopy(model), transform, job, run.baseline, num_rows)
     return Speed(context.train_s / NUM_STEPS, context.val_s / (_NUM_VAL_BATCHES * context.num_val_rows))
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,8 +75,9 @@ def has_autoscaler() -> bool:
 
 # Console
 
-FOR_USER: Final = "agr_ray: "
-"""Prefix of each line that a worker prints for the user."""
+FOR_USER: Final = re.compile(r"agr_ray ([\d.]+): (.*)", re.DOTALL)
+"""A line that a worker prints for the user: its number, and its text."""
+_NUM_REMEMBERED: Final = 1000
 _LEVEL: Final = "RAY_BACKEND_LOG_LEVEL"
 _STDERR: Final = 2
 _RESOURCE_RAN_OUT: Final = re.compile(r"due to memory pressure|out of disk|disk is full|% full", re.IGNORECASE)
@@ -84,7 +86,7 @@ _RESOURCE_RAN_OUT: Final = re.compile(r"due to memory pressure|out of disk|disk 
 
 def print_for_user(line: str) -> None:
     """Print a line in a worker that the driver shows its user. `print` would print it twice in Ray Train's workers."""
-    sys.stdout.write(f"{FOR_USER}{line}\n")
+    sys.stdout.write(f"agr_ray {time.time_ns()}.{os.getpid()}: {line}\n")
     sys.stdout.flush()
 
 
@@ -123,9 +125,11 @@ def quiet_console() -> Iterator[None]:
     """Print what workers print for the user, without Ray's prefix, and hide Ray's own messages.
 
     Events of the autoscaler and reports of a node that runs out of memory or disk are still printed. Call it in the
-    driver, around `ray.init`. Ray itself forwards the output of all processes, or of none.
+    driver, around `ray.init`. Ray itself forwards the output of all processes, or of none, and if a machine runs
+    several nodes, each of them forwards every line.
     """
     ray_prints = ray_worker.print_to_stdstream
+    printed: deque[str] = deque(maxlen=_NUM_REMEMBERED)
 
     def print_lines(data: dict[str, Any], ignore_prefix: bool) -> None:
         lines = data["lines"]
@@ -133,8 +137,10 @@ def quiet_console() -> Iterator[None]:
             lines = [line for line in lines if _RESOURCE_RAN_OUT.search(line)]
         elif data["pid"] != "autoscaler":
             for line in lines:
-                if line.startswith(FOR_USER):
-                    sys.stdout.write(f"{line.removeprefix(FOR_USER)}\n")
+                match = FOR_USER.fullmatch(line)
+                if match and match[1] not in printed:
+                    printed.append(match[1])
+                    sys.stdout.write(f"{match[2]}\n")
             sys.stdout.flush()
             return
         if lines:

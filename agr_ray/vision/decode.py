@@ -15,10 +15,8 @@ from typing import Final, cast
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
-from torch.nn import functional
 
 from agr_ray.schema import Status
 from agr_ray.vision.containers import ORIENTATION_TAG, BrokenFileError, format_of, pixels_of
@@ -253,6 +251,10 @@ def _resized(rgb_image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]
     """
     if rgb_image.size == size:
         return np.array(rgb_image, dtype=np.uint8)
+    # Imported here, because processes that decode only crops need no torch.
+    import torch
+    from torch.nn import functional
+
     rgb_nchw = torch.from_numpy(np.asarray(rgb_image, dtype=np.uint8)).permute(2, 0, 1)[None]
     red, green, blue = functional.interpolate(rgb_nchw, size[::-1], mode="bilinear", antialias=True)[0].numpy()
     return np.asarray(cv2.merge([red, green, blue]), np.uint8)

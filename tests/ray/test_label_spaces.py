@@ -47,7 +47,7 @@ def prepared(folder: Path, kind: str) -> PreparedSet:
             source=SourceConfig(kind=kind, uri=str(folder / "source")),  # type: ignore[arg-type]
             split=SplitConfig(val=0.3, test=0.2),
             vision=VISION,
-            prepare=PrepareConfig(out=str(folder / "set"), crop_side_px=SIDE_PX),
+            prepare=PrepareConfig(out=str(folder / "set"), crop_side_px=SIDE_PX, num_workers=1),
         )
     )
 
@@ -70,7 +70,7 @@ def trained(folder: Path, **model: Any) -> str:
 
 
 def measured(folder: Path, model: str, split: str, **changes: Any) -> dict[str, Any]:
-    config = {"checkpoint": model, "data": str(folder / "set"), "split": split, "abstain_risk": 0.9}
+    config = {"checkpoint": model, "data": str(folder / "set"), "split": split, "abstain_risk": 0.9, "num_workers": 1}
     return evaluate(EvaluateJob(evaluate=EvaluateConfig(**config | changes)))  # type: ignore[arg-type]
 
 
@@ -80,7 +80,11 @@ def scored(folder: Path, model: str, photographs: str) -> tuple[list[dict[str, A
         ScoreJob(
             gates=GatesConfig(min_side_px=1, min_sharpness=0.0, min_detector_score=0.0, max_turn_degrees=180.0),
             score=ScoreConfig(
-                checkpoint=model, input=str(folder / "source" / photographs), out=str(folder / "scores"), min_cell=0
+                checkpoint=model,
+                input=str(folder / "source" / photographs),
+                out=str(folder / "scores"),
+                num_workers=1,
+                min_cell=0,
             ),
         )
     )

@@ -1,6 +1,7 @@
 """The commands and the Python of the README run as written, here on rendered faces and with short trainings.
 
-Those that need a bucket or a cluster are only parsed, by `tests/unit/test_docs.py`.
+`tests/system/test_local_cluster.py` runs the guide's commands that need a bucket and a cluster, and
+`tests/unit/test_docs.py` parses all others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from agr_ray.vision.decode import encode_jpeg
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
+OPERATIONS = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", f"## first screen\n{README}", re.DOTALL | re.MULTILINE))
 SMALL = {
     "RENDER__NUM_CHIPS": "80",
@@ -28,6 +30,8 @@ SMALL = {
     "TRAIN__NUM_WORKERS": "1",
     "TRAIN__BATCH_SIZE": "16",
     "TUNE__TRIALS": "1",
+    "EVALUATE__NUM_WORKERS": "1",
+    "SCORE__NUM_WORKERS": "1",
 }
 NUM_CHIPS = 60
 UTKFACE_RACES = ("white", "black", "asian", "indian", "others")
@@ -104,3 +108,6 @@ def test_a_sweep(here: Path) -> None:
     write_utkface(here / "UTKFACE")
 
     assert len(run_commands("I want better settings")) == 3
+    (more,) = re.findall(r"^agr-ray (tune .*--add) 12$", OPERATIONS, re.MULTILINE)
+    cli.main([*shlex.split(more), "1"])
+    assert pyarrow.dataset.dataset("sweeps/lite/trials.parquet").count_rows() == 2

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 sys.path.append(str(Path(__file__).parents[2] / "cluster"))
 import servers
-from servers import Identity, seaweedfs_command
+from servers import Identity, delete_sockets, seaweedfs_command
 
 READY_TIMEOUT_S = 60.0
 READ_ONLY = {"AWS_ACCESS_KEY_ID": "reader-access-key", "AWS_SECRET_ACCESS_KEY": "reader-secret-key"}
@@ -44,6 +44,7 @@ class Weed:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            delete_sockets(self.command)
 
 
 @dataclass(frozen=True)

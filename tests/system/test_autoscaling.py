@@ -19,7 +19,8 @@ SCRIPT = """
 import sys, time
 import ray
 from ray.util import placement_group_table
-from agr_ray.config import ClusterConfig, ConfigError
+from agr_ray.config import ClusterConfig
+from agr_ray.errors import ConfigError
 from agr_ray.runtime.cluster import check_fits, cluster, nodes
 from agr_ray.runtime.tune import room
 from agr_ray.config import TrainConfig

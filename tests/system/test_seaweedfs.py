@@ -54,6 +54,13 @@ def port_of(bucket: Bucket, name: str) -> int:
     return port
 
 
+def sockets(bucket: Bucket) -> list[Path]:
+    """Return the paths of the sockets that the server makes. A server of an earlier test may have used its ports."""
+    names = [name.removesuffix(".grpc").replace(".port", "-grpc") for name in GRPC_PORTS] + ["filer", "s3"]
+    numbers = [port_of(bucket, name) for name in (*GRPC_PORTS, "filer.port", "s3.port")]
+    return [Path(f"/tmp/seaweedfs-{name}-{number}.sock") for name, number in zip(names, numbers, strict=True)]
+
+
 def certificate(folder: Path) -> tuple[str, str]:
     return str(folder / "keys" / "certificate.pem"), str(folder / "keys" / "key.pem")
 
@@ -170,7 +177,12 @@ def test_only_the_user_can_read_keys_data_and_sockets(bucket: Bucket, folder: Pa
     keys = sorted((folder / "keys").iterdir())
     assert [path.name for path in keys] == ["certificate.pem", "identities.json", "key.pem", "security.toml"]
     assert [stat.S_IMODE(path.stat().st_mode) for path in keys] == [0o600] * 4
-    numbers = [str(port_of(bucket, name)) for name in ("filer.port", "s3.port", *GRPC_PORTS)]
-    sockets = [path for path in Path("/tmp").glob("seaweedfs-*.sock") if path.stem.rpartition("-")[2] in numbers]
-    assert len(sockets) == len(numbers)
-    assert [path for path in sockets if path.stat().st_mode & others] == []
+    assert [path for path in sockets(bucket) if path.stat().st_mode & others] == []
+
+
+def test_a_stopped_server_leaves_no_socket(tmp_path: Path) -> None:
+    with run_seaweedfs(tmp_path / "server") as server:
+        bucket = Bucket(server, "ready")
+        assert [path for path in sockets(bucket) if not path.is_socket()] == []
+
+    assert [path for path in sockets(bucket) if path.exists()] == []

@@ -158,7 +158,7 @@ def working_node(cluster: Cluster) -> Node:
 
 def test_an_undisturbed_run_learns(undisturbed: Run) -> None:
     undisturbed.check()
-    assert best(undisturbed.history())["val_objective"] < 0.75
+    assert best(undisturbed.history())["val_objective"] < 0.8
 
 
 def test_one_worker_learns_as_well_as_two(bucket: Bucket, three_nodes: Cluster, undisturbed: Run) -> None:

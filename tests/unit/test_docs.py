@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agr_ray.cli import COMMANDS
-from agr_ray.config import TuneJob, parse
+from agr_ray.config import PrepareJob, TuneJob, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -66,3 +66,27 @@ def test_the_parser_accepts_each_command(
     if name == "tune" and "--config" not in words:
         words += ["--config", "tune_lite"]
     parse(job, words, {})
+
+
+RECIPES = [
+    (path, text)
+    for path in PAGES
+    if path.suffix == ".md"
+    for text in re.findall(r"^```toml\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("path", "text"), RECIPES, ids=lambda each: str(each)[-20:])
+def test_the_parser_accepts_each_recipe(path: Path, text: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    if "[tune" in text:
+        parse(TuneJob, ["--config", str(recipe), "--data", "somewhere"], {})
+    else:
+        parse(
+            PrepareJob, ["--config", str(recipe), "--source.kind", "folder", "--source.uri", "here", "--out", "set"], {}
+        )
+
+
+def test_there_are_recipes_on_two_pages() -> None:
+    assert [path.name for path, _ in RECIPES] == ["labels.md", "operations.md"]

@@ -170,9 +170,16 @@ def test_only_lines_for_the_user_are_printed(capsys: pytest.CaptureFixture[str])
     ray_prints = ray_worker.print_to_stdstream
     with ray_compat.quiet_console():
         print_lines = ray_worker.print_to_stdstream
-        print_lines(data("12", "noise", "agr_ray: epoch 1", "a word agr_ray: inside", "agr_ray: epoch 2"), False)
+        lines = [
+            "agr_ray 1.12: epoch 1",
+            "a word agr_ray 2.12: inside",
+            "agr_ray 3.12: epoch 2",
+            "agr_ray 4.12: epoch 2",
+        ]
+        print_lines(data("12", "noise", *lines), False)
+        print_lines(data("12", *lines), False)  # by another node of the same machine
         print_lines(data("raylet", "8 PYTHON worker processes have been started", "a worker died"), False)
-        assert capsys.readouterr().out.splitlines() == ["epoch 1", "epoch 2"]
+        assert capsys.readouterr().out.splitlines() == ["epoch 1", "epoch 2", "epoch 2"]
         died, killed = "A worker died, maybe by the OOM killer", "2 Workers killed due to memory pressure (OOM)"
         print_lines(data("raylet", died, killed), False)
         shown = capsys.readouterr().out
@@ -181,7 +188,10 @@ def test_only_lines_for_the_user_are_printed(capsys: pytest.CaptureFixture[str])
     assert ray_worker.print_to_stdstream is ray_prints
 
 
-def test_a_line_for_the_user_has_the_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_for_the_user_are_numbered(capsys: pytest.CaptureFixture[str]) -> None:
+    ray_compat.print_for_user("epoch 1")
     ray_compat.print_for_user("epoch 1")
 
-    assert capsys.readouterr().out == "agr_ray: epoch 1\n"
+    matches = [ray_compat.FOR_USER.fullmatch(line) for line in capsys.readouterr().out.splitlines()]
+    assert [match and match[2] for match in matches] == ["epoch 1", "epoch 1"]
+    assert len({match and match[1] for match in matches}) == 2

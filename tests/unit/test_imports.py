@@ -1,0 +1,30 @@
+"""What processes import: torch costs each of them seconds and half a gigabyte."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import agr_ray
+
+ROOT = Path(agr_ray.__file__).parent
+WITHOUT_TORCH = sorted(
+    "agr_ray." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in ROOT.rglob("*.py")
+    if re.search(r"\A\"\"\"[^\"]*\b(imports neither torch|does not import torch)", path.read_text(), re.IGNORECASE)
+)
+
+
+def test_modules_say_that_they_do_without_torch() -> None:
+    assert WITHOUT_TORCH == ["agr_ray.data.crops", "agr_ray.learn.progress", "agr_ray.runtime.crop_stream"]
+
+
+@pytest.mark.parametrize("module", [*WITHOUT_TORCH, "agr_ray.cli", "agr_ray.runtime.render", "agr_ray.vision.decode"])
+def test_a_module_does_not_load_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
