@@ -26,7 +26,7 @@ from sets import prepared_set
 pytestmark = pytest.mark.timeout(900)
 
 NUM_PHOTOGRAPHS = 64
-EPOCHS = 10
+EPOCHS = 8
 EPOCHS_BEFORE_KILL = 2
 PARTS_BEFORE_KILL = 2
 ROWS_PER_PART = 4

@@ -44,7 +44,7 @@ from agr_ray.storage import ServerFailed, Storage, StorageUnavailable, atomic
 from agr_ray.storage.lock import LockLost
 from agr_ray.vision.decode import encode_jpeg
 
-NUM_SEQUENCES = int(os.environ.get("AGR_TEST_SEQUENCES", "25"))
+NUM_SEQUENCES = int(os.environ.get("AGR_TEST_SEQUENCES", "15"))
 IS_SEEDED = "AGR_TEST_SEED" in os.environ
 """Another seed draws other sequences, so a large number can be run in several commands; without one they are fixed."""
 EXPIRY_S = 0.25
