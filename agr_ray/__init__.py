@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agr_ray.config import CompareJob as CompareJob
     from agr_ray.config import EvaluateJob as EvaluateJob
     from agr_ray.config import PrepareJob as PrepareJob
     from agr_ray.config import RenderJob as RenderJob
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from agr_ray.predict.face_model import load as load
     from agr_ray.predict.photo import Face as Face
     from agr_ray.predict.photo import Photo as Photo
+    from agr_ray.runtime.compare import compare as compare
     from agr_ray.runtime.evaluate import evaluate as evaluate
     from agr_ray.runtime.prepare import prepare as prepare
     from agr_ray.runtime.render import render as render
@@ -44,8 +46,10 @@ _MODULES = {
     "Face": "predict.photo",
     "open_scores": "scoring.scores",
     "Scores": "scoring.scores",
-    **dict.fromkeys(("RenderJob", "PrepareJob", "TrainJob", "TuneJob", "EvaluateJob", "ScoreJob"), "config"),
-    **{name: f"runtime.{name}" for name in ("render", "prepare", "train", "tune", "evaluate", "score")},
+    **dict.fromkeys(
+        ("RenderJob", "PrepareJob", "TrainJob", "TuneJob", "CompareJob", "EvaluateJob", "ScoreJob"), "config"
+    ),
+    **{name: f"runtime.{name}" for name in ("render", "prepare", "train", "tune", "compare", "evaluate", "score")},
 }
 
 __all__ = sorted([*_MODULES, "__version__"])

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from agr_ray import __version__
 from agr_ray.config import (
+    CompareJob,
     EvaluateJob,
     Job,
     PredictJob,
@@ -46,6 +47,7 @@ COMMANDS = {
     "prepare": Command("labelled photographs -> aligned face crops", PrepareJob, "agr_ray.runtime.prepare:prepare"),
     "train": Command("face crops -> a checkpoint", TrainJob, "agr_ray.runtime.train:train"),
     "tune": Command("search for better settings with many trainings", TuneJob, "agr_ray.runtime.tune:tune"),
+    "compare": Command("train the paper's networks on the same data", CompareJob, "agr_ray.runtime.compare:compare"),
     "evaluate": Command("measure and calibrate a checkpoint", EvaluateJob, "agr_ray.runtime.evaluate:evaluate"),
     "score": Command("a folder or bucket of photographs -> Parquet tables", ScoreJob, "agr_ray.runtime.score:score"),
     "predict": Command("a few photographs -> a table and annotated copies", PredictJob, "agr_ray.report.faces:predict"),
@@ -75,13 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__version__)
     elif name == "recipes":
         _recipes(rest)
+    elif name == "models":
+        _models(rest)
     elif name == "demo":
         _demo(rest)
     elif name in COMMANDS:
         command = COMMANDS[name]
         run(command.job, lambda job: resolve_name(command.work)(job), rest, prog=f"agr-ray {name}")
     else:
-        known = [*COMMANDS, "demo", "recipes"]
+        known = [*COMMANDS, "demo", "recipes", "models"]
         fail(f"{name}: there is no such command{did_you_mean(name, known)}; allowed: {', '.join(known)}")
 
 
@@ -163,6 +167,18 @@ def _recipes(argv: Sequence[str]) -> None:
         print(f"{name:14} {file.read_text().partition(chr(10))[0].removeprefix('# ')}")
 
 
+def _models(argv: Sequence[str]) -> None:
+    if argv[:1] in (["--help"], ["-h"]):
+        print(
+            "usage: agr-ray models\n\nList the presets of `agr-ray train --preset NAME`, and the parts of networks,\n"
+            "with parameters, multiply-adds and sources."
+        )
+        return
+    if argv:
+        fail(f"models {' '.join(argv)}: takes no options")
+    resolve_name("agr_ray.report.model_list:models")()
+
+
 def _demo(argv: Sequence[str]) -> None:
     if argv[:1] in (["--help"], ["-h"]):
         print(
@@ -185,5 +201,6 @@ def _usage() -> str:
     rows = {name: command.summary for name, command in COMMANDS.items()} | {
         "demo": "render, prepare, train, evaluate and score: the whole pipeline in a few minutes",
         "recipes": "list or print the built-in recipes",
+        "models": "list the networks of the paper's tables, and the parts that they are made of",
     }
     return _USAGE.format(commands="\n".join(f"  {name:10} {summary}" for name, summary in rows.items()))

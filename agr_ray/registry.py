@@ -77,8 +77,17 @@ BACKBONES: Final = Registry(
         "resnet18": "agr_ray.models.backbones.resnet:ResNet",
         "resnet34": "agr_ray.models.backbones.resnet:ResNet",
         "resnet50": "agr_ray.models.backbones.resnet:ResNet",
+        "resnet101": "agr_ray.models.backbones.resnet:ResNet",
         "mobilenet_v3_small": "agr_ray.models.backbones.mobilenet:MobileNetV3",
         "mobilenet_v3_large": "agr_ray.models.backbones.mobilenet:MobileNetV3",
+        "efficientnet_b0": "agr_ray.models.backbones.efficientnet:EfficientNet",
+        "efficientnet_b3": "agr_ray.models.backbones.efficientnet:EfficientNet",
+        "vgg16": "agr_ray.models.backbones.vgg:VGG",
+        "convnext_tiny": "agr_ray.models.backbones.convnext:ConvNeXt",
+        "vit_b_16": "agr_ray.models.backbones.vit:ViT",
+        "swin_t": "agr_ray.models.backbones.swin:Swin",
+        "inception_resnet_v1": "agr_ray.models.backbones.inception_resnet:InceptionResNet",
+        "plain_cnn": "agr_ray.models.backbones.plain_cnn:PlainCNN",
     },
 )
 """Builders are called with the backbone's name; see `models.backbones.base.Backbone`."""
@@ -89,23 +98,40 @@ ATTENTION: Final = Registry(
         "none": "torch.nn:Identity",
         "squeeze_excitation": "agr_ray.models.attention.squeeze_excitation:SqueezeExcitation",
         "cbam": "agr_ray.models.attention.cbam:Cbam",
+        "shuffle": "agr_ray.models.attention.shuffle:ShuffleAttention",
+        "self_attention": "agr_ray.models.attention.self_attention:SelfAttention",
     },
 )
 """Builders are called with the number of channels. A block maps (n, channels, h, w) feature maps to the same shape."""
 
-NECKS: Final = Registry("neck", {"average": "agr_ray.models.necks.average:AveragePool"})
-"""Builders are called with the number of channels. A neck maps (n, channels, h, w) feature maps to (n, channels)."""
+NECKS: Final = Registry(
+    "neck",
+    {
+        "average": "agr_ray.models.necks.average:AveragePool",
+        "multi_scale": "agr_ray.models.necks.multi_scale:MultiScale",
+        "fully_connected": "agr_ray.models.necks.fully_connected:FullyConnected",
+    },
+)
+"""Builders are called with the channels of the feature map after each stage. A neck maps these feature maps, (n,
+channels, h, w) each, to (n, channels of the last)."""
 
 HEADS: Final = {
     "age": Registry(
         "age head",
         {
             "linear": "agr_ray.models.heads.linear_age:LinearAge",
+            "groups": "agr_ray.models.heads.group_age:GroupAge",
+            "expectation": "agr_ray.models.heads.expectation_age:ExpectationAge",
             "distribution": "agr_ray.models.heads.distribution_age:DistributionAge",
+            "mean_variance": "agr_ray.models.heads.mean_variance_age:MeanVarianceAge",
+            "coral": "agr_ray.models.heads.coral_age:CoralAge",
+            "corn": "agr_ray.models.heads.corn_age:CornAge",
+            "soft_ordinal": "agr_ray.models.heads.soft_ordinal_age:SoftOrdinalAge",
         },
     ),
     "gender": Registry("gender head", {"binary": "agr_ray.models.heads.binary:Binary"}),
     "race": Registry("race head", {"softmax": "agr_ray.models.heads.softmax:Softmax"}),
+    "domain": Registry("domain head", {"reversal": "agr_ray.models.heads.domain:Domain"}),
 }
 """Heads of each task. Builders are called with (number of features, task, label space); see `models.heads.base.Head`.
 

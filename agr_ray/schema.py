@@ -286,6 +286,28 @@ HISTORY: Final = pa.schema(
 )
 """One row for each epoch."""
 
+COMPARED_METRICS: Final = ("age_mae_years", "age_within_5", "age_one_off", "gender_accuracy", "race_accuracy")
+
+COMPARISON: Final = pa.schema(
+    [
+        pa.field("preset", pa.string(), nullable=False),
+        pa.field("seeds", pa.list_(pa.int64()), nullable=False),  # of its complete runs
+        pa.field("failures", pa.list_(pa.string()), nullable=False),  # one line for each run that failed
+        pa.field("side_px", pa.int32(), nullable=False),  # of the network's input
+        pa.field("parameters", pa.int64(), nullable=False),
+        pa.field("multiply_adds", pa.int64(), nullable=False),  # for one image
+        pa.field("train_samples_per_s", pa.float64()),  # median over epochs and runs
+        pa.field("score_images_per_s", pa.float64()),  # network and read-out on this machine's CPU
+        *(
+            pa.field(f"{metric}{part}", pa.float64())
+            for metric in COMPARED_METRICS
+            for part in ("", "_low", "_high", "_difference", "_difference_low", "_difference_high", "_cited")
+        ),
+    ]
+)
+"""One row for each preset. Differences are from `paper` or, without it, the first preset, on the same images;
+`_cited` is what the paper cites, from other data and protocols."""
+
 TrialState = Literal["complete", "pruned", "failed", "unfinished"]
 
 TRIALS: Final = pa.schema(

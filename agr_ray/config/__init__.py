@@ -3,13 +3,15 @@
 One recipe serves every job: a job uses its own sections, and only validates the others.
 """
 
-from agr_ray.config.architecture import PRESETS, ModelConfig, PredictConfig
+from agr_ray.config.architecture import ModelConfig, PredictConfig
 from agr_ray.config.command_line import did_you_mean, fail, one_line
+from agr_ray.config.comparing import CompareConfig
 from agr_ray.config.evaluation import EvaluateConfig, Split
 from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
 from agr_ray.config.jobs import (
     SECTIONS,
     ClusterJob,
+    CompareJob,
     EvaluateJob,
     Job,
     PredictJob,
@@ -32,11 +34,12 @@ from agr_ray.config.vision import PrepareConfig, VisionConfig
 __all__ = [
     "MISSING_VALUES",
     "PAPER_POINT",
-    "PRESETS",
     "SECTIONS",
     "AugmentConfig",
     "ClusterConfig",
     "ClusterJob",
+    "CompareConfig",
+    "CompareJob",
     "EvaluateConfig",
     "EvaluateJob",
     "GatesConfig",

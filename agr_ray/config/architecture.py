@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from agr_ray.config.section import Section
+from agr_ray.config.presets import PRESETS, check_preset
+from agr_ray.config.section import PositiveInt, Section
 from agr_ray.registry import ATTENTION, BACKBONES, HEADS, NECKS
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"backbone": "resnet50", "age_head": "linear", "image_size": 224},
-    "lightweight": {"backbone": "mobilenet_v3_small", "age_head": "linear", "image_size": 112, "bn_momentum": 0.1},
-}
-"""Values that `model.preset` puts in place of `ModelConfig`'s defaults; explicit keys override both."""
 
 
 def _distinct_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
@@ -26,8 +20,11 @@ def _distinct_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
 class ModelConfig(Section):
     """The network: backbone, attention, neck and heads."""
 
-    preset: Literal["paper", "lightweight"] = "paper"
-    """`paper`: ResNet50 at 224 pixels; `lightweight`: MobileNetV3-small at 112 pixels. Other keys override it."""
+    preset: Annotated[str, AfterValidator(check_preset)] = Field(
+        "paper",
+        description=f"Named set of network parts, and for a few of training settings: {', '.join(PRESETS)}. "
+        "`agr-ray models` describes them. Other keys override its values.",
+    )
     backbone: Annotated[str, AfterValidator(BACKBONES.check)] = Field(
         "resnet50", description=f"Network that computes the feature map: {', '.join(BACKBONES.names)}."
     )
@@ -36,17 +33,27 @@ class ModelConfig(Section):
     attention: Annotated[str, AfterValidator(ATTENTION.check)] = Field(
         "none", description=f"Attention block over the feature map: {', '.join(ATTENTION.names)}."
     )
+    attention_stages: tuple[PositiveInt, ...] = ()
+    """Stages of the backbone after which there is an attention block, from 1, such as [2, 3, 4, 5] for all residual
+    stages of a ResNet. A stage begins where the feature map shrinks. Empty: the last stage."""
     neck: Annotated[str, AfterValidator(NECKS.check)] = Field(
-        "average", description=f"Pooling of the feature map: {', '.join(NECKS.names)}."
+        "average",
+        description=f"How feature maps become one vector: {', '.join(NECKS.names)}. `average`: the last map's means; "
+        "`multi_scale`: the last three maps' means, mixed; `fully_connected`: a linear layer over 3 x 3 positions.",
     )
     tasks: Annotated[tuple[str, ...], AfterValidator(_distinct_tasks)] = Field(
         ("age", "gender", "race"), description=f"Tasks of the network, one head each: {', '.join(HEADS)}."
     )
     age_head: Annotated[str, AfterValidator(HEADS["age"].check)] = Field(
         "linear",
-        description=f"{', '.join(HEADS['age'].names)}. `linear`: one number (paper eq. 7); `distribution`: a bin for "
-        "each year, 0 to 116, read out by expectation.",
+        description=f"{', '.join(HEADS['age'].names)}. `linear`: one number (paper eq. 7); `groups`: the label "
+        "space's age groups; `coral` and `corn`: a threshold for each year. The others predict the probability of each "
+        "year, 0 to 116; the age is the mean. They differ in the loss: `distribution` DLDL-v2's, `expectation` "
+        "cross-entropy, `mean_variance` the mean-variance loss, `soft_ordinal` soft labels.",
     )
+    age_routing: Literal["none", "soft", "hard"] = "none"
+    """`none`: one age head. Otherwise one for each gender: `soft` averages their ages, weighted by the predicted
+    probability of the gender; `hard` uses the one of the more probable gender. Needs the task gender."""
     gender_head: Annotated[str, AfterValidator(HEADS["gender"].check)] = Field(
         "binary", description=f"{', '.join(HEADS['gender'].names)}: one logit."
     )
@@ -66,7 +73,15 @@ class ModelConfig(Section):
         if not isinstance(values, dict):
             return values
         preset = values.get("preset", "paper")
-        return {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **values}
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return values
+        return {**PRESETS[preset].model, **values}
+
+    @model_validator(mode="after")
+    def _routes_by_gender(self) -> Self:
+        if self.age_routing != "none" and not {"age", "gender"} <= set(self.tasks):
+            raise ValueError(f"age_routing {self.age_routing} needs the tasks age and gender")
+        return self
 
 
 class PredictConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import (
@@ -15,9 +15,11 @@ from pydantic_settings import (
 )
 
 from agr_ray.config.architecture import ModelConfig, PredictConfig
+from agr_ray.config.comparing import CompareConfig
 from agr_ray.config.evaluation import EvaluateConfig
 from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
 from agr_ray.config.label_space import LabelsConfig
+from agr_ray.config.presets import with_preset
 from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
 from agr_ray.config.section import MAX_INT, Section
@@ -42,6 +44,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "tune": TuneConfig,
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
+    "compare": CompareConfig,
     "gates": GatesConfig,
     "score": ScoreConfig,
 }
@@ -60,6 +63,8 @@ class Job(BaseSettings):
     )
     own: ClassVar[str] = ""
     """The section whose options need no prefix on the command line."""
+    also: ClassVar[Mapping[str, str]] = {}
+    """Dotted keys of other sections that need none either, by option."""
     required: ClassVar[Sequence[str]] = ()
     """Dotted keys that must be set."""
     positional: ClassVar[Sequence[str]] = ()
@@ -85,7 +90,7 @@ class Job(BaseSettings):
     def shortcuts(cls) -> dict[str, str]:
         """Return the dotted keys of the options that need no prefix, by option."""
         own = SECTIONS[cls.own].model_fields if cls.own else {}
-        return {name: f"{cls.own}.{name}" for name in own}
+        return {name: f"{cls.own}.{name}" for name in own} | dict(cls.also)
 
     @classmethod
     def option(cls, key: str) -> str:
@@ -176,6 +181,7 @@ class TrainJob(ClusterJob):
     """Train a multi-task network on a prepared set. Run the same command again to resume a run that was killed."""
 
     own = "train"
+    also: ClassVar[Mapping[str, str]] = {"preset": "model.preset"}
     required: ClassVar[Sequence[str]] = ("train.data",)
     example: ClassVar[str] = "agr-ray train --config utkface_lite --data data/utkface --name lite"
     essentials: ClassVar[Sequence[str]] = (
@@ -193,6 +199,11 @@ class TrainJob(ClusterJob):
     """If the run of this name has finished, start another, with a number added to its name."""
     dry_run: CliImplicitFlag[bool] = False
     """Print the plan with estimates of memory and, from 20 real steps, of time; write nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        return with_preset(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _batch_is_large_enough(self) -> Self:
@@ -251,6 +262,42 @@ class TuneJob(TrainJob):
     @classmethod
     def shortcuts(cls) -> dict[str, str]:
         """Return the options of [tune], and `--data`, which every sweep needs."""
+        return super().shortcuts() | {"data": "train.data"}
+
+
+class CompareJob(ClusterJob):
+    """Train presets on the same data with the same settings, and compare them on images that training never saw.
+
+    Settings that belong to a preset, such as the optimiser of `vit`, replace those of [train]. Run the same command
+    again to resume a comparison that was killed.
+    """
+
+    own = "compare"
+    required = ("train.data",)
+    example = "agr-ray compare --config compare_lite --data data/utkface --out comparison"
+    essentials = (
+        *("train.data", "compare.out", "compare.presets", "compare.seeds", "compare.image_size", "compare.split"),
+        *("compare.max_concurrent", "train.epochs", "train.batch_size", "train.lr", "train.use_gpu"),
+    )
+    labels: LabelsConfig = LabelsConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    compare: CompareConfig = CompareConfig()
+
+    @model_validator(mode="after")
+    def _has_one_side(self) -> Self:
+        if self.train.image_sizes:
+            raise ValueError(
+                f"train.image_sizes {list(self.train.image_sizes)}: a comparison has no progressive resizing, because "
+                "its networks have different sides"
+            )
+        return self
+
+    @classmethod
+    def shortcuts(cls) -> dict[str, str]:
+        """Return the options of [compare], and `--data`, which every comparison needs."""
         return super().shortcuts() | {"data": "train.data"}
 
 

@@ -21,6 +21,7 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 from agr_ray.config.command_line import CommandParser, did_you_mean, fail
 from agr_ray.config.infrastructure import StorageConfig
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TuneJob
+from agr_ray.config.presets import with_chosen_preset
 from agr_ray.config.tuning import ParameterConfig
 from agr_ray.errors import ConfigError
 from agr_ray.redact import redacted, shown
@@ -102,7 +103,7 @@ def parse(
         from_environment = _read_environment(environ, job)
         overrides = _merged(from_environment, from_command_line)
         storage = StorageConfig(**overrides.get("storage", {})) if recipe else StorageConfig()
-        built = job(**_merged(_read_recipe(recipe, job, storage, read), overrides))
+        built = job(**_merged(with_chosen_preset(_read_recipe(recipe, job, storage, read), overrides), overrides))
     except ValidationError as error:
         raise ConfigError(redacted(_describe(error, job), environ=environ)) from None
     for key in job.required:

@@ -31,6 +31,8 @@ class LossConfig(Section):
     """Weight of the gender loss."""
     race_weight: NonNegativeFloat = 0.5
     """Weight of the race loss."""
+    domain_weight: NonNegativeFloat = 0.1
+    """Weight of the domain loss, and so of the reversed gradient (task `domain`)."""
     weighting: Literal["fixed", "uncertainty"] = "fixed"
     """`fixed`: the weights above, as in the paper; `uncertainty`: learnable weights, initialised to those above
     (Kendall et al. 2018). Reported losses always use the weights above."""

@@ -38,7 +38,7 @@ def intervals(
         np.add.at(summed, persons, values)
         values = summed
     rng = np.random.default_rng(seed)
-    sums = dict(zip(terms, _resampled_sums(values, num_resamples, rng).T, strict=True))
+    sums = dict(zip(terms, resampled_sums(values, num_resamples, rng).T, strict=True))
 
     num_units = dict(zip(terms, np.count_nonzero(values, axis=0), strict=True))
 
@@ -63,24 +63,24 @@ def intervals(
 
     return {
         "age": {
-            "mae_years": _percentiles(share("age_absolute", "age")),
-            "bias_years": _percentiles(share("age_signed", "age")),
-            "within_5": _percentiles(share("age_within", "age")),
-            "exact_group": _percentiles(share("age_exact_group", "age_grouped")),
-            "one_off": _percentiles(share("age_one_off", "age_grouped")),
+            "mae_years": percentiles(share("age_absolute", "age")),
+            "bias_years": percentiles(share("age_signed", "age")),
+            "within_5": percentiles(share("age_within", "age")),
+            "exact_group": percentiles(share("age_exact_group", "age_grouped")),
+            "one_off": percentiles(share("age_one_off", "age_grouped")),
         },
         "gender": {
-            "accuracy": _percentiles(share("gender_right", "gender")),
-            "balanced_accuracy": _percentiles(balanced("gender", len(labels.space.genders))),
+            "accuracy": percentiles(share("gender_right", "gender")),
+            "balanced_accuracy": percentiles(balanced("gender", len(labels.space.genders))),
         },
         "race": {
-            "accuracy": _percentiles(share("race_right", "race")),
-            "balanced_accuracy": _percentiles(balanced("race", len(labels.space.races))),
+            "accuracy": percentiles(share("race_right", "race")),
+            "balanced_accuracy": percentiles(balanced("race", len(labels.space.races))),
         },
     }
 
 
-def _resampled_sums(values: FloatArray, num_resamples: int, rng: np.random.Generator) -> FloatArray:
+def resampled_sums(values: FloatArray, num_resamples: int, rng: np.random.Generator) -> FloatArray:
     """Return (num_resamples, columns): sums over n rows that are drawn with replacement, n being all rows."""
     num_rows = len(values)
     if num_rows == 0:
@@ -96,7 +96,8 @@ def _resampled_sums(values: FloatArray, num_resamples: int, rng: np.random.Gener
     return np.concatenate(parts)
 
 
-def _percentiles(samples: FloatArray) -> list[float] | None:
+def percentiles(samples: FloatArray) -> list[float] | None:
+    """Return the 95 % interval of resampled values; None if none is finite."""
     finite = samples[np.isfinite(samples)]
     if not len(finite):
         return None

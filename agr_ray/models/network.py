@@ -1,6 +1,7 @@
-"""The network: a backbone, an attention block, a neck, and a head for each task.
+"""The network: a backbone, attention blocks, a neck, and a head for each task.
 
-    images_nchw -> backbone -> feature map -> attention -> neck -> backbone.project -> dropout -> heads by task
+    images_nchw -> backbone, an attention block after some stages -> feature maps -> neck -> backbone.project -> dropout
+    -> heads by task
 
 All but the heads may compute in bfloat16 under autocast. The heads always compute in float32, because bfloat16 has
 steps of a quarter of a year at an age of 40.
@@ -21,6 +22,7 @@ from agr_ray.errors import ConfigError
 from agr_ray.labels import LabelSpace
 from agr_ray.models.backbones.base import Backbone
 from agr_ray.models.heads.base import Head
+from agr_ray.models.heads.routed_age import RoutedAge
 from agr_ray.registry import ATTENTION, BACKBONES, HEADS, NECKS, head_name
 
 Outputs: TypeAlias = Mapping[str, Any]
@@ -38,7 +40,7 @@ class MultiTaskNet(nn.Module):
         space: the classes of the heads.
 
     Raises:
-        ConfigError: a task has no classes in the label space.
+        ConfigError: a task has no classes in the label space, or the backbone does not take images of that side.
     """
 
     def __init__(self, config: ModelConfig, space: LabelSpace) -> None:
@@ -47,16 +49,22 @@ class MultiTaskNet(nn.Module):
         self.config = config
         self.space = space
         self.backbone: Backbone = BACKBONES[config.backbone](config.backbone)
-        self.attention: nn.Module = ATTENTION[config.attention](self.backbone.num_channels)
-        self.neck: nn.Module = NECKS[config.neck](self.backbone.num_channels)
-        self.dropout = nn.Dropout(config.dropout)
-        self.heads = nn.ModuleDict(
+        least, multiple = self.backbone.min_side_px, self.backbone.side_multiple
+        if config.image_size < least or config.image_size % multiple:
+            also = f" and a multiple of {multiple}" if multiple > 1 else ""
+            raise ConfigError(
+                f"model.image_size {config.image_size}: the backbone {config.backbone} needs at least {least}{also}"
+            )
+        channels = self.backbone.stage_channels
+        self.attention = nn.ModuleDict(
             {
-                task: HEADS[task][head_name(config, task)](self.backbone.num_features, task, space)
-                for task in HEADS
-                if task in config.tasks
+                str(stage): ATTENTION[config.attention](channels[stage - 1])
+                for stage in _attention_stages(config, len(channels))
             }
         )
+        self.neck: nn.Module = NECKS[config.neck](channels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.heads = nn.ModuleDict({task: self._head(task) for task in HEADS if task in config.tasks})
         if config.bn_momentum is not None:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -79,15 +87,52 @@ class MultiTaskNet(nn.Module):
 
     def features(self, images_nchw: Tensor) -> Tensor:
         """Return the features of normalised images, (n, backbone.num_features)."""
-        feature_map = self.attention(self.backbone(images_nchw))
-        return self.backbone.project(self.neck(feature_map))
+        return self.backbone.project(self.neck(self.backbone.feature_maps(images_nchw, self._attend)))
 
     def forward(self, images_nchw: Tensor) -> dict[str, Any]:
         """Return the raw outputs by task for normalised images, (n, 3, side, side) float."""
         features = self.features(images_nchw)
         with torch.autocast(features.device.type, enabled=False):
             features = self.dropout(features.float())
-            return {task: head(features) for task, head in self.heads.items()}
+            outputs = {task: head(features) for task, head in self.heads.items() if not isinstance(head, RoutedAge)}
+            for task, head in self.heads.items():
+                if isinstance(head, RoutedAge):
+                    gender = self.heads_by_task["gender"].read_out(outputs["gender"])
+                    outputs = {task: head(features, gender), **outputs}
+            return outputs
+
+    def _attend(self, index: int, feature_map_nchw: Tensor) -> Tensor:
+        """Apply the attention block after a stage, if there is one."""
+        name = str(index + 1)
+        attended: Tensor = self.attention[name](feature_map_nchw) if name in self.attention else feature_map_nchw
+        return attended
+
+    def _head(self, task: str) -> Head:
+        """Build the head of a task."""
+
+        def build() -> Head:
+            head: Head = HEADS[task][head_name(self.config, task)](self.backbone.num_features, task, self.space)
+            return head
+
+        if task == "age" and self.config.age_routing != "none":
+            return RoutedAge(build, is_hard=self.config.age_routing == "hard")
+        return build()
+
+
+def _attention_stages(config: ModelConfig, num_stages: int) -> tuple[int, ...]:
+    """Return the stages after which there is an attention block, from 1.
+
+    Raises:
+        ConfigError: the backbone has no such stage.
+    """
+    if config.attention == "none":
+        return ()
+    for stage in config.attention_stages:
+        if stage > num_stages:
+            raise ConfigError(
+                f"model.attention_stages {stage}: the backbone {config.backbone} has stages 1 to {num_stages}"
+            )
+    return config.attention_stages or (num_stages,)
 
 
 def check_tasks(config: ModelConfig, space: LabelSpace) -> None:

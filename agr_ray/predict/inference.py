@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from agr_ray.models.backbones.base import Backbone
+from agr_ray.models.backbones.base import After, Backbone
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import compute_dtype
 
@@ -38,9 +38,15 @@ class _CastBackbone(Backbone):
         self.backbone = backbone.to(dtype)
         self._dtype = dtype
 
-    def forward(self, images_nchw: Tensor) -> Tensor:
-        feature_map: Tensor = self.backbone(images_nchw.to(self._dtype, memory_format=torch.channels_last))
-        return feature_map
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        return self.backbone.stage_channels
+
+    def feature_maps(self, images_nchw: Tensor, after: After) -> list[Tensor]:
+        def cast(index: int, feature_map: Tensor) -> Tensor:
+            return after(index, feature_map).to(self._dtype)  # an attention block may compute in another type
+
+        return self.backbone.feature_maps(images_nchw.to(self._dtype, memory_format=torch.channels_last), cast)
 
     def project(self, pooled: Tensor) -> Tensor:
         return self.backbone.project(pooled.to(self._dtype))

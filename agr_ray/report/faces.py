@@ -54,7 +54,7 @@ def predict(job: PredictJob) -> list[Photo]:
     if not job.json_lines:
         _print_table(photos, console)
         if names:
-            console.print(f"{len(names):,} annotated photographs: {job.out}")
+            console.print(f"annotated copies, {len(names):,}: {job.out}")
     failed = [photo for photo in photos if photo.error is not None]
     if 2 * len(failed) > len(photos):
         first = failed[0]

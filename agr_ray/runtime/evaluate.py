@@ -50,15 +50,20 @@ from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
 
 FORMAT_VERSION: Final = 1
+PREDICTIONS_FILE: Final = "predictions.parquet"
 
 
-def evaluate(job: EvaluateJob) -> dict[str, Any]:
+def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
     """Predict, calibrate if asked to, measure, write the files, print a summary; return the metrics.
+
+    Args:
+        job: what to measure.
+        quiet: print nothing.
 
     Raises:
         ConfigError: there is no such checkpoint or set, the split is empty, or training saw images of it.
     """
-    console = make_console()
+    console = make_console(quiet=quiet)
     config = job.evaluate
     storage = Storage.from_config(job.storage)
     for uri, name in ((config.data, "data"), (config.checkpoint, "checkpoint")):
@@ -140,7 +145,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
                 "statuses": statuses,
             }
             _check(locks)
-            storage.write_table(table, storage.join(out, "predictions.parquet"))
+            storage.write_table(table, storage.join(out, PREDICTIONS_FILE))
             text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
             _check(locks)
             storage.write(storage.join(out, "metrics.json"), text.encode())
@@ -254,7 +259,8 @@ def _out(
         theirs = tuple(existing[name] for name in ("model_digest", "split_manifest_sha256", "split", "predict"))
         title = f"the evaluation of {existing['checkpoint']} on split {existing['split']} of {existing['data']}"
     except MissingObject:
-        if not storage.exists(out) or not any(True for _ in storage.list(out)):
+        # A job that was killed while it wrote has left no metrics.json, which is written last.
+        if not storage.exists(out) or all(info.key == PREDICTIONS_FILE for info in storage.list(out)):
             return out
         theirs, title = (), "files, but no evaluation"
     except (ValueError, KeyError, TypeError):

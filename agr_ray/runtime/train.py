@@ -50,7 +50,7 @@ from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.evaluation.groups import class_counts
 from agr_ray.evaluation.metrics import Baseline
-from agr_ray.labels import Labels, race_mapping
+from agr_ray.labels import IntArray, Labels, race_mapping
 from agr_ray.learn.dry_run import dry_run
 from agr_ray.learn.resources import max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
@@ -246,7 +246,7 @@ def plan(
         settings_digest=settings,
     )
     is_resumed = storage.exists(storage.join(uri, "run.json"))
-    return run, None if is_resumed else _initial_model(run, labels)
+    return run, None if is_resumed else _initial_model(run, labels, set_index)
 
 
 def _check_finite(run: Run) -> None:
@@ -274,18 +274,21 @@ def _begin(run: Run, first: MultiTaskNet | None) -> None:
     _write_record(run, finished="")
 
 
-def _initial_model(run: Run, labels: Labels) -> MultiTaskNet:
+def _initial_model(run: Run, labels: Labels, set_index: IntArray) -> MultiTaskNet:
     """Draw the initial weights, or read those that the configuration names.
+
+    `set_index` is the number of each row's prepared set, (n,).
 
     Raises:
         ConfigError: they can't be read, or don't fit the network; or a task has no label.
     """
     torch.manual_seed(run.job.train.seed)
+    if "domain" in run.job.model.tasks and len(run.job.train.data_uris) == 1:
+        raise ConfigError("model.tasks domain: needs two prepared sets or more in train.data")
     model = MultiTaskNet(run.job.model, labels.space)
+    arrays = labels.arrays | {"set_index": set_index}
     labelled = [
-        task
-        for task, head in model.heads_by_task.items()
-        if head.num_labelled(head.targets(labels.arrays, len(labels)))
+        task for task, head in model.heads_by_task.items() if head.num_labelled(head.targets(arrays, len(labels)))
     ]
     unlabelled = ", ".join(sorted(model.heads_by_task.keys() - labelled))
     if unlabelled:

@@ -84,7 +84,7 @@ def tune(job: TuneJob) -> str:
     owner = f"sweep {planned.uri}"
     with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
         with cluster(job.cluster):
-            capacity = room(base.train, job.tune.max_concurrent)
+            capacity = room(base.train, job.tune.max_concurrent, "tune.max_concurrent")
             sweep = Sweep(storage, _planned_again(planned, storage, job, digest), job, console, lock)
             sweep.begin()
             at_once = min(capacity.num_trials, max(sweep.num_left, 1))
@@ -112,18 +112,19 @@ def tune(job: TuneJob) -> str:
     return sweep.join("best")
 
 
-def room(config: TrainConfig, asked: int | None) -> Room:
-    """Return how much of the connected cluster a sweep uses. An autoscaler may enlarge the cluster for it.
+def room(config: TrainConfig, asked: int | None, key: str) -> Room:
+    """Return how much of the connected cluster several runs use. An autoscaler may enlarge the cluster for them.
 
     Args:
-        config: of a trial.
-        asked: tune.max_concurrent.
+        config: of a run.
+        asked: number of runs at the same time; None: as many as fit.
+        key: the setting that asks for them.
 
     Raises:
         ConfigError: no trial fits, or fewer than requested, and no autoscaler adds enough nodes.
     """
     bundles = trial_bundles(config) * (asked or 1)
-    return wait_for_nodes(lambda: room_for(config, asked, nodes(), machine_cpus()), bundles, "tune.max_concurrent")
+    return wait_for_nodes(lambda: room_for(config, asked, nodes(), machine_cpus(), key), bundles, key)
 
 
 def _planned_again(planned: Plan, storage: Storage, job: TuneJob, digest: str) -> Plan:

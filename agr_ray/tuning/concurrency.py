@@ -36,15 +36,16 @@ def trial_bundles(config: TrainConfig) -> list[dict[str, float]]:
 
 
 def room_for(
-    config: TrainConfig, asked: int | None, has_each: Sequence[Mapping[str, float]], machine_cpus: int
+    config: TrainConfig, asked: int | None, has_each: Sequence[Mapping[str, float]], machine_cpus: int, key: str
 ) -> Room:
     """Return the number of concurrent trials and of threads per worker.
 
     Args:
         config: of a trial.
-        asked: tune.max_concurrent.
+        asked: number of trials; None: as many as fit.
         has_each: resources of each node, by Ray's names.
         machine_cpus: CPUs of this machine; used only if it is the only node.
+        key: the setting that asks for them.
 
     Raises:
         ConfigError: no trial fits, or fewer than requested.
@@ -54,7 +55,7 @@ def room_for(
         has = ", ".join(f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in has_each)
         gpus = f" and {config.gpus_per_worker:g} GPU" if config.use_gpu else ""
         raise ConfigError(
-            f"tune.max_concurrent {asked or 1}: each trial asks for {config.max_workers} x "
+            f"{key} {asked or 1}: each trial asks for {config.max_workers} x "
             f"{config.cpus_per_worker:g} CPU{gpus} (train.num_workers) and {spare_cpus(config):g} CPU for reading; the "
             f"cluster has room for {fits}: its nodes have {has}. Ask for fewer trials or workers, or give a local "
             "cluster more logical CPUs with cluster.num_cpus"

@@ -104,6 +104,15 @@ def test_ones_own_photographs(here: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGR_RAY_COMPARE__PRESETS", "paper,lightweight")
+    write_utkface(here / "UTKFACE")
+
+    assert len(run_commands("I want to compare networks")) == 3
+    assert pyarrow.dataset.dataset("comparison/comparison.parquet").count_rows() == 2
+
+
+@pytest.mark.slow
 def test_a_sweep(here: Path) -> None:
     write_utkface(here / "UTKFACE")
 

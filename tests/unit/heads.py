@@ -8,7 +8,7 @@ from torch import Tensor
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.losses import Heads
 from agr_ray.models.heads.base import Targets
-from agr_ray.models.heads.distribution_age import AgeDistribution
+from agr_ray.models.heads.year_bins import AgeDistribution
 from agr_ray.models.network import Outputs
 from agr_ray.registry import HEADS
 

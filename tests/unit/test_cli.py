@@ -94,7 +94,9 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     status, shown, _ = outcome(capsys)
 
     assert status == 0
-    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == [*COMMANDS, "demo", "recipes"]
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == [
+        *(*COMMANDS, "demo", "recipes", "models")
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -164,7 +166,8 @@ def test_a_boolean_option_that_stands_alone_is_true(capsys: pytest.CaptureFixtur
 
 def test_recipes_can_be_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     _, shown, _ = outcome(capsys, "recipes")
-    assert [line.split()[0] for line in shown.splitlines()] == ["demo", "paper", "tune_lite", "utkface_lite"]
+    names = ["compare_lite", "demo", "paper", "tune_lite", "utkface_lite"]
+    assert [line.split()[0] for line in shown.splitlines()] == names
     _, recipe, _ = outcome(capsys, "recipes", "paper")
     assert "[model]" in recipe
 
@@ -231,7 +234,7 @@ def test_copies_are_written_to_out_under_their_own_names(folder: Path, capsys: p
 
     status, shown, _ = outcome(capsys, "predict", *photographs, "--checkpoint", "model", "--out", out.as_uri())
 
-    assert (status, "3 annotated photographs" in shown) == (0, True)
+    assert (status, "annotated copies, 3: " in shown) == (0, True)
     assert sorted(path.name for path in out.iterdir()) == ["face-2-2-faces.jpg", "face-2-faces.jpg", "face-faces.jpg"]
     status, _, error = outcome(capsys, "predict", "face.png", "--checkpoint", "model", "--out", "face.png")
     assert (status, len(error.splitlines())) == (2, 1)

@@ -12,7 +12,6 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from agr_ray.config import (
-    PRESETS,
     SECTIONS,
     EvaluateJob,
     Job,
@@ -28,6 +27,7 @@ from agr_ray.config import (
     load,
     parse,
 )
+from agr_ray.config.presets import PRESETS
 from agr_ray.errors import ConfigError
 
 JOBS: tuple[type[Job], ...] = (RenderJob, PrepareJob, TrainJob, TuneJob, EvaluateJob, ScoreJob)
@@ -254,7 +254,7 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
         (["--train.epochs", "2.5"], "train.epochs: '2.5' is not allowed"),
         (["--train.optimizer", "lion"], "'adam', 'adamw' or 'sgd'"),
         (["--augment.flip_probability", "1.5"], "augment.flip_probability: '1.5' is not allowed"),
-        (["--model.preset", "huge"], "'paper' or 'lightweight'"),
+        (["--model.preset", "huge"], "there is no preset 'huge'; allowed: paper, "),
         (["--model.tasks", '["height"]'], "model.tasks"),
         (["--model.tasks", '["age", "age"]'], "at most once"),
         (["--model.tasks", "[]"], "at least one of"),

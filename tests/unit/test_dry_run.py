@@ -136,11 +136,16 @@ class _Linear(Backbone):
         return features
 
 
+class _Last(torch.nn.Module):
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        return maps[-1]
+
+
 def test_activation_memory_is_what_the_layers_store(tmp_path: Path) -> None:
     # A linear layer keeps its input, and no weight counts: the pixels of each image, and the features of its heads.
     job = dry_job(tmp_path)
     model = MultiTaskNet(job.model, UTKFACE)
-    model.backbone, model.neck = _Linear(), torch.nn.Identity()
+    model.backbone, model.neck = _Linear(), _Last()
 
     assert count_memory(model, job, SIDE_PX, 6, CPU).activations == 6 * 4 * (3 * SIDE_PX**2 + 1024)
 

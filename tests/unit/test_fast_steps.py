@@ -192,7 +192,7 @@ def test_only_a_batch_of_one_has_a_part_with_a_single_image(num_faces: int, expe
     seen: list[int] = []
     config = job({"epochs": 1, "batch_size": 12, "grad_accum_steps": 4})
     model = network(config)
-    model.backbone.register_forward_pre_hook(
+    model.register_forward_pre_hook(
         lambda module, inputs: seen.append(len(inputs[0])) if torch.is_grad_enabled() else None
     )
     rows, _, _ = run(config, faces(num_faces), model=model)
@@ -342,7 +342,7 @@ def test_if_one_rank_has_too_few_rows_all_keep_their_batch_norm_statistics(
     models = [network(config), network(config)]
     seen: list[list[tuple[int, bool]]] = [[], []]
     for model, noted in zip(models, seen, strict=True):
-        model.backbone.register_forward_pre_hook(
+        model.register_forward_pre_hook(
             lambda module, inputs, noted=noted: (
                 noted.append((len(inputs[0]), module.training)) if torch.is_grad_enabled() else None
             )
@@ -360,7 +360,7 @@ def test_ranks_with_enough_rows_all_train_their_batch_norms() -> None:
     models = [network(config), network(config)]
     seen: list[bool] = []
     for model in models:
-        model.backbone.register_forward_pre_hook(
+        model.register_forward_pre_hook(
             lambda module, inputs: seen.append(module.training) if torch.is_grad_enabled() else None
         )
     run_ranks(config, [part(data, slice(0, 4)), part(data, slice(4, 8))], [faces(2), faces(2)], models)

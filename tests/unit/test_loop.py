@@ -438,7 +438,7 @@ def test_progressive_resizing_divides_the_epochs() -> None:
     seen: list[tuple[int, bool]] = []
     config = job({"epochs": 4, "batch_size": 8, "image_sizes": (48, 40, SIDE)})
     model = network(config)
-    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].shape[-1], module.training)))
+    model.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].shape[-1], module.training)))
 
     _, reports, _ = run(config, faces(8), model=model)
 

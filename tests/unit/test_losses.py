@@ -15,7 +15,7 @@ from agr_ray.config import LossConfig
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.losses import first_log_variances, label_counts, multi_task_loss, rows_of
 from agr_ray.models.heads.base import Targets
-from agr_ray.models.heads.distribution_age import AGE_BINS_YEARS, AgeDistribution
+from agr_ray.models.heads.year_bins import AGE_BINS_YEARS, AgeDistribution
 
 NAN = math.nan
 ONE_EACH = LossConfig(age_weight=1.0, gender_weight=1.0, race_weight=1.0)

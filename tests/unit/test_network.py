@@ -14,7 +14,7 @@ from agr_ray.config import ModelConfig
 from agr_ray.errors import ConfigError
 from agr_ray.labels import ADIENCE, AGE_MAX_YEARS, FAIRFACE, UTKFACE
 from agr_ray.models.backbones.base import WeightsError
-from agr_ray.models.heads.distribution_age import AGE_BINS_YEARS
+from agr_ray.models.heads.year_bins import AGE_BINS_YEARS
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.pretrained import load_backbone, pretrained_weights, read_state
 from agr_ray.models.transform import Transform
@@ -102,7 +102,7 @@ def test_backbone_takes_a_torchvision_state_dict(tmp_path: Path, suffix: str) ->
     load_backbone(model, state)
     donor.classifier[3] = torch.nn.Identity()
     model.eval()
-    features = model.backbone.project(model.neck(model.backbone(images())))
+    features = model.backbone.project(model.neck([model.backbone(images())]))
     torch.testing.assert_close(features, donor.eval()(images()))
 
 

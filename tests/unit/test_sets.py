@@ -233,6 +233,16 @@ def test_an_added_task_without_a_label_is_rejected(one: Path, two: Path, monkeyp
         train(smiling)
 
 
+def test_a_domain_head_needs_several_sets(one: Path, two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX, tasks=("age", "domain"))
+
+    train(job(one, two, epochs=1, threads_per_worker=1).model_copy(update={"model": model}))
+    assert "heads age, domain" in capsys.readouterr().out
+
+    with pytest.raises(ConfigError, match=r"model\.tasks domain: needs two prepared sets or more"):
+        train(job(one).model_copy(update={"model": model}))
+
+
 def test_a_set_without_training_rows_is_rejected(one: Path, two: Path) -> None:
     crops = two / "crops" / "part-0.parquet"
     rows = [row | {"split": "test"} for row in pq.read_table(crops).to_pylist()]

@@ -46,7 +46,7 @@ def run_trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trials], None]:
     monkeypatch.setattr(f"{name}.settings_digest", lambda job, sets: "of the data")
     monkeypatch.setattr(f"{name}.plan", lambda *args: (RUN, None))
     monkeypatch.setattr(f"{name}.cluster", lambda config: contextlib.nullcontext())
-    monkeypatch.setattr(f"{name}.room", lambda config, asked: Room(1, None))
+    monkeypatch.setattr(f"{name}.room", lambda config, asked, key: Room(1, None))
 
     def put(trials: Trials) -> None:
         monkeypatch.setattr(f"{name}._run_trials", lambda sweep, lock, *rest: trials(sweep, lock))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torchvision
 
 _REDUCTION = 16
 
 
-class SqueezeExcitation(nn.Module):
-    """Multiply each channel by a gate computed from the means of all channels.
+class SqueezeExcitation(torchvision.ops.SqueezeExcitation):  # type: ignore[misc]  # torchvision has no types
+    """Multiply each channel by a gate computed from the means of all channels: torchvision's.
 
     Source: Hu, Shen and Sun, "Squeeze-and-Excitation Networks", CVPR 2018, equations 2 to 4, reduction ratio 16.
 
@@ -17,13 +17,4 @@ class SqueezeExcitation(nn.Module):
     """
 
     def __init__(self, num_channels: int) -> None:
-        super().__init__()
-        hidden = max(num_channels // _REDUCTION, 1)
-        self.gate = nn.Sequential(
-            nn.Linear(num_channels, hidden), nn.ReLU(), nn.Linear(hidden, num_channels), nn.Sigmoid()
-        )
-
-    def forward(self, feature_map_nchw: Tensor) -> Tensor:
-        """Return the reweighted map, of the same shape."""
-        gates: Tensor = self.gate(feature_map_nchw.mean(dim=(2, 3)))
-        return feature_map_nchw * gates[:, :, None, None]
+        super().__init__(num_channels, max(num_channels // _REDUCTION, 1))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+After: TypeAlias = Callable[[int, Tensor], Tensor]
+"""Called after a stage with its index and its feature map, (n, channels, h, w); returns the map that replaces it."""
 
 
 class WeightsError(Exception):
@@ -13,17 +17,36 @@ class WeightsError(Exception):
 
 
 class Backbone(nn.Module):
-    """Maps normalised images, (n, 3, side, side) float, to a feature map, (n, num_channels, h, w).
+    """Maps normalised images, (n, 3, side, side) float, to feature maps.
 
-    A subclass sets `num_channels` and `num_features`, and defines `forward`. It may override the other methods.
+    A subclass sets `num_channels` and `num_features`, and defines `forward`. It may override the other methods. One
+    whose feature map shrinks in stages overrides `stage_channels` and `feature_maps`: `staged.StagedBackbone` does.
     """
 
     num_channels: int
-    """Channels of the feature map."""
+    """Channels of the last feature map."""
     num_features: int
     """Number of features after pooling and `project`."""
+    min_side_px: int = 32
+    """Smallest side of images that it takes."""
+    side_multiple: int = 1
+    """Sides must be multiples of this."""
     replaced_layers: tuple[str, ...] = ()
     """Name prefixes of tensors in published state dicts that the heads replace."""
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Return the channels of the feature map after each stage."""
+        return (self.num_channels,)
+
+    def feature_maps(self, images_nchw: Tensor, after: After) -> list[Tensor]:
+        """Return the feature map after each stage, (n, channels, h, w) each, as `after` left it.
+
+        Args:
+            images_nchw: normalised images.
+            after: for instance an attention block after some of the stages.
+        """
+        return [after(0, self(images_nchw))]
 
     def project(self, pooled: Tensor) -> Tensor:
         """Map the pooled feature map, (n, num_channels), to (n, num_features)."""
@@ -32,6 +55,14 @@ class Backbone(nn.Module):
     def stages(self) -> list[list[nn.Parameter]]:
         """Return all parameters in stages, from the image to the features (`train.layer_decay`)."""
         return [list(self.parameters())]
+
+    @classmethod
+    def check_available(cls) -> None:
+        """Check that the packages of this backbone are installed.
+
+        Raises:
+            ConfigError: one is missing.
+        """
 
     def imagenet_weights(self) -> Mapping[str, Tensor]:
         """Download the published weights, named as in `state_dict`.

@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from agr_ray.models.backbones.base import Backbone
-from agr_ray.models.backbones.torchvision_parts import fold_batch_norms, published_weights, shrinking_stages
-
-_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+from agr_ray.models.backbones.staged import TorchvisionBackbone, fold_batch_norms
 
 
-class ResNet(Backbone):
-    """All layers up to the last feature map, with torchvision's names."""
+class ResNet(TorchvisionBackbone):
+    """All layers up to the last feature map, at 1/32 of the input's side."""
 
+    trunk = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     replaced_layers = ("fc.",)
     conv1: nn.Module
     relu: nn.Module
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
-        net: Any = torchvision.models.get_model(name, weights=None)
-        self.num_channels = self.num_features = int(net.fc.in_features)
-        for layer in _LAYERS:
+    def take(self, net: Any) -> None:
+        """Take all layers but the last."""
+        self.num_features = int(net.fc.in_features)
+        for layer in self.trunk:
             self.add_module(layer, getattr(net, layer))
-
-    def forward(self, images_nchw: Tensor) -> Tensor:
-        """Return the feature map at 1/32 of the input's side."""
-        for layer in self.children():
-            images_nchw = layer(images_nchw)
-        return images_nchw
-
-    def stages(self) -> list[list[nn.Parameter]]:
-        """Return five stages."""
-        return shrinking_stages(self)
-
-    def imagenet_weights(self) -> Mapping[str, Tensor]:
-        """Download torchvision's weights."""
-        return published_weights(self._name)
 
     def fuse(self, device: torch.device) -> bool:
         """Fold batch norms. On a CPU, also fuse additions and ReLUs into convolutions: 10 % less time."""

@@ -56,6 +56,10 @@ class Head(nn.Module):
         """Return the prediction, float32: (n,), or (n, k) probabilities of k classes."""
         raise NotImplementedError
 
+    def distribution(self, outputs: Any) -> Tensor | None:  # noqa: ARG002  # for subclasses
+        """Return the probability of each year from 0 to `AGE_MAX_YEARS`, (n, years); None: the head has none."""
+        return None
+
     def score(self, outputs: Any, targets: Targets) -> TaskSum:
         """Return the sum of |error| or the number of correct predictions, without waiting for the device."""
         raise NotImplementedError

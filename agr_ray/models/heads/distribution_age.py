@@ -1,89 +1,26 @@
-"""An age head with a distribution over years.
-
-Source: Gao et al., "Age Estimation Using Expectation of Label Distribution Learning" (DLDL-v2), IJCAI 2018.
-"""
+"""Label distribution learning: DLDL-v2."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
-
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from agr_ray.config import LossConfig
-from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS, LabelSpace
 from agr_ray.models.heads import ages
-from agr_ray.models.heads.base import Head, Targets, TaskSum, linear
-
-AGE_BINS_YEARS: Final = tuple(range(int(AGE_MIN_YEARS), int(AGE_MAX_YEARS) + 1))
-"""One bin per year, over the range of valid labels."""
+from agr_ray.models.heads.year_bins import YearBins
 
 
-class AgeDistribution(NamedTuple):
-    """Outputs of the head for n faces."""
+class DistributionAge(YearBins):
+    """The loss is the KL divergence from a Gaussian around the age, plus the weighted `age_loss` of the expectation.
 
-    logits: Tensor
-    """(n, len(AGE_BINS_YEARS))."""
-    years: Tensor
-    """(n,) expectation of the distribution."""
+    Source: Gao et al., "Age Estimation Using Expectation of Label Distribution Learning", IJCAI 2018 (DLDL-v2),
+    equations 5 to 9; sigma is `loss.age_sigma_years`, lambda is `loss.age_expectation_weight`. A bin for each year
+    from 0 to 116 instead of 0 to 100.
+    """
 
-
-class DistributionAge(Head):
-    """One bin per year; the prediction is the expectation. An age range is learnt from the probability of its bins."""
-
-    missing_values = ages.MISSING_VALUES
-    metric = "mae_years"
-    bins_years: Tensor
-
-    def __init__(self, num_features: int, task: str, space: LabelSpace) -> None:  # noqa: ARG002  # as all heads
-        super().__init__()
-        self.layer = linear(num_features, len(AGE_BINS_YEARS))
-        self.register_buffer("bins_years", torch.tensor(AGE_BINS_YEARS, dtype=torch.float32), persistent=False)
-
-    def forward(self, features: Tensor) -> AgeDistribution:
-        """Return logits and expectation."""
-        logits = self.layer(features)
-        return AgeDistribution(logits, logits.softmax(dim=1) @ self.bins_years)
-
-    def labelled(self, targets: Targets) -> Tensor:
-        """Return which rows have an age or a range, (n,) bool."""
-        return ages.age_truth(targets).is_labelled
-
-    def losses(self, outputs: AgeDistribution, targets: Targets, config: LossConfig) -> Tensor:
-        """Return the loss of each row: DLDL-v2's for an age, the negative log probability for a range.
-
-        DLDL-v2's loss is the KL divergence from a Gaussian around the age, plus the weighted `age_loss` of the
-        expectation.
-        """
-        truth = ages.age_truth(targets)
-        bins = self.bins_years
-        logits = torch.where(truth.is_labelled[:, None], outputs.logits, 0.0)
-        log_probs = torch.log_softmax(logits, dim=1)
-        target_log = torch.log_softmax(
-            -0.5 * ((bins - truth.low_years[:, None]) / config.age_sigma_years).square(), dim=1
-        )
+    def exact_losses(self, log_probs: Tensor, years: Tensor, truth: ages.AgeTruth, config: LossConfig) -> Tensor:
+        """Return divergence plus error, (n,)."""
+        distances = (self.bins_years - truth.low_years[:, None]) / config.age_sigma_years
+        target_log = torch.log_softmax(-0.5 * distances.square(), dim=1)
         divergence = (target_log.exp() * (target_log - log_probs)).sum(dim=1)
-        of_ages = divergence + config.age_expectation_weight * ages.error_losses(outputs.years, truth, config)
-        # Rounded outwards, so that a range has a bin. Without a range no bin is masked: no infinite logarithm.
-        is_inside = (bins >= truth.low_years.floor()[:, None]) & (bins <= truth.high_years.ceil()[:, None])
-        is_range = truth.is_labelled & ~truth.is_exact
-        of_ranges = -log_probs.masked_fill(is_range[:, None] & ~is_inside, -torch.inf).logsumexp(dim=1)
-        return torch.where(is_range, of_ranges, torch.where(truth.is_exact, of_ages, 0.0))
-
-    def read_out(self, outputs: AgeDistribution) -> Tensor:
-        """Return the expectation, years."""
-        return ages.clamped(outputs.years)
-
-    def score(self, outputs: AgeDistribution, targets: Targets) -> TaskSum:
-        """Return the sum of |error|, years."""
-        return ages.age_score(outputs.years, targets)
-
-    def initialise(self, labels: Mapping[str, NDArray[Any]]) -> None:
-        """Predict a Gaussian with the training ages' mean and standard deviation at first."""
-        moments = ages.mean_and_std_years(labels)
-        if moments is not None:
-            mean, std = moments
-            with torch.no_grad():
-                self.layer.bias.copy_(-0.5 * ((self.bins_years - mean) / std).square())
+        return divergence + config.age_expectation_weight * ages.error_losses(years, truth, config)

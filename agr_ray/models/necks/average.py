@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
 class AveragePool(nn.Module):
-    """The mean of each channel.
+    """The mean of each channel of the last feature map.
 
     Args:
-        num_channels: of the feature map.
+        stage_channels: channels of the feature map after each stage.
     """
 
-    def __init__(self, num_channels: int) -> None:  # noqa: ARG002  # as all necks
+    def __init__(self, stage_channels: Sequence[int]) -> None:  # noqa: ARG002  # as all necks
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
 
-    def forward(self, feature_map_nchw: Tensor) -> Tensor:
-        """Return (n, num_channels)."""
-        pooled: Tensor = self.pool(feature_map_nchw)
+    def forward(self, maps_nchw: Sequence[Tensor]) -> Tensor:
+        """Return (n, channels of the last map)."""
+        pooled: Tensor = self.pool(maps_nchw[-1])
         return pooled.flatten(1)

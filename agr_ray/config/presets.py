@@ -1,0 +1,190 @@
+"""The networks of the paper's tables 10 and 11, composed from the registered parts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from agr_ray.config.section import MAX_INT
+from agr_ray.redact import shown
+
+
+@dataclass(frozen=True)
+class Cited:
+    """Figures of a row of the paper's tables 10 and 11, from other data and protocols; None: the row has none."""
+
+    mae_years: float | None
+    one_off: float | None
+    gender: float | None
+    race: float | None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values in place of the defaults; explicit keys override them."""
+
+    row: str
+    """What it stands for."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `[model]`."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `[train]`."""
+    fine_tune: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `[train]` that apply only with pretrained weights."""
+    cited: Cited | None = None
+    """As the paper cites; None: the row is not in its tables."""
+    min_side_px: int = 32
+    """Smallest image that the backbone takes."""
+
+
+_RESNET: Final = {"backbone": "resnet50", "image_size": 224}
+_FROZEN: Final = {"freeze_epochs": MAX_INT}
+_TRANSFORMER: Final = {"optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "warmup": 0.1, "lr": 3e-4}
+
+PRESETS: Final[Mapping[str, Preset]] = {
+    "paper": Preset(
+        "the proposed model: ResNet50, linear heads",
+        _RESNET | {"age_head": "linear"},
+        cited=Cited(2.95, 0.907, 0.983, 0.931),
+    ),
+    "single_task_age": Preset(
+        "single-task CNN, deep age estimation",
+        _RESNET | {"tasks": ("age",)},
+        cited=Cited(4.85, 0.852, None, None),
+    ),
+    "single_task_gender": Preset(
+        "single-task CNN, gender", _RESNET | {"tasks": ("gender",)}, cited=Cited(None, None, 0.951, None)
+    ),
+    "single_task_race": Preset(
+        "single-task CNN, race", _RESNET | {"tasks": ("race",)}, cited=Cited(None, None, None, 0.902)
+    ),
+    "lightweight": Preset(
+        "lightweight CNN for real time",
+        {"backbone": "mobilenet_v3_small", "age_head": "linear", "image_size": 112, "bn_momentum": 0.1},
+        cited=Cited(4.92, 0.850, 0.942, None),
+    ),
+    "vgg16_transfer": Preset(
+        "transfer learning, VGG-16: age groups, convolutions frozen if pretrained",
+        {"backbone": "vgg16", "neck": "fully_connected", "age_head": "groups", "image_size": 224},
+        fine_tune=_FROZEN,
+        cited=Cited(4.78, 0.855, 0.945, None),
+    ),
+    "cnn_features": Preset(
+        "CNN features: linear classifiers, age groups, backbone frozen if pretrained",
+        _RESNET | {"age_head": "groups"},
+        fine_tune=_FROZEN,
+        cited=Cited(4.90, 0.850, 0.940, 0.890),
+    ),
+    "sa_net": Preset(
+        "SA-Net: shuffle attention after each stage",
+        _RESNET | {"attention": "shuffle", "attention_stages": (2, 3, 4, 5)},
+        cited=Cited(4.30, 0.875, 0.950, 0.910),
+    ),
+    "gender_routed": Preset(
+        "gender-specific age classification",
+        _RESNET | {"age_head": "groups", "age_routing": "hard"},
+        cited=Cited(4.55, 0.868, 0.953, None),
+    ),
+    "multi_scale": Preset(
+        "multi-task, multi-instance, multi-scale: c3 to c5, soft gender routing",
+        _RESNET | {"neck": "multi_scale", "age_routing": "soft"},
+        cited=Cited(4.25, 0.881, 0.952, 0.912),
+    ),
+    "ldl": Preset(
+        "label distribution learning (DLDL-v2)",
+        _RESNET | {"age_head": "distribution"},
+        cited=Cited(4.20, 0.880, 0.940, 0.910),
+    ),
+    "plain_cnn": Preset(
+        "CNN-based age, gender, ethnicity",
+        {"backbone": "plain_cnn", "image_size": 112},
+        cited=Cited(4.35, 0.872, 0.951, 0.912),
+    ),
+    "facenet_bias": Preset(
+        "FaceNet-based bias analysis: Inception-ResNet-v1, frozen if pretrained, linear heads",
+        {"backbone": "inception_resnet_v1", "image_size": 160},
+        fine_tune=_FROZEN,
+        cited=Cited(4.85, 0.850, 0.948, 0.901),
+        min_side_px=80,
+    ),
+    "faceage": Preset(
+        "FaceAge biological age: Inception-ResNet-v1, balanced ages",
+        {"backbone": "inception_resnet_v1", "image_size": 160, "tasks": ("age",)},
+        train={"balance": "age"},
+        cited=Cited(3.95, 0.885, None, None),
+        min_side_px=80,
+    ),
+    "mhsa": Preset(
+        "multi-task CNN with multi-head attention",
+        _RESNET | {"attention": "self_attention"},
+        cited=Cited(4.30, 0.875, 0.950, 0.910),
+    ),
+    "se": Preset("potential improvement: squeeze-and-excitation", _RESNET | {"attention": "squeeze_excitation"}),
+    "cbam": Preset("potential improvement: channel and spatial attention", _RESNET | {"attention": "cbam"}),
+    "vit": Preset(
+        "potential improvement: vision transformer",
+        {"backbone": "vit_b_16", "image_size": 224},
+        train=_TRANSFORMER,
+        fine_tune={"layer_decay": 0.75},
+    ),
+    "swin": Preset(
+        "potential improvement: Swin transformer",
+        {"backbone": "swin_t", "image_size": 224},
+        train=_TRANSFORMER,
+        fine_tune={"layer_decay": 0.75},
+    ),
+    "domain_adapt": Preset(
+        "potential improvement: a domain head behind gradient reversal, for two sets",
+        _RESNET | {"tasks": ("age", "gender", "race", "domain")},
+    ),
+}
+"""The presets by name, in the order of the paper's tables."""
+
+
+def check_preset(name: str) -> str:
+    """Return the name if there is such a preset.
+
+    Raises:
+        ValueError: there is none; the message lists the allowed names.
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        suggestion = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"there is no preset {shown(name)}; allowed: {', '.join(PRESETS)}{suggestion}")
+    return name
+
+
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of a training job, with the preset's values of `[train]` where no key overrides them."""
+    model, train = values.get("model", {}), values.get("train", {})
+    if not isinstance(model, Mapping) or not isinstance(train, Mapping):
+        return dict(values)  # sections that code built
+    name = model.get("preset")
+    if not isinstance(name, str) or name not in PRESETS:
+        return dict(values)
+    preset = PRESETS[name]
+    is_pretrained = model.get("pretrained", "none") != "none"
+    return {**values, "train": {**preset.train, **(preset.fine_tune if is_pretrained else {}), **train}}
+
+
+def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe in which the values of a preset that `overrides` chooses replace those of the recipe.
+
+    Otherwise a recipe's backbone, or half of its optimiser, would stay. The side of the images is kept, because the
+    recipe's data and schedule belong to it.
+
+    Args:
+        recipe: sections of a recipe.
+        overrides: sections of the command line and the environment.
+    """
+    name = overrides.get("model", {}).get("preset")
+    if not isinstance(name, str) or name not in PRESETS:
+        return dict(recipe)
+    preset = PRESETS[name]
+    model = dict(recipe.get("model", {}))
+    is_pretrained = overrides.get("model", {}).get("pretrained", model.get("pretrained", "none")) != "none"
+    own = {key: value for key, value in preset.model.items() if key != "image_size" or "image_size" not in model}
+    train = {**recipe.get("train", {}), **preset.train, **(preset.fine_tune if is_pretrained else {})}
+    return {**recipe, "model": {**model, **own}, "train": train}

@@ -1,0 +1,137 @@
+"""Backbones whose blocks run one after another, and torchvision's among them."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.swin_transformer import PatchMerging
+
+from agr_ray.models.backbones.base import After, Backbone, WeightsError
+
+_TRACED_SIDE_PX = 96
+
+
+class StagedBackbone(Backbone):
+    """A backbone of blocks in stages: a stage begins at each block that shrinks the feature map.
+
+    A subclass registers its layers and then calls `arrange`.
+    """
+
+    trunk: ClassVar[tuple[str, ...]]
+    """Names of the children that compute the feature map, in the order in which they run. Blocks are these children, or
+    the children of those that are `nn.Sequential`."""
+
+    def arrange(self) -> None:
+        """Divide the blocks into stages, and find the channels of each."""
+        sizes = [0]
+        for block in self._blocks():
+            if sizes[-1] and any(map(_shrinks, block.modules())):
+                sizes.append(0)
+            sizes[-1] += 1
+        self._sizes = tuple(sizes)  # kept, because `fuse` replaces blocks
+        with torch.no_grad():
+            image = torch.zeros(1, 3, _TRACED_SIDE_PX, _TRACED_SIDE_PX)
+            maps = self.eval().feature_maps(image, lambda _, feature_map: feature_map)
+        self.train()
+        self._stage_channels = tuple(feature_map.shape[1] for feature_map in maps)
+        self.num_channels = self._stage_channels[-1]
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Return the channels of the feature map after each stage."""
+        return self._stage_channels
+
+    def forward(self, images_nchw: Tensor) -> Tensor:
+        """Return the last feature map."""
+        return self.feature_maps(images_nchw, lambda _, feature_map: feature_map)[-1]
+
+    def feature_maps(self, images_nchw: Tensor, after: After) -> list[Tensor]:
+        """Return the feature map after each stage."""
+        blocks = self._blocks()
+        maps: list[Tensor] = []
+        x = images_nchw
+        for size in self._sizes:
+            for block in itertools.islice(blocks, size):
+                x = block(x)
+            x = after(len(maps), x)
+            maps.append(x)
+        return maps
+
+    def stages(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each stage that has some; those of `project` are in the last."""
+        blocks = self._blocks()
+        stages = [
+            [parameter for block in itertools.islice(blocks, size) for parameter in block.parameters()]
+            for size in self._sizes
+        ]
+        stages = [stage for stage in stages if stage]
+        known = {id(parameter) for stage in stages for parameter in stage}
+        stages[-1] += [parameter for parameter in self.parameters() if id(parameter) not in known]
+        return stages
+
+    def _blocks(self) -> itertools.chain[nn.Module]:
+        children = (getattr(self, name) for name in self.trunk)
+        return itertools.chain.from_iterable(
+            child if isinstance(child, nn.Sequential) else [child] for child in children
+        )
+
+
+class TorchvisionBackbone(StagedBackbone):
+    """Layers of a torchvision network, under torchvision's names.
+
+    Args:
+        name: of the network in `torchvision.models`.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+        self.take(torchvision.models.get_model(name, weights=None))
+        self.arrange()
+
+    def take(self, net: Any) -> None:
+        """Register the layers of the network, and set `num_features`."""
+        raise NotImplementedError
+
+    def imagenet_weights(self) -> Mapping[str, Tensor]:
+        """Download torchvision's weights.
+
+        Raises:
+            WeightsError: the download failed.
+        """
+        weights: Any = torchvision.models.get_model_weights(self._name).DEFAULT
+        try:
+            return cast(dict[str, Tensor], dict(weights.get_state_dict(progress=False, check_hash=True)))
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise WeightsError(
+                f"weights imagenet: {weights.url} could not be downloaded: {reason}; "
+                "with no network, set model.pretrained to the path of that file, or to none"
+            ) from None
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Fold each batch norm into the convolution registered right before it: in these networks, its input."""
+    before: tuple[str, nn.Module] | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and before is not None and isinstance(before[1], nn.Conv2d):
+            setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
+            setattr(module, name, nn.Identity())
+        fold_batch_norms(child)
+        before = name, child
+
+
+def _shrinks(module: nn.Module) -> bool:
+    if isinstance(module, PatchMerging):
+        return True
+    if not isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        return False
+    stride = module.stride
+    return (max(stride) if isinstance(stride, tuple) else stride) > 1

@@ -1,0 +1,265 @@
+"""Train presets on the same data with the same settings, and compare them: `agr-ray compare`.
+
+    OUT/
+      comparison.html, comparison.parquet    the result (`report.comparison`)
+      comparison.json                        the settings that all runs share
+      runs/PRESET-SEED/                      each run's training (`runtime.train`)
+      evaluations/PRESET-SEED/               its predictions for the compared split; metrics.json is written last
+
+A run whose evaluation is complete is not repeated, and an unfinished one resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import ray
+from rich.console import Console
+
+from agr_ray.config import CompareJob, EvaluateConfig, EvaluateJob, ModelConfig, TrainConfig, TrainJob
+from agr_ray.config.presets import PRESETS, with_preset
+from agr_ray.console import make_console
+from agr_ray.data.crops import select_crops, usable_statuses
+from agr_ray.data.guards import training_space
+from agr_ray.data.prepared import PreparedSet, open_prepared
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.models.network import check_tasks
+from agr_ray.registry import BACKBONES
+from agr_ray.report.comparison import write_comparison
+from agr_ray.runtime.cluster import cluster
+from agr_ray.runtime.evaluate import evaluate
+from agr_ray.runtime.train import train
+from agr_ray.runtime.tune import room
+from agr_ray.schema import LABEL_COLUMNS
+from agr_ray.storage import MissingObject, Storage, StorageUnavailable
+from agr_ray.storage.lock import LockLost, RunLock, run_lock
+from agr_ray.tuning.concurrency import TRIAL_CPUS
+
+RECORD: Final = "comparison.json"
+_MAX_DEATHS: Final = 3
+"""How often a run is started again whose own process has died."""
+_LOOK_EVERY_S: Final = 1.0
+
+
+def compare(job: CompareJob) -> str:
+    """Train and evaluate all runs that are not complete, write the result, and return the URI of comparison.html.
+
+    A run that fails, for example because its loss is not finite, is named in the result, and the others go on.
+
+    Raises:
+        ConfigError: the data has no such split, another comparison is in the folder, or the cluster is too small.
+        JobError: a run failed.
+        LockLost: another driver has taken over the comparison.
+    """
+    console = make_console()
+    storage = Storage.from_config(job.storage)
+    out = storage.absolute(job.compare.out).rstrip("/")
+    if len(job.train.data_uris) != 1:
+        raise ConfigError(f"train.data {list(job.train.data_uris)}: a comparison needs one prepared set")
+    storage.probe(job.train.data_uris[0], "train.data")
+    storage.probe(out, "compare.out", write=True)
+    prepared = open_prepared(storage, job.train.data_uris[0], "train.data")
+    _check_split(prepared, job)
+    tasks = _labelled_tasks(prepared, storage, job)
+    runs = {name: TrainJob(**values) for name, values in _runs(job, storage, out, tasks)}
+    for run in runs.values():
+        check_tasks(run.model, training_space([prepared], job.labels))
+        BACKBONES[run.model.backbone].check_available()  # type: ignore[attr-defined]  # builders are subclasses
+    expiry_s = job.train.lock_expiry_s
+    lock_uri = storage.join(out, "lock.json")
+    with run_lock(storage, lock_uri, f"comparison {out}", expiry_s=expiry_s, console=console) as lock:
+        _check_settings(job, storage, out, prepared)
+        failures: dict[str, str] = {}
+        todo = {name: run for name, run in runs.items() if not _is_measured(storage, out, name)}
+        console.print(f"comparison {out}: {len(runs)} runs, {len(runs) - len(todo)} done before")
+        if todo:
+            with cluster(job.cluster):
+                at_once = room(job.train, job.compare.max_concurrent, "compare.max_concurrent")
+                threads = at_once.threads_per_worker
+                for name, problem in _run_all(job, todo, out, at_once.num_trials, threads, lock, console):
+                    if problem:
+                        failures[name] = problem
+        lock.check()
+        page = write_comparison(storage, out, prepared, job.compare.split, failures, _settings(job), console)
+    if failures:
+        reasons = "; ".join(f"{name}: {problem}" for name, problem in failures.items())
+        raise JobError(f"{len(failures)} of {len(runs)} runs failed: {reasons}")
+    return page
+
+
+def _labelled_tasks(prepared: PreparedSet, storage: Storage, job: CompareJob) -> list[str]:
+    """Return the tasks of which training has a label."""
+    columns = ["split", "status", *LABEL_COLUMNS]
+    table = storage.read_table(prepared.crops(storage), columns=columns)
+    rows = select_crops(table, "train", usable_statuses(use_fallback=job.train.use_fallback))
+    labels = {"age": ("age", "age_low"), "gender": ("gender",), "race": ("race",)}
+    return [task for task, names in labels.items() if any(rows[name].null_count < rows.num_rows for name in names)]
+
+
+def _runs(job: CompareJob, storage: Storage, out: str, labelled: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the sections of each training run: first all presets with the first seed.
+
+    Tasks without a label in training are left out.
+
+    Raises:
+        ConfigError: no task of a preset is left.
+    """
+    shared = job.train.model_dump(exclude_unset=True) | {"data": storage.absolute(job.train.data_uris[0])}
+    for number in range(job.compare.seeds):
+        for name in job.compare.presets:
+            preset = PRESETS[name]
+            own = with_preset({"model": {"preset": name}})["train"]
+            seed = job.train.seed + number
+            run_name = f"{name}-{seed}"
+            own |= {"out": storage.join(out, "runs"), "name": run_name, "seed": seed}
+            side = job.compare.image_size or int(preset.model["image_size"])
+            tasks = tuple(task for task in ModelConfig(preset=name).tasks if task in labelled)
+            if not tasks:
+                raise ConfigError(
+                    f"compare.presets {name}: training has no label of its tasks, only of {', '.join(labelled)}"
+                )
+            yield (
+                run_name,
+                {
+                    "storage": job.storage,
+                    "cluster": job.cluster,
+                    "labels": job.labels,
+                    "model": ModelConfig(preset=name, image_size=max(side, preset.min_side_px), tasks=tasks),
+                    "loss": job.loss,
+                    "augment": job.augment,
+                    "train": TrainConfig(**(shared | own)),
+                    "predict": job.predict,
+                },
+            )
+
+
+def _settings(job: CompareJob) -> dict[str, Any]:
+    """Return the settings that all runs share and that affect the result."""
+    ignored = {"out", "name", "data", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "seed"}
+    ignored |= {"threads_per_worker", "cpus_per_worker", "gpus_per_worker", "cache_mib", "mlflow_uri"}
+    return {
+        "labels": job.labels.model_dump(mode="json"),
+        "loss": job.loss.model_dump(mode="json"),
+        "augment": job.augment.model_dump(mode="json"),
+        "train": job.train.model_dump(mode="json", exclude=ignored),
+        "predict": job.predict.model_dump(mode="json"),
+        "image_size": job.compare.image_size,
+        "split": job.compare.split,
+    }
+
+
+def _check_settings(job: CompareJob, storage: Storage, out: str, prepared: PreparedSet) -> None:
+    """Store the shared settings, or check that the folder holds a comparison with the same ones.
+
+    Raises:
+        ConfigError: it holds another one; the message names a setting.
+    """
+    settings = _settings(job) | {"data": prepared.digest}
+    uri = storage.join(out, RECORD)
+    try:
+        before = json.loads(storage.read(uri))
+    except MissingObject:
+        storage.write(uri, json.dumps(settings, indent=1).encode())
+        return
+    for section, values in json.loads(json.dumps(settings)).items():
+        theirs = before.get(section)
+        if theirs == values:
+            continue
+        if isinstance(values, dict) and isinstance(theirs, dict):
+            key = next(key for key in sorted({*values, *theirs}) if theirs.get(key) != values.get(key))
+            section, theirs, values = f"{section}.{key}", theirs.get(key), values.get(key)
+        raise ConfigError(
+            f"compare.out {out}: holds a comparison with {section} {theirs}, not {values}; choose another folder"
+        )
+
+
+def _check_split(prepared: PreparedSet, job: CompareJob) -> None:
+    if not prepared.splits.get(job.compare.split):
+        raise ConfigError(
+            f"compare.split {job.compare.split}: {prepared.uri} has no such image; its splits are {prepared.splits}"
+        )
+
+
+def _is_measured(storage: Storage, out: str, name: str) -> bool:
+    return storage.exists(storage.join(out, "evaluations", name, "metrics.json"))
+
+
+def _run_all(
+    job: CompareJob,
+    runs: dict[str, TrainJob],
+    out: str,
+    max_concurrent: int,
+    threads: int | None,
+    lock: RunLock,
+    console: Console,
+) -> Iterator[tuple[str, str]]:
+    """Run all, at most so many at a time; yield the name of each that ends, and why it failed (empty: it did not)."""
+    waiting = list(runs)
+    running: dict[Any, tuple[str, float]] = {}
+    start = ray.remote(num_cpus=TRIAL_CPUS, max_retries=_MAX_DEATHS)(_train_and_evaluate)
+    with console.status("") as status:
+        while waiting or running:
+            while waiting and len(running) < max_concurrent:
+                name = waiting.pop(0)
+                train_job = runs[name]
+                if threads is not None:
+                    train = train_job.train.model_copy(update={"threads_per_worker": threads})
+                    train_job = train_job.model_copy(update={"train": train})
+                running[start.remote(train_job, _evaluation(job, train_job, out))] = name, time.monotonic()
+            names = ", ".join(name for name, _ in running.values())
+            status.update(f"{len(runs) - len(waiting) - len(running)} of {len(runs)} runs ended; running: {names}")
+            ended, _ = ray.wait(list(running), timeout=_LOOK_EVERY_S)
+            lock.check()
+            for each in ended:
+                name, started = running.pop(each)
+                problem = _outcome(lambda each=each: ray.get(each))  # type: ignore[misc]
+                minutes = (time.monotonic() - started) / 60
+                console.print(f"{name}: {problem or 'done'} ({minutes:.1f} minutes)")
+                yield name, problem
+
+
+def _outcome(get: Callable[[], object]) -> str:
+    """Return why a run failed; empty: it did not."""
+    try:
+        get()
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, LockLost | StorageUnavailable):
+            raise cause from None
+        return (str(cause).splitlines() or [type(cause).__name__])[0]
+    except ray.exceptions.RayError as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
+
+
+def _evaluation(job: CompareJob, run: TrainJob, out: str) -> EvaluateJob:
+    storage = Storage.from_config(job.storage)
+    return EvaluateJob(
+        storage=job.storage,
+        cluster=job.cluster,
+        predict=job.predict,
+        evaluate=EvaluateConfig(
+            checkpoint=storage.join(run.train.out, run.train.name, "best"),
+            data=str(run.train.data),
+            split=job.compare.split,
+            out=storage.join(out, "evaluations", run.train.name),
+            use_gpu=run.train.use_gpu,
+            num_workers=1,
+        ),
+    )
+
+
+def _train_and_evaluate(train_job: TrainJob, evaluate_job: EvaluateJob) -> None:
+    """One run, in a process of its own."""
+    storage = Storage.from_config(train_job.storage)
+    uri = storage.join(train_job.train.out, train_job.train.name, "run.json")
+    try:
+        is_trained = bool(json.loads(storage.read(uri))["finished"])
+    except MissingObject:
+        is_trained = False
+    if not is_trained:
+        train(train_job, quiet=True)
+    evaluate(evaluate_job, quiet=True)

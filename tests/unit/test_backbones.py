@@ -1,0 +1,143 @@
+"""The backbones are the published networks: the same features, parameters and names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from agr_ray.config import ModelConfig
+from agr_ray.labels import UTKFACE
+from agr_ray.models.backbones.base import Backbone
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.predict.inference import for_inference
+from agr_ray.registry import BACKBONES
+
+# Parameters in millions as published (torchvision, facenet-pytorch), without the last layer; map channels by stage.
+PUBLISHED: dict[str, tuple[int, tuple[int, ...]]] = {
+    "resnet18": (11_176_512, (64, 64, 128, 256, 512)),
+    "resnet34": (21_284_672, (64, 64, 128, 256, 512)),
+    "resnet50": (23_508_032, (64, 256, 512, 1024, 2048)),
+    "resnet101": (42_500_160, (64, 256, 512, 1024, 2048)),
+    "mobilenet_v3_small": (1_517_856, (16, 16, 24, 48, 576)),
+    "mobilenet_v3_large": (4_202_032, (16, 24, 40, 112, 960)),
+    "efficientnet_b0": (4_007_548, (16, 24, 40, 112, 1280)),
+    "efficientnet_b3": (10_696_232, (24, 32, 48, 136, 1536)),
+    "vgg16": (14_714_688, (64, 128, 256, 512, 512, 512)),
+    "convnext_tiny": (27_820_128, (96, 192, 384, 768)),
+    "vit_b_16": (85_798_656, (768,)),
+    "swin_t": (27_519_354, (96, 192, 384, 768)),
+    "inception_resnet_v1": (23_482_624, (64, 192, 256, 896, 1792)),
+    "plain_cnn": (388_896, (32, 64, 128, 256, 256)),
+}
+LAST = {"resnet": "fc", "mobilenet": "classifier.3", "efficientnet": "classifier.1", "convnext": "classifier.2"}
+LAST |= {"vit": "heads.head", "swin": "head"}
+
+
+def backbone_of(name: str) -> Backbone:
+    torch.manual_seed(0)
+    backbone: Backbone = BACKBONES[name](name)
+    return backbone.eval()
+
+
+def images(side_px: int) -> Tensor:
+    return torch.randn(2, 3, side_px, side_px, generator=torch.Generator().manual_seed(0))
+
+
+def unchanged(_: int, feature_map: Tensor) -> Tensor:
+    return feature_map
+
+
+def test_every_backbone_is_checked() -> None:
+    assert list(PUBLISHED) == list(BACKBONES.names)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_channels_are_the_published_ones(name: str) -> None:
+    num_parameters, channels = PUBLISHED[name]
+    backbone = backbone_of(name)
+
+    assert sum(p.numel() for p in backbone.parameters()) == num_parameters
+    assert backbone.stage_channels == channels
+    assert backbone.num_channels == channels[-1]
+    stages = backbone.stages()
+    assert sorted(map(id, backbone.parameters())) == sorted(id(p) for stage in stages for p in stage)
+    assert all(stages)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in ("inception_resnet_v1", "plain_cnn")])
+def test_features_are_those_of_torchvision(name: str) -> None:
+    torch.manual_seed(1)
+    net: Any = torchvision.models.get_model(name, weights=None).eval()
+    backbone = backbone_of(name)
+    state = {key: value for key, value in net.state_dict().items() if not key.startswith(backbone.replaced_layers)}
+    backbone.load_state_dict(state)
+    x = images(224 if name == "vit_b_16" else 64)
+
+    with torch.no_grad():
+        feature_map = backbone(x)
+        if name == "vgg16":
+            torch.testing.assert_close(feature_map, net.features(x))
+            return
+        parent, _, child = LAST[name.partition("_")[0].rstrip("0123456789")].rpartition(".")
+        setattr(net.get_submodule(parent), child, nn.Identity())
+        features = backbone.project(feature_map.mean(dim=(2, 3)))
+        torch.testing.assert_close(features, net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_features_are_those_of_facenet_pytorch() -> None:
+    from facenet_pytorch import InceptionResnetV1
+
+    net = InceptionResnetV1().eval()
+    backbone = backbone_of("inception_resnet_v1")
+    backbone.load_state_dict(net.state_dict())
+    pixels = torch.randint(0, 256, (2, 3, 160, 160), generator=torch.Generator().manual_seed(0)).float()
+    mean, std = (torch.tensor(each)[:, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    with torch.no_grad():
+        embeddings = backbone.project(backbone((pixels / 255 - mean) / std).mean(dim=(2, 3)))
+        expected = net((pixels - 127.5) / 128)
+    torch.testing.assert_close(nn.functional.normalize(embeddings), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_last_map_is_the_result_and_each_stage_is_changed_once(name: str) -> None:
+    backbone = backbone_of(name)
+    x = images(96)
+    seen: list[tuple[int, int]] = []
+
+    def note(index: int, feature_map: Tensor) -> Tensor:
+        seen.append((index, feature_map.shape[1]))
+        return feature_map * 0.5 if index == 0 else feature_map
+
+    with torch.no_grad():
+        maps = backbone.feature_maps(x, unchanged)
+        changed = backbone.feature_maps(x, note)
+        torch.testing.assert_close(maps[-1], backbone(x))
+    assert seen == list(enumerate(PUBLISHED[name][1]))
+    torch.testing.assert_close(changed[0], maps[0] * 0.5)
+    sides = [each.shape[-1] for each in maps]
+    assert sides == sorted(sides, reverse=True)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_network_for_inference_computes_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    model = MultiTaskNet(ModelConfig(backbone=name, image_size=96, attention="cbam"), UTKFACE)
+    with torch.no_grad():
+        model.train()(images(96))  # running statistics other than 0 and 1
+        model.eval()
+        expected, found = model(images(96)), for_inference(model, "float32")(images(96))
+    for task, values in expected.items():
+        torch.testing.assert_close(found[task], values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("side_px", [64, 96, 224])
+def test_the_position_embeddings_of_a_vit_are_interpolated(side_px: int) -> None:
+    backbone = backbone_of("vit_b_16")
+
+    with torch.no_grad():
+        assert backbone(images(side_px)).shape == (2, 768, 1, 1)

@@ -1,0 +1,105 @@
+"""Comparisons of networks: estimates, intervals and paired differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from agr_ray.config.presets import PRESETS
+from agr_ray.evaluation.comparison import METRICS, compare
+from agr_ray.labels import UTKFACE, Labels
+from agr_ray.models.predictions import Predictions
+from agr_ray.report.comparison import cited, difference_text, text
+from agr_ray.schema import COMPARED_METRICS
+
+NUM_IMAGES = 300
+RNG = np.random.default_rng(0)
+AGES = RNG.integers(1, 90, NUM_IMAGES).astype(np.float32)
+LABELS = Labels(UTKFACE, AGES, RNG.integers(0, 2, NUM_IMAGES), RNG.integers(0, 5, NUM_IMAGES))
+APART = np.arange(NUM_IMAGES)
+
+
+def guessed(error_years: float, share_right: float, seed: int) -> Predictions:
+    """Return predictions with a mean error and a share of correct classes."""
+    rng = np.random.default_rng(seed)
+    is_right = rng.random(NUM_IMAGES) < share_right
+    races = np.where(is_right, LABELS.race, (LABELS.race + 1) % 5)
+    signs = rng.choice([-1.0, 1.0], NUM_IMAGES)
+    return {
+        "age": (AGES + signs * rng.exponential(error_years, NUM_IMAGES)).clip(0, 116).astype(np.float32),
+        "gender": np.where(is_right, LABELS.gender, 1 - LABELS.gender).astype(np.float32),
+        "race": np.eye(5, dtype=np.float32)[races],
+    }
+
+
+def test_the_metrics_are_those_of_the_table() -> None:
+    assert tuple(METRICS) == COMPARED_METRICS
+
+
+def test_a_value_is_the_mean_over_runs_and_lies_in_its_interval() -> None:
+    runs = [guessed(6.0, 0.8, 1), guessed(9.0, 0.7, 2)]
+    estimates = compare({"paper": runs}, LABELS, APART, "paper")["paper"]
+
+    errors = [np.abs(run["age"] - AGES).mean() for run in runs]
+    assert estimates["age_mae_years"].value == pytest.approx(np.mean(errors))
+    right = [(run["race"].argmax(axis=1) == LABELS.race).mean() for run in runs]
+    assert estimates["race_accuracy"].value == pytest.approx(np.mean(right))
+    for estimate in estimates.values():
+        assert estimate.interval[0] < estimate.value < estimate.interval[1]
+        assert (estimate.difference, estimate.differs) == (None, False)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    def width(*seeds_and_errors: tuple[int, float]) -> float:
+        runs = [guessed(error, 0.8, seed) for seed, error in seeds_and_errors]
+        low, high = compare({"paper": runs}, LABELS, APART, "paper")["paper"]["age_mae_years"].interval
+        return high - low
+
+    assert width((1, 5.0), (2, 12.0)) > 2 * width((1, 8.0), (2, 8.0))
+
+
+def test_a_paired_difference_is_surer_than_two_intervals_apart() -> None:
+    base = guessed(8.0, 0.8, 1)
+    better = dict(base) | {"age": (AGES + 0.9 * (base["age"] - AGES)).astype(np.float32)}
+    estimates = compare({"paper": [base], "cbam": [better]}, LABELS, APART, "paper")
+    paper, cbam = estimates["paper"]["age_mae_years"], estimates["cbam"]["age_mae_years"]
+
+    assert paper.interval[0] < cbam.interval[1]  # the intervals overlap
+    assert cbam.difference == pytest.approx(cbam.value - paper.value)
+    assert cbam.differs
+    assert not estimates["cbam"]["race_accuracy"].differs
+
+
+def test_images_of_one_person_count_together() -> None:
+    runs = {"paper": [guessed(8.0, 0.8, 1)]}
+    apart = compare(runs, LABELS, APART, "paper")["paper"]["age_mae_years"].interval
+    together = compare(runs, LABELS, APART // 60, "paper")["paper"]["age_mae_years"].interval
+
+    assert together != apart
+
+
+def test_a_network_without_a_task_has_no_such_metric() -> None:
+    ages_only = {"age": guessed(8.0, 0.8, 1)["age"]}
+    estimates = compare({"single_task_age": [ages_only]}, LABELS, APART, "paper")["single_task_age"]
+
+    assert list(estimates) == ["age_mae_years", "age_within_5", "age_one_off"]
+    assert estimates["age_mae_years"].difference is None
+
+
+def test_estimates_are_shown_with_their_unit() -> None:
+    runs = {"paper": [guessed(8.0, 0.8, 1)], "cbam": [guessed(6.0, 0.9, 2)]}
+    estimates = compare(runs, LABELS, APART, "paper")["cbam"]
+
+    assert text("age_mae_years", estimates["age_mae_years"]).startswith(f"{estimates['age_mae_years'].value:.2f} (")
+    assert text("race_accuracy", estimates["race_accuracy"]).startswith(f"{100 * estimates['race_accuracy'].value:.1f}")
+    assert difference_text("race_accuracy", estimates["race_accuracy"])[0] in "+-"
+    assert text("race_accuracy", None) == difference_text("race_accuracy", None) == ""
+
+
+def test_the_papers_figures_are_those_of_its_tables() -> None:
+    assert cited("ldl", "age_mae_years") == 4.20
+    assert cited("sa_net", "race_accuracy") == 0.91
+    assert cited("faceage", "gender_accuracy") is None
+    assert cited("vit", "age_mae_years") is None
+    assert cited("ldl", "age_within_5") is None
+    assert len([preset for preset in PRESETS.values() if preset.cited is not None]) == 15

@@ -1,0 +1,145 @@
+"""Every preset is trained, saved, loaded, evaluated, calibrated and used for prediction, with tiny images."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_loop import STILL, TRANSFORM, faces
+
+from agr_ray.config import ModelConfig, PredictConfig, TrainConfig, TrainJob, parse
+from agr_ray.config.pipeline import DEFAULT_PIPELINE
+from agr_ray.config.presets import PRESETS
+from agr_ray.evaluation.calibration import Calibration
+from agr_ray.evaluation.metrics import Baseline, metrics_report
+from agr_ray.labels import UTKFACE, Labels
+from agr_ray.learn.context import EpochReport, LocalContext
+from agr_ray.learn.loop import train
+from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.predict.attributes import AttributePredictor, attribute_columns
+
+SIDES_PX = {"facenet_bias": 96, "faceage": 96}  # Inception-ResNet-v1 needs 80
+KEYS = {
+    "paper": "01afd97f1fe3",
+    "single_task_age": "75834c9c2176",
+    "single_task_gender": "916319d81e2c",
+    "single_task_race": "3fff0b72469b",
+    "lightweight": "06c2e4577099",
+    "vgg16_transfer": "aec5ce3b21ad",
+    "cnn_features": "5f8d816904f9",
+    "sa_net": "afda6cdfcd22",
+    "gender_routed": "f0b219039db5",
+    "multi_scale": "9563c51b7aa7",
+    "ldl": "33cd6653b974",
+    "plain_cnn": "ffc76866e1fb",
+    "facenet_bias": "8659bd93d30d",
+    "faceage": "9ce423911efb",
+    "mhsa": "5812018032fd",
+    "se": "abb6c22e3314",
+    "cbam": "8191615b57a8",
+    "vit": "1bcfddd68c73",
+    "swin": "db90d6855529",
+    "domain_adapt": "2bbebc46b350",
+}
+"""Digest of the names and shapes of each preset's tensors. If one changes, older checkpoints can't be loaded."""
+
+
+def side_px(preset: str) -> int:
+    return SIDES_PX.get(preset, 32)
+
+
+def keys_digest(model: MultiTaskNet) -> str:
+    """Return a digest of the names and shapes in a network's state dict."""
+    lines = [f"{name} {list(tensor.shape)}" for name, tensor in sorted(model.state_dict().items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_works_from_training_to_prediction(preset: str, tmp_path: Path) -> None:
+    job = TrainJob(
+        model=ModelConfig(preset=preset, image_size=side_px(preset)),
+        train=TrainConfig(epochs=1, batch_size=4, lr=1e-3),
+        augment=STILL,
+    )
+    data = faces(8) | {"set_index": np.arange(8) % 2}
+    labels = Labels.from_arrays(UTKFACE, data)
+    transform = TRANSFORM.__class__(**{**TRANSFORM.__dict__, "image_size": side_px(preset)})
+    torch.manual_seed(0)
+    model = MultiTaskNet(job.model, UTKFACE)
+    model.initialise(labels.arrays)
+    assert keys_digest(model) == KEYS[preset]
+
+    reports: list[EpochReport] = []
+    context = LocalContext(data, data, 4, on_report=reports.append)
+    (row,) = train(context, model, transform, job, Baseline.fit(labels), 8)
+    assert row["step"] == 2
+    assert np.isfinite(row["train_loss"])
+
+    save_checkpoint(tmp_path / "checkpoint", reports[-1].model, transform)
+    loaded = load_checkpoint(tmp_path / "checkpoint")
+    predictor = AttributePredictor(loaded.model, transform, PredictConfig())
+    predictions = predictor.predict(data["crop"])
+    assert list(predictions) == list(job.model.tasks)
+    report = metrics_report(labels, predictions)
+    if "age" in predictions:
+        assert report["age"]["mae_years"] == pytest.approx(row["val_age_mae_years"], rel=1e-3)
+
+    calibration = Calibration.fit(
+        labels,
+        predictions,
+        coverage=0.9,
+        risk=0.05,
+        model_digest=loaded.digest,
+        pipeline=DEFAULT_PIPELINE,
+        precisions=("float32",),
+        split_manifest_sha256="",
+        content_codes=(),
+        num_seen_in_training=0,
+    )
+    calibrated = AttributePredictor(loaded.model, transform, PredictConfig(), calibration).attributes(data["crop"])
+    columns = attribute_columns(calibrated, 8, UTKFACE)
+    shown = {"age": "age", "gender": "p_male", "race": "race"}
+    assert [name for task, name in shown.items() if task in job.model.tasks and name not in columns] == []
+
+
+def test_a_preset_on_the_command_line_gives_way_to_explicit_keys() -> None:
+    job = parse(TrainJob, ["--data", "d", "--preset", "vit", "--lr", "0.1", "--model.image_size", "64"], {})
+
+    assert (job.model.backbone, job.model.image_size) == ("vit_b_16", 64)
+    assert (job.train.optimizer, job.train.lr, job.train.layer_decay) == ("adamw", 0.1, 1.0)
+
+
+def test_a_preset_on_the_command_line_replaces_the_recipes_network_and_optimiser() -> None:
+    job = parse(TrainJob, ["--config", "utkface_lite", "--data", "d", "--preset", "vit"], {})
+
+    assert (job.model.backbone, job.model.image_size) == ("vit_b_16", 88)
+    assert (job.train.optimizer, job.train.schedule, job.train.weight_decay) == ("adamw", "cosine", 0.05)
+
+
+def test_a_backbone_is_frozen_only_with_pretrained_weights() -> None:
+    random = parse(TrainJob, ["--data", "d", "--preset", "cnn_features"], {})
+    pretrained = parse(TrainJob, ["--data", "d", "--preset", "cnn_features", "--model.pretrained", "imagenet"], {})
+
+    assert random.train.freeze_epochs == 0
+    assert pretrained.train.freeze_epochs > 1e6
+
+
+def test_an_unknown_preset_is_rejected_with_the_known_ones() -> None:
+    with pytest.raises(Exception, match=r"there is no preset 'vitt'.*; allowed: paper, .*domain_adapt"):
+        parse(TrainJob, ["--data", "d", "--preset", "vitt"], {})
+
+
+def test_routing_needs_both_tasks() -> None:
+    with pytest.raises(ValueError, match=r"age_routing soft needs the tasks age and gender"):
+        ModelConfig(age_routing="soft", tasks=("age",))
+
+
+def test_attention_after_a_missing_stage_is_rejected() -> None:
+    config = ModelConfig(backbone="swin_t", attention="cbam", attention_stages=(5,))
+
+    with pytest.raises(Exception, match=r"model\.attention_stages 5: the backbone swin_t has stages 1 to 4"):
+        MultiTaskNet(config, UTKFACE)
