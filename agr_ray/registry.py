@@ -6,7 +6,7 @@ Entries are `module:name` until they are used, so checking a configuration and `
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pkgutil import resolve_name
 from typing import Any, Final
 
@@ -52,11 +52,7 @@ class Registry:
         Raises:
             ValueError: there is none; the message lists the allowed names.
         """
-        if name not in self._parts:
-            close = difflib.get_close_matches(name, self._parts, n=1)
-            suggestion = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"there is no {self._kind} {shown(name)}; allowed: {', '.join(self._parts)}{suggestion}")
-        return name
+        return check_name(self._kind, name, self._parts)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         """Return the class or function that builds the part.
@@ -69,6 +65,19 @@ class Registry:
             return part
         builder: Callable[..., Any] = resolve_name(part)
         return builder
+
+
+def check_name(kind: str, name: str, known: Collection[str]) -> str:
+    """Return the name if it is one of those of its kind.
+
+    Raises:
+        ValueError: it is not; the message lists the allowed names.
+    """
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        suggestion = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"there is no {kind} {shown(name)}; allowed: {', '.join(known)}{suggestion}")
+    return name
 
 
 BACKBONES: Final = Registry(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from agr_ray.config.presets import PRESETS, check_preset
+from agr_ray.config.presets import PRESETS, check_preset, find_preset
 from agr_ray.config.section import PositiveInt, Section
 from agr_ray.registry import ATTENTION, BACKBONES, HEADS, NECKS
 
@@ -72,10 +72,8 @@ class ModelConfig(Section):
     def _apply_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        preset = values.get("preset", "paper")
-        if not isinstance(preset, str) or preset not in PRESETS:
-            return values
-        return {**PRESETS[preset].model, **values}
+        preset = find_preset(values, default="paper")
+        return values if preset is None else {**preset.model, **values}
 
     @model_validator(mode="after")
     def _routes_by_gender(self) -> Self:

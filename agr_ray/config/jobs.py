@@ -249,6 +249,7 @@ class TuneJob(TrainJob):
     """
 
     own = "tune"
+    also: ClassVar[Mapping[str, str]] = {**TrainJob.also, "data": "train.data"}
     required = ("train.data", "tune.space")
     example = "agr-ray tune --config tune_lite --data data/utkface --name lite"
     essentials = (
@@ -259,11 +260,6 @@ class TuneJob(TrainJob):
     add: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     """Number of trials to add to a finished sweep."""
 
-    @classmethod
-    def shortcuts(cls) -> dict[str, str]:
-        """Return the options of [tune], and `--data`, which every sweep needs."""
-        return super().shortcuts() | {"data": "train.data"}
-
 
 class CompareJob(ClusterJob):
     """Train presets on the same data with the same settings, and compare them on images that training never saw.
@@ -273,6 +269,7 @@ class CompareJob(ClusterJob):
     """
 
     own = "compare"
+    also: ClassVar[Mapping[str, str]] = {"data": "train.data"}
     required = ("train.data",)
     example = "agr-ray compare --config compare_lite --data data/utkface --out comparison"
     essentials = (
@@ -294,11 +291,6 @@ class CompareJob(ClusterJob):
                 "its networks have different sides"
             )
         return self
-
-    @classmethod
-    def shortcuts(cls) -> dict[str, str]:
-        """Return the options of [compare], and `--data`, which every comparison needs."""
-        return super().shortcuts() | {"data": "train.data"}
 
 
 class EvaluateJob(ClusterJob):

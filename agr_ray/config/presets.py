@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from agr_ray.config.section import MAX_INT
-from agr_ray.redact import shown
+from agr_ray.registry import check_name
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,10 @@ class Preset:
     """Keys of `[train]` that apply only with pretrained weights."""
     cited: Cited | None = None
     """As the paper cites; None: the row is not in its tables."""
-    min_side_px: int = 32
-    """Smallest image that the backbone takes."""
+
+    def training(self, *, is_pretrained: bool) -> dict[str, Any]:
+        """Return the keys of `[train]`."""
+        return {**self.train, **(self.fine_tune if is_pretrained else {})}
 
 
 _RESNET: Final = {"backbone": "resnet50", "image_size": 224}
@@ -107,14 +108,12 @@ PRESETS: Final[Mapping[str, Preset]] = {
         {"backbone": "inception_resnet_v1", "image_size": 160},
         fine_tune=_FROZEN,
         cited=Cited(4.85, 0.850, 0.948, 0.901),
-        min_side_px=80,
     ),
     "faceage": Preset(
         "FaceAge biological age: Inception-ResNet-v1, balanced ages",
         {"backbone": "inception_resnet_v1", "image_size": 160, "tasks": ("age",)},
         train={"balance": "age"},
         cited=Cited(3.95, 0.885, None, None),
-        min_side_px=80,
     ),
     "mhsa": Preset(
         "multi-task CNN with multi-head attention",
@@ -149,11 +148,13 @@ def check_preset(name: str) -> str:
     Raises:
         ValueError: there is none; the message lists the allowed names.
     """
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        suggestion = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"there is no preset {shown(name)}; allowed: {', '.join(PRESETS)}{suggestion}")
-    return name
+    return check_name("preset", name, PRESETS)
+
+
+def find_preset(model: Mapping[str, Any], default: str = "") -> Preset | None:
+    """Return the preset that `[model]` chooses; None: there is none of that name, which `check_preset` reports."""
+    name = model.get("preset", default)
+    return PRESETS.get(name) if isinstance(name, str) else None
 
 
 def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,12 +162,10 @@ def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     model, train = values.get("model", {}), values.get("train", {})
     if not isinstance(model, Mapping) or not isinstance(train, Mapping):
         return dict(values)  # sections that code built
-    name = model.get("preset")
-    if not isinstance(name, str) or name not in PRESETS:
+    preset = find_preset(model)
+    if preset is None:
         return dict(values)
-    preset = PRESETS[name]
-    is_pretrained = model.get("pretrained", "none") != "none"
-    return {**values, "train": {**preset.train, **(preset.fine_tune if is_pretrained else {}), **train}}
+    return {**values, "train": preset.training(is_pretrained=_is_pretrained(model)) | dict(train)}
 
 
 def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,12 +178,14 @@ def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) 
         recipe: sections of a recipe.
         overrides: sections of the command line and the environment.
     """
-    name = overrides.get("model", {}).get("preset")
-    if not isinstance(name, str) or name not in PRESETS:
+    model, chosen = recipe.get("model", {}), overrides.get("model", {})
+    preset = find_preset(chosen)
+    if preset is None:
         return dict(recipe)
-    preset = PRESETS[name]
-    model = dict(recipe.get("model", {}))
-    is_pretrained = overrides.get("model", {}).get("pretrained", model.get("pretrained", "none")) != "none"
     own = {key: value for key, value in preset.model.items() if key != "image_size" or "image_size" not in model}
-    train = {**recipe.get("train", {}), **preset.train, **(preset.fine_tune if is_pretrained else {})}
-    return {**recipe, "model": {**model, **own}, "train": train}
+    train = preset.training(is_pretrained=_is_pretrained({**model, **chosen}))
+    return {**recipe, "model": {**model, **own}, "train": {**recipe.get("train", {}), **train}}
+
+
+def _is_pretrained(model: Mapping[str, Any]) -> bool:
+    return bool(model.get("pretrained", "none") != "none")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from agr_ray.learn.sampling import Sampler
 from agr_ray.learn.tracking import TrackedRun
 from agr_ray.models.transform import Transform
 from agr_ray.schema import HISTORY
-from agr_ray.storage import Storage
+from agr_ray.storage import MissingObject, Storage
 
 CHECKPOINTS: Final = "checkpoints"
 FAILURE: Final = "failure.txt"
@@ -55,6 +56,14 @@ class Run:
 def settings(job: TrainJob) -> dict[str, Any]:
     """Return the settings of learning, by section: not those of storage and cluster, nor an address with a password."""
     return job.model_dump(mode="json", include=set(_SECTIONS), exclude={"train": {"mlflow_uri"}})
+
+
+def is_finished(storage: Storage, uri: str) -> bool:
+    """Return whether the run in this folder has finished; False if there is none."""
+    try:
+        return bool(json.loads(storage.read(storage.join(uri, "run.json")))["finished"])
+    except MissingObject:
+        return False
 
 
 def write_history(run: Run, history: list[Row]) -> None:

@@ -119,6 +119,18 @@ class MultiTaskNet(nn.Module):
         return build()
 
 
+def preset_config(preset: str, image_size: int | None = None) -> ModelConfig:
+    """Return the configuration of a preset.
+
+    Args:
+        preset: its name.
+        image_size: side of its images, pixels; larger if its backbone needs more. None: the preset's own.
+    """
+    config = ModelConfig(preset=preset)
+    least: int = BACKBONES[config.backbone].min_side_px  # type: ignore[attr-defined]  # builders are subclasses
+    return config.model_copy(update={"image_size": max(image_size or config.image_size, least)})
+
+
 def _attention_stages(config: ModelConfig, num_stages: int) -> tuple[int, ...]:
     """Return the stages after which there is an attention block, from 1.
 

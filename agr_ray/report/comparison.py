@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import platform
 import time
 from collections import defaultdict
@@ -12,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -25,11 +25,14 @@ from agr_ray.data.crops import read_labels
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import JobError
 from agr_ray.evaluation.comparison import Estimate, compare
-from agr_ray.labels import Labels
+from agr_ray.labels import UTKFACE, Labels, LabelSpace
+from agr_ray.models.checkpoint import META, Checkpoint
 from agr_ray.models.checkpoint_files import local_checkpoint
+from agr_ray.models.network import MultiTaskNet, preset_config
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.crop_predictor import read_predictions
 from agr_ray.report.model_list import network_size
+from agr_ray.report.page import page_environment
 from agr_ray.schema import COMPARED_METRICS, COMPARISON
 from agr_ray.storage import Storage
 from agr_ray.vision.align import stored_side_px
@@ -129,8 +132,7 @@ def write_comparison(
     ended = []
     for preset in presets:
         runs = [name for name in by_preset[preset] if name in names]
-        side = max(settings["image_size"] or PRESETS[preset].model["image_size"], PRESETS[preset].min_side_px)
-        config = ModelConfig(preset=preset, image_size=side)
+        config = preset_config(preset, settings["image_size"])
         ended.append(_ended(storage, out, config, runs, failures, estimates.get(preset, {})))
     table = pa.Table.from_pylist([each.row() for each in ended], COMPARISON)
     storage.write_table(table, storage.join(out, "comparison.parquet"))
@@ -160,8 +162,8 @@ def _estimates(
     labels: Labels | None = None
     first: pa.Table | None = None
     for name in names:
-        with local_checkpoint(storage, storage.join(out, "runs", name, "best"), "compare.out") as loaded:
-            tasks, space = loaded.model.tasks, loaded.model.space
+        meta = json.loads(storage.read(storage.join(out, "runs", name, "best", META)))
+        tasks, space = meta["model"]["tasks"], LabelSpace.from_json(meta["label_space"])
         uri = storage.join(out, "evaluations", name, "predictions.parquet")
         table = storage.read_table(uri).sort_by("image_id")
         if first is not None and not table["image_id"].equals(first["image_id"]):
@@ -189,9 +191,11 @@ def _ended(
     preset, images_per_s = config.preset, None
     if runs:
         with local_checkpoint(storage, storage.join(out, "runs", runs[0], "best"), "compare.out") as loaded:
-            config = loaded.model.config
+            network = loaded.model
             images_per_s = _images_per_s(loaded)
-    num_parameters, num_multiply_adds = network_size(config)
+    else:
+        network = MultiTaskNet(config, UTKFACE).eval()
+    num_parameters, num_multiply_adds = network_size(network)
     curves = [
         [
             (epoch, mae)
@@ -204,7 +208,7 @@ def _ended(
         preset=preset,
         seeds=[int(name.rpartition("-")[2]) for name in runs],
         failures=[f"{name}: {problem}" for name, problem in failures.items() if _preset_of(name) == preset],
-        side_px=config.image_size,
+        side_px=network.config.image_size,
         num_parameters=num_parameters,
         num_multiply_adds=num_multiply_adds,
         train_samples_per_s=float(np.median(rates)) if rates else None,
@@ -214,7 +218,7 @@ def _ended(
     )
 
 
-def _images_per_s(loaded: Any) -> float:
+def _images_per_s(loaded: Checkpoint) -> float:
     """Return how many crops a second the network scores on this machine's CPU: the best of three tries."""
     predictor = AttributePredictor(loaded.model, loaded.transform, PredictConfig(precision="auto"))
     side = stored_side_px(loaded.transform.crop_side_px, loaded.transform.margin)
@@ -263,14 +267,7 @@ def comparison_page(
     ended: Sequence[Ended], reference: str, prepared: PreparedSet, split: str, settings: Mapping[str, Any]
 ) -> str:
     """Return the page as HTML that loads no other file."""
-    environment = Environment(
-        loader=PackageLoader("agr_ray.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"text": text, "difference": difference_text}
+    environment = page_environment({"text": text, "difference": difference_text})
     measured = [each for each in ended if each.estimates]
     ranked = sorted(measured, key=lambda each: _rank(each.estimates.get("age_mae_years")))
     return environment.get_template("comparison.html.jinja").render(

@@ -31,7 +31,7 @@ def models() -> None:
     for name, preset in PRESETS.items():
         config = ModelConfig(preset=name)
         try:
-            sizes = [millions(each) for each in network_size(config)]
+            sizes = [millions(each) for each in network_size(MultiTaskNet(config, UTKFACE).eval())]
         except ConfigError as error:  # a package is missing
             missing.append(str(error))
             sizes = ["", ""]
@@ -58,10 +58,9 @@ def kinds() -> dict[str, Registry]:
     return {"backbone": BACKBONES, "attention": ATTENTION, "neck": NECKS, "age_head": HEADS["age"]}
 
 
-def network_size(config: ModelConfig, side_px: int | None = None) -> tuple[int, int]:
-    """Return the numbers of parameters, and of multiply-adds for one image of the given or the configured side."""
-    side = config.image_size if side_px is None else side_px
-    network = MultiTaskNet(config, UTKFACE).eval()
+def network_size(network: MultiTaskNet) -> tuple[int, int]:
+    """Return the numbers of parameters, and of multiply-adds for one image, of a network in evaluation mode."""
+    side = network.config.image_size
     counter = FlopCounterMode(display=False)
     # The fast path of attention is one operator, which the counter does not know.
     is_fast = torch.backends.mha.get_fastpath_enabled()

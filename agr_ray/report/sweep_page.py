@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Final, Literal, get_args
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from agr_ray.report.contour import contour_svg
 from agr_ray.report.importance import NUM_SHUFFLES, Importances, importances
+from agr_ray.report.page import page_environment
 from agr_ray.report.sweep_figures import (
     curves_svg,
     front_svg,
@@ -125,22 +126,16 @@ def sweep_page(report: SweepReport) -> str:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("agr_ray.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return page_environment(
+        {
+            "number": _number,
+            "percent": _percent,
+            "duration": _duration,
+            "breakable": _breakable,
+            "value": value_text,
+            "sort_key": _sort_key,
+        }
     )
-    environment.filters |= {
-        "number": _number,
-        "percent": _percent,
-        "duration": _duration,
-        "breakable": _breakable,
-        "value": value_text,
-        "sort_key": _sort_key,
-    }
-    return environment
 
 
 def _counts(trials: Sequence[TrialRow]) -> dict[str, int]:

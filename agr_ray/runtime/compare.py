@@ -20,18 +20,19 @@ import ray
 from rich.console import Console
 
 from agr_ray.config import CompareJob, EvaluateConfig, EvaluateJob, ModelConfig, TrainConfig, TrainJob
-from agr_ray.config.presets import PRESETS, with_preset
+from agr_ray.config.presets import with_preset
 from agr_ray.console import make_console
 from agr_ray.data.crops import select_crops, usable_statuses
 from agr_ray.data.guards import training_space
 from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.models.network import check_tasks
+from agr_ray.learn.run import is_finished
+from agr_ray.models.network import check_tasks, preset_config
 from agr_ray.registry import BACKBONES
 from agr_ray.report.comparison import write_comparison
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.evaluate import evaluate
-from agr_ray.runtime.train import train
+from agr_ray.runtime.train import WITHOUT_EFFECT, train
 from agr_ray.runtime.tune import room
 from agr_ray.schema import LABEL_COLUMNS
 from agr_ray.storage import MissingObject, Storage, StorageUnavailable
@@ -110,13 +111,12 @@ def _runs(job: CompareJob, storage: Storage, out: str, labelled: Sequence[str]) 
     shared = job.train.model_dump(exclude_unset=True) | {"data": storage.absolute(job.train.data_uris[0])}
     for number in range(job.compare.seeds):
         for name in job.compare.presets:
-            preset = PRESETS[name]
             own = with_preset({"model": {"preset": name}})["train"]
             seed = job.train.seed + number
             run_name = f"{name}-{seed}"
             own |= {"out": storage.join(out, "runs"), "name": run_name, "seed": seed}
-            side = job.compare.image_size or int(preset.model["image_size"])
-            tasks = tuple(task for task in ModelConfig(preset=name).tasks if task in labelled)
+            model = preset_config(name, job.compare.image_size)
+            tasks = tuple(task for task in model.tasks if task in labelled)
             if not tasks:
                 raise ConfigError(
                     f"compare.presets {name}: training has no label of its tasks, only of {', '.join(labelled)}"
@@ -127,7 +127,7 @@ def _runs(job: CompareJob, storage: Storage, out: str, labelled: Sequence[str]) 
                     "storage": job.storage,
                     "cluster": job.cluster,
                     "labels": job.labels,
-                    "model": ModelConfig(preset=name, image_size=max(side, preset.min_side_px), tasks=tasks),
+                    "model": ModelConfig(preset=name, image_size=model.image_size, tasks=tasks),
                     "loss": job.loss,
                     "augment": job.augment,
                     "train": TrainConfig(**(shared | own)),
@@ -138,8 +138,7 @@ def _runs(job: CompareJob, storage: Storage, out: str, labelled: Sequence[str]) 
 
 def _settings(job: CompareJob) -> dict[str, Any]:
     """Return the settings that all runs share and that affect the result."""
-    ignored = {"out", "name", "data", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "seed"}
-    ignored |= {"threads_per_worker", "cpus_per_worker", "gpus_per_worker", "cache_mib", "mlflow_uri"}
+    ignored = {*WITHOUT_EFFECT, "data", "seed"} - {"tf32", "compile"}  # these two change the measured speed
     return {
         "labels": job.labels.model_dump(mode="json"),
         "loss": job.loss.model_dump(mode="json"),
@@ -255,11 +254,6 @@ def _evaluation(job: CompareJob, run: TrainJob, out: str) -> EvaluateJob:
 def _train_and_evaluate(train_job: TrainJob, evaluate_job: EvaluateJob) -> None:
     """One run, in a process of its own."""
     storage = Storage.from_config(train_job.storage)
-    uri = storage.join(train_job.train.out, train_job.train.name, "run.json")
-    try:
-        is_trained = bool(json.loads(storage.read(uri))["finished"])
-    except MissingObject:
-        is_trained = False
-    if not is_trained:
+    if not is_finished(storage, storage.join(train_job.train.out, train_job.train.name)):
         train(train_job, quiet=True)
     evaluate(evaluate_job, quiet=True)

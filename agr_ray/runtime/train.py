@@ -25,6 +25,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -71,6 +72,15 @@ from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
 from agr_ray.storage.retry import Retry
 from agr_ray.vision.align import DEFAULT_MARGIN
+
+WITHOUT_EFFECT: Final = frozenset(
+    {
+        *("out", "name", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "cache_mib"),
+        *("threads_per_worker", "cpus_per_worker", "gpus_per_worker", "tf32", "compile", "mlflow_uri"),
+    }
+)
+"""Keys of `[train]` that do not affect the weights. Threads, TF32 and the compiler only round differently.
+`grad_accum_steps` matters: batch norm sees micro-batches."""
 
 
 def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool = False) -> str:
@@ -161,12 +171,9 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
 
 def settings_digest(job: TrainJob, sets: Sequence[PreparedSet]) -> str:
     """Return the digest of all settings and data that affect the weights, wherever the data is."""
-    # Threads, TF32 and the compiler only round differently. `grad_accum_steps` matters: batch norm sees micro-batches.
-    ignored = {"out", "name", "num_workers", "max_failures", "outage_s", "lock_expiry_s", "num_to_keep", "cache_mib"}
-    ignored |= {"threads_per_worker", "cpus_per_worker", "gpus_per_worker", "tf32", "compile", "mlflow_uri"}
     fields = TrainConfig.model_fields
     data = sets[0].digest if len(sets) == 1 else json.dumps([prepared.digest for prepared in sets])
-    settings = job.train.model_copy(update={name: fields[name].default for name in ignored} | {"data": data})
+    settings = job.train.model_copy(update={name: fields[name].default for name in WITHOUT_EFFECT} | {"data": data})
     return digest(job.labels, job.model, job.loss, job.augment, settings, job.predict)
 
 

@@ -15,8 +15,6 @@ from torchvision.models.swin_transformer import PatchMerging
 
 from agr_ray.models.backbones.base import After, Backbone, WeightsError
 
-_TRACED_SIDE_PX = 96
-
 
 class StagedBackbone(Backbone):
     """A backbone of blocks in stages: a stage begins at each block that shrinks the feature map.
@@ -37,7 +35,7 @@ class StagedBackbone(Backbone):
             sizes[-1] += 1
         self._sizes = tuple(sizes)  # kept, because `fuse` replaces blocks
         with torch.no_grad():
-            image = torch.zeros(1, 3, _TRACED_SIDE_PX, _TRACED_SIDE_PX)
+            image = torch.zeros(1, 3, self.min_side_px, self.min_side_px)
             maps = self.eval().feature_maps(image, lambda _, feature_map: feature_map)
         self.train()
         self._stage_channels = tuple(feature_map.shape[1] for feature_map in maps)

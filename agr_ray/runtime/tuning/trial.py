@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,10 +11,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from agr_ray.config import TrainJob
 from agr_ray.errors import JobError
-from agr_ray.learn.run import FAILURE
+from agr_ray.learn.run import FAILURE, is_finished
 from agr_ray.runtime.ray_compat import TrainRunContext
 from agr_ray.runtime.train import train
-from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage import Storage
 from agr_ray.tuning.space import with_values
 from agr_ray.tuning.sweep import trial_name
 
@@ -45,11 +44,8 @@ def trainable(base: TrainJob) -> Callable[[dict[str, Any]], None]:
         job = with_values(base, {**config["values"], "train.name": trial_name(config["number"])})
         storage = Storage.from_config(job.storage)
         uri = storage.join(job.train.out, job.train.name)
-        try:
-            if json.loads(storage.read(storage.join(uri, "run.json")))["finished"]:
-                return  # it finished before its process died
-        except MissingObject:
-            pass
+        if is_finished(storage, uri):
+            return  # it finished before its process died
         try:
             reports = EpochReports()  # type: ignore[no-untyped-call]  # Ray does not annotate it
             train(job, callbacks=[reports], quiet=True)
