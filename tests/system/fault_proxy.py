@@ -78,6 +78,7 @@ def run_fault_proxy(endpoint_url: str, faults: Faults) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
+            faults.let_go.set()
             server.shutdown()
             thread.join()
 

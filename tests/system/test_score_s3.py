@@ -125,12 +125,6 @@ class Task:
     def is_under_way(self) -> bool:
         return len(self.parts()) >= PARTS_BEFORE_KILL
 
-    def is_publishing(self) -> bool:
-        """Whether files are being made for readers, or moved to where they see them."""
-        return bool(self.bucket.keys(f"{self.prefix}/out/images/")) or any(
-            "/staged/images/" in key for key in self.bucket.keys(f"{self.prefix}/out-work/")
-        )
-
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the published runs, oldest first."""
         return [self.bucket.json(key) for key in sorted(self.bucket.keys(f"{self.prefix}/out/_SUCCESS/"))]
@@ -201,7 +195,7 @@ def three_nodes(s3_server: S3Server) -> Iterator[Cluster]:
 @pytest.fixture
 def task(request: pytest.FixtureRequest, bucket: Bucket, model: str) -> Task:
     """Return a task with a prefix of its own, filled."""
-    return Task(bucket, request.node.name, model).fill()
+    return Task(bucket, request.node.name.replace("[", "_").rstrip("]"), model).fill()
 
 
 # The life of a bucket
@@ -278,14 +272,18 @@ def test_a_killed_driver_is_resumed_although_the_bucket_has_changed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("write", ["/staged/", "/out/images/", "/_SUCCESS/"], ids=["first", "middle", "last"])
 def test_a_driver_killed_while_it_publishes_publishes_the_same_run(
-    task: Task, three_nodes: Cluster, tmp_path: Path
+    task: Task, three_nodes: Cluster, tmp_path: Path, write: str
 ) -> None:
-    command = task.command(three_nodes, "--score.lock_expiry_s", LOCK_EXPIRY_S)
-    kill_command(command, three_nodes, tmp_path / "log", when=task.is_publishing)
+    faults = Faults(share=0, held=write)
+    options = ("--score.lock_expiry_s", LOCK_EXPIRY_S)
+    with run_fault_proxy(task.bucket.server.endpoint_url, faults) as endpoint_url:
+        command = task.command(three_nodes, *options, endpoint_url=endpoint_url)
+        kill_command(command, three_nodes, tmp_path / "log", when=faults.holding.is_set)
     assert not task.records()
 
-    succeed(command, three_nodes.environment)
+    succeed(task.command(three_nodes, *options), three_nodes.environment)
 
     assert_each_once(task, tmp_path / "out", task.expected())
 
