@@ -15,6 +15,7 @@ from agr_ray import __version__
 from agr_ray.config import (
     CompareJob,
     EvaluateJob,
+    ImportJob,
     Job,
     PredictJob,
     PrepareJob,
@@ -51,6 +52,7 @@ COMMANDS = {
     "evaluate": Command("measure and calibrate a checkpoint", EvaluateJob, "agr_ray.runtime.evaluate:evaluate"),
     "score": Command("a folder or bucket of photographs -> Parquet tables", ScoreJob, "agr_ray.runtime.score:score"),
     "predict": Command("a few photographs -> a table and annotated copies", PredictJob, "agr_ray.report.faces:predict"),
+    "import": Command("published weights -> a checkpoint", ImportJob, "agr_ray.models.fairface:import_fairface"),
     "render": Command("draw synthetic faces with known labels", RenderJob, "agr_ray.runtime.render:render"),
 }
 _USAGE = """usage: agr-ray COMMAND [--config RECIPE] [--OPTION VALUE ...]

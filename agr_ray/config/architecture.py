@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from agr_ray.config.presets import PRESETS, check_preset, find_preset
 from agr_ray.config.section import PositiveInt, Section
 from agr_ray.registry import ATTENTION, BACKBONES, HEADS, NECKS
+
+PUBLISHED_WEIGHTS: Final = ("imagenet", "vggface2", "casia-webface")
+"""Values of `model.pretrained` that are downloads, of one backbone or another."""
 
 
 def _distinct_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
@@ -29,7 +32,8 @@ class ModelConfig(Section):
         "resnet50", description=f"Network that computes the feature map: {', '.join(BACKBONES.names)}."
     )
     pretrained: str = "none"
-    """Pretrained weights of the backbone: `none` (random), `imagenet` (a download), or a path or URI."""
+    """Pretrained weights of the backbone: `none` (random), a path or URI, or a download: `imagenet`, or for
+    `inception_resnet_v1` `vggface2` and `casia-webface`."""
     attention: Annotated[str, AfterValidator(ATTENTION.check)] = Field(
         "none", description=f"Attention block over the feature map: {', '.join(ATTENTION.names)}."
     )

@@ -30,7 +30,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, job: type[Job], prog: str | None = None) -> None:
         super().__init__(
             prog=prog,
-            usage="%(prog)s [--config RECIPE] [--OPTION VALUE ...]",
+            usage=" ".join(["%(prog)s", *map(str.upper, job.positional), "[--config RECIPE] [--OPTION VALUE ...]"]),
             description=job.__doc__,
             epilog=f"{_LISTS} Tables are JSON. Environment variables: AGR_RAY_SECTION__KEY=VALUE.",
             allow_abbrev=False,

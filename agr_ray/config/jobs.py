@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliImplicitFlag,
@@ -27,6 +27,7 @@ from agr_ray.config.source import SourceConfig, SplitConfig
 from agr_ray.config.training import AugmentConfig, LossConfig, TrainConfig
 from agr_ray.config.tuning import TuneConfig
 from agr_ray.config.vision import PrepareConfig, VisionConfig
+from agr_ray.registry import check_name
 
 SECTIONS: Mapping[str, type[Section]] = {
     "storage": StorageConfig,
@@ -137,6 +138,31 @@ class PredictJob(Job):
     vision: VisionConfig = VisionConfig()
     predict: PredictConfig = PredictConfig()
     gates: GatesConfig = GatesConfig()
+
+
+def _check_kind(kind: str) -> str:
+    return check_name("kind of weights", kind, ("fairface",))
+
+
+class ImportJob(Job):
+    """Turn published weights of another project into a checkpoint that predicts, scores and is evaluated like ours.
+
+    `fairface`: res34_fair_align_multi_7_20190809.pt (seven races, two genders, nine age groups) or
+    res34_fair_align_multi_4_20190809.pt (four races), which you download from github.com/joojs/fairface.
+    """
+
+    required = ("kind", "weights", "out")
+    positional = ("kind", "weights")
+    example = "agr-ray import fairface res34_fair_align_multi_7_20190809.pt --out fairface"
+    essentials = ("kind", "weights", "out", "races")
+    kind: CliPositionalArg[Annotated[str, AfterValidator(_check_kind)]] = ""
+    """Whose weights: fairface."""
+    weights: CliPositionalArg[str] = ""
+    """Path or URI of the file."""
+    out: str = ""
+    """Folder or prefix of the checkpoint."""
+    races: Literal["auto", "4", "7"] = "auto"
+    """Number of races that the file tells apart; auto: as its name says, multi_7 or multi_4."""
 
 
 class ClusterJob(Job):

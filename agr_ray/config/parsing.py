@@ -109,7 +109,7 @@ def parse(
     for key in job.required:
         if not reduce(getattr, key.split("."), built):
             if key in job.positional:
-                raise ConfigError(f"{key} are needed: {_help_of(job, key)} For example: {job.example}")
+                raise ConfigError(f"{key} missing: {_help_of(job, key)} For example: {job.example}")
             raise ConfigError(f"{key} is needed: {_help_of(job, key)} Give {job.option(key)} or set it in the recipe.")
     return built
 

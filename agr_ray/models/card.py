@@ -147,8 +147,7 @@ def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
 def _interface(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
     transform, space = meta["transform"], meta["label_space"]
     outputs = {
-        "age": f"age: years, {AGE_MIN_YEARS:g} to {AGE_MAX_YEARS:g}"
-        + (", the expectation of a distribution over years" if meta["model"]["age_head"] == "distribution" else ""),
+        "age": f"age: years, {AGE_MIN_YEARS:g} to {AGE_MAX_YEARS:g}{_AGE_OUTPUTS.get(meta['model']['age_head'], '')}",
         "gender": f"gender: the probability of *{space['genders'][1]}*, which is predicted above 0.5, else "
         f"*{space['genders'][0]}*",
         "race": f"race: probabilities of *{'*, *'.join(space['races'])}*; the most probable is predicted",
@@ -164,6 +163,13 @@ def _interface(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
     )
 
 
+_AGE_OUTPUTS: Final = {
+    "distribution": ", the expectation of a distribution over years",
+    "groups": ", a typical age of the most probable age group",
+}
+"""What the age is, by age head."""
+
+
 def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
     if not data:
         return "Unknown."
@@ -176,6 +182,8 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
         ("of them without a detected face", _count(data.get("num_train_fallback"))),
         ("validated on", _count(data.get("num_val_rows"))),
         ("faces found by", data.get("detector")),
+        ("weights", data.get("weights")),
+        ("licence", data.get("licence")),
     ]
     lines = _table(("", ""), [(name, value) for name, value in rows if value])
     sets = data.get("sets")
@@ -222,7 +230,11 @@ def _splits(splits: Mapping[str, int]) -> str:
 
 def _training(meta: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if not config:
-        return "Not trained, or unknown."
+        return (
+            "By its publishers, not by agr_ray."
+            if "weights" in (meta.get("data") or {})
+            else "Not trained, or unknown."
+        )
     model = meta["model"]
     rows = [
         ("initial weights of the backbone", model["pretrained"]),

@@ -10,23 +10,52 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from agr_ray.config.architecture import PUBLISHED_WEIGHTS
 from agr_ray.models.backbones.base import Backbone, WeightsError
 from agr_ray.models.network import MultiTaskNet
+from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage.scratch import scratch_folder
 
 
-def pretrained_weights(backbone: Backbone, pretrained: str) -> Mapping[str, Tensor] | None:
+def pretrained_weights(backbone: Backbone, pretrained: str, storage: Storage) -> Mapping[str, Tensor] | None:
     """Return the state dict that `model.pretrained` names; None for `none`.
 
     Args:
         backbone: the backbone to load them into.
-        pretrained: `none`, `imagenet` or a local path. Remote files must be downloaded first.
+        pretrained: `none`, one of the backbone's `published` weights, or a path or URI.
+        storage: that reads paths and URIs.
 
     Raises:
-        WeightsError: the file can't be read, or the download failed.
+        WeightsError: the backbone has no published weights of that name, the file can't be read, or the download
+            failed.
     """
     if pretrained == "none":
         return None
-    return backbone.imagenet_weights() if pretrained == "imagenet" else read_state(Path(pretrained))
+    if pretrained in backbone.published:
+        return backbone.published_weights(pretrained)
+    allowed = ", ".join(["none", *backbone.published, "or the path or URI of a state dict"])
+    if pretrained in PUBLISHED_WEIGHTS:
+        raise WeightsError(f"{pretrained}: this backbone has no such weights; allowed: {allowed}")
+    try:
+        return stored_state(storage, pretrained)
+    except MissingObject as error:
+        raise WeightsError(f"{error}; allowed: {allowed}") from None
+
+
+def stored_state(storage: Storage, uri: str) -> dict[str, Tensor]:
+    """Read a state dict at a path or URI, as `read_state`.
+
+    Raises:
+        WeightsError: as `read_state`; the message names `uri`.
+        MissingObject: there is no such file.
+    """
+    with scratch_folder() as folder:
+        path = Path(folder, f"weights{Path(uri).suffix}")
+        path.write_bytes(storage.read(uri))
+        try:
+            return read_state(path)
+        except WeightsError as error:
+            raise WeightsError(str(error).replace(str(path), uri)) from None
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -40,13 +69,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise WeightsError(f"weights {path}: {error.strerror or error}") from None
+        raise WeightsError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # torch's unpickler raises KeyError, IndexError and others on a file of another kind
         reason = (str(error).splitlines() or [""])[0]
-        raise WeightsError(f"weights {path}: not a state dict: {type(error).__name__} {reason}") from None
+        raise WeightsError(f"{path}: not a state dict: {type(error).__name__} {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = "a dict of other values" if isinstance(state, dict) else type(state).__name__
-        raise WeightsError(f"weights {path}: expected a state dict of tensors, found {found}")
+        raise WeightsError(f"{path}: expected a state dict of tensors, found {found}")
     return cast(dict[str, Tensor], state)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agr_ray.schema import TEMPLATE
-from agr_ray.vision.align import DEFAULT_MARGIN
+from agr_ray.vision.align import DEFAULT_MARGIN, stored_side_px
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
@@ -21,6 +21,9 @@ IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 LUMA: Final = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in luminance: ITU-R BT.601."""
+
+WHOLE: Final = (0.0, 0.0, 1.0)
+"""The window that is the alignment template's square."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +44,38 @@ class Transform:
     """Of red, green, blue in 0..1."""
     equalize: bool = False
     """Whether the luminance of the stored crop, including its margins, is equalised first."""
+    window: tuple[float, float, float] = WHOLE
+    """Left edge, top edge and side of the square that the network sees, as fractions of the template's side. Networks
+    that were trained elsewhere see another one than `WHOLE`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for meta.json."""
-        return {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in _TRIPLES}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from what `to_json` gave.
 
         Raises:
-            ValueError: a key is missing or unknown, or mean or std does not have three numbers.
+            ValueError: a key is missing or unknown, mean, std or window does not have three numbers, or the window
+                exceeds the stored crop.
         """
         expected = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != expected:
             raise ValueError(f"expected the keys {sorted(expected)}, found {sorted(values)}")
-        mean, std = tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
-        if len(mean) != 3 or len(std) != 3:
-            raise ValueError(f"expected three numbers each for mean and std, found {len(mean)} and {len(std)}")
-        return cls(**{**values, "mean": mean, "std": std})
+        triples = {name: tuple(map(float, values[name])) for name in _TRIPLES}
+        for name, numbers in triples.items():
+            if len(numbers) != 3:
+                raise ValueError(f"expected three numbers for {name}, found {len(numbers)}")
+        transform = cls(**{**values, **triples})
+        stored = stored_side_px(transform.crop_side_px, transform.margin)
+        left, top, side = _window_px(transform, stored)
+        if min(left, top) < 0 or side < 1 or max(left, top) + side > stored:
+            raise ValueError(f"window {list(transform.window)} exceeds the stored crop of {stored} pixels")
+        return transform
+
+
+_TRIPLES: Final = ("mean", "std", "window")
 
 
 def to_nchw(images_nhwc_u8: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
@@ -112,12 +128,19 @@ def equalize_luminance(images_u8: Tensor) -> Tensor:
 
 
 def centre(images_u8: Tensor, transform: Transform) -> Tensor:
-    """Cut out the template; resize it if its side differs from the input's."""
-    stored, side = images_u8.shape[-1], transform.crop_side_px
-    assert images_u8.shape[-2] == stored >= side, (images_u8.shape, side)
-    first = (stored - side) // 2
-    square = images_u8[:, :, first : first + side, first : first + side]
+    """Cut out the transform's window; resize it if its side differs from the input's."""
+    stored = images_u8.shape[-1]
+    left, top, side = _window_px(transform, stored)
+    assert images_u8.shape[-2] == stored >= max(left, top) + side, (images_u8.shape, transform)
+    square = images_u8[:, :, top : top + side, left : left + side]
     return square if side == transform.image_size else resize(square, transform.image_size)
+
+
+def _window_px(transform: Transform, stored_px: int) -> tuple[int, int, int]:
+    """Return left edge, top edge and side of the window in a stored crop, all in pixels."""
+    first = (stored_px - transform.crop_side_px) // 2
+    left, top, side = (round(fraction * transform.crop_side_px) for fraction in transform.window)
+    return first + left, first + top, side
 
 
 def resize(images: Tensor, side: int) -> Tensor:

@@ -279,7 +279,7 @@ def _check_compatible(transform: Transform, prepared: PreparedSet, config: Evalu
         if needed != found:
             raise ConfigError(
                 f"evaluate.data {prepared.uri}: its crops have {key} {found}; the checkpoint {config.checkpoint} "
-                f"was trained on {needed}: prepare the source again with that"
+                f"needs {needed}: prepare the source again with that"
             )
 
 

@@ -22,7 +22,7 @@ import dataclasses
 import json
 import math
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -33,7 +33,6 @@ import pyarrow.compute as pc
 import torch
 from ray.train import Result, UserCallback
 from rich.console import Console
-from torch import Tensor
 
 from agr_ray.config import TrainConfig, TrainJob, digest
 from agr_ray.config.pipeline import Pipeline
@@ -57,7 +56,7 @@ from agr_ray.learn.resources import max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
 from agr_ray.learn.sampling import Sampler
 from agr_ray.learn.tracking import check_mlflow
-from agr_ray.models.backbones.base import Backbone, WeightsError
+from agr_ray.models.backbones.base import WeightsError
 from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
 from agr_ray.models.network import MultiTaskNet
@@ -303,25 +302,12 @@ def _initial_model(run: Run, labels: Labels, set_index: IntArray) -> MultiTaskNe
         raise ConfigError(f"model.tasks: no training row of {run.data['uri']} has a label of {unlabelled}{hint}")
     model.initialise(labels.arrays)
     try:
-        state = _pretrained_weights(model.backbone, run.job.model.pretrained, run.storage)
+        state = pretrained_weights(model.backbone, run.job.model.pretrained, run.storage)
         if state is not None:
             load_backbone(model, state, run.job.model.pretrained)
     except WeightsError as error:
         raise ConfigError(f"model.pretrained: {error}") from None
     return model
-
-
-def _pretrained_weights(backbone: Backbone, pretrained: str, storage: Storage) -> Mapping[str, Tensor] | None:
-    if pretrained in ("none", "imagenet"):
-        return pretrained_weights(backbone, pretrained)
-    with TemporaryDirectory() as temporary:
-        try:
-            body = storage.read(pretrained)
-        except MissingObject as error:
-            raise WeightsError(f"{error}; allowed: none, imagenet, or the path or URI of a state dict") from None
-        path = Path(temporary, f"weights{Path(pretrained).suffix}")
-        path.write_bytes(body)
-        return pretrained_weights(backbone, str(path))
 
 
 def _publish(run: Run, result: Result, lock: RunLock, console: Console) -> str:

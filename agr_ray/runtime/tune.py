@@ -16,6 +16,7 @@ from ray import tune as ray_tune
 from rich.console import Console
 
 from agr_ray.config import PAPER_POINT, TrainConfig, TrainJob, TuneJob
+from agr_ray.config.architecture import PUBLISHED_WEIGHTS
 from agr_ray.console import make_console
 from agr_ray.data.crops import select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet
@@ -161,7 +162,7 @@ def with_absolute_paths(job: TuneJob, storage: Storage) -> TuneJob:
     """Return the job with absolute paths, because Tune runs each trial in a folder of its own."""
 
     def absolute(weights: Any) -> Any:
-        return weights if weights in ("none", "imagenet") else storage.absolute(weights)
+        return weights if weights in ("none", *PUBLISHED_WEIGHTS) else storage.absolute(weights)
 
     # The configuration stores one URI as text and several as JSON.
     uris = [storage.absolute(uri) if uri else uri for uri in job.train.data_uris]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from agr_ray.config import ModelConfig
 from agr_ray.labels import UTKFACE
 from agr_ray.models.backbones.base import Backbone
 from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.pretrained import load_backbone, pretrained_weights
 from agr_ray.predict.inference import for_inference
 from agr_ray.registry import BACKBONES
+from agr_ray.storage import Storage
 
 # Parameters in millions as published (torchvision, facenet-pytorch), without the last layer; map channels by stage.
 PUBLISHED: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -86,6 +89,33 @@ def test_features_are_those_of_torchvision(name: str) -> None:
         setattr(net.get_submodule(parent), child, nn.Identity())
         features = backbone.project(feature_map.mean(dim=(2, 3)))
         torch.testing.assert_close(features, net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("vggface2", "20180402-114759-vggface2.pt"), ("casia-webface", "20180408-102900-casia-webface.pt")],
+)
+def test_weights_of_facenet_pytorch_are_found_by_name(
+    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from facenet_pytorch import InceptionResnetV1
+
+    torch.manual_seed(0)
+    donor = InceptionResnetV1(classify=True, num_classes=10)
+    downloaded = tmp_path / "hub" / "checkpoints" / file
+    downloaded.parent.mkdir(parents=True)
+    torch.save(donor.state_dict(), downloaded)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = MultiTaskNet(ModelConfig(preset="faceage"), UTKFACE)
+
+    weights = pretrained_weights(model.backbone, name, Storage())
+    assert weights is not None
+    load_backbone(model, weights)
+
+    torch.testing.assert_close(model.backbone.state_dict()["last_bn.weight"], donor.last_bn.weight)
+    torch.testing.assert_close(
+        model.backbone.state_dict()["conv2d_1a.conv.weight"], donor.conv2d_1a.conv.weight, rtol=0, atol=0
+    )
 
 
 def test_features_are_those_of_facenet_pytorch() -> None:

@@ -104,6 +104,14 @@ def test_vision_and_predict_settings_are_restored(saved: Path) -> None:
         (lambda meta: meta["model"].update(attention="se"), r"model\.attention: there is no attention block 'se'"),
         (lambda meta: meta["label_space"].update(races=[]), r"model\.tasks: the label space utkface has no races"),
         (lambda meta: meta["transform"].pop("mean"), r"transform: expected the keys"),
+        (
+            lambda meta: meta["transform"].update(window=[-0.2, 0.0, 1.0]),
+            r"transform: window \[-0\.2, 0\.0, 1\.0\] exceeds the stored crop of 48 pixels",
+        ),
+        (
+            lambda meta: meta["transform"].update(window=[0, 1]),
+            r"transform: expected three numbers for window, found 2",
+        ),
         (lambda meta: meta.pop("predict"), r"top level: keys do not match: missing predict$"),
         (lambda meta: meta.update(a=1, b=2), r"top level: keys do not match: unknown a, b$"),
         (lambda meta: meta.update(data=None), r"data: expected a table, found None$"),
@@ -201,7 +209,7 @@ def test_missing_or_damaged_train_state_is_named_in_the_error(saved: Path) -> No
 
 def test_another_format_is_rejected(saved: Path) -> None:
     edit_meta(saved, lambda meta: meta.update(format_version=1))
-    with pytest.raises(CheckpointError, match="expected format_version 3, found 1; train it again"):
+    with pytest.raises(CheckpointError, match="expected format_version 4, found 1; train it again"):
         load_checkpoint(saved)
 
 

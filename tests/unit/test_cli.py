@@ -81,7 +81,7 @@ def test_mistakes_give_one_line_and_status_2(capsys: pytest.CaptureFixture[str])
         (["predict", "a.jpg"], "error: checkpoint is needed: Folder or prefix of the checkpoint. Give --checkpoint or"),
         (
             ["predict", "--checkpoint", "x"],
-            "error: photographs are needed: Files, or URIs such as s3://bucket/photo.jpg. For",
+            "error: photographs missing: Files, or URIs such as s3://bucket/photo.jpg. For",
         ),
         (["recipes", "papre"], "error: recipes papre: there is no such recipe; did you mean paper?"),
     ):
@@ -108,7 +108,7 @@ def test_short_help_shows_the_options_that_matter_and_an_example_that_works(
 
     words = shown.split()
     for key in job.essentials:
-        assert (key.upper() if key == "photographs" else job.option(key)) in words
+        assert (key.upper() if key in job.positional else job.option(key)) in words
     assert set(job.required) - {"tune.space"} <= set(job.essentials)
     assert 4 <= len(job.essentials) <= 15
     assert "--storage.endpoint_url" not in words

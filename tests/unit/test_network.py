@@ -18,6 +18,7 @@ from agr_ray.models.heads.year_bins import AGE_BINS_YEARS
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.pretrained import load_backbone, pretrained_weights, read_state
 from agr_ray.models.transform import Transform
+from agr_ray.storage import Storage
 
 SIDE = 32
 
@@ -97,7 +98,7 @@ def test_backbone_takes_a_torchvision_state_dict(tmp_path: Path, suffix: str) ->
     else:
         save_file(donor.state_dict(), path)
     model = MultiTaskNet(small(pretrained=str(path)), UTKFACE)
-    state = pretrained_weights(model.backbone, str(path))
+    state = pretrained_weights(model.backbone, str(path), Storage())
     assert state is not None
     load_backbone(model, state)
     donor.classifier[3] = torch.nn.Identity()
@@ -154,7 +155,7 @@ def test_imagenet_weights_without_network_name_the_address_and_an_alternative(
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(WeightsError) as raised:
-        pretrained_weights(MultiTaskNet(small(), UTKFACE).backbone, "imagenet")
+        pretrained_weights(MultiTaskNet(small(), UTKFACE).backbone, "imagenet", Storage())
     message = str(raised.value)
     assert "https://" in message
     assert "mobilenet_v3_small" in message
@@ -163,8 +164,16 @@ def test_imagenet_weights_without_network_name_the_address_and_an_alternative(
     assert "\n" not in message
 
 
-def test_transform_survives_json() -> None:
-    transform = Transform(image_size=88, crop_side_px=112, mean=(0.1, 0.2, 0.3))
+def test_weights_of_another_backbone_list_those_that_it_has() -> None:
+    with pytest.raises(WeightsError, match=r"^vggface2: .* allowed: none, imagenet, or the path or URI"):
+        pretrained_weights(MultiTaskNet(small(), UTKFACE).backbone, "vggface2", Storage())
+    with pytest.raises(WeightsError, match=r"^imagenet: .* allowed: none, or the path or URI"):
+        pretrained_weights(MultiTaskNet(ModelConfig(preset="plain_cnn"), UTKFACE).backbone, "imagenet", Storage())
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.0, 1.0), (-0.1, 0.0, 1.05)])
+def test_transform_survives_json(window: tuple[float, float, float]) -> None:
+    transform = Transform(image_size=88, crop_side_px=112, mean=(0.1, 0.2, 0.3), window=window)
     assert Transform.from_json(transform.to_json()) == transform
 
 

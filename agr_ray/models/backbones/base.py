@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -14,6 +15,22 @@ After: TypeAlias = Callable[[int, Tensor], Tensor]
 
 class WeightsError(Exception):
     """Pretrained weights can't be read, or do not fit the backbone. The message is one line."""
+
+
+def download(url: str, fetch: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Return what `fetch` downloads from the URL.
+
+    Raises:
+        WeightsError: the download failed.
+    """
+    try:
+        return fetch()
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"{url} could not be downloaded: {reason}; with no network, set model.pretrained to the path of that file, "
+            "or to none"
+        ) from None
 
 
 class Backbone(nn.Module):
@@ -31,6 +48,8 @@ class Backbone(nn.Module):
     """Smallest side of images that it takes."""
     side_multiple: int = 1
     """Sides must be multiples of this."""
+    published: tuple[str, ...] = ()
+    """Names of the weights that can be downloaded, of `config.architecture.PUBLISHED_WEIGHTS`."""
     replaced_layers: tuple[str, ...] = ()
     """Name prefixes of tensors in published state dicts that the heads replace."""
 
@@ -64,13 +83,13 @@ class Backbone(nn.Module):
             ConfigError: one is missing.
         """
 
-    def imagenet_weights(self) -> Mapping[str, Tensor]:
-        """Download the published weights, named as in `state_dict`.
+    def published_weights(self, name: str) -> Mapping[str, Tensor]:
+        """Download one of the `published` weights, named as in `state_dict`.
 
         Raises:
-            WeightsError: there are no published weights, or the download failed.
+            WeightsError: the download failed.
         """
-        raise WeightsError("this backbone has no published ImageNet weights; allowed: none, or a path or URI")
+        raise NotImplementedError(name)
 
     def fuse(self, device: torch.device) -> bool:  # noqa: ARG002  # for subclasses
         """Fuse layers in place for inference on this device, in evaluation mode, without changing the function.

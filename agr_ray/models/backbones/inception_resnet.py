@@ -1,21 +1,23 @@
 """facenet-pytorch's Inception-ResNet-v1 (Schroff et al., "FaceNet", CVPR 2015; Szegedy et al., AAAI 2017).
 
-Its weights of VGGFace2 and CASIA-WebFace are downloads of facenet-pytorch's releases, which `model.pretrained` takes as
-a path or URI.
+Its weights of VGGFace2 and CASIA-WebFace are files of facenet-pytorch's releases.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from agr_ray.errors import ConfigError
-from agr_ray.models.backbones.base import After
+from agr_ray.models.backbones.base import After, download
 from agr_ray.models.backbones.staged import StagedBackbone, fold_batch_norms
 from agr_ray.models.transform import IMAGENET_MEAN, IMAGENET_STD
+
+_FILES: Final = {"vggface2": "20180402-114759-vggface2.pt", "casia-webface": "20180408-102900-casia-webface.pt"}
 
 
 class InceptionResNet(StagedBackbone):
@@ -26,6 +28,7 @@ class InceptionResNet(StagedBackbone):
         *("mixed_6a", "repeat_2", "mixed_7a", "repeat_3", "block8"),
     )
     min_side_px = 80
+    published = tuple(_FILES)
     replaced_layers = ("logits.",)
     scale: Tensor
     shift: Tensor
@@ -64,6 +67,17 @@ class InceptionResNet(StagedBackbone):
     def feature_maps(self, images_nchw: Tensor, after: After) -> list[Tensor]:
         """Return the feature map after each stage of images in ImageNet's normalisation."""
         return super().feature_maps(images_nchw * self.scale + self.shift, after)
+
+    def published_weights(self, name: str) -> Mapping[str, Tensor]:
+        """Download facenet-pytorch's weights.
+
+        Raises:
+            WeightsError: the download failed.
+        """
+        url = f"https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/{_FILES[name]}"
+        return download(
+            url, lambda: torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, weights_only=True)
+        )
 
     def project(self, pooled: Tensor) -> Tensor:
         """Return the embedding, not scaled to unit length: facenet-pytorch's classifier has no scaling either."""

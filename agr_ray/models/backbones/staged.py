@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torchvision
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.swin_transformer import PatchMerging
 
-from agr_ray.models.backbones.base import After, Backbone, WeightsError
+from agr_ray.models.backbones.base import After, Backbone, download
 
 
 class StagedBackbone(Backbone):
@@ -88,6 +87,8 @@ class TorchvisionBackbone(StagedBackbone):
         name: of the network in `torchvision.models`.
     """
 
+    published = ("imagenet",)
+
     def __init__(self, name: str) -> None:
         super().__init__()
         self._name = name
@@ -98,21 +99,14 @@ class TorchvisionBackbone(StagedBackbone):
         """Register the layers of the network, and set `num_features`."""
         raise NotImplementedError
 
-    def imagenet_weights(self) -> Mapping[str, Tensor]:
-        """Download torchvision's weights.
+    def published_weights(self, name: str) -> Mapping[str, Tensor]:  # noqa: ARG002  # there is only one
+        """Download torchvision's best weights.
 
         Raises:
             WeightsError: the download failed.
         """
         weights: Any = torchvision.models.get_model_weights(self._name).DEFAULT
-        try:
-            return cast(dict[str, Tensor], dict(weights.get_state_dict(progress=False, check_hash=True)))
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise WeightsError(
-                f"weights imagenet: {weights.url} could not be downloaded: {reason}; "
-                "with no network, set model.pretrained to the path of that file, or to none"
-            ) from None
+        return download(weights.url, lambda: dict(weights.get_state_dict(progress=False, check_hash=True)))
 
 
 def fold_batch_norms(module: nn.Module) -> None:
