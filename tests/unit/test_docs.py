@@ -61,7 +61,7 @@ def test_the_parser_accepts_each_command(
             words[words.index("--config") + 1] = "./recipe.toml"
     for key in job.required:  # a sentence may show one option alone
         given = {job.option(key), f"--{key}"}
-        if not given & {word.partition("=")[0] for word in words} and key not in ("tune.space", "photographs"):
+        if not given & {word.partition("=")[0] for word in words} and key not in ("tune.space", *job.positional):
             words += [job.option(key), "somewhere"]
     if name == "tune" and "--config" not in words:
         words += ["--config", "tune_lite"]
