@@ -105,7 +105,7 @@ def test_ones_own_photographs(here: Path) -> None:
 
 @pytest.mark.slow
 def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AGR_RAY_COMPARE__PRESETS", "paper,lightweight")
+    monkeypatch.setenv("AGR_RAY_COMPARE__PRESETS", '["paper", "lightweight"]')
     write_utkface(here / "UTKFACE")
 
     assert len(run_commands("I want to compare networks")) == 3

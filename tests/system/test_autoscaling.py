@@ -29,7 +29,7 @@ started = time.monotonic()
 with cluster(ClusterConfig(address=sys.argv[1], autoscaler_wait_s=float(sys.argv[3]))):
     try:
         if sys.argv[2] == "sweep":
-            print("room for", room(TrainConfig(num_workers=1), None).num_trials)
+            print("room for", room(TrainConfig(num_workers=1), None, "tune.max_concurrent").num_trials)
         else:
             check_fits("prepare.num_workers", int(sys.argv[2]), 1.0)
         print("fits", sum(node.get("CPU", 0) for node in nodes()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -114,7 +115,10 @@ def scored(photographs: Path, trained: Killed, cluster: Cluster, tmp_path_factor
 
 def parts(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Return modification time and content of each finished part below a folder."""
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("**/part-*.parquet")}
+    # Not by `glob`, which raises if a temporary folder goes away meanwhile.
+    files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    finished = [path for path in files if path.name.startswith("part-") and path.suffix == ".parquet"]
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished}
 
 
 def rows_before(killed: Killed) -> list[dict[str, Any]]:
