@@ -19,7 +19,8 @@ from agr_ray.storage import Storage
 from agr_ray.vision.align import DEFAULT_MARGIN, stored_side_px
 from agr_ray.vision.decode import decode_crop
 
-TRAINING_COLUMNS: Final = ("image_id", "crop", *LABEL_COLUMNS)
+POSE_COLUMNS: Final = ("yaw", "pitch", "roll")
+TRAINING_COLUMNS: Final = ("image_id", "crop", *LABEL_COLUMNS, *POSE_COLUMNS)
 
 
 class Slice(NamedTuple):
@@ -78,6 +79,11 @@ def decoded_crops(table: pa.Table, side_px: int) -> NDArray[np.uint8]:
     return crops
 
 
+def read_pose(columns: Mapping[str, pa.Array] | pa.Table) -> NDArray[np.float32]:
+    """Return yaw, pitch and roll of n faces, (n, 3) float32, degrees; a null becomes NaN."""
+    return np.stack([np.asarray(columns[name].cast(pa.float32()), np.float32) for name in POSE_COLUMNS], axis=1)
+
+
 def read_labels(table: pa.Table, space: LabelSpace) -> Labels:
     """Return the labels of n rows: `LABEL_COLUMNS` as arrays. A race that the space does not have is missing."""
 
@@ -102,8 +108,8 @@ def training_arrays(table: pa.Table, side_px: int, space: LabelSpace) -> dict[st
     """Return the arrays that a network is trained on.
 
     image_id: (n,) strings, which name the rows of a failed step; about 100 bytes each, a crop takes tens of thousands.
-    crop: `decoded_crops`. set_index: (n,) int64, the set of each row; 0 if the table has no such column. The others are
-    `Labels.arrays`.
+    crop: `decoded_crops`. pose: `read_pose`. set_index: (n,) int64, the set of each row; 0 if the table has no such
+    column. The others are `Labels.arrays`.
     """
     image_ids = np.asarray(table["image_id"].to_pylist(), dtype=object)
     has_index = "set_index" in table.column_names
@@ -111,6 +117,7 @@ def training_arrays(table: pa.Table, side_px: int, space: LabelSpace) -> dict[st
     return {
         "image_id": image_ids,
         "crop": decoded_crops(table, side_px),
+        "pose": read_pose(table),
         **read_labels(table, space).arrays,
         "set_index": set_index,
     }

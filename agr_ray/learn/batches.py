@@ -16,8 +16,8 @@ Batch: TypeAlias = Mapping[str, Any]
 """crop (n, stored, stored, 3) uint8, and label arrays, (n,) each: age, age_low and age_high float32, gender and race
 int64; NumPy arrays or CPU tensors. If a label array is absent, no row has that label.
 
-Optional: image_id, (n,) strings, which the error about a non-finite loss names; set_index, (n,) int64, the prepared set
-of each row, by which a sampler may draw."""
+Optional: pose, (n, 3) float32, yaw, pitch and roll, degrees, NaN if unknown; image_id, (n,) strings, which the error
+about a non-finite loss names; set_index, (n,) int64, the prepared set of each row, by which a sampler may draw."""
 
 
 def num_rows(batch: Batch | None) -> int:

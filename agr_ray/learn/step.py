@@ -125,7 +125,8 @@ class Stepper:
             mix = mix.to(device)
             images = mix_images(images, mix)
         set_learning_rate(self.optimizer, lr)
-        loss, tasks, running = self._backward(images, to_device(targets, device), mix, counts_total)
+        pose = None if batch is None or "pose" not in batch else torch.as_tensor(batch["pose"]).to(device)
+        loss, tasks, running = self._backward(images, pose, to_device(targets, device), mix, counts_total)
         if config.grad_clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
@@ -175,7 +176,7 @@ class Stepper:
             self.model.backbone.eval()
 
     def _backward(
-        self, images: Tensor, targets: Targets, mix: Mix | None, counts_total: Tensor
+        self, images: Tensor, pose: Tensor | None, targets: Targets, mix: Mix | None, counts_total: Tensor
     ) -> tuple[Tensor, TaskSums, Tensor]:
         """Accumulate the gradients of this rank's micro-batches; return loss, sums and `running_sums`."""
         images = images.contiguous(memory_format=torch.channels_last)
@@ -187,7 +188,7 @@ class Stepper:
         for rows in slices:
             with self._exchange(is_last=rows == slices[-1]):
                 with autocast(self.context.device, self.job.train.precision):
-                    outputs = self.wrapped(images[rows])
+                    outputs = self.wrapped(images[rows], None if pose is None else pose[rows])
                 loss, tasks = multi_task_loss(
                     self.heads,
                     outputs,
@@ -225,8 +226,8 @@ class _Learner(nn.Module):
         self.model = model
         self.log_variances = log_variances
 
-    def forward(self, images_nchw: Tensor) -> Outputs:
-        outputs: Outputs = self.model(images_nchw)
+    def forward(self, images_nchw: Tensor, pose_degrees: Tensor | None) -> Outputs:
+        outputs: Outputs = self.model(images_nchw, pose_degrees)
         return outputs
 
 

@@ -64,7 +64,7 @@ def validate(
             continue
         labels = Labels.from_arrays(space, batch)
         targets = to_device(targets_of(heads, batch), device)
-        views = infer(model, to_nchw(batch["crop"], device), transform, predict_config)
+        views = infer(model, to_nchw(batch["crop"], device), transform, predict_config, batch.get("pose"))
         _, tasks = multi_task_loss(heads, views[0], targets, loss_config, label_counts(heads, targets))
         losses += torch.cat([tasks.sums, tasks.counts]).double().cpu()
         if bad_ids is None and not torch.isfinite(losses).all():

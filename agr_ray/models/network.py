@@ -21,6 +21,7 @@ from agr_ray.config import ModelConfig
 from agr_ray.errors import ConfigError
 from agr_ray.labels import LabelSpace
 from agr_ray.models.backbones.base import Backbone
+from agr_ray.models.head_pose import NUM_POSE_FEATURES, pose_features
 from agr_ray.models.heads.base import Head
 from agr_ray.models.heads.routed_age import RoutedAge
 from agr_ray.registry import ATTENTION, BACKBONES, HEADS, NECKS, head_name
@@ -89,11 +90,18 @@ class MultiTaskNet(nn.Module):
         """Return the features of normalised images, (n, backbone.num_features)."""
         return self.backbone.project(self.neck(self.backbone.feature_maps(images_nchw, self._attend)))
 
-    def forward(self, images_nchw: Tensor) -> dict[str, Any]:
-        """Return the raw outputs by task for normalised images, (n, 3, side, side) float."""
+    def forward(self, images_nchw: Tensor, pose_degrees: Tensor | None = None) -> dict[str, Any]:
+        """Return the raw outputs by task.
+
+        Args:
+            images_nchw: normalised images, (n, 3, side, side) float.
+            pose_degrees: as in `pose_features`; only `model.head_pose` uses it.
+        """
         features = self.features(images_nchw)
         with torch.autocast(features.device.type, enabled=False):
             features = self.dropout(features.float())
+            if self.config.head_pose:
+                features = torch.cat([features, pose_features(pose_degrees, features)], dim=1)
             outputs = {task: head(features) for task, head in self.heads.items() if not isinstance(head, RoutedAge)}
             for task, head in self.heads.items():
                 if isinstance(head, RoutedAge):
@@ -111,7 +119,8 @@ class MultiTaskNet(nn.Module):
         """Build the head of a task."""
 
         def build() -> Head:
-            head: Head = HEADS[task][head_name(self.config, task)](self.backbone.num_features, task, self.space)
+            num_features = self.backbone.num_features + NUM_POSE_FEATURES * self.config.head_pose
+            head: Head = HEADS[task][head_name(self.config, task)](num_features, task, self.space)
             return head
 
         if task == "age" and self.config.age_routing != "none":

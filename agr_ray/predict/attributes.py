@@ -75,23 +75,28 @@ class AttributePredictor:
         loaded = load_checkpoint(directory, device=device)
         return cls(loaded.model, loaded.transform, config, calibration)
 
-    def predict(self, crops_u8: NDArray[np.uint8]) -> Predictions:
+    def predict(self, crops_u8: NDArray[np.uint8], pose_degrees: NDArray[np.float32] | None = None) -> Predictions:
         """Return uncalibrated predictions.
 
         Args:
             crops_u8: (n, S, S, 3), RGB; S is the side of the template and its margins; n may be 0.
+            pose_degrees: (n, 3) yaw, pitch and roll; NaN: unknown. None: all are. Only `model.head_pose` uses it.
         """
         size, num_crops = self._batch_size, len(crops_u8)
         batches = []
         for start in range(0, max(num_crops, 1), size):
             batch = crops_u8[start : start + size]
-            padding = ((0, size - len(batch)), (0, 0), (0, 0), (0, 0))
-            batches.append(predict(self._model, np.pad(batch, padding), self._transform, self._config))
+            missing = size - len(batch)
+            padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            pose = None if pose_degrees is None else np.pad(pose_degrees[start : start + size], ((0, missing), (0, 0)))
+            batches.append(predict(self._model, padded, self._transform, self._config, pose))
         return {task: np.concatenate([each[task] for each in batches])[:num_crops] for task in batches[0]}
 
-    def attributes(self, crops_u8: NDArray[np.uint8]) -> CalibratedPredictions:
+    def attributes(
+        self, crops_u8: NDArray[np.uint8], pose_degrees: NDArray[np.float32] | None = None
+    ) -> CalibratedPredictions:
         """Return predictions, calibrated if there is a calibration. Arguments are those of `predict`."""
-        predictions = self.predict(crops_u8)
+        predictions = self.predict(crops_u8, pose_degrees)
         return uncalibrated(predictions) if self._calibration is None else self._calibration.apply(predictions)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from agr_ray.config import EvaluateConfig, PredictConfig
-from agr_ray.data.crops import decoded_crops, map_races, select_crops, usable_statuses
+from agr_ray.data.crops import decoded_crops, map_races, read_pose, select_crops, usable_statuses
 from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
 from agr_ray.models.predictions import Predictions, class_probs_array
@@ -59,7 +59,7 @@ class CropPredictor:
             rows = map_races(rows, self._mapping)
             for start in range(0, rows.num_rows, self._config.batch_size):
                 batch = rows.slice(start, self._config.batch_size)
-                predictions = self._predictor.predict(decoded_crops(batch, self._side_px))
+                predictions = self._predictor.predict(decoded_crops(batch, self._side_px), read_pose(batch))
                 columns = prediction_columns(predictions, batch.num_rows, self._predictor.space)
                 columns["precision"] = pa.array([self._predictor.precision] * batch.num_rows)
                 yield pa.table({name: batch[name] for name in _KEPT_COLUMNS} | columns, schema=PREDICTIONS)

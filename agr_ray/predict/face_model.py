@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 from agr_ray.config import GatesConfig, VisionConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
+from agr_ray.data.crops import POSE_COLUMNS
 from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns
 from agr_ray.predict.downloads import NUM_DOWNLOADS, read_image
@@ -142,10 +143,12 @@ class FaceModel:
                 raise ImageError(seen.status, f"{_source(image) or 'the image'}: {seen.error}")
             found.append([] if isinstance(seen, Reject) else self.finder.faces(seen))
             photos.append(self._photo(_source(image), reader, seen))
-        crops = [face.crop for faces in found for face in faces]
-        if not crops:
+        every_face = [face for faces in found for face in faces]
+        if not every_face:
             return photos
-        predicted = self.predictor.attributes(np.stack(crops))
+        crops = np.stack([face.crop for face in every_face])
+        pose = np.array([[face.columns.get(name, np.nan) for name in POSE_COLUMNS] for face in every_face], np.float32)
+        predicted = self.predictor.attributes(crops, pose)
         attributes = iter(pa.table(attribute_columns(predicted, len(crops), self.predictor.space)).to_pylist())
         rows = [
             [face.columns | next(attributes) | {"flags": flags(face.columns, self.gates)} for face in faces]

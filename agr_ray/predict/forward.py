@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,9 +17,15 @@ from agr_ray.models.precision import autocast
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform, prepare_eval, to_nchw
 
+Pose: TypeAlias = NDArray[np.float32] | Tensor | None
+
 
 def predict(
-    model: MultiTaskNet, images_u8: NDArray[np.uint8] | Tensor, transform: Transform, config: PredictConfig
+    model: MultiTaskNet,
+    images_u8: NDArray[np.uint8] | Tensor,
+    transform: Transform,
+    config: PredictConfig,
+    pose_degrees: Pose = None,
 ) -> Predictions:
     """Predict from one batch of stored crops.
 
@@ -27,13 +34,20 @@ def predict(
         images_u8: (n, stored, stored, 3) uint8, RGB, with the margin; n may be 0.
         transform: the model's.
         config: whether to average with mirror images, and the precision.
+        pose_degrees: as in `pose_features`.
     """
     device = next(model.parameters()).device
-    return average(model.heads_by_task, infer(model, to_nchw(images_u8, device), transform, config))
+    return average(model.heads_by_task, infer(model, to_nchw(images_u8, device), transform, config, pose_degrees))
 
 
 @torch.inference_mode()
-def infer(model: MultiTaskNet, images_u8: Tensor, transform: Transform, config: PredictConfig) -> list[Outputs]:
+def infer(
+    model: MultiTaskNet,
+    images_u8: Tensor,
+    transform: Transform,
+    config: PredictConfig,
+    pose_degrees: Pose = None,
+) -> list[Outputs]:
     """Run the network on each view of a batch: the crop and, with `flip_average`, its mirror image.
 
     Args:
@@ -41,12 +55,13 @@ def infer(model: MultiTaskNet, images_u8: Tensor, transform: Transform, config: 
         images_u8: (n, 3, stored, stored) uint8 on the model's device.
         transform: the model's.
         config: as in `predict`.
+        pose_degrees: as in `pose_features`.
     """
     assert not model.training
     images = prepare_eval(images_u8, transform)
     views = [images, images.flip(-1)] if config.flip_average else [images]
     with autocast(images.device, config.precision):
-        return [model(view) for view in views]
+        return [model(view, pose_degrees) for view in views]
 
 
 def average(heads: Mapping[str, Head], views: Sequence[Outputs]) -> Predictions:

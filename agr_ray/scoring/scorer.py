@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
+from agr_ray.data.crops import read_pose
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
@@ -244,7 +245,7 @@ class RowPredictor:
         faces = found.images["faces"].combine_chunks()
         fields = {field.name: faces.flatten().field(field.name) for field in FACE}
         with self._stopwatch.stage("predict"):
-            predicted = self._predictor.attributes(found.crops)
+            predicted = self._predictor.attributes(found.crops, read_pose(fields))
             fields |= attribute_columns(predicted, num_faces, self._predictor.space, self._attributes)
         filled = pa.StructArray.from_arrays(list(fields.values()), fields=list(FACE))
         lists = pa.ListArray.from_arrays(faces.offsets, filled)

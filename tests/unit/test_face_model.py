@@ -43,9 +43,9 @@ STORED = Pipeline(vision=VisionConfig(detector="haar"), predict=PredictConfig(fl
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a ResNet18's checkpoint, whose kernels oneDNN chooses by the batch size."""
+    """Return the checkpoint of a ResNet18 with head pose, whose kernels oneDNN chooses by the batch size."""
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    save_checkpoint(folder, network("resnet18"), Transform(SIDE_PX, SIDE_PX), pipeline=STORED)
+    save_checkpoint(folder, network("resnet18", head_pose=True), Transform(SIDE_PX, SIDE_PX), pipeline=STORED)
     return folder
 
 
@@ -55,14 +55,18 @@ def test_evaluation_and_scoring_predict_the_same_to_the_last_bit(
 ) -> None:
     side = stored_side_px(SIDE_PX)
     pixels = np.random.default_rng(0).integers(0, 256, (19, side, side, 3), np.uint8)
+    # The last face has no landmarks.
+    poses = [{"yaw": 3.0 * n, "pitch": 2.0 * n - 9, "roll": -1.0 * n} for n in range(18)] + [{}]
     rows = [
         {"image_id": str(index), "uri": "u", "key": "k", "source": "s", "split": "test", "status": "ok"}
         | {"crop": encode_jpeg(crop)}
+        | poses[index]
         for index, crop in enumerate(pixels)
     ]
     table = pa.Table.from_pylist(rows, schema=CROPS)
     pq.write_table(table, tmp_path / "part-0.parquet")
     config = EvaluateConfig(split="test", batch_size=13)
+    unposed = AttributePredictor.load(model, STORED.predict).predict(decoded_crops(table, SIDE_PX))["gender"]
     evaluated = CropPredictor(Storage(), portable_checkpoint(model), SIDE_PX, config, STORED.predict, {})
     measured = pa.concat_tables(evaluated(pa.table({"part": [str(tmp_path / "part-0.parquet")]})))
 
@@ -71,11 +75,13 @@ def test_evaluation_and_scoring_predict_the_same_to_the_last_bit(
     faces: list[dict[str, Any]] = []
     for start in range(0, len(crops), num_together):
         chunk = crops[start : start + num_together]
-        row = {"image_id": "i", "uri": "u", "status": "ok", "faces": [{"flags": []}] * len(chunk)}
+        row = {"image_id": "i", "uri": "u", "status": "ok", "faces": []}
+        row["faces"] = [pose | {"flags": []} for pose in poses[start : start + num_together]]
         images = pa.Table.from_pylist([row], schema=IMAGES)
         faces += predictor.fill(Found(np.arange(1), images, chunk)).to_pylist()[0]["faces"]
 
     assert len({row["p_male"] for row in measured.to_pylist()}) == 19
+    assert (np.asarray(measured["p_male"]) == unposed).tolist() == [False] * 18 + [True]
     assert measured["precision"].to_pylist() == ["float32"] * 19
     for name, other in (("age_pred", "age"), ("p_male", "p_male"), ("gender_pred", "gender"), ("race_pred", "race")):
         assert measured[name].to_pylist() == [face[other] for face in faces]

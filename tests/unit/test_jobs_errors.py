@@ -362,7 +362,7 @@ def test_evaluating_crops_of_another_side(complaint: Complaint, checkpoint: Path
 
     said = complaint("evaluate", "--evaluate.checkpoint", checkpoint, "--evaluate.data", other)
 
-    assert f"its crops have crop_side_px 48; the checkpoint {checkpoint} was trained on {SIDE_PX}" in said
+    assert f"its crops have crop_side_px 48; the checkpoint {checkpoint} needs {SIDE_PX}" in said
 
 
 def test_evaluating_crops_of_another_template(complaint: Complaint, checkpoint: Path, tmp_path: Path) -> None:

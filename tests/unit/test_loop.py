@@ -250,9 +250,9 @@ def test_each_epoch_is_augmented_differently() -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, images: Tensor) -> Any:
+        def forward(self, images: Tensor, pose: Tensor | None) -> Any:
             seen.append(images.sum().item())
-            return self.model(images)
+            return self.model(images, pose)
 
     class Context(LocalContext):
         def wrap(self, model: nn.Module) -> nn.Module:

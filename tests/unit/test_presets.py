@@ -30,6 +30,7 @@ KEYS = {
     "single_task_race": "3fff0b72469b",
     "lightweight": "06c2e4577099",
     "vgg16_transfer": "aec5ce3b21ad",
+    "head_pose": "a1bf43ce2c39",
     "cnn_features": "5f8d816904f9",
     "sa_net": "afda6cdfcd22",
     "gender_routed": "f0b219039db5",

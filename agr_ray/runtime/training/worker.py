@@ -280,7 +280,7 @@ class RunLogs:
 
         labels = Labels.from_arrays(report.model.space, samples)
         predictor = AttributePredictor(report.model, report.transform, self._run.job.predict)
-        page = samples_page(samples["crop"], labels, predictor.predict(samples["crop"]))
+        page = samples_page(samples["crop"], labels, predictor.predict(samples["crop"], samples["pose"]))
         self._writer.add_image("val/samples", page, report.row["epoch"], dataformats="HWC")
         self._upload()
 
