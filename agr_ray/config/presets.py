@@ -72,11 +72,6 @@ PRESETS: Final[Mapping[str, Preset]] = {
         fine_tune=_FROZEN,
         cited=Cited(4.78, 0.855, 0.945, None),
     ),
-    "head_pose": Preset(
-        "CNN + head pose: yaw, pitch and roll beside the features",
-        _RESNET | {"head_pose": True},
-        cited=Cited(4.60, 0.860, 0.940, 0.900),
-    ),
     "cnn_features": Preset(
         "CNN features: linear classifiers, age groups, backbone frozen if pretrained",
         _RESNET | {"age_head": "groups"},
@@ -92,6 +87,11 @@ PRESETS: Final[Mapping[str, Preset]] = {
         "gender-specific age classification",
         _RESNET | {"age_head": "groups", "age_routing": "hard"},
         cited=Cited(4.55, 0.868, 0.953, None),
+    ),
+    "head_pose": Preset(
+        "CNN + head pose: yaw, pitch and roll beside the features",
+        _RESNET | {"head_pose": True},
+        cited=Cited(4.60, 0.860, 0.940, 0.900),
     ),
     "multi_scale": Preset(
         "multi-task, multi-instance, multi-scale: c3 to c5, soft gender routing",

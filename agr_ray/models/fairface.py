@@ -43,11 +43,11 @@ OLDEST_YEARS: Final = 80.0
 """The age that is given to faces of the group 70+: the mean of UTKFace's ages from 70 on. The other groups get their
 middle, such as 24.5 years for 20-29."""
 
-NUM_OUTPUTS: Final = 18
+_NUM_OUTPUTS: Final = 18
 _MALE, _FEMALE = slice(7, 8), slice(8, 9)
-_AGES: Final = slice(9, NUM_OUTPUTS)
+_AGES: Final = slice(9, _NUM_OUTPUTS)
 
-IMAGE_SIZE: Final = 224
+_IMAGE_SIZE: Final = 224
 _CHIP_EYES: Final = ((0.22733, 0.2214), (0.75281, 0.2212))
 """Middles of the corners of the left and the right eye in dlib's mean face of five points, x and y.
 Source: dlib/image_transforms/interpolation.h, get_face_chip_details."""
@@ -101,9 +101,9 @@ def fairface_network(state: Mapping[str, Tensor], space: LabelSpace, where: str)
     Raises:
         WeightsError: it is not the state dict of a ResNet34 with 18 outputs.
     """
-    config = ModelConfig(backbone="resnet34", age_head="groups", image_size=IMAGE_SIZE)
+    config = ModelConfig(backbone="resnet34", age_head="groups", image_size=_IMAGE_SIZE)
     model = MultiTaskNet(config, space)
-    shapes = {"fc.weight": torch.empty(NUM_OUTPUTS, model.backbone.num_features), "fc.bias": torch.empty(NUM_OUTPUTS)}
+    shapes = {"fc.weight": torch.empty(_NUM_OUTPUTS, model.backbone.num_features), "fc.bias": torch.empty(_NUM_OUTPUTS)}
     problem = mismatch(shapes, {name: state[name] for name in shapes if name in state})
     if problem:
         raise WeightsError(f"{where}: does not fit FairFace's network: {problem}")
@@ -129,4 +129,4 @@ def _transform() -> Transform:
     side = (ours_right[0] - ours_left[0]) / (right_x - left_x)
     x = (ours_left[0] + ours_right[0]) / 2 - side * (left_x + right_x) / 2
     y = ours_left[1] - side * (left_y + right_y) / 2
-    return Transform(IMAGE_SIZE, round(IMAGE_SIZE / side), window=(x, y, side))
+    return Transform(_IMAGE_SIZE, round(_IMAGE_SIZE / side), window=(x, y, side))

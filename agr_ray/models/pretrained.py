@@ -52,30 +52,32 @@ def stored_state(storage: Storage, uri: str) -> dict[str, Tensor]:
     with scratch_folder() as folder:
         path = Path(folder, f"weights{Path(uri).suffix}")
         path.write_bytes(storage.read(uri))
-        try:
-            return read_state(path)
-        except WeightsError as error:
-            raise WeightsError(str(error).replace(str(path), uri)) from None
+        return read_state(path, uri)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, name: str = "") -> dict[str, Tensor]:
     """Read a state dict: .safetensors, or any file that `torch.load(weights_only=True)` reads.
+
+    Args:
+        path: of the local file.
+        name: of the file in messages; empty: its path.
 
     Raises:
         WeightsError: there is no such file, or it holds anything but named tensors.
     """
+    name = name or str(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror or error}") from None
+        raise WeightsError(f"{name}: {error.strerror or error}") from None
     except Exception as error:  # torch's unpickler raises KeyError, IndexError and others on a file of another kind
         reason = (str(error).splitlines() or [""])[0]
-        raise WeightsError(f"{path}: not a state dict: {type(error).__name__} {reason}") from None
+        raise WeightsError(f"{name}: not a state dict: {type(error).__name__} {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = "a dict of other values" if isinstance(state, dict) else type(state).__name__
-        raise WeightsError(f"{path}: expected a state dict of tensors, found {found}")
+        raise WeightsError(f"{name}: expected a state dict of tensors, found {found}")
     return cast(dict[str, Tensor], state)
 
 

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from agr_ray.config import GatesConfig, VisionConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
-from agr_ray.data.crops import POSE_COLUMNS
+from agr_ray.data.crops import read_pose
 from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns
 from agr_ray.predict.downloads import NUM_DOWNLOADS, read_image
@@ -33,7 +33,7 @@ from agr_ray.predict.face_finder import MIB, AlignedFace, FaceFinder, Photograph
 from agr_ray.predict.flags import flags
 from agr_ray.predict.photo import Face, Photo
 from agr_ray.predict.resolve import Resolved, resolve
-from agr_ray.schema import Status
+from agr_ray.schema import QUALITY_FIELDS, Status
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import DECODING_ERRORS, DecodedImage, ImageError, decode_image
 
@@ -147,8 +147,8 @@ class FaceModel:
         if not every_face:
             return photos
         crops = np.stack([face.crop for face in every_face])
-        pose = np.array([[face.columns.get(name, np.nan) for name in POSE_COLUMNS] for face in every_face], np.float32)
-        predicted = self.predictor.attributes(crops, pose)
+        columns = pa.Table.from_pylist([face.columns for face in every_face], schema=pa.schema(QUALITY_FIELDS))
+        predicted = self.predictor.attributes(crops, read_pose(columns))
         attributes = iter(pa.table(attribute_columns(predicted, len(crops), self.predictor.space)).to_pylist())
         rows = [
             [face.columns | next(attributes) | {"flags": flags(face.columns, self.gates)} for face in faces]

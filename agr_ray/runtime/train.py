@@ -291,11 +291,10 @@ def _initial_model(run: Run, labels: Labels, set_index: IntArray) -> MultiTaskNe
     torch.manual_seed(run.job.train.seed)
     if "domain" in run.job.model.tasks and len(run.job.train.data_uris) == 1:
         raise ConfigError("model.tasks domain: needs two prepared sets or more in train.data")
-    detectors = [of["detector"] for of in run.data.get("sets", [run.data])]
-    if run.job.model.head_pose and "mtcnn" not in detectors:
+    if run.job.model.head_pose and "mtcnn" not in run.data["detector"]:
         raise ConfigError(
-            f"model.head_pose: {run.data['uri']} was prepared with vision.detector {detectors[0]}, which finds no "
-            "landmarks; prepare it with mtcnn"
+            f"model.head_pose: {run.data['uri']} was prepared with vision.detector {run.data['detector']}, which finds "
+            "no landmarks; prepare it with mtcnn"
         )
     model = MultiTaskNet(run.job.model, labels.space)
     arrays = labels.arrays | {"set_index": set_index}

@@ -140,6 +140,13 @@ def test_unreadable_weights_give_one_line_with_the_path(
     assert "\n" not in str(raised.value)
 
 
+def test_unreadable_weights_in_storage_are_named_by_their_uri(tmp_path: Path) -> None:
+    path = tmp_path / "text.pth"
+    path.write_bytes(b"not weights")
+    with pytest.raises(WeightsError, match=rf"^{path}: not a state dict"):
+        pretrained_weights(MultiTaskNet(small(), UTKFACE).backbone, str(path), Storage())
+
+
 def test_pickled_code_is_rejected(tmp_path: Path) -> None:
     torch.save({"weight": Path("anything")}, tmp_path / "code.pth")
     with pytest.raises(WeightsError, match="not a state dict"):

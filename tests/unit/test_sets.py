@@ -243,6 +243,13 @@ def test_a_domain_head_needs_several_sets(one: Path, two: Path, capsys: pytest.C
         train(job(one).model_copy(update={"model": model}))
 
 
+def test_head_pose_needs_a_detector_that_finds_landmarks(one: Path, two: Path) -> None:
+    model = ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX, head_pose=True)
+
+    with pytest.raises(ConfigError, match=r"model\.head_pose: .*one \+ .*two was prepared with vision\.detector none,"):
+        train(job(one, two).model_copy(update={"model": model}))
+
+
 def test_a_set_without_training_rows_is_rejected(one: Path, two: Path) -> None:
     crops = two / "crops" / "part-0.parquet"
     rows = [row | {"split": "test"} for row in pq.read_table(crops).to_pylist()]
