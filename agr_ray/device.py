@@ -1,8 +1,21 @@
-"""Capabilities of a torch device."""
+"""Names and capabilities of devices."""
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
+
 import torch
+
+
+def cpu_name() -> str:
+    """Return the name of this machine's CPU; on systems other than Linux, only its architecture."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -17,15 +17,16 @@ class CompareConfig(Section):
 
     out: str = "comparison"
     """Folder or prefix of the comparison: comparison.html, comparison.parquet, runs/ and evaluations/. Runs that it
-    already holds are kept, so the same command resumes, and one with other presets or more seeds adds to it. Must be
-    shared storage if there are several nodes."""
+    already holds are kept, so the same command resumes, and a command with other presets or more seeds adds runs. Must
+    be shared storage if there are several nodes."""
     presets: Annotated[tuple[Annotated[str, AfterValidator(check_preset)], ...], Field(min_length=1)] = _DEFAULT
-    """Presets to compare; `agr-ray models` describes them. By default all but `domain_adapt`, which needs two sets."""
+    """Presets to compare; `agr-ray models` describes them. By default all but `domain_adapt`, which needs two sets, and
+    those for which the data has no labels or a package is missing."""
     seeds: PositiveInt = 1
     """Runs of each preset, with the seeds train.seed, train.seed + 1, ..."""
     image_size: Annotated[int, Field(ge=32, le=512)] | None = None
-    """Side of the input of all networks, pixels; larger if a preset needs more (Inception-ResNet-v1: 80). None: each
-    preset's own."""
+    """Side of the input of all networks, pixels; a preset whose backbone does not take it gets the next larger one
+    (Inception-ResNet-v1: at least 80; ViT-B/16: a multiple of 16). None: each preset's own."""
     split: Literal["val", "test"] = "test"
     """Split on which they are compared."""
     max_concurrent: PositiveInt | None = None
@@ -36,4 +37,6 @@ class CompareConfig(Section):
     def _are_distinct(cls, presets: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(presets)) < len(presets):
             raise ValueError("must name each preset once")
+        if "domain_adapt" in presets:
+            raise ValueError("domain_adapt needs several prepared sets, and a comparison has one")
         return presets

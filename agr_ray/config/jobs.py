@@ -145,7 +145,7 @@ def _check_kind(kind: str) -> str:
 
 
 class ImportJob(Job):
-    """Turn published weights of another project into a checkpoint that predicts, scores and is evaluated like ours.
+    """Turn published weights of another project into a checkpoint that can be used like any other.
 
     `fairface`: res34_fair_align_multi_7_20190809.pt (seven races, two genders, nine age groups) or
     res34_fair_align_multi_4_20190809.pt (four races), which you download from github.com/joojs/fairface.
@@ -156,13 +156,13 @@ class ImportJob(Job):
     example = "agr-ray import fairface res34_fair_align_multi_7_20190809.pt --out fairface"
     essentials = ("kind", "weights", "out", "races")
     kind: CliPositionalArg[Annotated[str, AfterValidator(_check_kind)]] = ""
-    """Whose weights: fairface."""
+    """Project that published the weights; only fairface."""
     weights: CliPositionalArg[str] = ""
     """Path or URI of the file."""
     out: str = ""
     """Folder or prefix of the checkpoint."""
     races: Literal["auto", "4", "7"] = "auto"
-    """Number of races that the file tells apart; auto: as its name says, multi_7 or multi_4."""
+    """Number of races that the network predicts; auto: taken from the file name, multi_7 or multi_4."""
 
 
 class ClusterJob(Job):
@@ -174,6 +174,29 @@ class ClusterJob(Job):
     def shortcuts(cls) -> dict[str, str]:
         """Return the options of the job's own section, and `--verbose`."""
         return super().shortcuts() | {"verbose": "cluster.verbose"}
+
+
+def _check_training(train: TrainConfig) -> None:
+    """Reject values of `[train]` that do not fit together.
+
+    Not in TrainConfig, because a recipe may hold some of them, and the command line the others.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if train.batch_size < 2 * train.max_workers * train.grad_accum_steps:
+        parts = f" and train.grad_accum_steps {train.grad_accum_steps}" if train.grad_accum_steps > 1 else ""
+        raise ValueError(
+            f"train.batch_size {train.batch_size} is too small for train.num_workers {train.max_workers}{parts}: each "
+            "needs two images per step, for batch normalisation"
+        )
+    shares, uris = list(train.data_shares), train.data_uris
+    if shares and len(uris) == 1:
+        raise ValueError(f"train.data_shares {shares} needs several sets in train.data, which is {train.data!r}")
+    if shares and len(shares) != len(uris):
+        raise ValueError(
+            f"train.data_shares {shares} must have a number for each of the {len(uris)} sets in train.data"
+        )
 
 
 class RenderJob(ClusterJob):
@@ -232,28 +255,21 @@ class TrainJob(ClusterJob):
         return with_preset(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
-    def _batch_is_large_enough(self) -> Self:
-        if self.train.batch_size < 2 * self.train.max_workers * self.train.grad_accum_steps:
-            parts = (
-                f" and train.grad_accum_steps {self.train.grad_accum_steps}" if self.train.grad_accum_steps > 1 else ""
-            )
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} is too small for train.num_workers "
-                f"{self.train.max_workers}{parts}: each needs two images per step, for batch normalisation"
-            )
+    def _can_train(self) -> Self:
+        _check_training(self.train)
         return self
 
     @model_validator(mode="after")
-    def _has_a_share_for_each_set(self) -> Self:
-        # Not in TrainConfig, because a recipe may set shares for sets that are given on the command line.
-        shares, uris = list(self.train.data_shares), self.train.data_uris
-        if shares and len(uris) == 1:
+    def _fits_its_parts(self) -> Self:
+        if self.loss.weighting == "uncertainty" and "domain" in self.model.tasks:
             raise ValueError(
-                f"train.data_shares {shares} needs several sets in train.data, which is {self.train.data!r}"
+                "loss.weighting uncertainty learns the weights of all tasks, and that of the task domain must stay "
+                "loss.domain_weight; allowed with it: fixed"
             )
-        if shares and len(shares) != len(uris):
+        if self.model.head_pose and (self.augment.mixup_alpha or self.augment.cutmix_alpha):
             raise ValueError(
-                f"train.data_shares {shares} must have a number for each of the {len(uris)} sets in train.data"
+                "model.head_pose: images mixed by augment.mixup_alpha or augment.cutmix_alpha have no head pose; set "
+                "both to 0"
             )
         return self
 
@@ -314,8 +330,13 @@ class CompareJob(ClusterJob):
         if self.train.image_sizes:
             raise ValueError(
                 f"train.image_sizes {list(self.train.image_sizes)}: a comparison has no progressive resizing, because "
-                "its networks have different sides"
+                "its networks have different input sizes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_train(self) -> Self:
+        _check_training(self.train)
         return self
 
 

@@ -40,6 +40,10 @@ class Preset:
         return {**self.train, **(self.fine_tune if is_pretrained else {})}
 
 
+_KEPT: Final = ("image_size", "tasks", "dropout", "pretrained")
+"""Keys of a recipe's `[model]` that remain when the command line names a preset: its data, its schedule and its
+regularisation go with them."""
+
 _RESNET: Final = {"backbone": "resnet50", "image_size": 224}
 _FROZEN: Final = {"freeze_epochs": MAX_INT}
 _TRANSFORMER: Final = {"optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "warmup": 0.1, "lr": 3e-4}
@@ -174,10 +178,10 @@ def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe in which the values of a preset that `overrides` chooses replace those of the recipe.
+    """Return the recipe with the network of the preset that `overrides` names, and the preset's values of `[train]`.
 
-    Otherwise a recipe's backbone, or half of its optimiser, would stay. The side of the images is kept, because the
-    recipe's data and schedule belong to it.
+    Of the recipe's `[model]`, only the keys that no network part depends on remain, so that the network is the preset's
+    as a whole.
 
     Args:
         recipe: sections of a recipe.
@@ -187,9 +191,10 @@ def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) 
     preset = find_preset(chosen)
     if preset is None:
         return dict(recipe)
-    own = {key: value for key, value in preset.model.items() if key != "image_size" or "image_size" not in model}
+    kept = {key: value for key, value in model.items() if key in _KEPT}
+    own = {key: value for key, value in preset.model.items() if key != "image_size" or "image_size" not in kept}
     train = preset.training(is_pretrained=_is_pretrained({**model, **chosen}))
-    return {**recipe, "model": {**model, **own}, "train": {**recipe.get("train", {}), **train}}
+    return {**recipe, "model": {**kept, **own}, "train": {**recipe.get("train", {}), **train}}
 
 
 def _is_pretrained(model: Mapping[str, Any]) -> bool:

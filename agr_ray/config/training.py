@@ -23,7 +23,7 @@ from agr_ray.config.section import (
 
 
 class LossConfig(Section):
-    """L = age_weight L_age + gender_weight L_gender + race_weight L_race (paper eqs 11 and 21)."""
+    """The loss is the sum of the tasks' losses, each with its weight (paper eqs 11 and 21)."""
 
     age_weight: NonNegativeFloat = 1.0
     """Weight of the age loss."""
@@ -37,18 +37,19 @@ class LossConfig(Section):
     """`fixed`: the weights above, as in the paper; `uncertainty`: learnable weights, initialised to those above
     (Kendall et al. 2018). Reported losses always use the weights above."""
     age_loss: Literal["l1", "mse", "huber"] = "l1"
-    """Loss of the error e in years: `l1` is |e| (paper eq. 12); `mse` is e^2 (its eq. 26); `huber` is e^2 / 2 up to
-    huber_delta_years d, and d (|e| - d / 2) beyond."""
+    """Age heads `linear` and `distribution` only: loss of the error e in years. `l1` is |e| (paper eq. 12); `mse` is
+    e^2 (its eq. 26); `huber` is e^2 / 2 up to huber_delta_years d, and d (|e| - d / 2) beyond."""
     huber_delta_years: PositiveFloat = 1.0
     """`huber` only: error above which the loss grows linearly, years."""
     age_scale_years: PositiveFloat = 1.0
-    """Unit of the age error, years: divides an `l1` loss; its square divides `mse` and `huber`."""
+    """Age heads `linear` and `distribution` only: unit of the age error, years. It divides an `l1` loss; its square
+    divides `mse` and `huber`."""
     age_sigma_years: PositiveFloat = 2.0
     """`distribution` head only: standard deviation of the Gaussian target, years (DLDL-v2)."""
     age_expectation_weight: NonNegativeFloat = 1.0
     """`distribution` head only: weight of the expectation's `age_loss`, added to the KL divergence."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of a gender or race label spread over all classes."""
+    """Label smoothing: share of a label of gender, race or age group that is spread over all classes."""
 
     @model_validator(mode="after")
     def _has_positive_weights(self) -> Self:

@@ -11,7 +11,7 @@ from agr_ray.labels import IntArray, Labels
 from agr_ray.models.predictions import Predictions
 
 NUM_RESAMPLES: Final = 1000
-_MIN_UNITS = 2
+MIN_UNITS: Final = 2
 """Minimum number of rows (or persons) for an interval."""
 _INTERVAL = 0.95
 _CHUNK_WEIGHTS = 4_000_000
@@ -43,7 +43,7 @@ def intervals(
     num_units = dict(zip(terms, np.count_nonzero(values, axis=0), strict=True))
 
     def share(part: str, whole: str) -> FloatArray:
-        if num_units[whole] < _MIN_UNITS:
+        if num_units[whole] < MIN_UNITS:
             return np.full(num_resamples, np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(sums[part] / sums[whole], np.float64)
@@ -53,7 +53,7 @@ def intervals(
             return np.asarray(sums[f"{task}_right_{k}"] / sums[f"{task}_true_{k}"], np.float64)
 
     def balanced(task: str, num_classes: int) -> FloatArray:
-        if num_units[task] < _MIN_UNITS:
+        if num_units[task] < MIN_UNITS:
             return np.full(num_resamples, np.nan)
         recalls = np.stack([recall(task, k) for k in range(num_classes)])
         present = np.isfinite(recalls)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 import torch
@@ -217,8 +217,7 @@ def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, num_images: i
         with autocast(device, job.train.precision):
             outputs = model(images)
         # Saved tensors are alive until backward, so no address is reused.
-        parts = [each for output in outputs.values() for each in (output if isinstance(output, tuple) else (output,))]
-        loss = torch.stack([each.mean() for each in parts]).sum()
+        loss = torch.stack([each.mean() for each in _tensors(tuple(outputs.values()))]).sum()
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it bare
     optimizer.step()
     weights = _num_bytes(model.state_dict().values())
@@ -231,6 +230,15 @@ def count_memory(model: MultiTaskNet, job: TrainJob, side_px: int, num_images: i
         average=weights if job.train.ema_decay else 0,
         activations=sum(saved.values()) * num_images // 2,
     )
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested tuples."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    else:
+        for each in outputs:
+            yield from _tensors(each)
 
 
 def time_steps(

@@ -90,11 +90,20 @@ def _download(storage: Storage, uri: str, directory: Path) -> None:
         time.sleep(_PAUSE_S)
 
 
-def publish_checkpoint(storage: Storage, directory: Path, uri: str) -> bool:
+def publish_checkpoint(storage: Storage, directory: Path, uri: str, *, replace: bool = True) -> bool:
     """Publish a local checkpoint at `uri`. If the same model is already there, leave it, its calibration and its card.
+
+    Args:
+        storage: of `uri`.
+        directory: the local checkpoint.
+        uri: folder or prefix that it will be.
+        replace: delete all that the folder or prefix holds now.
 
     Returns:
         Whether this replaced another model that had a calibration.
+
+    Raises:
+        FileExistsError: with `replace` false, the folder or prefix holds anything but the same model.
     """
     with scratch_folder() as temporary:
         earlier = Path(temporary)
@@ -107,6 +116,8 @@ def publish_checkpoint(storage: Storage, directory: Path, uri: str) -> bool:
         except CheckpointError:  # there is no checkpoint, or only part of one
             pass
         was_calibrated = (earlier / CALIBRATION).exists()
+    if not replace and storage.exists(uri) and next(storage.list(uri), None) is not None:
+        raise FileExistsError("is not empty")
     storage.upload_tree(str(directory), uri, overwrite=True)
     return was_calibrated
 

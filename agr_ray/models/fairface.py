@@ -7,9 +7,9 @@ The files res34_fair_align_multi_7_20190809.pt and res34_fair_align_multi_4_2019
 ResNet34 with 18 outputs: seven races (in the second file four, and three unused outputs), then male and female, then
 nine age groups. The input is a chip of dlib with a padding of 0.25, shrunk to 224 pixels, in ImageNet's normalisation.
 
-The network made of them has the same weights and gives the same probabilities. What is imitated is the input: our
-detector finds the faces instead of dlib's, and the network sees the part of our aligned crop that a chip of dlib shows
-of a face that looks straight ahead. Beyond the border of a photograph dlib's chips are black; our crops mirror it.
+The network made of them has the same weights and gives the same probabilities. Only the input is approximated:
+FairFace finds and aligns faces with dlib; here our detector does, and the network sees the region that dlib's chip
+would show of a frontal face. Beyond the border of a photograph, dlib's chips are black; our crops mirror the image.
 """
 
 from __future__ import annotations
@@ -39,26 +39,22 @@ FOUR_RACES: Final = LabelSpace("fairface_4", ("white", "black", "asian", "indian
 SPACES: Final = {"7": FAIRFACE, "4": FOUR_RACES}
 """The label space of a file, by its number of races."""
 
-OLDEST_YEARS: Final = 80.0
-"""The age that is given to faces of the group 70+: the mean of UTKFace's ages from 70 on. The other groups get their
-middle, such as 24.5 years for 20-29."""
-
 _NUM_OUTPUTS: Final = 18
 _MALE, _FEMALE = slice(7, 8), slice(8, 9)
 _AGES: Final = slice(9, _NUM_OUTPUTS)
 
 _IMAGE_SIZE: Final = 224
 _CHIP_EYES: Final = ((0.22733, 0.2214), (0.75281, 0.2212))
-"""Middles of the corners of the left and the right eye in dlib's mean face of five points, x and y.
+"""Midpoints (x, y) between the corners of each eye, left and right in the image, in dlib's mean face of five points.
 Source: dlib/image_transforms/interpolation.h, get_face_chip_details."""
 _CHIP_PADDING: Final = 0.25
 
 
 def import_fairface(job: ImportJob) -> None:
-    """Write the checkpoint of a published file, and print what can be done with it.
+    """Convert a published file to a checkpoint, and print the next commands.
 
     Raises:
-        ConfigError: the file can't be read or is another one.
+        ConfigError: the file can't be read or is not one of FairFace's, or `out` holds other files.
     """
     storage = Storage.from_config(job.storage)
     name = PurePosixPath(job.weights).name
@@ -80,14 +76,25 @@ def import_fairface(job: ImportJob) -> None:
     out = storage.absolute(job.out)
     with scratch_folder() as folder:
         save_checkpoint(Path(folder), model, transform, data=data)
-        publish_checkpoint(storage, Path(folder), out)
+        try:
+            publish_checkpoint(storage, Path(folder), out, replace=False)
+        except FileExistsError as error:
+            raise ConfigError(f"--out {job.out}: {error}; give a new folder or prefix") from None
     console = make_console()
     console.print(f"{out}: {', '.join(model.tasks)} in the label space {model.space.name}; no calibration yet")
     console.print(f"score photographs: agr-ray score --checkpoint {job.out} --input PHOTOGRAPHS --out scored")
     console.print(
-        f"calibrate it: prepare labelled photographs of your own with --crop_side_px {transform.crop_side_px}, then "
-        f"agr-ray evaluate --checkpoint {job.out} --data DATA --split val --calibrate"
+        f"calibrate it: prepare labelled photographs of your own with {_labels_options(model.space)} --crop_side_px "
+        f"{transform.crop_side_px}, then agr-ray evaluate --checkpoint {job.out} --data DATA --split val --calibrate "
+        "--allow_overlap true (nobody can check whether FairFace's training images are among them)"
     )
+
+
+def _labels_options(space: LabelSpace) -> str:
+    """Return the options of `agr-ray prepare` for photographs that are labelled in this space."""
+    if space == FAIRFACE:
+        return f"--labels.space {space.name}"
+    return f"--labels.space fairface --labels.races {','.join(space.races)}"
 
 
 def fairface_network(state: Mapping[str, Tensor], space: LabelSpace, where: str) -> tuple[MultiTaskNet, Transform]:
@@ -115,7 +122,6 @@ def fairface_network(state: Mapping[str, Tensor], space: LabelSpace, where: str)
         # The sigmoid of the difference of two logits is the softmax of both.
         heads[f"gender.layer.{kind}"] = outputs[_MALE] - outputs[_FEMALE]
         heads[f"age.layer.{kind}"] = outputs[_AGES]
-    heads["age.group_years"][-1] = OLDEST_YEARS
     model.heads.load_state_dict(heads)
     return model.eval(), _transform()
 

@@ -9,6 +9,7 @@ steps of a quarter of a year at an age of 40.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
@@ -47,15 +48,10 @@ class MultiTaskNet(nn.Module):
     def __init__(self, config: ModelConfig, space: LabelSpace) -> None:
         super().__init__()
         check_tasks(config, space)
+        check_side(config.backbone, config.image_size, "model.image_size")
         self.config = config
         self.space = space
         self.backbone: Backbone = BACKBONES[config.backbone](config.backbone)
-        least, multiple = self.backbone.min_side_px, self.backbone.side_multiple
-        if config.image_size < least or config.image_size % multiple:
-            also = f" and a multiple of {multiple}" if multiple > 1 else ""
-            raise ConfigError(
-                f"model.image_size {config.image_size}: the backbone {config.backbone} needs at least {least}{also}"
-            )
         channels = self.backbone.stage_channels
         self.attention = nn.ModuleDict(
             {
@@ -133,11 +129,30 @@ def preset_config(preset: str, image_size: int | None = None) -> ModelConfig:
 
     Args:
         preset: its name.
-        image_size: side of its images, pixels; larger if its backbone needs more. None: the preset's own.
+        image_size: side of its images, pixels; the next larger one that its backbone takes. None: the preset's own.
     """
     config = ModelConfig(preset=preset)
-    least: int = BACKBONES[config.backbone].min_side_px  # type: ignore[attr-defined]  # builders are subclasses
-    return config.model_copy(update={"image_size": max(image_size or config.image_size, least)})
+    backbone = backbone_class(config.backbone)
+    side = max(image_size or config.image_size, backbone.min_side_px)
+    side = math.ceil(side / backbone.side_multiple) * backbone.side_multiple
+    return config.model_copy(update={"image_size": side})
+
+
+def backbone_class(name: str) -> type[Backbone]:
+    """Return the class of a registered backbone."""
+    return cast(type[Backbone], BACKBONES[name])
+
+
+def check_side(backbone: str, side_px: int, key: str) -> None:
+    """Reject images of a side that a backbone does not take; `key` is the configuration's.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    least, multiple = backbone_class(backbone).min_side_px, backbone_class(backbone).side_multiple
+    if side_px < least or side_px % multiple:
+        also = f" and a multiple of {multiple}" if multiple > 1 else ""
+        raise ConfigError(f"{key} {side_px}: the backbone {backbone} needs at least {least}{also}")
 
 
 def _attention_stages(config: ModelConfig, num_stages: int) -> tuple[int, ...]:

@@ -90,9 +90,17 @@ def load_backbone(model: MultiTaskNet, state: Mapping[str, Tensor], where: str =
         where: name of the state dict in messages.
 
     Raises:
-        WeightsError: names the first tensor that is missing, unknown or of another shape.
+        WeightsError: names the first tensor that is missing, unknown or of another shape; or an attention block
+            between the layers reorders channels.
     """
     backbone = model.backbone
+    stages = [int(stage) for stage, block in model.attention.items() if getattr(block, "reorders_channels", False)]
+    early = [stage for stage in stages if stage < len(backbone.stage_channels)]
+    if early:
+        raise WeightsError(
+            f"{where}: model.attention {model.config.attention} after stage {early[0]} reorders the channels that the "
+            "pretrained layers after it read; with pretrained weights, it is possible after the last stage only"
+        )
     found = {name: tensor for name, tensor in state.items() if not name.startswith(backbone.replaced_layers)}
     expected = backbone.state_dict()
     counters = {name: expected[name] for name in expected if name.endswith("num_batches_tracked")}

@@ -65,8 +65,13 @@ def infer(
 
 
 def average(heads: Mapping[str, Head], views: Sequence[Outputs]) -> Predictions:
-    """Average each head's predictions over the views of the same faces."""
-    return {
-        task: torch.stack([head.read_out(view[task]) for view in views]).mean(dim=0).float().cpu().numpy()
-        for task, head in heads.items()
-    }
+    """Return each head's predictions from all views of the same faces, with equal weights."""
+    if len(views) == 1:
+        return {task: head.read_out(views[0][task]).float().cpu().numpy() for task, head in heads.items()}
+    predictions = {}
+    for task, head in heads.items():
+        outputs = [view[task] for view in views]
+        first = head.read_out(outputs[0])
+        weights = torch.full((len(views), len(first)), 1.0 / len(views), device=first.device)
+        predictions[task] = head.mixed(outputs, weights).float().cpu().numpy()
+    return predictions

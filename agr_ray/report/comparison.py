@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from agr_ray.config.presets import PRESETS
 from agr_ray.console import make_table
 from agr_ray.data.crops import read_labels
 from agr_ray.data.prepared import PreparedSet
+from agr_ray.device import cpu_name
 from agr_ray.errors import JobError
 from agr_ray.evaluation.comparison import Estimate, compare
 from agr_ray.labels import UTKFACE, Labels, LabelSpace
@@ -38,7 +38,7 @@ from agr_ray.storage import Storage
 from agr_ray.vision.align import stored_side_px
 
 _REFERENCE: Final = "paper"
-"""Preset from which differences are taken; if it is missing, the first one."""
+"""The preset to which differences are relative; if it was not measured, the first one that was."""
 _NUM_TIMED: Final = 32
 _LABELS: Final = {
     "age_mae_years": "age MAE, years",
@@ -127,8 +127,9 @@ def write_comparison(
         if name not in by_preset[_preset_of(name)]:
             by_preset[_preset_of(name)].append(name)
     presets = [preset for preset in PRESETS if preset in by_preset]
-    reference = _REFERENCE if _REFERENCE in presets else presets[0]
-    estimates = _estimates(storage, out, names, reference, prepared)
+    measured = [preset for preset in presets if any(_preset_of(name) == preset for name in names)]
+    reference = _REFERENCE if _REFERENCE in measured or not measured else measured[0]
+    estimates, num_images = _estimates(storage, out, names, reference, prepared)
     ended = []
     for preset in presets:
         runs = [name for name in by_preset[preset] if name in names]
@@ -137,14 +138,18 @@ def write_comparison(
     table = pa.Table.from_pylist([each.row() for each in ended], COMPARISON)
     storage.write_table(table, storage.join(out, "comparison.parquet"))
     page = storage.join(out, "comparison.html")
-    storage.write(page, comparison_page(ended, reference, prepared, split, settings).encode())
+    storage.write(page, comparison_page(ended, reference, prepared, split, num_images, settings).encode())
     _print(ended, console)
     console.print(page)
     return page
 
 
 def _finished(storage: Storage, out: str) -> list[str]:
-    uris = (info.uri for info in storage.list(storage.join(out, "evaluations"), (".json",)))
+    """Return the names of all runs that have been evaluated, in order."""
+    folder = storage.join(out, "evaluations")
+    if not storage.exists(folder):
+        return []
+    uris = (info.uri for info in storage.list(folder, (".json",)))
     return sorted(uri.split("/")[-2] for uri in uris if uri.endswith("/metrics.json"))
 
 
@@ -154,10 +159,10 @@ def _preset_of(name: str) -> str:
 
 def _estimates(
     storage: Storage, out: str, names: Sequence[str], reference: str, prepared: PreparedSet
-) -> dict[str, dict[str, Estimate]]:
-    """Return the estimates of each preset, from the runs' predictions for the same images."""
+) -> tuple[dict[str, dict[str, Estimate]], int]:
+    """Return the estimates of each preset, from the runs' predictions for the same images, and the number of these."""
     if not names:
-        return {}
+        return {}, 0
     runs = defaultdict(list)
     labels: Labels | None = None
     first: pa.Table | None = None
@@ -175,7 +180,7 @@ def _estimates(
     assert labels is not None
     assert first is not None
     clusters = np.unique(first["group_id"].to_numpy(zero_copy_only=False), return_inverse=True)[1]
-    return compare(runs, labels, clusters, reference)
+    return compare(runs, labels, clusters, reference), first.num_rows
 
 
 def _ended(
@@ -264,7 +269,12 @@ def difference_text(metric: str, estimate: Estimate | None) -> str:
 
 
 def comparison_page(
-    ended: Sequence[Ended], reference: str, prepared: PreparedSet, split: str, settings: Mapping[str, Any]
+    ended: Sequence[Ended],
+    reference: str,
+    prepared: PreparedSet,
+    split: str,
+    num_images: int,
+    settings: Mapping[str, Any],
 ) -> str:
     """Return the page as HTML that loads no other file."""
     environment = page_environment({"text": text, "difference": difference_text})
@@ -279,9 +289,10 @@ def comparison_page(
         reference=reference,
         prepared=prepared,
         split=split,
-        num_images=prepared.splits.get(split, 0),
+        num_images=num_images,
+        has_several_runs=any(len(each.seeds) > 1 for each in measured),
         settings=settings,
-        machine=f"{platform.machine()}, {platform.system()}",
+        machine=cpu_name(),
         differences=Markup(_svg(_differences_figure(ranked, reference))) if ranked else None,
         sizes=Markup(_svg(_sizes_figure(ranked, reference))) if ranked else None,
         curves=Markup(_svg(_curves_figure(measured))) if measured else None,
@@ -300,7 +311,11 @@ def _differences_figure(ranked: Sequence[Ended], reference: str) -> Figure:
     for row, each in enumerate(reversed(shown)):
         estimate = each.estimates["age_mae_years"]
         low, high = estimate.interval
-        colour = "#d55e00" if each.preset == reference else "#0072b2" if estimate.differs else "#888888"
+        colour = "#0072b2" if estimate.differs else "#888888"
+        if each.preset == reference:
+            colour = "#d55e00"
+        elif estimate.difference is None:
+            colour = "#000000"
         axes.plot([low, high], [row, row], color=colour, linewidth=2)
         axes.plot([estimate.value], [row], "o", color=colour)
     axes.set_yticks(range(len(shown)), [each.preset for each in reversed(shown)])

@@ -27,12 +27,11 @@ from agr_ray.data.guards import training_space
 from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.learn.run import is_finished
-from agr_ray.models.network import check_tasks, preset_config
-from agr_ray.registry import BACKBONES
+from agr_ray.models.network import preset_config
 from agr_ray.report.comparison import write_comparison
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.evaluate import evaluate
-from agr_ray.runtime.train import WITHOUT_EFFECT, train
+from agr_ray.runtime.train import WITHOUT_EFFECT, check_network, train
 from agr_ray.runtime.tune import room
 from agr_ray.schema import LABEL_COLUMNS
 from agr_ray.storage import MissingObject, Storage, StorageUnavailable
@@ -41,14 +40,14 @@ from agr_ray.tuning.concurrency import TRIAL_CPUS
 
 RECORD: Final = "comparison.json"
 _MAX_DEATHS: Final = 3
-"""How often a run is started again whose own process has died."""
+"""Number of restarts of a run whose process died."""
 _LOOK_EVERY_S: Final = 1.0
 
 
 def compare(job: CompareJob) -> str:
     """Train and evaluate all runs that are not complete, write the result, and return the URI of comparison.html.
 
-    A run that fails, for example because its loss is not finite, is named in the result, and the others go on.
+    A run that fails, for example because its loss is not finite, is named in the result, and the others continue.
 
     Raises:
         ConfigError: the data has no such split, another comparison is in the folder, or the cluster is too small.
@@ -64,18 +63,16 @@ def compare(job: CompareJob) -> str:
     storage.probe(out, "compare.out", write=True)
     prepared = open_prepared(storage, job.train.data_uris[0], "train.data")
     _check_split(prepared, job)
-    tasks = _labelled_tasks(prepared, storage, job)
-    runs = {name: TrainJob(**values) for name, values in _runs(job, storage, out, tasks)}
-    for run in runs.values():
-        check_tasks(run.model, training_space([prepared], job.labels))
-        BACKBONES[run.model.backbone].check_available()  # type: ignore[attr-defined]  # builders are subclasses
+    runs, skipped = plan_runs(job, storage, out, prepared)
+    for preset, problem in skipped.items():
+        console.print(f"without {preset}: {problem}")
     expiry_s = job.train.lock_expiry_s
     lock_uri = storage.join(out, "lock.json")
     with run_lock(storage, lock_uri, f"comparison {out}", expiry_s=expiry_s, console=console) as lock:
         _check_settings(job, storage, out, prepared)
         failures: dict[str, str] = {}
         todo = {name: run for name, run in runs.items() if not _is_measured(storage, out, name)}
-        console.print(f"comparison {out}: {len(runs)} runs, {len(runs) - len(todo)} done before")
+        console.print(f"comparison {out}: {len(runs)} runs, {len(runs) - len(todo)} already complete")
         if todo:
             with cluster(job.cluster):
                 at_once = room(job.train, job.compare.max_concurrent, "compare.max_concurrent")
@@ -100,40 +97,67 @@ def _labelled_tasks(prepared: PreparedSet, storage: Storage, job: CompareJob) ->
     return [task for task, names in labels.items() if any(rows[name].null_count < rows.num_rows for name in names)]
 
 
-def _runs(job: CompareJob, storage: Storage, out: str, labelled: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and the sections of each training run: first all presets with the first seed.
+def plan_runs(
+    job: CompareJob, storage: Storage, out: str, prepared: PreparedSet
+) -> tuple[dict[str, TrainJob], dict[str, str]]:
+    """Return the training runs by name, first all presets with the first seed; and why presets are left out, by name.
 
-    Tasks without a label in training are left out.
+    Tasks without a label in training are left out. If `compare.presets` is the default, so are presets that can't be
+    trained.
 
     Raises:
-        ConfigError: no task of a preset is left.
+        ConfigError: a preset that the user chose can't be trained, or none can.
     """
-    shared = job.train.model_dump(exclude_unset=True) | {"data": storage.absolute(job.train.data_uris[0])}
+    space = training_space([prepared], job.labels)
+    labelled = _labelled_tasks(prepared, storage, job)
+    is_chosen = "presets" in job.compare.model_fields_set
+    runs: dict[str, TrainJob] = {}
+    skipped: dict[str, str] = {}
     for number in range(job.compare.seeds):
-        for name in job.compare.presets:
-            own = with_preset({"model": {"preset": name}})["train"]
-            seed = job.train.seed + number
-            run_name = f"{name}-{seed}"
-            own |= {"out": storage.join(out, "runs"), "name": run_name, "seed": seed}
-            model = preset_config(name, job.compare.image_size)
-            tasks = tuple(task for task in model.tasks if task in labelled)
-            if not tasks:
-                raise ConfigError(
-                    f"compare.presets {name}: training has no label of its tasks, only of {', '.join(labelled)}"
-                )
-            yield (
-                run_name,
-                {
-                    "storage": job.storage,
-                    "cluster": job.cluster,
-                    "labels": job.labels,
-                    "model": ModelConfig(preset=name, image_size=model.image_size, tasks=tasks),
-                    "loss": job.loss,
-                    "augment": job.augment,
-                    "train": TrainConfig(**(shared | own)),
-                    "predict": job.predict,
-                },
-            )
+        for preset in job.compare.presets:
+            if preset in skipped:
+                continue
+            try:
+                run = _run(job, storage, out, preset, job.train.seed + number, labelled)
+                check_network(run, [prepared], space)
+            except ConfigError as error:
+                if is_chosen:
+                    raise ConfigError(f"compare.presets {preset}: {error}") from None
+                skipped[preset] = str(error)
+            else:
+                runs[run.train.name] = run
+    if not runs:
+        raise ConfigError(f"compare.presets: none can be trained; {next(iter(skipped.values()))}")
+    return runs, skipped
+
+
+def _run(job: CompareJob, storage: Storage, out: str, preset: str, seed: int, labelled: Sequence[str]) -> TrainJob:
+    """Return the training run of a preset with a seed.
+
+    Raises:
+        ConfigError: training has no label of a task that it needs.
+    """
+    model = preset_config(preset, job.compare.image_size)
+    tasks = tuple(task for task in model.tasks if task in labelled)
+    needs = {"age", "gender"} if model.age_routing != "none" else set()
+    if not tasks or not needs <= set(tasks):
+        raise ConfigError(
+            f"it predicts {', '.join(model.tasks)}, and the training images are labelled with "
+            f"{', '.join(labelled) or 'nothing'}"
+        )
+    shared = job.train.model_dump(exclude_unset=True) | {"data": storage.absolute(job.train.data_uris[0])}
+    own = with_preset({"model": {"preset": preset}})["train"]
+    own |= {"out": storage.join(out, "runs"), "name": f"{preset}-{seed}", "seed": seed}
+    return TrainJob(
+        storage=job.storage,
+        cluster=job.cluster,
+        labels=job.labels,
+        model=ModelConfig(preset=preset, image_size=model.image_size, tasks=tasks),
+        loss=job.loss,
+        augment=job.augment,
+        train=TrainConfig(**(shared | own)),
+        predict=job.predict,
+    )
 
 
 def _settings(job: CompareJob) -> dict[str, Any]:
@@ -178,7 +202,7 @@ def _check_settings(job: CompareJob, storage: Storage, out: str, prepared: Prepa
 def _check_split(prepared: PreparedSet, job: CompareJob) -> None:
     if not prepared.splits.get(job.compare.split):
         raise ConfigError(
-            f"compare.split {job.compare.split}: {prepared.uri} has no such image; its splits are {prepared.splits}"
+            f"compare.split {job.compare.split}: {prepared.uri} has no images in it; its splits are {prepared.splits}"
         )
 
 
@@ -195,7 +219,7 @@ def _run_all(
     lock: RunLock,
     console: Console,
 ) -> Iterator[tuple[str, str]]:
-    """Run all, at most so many at a time; yield the name of each that ends, and why it failed (empty: it did not)."""
+    """Run all, at most `max_concurrent` at a time; yield the name of each that ends, and why it failed if it did."""
     waiting = list(runs)
     running: dict[Any, tuple[str, float]] = {}
     start = ray.remote(num_cpus=TRIAL_CPUS, max_retries=_MAX_DEATHS)(_train_and_evaluate)

@@ -50,7 +50,7 @@ from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.evaluation.groups import class_counts
 from agr_ray.evaluation.metrics import Baseline
-from agr_ray.labels import IntArray, Labels, race_mapping
+from agr_ray.labels import IntArray, Labels, LabelSpace, race_mapping
 from agr_ray.learn.dry_run import dry_run
 from agr_ray.learn.resources import max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
@@ -59,7 +59,7 @@ from agr_ray.learn.tracking import check_mlflow
 from agr_ray.models.backbones.base import WeightsError
 from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
-from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.network import MultiTaskNet, backbone_class, check_side, check_tasks
 from agr_ray.models.pretrained import load_backbone, pretrained_weights
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.cluster import cluster
@@ -189,6 +189,7 @@ def plan(
     """
     check_mlflow(job.train.mlflow_uri)
     space = training_space(sets, job.labels)
+    check_network(job, sets, space)
     columns = ["content_hash", "split", "status", *LABEL_COLUMNS]
     crops = [
         map_races(
@@ -255,6 +256,29 @@ def plan(
     return run, None if is_resumed else _initial_model(run, labels, set_index)
 
 
+def check_network(job: TrainJob, sets: Sequence[PreparedSet], space: LabelSpace) -> None:
+    """Reject a network that can't be trained on these sets, or not with the packages that are installed.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    model = job.model
+    backbone_class(model.backbone).check_available()
+    check_tasks(model, space)
+    check_side(model.backbone, model.image_size, "model.image_size")
+    for side in job.train.image_sizes:
+        check_side(model.backbone, side, "train.image_sizes")
+    if "domain" in model.tasks and len(sets) == 1:
+        raise ConfigError("model.tasks domain: needs two prepared sets or more in train.data")
+    detectors = dict.fromkeys(prepared.detector for prepared in sets)
+    if model.head_pose and "mtcnn" not in detectors:
+        uris, names = ", ".join(prepared.uri for prepared in sets), ", ".join(detectors)
+        raise ConfigError(
+            f"model.head_pose: {uris} was prepared with vision.detector {names}, which finds no landmarks; prepare it "
+            "with mtcnn"
+        )
+
+
 def _check_finite(run: Run) -> None:
     """Check that no worker has met a loss that is NaN or infinite.
 
@@ -289,13 +313,6 @@ def _initial_model(run: Run, labels: Labels, set_index: IntArray) -> MultiTaskNe
         ConfigError: they can't be read, or don't fit the network; or a task has no label.
     """
     torch.manual_seed(run.job.train.seed)
-    if "domain" in run.job.model.tasks and len(run.job.train.data_uris) == 1:
-        raise ConfigError("model.tasks domain: needs two prepared sets or more in train.data")
-    if run.job.model.head_pose and "mtcnn" not in run.data["detector"]:
-        raise ConfigError(
-            f"model.head_pose: {run.data['uri']} was prepared with vision.detector {run.data['detector']}, which finds "
-            "no landmarks; prepare it with mtcnn"
-        )
     model = MultiTaskNet(run.job.model, labels.space)
     arrays = labels.arrays | {"set_index": set_index}
     labelled = [

@@ -101,8 +101,19 @@ def test_other_settings_in_the_same_folder_are_rejected(data: Path, compared: Pa
 def test_a_split_without_images_is_rejected(tmp_path: Path) -> None:
     data = prepared_set(tmp_path / "set", {"train": 8, "val": 4})
 
-    with pytest.raises(ConfigError, match=r"compare\.split test: .* has no such image"):
+    with pytest.raises(ConfigError, match=r"compare\.split test: .* has no images in it"):
         compare(compare_job(data, tmp_path / "out"))
+
+
+def test_a_comparison_of_which_all_runs_fail_is_written(data: Path, tmp_path: Path) -> None:
+    job = compare_job(data, tmp_path, {"lr": 1e30, "optimizer": "sgd"}, presets=("lightweight",), image_size=32)
+
+    with pytest.raises(JobError, match=r"1 of 1 runs failed: lightweight-0: .*loss nan"):
+        compare(job)
+
+    (row,) = pq.read_table(tmp_path / "comparison.parquet").to_pylist()
+    assert "loss nan" in row["failures"][0]
+    assert "loss nan" in (tmp_path / "comparison.html").read_text()
 
 
 def test_a_run_that_diverges_is_named_and_the_others_are_compared(data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from agr_ray.config import LossConfig
 from agr_ray.labels import UTKFACE
 from agr_ray.models.heads.base import Head
-from agr_ray.models.heads.routed_age import RoutedAge
+from agr_ray.models.heads.routed_age import RoutedAge, RoutedOutputs
 from agr_ray.registry import HEADS
 
 NUM_YEARS = 117
@@ -149,6 +149,37 @@ def test_a_group_is_predicted_by_its_mean_training_age() -> None:
     logits = torch.eye(9)[[2, 8, 0]]
 
     assert head.read_out(logits).tolist() == [23.0, 90.0, 5.0]
+
+
+def test_groups_learn_their_frequency_from_ranges_and_an_open_group_is_not_its_middle() -> None:
+    head = head_of("groups")
+    nothing = np.full(4, NAN)
+    head.initialise(
+        {"age": nothing, "age_low": np.array([81.0, 85, 21, 25]), "age_high": np.array([116.0, 90, 30, 32])}
+    )
+
+    counts = torch.tensor([1.0, 1, 2, 1, 1, 1, 1, 1, 3])  # and one more each; the last range spans two groups
+    torch.testing.assert_close(head.layer.bias.detach(), (counts / counts.sum()).log())
+    assert head.read_out(torch.eye(9)[[2, 8]]).tolist() == [25.5, 91.0]
+
+
+@pytest.mark.parametrize("name", ["groups", "hard routing of groups", "soft routing of groups"])
+def test_a_mean_of_groups_is_one_of_them(name: str) -> None:
+    """A crop says 21 to 30 with 60 %, its mirror image 41 to 50 with 90 %, and neither 31 to 40."""
+    single = HEADS["age"]["groups"](4, "age", UTKFACE)
+    views = [torch.full((1, 9), 1e-6).log() for _ in range(2)]
+    views[0][0, [2, 4]] = torch.tensor([0.6, 0.4]).log()
+    views[1][0, [2, 4]] = torch.tensor([0.1, 0.9]).log()
+    half = torch.full((2, 1), 0.5)
+    if name == "groups":
+        years = single.mixed(views, half)
+    else:
+        head = RoutedAge(lambda: HEADS["age"]["groups"](4, "age", UTKFACE), is_hard=name.startswith("hard"))
+        shares = torch.tensor([[0.5, 0.5]])
+        routed = RoutedOutputs(tuple(views), shares)
+        assert head.read_out(routed).tolist() == [45.5]
+        years = head.mixed([routed, routed], half)
+    assert years.tolist() == [45.5]
 
 
 def test_a_range_within_a_group_counts_and_one_over_several_does_not() -> None:

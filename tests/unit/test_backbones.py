@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from agr_ray.config import ModelConfig
 from agr_ray.labels import UTKFACE
-from agr_ray.models.backbones.base import Backbone
+from agr_ray.models.backbones.base import Backbone, WeightsError
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.pretrained import load_backbone, pretrained_weights
 from agr_ray.predict.inference import for_inference
@@ -163,6 +163,38 @@ def test_the_network_for_inference_computes_the_same(name: str) -> None:
         expected, found = model(images(96)), for_inference(model, "float32")(images(96))
     for task, values in expected.items():
         torch.testing.assert_close(found[task], values, rtol=1e-3, atol=1e-3)
+
+
+def test_interpolated_position_embeddings_keep_rows_and_columns() -> None:
+    backbone = backbone_of("vit_b_16")
+    with torch.no_grad():
+        rows, columns = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
+        backbone.encoder.pos_embedding.zero_()
+        backbone.encoder.pos_embedding[0, 1:, 0] = rows.flatten()
+        backbone.encoder.pos_embedding[0, 1:, 1] = columns.flatten()
+        resized = backbone.positions(7, 4)[0, 1:].reshape(7, 4, -1)
+
+    assert resized[:, 0, 0].diff().min() > 1.0  # rows two apart
+    assert resized[0, :, 1].diff().min() > 2.0  # columns three and a half apart
+    assert resized[:, :, 0].std(dim=1).max() < 1e-4
+    assert resized[:, :, 1].std(dim=0).max() < 1e-4
+
+
+def test_a_page_instead_of_the_weights_is_an_error_of_one_line_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "hub" / "checkpoints" / "20180402-114759-vggface2.pt"
+    file.parent.mkdir(parents=True)
+    file.write_text("<html>Please log in</html>")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    with pytest.raises(
+        WeightsError, match=r"vggface2\.pt could not be downloaded: .*without internet access"
+    ) as raised:
+        pretrained_weights(backbone_of("inception_resnet_v1"), "vggface2", Storage())
+
+    assert str(raised.value).count("\n") == 0
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("side_px", [64, 96, 224])

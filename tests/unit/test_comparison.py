@@ -49,6 +49,42 @@ def test_a_value_is_the_mean_over_runs_and_lies_in_its_interval() -> None:
         assert (estimate.difference, estimate.differs) == (None, False)
 
 
+def test_intervals_are_students_with_the_variance_between_seeds() -> None:
+    """Three runs of equal errors in all images: no variance over images, and one between seeds."""
+    labels = Labels(UTKFACE, np.full(4, 40.0, np.float32), np.zeros(4, np.int64), np.zeros(4, np.int64))
+    errors = {"paper": [5.0, 6.0, 7.0], "cbam": [4.0]}
+    runs = {name: [{"age": np.full(4, 40.0 + error, np.float32)} for error in each] for name, each in errors.items()}
+    estimates = compare(runs, labels, np.arange(4), "paper")
+    t = 4.302653  # 97.5 % quantile, 2 degrees of freedom
+
+    paper, cbam = estimates["paper"]["age_mae_years"], estimates["cbam"]["age_mae_years"]
+    assert paper.interval == pytest.approx((6.0 - t / 3**0.5, 6.0 + t / 3**0.5), rel=1e-5)
+    assert cbam.interval == pytest.approx((0.0, 4.0 + t), rel=1e-5)  # an error is not negative
+    half = t * (1 + 1 / 3) ** 0.5
+    assert cbam.difference_interval == pytest.approx((-2.0 - half, -2.0 + half), rel=1e-5)
+
+
+def test_intervals_over_seeds_hold_the_true_difference_as_often_as_they_say() -> None:
+    """Two networks with the same mean, two seeds each, and far more variance between seeds than over images."""
+    rng = np.random.default_rng(7)
+    labels = Labels(UTKFACE, np.full(20, 40.0, np.float32), np.zeros(20, np.int64), np.zeros(20, np.int64))
+
+    def run(error: float) -> Predictions:
+        return {"age": (40.0 + error + rng.normal(0, 0.1, 20)).astype(np.float32)}
+
+    num_covered = 0
+    for _ in range(200):
+        runs = {name: [run(10.0 + rng.normal()) for _ in range(2)] for name in ("paper", "cbam")}
+        estimates = compare(runs, labels, np.arange(20), "paper", num_resamples=50)
+        num_covered += not estimates["cbam"]["age_mae_years"].differs
+    assert 180 <= num_covered <= 199
+
+
+def test_one_person_has_no_interval() -> None:
+    runs = {"paper": [guessed(8.0, 0.8, 1)], "cbam": [guessed(6.0, 0.9, 2)]}
+    assert compare(runs, LABELS, np.zeros(NUM_IMAGES), "paper") == {"paper": {}, "cbam": {}}
+
+
 def test_seeds_that_differ_widen_the_interval() -> None:
     def width(*seeds_and_errors: tuple[int, float]) -> float:
         runs = [guessed(error, 0.8, seed) for seed, error in seeds_and_errors]
@@ -71,11 +107,15 @@ def test_a_paired_difference_is_surer_than_two_intervals_apart() -> None:
 
 
 def test_images_of_one_person_count_together() -> None:
-    runs = {"paper": [guessed(8.0, 0.8, 1)]}
-    apart = compare(runs, LABELS, APART, "paper")["paper"]["age_mae_years"].interval
-    together = compare(runs, LABELS, APART // 60, "paper")["paper"]["age_mae_years"].interval
+    """Six images of each person with the same error are no more certain than one."""
+    few = np.repeat(np.abs(np.random.default_rng(3).normal(0, 8, NUM_IMAGES // 6)), 6).astype(np.float32)
+    runs: dict[str, list[Predictions]] = {"paper": [{"age": AGES + few}]}
 
-    assert together != apart
+    def width(clusters: np.ndarray) -> float:
+        low, high = compare(runs, LABELS, clusters, "paper")["paper"]["age_mae_years"].interval
+        return high - low
+
+    assert width(APART // 6) == pytest.approx(6**0.5 * width(APART), rel=0.1)
 
 
 def test_a_network_without_a_task_has_no_such_metric() -> None:

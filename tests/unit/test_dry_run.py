@@ -150,6 +150,15 @@ def test_activation_memory_is_what_the_layers_store(tmp_path: Path) -> None:
     assert count_memory(model, job, SIDE_PX, 6, CPU).activations == 6 * 4 * (3 * SIDE_PX**2 + 1024)
 
 
+@pytest.mark.parametrize("preset", ["gender_routed", "multi_scale", "head_pose", "domain_adapt"])
+def test_memory_is_counted_whatever_the_heads_return(tmp_path: Path, preset: str) -> None:
+    model = ModelConfig(preset=preset, backbone="resnet18", image_size=SIDE_PX)
+
+    memory = count_memory(MultiTaskNet(model, UTKFACE), dry_job(tmp_path), SIDE_PX, 4, CPU)
+
+    assert memory.gradients == 4 * sum(p.numel() for p in MultiTaskNet(model, UTKFACE).parameters())
+
+
 def test_counting_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     job = dry_job(tmp_path)
     model = MultiTaskNet(job.model, UTKFACE)

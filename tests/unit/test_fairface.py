@@ -14,7 +14,7 @@ from agr_ray import cli
 from agr_ray.data.rendered import render_photograph
 from agr_ray.labels import FAIRFACE, LabelSpace
 from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.models.fairface import FOUR_RACES, OLDEST_YEARS, fairface_network
+from agr_ray.models.fairface import FOUR_RACES, fairface_network
 from agr_ray.models.transform import centre
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.vision.align import TEMPLATE_POINTS, align_face
@@ -54,7 +54,7 @@ def test_probabilities_are_those_of_the_published_network(published: nn.Module, 
     male = theirs[:, 7:9].softmax(dim=1)[:, 0]  # their order is male, female
     torch.testing.assert_close(heads["gender"].read_out(ours["gender"]), male)
     torch.testing.assert_close(ours["age"].softmax(dim=1), theirs[:, 9:].softmax(dim=1))
-    middles = torch.tensor([1.0, 6.0, 14.5, 24.5, 34.5, 44.5, 54.5, 64.5, OLDEST_YEARS])
+    middles = torch.tensor([1.0, 6.0, 14.5, 24.5, 34.5, 44.5, 54.5, 64.5, 80.0])
     torch.testing.assert_close(heads["age"].read_out(ours["age"]), middles[theirs[:, 9:].argmax(dim=1)])
 
 
@@ -111,6 +111,33 @@ def test_an_import_can_be_repeated(files: Path) -> None:
     cli.main(command)
     before = (files / "fairface" / "meta.json").read_bytes()
     cli.main(command)
+    assert (files / "fairface" / "meta.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("inside", [".", "fairface", "photographs"])
+def test_an_import_replaces_nothing(files: Path, inside: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("fairface/weights.pt", "photographs/party.jpg"):
+        (files / name).parent.mkdir(exist_ok=True)
+        (files / name).write_bytes(b"irreplaceable")
+    before = sorted(files.rglob("*"))
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["import", "fairface", str(files / SEVEN), "--out", str(files / inside)])
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: --out {files / inside}: is not empty; give a new folder or prefix\n"
+    assert sorted(files.rglob("*")) == before
+
+
+def test_an_import_does_not_replace_another_checkpoint(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["import", "fairface", str(files / SEVEN), "--out", str(files / "fairface")]
+    cli.main(command)
+    before = (files / "fairface" / "meta.json").read_bytes()
+
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--races", "4"])
+
+    assert "is not empty" in capsys.readouterr().err
     assert (files / "fairface" / "meta.json").read_bytes() == before
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
-from agr_ray.config import ModelConfig, PredictConfig
+from agr_ray.config import ModelConfig, PredictConfig, TrainConfig, TrainJob
 from agr_ray.data.crops import read_pose
-from agr_ray.labels import UTKFACE
+from agr_ray.evaluation.metrics import Baseline
+from agr_ray.labels import UTKFACE, Labels
+from agr_ray.learn.context import LocalContext
+from agr_ray.learn.loop import train
 from agr_ray.models.head_pose import pose_features
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
@@ -51,3 +57,36 @@ def test_the_heads_alone_grow() -> None:
     grown = [name for name in posed if posed[name].shape != plain[name].shape]
     assert grown == ["heads.age.layer.weight", "heads.gender.layer.weight", "heads.race.layer.weight"]
     assert [posed[name].shape[1] - plain[name].shape[1] for name in grown] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_training_and_validation_give_the_pose_to_the_heads(is_known: bool) -> None:
+    """Without decay, weights of an input that is always 0 do not change."""
+    num, side = 16, 38
+    rng = np.random.default_rng(0)
+    data: dict[str, Any] = {
+        "crop": rng.integers(0, 256, (num, side, side, 3), np.uint8),
+        "gender": rng.integers(0, 2, num),
+        "age": np.full(num, math.nan, np.float32),
+        "race": np.full(num, -1),
+        "pose": np.full((num, 3), 20.0 if is_known else math.nan, np.float32),
+    }
+    job = TrainJob(
+        model=ModelConfig(preset="lightweight", image_size=32, head_pose=True, tasks=("gender",)),
+        train=TrainConfig(epochs=1, batch_size=8, lr=0.1, optimizer="sgd", weight_decay=0.0, schedule="constant"),
+    )
+    torch.manual_seed(0)
+    model = MultiTaskNet(job.model, UTKFACE)
+    before = model.heads.state_dict()["gender.layer.weight"][:, -4:].clone()
+
+    val = data | {"pose": np.full((num, 3), math.nan, np.float32)}
+    metrics = []
+    for validated in (data, val):
+        trained = copy.deepcopy(model)
+        context = LocalContext(data, validated, 8, on_report=lambda _: None)
+        baseline = Baseline.fit(Labels.from_arrays(UTKFACE, data))
+        (row,) = train(context, trained, Transform(32, 32), job, baseline, num)
+        metrics.append(row["val_loss"])
+        after = trained.heads.state_dict()["gender.layer.weight"][:, -4:]
+        assert ((after != before).any(dim=0)).tolist() == [is_known] * 4
+    assert (metrics[0] != metrics[1]) == is_known

@@ -13,13 +13,16 @@ from test_loop import STILL, TRANSFORM, faces
 from agr_ray.config import ModelConfig, PredictConfig, TrainConfig, TrainJob, parse
 from agr_ray.config.pipeline import DEFAULT_PIPELINE
 from agr_ray.config.presets import PRESETS
+from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.metrics import Baseline, metrics_report
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.context import EpochReport, LocalContext
 from agr_ray.learn.loop import train
+from agr_ray.models.backbones.base import WeightsError
 from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
-from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.network import MultiTaskNet, preset_config
+from agr_ray.models.pretrained import load_backbone
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns
 
 SIDES_PX = {"facenet_bias": 96, "faceage": 96}  # Inception-ResNet-v1 needs 80
@@ -119,6 +122,45 @@ def test_a_preset_on_the_command_line_replaces_the_recipes_network_and_optimiser
 
     assert (job.model.backbone, job.model.image_size) == ("vit_b_16", 88)
     assert (job.train.optimizer, job.train.schedule, job.train.weight_decay) == ("adamw", "cosine", 0.05)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("recipe", ["utkface_lite", "paper"])
+def test_a_preset_on_the_command_line_is_the_same_network_with_any_recipe(recipe: str, preset: str) -> None:
+    job = parse(TrainJob, ["--config", recipe, "--data", "d", "--preset", preset], {})
+
+    free = {"image_size", "dropout", "pretrained"}
+    assert job.model.model_dump(exclude=free) == ModelConfig(preset=preset).model_dump(exclude=free)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--preset", "domain_adapt", "--loss.weighting", "uncertainty"], "domain must stay loss.domain_weight"),
+        (["--preset", "head_pose", "--augment.mixup_alpha", "0.2"], "model.head_pose: images mixed by"),
+        (["--preset", "head_pose", "--augment.cutmix_alpha", "1"], "model.head_pose: images mixed by"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_rejected(given: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(TrainJob, ["--data", "d", *given], {})
+
+
+def test_pretrained_layers_do_not_read_shuffled_channels() -> None:
+    sa_net = MultiTaskNet(ModelConfig(preset="sa_net", backbone="resnet18"), UTKFACE)
+    state = sa_net.backbone.state_dict()
+
+    with pytest.raises(WeightsError, match=r"model\.attention shuffle after stage 2 reorders the channels"):
+        load_backbone(sa_net, state)
+    load_backbone(MultiTaskNet(ModelConfig(preset="paper", backbone="resnet18", attention="shuffle"), UTKFACE), state)
+
+
+@pytest.mark.parametrize(
+    ("preset", "side"), [("vit", 112), ("paper", 100), ("facenet_bias", 100), ("lightweight", 100)]
+)
+def test_a_preset_takes_the_next_side_that_its_backbone_takes(preset: str, side: int) -> None:
+    assert preset_config(preset, 100).image_size == side
+    assert preset_config("facenet_bias", 64).image_size == 80
 
 
 def test_a_backbone_is_frozen_only_with_pretrained_weights() -> None:

@@ -19,6 +19,9 @@ class ShuffleAttention(nn.Module):
         num_channels: of the feature map, even.
     """
 
+    reorders_channels = True
+    """Layers after this block that were trained without it would read the wrong channels."""
+
     def __init__(self, num_channels: int) -> None:
         super().__init__()
         self._num_groups = next(groups for groups in range(_NUM_GROUPS, 0, -1) if num_channels % (2 * groups) == 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 import torch
@@ -25,11 +27,13 @@ def download(url: str, fetch: Callable[[], Mapping[str, Tensor]]) -> Mapping[str
     """
     try:
         return fetch()
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # torch keeps what it has downloaded, which may be a proxy's page instead of the file.
+        Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(url).name).unlink(missing_ok=True)
         raise WeightsError(
-            f"{url} could not be downloaded: {reason}; with no network, set model.pretrained to the path of that file, "
-            "or to none"
+            f"{url} could not be downloaded: {reason}; without internet access, download the file elsewhere and set "
+            "model.pretrained to its path, or to none"
         ) from None
 
 

@@ -54,14 +54,14 @@ class InceptionResNet(StagedBackbone):
     def check_available(cls) -> None:
         """Check that facenet-pytorch is installed.
 
-        It is not a dependency, because it requires old versions of torch, numpy and Pillow. It runs on today's.
+        It is not a dependency, because it requires old versions of torch, numpy and Pillow. It works with current ones.
 
         Raises:
             ConfigError: it is not.
         """
         if find_spec("facenet_pytorch") is None:
             raise ConfigError(
-                "model.backbone inception_resnet_v1: needs a package: pip install --no-deps facenet-pytorch==2.6.0"
+                "the backbone inception_resnet_v1 needs a package: pip install --no-deps facenet-pytorch==2.6.0"
             )
 
     def feature_maps(self, images_nchw: Tensor, after: After) -> list[Tensor]:

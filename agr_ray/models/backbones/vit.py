@@ -15,8 +15,8 @@ from agr_ray.models.backbones.staged import TorchvisionBackbone
 class ViT(TorchvisionBackbone):
     """All layers except the last. Its feature map has one position: the class token.
 
-    The position embeddings are those of 224 pixels, interpolated for other sides, which must be multiples of 16 (the
-    paper's section 3.2). So published weights serve for every side.
+    The position embeddings are those of 224 pixels, interpolated for other sides, which must be multiples of 16
+    (section 3.2 of Dosovitskiy et al.). So published weights serve for every side.
     """
 
     trunk = ()
@@ -38,7 +38,7 @@ class ViT(TorchvisionBackbone):
     def feature_maps(self, images_nchw: Tensor, after: After) -> list[Tensor]:
         """Return the class token after the last layer, (n, num_channels, 1, 1)."""
         patches = self.conv_proj(images_nchw)
-        positions = self._positions(patches.shape[2], patches.shape[3])
+        positions = self.positions(patches.shape[2], patches.shape[3])
         tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches.flatten(2).mT], dim=1)
         encoder = self.encoder
         encoded = encoder.ln(encoder.layers(encoder.dropout(tokens + positions)))
@@ -52,7 +52,8 @@ class ViT(TorchvisionBackbone):
         stages[-1] += list(self.encoder.ln.parameters())
         return stages
 
-    def _positions(self, height: int, width: int) -> Tensor:
+    def positions(self, height: int, width: int) -> Tensor:
+        """Return the position embeddings of the class token and a grid of patches, (1, 1 + height * width, c)."""
         positions: Tensor = self.encoder.pos_embedding
         side = int((positions.shape[1] - 1) ** 0.5)
         if (height, width) == (side, side):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -55,6 +55,17 @@ class Head(nn.Module):
     def read_out(self, outputs: Any) -> Tensor:
         """Return the prediction, float32: (n,), or (n, k) probabilities of k classes."""
         raise NotImplementedError
+
+    def mixed(self, outputs: Sequence[Any], weights: Tensor) -> Tensor:
+        """Return the prediction from several outputs for the same faces: the weighted mean of their predictions.
+
+        Args:
+            outputs: k outputs for n faces each, such as those of a crop and its mirror image.
+            weights: (k, n); each column sums to 1.
+        """
+        predictions = torch.stack([self.read_out(each) for each in outputs])
+        shape = [*weights.shape] + [1] * (predictions.dim() - weights.dim())
+        return (weights.reshape(shape) * predictions).sum(dim=0)
 
     def distribution(self, outputs: Any) -> Tensor | None:  # noqa: ARG002  # for subclasses
         """Return the probability of each year from 0 to `AGE_MAX_YEARS`, (n, years); None: the head has none."""

@@ -24,8 +24,8 @@ class CornAge(Thresholds):
 
     Source: Shi, Cao and Raschka, "Deep Neural Networks for Rank-Consistent Ordinal Regression Based on Conditional
     Probabilities", Pattern Analysis and Applications 26, 2023, equations 2 to 5. A row counts at a threshold only if it
-    is known to pass the one before. The publication divides each threshold's loss by the number of such rows. Here a
-    row's terms are added up, and the training loss is the mean over rows.
+    is known to pass the one before. The publication divides the sum of all terms by the number of terms. Here a row's
+    terms are added up, and the training loss is the mean over rows, which differs by a factor.
     """
 
     def __init__(self, num_features: int, task: str, space: LabelSpace) -> None:  # noqa: ARG002  # as all heads

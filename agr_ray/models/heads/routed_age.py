@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,10 +74,14 @@ class RoutedAge(Head):
         return (shares * torch.stack(losses, dim=1)).sum(dim=1)
 
     def read_out(self, outputs: RoutedOutputs) -> Tensor:
-        """Return the weighted mean of both heads' predictions."""
-        return (outputs.shares * torch.stack([head.read_out(each) for head, each in self._pairs(outputs)], dim=1)).sum(
-            dim=1
-        )
+        """Return the prediction from both heads' outputs, weighted."""
+        return self._first.mixed(outputs.outputs, outputs.shares.T)
+
+    def mixed(self, outputs: Sequence[RoutedOutputs], weights: Tensor) -> Tensor:
+        """Return the prediction from all heads' outputs, weighted."""
+        parts = [part for each in outputs for part in each.outputs]
+        shares = [weight * each.shares.T for weight, each in zip(weights, outputs, strict=True)]
+        return self._first.mixed(parts, torch.cat(shares))
 
     def distribution(self, outputs: RoutedOutputs) -> Tensor | None:
         """Return the weighted mean of both heads' distributions; None if they have none."""

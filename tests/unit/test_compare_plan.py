@@ -1,0 +1,85 @@
+"""What `agr-ray compare` checks before it starts anything."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prepared_sets import SIDE_PX, prepared_set
+from pydantic import ValidationError
+
+from agr_ray.config import CompareConfig, CompareJob, TrainConfig
+from agr_ray.config.presets import PRESETS
+from agr_ray.data.prepared import open_prepared
+from agr_ray.errors import ConfigError
+from agr_ray.models.backbones.inception_resnet import InceptionResNet
+from agr_ray.runtime.compare import plan_runs
+from agr_ray.storage import Storage
+
+
+def planned(data: Path, train: dict[str, Any] | None = None, **compare: Any) -> tuple[list[str], dict[str, str]]:
+    """Return the names of the runs, and why presets are left out."""
+    job = CompareJob(
+        compare=CompareConfig(out=str(data.parent / "out"), **compare),
+        train=TrainConfig(data=str(data), **(train or {})),
+    )
+    storage = Storage()
+    runs, skipped = plan_runs(job, storage, job.compare.out, open_prepared(storage, str(data), "train.data"))
+    return list(runs), skipped
+
+
+def test_all_presets_with_the_first_seed_come_first(tmp_path: Path) -> None:
+    data = prepared_set(tmp_path / "set", detector="mtcnn", race="white")
+
+    names, skipped = planned(data, seeds=2, image_size=100)
+
+    presets = [name for name in PRESETS if name != "domain_adapt"]
+    assert names == [f"{name}-0" for name in presets] + [f"{name}-1" for name in presets]
+    assert skipped == {}
+
+
+def test_presets_that_cannot_be_trained_are_left_out_of_the_default_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ConfigError("the backbone inception_resnet_v1 needs a package")
+
+    monkeypatch.setattr(InceptionResNet, "check_available", staticmethod(missing))
+    data = prepared_set(tmp_path / "set", detector="haar")  # no race labels
+
+    names, skipped = planned(data)
+
+    assert list(skipped) == ["single_task_race", "head_pose", "facenet_bias", "faceage"]
+    assert skipped["single_task_race"] == "it predicts race, and the training images are labelled with age, gender"
+    assert "finds no landmarks" in skipped["head_pose"]
+    assert [name for name in names if name.rpartition("-")[0] in skipped] == []
+    assert len(names) == len(PRESETS) - 1 - len(skipped)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [("single_task_race", "it predicts race"), ("head_pose", "was prepared with vision.detector haar")],
+)
+def test_a_chosen_preset_that_cannot_be_trained_is_an_error(tmp_path: Path, preset: str, message: str) -> None:
+    data = prepared_set(tmp_path / "set", detector="haar")
+
+    with pytest.raises(ConfigError, match=re.escape(f"compare.presets {preset}: ") + ".*" + re.escape(message)):
+        planned(data, presets=("paper", preset))
+
+
+@pytest.mark.parametrize(
+    ("train", "compare", "message"),
+    [
+        ({"batch_size": 1}, {}, "batch_size 1 is too small"),
+        ({"data_shares": (1.0, 2.0)}, {}, "needs several sets"),
+        ({"image_sizes": (32, 64)}, {}, "no progressive resizing"),
+        ({}, {"presets": ("paper", "domain_adapt")}, "domain_adapt needs several prepared sets"),
+    ],
+)
+def test_settings_that_cannot_be_compared_are_rejected(
+    tmp_path: Path, train: dict[str, Any], compare: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        planned(prepared_set(tmp_path / "set", side_px=SIDE_PX), train, **compare)
