@@ -26,20 +26,20 @@ class ModelConfig(Section):
     preset: Annotated[str, AfterValidator(check_preset)] = Field(
         "paper",
         description=f"Named set of network parts, and for a few of training settings: {', '.join(PRESETS)}. "
-        "`agr-ray models` describes them. Other keys override its values.",
+        "`agr-ray models` describes them. Keys that are set beside it override its values.",
     )
     backbone: Annotated[str, AfterValidator(BACKBONES.check)] = Field(
         "resnet50", description=f"Network that computes the feature map: {', '.join(BACKBONES.names)}."
     )
     pretrained: str = "none"
-    """Pretrained weights of the backbone: `none` (random), a path or URI, or a download: `imagenet`, or for
-    `inception_resnet_v1` `vggface2` and `casia-webface`."""
+    """Pretrained weights of the backbone: `none` (random), the path or URI of a state dict, or downloaded weights:
+    `imagenet` for torchvision's backbones; `vggface2` or `casia-webface` for `inception_resnet_v1`."""
     attention: Annotated[str, AfterValidator(ATTENTION.check)] = Field(
         "none", description=f"Attention block over the feature map: {', '.join(ATTENTION.names)}."
     )
     attention_stages: tuple[PositiveInt, ...] = ()
-    """Stages of the backbone after which there is an attention block, from 1, such as [2, 3, 4, 5] for all residual
-    stages of a ResNet. A stage begins where the feature map shrinks. Empty: the last stage."""
+    """Stages of the backbone, counted from 1, that an attention block follows. A stage begins where the feature map
+    shrinks: a ResNet's first convolution is stage 1, and its residual stages are 2 to 5. Empty: only the last stage."""
     neck: Annotated[str, AfterValidator(NECKS.check)] = Field(
         "average",
         description=f"How feature maps become one vector: {', '.join(NECKS.names)}. `average`: the last map's means; "

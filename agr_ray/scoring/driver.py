@@ -121,7 +121,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     lock_uri = storage.join(f"{out}-work", "lock.json")
     retry = Retry(job.score.outage_s)
     held = run_lock(storage, lock_uri, identity, expiry_s=job.score.lock_expiry_s, console=console)
-    with held as lock, _lost_lock_first(lock):
+    with _no_empty_folder(storage, f"{out}-work"), held as lock, _lost_lock_first(lock):
 
         def check() -> None:
             retry.call(lock.check)
@@ -207,6 +207,15 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         print_summary(console, totals, title)
     print_timings(console, timings)
     return record
+
+
+@contextmanager
+def _no_empty_folder(storage: Storage, uri: str) -> Iterator[None]:
+    """Delete the folder at the end if it is empty: the lock creates it."""
+    try:
+        yield
+    finally:
+        storage.delete_if_empty(uri)
 
 
 @contextmanager

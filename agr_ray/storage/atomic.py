@@ -41,7 +41,6 @@ def write_whole(
     folder = os.path.dirname(path)
     is_taken = False
     try:
-        os.makedirs(folder, exist_ok=True)
         with temporary_file(folder) as file:
             fill(file)
             file.flush()

@@ -27,10 +27,16 @@ _cleaned: set[tuple[int, str]] = set()
 @contextlib.contextmanager
 def temporary_file(folder: str) -> Iterator[IO[bytes]]:
     """Yield an empty new file in `folder`, open; delete it at the end unless it was moved away."""
+    os.makedirs(folder, exist_ok=True)
     _delete_stale(folder)
     while True:
         path = os.path.join(folder, PREFIX + uuid.uuid4().hex)
-        with open(path, "x+b") as file:
+        try:
+            file = open(path, "x+b")  # noqa: SIM115  # closed below
+        except FileNotFoundError:
+            os.makedirs(folder, exist_ok=True)  # another process has deleted the empty folder
+            continue
+        with file:
             if not _lock_as_live(file, path):
                 continue  # another process considered it stale before it was locked
             try:
@@ -80,10 +86,13 @@ def _delete_stale(folder: str) -> None:
     if (os.getpid(), folder) in _cleaned:
         return
     _cleaned.add((os.getpid(), folder))
-    with os.scandir(folder) as entries:
-        temporaries = [
-            (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries if entry.name.startswith(PREFIX)
-        ]
+    try:
+        with os.scandir(folder) as entries:
+            temporaries = [
+                (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries if entry.name.startswith(PREFIX)
+            ]
+    except FileNotFoundError:  # another process has deleted the empty folder
+        return
     for path, is_folder in temporaries:
         # Any error means that its writer is alive, or that we may not delete it.
         with contextlib.suppress(OSError):

@@ -105,6 +105,25 @@ def test_only_one_of_many_writers_succeeds_without_hard_links(tmp_path: Path, re
     assert os.listdir(tmp_path) == ["lock"]
 
 
+def test_an_empty_folder_that_is_deleted_all_the_time_can_be_written_to(storage: Storage, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    stop = threading.Event()
+
+    def delete() -> None:
+        while not stop.is_set():
+            storage.delete_if_empty(str(folder))
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    try:
+        for number in range(300):
+            storage.write(str(folder / "lock.json"), b"%d" % number, if_absent=True)
+            storage.delete(str(folder / "lock.json"))
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_a_conflict_counts_even_if_the_name_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(*_: object) -> None:
         raise FileExistsError(errno.EEXIST, "File exists")

@@ -44,7 +44,7 @@ class CoralAge(Thresholds):
         return torch.where(is_known, losses, 0.0).sum(dim=1)
 
     def passed(self, outputs: Tensor) -> Tensor:
-        """Return the probabilities; biases that are out of order, as they can be early in training, are evened."""
+        """Return the probabilities; a cumulative minimum keeps them from rising where biases are not yet in order."""
         return outputs.sigmoid().cummin(dim=1).values
 
     def initialise(self, labels: Mapping[str, NDArray[Any]]) -> None:

@@ -18,7 +18,7 @@ _HIDDEN = 256
 
 
 class Domain(Head):
-    """Tells the first prepared set from the others, while the network learns features that do not tell.
+    """Predicts whether a row comes from the first prepared set, while the backbone learns features that do not show it.
 
     Source: Ganin and Lempitsky, "Unsupervised Domain Adaptation by Backpropagation", ICML 2015, equations 1 to 8. The
     reversed gradient has the weight `loss.domain_weight` throughout; the publication lets it grow from 0 to 1. Every
