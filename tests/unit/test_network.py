@@ -167,7 +167,7 @@ def test_imagenet_weights_without_network_name_the_address_and_an_alternative(
     assert "https://" in message
     assert "mobilenet_v3_small" in message
     assert "refused" in message
-    assert "model.pretrained to the path" in message
+    assert "set model.pretrained to its path" in message
     assert "\n" not in message
 
 
