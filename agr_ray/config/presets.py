@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from agr_ray.config.section import MAX_INT
+from agr_ray.config.section import MAX_INT, Section
 from agr_ray.registry import check_name
 
 
@@ -168,13 +168,18 @@ def find_preset(model: Mapping[str, Any], default: str = "") -> Preset | None:
 
 def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections of a training job, with the preset's values of `[train]` where no key overrides them."""
-    model, train = values.get("model", {}), values.get("train", {})
-    if not isinstance(model, Mapping) or not isinstance(train, Mapping):
-        return dict(values)  # sections that code built
+    model, train = _given(values.get("model", {})), _given(values.get("train", {}))
     preset = find_preset(model)
     if preset is None:
         return dict(values)
     return {**values, "train": preset.training(is_pretrained=_is_pretrained(model)) | dict(train)}
+
+
+def _given(section: object) -> Mapping[str, Any]:
+    """Return the keys of a section that were set, in a table or in code."""
+    if isinstance(section, Section):
+        return {name: getattr(section, name) for name in section.model_fields_set}
+    return section if isinstance(section, Mapping) else {}
 
 
 def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,18 +19,20 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimiser (the paper's: Adam, betas 0.9 and 0.999, eq. 19).
 
-    AdamW decays only matrices and kernels, not biases and norms; Adam and SGD apply L2 to all parameters. Each
-    parameter group has an `lr_scale`, by which `set_learning_rate` multiplies the rate (`TrainConfig.layer_decay`).
-    Frozen parameters are included; they do not change while they have no gradient. The loss's `log_variances`, if they
-    are learnt, have the full rate and no weight decay.
+    AdamW decays only matrices and kernels: parameters named `weight` with two or more dimensions. It does not decay
+    biases, norms, position embeddings and layer scales. Adam and SGD apply L2 to all parameters. Each parameter group
+    has an `lr_scale`, by which `set_learning_rate` multiplies the rate (`TrainConfig.layer_decay`). Frozen parameters
+    are included; they do not change while they have no gradient. The loss's `log_variances`, if they are learnt, have
+    the full rate and no weight decay.
     """
+    kernels = {id(p) for name, p in model.named_parameters() if p.ndim > 1 and name.endswith("weight")}
     groups: list[dict[str, Any]] = []
     for parameters, lr_scale in _layers(model, config.layer_decay):
         split = [(parameters, config.weight_decay)]
         if config.optimizer == "adamw":
             split = [
-                ([p for p in parameters if p.ndim > 1], config.weight_decay),
-                ([p for p in parameters if p.ndim <= 1], 0.0),
+                ([p for p in parameters if id(p) in kernels], config.weight_decay),
+                ([p for p in parameters if id(p) not in kernels], 0.0),
             ]
         groups += [{"params": part, "weight_decay": decay, "lr_scale": lr_scale} for part, decay in split if part]
     if log_variances is not None:

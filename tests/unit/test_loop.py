@@ -35,6 +35,9 @@ from agr_ray.schema import HISTORY
 
 SIDE = 32
 TRANSFORM = Transform(image_size=SIDE, crop_side_px=SIDE)
+SWIN = [(k, n) for k, num in ((1, 2), (3, 2), (5, 6), (7, 2)) for n in range(num)]
+CONVNEXT = [(k, n) for k, num in ((1, 3), (3, 3), (5, 9), (7, 3)) for n in range(num)]
+"""Modules of each stage, and blocks of each module."""
 STILL = AugmentConfig(flip_probability=0, rotation_degrees=0, shift=0)
 
 
@@ -709,6 +712,24 @@ def test_a_stage_begins_where_the_resolution_drops(backbone: str, firsts: list[s
     stages = [[names[id(parameter)] for parameter in stage] for stage in model.backbone.stages()]
     assert [name for stage in stages for name in stage] == list(names.values())
     assert [stage[0][: len(first)] for stage, first in zip(stages, firsts, strict=True)] == firsts
+
+
+@pytest.mark.parametrize(
+    ("model", "undecayed"),
+    [
+        ({"preset": "vit"}, ["backbone.class_token", "backbone.encoder.pos_embedding"]),
+        ({"backbone": "swin_t"}, [f"backbone.features.{k}.{n}.attn.relative_position_bias_table" for k, n in SWIN]),
+        ({"backbone": "convnext_tiny"}, [f"backbone.features.{k}.{n}.layer_scale" for k, n in CONVNEXT]),
+        ({"backbone": "resnet18"}, []),
+    ],
+)
+def test_adamw_decays_matrices_and_kernels_only(model: dict[str, Any], undecayed: list[str]) -> None:
+    net = MultiTaskNet(ModelConfig(**{"image_size": 32, **model}), UTKFACE)
+    built = build_optimizer(net, TrainConfig(optimizer="adamw", weight_decay=0.1))
+    decay = {id(p): group["weight_decay"] for group in built.param_groups for p in group["params"]}
+
+    assert [name for name, p in net.named_parameters() if p.ndim > 1 and not decay[id(p)]] == undecayed
+    assert [name for name, p in net.named_parameters() if p.ndim <= 1 and decay[id(p)]] == []
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])

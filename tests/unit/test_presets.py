@@ -117,6 +117,14 @@ def test_a_preset_on_the_command_line_gives_way_to_explicit_keys() -> None:
     assert (job.train.optimizer, job.train.lr, job.train.layer_decay) == ("adamw", 0.1, 1.0)
 
 
+def test_a_preset_in_code_brings_its_settings_of_training() -> None:
+    job = TrainJob(model=ModelConfig(preset="swin"), train=TrainConfig(data="d", lr=0.1))
+
+    assert (job.train.optimizer, job.train.weight_decay, job.train.lr, job.train.data) == ("adamw", 0.05, 0.1, "d")
+    plain = TrainConfig(data="d", lr=0.1)
+    assert TrainJob(train=plain).train == TrainJob(model=ModelConfig(), train=plain).train == plain
+
+
 def test_a_preset_on_the_command_line_replaces_the_recipes_network_and_optimiser() -> None:
     job = parse(TrainJob, ["--config", "utkface_lite", "--data", "d", "--preset", "vit"], {})
 
