@@ -33,6 +33,9 @@ class EvaluateConfig(Section):
     """Images in a batch."""
     calibrate: CliImplicitFlag[bool] = False
     """Fit age intervals, probabilities and abstention on this split, and write calibration.json to the checkpoint."""
+    correct_age: CliImplicitFlag[bool] = False
+    """`calibrate` only: also correct predicted ages, by a linear regression of the true age on the predicted one. It
+    removes the bias on these images; scoring then writes corrected ages."""
     allow_uncalibrated: CliImplicitFlag[bool] = False
     """Allow [predict] settings that differ from those of the checkpoint's calibration. The calibration is then left out
     of the metrics."""

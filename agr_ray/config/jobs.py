@@ -352,8 +352,8 @@ class EvaluateJob(ClusterJob):
     essentials = tuple(
         f"evaluate.{name}"
         for name in (
-            *("checkpoint", "data", "split", "out", "calibrate", "coverage", "abstain_risk", "allow_overlap"),
-            *("num_workers", "use_gpu"),
+            *("checkpoint", "data", "split", "out", "calibrate", "coverage", "abstain_risk", "correct_age"),
+            *("allow_overlap", "num_workers", "use_gpu"),
         )
     )
     predict: PredictConfig = PredictConfig()

@@ -120,7 +120,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
     ),
     "faceage": Preset(
         "FaceAge biological age: Inception-ResNet-v1, balanced ages",
-        {"backbone": "inception_resnet_v1", "image_size": 160, "tasks": ("age",)},
+        {"backbone": "inception_resnet_v1", "image_size": 160, "bottleneck": 128, "tasks": ("age",)},
         train={"balance": "age"},
         cited=Cited(3.95, 0.885, None, None),
     ),

@@ -1,4 +1,4 @@
-"""Calibration: age intervals, calibrated probabilities and abstention, fitted on labelled images.
+"""Calibration: age intervals, corrected ages, calibrated probabilities and abstention, fitted on labelled images.
 
 Training must never have seen these images, and they must resemble those to be scored. Every guarantee is an average
 over such images, and need not hold for each group of people: `coverage.coverage_report` shows where it fails.
@@ -20,7 +20,7 @@ from agr_ray.evaluation.terms import FloatArray, predicted_gender
 from agr_ray.labels import CLASS_MISSING, IntArray, Labels, LabelSpace
 from agr_ray.models.predictions import Predictions
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 """Increased whenever a reader of the old calibration.json would misread the new one."""
 
 ROW_NAMES: Final = ("age_group", "gender", "race", "age_group_pred", "gender_pred", "race_pred")
@@ -30,7 +30,7 @@ class CalibratedPredictions(NamedTuple):
     """Predictions for n faces, calibrated if a calibration was fitted; None for a task without a head."""
 
     age: NDArray[np.float32] | None
-    """(n,) years, as predicted."""
+    """(n,) years; as predicted if age was not corrected."""
     age_low: NDArray[np.float32] | None
     """(n,) years; also None, like `age_high`, if age was not calibrated."""
     age_high: NDArray[np.float32] | None
@@ -85,6 +85,7 @@ class Calibration:
         *,
         coverage: float,
         risk: float,
+        correct_age: bool = False,
         model_digest: str = "",
         pipeline: Pipeline = DEFAULT_PIPELINE,
         precisions: tuple[str, ...] = (),
@@ -97,10 +98,13 @@ class Calibration:
         Args:
             labels: the truth.
             predictions: of the same images, uncalibrated; the logs of probabilities serve as logits.
+            correct_age: correct ages by a linear regression, see `AgeCalibration`.
             coverage: see the field of that name, as for the other arguments.
         """
         notes: list[str] = []
-        age = fit_age(labels, predictions["age"], coverage, notes) if "age" in predictions else None
+        age = None
+        if "age" in predictions:
+            age = fit_age(labels, predictions["age"], coverage, notes, correct=correct_age)
         gender, race = (
             None if probs is None else fit_classes(task, truth, probs, risk, notes)
             for task, truth, probs in (
@@ -115,7 +119,7 @@ class Calibration:
             "age_group": labels.age_group,
             "gender": labels.gender,
             "race": labels.race,
-            "age_group_pred": labels.space.age_group(predictions["age"]) if "age" in predictions else unknown,
+            "age_group_pred": unknown if calibrated.age is None else labels.space.age_group(calibrated.age),
             "gender_pred": unknown,
             "race_pred": unknown,
         }
@@ -189,7 +193,8 @@ class Calibration:
         try:
             age = values["age"]
             if age is not None:
-                age = AgeCalibration(age["n"], tuple(age["half_widths_years"]), tuple(age["num_rows"]))
+                lists_of_age = {name: tuple(age[name]) for name in ("half_widths_years", "num_rows")}
+                age = AgeCalibration(**age | lists_of_age)
             parts = {task: values[task] and ClassCalibration(**values[task]) for task in ("gender", "race")}
             rows = {name: np.asarray(values["rows"][name], np.int64) for name in ROW_NAMES}
             space = LabelSpace.from_json(values["label_space"])
@@ -219,7 +224,7 @@ def _apply(
     age_low, age_high, abstain_gender, abstain_race = None, None, None, None
     ages, p_male, race_probs = (predictions.get(task) for task in ("age", "gender", "race"))
     if ages is not None and age is not None:
-        age_low, age_high = age.apply(ages, space)
+        ages, age_low, age_high = age.apply(ages, space)
     probs = gender_probs(p_male)
     if probs is not None and gender is not None:
         scaled = scaled_probs(probs, gender.temperature)

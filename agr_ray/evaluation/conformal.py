@@ -1,6 +1,7 @@
-"""Age intervals by Mondrian split conformal prediction: one width for each predicted age group with enough images.
+"""Corrected ages, and age intervals by Mondrian split conformal prediction.
 
-Vovk, Gammerman and Shafer 2005; Lei et al. 2018, JASA 113(523).
+There is one width for each predicted age group with enough images (Vovk, Gammerman and Shafer 2005; Lei et al. 2018,
+JASA 113(523)).
 """
 
 from __future__ import annotations
@@ -22,26 +23,41 @@ the standard deviation of the coverage of a 90 % interval is 4 percentage points
 
 @dataclass(frozen=True)
 class AgeCalibration:
-    """Intervals of age."""
+    """Corrected ages and their intervals."""
 
     n: int
     """Images with an exact age that it was fitted on."""
     half_widths_years: tuple[float, ...]
-    """By predicted age group, in the order of the label space's age groups."""
+    """By predicted (corrected) age group, in the order of the label space's age groups."""
     num_rows: tuple[int, ...]
     """Number of images on which each half-width was fitted: all n if the group has fewer than `MIN_ROWS`."""
+    offset_years: float = 0.0
+    """The corrected age is `offset_years` + `slope` times the predicted one."""
+    slope: float = 1.0
+
+    def corrected(self, predicted: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return corrected ages, (n,) years."""
+        if (self.offset_years, self.slope) == (0.0, 1.0):
+            return predicted
+        years = self.offset_years + self.slope * predicted.astype(np.float64)
+        corrected: NDArray[np.float32] = years.clip(AGE_MIN_YEARS, AGE_MAX_YEARS).astype(np.float32)
+        return corrected
 
     def apply(self, predicted: NDArray[np.float32], space: LabelSpace) -> tuple[NDArray[np.float32], ...]:
-        """Return the low and high ends of the intervals of (n,) predicted ages, years."""
-        half_widths = np.asarray(self.half_widths_years)[space.age_group(predicted)]
-        return tuple(
+        """Return the corrected ages, and the low and the high ends of their intervals, (n,) years each."""
+        ages = self.corrected(predicted)
+        half_widths = np.asarray(self.half_widths_years)[space.age_group(ages)]
+        low, high = (
             # All labels are in this range, so clipping excludes none.
-            np.clip(predicted + sign * half_widths, AGE_MIN_YEARS, AGE_MAX_YEARS).astype(np.float32)
+            np.clip(ages + sign * half_widths, AGE_MIN_YEARS, AGE_MAX_YEARS).astype(np.float32)
             for sign in (-1.0, 1.0)
         )
+        return ages, low, high
 
 
-def fit_age(labels: Labels, predicted: NDArray[np.float32], coverage: float, notes: list[str]) -> AgeCalibration | None:
+def fit_age(
+    labels: Labels, predicted: NDArray[np.float32], coverage: float, notes: list[str], *, correct: bool = False
+) -> AgeCalibration | None:
     """Fit intervals on the images with an exact age; if these are too few, return None and add a note.
 
     Args:
@@ -49,8 +65,14 @@ def fit_age(labels: Labels, predicted: NDArray[np.float32], coverage: float, not
         predicted: (n,) ages of the same images, years.
         coverage: nominal share of true ages within their intervals.
         notes: a note on anything that could not be fitted is appended.
+        correct: also fit the correction, by linear least squares of the true age on the predicted one. The intervals
+            are fitted on the same images; two parameters hardly make them too narrow.
     """
     known = np.isfinite(labels.age)
+    offset_years, slope = 0.0, 1.0
+    if correct:
+        offset_years, slope = _regression(predicted[known], labels.age[known], notes)
+        predicted = AgeCalibration(0, (), (), offset_years, slope).corrected(predicted)
     errors = np.abs(predicted[known].astype(np.float64) - labels.age[known])
     overall = _conformal_quantile(errors, coverage)
     if overall is None:
@@ -68,7 +90,22 @@ def fit_age(labels: Labels, predicted: NDArray[np.float32], coverage: float, not
         own_quantile = _conformal_quantile(own, coverage) if len(own) >= MIN_ROWS else None
         half_widths.append(overall if own_quantile is None else own_quantile)
         num_rows.append(len(errors) if own_quantile is None else len(own))
-    return AgeCalibration(len(errors), tuple(half_widths), tuple(num_rows))
+    return AgeCalibration(len(errors), tuple(half_widths), tuple(num_rows), offset_years, slope)
+
+
+def _regression(predicted: NDArray[np.float32], truth: NDArray[np.float32], notes: list[str]) -> tuple[float, float]:
+    """Return the offset and the slope of the true age on the predicted one; 0 and 1, with a note, if none fits."""
+    if len(truth) < MIN_ROWS:
+        notes.append(f"age: not corrected, because {len(truth)} images with an exact age are fewer than {MIN_ROWS}")
+        return 0.0, 1.0
+    spread = float(predicted.std())
+    slope, offset_years = (
+        np.polyfit(predicted.astype(np.float64), truth.astype(np.float64), 1) if spread else (0.0, 0.0)
+    )
+    if slope <= 0.0:
+        notes.append("age: not corrected, because older faces are not predicted to be older")
+        return 0.0, 1.0
+    return float(offset_years), float(slope)
 
 
 def _conformal_quantile(errors: FloatArray, coverage: float) -> float | None:

@@ -24,7 +24,8 @@ def coverage_report(labels: Labels, predictions: Predictions, calibration: Calib
 
     - `n`;
     - `age`: nominal, n, coverage, interval and mean_width_years; groups.{age_group,gender,race}.NAME has the last four
-      for each group of true labels;
+      for each group of true labels; mae_years, bias_years, and both without the correction, mae_years_before and
+      bias_years_before;
     - `gender` and `race`: n, risk, abstained (share of all images), accepted, error (share of the accepted), interval,
       nll, nll_before, ece, ece_before (`before`: without calibration).
 
@@ -40,6 +41,9 @@ def coverage_report(labels: Labels, predictions: Predictions, calibration: Calib
     age, gender, race = None, None, None
     if calibrated.age_low is not None and calibrated.age_high is not None:
         age = _coverage(labels, calibrated.age_low, calibrated.age_high, calibration.coverage)
+        if age is not None:
+            assert calibrated.age is not None
+            age |= _errors(labels, calibrated.age, "") | _errors(labels, predictions["age"], "_before")
     if calibrated.abstain_gender is not None:
         before, after = gender_probs(predictions["gender"]), gender_probs(calibrated.p_male)
         gender = _selection(labels.gender, before, after, calibrated.abstain_gender, calibration.risk)
@@ -87,6 +91,11 @@ def _coverage(
         if attribute != "gender_race"
     }
     return {"nominal": nominal, **part(known), "groups": by_group}
+
+
+def _errors(labels: Labels, predicted: NDArray[np.float32], suffix: str) -> dict[str, float]:
+    errors = (predicted - labels.age.astype(np.float64))[np.isfinite(labels.age)]
+    return {f"mae_years{suffix}": float(np.abs(errors).mean()), f"bias_years{suffix}": float(errors.mean())}
 
 
 def _selection(

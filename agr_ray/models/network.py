@@ -1,7 +1,7 @@
 """The network: a backbone, attention blocks, a neck, and a head for each task.
 
-    images_nchw -> backbone, an attention block after some stages -> feature maps -> neck -> backbone.project -> dropout
-    -> heads by task
+    images_nchw -> backbone, an attention block after some stages -> feature maps -> neck -> backbone.project
+    -> bottleneck -> dropout -> heads by task
 
 All but the heads may compute in bfloat16 under autocast. The heads always compute in float32, because bfloat16 has
 steps of a quarter of a year at an age of 40.
@@ -60,6 +60,10 @@ class MultiTaskNet(nn.Module):
             }
         )
         self.neck: nn.Module = NECKS[config.neck](channels)
+        num_features = self.backbone.num_features
+        self.bottleneck: nn.Module = (
+            nn.Identity() if config.bottleneck is None else nn.Linear(num_features, config.bottleneck)
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.ModuleDict({task: self._head(task) for task in HEADS if task in config.tasks})
         if config.bn_momentum is not None:
@@ -83,8 +87,10 @@ class MultiTaskNet(nn.Module):
             head.initialise(labels)
 
     def features(self, images_nchw: Tensor) -> Tensor:
-        """Return the features of normalised images, (n, backbone.num_features)."""
-        return self.backbone.project(self.neck(self.backbone.feature_maps(images_nchw, self._attend)))
+        """Return the features of normalised images, (n, model.bottleneck or backbone.num_features)."""
+        pooled = self.neck(self.backbone.feature_maps(images_nchw, self._attend))
+        features: Tensor = self.bottleneck(self.backbone.project(pooled))
+        return features
 
     def forward(self, images_nchw: Tensor, pose_degrees: Tensor | None = None) -> dict[str, Any]:
         """Return the raw outputs by task.
@@ -115,7 +121,8 @@ class MultiTaskNet(nn.Module):
         """Build the head of a task."""
 
         def build() -> Head:
-            num_features = self.backbone.num_features + NUM_POSE_FEATURES * self.config.head_pose
+            num_features = self.config.bottleneck or self.backbone.num_features
+            num_features += NUM_POSE_FEATURES * self.config.head_pose
             head: Head = HEADS[task][head_name(self.config, task)](num_features, task, self.space)
             return head
 

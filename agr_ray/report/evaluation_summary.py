@@ -78,6 +78,10 @@ def print_fitted(console: Console, calibration: Calibration, uri: str) -> None:
     if calibration.age is not None:
         widths = calibration.age.half_widths_years
         parts.append(f"age +-{min(widths):.1f} to {max(widths):.1f} years by predicted age group")
+        if calibration.age.slope != 1.0:
+            sign = "+" if calibration.age.offset_years >= 0.0 else "-"
+            corrected = f"{calibration.age.slope:.3f} x predicted {sign} {abs(calibration.age.offset_years):.2f} years"
+            parts.append(f"corrected age {corrected}")
     for task, part in (("gender", calibration.gender), ("race", calibration.race)):
         if part is not None:
             parts.append(f"{task} temperature {part.temperature:.2f}, abstains {_below(part.abstain_below)}")
@@ -110,6 +114,11 @@ def print_calibration(console: Console, measured: dict[str, Any]) -> None:
         share, between = _per_cent(age["coverage"]), _between(age["interval"])
         table.add_row("true age in its interval", _per_cent(age["nominal"]), share, between, f"{age['n']:,}")
         remarks.append(f"age: intervals are {age['mean_width_years']:.1f} years wide on average")
+        if age["mae_years"] != age["mae_years_before"]:
+            remarks.append(
+                f"age: MAE {age['mae_years_before']:.2f} years, corrected {age['mae_years']:.2f}; "
+                f"bias {age['bias_years_before']:+.2f}, corrected {age['bias_years']:+.2f}"
+            )
     for task in ("gender", "race"):
         part = measured[task]
         if part is not None:

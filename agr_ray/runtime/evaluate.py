@@ -114,6 +114,7 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
                     predictions,
                     coverage=config.coverage,
                     risk=config.abstain_risk,
+                    correct_age=config.correct_age,
                     model_digest=digest,
                     pipeline=measured,
                     precisions=precisions,

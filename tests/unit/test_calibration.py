@@ -249,6 +249,59 @@ def test_the_calibration_error_by_hand() -> None:
     assert expected_calibration_error(probs, np.array([0, 1, 0, 0])) == pytest.approx((1.82 - 1 + 0.7) / 4)
 
 
+def squeezed(num_rows: int, seed: int) -> tuple[Labels, Predictions]:
+    """Draw faces whose ages are predicted half as far from 40 years as they are, and 10 years too high."""
+    labels, predictions = draw(num_rows, seed)
+    return labels, predictions | {"age": (50.0 + 0.5 * (predictions["age"] - 40.0)).astype(np.float32)}
+
+
+def test_corrected_ages_are_unbiased_and_their_intervals_cover() -> None:
+    calibration = Calibration.fit(*squeezed(3_000, seed=2), coverage=0.9, risk=0.1, correct_age=True)
+    assert calibration.age is not None
+    assert calibration.age.slope == pytest.approx(2.0, abs=0.1)
+    assert calibration.age.offset_years == pytest.approx(40.0 - 2.0 * 50.0, abs=5.0)
+    labels, predictions = squeezed(10_000, seed=1)
+
+    measured = coverage_report(labels, predictions, calibration)["age"]
+    assert measured["bias_years_before"] > 5.0
+    assert measured["bias_years"] == pytest.approx(0.0, abs=0.6)  # ages are clipped at 0
+    assert measured["mae_years"] < 0.6 * measured["mae_years_before"]
+    assert 0.88 <= measured["coverage"] <= 0.92
+    applied = calibration.apply(predictions)
+    assert applied.age is not None
+    assert applied.age_low is not None
+    assert (applied.age_low <= applied.age).all()
+    again = Calibration.from_json(json.loads(json.dumps(calibration.to_json())))
+    assert again.age == calibration.age
+
+
+def test_ages_are_corrected_only_if_asked() -> None:
+    labels, predictions = squeezed(3_000, seed=2)
+    calibration = fit(labels, predictions)
+    applied = calibration.apply(predictions)
+    assert applied.age is not None
+    assert (applied.age == predictions["age"]).all()
+    measured = coverage_report(labels, predictions, calibration)["age"]
+    assert measured["mae_years"] == measured["mae_years_before"]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "note"),
+    [
+        (np.arange(49.0), "49 images with an exact age are fewer than 50"),
+        (np.full(200, 30.0), "older faces are not predicted to be older"),
+        (-np.arange(200.0) / 2 + 100, "older faces are not predicted to be older"),
+    ],
+)
+def test_ages_that_cannot_be_corrected_stay_and_a_note_says_why(predicted: np.ndarray, note: str) -> None:
+    labels, predictions = only_age(np.arange(len(predicted)).tolist(), predicted.tolist())
+    calibration = Calibration.fit(labels, predictions, coverage=0.9, risk=0.1, correct_age=True)
+
+    assert calibration.age is not None
+    assert (calibration.age.offset_years, calibration.age.slope) == (0.0, 1.0)
+    assert [each for each in calibration.notes if "not corrected" in each] == [f"age: not corrected, because {note}"]
+
+
 def test_json_round_trips() -> None:
     labels, predictions = draw(300, seed=2)
     calibration = Calibration.fit(
@@ -278,7 +331,7 @@ def test_json_round_trips() -> None:
 def test_an_invalid_calibration_is_rejected() -> None:
     said = fit(*draw(60, seed=2)).to_json()
     for damage, complaint in (
-        ({"format_version": 1}, "expected format_version 2, found 1"),
+        ({"format_version": 1}, "expected format_version 3, found 1"),
         ({"rows": {}}, "not in the format that agr-ray evaluate --calibrate writes: 'age_group'"),
         ({"race": {"n": 1}}, "not in the format that agr-ray evaluate --calibrate writes: "),
         ({"surplus": 1}, "not in the format that agr-ray evaluate --calibrate writes: "),

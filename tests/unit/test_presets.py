@@ -41,7 +41,7 @@ KEYS = {
     "ldl": "33cd6653b974",
     "plain_cnn": "ffc76866e1fb",
     "facenet_bias": "8659bd93d30d",
-    "faceage": "9ce423911efb",
+    "faceage": "d30804e46cda",
     "mhsa": "5812018032fd",
     "se": "abb6c22e3314",
     "cbam": "8191615b57a8",
