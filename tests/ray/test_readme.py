@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pyarrow.dataset
 import pytest
+import torch
+import torchvision
 
 from agr_ray import cli
 from agr_ray.data.rendered import render_chip
@@ -97,9 +99,11 @@ def test_ones_own_photographs(here: Path) -> None:
         labels.append(f"{index}.jpg,{chip.age_years},{chip.gender},{chip.race}")
     (here / "FOLDER" / "labels.csv").write_text("\n".join(labels))
     (here / "PHOTOGRAPHS" / "one.jpg").write_bytes(picture)
+    fairface = torchvision.models.resnet34(num_classes=18).state_dict()
+    torch.save(fairface, here / "res34_fair_align_multi_7_20190809.pt")
 
-    assert len(run_commands("I have photographs and no model")) == 4
-    assert pyarrow.dataset.dataset("scored/images").count_rows() == 1
+    assert len(run_commands("I have photographs and no model")) == 6
+    assert pyarrow.dataset.dataset("scored/images").count_rows() == 2  # one run of each model
     assert len(run_commands("I have labelled photographs")) == 5
 
 

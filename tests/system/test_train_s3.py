@@ -168,6 +168,26 @@ def test_one_worker_learns_as_well_as_two(bucket: Bucket, three_nodes: Cluster, 
     run.check(like=undisturbed)
 
 
+def test_an_elastic_run_resumes_with_fewer_workers(
+    bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    # Before all tests that kill a driver or a controller: Ray keeps their reservation for three minutes.
+    run = Run(bucket, "elastic")
+    num_workers: list[int] = []
+
+    def kill_one_of_two() -> None:
+        # Counted here, because the worker that prints the number may be on this node: what its log monitor has not
+        # forwarded by now is lost with it.
+        num_workers.append(len(titled_processes(three_nodes.nodes, TRAIN_WORKER)))
+        kill_node(three_nodes, working_node(three_nodes))
+
+    printed = run.disturbed(three_nodes, tmp_path, kill_one_of_two, num_workers="[1, 2]", cpus_per_worker=4)
+
+    assert num_workers == [2]
+    assert re.search(r"resuming after epoch \d+, 1 worker\b", printed)
+    run.check(like=undisturbed)
+
+
 def test_a_killed_worker_is_started_again(
     bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -230,25 +250,6 @@ def test_jobs_wait_for_a_stopped_server(three_nodes: Cluster, undisturbed: Run, 
         run.disturbed(three_nodes, tmp_path, stop_for_a_while)
 
         run.check(like=undisturbed)
-
-
-def test_an_elastic_run_resumes_with_fewer_workers(
-    bucket: Bucket, three_nodes: Cluster, undisturbed: Run, tmp_path: Path
-) -> None:
-    run = Run(bucket, "elastic")
-    num_workers: list[int] = []
-
-    def kill_one_of_two() -> None:
-        # Counted here, because the worker that prints the number may be on this node: what its log monitor has not
-        # forwarded by now is lost with it.
-        num_workers.append(len(titled_processes(three_nodes.nodes, TRAIN_WORKER)))
-        kill_node(three_nodes, working_node(three_nodes))
-
-    printed = run.disturbed(three_nodes, tmp_path, kill_one_of_two, num_workers="[1, 2]", cpus_per_worker=4)
-
-    assert num_workers == [2]
-    assert re.search(r"resuming after epoch \d+, 1 worker\b", printed)
-    run.check(like=undisturbed)
 
 
 def test_an_elastic_run_reports_a_too_small_cluster_and_resumes_when_it_grows(
