@@ -45,7 +45,7 @@ class ModelConfig(Section):
         description=f"How feature maps become one vector: {', '.join(NECKS.names)}. `average`: the last map's means; "
         "`multi_scale`: the last three maps' means, mixed; `fully_connected`: a linear layer over 3 x 3 positions.",
     )
-    bottleneck: PositiveInt | None = None
+    bottleneck: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Number of features to which a linear layer reduces the backbone's, before the heads; none: no such layer."""
     tasks: Annotated[tuple[str, ...], AfterValidator(_distinct_tasks)] = Field(
         ("age", "gender", "race"), description=f"Tasks of the network, one head each: {', '.join(HEADS)}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import cv2
@@ -31,6 +32,17 @@ def use_one_cpu() -> None:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     keep_freed_memory()
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Restore the numbers of threads at the end, after `use_one_cpu` in a process that has other work."""
+    numbers = torch.get_num_threads(), cv2.getNumThreads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(numbers[0])
+        cv2.setNumThreads(numbers[1])
 
 
 class Download(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy
 from rich.console import Console
 
-from agr_ray.config import EvaluateConfig, EvaluateJob, PredictConfig
+from agr_ray.config import EvaluateConfig, EvaluateJob
 from agr_ray.config import digest as digest_of
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
@@ -40,6 +40,7 @@ from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform
 from agr_ray.predict.crop_predictor import CropPredictor, read_predictions
+from agr_ray.predict.downloads import threads_kept
 from agr_ray.predict.resolve import resolve
 from agr_ray.progress_bar import progress
 from agr_ray.report.evaluation_summary import print_calibration, print_fitted, print_summary, vision_differences
@@ -51,6 +52,9 @@ from agr_ray.storage.lock import RunLock, run_lock
 
 FORMAT_VERSION: Final = 1
 PREDICTIONS_FILE: Final = "predictions.parquet"
+_MOST_ROWS_HERE: Final = 500
+"""Most crops that this process predicts itself unless `evaluate.num_workers` is set: starting Ray and a worker takes
+longer."""
 
 
 def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
@@ -99,11 +103,15 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
             owner, expiry_s = f"evaluation {out}", config.lock_expiry_s
             held = (run_lock(storage, f"{uri}.lock", owner, expiry_s=expiry_s, console=console) for uri in written)
             locks = [stack.enter_context(lock) for lock in held]
-            stack.enter_context(cluster(job.cluster))
             packed = portable_checkpoint(directory)
-            table = _predict(
-                config, measured.predict, storage, prepared, chosen.num_rows, packed, mapping, locks, console
-            )
+            arguments = (storage, packed, prepared.crop_side_px, config, measured.predict, mapping)
+            if config.num_workers is None and not config.use_gpu and chosen.num_rows <= _MOST_ROWS_HERE:
+                stack.enter_context(threads_kept())
+                predicted = _predict_here(storage, prepared, arguments)
+            else:
+                stack.enter_context(cluster(job.cluster))
+                predicted = _predict_in_workers(config, storage, prepared, arguments)
+            table = _collect(predicted, chosen.num_rows, locks, console)
             predictions = read_predictions(table, loaded.model.tasks, space)
             labels = read_labels(table, measured_in)
             _check_finite(predictions, checkpoint)
@@ -316,34 +324,42 @@ def _chosen_rows(storage: Storage, prepared: PreparedSet, config: EvaluateConfig
     return rows, dict(sorted(statuses.items()))
 
 
-def _predict(
-    config: EvaluateConfig,
-    predict_config: PredictConfig,
-    storage: Storage,
-    prepared: PreparedSet,
-    num_rows: int,
-    checkpoint: Any,
-    mapping: Mapping[str, str],
-    locks: Sequence[RunLock],
-    console: Console,
-) -> pa.Table:
-    """Return the predictions of the split, sorted by key."""
+def _predict_here(storage: Storage, prepared: PreparedSet, arguments: Sequence[Any]) -> Iterator[pa.Table]:
+    """Yield predictions that this process makes, on one CPU like a worker, so that they are the same to the last bit.
+
+    `arguments` are those of `CropPredictor`, as in `_predict_in_workers`.
+    """
+    predictor = CropPredictor(*arguments)
+    for info in storage.list(prepared.crops(storage), (".parquet",)):
+        yield from predictor(pa.table({"part": [info.uri]}))
+
+
+def _predict_in_workers(
+    config: EvaluateConfig, storage: Storage, prepared: PreparedSet, arguments: Sequence[Any]
+) -> Iterator[pa.Table]:
+    """Yield predictions that Ray's workers make."""
     gpus = 1.0 if config.use_gpu else 0.0
     num_workers = worker_count(config.num_workers, use_gpu=config.use_gpu)
     check_fits("evaluate.num_workers", num_workers, 1.0, gpus)
     predictions = part_dataset(storage, prepared).map_batches(
         CropPredictor,
-        fn_constructor_args=(storage, checkpoint, prepared.crop_side_px, config, predict_config, mapping),
+        fn_constructor_args=tuple(arguments),
         batch_format="pyarrow",
         batch_size=1,
         compute=ActorPoolStrategy(size=num_workers),
         num_cpus=1,
         num_gpus=gpus or None,
     )
+    for table in predictions.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(table, pa.Table)
+        yield table
+
+
+def _collect(predicted: Iterator[pa.Table], num_rows: int, locks: Sequence[RunLock], console: Console) -> pa.Table:
+    """Return all predictions of the split, sorted by key."""
     tables = []
     with progress(console, "predicting", num_rows) as update:
-        for table in predictions.iter_batches(batch_size=None, batch_format="pyarrow"):
-            assert isinstance(table, pa.Table)
+        for table in predicted:
             _check(locks)
             tables.append(table)
             update(sum(each.num_rows for each in tables), "")

@@ -21,6 +21,7 @@ from sets import checkpoint, prepared_set
 from agr_ray.config import EvaluateConfig, EvaluateJob, PredictConfig
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.labels import GENDERS, UTKFACE
+from agr_ray.runtime import evaluate as module
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.schema import PREDICTIONS
 from agr_ray.storage import Storage
@@ -33,7 +34,7 @@ BASELINE = {"fitted_on": "train", "age_years": 40.0, "gender": "female", "race":
 
 
 def evaluate_job(model: Path, data: Path, **changes: Any) -> EvaluateJob:
-    config = {"checkpoint": str(model), "data": str(data), "num_workers": 1, "batch_size": 8} | changes
+    config = {"checkpoint": str(model), "data": str(data), "batch_size": 8} | changes
     return EvaluateJob(evaluate=EvaluateConfig(**config))
 
 
@@ -79,6 +80,17 @@ def test_every_crop_of_the_split_has_one_prediction(predictions: pa.Table, data:
         assert row["race_pred"] == max(row["race_probs"], key=lambda pair: pair[1])[0]
         assert row["gender_pred"] == GENDERS[int(row["p_male"] > 0.5)]
         assert 0 <= row["age_pred"] <= 116
+
+
+def test_without_other_processes_the_predictions_are_the_same_to_the_last_bit(
+    predictions: pa.Table, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "cluster", lambda _: pytest.fail("a cluster was joined"))
+    threads = torch.get_num_threads()
+    evaluate(evaluate_job(model, data, out=str(data.parent / "here")))
+
+    assert pq.read_table(data.parent / "here" / "predictions.parquet").equals(predictions)
+    assert torch.get_num_threads() == threads
 
 
 def test_metrics_add_up_from_the_predictions(metrics: dict[str, Any], predictions: pa.Table) -> None:
@@ -209,7 +221,7 @@ def test_an_evaluation_that_lost_its_lock_writes_nothing(model: Path, data: Path
     thief.start()
 
     with pytest.raises(LockLost, match=r"taken\.lock is no longer ours"):
-        evaluate(evaluate_job(own, data, split="val", calibrate=True, out=str(out), lock_expiry_s=0.4))
+        evaluate(evaluate_job(own, data, split="val", calibrate=True, out=str(out), lock_expiry_s=0.4, num_workers=1))
 
     thief.join()
     assert not (own / "calibration.json").exists()

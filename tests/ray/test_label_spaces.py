@@ -70,7 +70,7 @@ def trained(folder: Path, **model: Any) -> str:
 
 
 def measured(folder: Path, model: str, split: str, **changes: Any) -> dict[str, Any]:
-    config = {"checkpoint": model, "data": str(folder / "set"), "split": split, "abstain_risk": 0.9, "num_workers": 1}
+    config = {"checkpoint": model, "data": str(folder / "set"), "split": split, "abstain_risk": 0.9}
     return evaluate(EvaluateJob(evaluate=EvaluateConfig(**config | changes)))  # type: ignore[arg-type]
 
 

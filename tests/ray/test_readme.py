@@ -32,7 +32,6 @@ SMALL = {
     "TRAIN__NUM_WORKERS": "1",
     "TRAIN__BATCH_SIZE": "16",
     "TUNE__TRIALS": "1",
-    "EVALUATE__NUM_WORKERS": "1",
     "SCORE__NUM_WORKERS": "1",
 }
 NUM_CHIPS = 60

@@ -115,7 +115,7 @@ def prepared_for(monkeypatch: pytest.MonkeyPatch, job: str, inputs: Path, tmp: P
     arguments: dict[str, tuple[str, ...]] = {
         "render": (),
         "prepare": ("--source.uri", f"{inputs}/faces"),
-        "train": ("--train.data", f"{inputs}/prepared", *TASKS),
+        "train": ("--train.data", f"{inputs}/prepared", "--preset", "lightweight", *TASKS),
         "tune": ("--train.data", f"{inputs}/prepared", *TASKS, "--tune.space", '{"train.lr": {"uniform": [0.1, 0.2]}}'),
         "evaluate": ("--evaluate.checkpoint", f"{inputs}/checkpoint", "--evaluate.data", f"{inputs}/prepared"),
         "score": ("--score.checkpoint", f"{inputs}/checkpoint", "--score.input", f"{inputs}/faces"),
