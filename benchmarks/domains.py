@@ -7,12 +7,14 @@ ResNet18 at 64 px from random weights on the same number of samples each time:
 
     real             UTKFace
     real + rendered  both, three UTKFace images for each rendered one
-    rendered         rendered faces only
-    rendered, adapted to real    rendered faces with labels and UTKFace without; a domain head behind gradient reversal
-    real, adapted to rendered    the other way round
+    rendered, beside real        rendered faces with labels and UTKFace without labels
+    rendered, adapted to real    the same with a domain head behind gradient reversal
+    real, beside rendered        the other way round, without the domain head
+    real, adapted to rendered    and with it
 
-Each is measured on the test split of the set that it is meant for, which no training saw, beside the run without the
-rendered (or unlabelled) images. Differences are paired by image; their 95 % intervals hold the variance between seeds.
+Each is measured on the test split of the set that it is meant for, which no training saw. The unlabelled images reach
+only the batch norms and the domain head, so the runs of a pair have the same labels in the same steps. Differences are
+paired by image; their 95 % intervals hold the variance between seeds.
 Every step is kept in --work, so the same command resumes after a kill.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,14 +85,15 @@ class Variant(NamedTuple):
 VARIANTS: Final = (
     Variant("real", ["real"]),
     Variant("real + rendered", ["real", "rendered"], [3.0, 1.0]),
-    Variant("rendered", ["rendered"]),
+    Variant("rendered, beside real", ["rendered", "real-unlabelled"]),
     Variant("rendered, adapted to real", ["rendered", "real-unlabelled"], tasks=(*TASKS, "domain")),
+    Variant("real, beside rendered", ["real", "rendered-unlabelled"]),
     Variant("real, adapted to rendered", ["real", "rendered-unlabelled"], tasks=(*TASKS, "domain")),
 )
 COMPARISONS: Final = (
     ("real", ("real", "real + rendered")),
-    ("real", ("rendered", "rendered, adapted to real")),
-    ("rendered", ("real", "real, adapted to rendered")),
+    ("real", ("rendered, beside real", "rendered, adapted to real")),
+    ("rendered", ("real, beside rendered", "real, adapted to rendered")),
 )
 """The set whose test split is measured, and the variants; the first is the reference."""
 
@@ -153,7 +157,7 @@ def run(work: Path, variant: Variant, seed: int, epochs: int, num_rows: dict[str
         model=ModelConfig(backbone="resnet18", image_size=SIDE_PX, tasks=tuple(variant.tasks)),
         loss=LossConfig(age_scale_years=10, race_weight=1.0),
         train=TrainConfig(
-            data=str([str(work / each) for each in variant.sets]).replace("'", '"'),
+            data=json.dumps([str(work / each) for each in variant.sets]),
             data_shares=tuple(variant.shares),
             out=str(work / "runs"),
             name=name,

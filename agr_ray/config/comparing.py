@@ -21,7 +21,7 @@ class CompareConfig(Section):
     be shared storage if there are several nodes."""
     presets: Annotated[tuple[Annotated[str, AfterValidator(check_preset)], ...], Field(min_length=1)] = _DEFAULT
     """Presets to compare; `agr-ray models` describes them. By default all but `domain_adapt`, which needs two sets, and
-    those for which the data has no labels or a package is missing."""
+    those that the data, the settings or the installation does not allow: the reason is printed."""
     seeds: PositiveInt = 1
     """Runs of each preset, with the seeds train.seed, train.seed + 1, ..."""
     image_size: Annotated[int, Field(ge=32, le=512)] | None = None

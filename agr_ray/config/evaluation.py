@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import CliImplicitFlag
 
 from agr_ray.config.section import PositiveInt, Section, Timeout
@@ -26,7 +26,7 @@ class EvaluateConfig(Section):
     allow_overlap: bool = False
     """Evaluate even if the checkpoint was trained on images of this split; the metrics then say so."""
     num_workers: PositiveInt | None = None
-    """Number of processes that predict; none: the number of GPUs or spare CPUs, or no other process for 500 images or
+    """Number of processes that predict; none: the number of GPUs or spare CPUs, or no other process for 200 images or
     fewer."""
     use_gpu: bool = False
     """Use one GPU for each process that predicts."""
@@ -36,7 +36,7 @@ class EvaluateConfig(Section):
     """Fit age intervals, probabilities and abstention on this split, and write calibration.json to the checkpoint."""
     correct_age: CliImplicitFlag[bool] = False
     """`calibrate` only: also correct predicted ages, by a linear regression of the true age on the predicted one. It
-    removes the bias on these images; scoring then writes corrected ages."""
+    removes the bias on these images. Scoring then writes corrected ages; metrics.json has the errors of both."""
     allow_uncalibrated: CliImplicitFlag[bool] = False
     """Allow [predict] settings that differ from those of the checkpoint's calibration. The calibration is then left out
     of the metrics."""
@@ -47,3 +47,9 @@ class EvaluateConfig(Section):
     lock_expiry_s: Timeout = 120.0
     """Seconds without a heartbeat after which another evaluation takes over the lock beside `out` and, with
     `calibrate`, the one beside the checkpoint. The heartbeat interval is a quarter of it."""
+
+    @model_validator(mode="after")
+    def _corrects_when_it_calibrates(self) -> Self:
+        if self.correct_age and not self.calibrate:
+            raise ValueError("correct_age needs calibrate: the correction is part of calibration.json")
+        return self

@@ -133,8 +133,8 @@ class PredictJob(Job):
     json_lines: CliImplicitFlag[bool] = False
     """Print a JSON object for each photograph instead of the table."""
     allow_uncalibrated: CliImplicitFlag[bool] = False
-    """Allow [vision] and [predict] settings that differ from those of the checkpoint's calibration; ages then have no
-    intervals."""
+    """Allow [vision] and [predict] settings that differ from those of the checkpoint's calibration. Ages then have no
+    intervals and are not corrected."""
     vision: VisionConfig = VisionConfig()
     predict: PredictConfig = PredictConfig()
     gates: GatesConfig = GatesConfig()

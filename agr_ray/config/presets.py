@@ -40,9 +40,9 @@ class Preset:
         return {**self.train, **(self.fine_tune if is_pretrained else {})}
 
 
-_KEPT: Final = ("image_size", "tasks", "dropout", "pretrained")
+_KEPT: Final = ("image_size", "tasks", "dropout")
 """Keys of a recipe's `[model]` that remain when the command line names a preset: its data, its schedule and its
-regularisation go with them."""
+regularisation go with them. So do pretrained weights if the backbone stays the same."""
 
 _RESNET: Final = {"backbone": "resnet50", "image_size": 224}
 _FROZEN: Final = {"freeze_epochs": MAX_INT}
@@ -84,7 +84,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
     ),
     "sa_net": Preset(
         "SA-Net: shuffle attention after each stage",
-        _RESNET | {"attention": "shuffle", "attention_stages": (2, 3, 4, 5)},
+        _RESNET | {"attention": "shuffle", "attention_stages": (2, 3, 4, 5), "pretrained": "none"},
         cited=Cited(4.30, 0.875, 0.950, 0.910),
     ),
     "gender_routed": Preset(
@@ -185,8 +185,8 @@ def _given(section: object) -> Mapping[str, Any]:
 def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe with the network of the preset that `overrides` names, and the preset's values of `[train]`.
 
-    Of the recipe's `[model]`, only the keys that no network part depends on remain, so that the network is the preset's
-    as a whole.
+    Of the recipe's `[model]`, only `_KEPT` and pretrained weights of the same backbone remain, so that the network is
+    the preset's as a whole.
 
     Args:
         recipe: sections of a recipe.
@@ -197,9 +197,17 @@ def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) 
     if preset is None:
         return dict(recipe)
     kept = {key: value for key, value in model.items() if key in _KEPT}
+    if "pretrained" in model and _backbone(model) == _backbone(preset.model):
+        kept["pretrained"] = model["pretrained"]
     own = {key: value for key, value in preset.model.items() if key != "image_size" or "image_size" not in kept}
-    train = preset.training(is_pretrained=_is_pretrained({**model, **chosen}))
+    train = preset.training(is_pretrained=_is_pretrained({**kept, **own, **chosen}))
     return {**recipe, "model": {**kept, **own}, "train": {**recipe.get("train", {}), **train}}
+
+
+def _backbone(model: Mapping[str, Any]) -> object:
+    """Return the backbone that a `[model]` chooses."""
+    preset = find_preset(model, default="paper")
+    return model.get("backbone", preset.model["backbone"] if preset is not None else "")
 
 
 def _is_pretrained(model: Mapping[str, Any]) -> bool:

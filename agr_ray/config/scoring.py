@@ -66,7 +66,7 @@ class ScoreConfig(Section):
     Above it the run fails with an error that quotes the reason, and nothing is published. 1: no limit."""
     allow_uncalibrated: CliImplicitFlag[bool] = False
     """Allow [vision] and [predict] settings that differ from those of the checkpoint's calibration. Rows then have no
-    age intervals, no calibrated probabilities and no abstention, and `calibrated` is false."""
+    age intervals, no corrected ages, no calibrated probabilities and no abstention, and `calibrated` is false."""
     allow_empty: bool = False
     """Publish an empty run if the input has no photographs; otherwise that is an error."""
     limit: PositiveInt | None = None

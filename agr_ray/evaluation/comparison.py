@@ -38,6 +38,8 @@ class Estimate:
     """From the reference; None: it is the reference, or the reference has no such metric."""
     difference_interval: tuple[float, float] | None
     """95 %, of the difference on the same images."""
+    includes_seeds: bool
+    """Whether intervals hold the variance between seeds."""
 
     @property
     def differs(self) -> bool:
@@ -49,29 +51,31 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Spread:
-    """The variance between the runs of one network that differ only in their seed, pooled over all networks."""
+    """The variance between runs of one network that differ only in their seed, pooled over all networks."""
 
     variance: float
     degrees_of_freedom: int
     """Number of runs minus number of networks, of networks with two runs or more; 0: there is no such network."""
 
-    def half_width(self, image_variance: float, num_runs: Sequence[int]) -> float:
+    def half_width(self, samples: FloatArray, num_persons: int, num_runs: Sequence[int]) -> float:
         """Return half the width of the 95 % interval of a network's mean, or of the difference of two means.
 
+        The degrees of freedom are those of Welch and Satterthwaite.
+
         Args:
-            image_variance: variance of the mean (the difference) over resampled images.
+            samples: (resamples,) means, or differences, of resampled persons.
+            num_persons: number of persons.
             num_runs: of the network, or of both.
         """
-        if not self.degrees_of_freedom:
-            return float(stats.norm.ppf(_UPPER)) * math.sqrt(image_variance)
-        seed_variance = self.variance * sum(1.0 / num for num in num_runs)
-        total = image_variance + seed_variance
+        # A bootstrap of n persons understates the variance by the factor (n - 1) / n.
+        parts = [(float(np.nanvar(samples)) * num_persons / (num_persons - 1), num_persons - 1)]
+        if self.degrees_of_freedom:
+            parts.append((self.variance * sum(1.0 / num for num in num_runs), self.degrees_of_freedom))
+        total = sum(variance for variance, _ in parts)
         if not total:
             return 0.0
-        # Welch and Satterthwaite. The image variance comes from many resamples, so its degrees of freedom are not
-        # counted.
-        share = max(seed_variance / total, 1e-6)
-        return float(stats.t.ppf(_UPPER, self.degrees_of_freedom / share**2)) * math.sqrt(total)
+        freedom = total**2 / sum(variance**2 / each for variance, each in parts)
+        return float(stats.t.ppf(_UPPER, freedom)) * math.sqrt(total)
 
 
 def compare(
@@ -86,11 +90,11 @@ def compare(
 
     A metric is left out if a network does not have it, or if fewer than two persons have its label.
 
-    Intervals hold two variances. The one over images comes from a bootstrap: each resample draws persons with
+    Intervals hold two variances. The one over persons comes from a bootstrap: each resample draws persons with
     replacement and takes all images of each, the same for all networks. The one over seeds is that between the runs of
-    a network, pooled over all networks with several runs, and used for the networks with one run, too. This assumes
-    that all networks vary alike. The quantile is Student's t with Satterthwaite's degrees of freedom. If no network has
-    several runs, intervals hold the variance over images only.
+    a network, less what the choice of images adds to it, pooled over all networks with several runs, and used for the
+    networks with one run, too. This assumes that all networks vary alike. The quantile is Student's t. If no network
+    that has the metric has several runs, its intervals hold the variance over persons only.
 
     Args:
         runs: predictions of each network's runs for the same n images, in the same order.
@@ -115,35 +119,45 @@ def compare(
     for metric, (part, rows) in METRICS.items():
         k, n = columns.index(part), columns.index(rows)
         num_persons = np.count_nonzero(summed[:, :, n], axis=0)
-        of_runs = {
-            name: [names.index((name, number)) for number in range(len(each))]
-            for name, each in runs.items()
-            if all(num_persons[names.index((name, number))] >= MIN_UNITS for number in range(len(each)))
-        }
+        of_runs = {name: [names.index((name, number)) for number in range(len(each))] for name, each in runs.items()}
+        of_runs = {name: each for name, each in of_runs.items() if num_persons[each].min() >= MIN_UNITS}
         with np.errstate(invalid="ignore", divide="ignore"):
             of_run = whole[:, k] / whole[:, n]
-            samples = {
-                name: (resampled[:, each, k] / resampled[:, each, n]).mean(axis=1) for name, each in of_runs.items()
-            }
-        spread = _spread([of_run[each] for each in of_runs.values()])
-        lowest, highest = (0.0, math.inf) if metric == "age_mae_years" else (0.0, 1.0)
+            resampled_of_run = resampled[:, :, k] / resampled[:, :, n]
+        samples = {name: resampled_of_run[:, each].mean(axis=1) for name, each in of_runs.items()}
+        spread = _spread([(of_run[each], resampled_of_run[:, each]) for each in of_runs.values()])
+        highest = math.inf if metric == "age_mae_years" else 1.0
         for name, each in of_runs.items():
-            value = float(of_run[each].mean())
-            half = spread.half_width(float(np.nanvar(samples[name])), [len(each)])
+            value, persons_with_label = float(of_run[each].mean()), int(num_persons[each].min())
+            half = spread.half_width(samples[name], persons_with_label, [len(each)])
             difference = difference_interval = None
             if reference in of_runs and name != reference:
                 difference = value - float(of_run[of_runs[reference]].mean())
-                variance = float(np.nanvar(samples[name] - samples[reference]))
-                wide = spread.half_width(variance, [len(each), len(of_runs[reference])])
+                apart, num_runs = samples[name] - samples[reference], [len(each), len(of_runs[reference])]
+                wide = spread.half_width(apart, persons_with_label, num_runs)
                 difference_interval = difference - wide, difference + wide
-            interval = max(value - half, lowest), min(value + half, highest)
-            estimates[name][metric] = Estimate(value, interval, difference, difference_interval)
+            interval = max(value - half, 0.0), min(value + half, highest)
+            estimates[name][metric] = Estimate(
+                value, interval, difference, difference_interval, spread.degrees_of_freedom > 0
+            )
     return estimates
 
 
-def _spread(of_runs: Sequence[FloatArray]) -> _Spread:
-    """Return the pooled variance of each network's runs around their mean."""
-    several = [each for each in of_runs if len(each) > 1]
-    freedom = sum(len(each) - 1 for each in several)
-    squares = sum(float(((each - each.mean()) ** 2).sum()) for each in several)
-    return _Spread(squares / freedom if freedom else 0.0, freedom)
+def _spread(of_networks: Sequence[tuple[FloatArray, FloatArray]]) -> _Spread:
+    """Pool the variance of each network's runs around their mean.
+
+    Runs also differ because each errs on other images, which the bootstrap of their mean already counts: this part is
+    subtracted.
+
+    Args:
+        of_networks: for each, the metric of its m runs, (m,), and on resampled persons, (resamples, m).
+    """
+    several = [each for each in of_networks if len(each[0]) > 1]
+    freedom = sum(len(values) - 1 for values, _ in several)
+    if not freedom:
+        return _Spread(0.0, 0)
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values, _ in several)
+    by_images = sum(
+        float(np.nanvar(resampled - resampled.mean(axis=1, keepdims=True), axis=0).sum()) for _, resampled in several
+    )
+    return _Spread(max(squares - by_images, 0.0) / freedom, freedom)

@@ -80,6 +80,7 @@ def fit_age(
         besides = f"; {num_ranges:,} others are labelled with an age range, which has no error" if num_ranges else ""
         notes.append(
             f"age: {len(errors)} images labelled with an exact age are too few for intervals of coverage {coverage}"
+            + (" and so for corrected ages" if correct else "")
             + besides
         )
         return None
@@ -98,7 +99,7 @@ def _regression(predicted: NDArray[np.float32], truth: NDArray[np.float32], note
     if len(truth) < MIN_ROWS:
         notes.append(f"age: not corrected, because {len(truth)} images with an exact age are fewer than {MIN_ROWS}")
         return 0.0, 1.0
-    spread = float(predicted.std())
+    spread = float(np.ptp(predicted))
     slope, offset_years = (
         np.polyfit(predicted.astype(np.float64), truth.astype(np.float64), 1) if spread else (0.0, 0.0)
     )

@@ -92,7 +92,7 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
         + _ages(metrics["age"])
         + _mapping(record),
         "",
-        *_calibration_warning(metrics),
+        *_calibration_lines(metrics),
         *_headline_table(metrics),
         "",
         *_group_table(metrics.get("groups") or {}),
@@ -124,9 +124,18 @@ def _mapping(record: Mapping[str, Any]) -> str:
     )
 
 
-def _calibration_warning(metrics: Mapping[str, Any]) -> list[str]:
-    warning = (metrics.get("calibration") or {}).get("warning")
-    return [f"**Calibration: {warning}.**", ""] if warning else []
+def _calibration_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a warning about the calibration, and the errors of corrected ages, if there are any."""
+    calibration = metrics.get("calibration") or {}
+    warning, age = calibration.get("warning"), calibration.get("age") or {}
+    lines = [f"**Calibration: {warning}.**", ""] if warning else []
+    if age.get("mae_years") != age.get("mae_years_before"):
+        lines += [
+            f"Scoring writes ages that the calibration corrects: MAE {age['mae_years']:.2f} years, bias "
+            f"{age['bias_years']:+.2f} years. The tables below are of uncorrected ages.",
+            "",
+        ]
+    return lines
 
 
 def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:

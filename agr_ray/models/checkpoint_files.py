@@ -103,7 +103,7 @@ def publish_checkpoint(storage: Storage, directory: Path, uri: str, *, replace: 
         Whether this replaced another model that had a calibration.
 
     Raises:
-        FileExistsError: with `replace` false, the folder or prefix holds anything but the same model.
+        FileExistsError: with `replace` false, the folder or prefix holds anything but the same model, or part of it.
     """
     with scratch_folder() as temporary:
         earlier = Path(temporary)
@@ -116,8 +116,11 @@ def publish_checkpoint(storage: Storage, directory: Path, uri: str, *, replace: 
         except CheckpointError:  # there is no checkpoint, or only part of one
             pass
         was_calibrated = (earlier / CALIBRATION).exists()
-    if not replace and storage.exists(uri) and next(storage.list(uri), None) is not None:
-        raise FileExistsError("is not empty")
+        is_complete = (earlier / META).exists()
+    if not replace and storage.exists(uri):
+        own = set() if is_complete else {path.name for path in directory.iterdir()}  # of an upload that was killed
+        if any(info.key not in own for info in storage.list(uri)):
+            raise FileExistsError("is not empty")
     storage.upload_tree(str(directory), uri, overwrite=True)
     return was_calibrated
 

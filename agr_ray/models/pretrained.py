@@ -95,11 +95,12 @@ def load_backbone(model: MultiTaskNet, state: Mapping[str, Tensor], where: str =
     """
     backbone = model.backbone
     stages = [int(stage) for stage, block in model.attention.items() if getattr(block, "reorders_channels", False)]
-    early = [stage for stage in stages if stage < len(backbone.stage_channels)]
-    if early:
+    projects = type(backbone).project is not Backbone.project
+    read = [stage for stage in stages if projects or stage < len(backbone.stage_channels)]
+    if read:
         raise WeightsError(
-            f"{where}: model.attention {model.config.attention} after stage {early[0]} reorders the channels that the "
-            "pretrained layers after it read; with pretrained weights, it is possible after the last stage only"
+            f"{where}: model.attention {model.config.attention} after stage {read[0]} reorders the channels that "
+            f"pretrained layers of {model.config.backbone} after it read; set model.pretrained to none"
         )
     found = {name: tensor for name, tensor in state.items() if not name.startswith(backbone.replaced_layers)}
     expected = backbone.state_dict()

@@ -14,7 +14,6 @@ from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
 from agr_ray.models.predictions import Predictions, class_probs_array
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns, uncalibrated
-from agr_ray.predict.downloads import use_one_cpu
 from agr_ray.schema import PREDICTION_FIELDS, PREDICTIONS
 from agr_ray.storage import Storage
 
@@ -22,7 +21,7 @@ _KEPT_COLUMNS: Final = tuple(field.name for field in PREDICTIONS if field not in
 
 
 class CropPredictor:
-    """Predicts from parts of crop rows. Each worker process has its own.
+    """Predicts from parts of crop rows, on as many CPUs as its process may use.
 
     Args:
         storage: of the parts.
@@ -42,7 +41,6 @@ class CropPredictor:
         predict_config: PredictConfig,
         mapping: Mapping[str, str],
     ) -> None:
-        use_one_cpu()
         with unpacked_checkpoint(checkpoint) as directory:
             device = "cuda" if config.use_gpu else "cpu"
             self._predictor = AttributePredictor.load(directory, predict_config, device=device)

@@ -29,20 +29,24 @@ _Row = Mapping[str, Any]
 
 def use_one_cpu() -> None:
     """Let OpenCV and torch use one thread each, and keep freed memory. Call it once in each worker process."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+    _set_threads(1, 1)
     keep_freed_memory()
 
 
 @contextmanager
-def threads_kept() -> Iterator[None]:
-    """Restore the numbers of threads at the end, after `use_one_cpu` in a process that has other work."""
-    numbers = torch.get_num_threads(), cv2.getNumThreads()
+def one_cpu() -> Iterator[None]:
+    """Let OpenCV and torch use one thread each until the block ends, in a process that has other work."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    _set_threads(1, 1)
     try:
         yield
     finally:
-        torch.set_num_threads(numbers[0])
-        cv2.setNumThreads(numbers[1])
+        _set_threads(*before)
+
+
+def _set_threads(of_torch: int, of_opencv: int) -> None:
+    torch.set_num_threads(of_torch)
+    cv2.setNumThreads(of_opencv)
 
 
 class Download(NamedTuple):

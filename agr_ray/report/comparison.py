@@ -290,13 +290,25 @@ def comparison_page(
         prepared=prepared,
         split=split,
         num_images=num_images,
-        has_several_runs=any(len(each.seeds) > 1 for each in measured),
+        with_seeds=_metrics_of(measured, includes_seeds=True),
+        without_seeds=_metrics_of(measured, includes_seeds=False),
         settings=settings,
         machine=cpu_name(),
         differences=Markup(_svg(_differences_figure(ranked, reference))) if ranked else None,
         sizes=Markup(_svg(_sizes_figure(ranked, reference))) if ranked else None,
         curves=Markup(_svg(_curves_figure(measured))) if measured else None,
     )
+
+
+def _metrics_of(measured: Sequence[Ended], *, includes_seeds: bool) -> list[str]:
+    """Return the labels of the metrics whose intervals hold the variance between seeds, or of the others."""
+    found = {
+        metric
+        for each in measured
+        for metric, estimate in each.estimates.items()
+        if estimate.includes_seeds == includes_seeds
+    }
+    return [_LABELS[metric] for metric in COMPARED_METRICS if metric in found]
 
 
 def _rank(estimate: Estimate | None) -> float:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import ray
+from pydantic import ValidationError
 from rich.console import Console
 
 from agr_ray.config import CompareJob, EvaluateConfig, EvaluateJob, ModelConfig, TrainConfig, TrainJob
@@ -135,7 +136,7 @@ def _run(job: CompareJob, storage: Storage, out: str, preset: str, seed: int, la
     """Return the training run of a preset with a seed.
 
     Raises:
-        ConfigError: training has no label of a task that it needs.
+        ConfigError: training has no label of a task that it needs, or the settings do not fit it.
     """
     model = preset_config(preset, job.compare.image_size)
     tasks = tuple(task for task in model.tasks if task in labelled)
@@ -148,16 +149,19 @@ def _run(job: CompareJob, storage: Storage, out: str, preset: str, seed: int, la
     shared = job.train.model_dump(exclude_unset=True) | {"data": storage.absolute(job.train.data_uris[0])}
     own = with_preset({"model": {"preset": preset}})["train"]
     own |= {"out": storage.join(out, "runs"), "name": f"{preset}-{seed}", "seed": seed}
-    return TrainJob(
-        storage=job.storage,
-        cluster=job.cluster,
-        labels=job.labels,
-        model=ModelConfig(preset=preset, image_size=model.image_size, tasks=tasks),
-        loss=job.loss,
-        augment=job.augment,
-        train=TrainConfig(**(shared | own)),
-        predict=job.predict,
-    )
+    try:
+        return TrainJob(
+            storage=job.storage,
+            cluster=job.cluster,
+            labels=job.labels,
+            model=ModelConfig(preset=preset, image_size=model.image_size, tasks=tasks),
+            loss=job.loss,
+            augment=job.augment,
+            train=TrainConfig(**(shared | own)),
+            predict=job.predict,
+        )
+    except ValidationError as error:  # settings that do not fit this preset
+        raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def _settings(job: CompareJob) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform
 from agr_ray.predict.crop_predictor import CropPredictor, read_predictions
-from agr_ray.predict.downloads import threads_kept
+from agr_ray.predict.downloads import one_cpu, use_one_cpu
 from agr_ray.predict.resolve import resolve
 from agr_ray.progress_bar import progress
 from agr_ray.report.evaluation_summary import print_calibration, print_fitted, print_summary, vision_differences
@@ -52,9 +52,9 @@ from agr_ray.storage.lock import RunLock, run_lock
 
 FORMAT_VERSION: Final = 1
 PREDICTIONS_FILE: Final = "predictions.parquet"
-_MOST_ROWS_HERE: Final = 500
-"""Most crops that this process predicts itself unless `evaluate.num_workers` is set: starting Ray and a worker takes
-longer."""
+_MOST_ROWS_HERE: Final = 200
+"""Most crops that this process predicts itself unless `evaluate.num_workers` is set. On one CPU, a ResNet50 at 224 px
+takes 17 s for them, about as long as starting Ray and a worker."""
 
 
 def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
         quiet: print nothing.
 
     Raises:
-        ConfigError: there is no such checkpoint or set, the split is empty, or training saw images of it.
+        ConfigError: there is no such checkpoint or set, the split is empty, training saw images of it, or ages of
+            groups are to be corrected.
     """
     console = make_console(quiet=quiet)
     config = job.evaluate
@@ -79,6 +80,11 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
     with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as loaded:
         directory, meta, digest, space = loaded.directory, loaded.meta, loaded.digest, loaded.model.space
         _check_compatible(loaded.transform, prepared, config)
+        if config.correct_age and loaded.model.config.age_head == "groups":
+            raise ConfigError(
+                "evaluate.correct_age: the age head groups predicts an age for each group, which the correction could "
+                "move into another group"
+            )
         measured_in, mapping = _mapped(loaded.model, prepared)
         pipeline, calibration, reason = resolve(
             loaded,
@@ -106,7 +112,7 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
             packed = portable_checkpoint(directory)
             arguments = (storage, packed, prepared.crop_side_px, config, measured.predict, mapping)
             if config.num_workers is None and not config.use_gpu and chosen.num_rows <= _MOST_ROWS_HERE:
-                stack.enter_context(threads_kept())
+                stack.enter_context(one_cpu())
                 predicted = _predict_here(storage, prepared, arguments)
             else:
                 stack.enter_context(cluster(job.cluster))
@@ -334,6 +340,14 @@ def _predict_here(storage: Storage, prepared: PreparedSet, arguments: Sequence[A
         yield from predictor(pa.table({"part": [info.uri]}))
 
 
+class _Worker(CropPredictor):
+    """A predictor with a process and a CPU of its own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        use_one_cpu()
+        super().__init__(*arguments)
+
+
 def _predict_in_workers(
     config: EvaluateConfig, storage: Storage, prepared: PreparedSet, arguments: Sequence[Any]
 ) -> Iterator[pa.Table]:
@@ -342,7 +356,7 @@ def _predict_in_workers(
     num_workers = worker_count(config.num_workers, use_gpu=config.use_gpu)
     check_fits("evaluate.num_workers", num_workers, 1.0, gpus)
     predictions = part_dataset(storage, prepared).map_batches(
-        CropPredictor,
+        _Worker,
         fn_constructor_args=tuple(arguments),
         batch_format="pyarrow",
         batch_size=1,

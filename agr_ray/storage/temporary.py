@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 import uuid
@@ -20,6 +21,7 @@ OLD: Final = "old"
 """Folder, in a temporary one, that holds the tree being replaced."""
 _LIVE: Final = "live"
 """File in a temporary folder that its writer keeps locked."""
+_MAX_ATTEMPTS: Final = 1000
 _cleaned: set[tuple[int, str]] = set()
 """Pairs of a process and a folder in which it has deleted stale temporaries."""
 
@@ -29,11 +31,13 @@ def temporary_file(folder: str) -> Iterator[IO[bytes]]:
     """Yield an empty new file in `folder`, open; delete it at the end unless it was moved away."""
     os.makedirs(folder, exist_ok=True)
     _delete_stale(folder)
-    while True:
+    for attempt in itertools.count(1):
         path = os.path.join(folder, PREFIX + uuid.uuid4().hex)
         try:
             file = open(path, "x+b")  # noqa: SIM115  # closed below
         except FileNotFoundError:
+            if attempt == _MAX_ATTEMPTS:
+                raise
             os.makedirs(folder, exist_ok=True)  # another process has deleted the empty folder
             continue
         with file:

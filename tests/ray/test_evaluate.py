@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,11 +87,17 @@ def test_without_other_processes_the_predictions_are_the_same_to_the_last_bit(
     predictions: pa.Table, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "cluster", lambda _: pytest.fail("a cluster was joined"))
-    threads = torch.get_num_threads()
-    evaluate(evaluate_job(model, data, out=str(data.parent / "here")))
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(2)
+    cv2.setNumThreads(2)
+    try:
+        evaluate(evaluate_job(model, data, out=str(data.parent / "here")))
+        assert (torch.get_num_threads(), cv2.getNumThreads()) == (2, 2)
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
 
     assert pq.read_table(data.parent / "here" / "predictions.parquet").equals(predictions)
-    assert torch.get_num_threads() == threads
 
 
 def test_metrics_add_up_from_the_predictions(metrics: dict[str, Any], predictions: pa.Table) -> None:

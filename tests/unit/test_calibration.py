@@ -13,6 +13,7 @@ import pytest
 
 from agr_ray.config import EvaluateJob, PredictConfig, parse
 from agr_ray.config.pipeline import Pipeline
+from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.coverage import coverage_report, expected_calibration_error
 from agr_ray.evaluation.selection import NEVER_SURE
@@ -289,7 +290,7 @@ def test_ages_are_corrected_only_if_asked() -> None:
     ("predicted", "note"),
     [
         (np.arange(49.0), "49 images with an exact age are fewer than 50"),
-        (np.full(200, 30.0), "older faces are not predicted to be older"),
+        (np.full(200, 35.27), "older faces are not predicted to be older"),
         (-np.arange(200.0) / 2 + 100, "older faces are not predicted to be older"),
     ],
 )
@@ -300,6 +301,11 @@ def test_ages_that_cannot_be_corrected_stay_and_a_note_says_why(predicted: np.nd
     assert calibration.age is not None
     assert (calibration.age.offset_years, calibration.age.slope) == (0.0, 1.0)
     assert [each for each in calibration.notes if "not corrected" in each] == [f"age: not corrected, because {note}"]
+
+
+def test_ages_are_not_corrected_without_calibration() -> None:
+    with pytest.raises(ConfigError, match="correct_age needs calibrate"):
+        parse(EvaluateJob, ["--checkpoint", "c", "--data", "d", "--correct-age"], {})
 
 
 def test_json_round_trips() -> None:

@@ -10,7 +10,7 @@ import pytest
 from prepared_sets import SIDE_PX, prepared_set
 from pydantic import ValidationError
 
-from agr_ray.config import CompareConfig, CompareJob, TrainConfig
+from agr_ray.config import AugmentConfig, CompareConfig, CompareJob, TrainConfig
 from agr_ray.config.presets import PRESETS
 from agr_ray.data.prepared import open_prepared
 from agr_ray.errors import ConfigError
@@ -19,9 +19,12 @@ from agr_ray.runtime.compare import plan_runs
 from agr_ray.storage import Storage
 
 
-def planned(data: Path, train: dict[str, Any] | None = None, **compare: Any) -> tuple[list[str], dict[str, str]]:
+def planned(
+    data: Path, train: dict[str, Any] | None = None, augment: AugmentConfig | None = None, **compare: Any
+) -> tuple[list[str], dict[str, str]]:
     """Return the names of the runs, and why presets are left out."""
     job = CompareJob(
+        augment=augment or AugmentConfig(),
         compare=CompareConfig(out=str(data.parent / "out"), **compare),
         train=TrainConfig(data=str(data), **(train or {})),
     )
@@ -56,6 +59,15 @@ def test_presets_that_cannot_be_trained_are_left_out_of_the_default_with_the_rea
     assert "finds no landmarks" in skipped["head_pose"]
     assert [name for name in names if name.rpartition("-")[0] in skipped] == []
     assert len(names) == len(PRESETS) - 1 - len(skipped)
+
+
+def test_presets_that_the_settings_do_not_fit_are_left_out_too(tmp_path: Path) -> None:
+    data = prepared_set(tmp_path / "set", detector="mtcnn", race="white")
+
+    _, skipped = planned(data, augment=AugmentConfig(mixup_alpha=0.2))
+
+    assert list(skipped) == ["head_pose"]
+    assert skipped["head_pose"].startswith("model.head_pose: images mixed by augment.mixup_alpha")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,39 @@ def test_intervals_over_seeds_hold_the_true_difference_as_often_as_they_say() ->
     assert 180 <= num_covered <= 199
 
 
+@pytest.mark.parametrize("num_images", [10, 200])
+def test_intervals_of_runs_that_only_err_on_other_images_are_neither_too_narrow_nor_far_too_wide(
+    num_images: int,
+) -> None:
+    """Each run errs by an error of its own for each image, and no seed is better than another."""
+    rng = np.random.default_rng(7)
+    missing = np.zeros(num_images, np.int64)
+    labels = Labels(UTKFACE, np.full(num_images, 40.0, np.float32), missing, missing)
+
+    def run() -> Predictions:
+        return {"age": (50.0 + rng.normal(0, 3.0, num_images)).astype(np.float32)}
+
+    num_covered = 0
+    for _ in range(200):
+        runs = {name: [run(), run()] for name in ("paper", "cbam")}
+        estimates = compare(runs, labels, np.arange(num_images), "paper", num_resamples=100)
+        num_covered += not estimates["cbam"]["age_mae_years"].differs
+    assert 182 <= num_covered <= 199
+
+
+def test_a_metric_says_whether_its_intervals_hold_seeds() -> None:
+    ages = [{"age": guessed(8.0, 0.8, seed)["age"]} for seed in (1, 2)]
+    estimates = compare({"single_task_age": ages, "paper": [guessed(8.0, 0.8, 1)]}, LABELS, APART, "paper")
+
+    assert {metric: each.includes_seeds for metric, each in estimates["paper"].items()} == {
+        "age_mae_years": True,
+        "age_within_5": True,
+        "age_one_off": True,
+        "gender_accuracy": False,
+        "race_accuracy": False,
+    }
+
+
 def test_one_person_has_no_interval() -> None:
     runs = {"paper": [guessed(8.0, 0.8, 1)], "cbam": [guessed(6.0, 0.9, 2)]}
     assert compare(runs, LABELS, np.zeros(NUM_IMAGES), "paper") == {"paper": {}, "cbam": {}}

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from prepared_sets import prepared_set
 from torch import Tensor, nn
 
 from agr_ray import cli
+from agr_ray.config import EvaluateConfig, EvaluateJob
 from agr_ray.data.rendered import render_photograph
+from agr_ray.errors import ConfigError
 from agr_ray.labels import FAIRFACE, LabelSpace
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.fairface import FOUR_RACES, fairface_network
 from agr_ray.models.transform import centre
 from agr_ray.predict.face_model import FaceModel
+from agr_ray.runtime.evaluate import evaluate
 from agr_ray.vision.align import TEMPLATE_POINTS, align_face
 
 SEVEN, FOUR = "res34_fair_align_multi_7_20190809.pt", "res34_fair_align_multi_4_20190809.pt"
@@ -127,6 +131,23 @@ def test_an_import_replaces_nothing(files: Path, inside: str, capsys: pytest.Cap
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: --out {files / inside}: is not empty; give a new folder or prefix\n"
     assert sorted(files.rglob("*")) == before
+
+
+def test_an_import_that_was_killed_can_be_repeated(files: Path) -> None:
+    """On S3 the marker is written last, so a killed import leaves some of its files."""
+    command = ["import", "fairface", str(files / SEVEN), "--out", str(files / "fairface")]
+    cli.main(command)
+    (files / "fairface" / "meta.json").unlink()
+    cli.main(command)
+    assert (files / "fairface" / "meta.json").exists()
+
+
+def test_corrected_ages_of_groups_are_rejected(files: Path, tmp_path: Path) -> None:
+    cli.main(["import", "fairface", str(files / SEVEN), "--out", str(files / "fairface")])
+    data = prepared_set(tmp_path / "set", side_px=196)
+    config = {"checkpoint": str(files / "fairface"), "data": str(data), "calibrate": True, "correct_age": True}
+    with pytest.raises(ConfigError, match=r"evaluate\.correct_age: the age head groups"):
+        evaluate(EvaluateJob(evaluate=EvaluateConfig(**config)))
 
 
 def test_an_import_does_not_replace_another_checkpoint(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import pickle
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
@@ -30,7 +31,8 @@ def download(url: str, fetch: Callable[[], Mapping[str, Tensor]]) -> Mapping[str
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         # torch keeps what it has downloaded, which may be a proxy's page instead of the file.
-        Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(url).name).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(url).name).unlink()
         raise WeightsError(
             f"{url} could not be downloaded: {reason}; without internet access, download the file elsewhere and set "
             "model.pretrained to its path, or to none"
