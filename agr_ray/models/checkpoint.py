@@ -48,7 +48,7 @@ from agr_ray.models.pretrained import mismatch
 from agr_ray.models.transform import Transform
 from agr_ray.schema import SCHEMA_VERSION
 
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 """Must be increased whenever a reader of the old layout would misread the new one."""
 
 WEIGHTS: Final = "weights.safetensors"

@@ -15,6 +15,7 @@ import pyarrow as pa
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from agr_ray.config import ModelConfig, PredictConfig
@@ -308,7 +309,7 @@ def _metrics_of(measured: Sequence[Ended], *, includes_seeds: bool) -> list[str]
         for metric, estimate in each.estimates.items()
         if estimate.includes_seeds == includes_seeds
     }
-    return [_LABELS[metric] for metric in COMPARED_METRICS if metric in found]
+    return [_LABELS[metric].removesuffix(", years") for metric in COMPARED_METRICS if metric in found]
 
 
 def _rank(estimate: Estimate | None) -> float:
@@ -367,6 +368,7 @@ def _curves_figure(measured: Sequence[Ended]) -> Figure:
                     *zip(*curve, strict=True), style, marker=".", color=f"C{number % 10}", label=label, linewidth=1
                 )
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("age MAE on validation, years")
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)

@@ -209,7 +209,7 @@ def test_missing_or_damaged_train_state_is_named_in_the_error(saved: Path) -> No
 
 def test_another_format_is_rejected(saved: Path) -> None:
     edit_meta(saved, lambda meta: meta.update(format_version=1))
-    with pytest.raises(CheckpointError, match="expected format_version 4, found 1; train it again"):
+    with pytest.raises(CheckpointError, match="expected format_version 5, found 1; train it again"):
         load_checkpoint(saved)
 
 
