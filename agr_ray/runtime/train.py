@@ -272,7 +272,7 @@ def check_network(job: TrainJob, sets: Sequence[PreparedSet], space: LabelSpace)
         raise ConfigError("model.tasks domain: needs two prepared sets or more in train.data")
     detectors = dict.fromkeys(prepared.detector for prepared in sets)
     if model.head_pose and "mtcnn" not in detectors:
-        uris, names = ", ".join(prepared.uri for prepared in sets), ", ".join(detectors)
+        uris, names = " + ".join(prepared.uri for prepared in sets), " + ".join(detectors)
         raise ConfigError(
             f"model.head_pose: {uris} was prepared with vision.detector {names}, which finds no landmarks; prepare it "
             "with mtcnn"
