@@ -28,7 +28,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
 
@@ -213,17 +212,17 @@ def report(work: Path, seeds: int, num_rows: dict[str, int], console: Console) -
 
 def estimates(work: Path, tested: str, names: Sequence[str], seeds: int) -> dict[str, dict[str, Estimate]]:
     """Return the estimates of variants on one test split; differences are from the first variant."""
-    runs, labels, clusters = {}, None, np.zeros(0, np.int64)
-    for name in names:
-        runs[name] = []
-        for seed in range(seeds):
-            folder = work / "evaluations" / tested / run_name(name, seed)
-            table = pq.read_table(folder / "predictions.parquet").sort_by("image_id")
-            labels = read_labels(table, UTKFACE)
-            clusters = np.unique(table["group_id"].to_numpy(zero_copy_only=False), return_inverse=True)[1]
-            runs[name].append(read_predictions(table, TASKS, UTKFACE))
-    assert labels is not None
-    return compare(runs, labels, clusters, names[0])
+    folder = work / "evaluations" / tested
+    tables = {
+        name: [
+            pq.read_table(folder / run_name(name, seed) / "predictions.parquet").sort_by("image_id")
+            for seed in range(seeds)
+        ]
+        for name in names
+    }
+    runs = {name: [read_predictions(table, TASKS, UTKFACE) for table in each] for name, each in tables.items()}
+    first = tables[names[0]][0]  # all are of the same images
+    return compare(runs, read_labels(first, UTKFACE), first["group_id"].to_numpy(), names[0])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from agr_ray.config.command_line import CommandParser, did_you_mean, fail
 from agr_ray.config.infrastructure import StorageConfig
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TuneJob
 from agr_ray.config.presets import with_chosen_preset
+from agr_ray.config.section import first_message
 from agr_ray.config.tuning import ParameterConfig
 from agr_ray.errors import ConfigError
 from agr_ray.redact import redacted, shown
@@ -222,7 +223,7 @@ def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         owner = ParameterConfig if path[:2] == ["tune", "space"] else owner
         known = list(owner.model_fields)
         return f"{key}: there is no such key{did_you_mean(path[-1], known)}; allowed: {', '.join(known)}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = first_message(error)
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
     message = message[:1].lower() + message[1:]

@@ -99,8 +99,13 @@ def rebuilt(section: type[S], values: Any, name: str) -> S:
         return section(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, message = ".".join(map(str, (name, *first["loc"]))), first["msg"].removeprefix("Value error, ")
+        key, message = ".".join(map(str, (name, *first["loc"]))), first_message(error)
         raise ValueError(f"{key}: {message}, found {shown(first['input'])}") from None
+
+
+def first_message(error: ValidationError) -> str:
+    """Return the message of pydantic's first error, without the key and the value."""
+    return error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
 
 
 def check_keys(values: Any, expected: Iterable[str], name: str) -> None:

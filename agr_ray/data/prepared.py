@@ -84,6 +84,10 @@ class PreparedSet(BaseModel):
         """Return the folder of the crops' Parquet parts."""
         return storage.join(self.uri, "crops")
 
+    def parts(self, storage: Storage) -> list[str]:
+        """Return the URIs of these parts."""
+        return [info.uri for info in storage.list(self.crops(storage), (".parquet",))]
+
     def manifest(self, storage: Storage) -> str:
         """Return the manifest's URI."""
         return storage.join(self.uri, "manifest.parquet")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agr_ray.evaluation.terms import FloatArray, row_terms
 from agr_ray.labels import IntArray, Labels
@@ -33,10 +34,7 @@ def intervals(
     terms = row_terms(labels, predictions)
     values = np.stack(list(terms.values()), axis=1)
     if clusters is not None:
-        persons = np.unique(clusters, return_inverse=True)[1]
-        summed = np.zeros((int(persons.max(initial=-1)) + 1, values.shape[1]))
-        np.add.at(summed, persons, values)
-        values = summed
+        values = sums_by_person(values, clusters)
     rng = np.random.default_rng(seed)
     sums = dict(zip(terms, resampled_sums(values, num_resamples, rng).T, strict=True))
 
@@ -78,6 +76,14 @@ def intervals(
             "balanced_accuracy": percentiles(balanced("race", len(labels.space.races))),
         },
     }
+
+
+def sums_by_person(values: FloatArray, clusters: NDArray[Any]) -> FloatArray:
+    """Return the sum of the rows of each person, (persons, ...), from (n, ...) rows and the (n,) person of each."""
+    persons = np.unique(clusters, return_inverse=True)[1]
+    summed = np.zeros((int(persons.max(initial=-1)) + 1, *values.shape[1:]))
+    np.add.at(summed, persons, values)
+    return summed
 
 
 def resampled_sums(values: FloatArray, num_resamples: int, rng: np.random.Generator) -> FloatArray:

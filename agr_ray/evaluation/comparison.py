@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
-from agr_ray.evaluation.bootstrap import MIN_UNITS, NUM_RESAMPLES, resampled_sums
+from agr_ray.evaluation.bootstrap import MIN_UNITS, NUM_RESAMPLES, resampled_sums, sums_by_person
 from agr_ray.evaluation.terms import FloatArray, row_terms
-from agr_ray.labels import IntArray, Labels
+from agr_ray.labels import Labels
 from agr_ray.models.predictions import Predictions
 
 METRICS: Final[Mapping[str, tuple[str, str]]] = {  # the names are schema.COMPARED_METRICS
@@ -81,7 +82,7 @@ class _Spread:
 def compare(
     runs: Mapping[str, Sequence[Predictions]],
     labels: Labels,
-    clusters: IntArray,
+    clusters: NDArray[Any],
     reference: str,
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
@@ -99,7 +100,7 @@ def compare(
     Args:
         runs: predictions of each network's runs for the same n images, in the same order.
         labels: of the images.
-        clusters: (n,) number of each image's person, or of the image where persons are unknown.
+        clusters: (n,) name or number of each image's person, or of the image where persons are unknown.
         reference: network from which differences are taken; if it is missing, there are none.
         seed: of the resampling.
         num_resamples: number of resamples.
@@ -108,9 +109,7 @@ def compare(
     names = [(name, number) for name, each in runs.items() for number in range(len(each))]
     terms = [row_terms(labels, runs[name][number]) for name, number in names]
     values = np.stack([np.stack([each[column] for column in columns], axis=1) for each in terms], axis=1)
-    persons = np.unique(clusters, return_inverse=True)[1]
-    summed = np.zeros((int(persons.max(initial=-1)) + 1, *values.shape[1:]))
-    np.add.at(summed, persons, values)
+    summed = sums_by_person(values, clusters)
     rng = np.random.default_rng(seed)
     shape = (num_resamples, *values.shape[1:])
     resampled = resampled_sums(summed.reshape(len(summed), -1), num_resamples, rng).reshape(shape)

@@ -35,17 +35,9 @@ class AgeCalibration:
     """The corrected age is `offset_years` + `slope` times the predicted one."""
     slope: float = 1.0
 
-    def corrected(self, predicted: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return corrected ages, (n,) years."""
-        if (self.offset_years, self.slope) == (0.0, 1.0):
-            return predicted
-        years = self.offset_years + self.slope * predicted.astype(np.float64)
-        corrected: NDArray[np.float32] = years.clip(AGE_MIN_YEARS, AGE_MAX_YEARS).astype(np.float32)
-        return corrected
-
     def apply(self, predicted: NDArray[np.float32], space: LabelSpace) -> tuple[NDArray[np.float32], ...]:
         """Return the corrected ages, and the low and the high ends of their intervals, (n,) years each."""
-        ages = self.corrected(predicted)
+        ages = _corrected(predicted, self.offset_years, self.slope)
         half_widths = np.asarray(self.half_widths_years)[space.age_group(ages)]
         low, high = (
             # All labels are in this range, so clipping excludes none.
@@ -72,7 +64,7 @@ def fit_age(
     offset_years, slope = 0.0, 1.0
     if correct:
         offset_years, slope = _regression(predicted[known], labels.age[known], notes)
-        predicted = AgeCalibration(0, (), (), offset_years, slope).corrected(predicted)
+        predicted = _corrected(predicted, offset_years, slope)
     errors = np.abs(predicted[known].astype(np.float64) - labels.age[known])
     overall = _conformal_quantile(errors, coverage)
     if overall is None:
@@ -92,6 +84,15 @@ def fit_age(
         half_widths.append(overall if own_quantile is None else own_quantile)
         num_rows.append(len(errors) if own_quantile is None else len(own))
     return AgeCalibration(len(errors), tuple(half_widths), tuple(num_rows), offset_years, slope)
+
+
+def _corrected(predicted: NDArray[np.float32], offset_years: float, slope: float) -> NDArray[np.float32]:
+    """Return corrected ages, (n,) years."""
+    if (offset_years, slope) == (0.0, 1.0):
+        return predicted
+    years = offset_years + slope * predicted.astype(np.float64)
+    corrected: NDArray[np.float32] = years.clip(AGE_MIN_YEARS, AGE_MAX_YEARS).astype(np.float32)
+    return corrected
 
 
 def _regression(predicted: NDArray[np.float32], truth: NDArray[np.float32], notes: list[str]) -> tuple[float, float]:

@@ -312,10 +312,9 @@ def _first_crops(run: Run, sets: Sequence[PreparedSet], batch_size: int) -> Batc
     storage = run.storage
     statuses = usable_statuses(use_fallback=run.job.train.use_fallback)
     tables: list[pa.Table] = []
-    parts = (info for prepared in sets for info in storage.list(prepared.crops(storage), (".parquet",)))
-    for info in parts:
+    for uri in (uri for prepared in sets for uri in prepared.parts(storage)):
         columns = [*TRAINING_COLUMNS, "split", "status"]
-        tables.append(select_crops(storage.read_table(info.uri, columns=columns), "train", statuses))
+        tables.append(select_crops(storage.read_table(uri, columns=columns), "train", statuses))
         if sum(table.num_rows for table in tables) >= batch_size:
             break
     rows = pa.concat_tables(tables)

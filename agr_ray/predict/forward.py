@@ -68,10 +68,11 @@ def average(heads: Mapping[str, Head], views: Sequence[Outputs]) -> Predictions:
     """Return each head's predictions from all views of the same faces, with equal weights."""
     if len(views) == 1:
         return {task: head.read_out(views[0][task]).float().cpu().numpy() for task, head in heads.items()}
-    predictions = {}
-    for task, head in heads.items():
-        outputs = [view[task] for view in views]
-        first = head.read_out(outputs[0])
-        weights = torch.full((len(views), len(first)), 1.0 / len(views), device=first.device)
-        predictions[task] = head.mixed(outputs, weights).float().cpu().numpy()
-    return predictions
+    return {
+        task: head.mixed([view[task] for view in views], _equal_weights(head, len(views))).float().cpu().numpy()
+        for task, head in heads.items()
+    }
+
+
+def _equal_weights(head: Head, num_views: int) -> Tensor:
+    return torch.full((num_views, 1), 1.0 / num_views, device=next(head.parameters()).device)

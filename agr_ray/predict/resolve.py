@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from agr_ray.config import Section
 from agr_ray.config.pipeline import DECISIVE, Pipeline
+from agr_ray.config.section import first_message
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.models.checkpoint import CALIBRATION, Checkpoint, CheckpointError, read_calibration_json
@@ -71,7 +72,7 @@ def overridden(stored: Pipeline, given: Pipeline, key: str) -> Pipeline:
         try:
             sections[name] = type(section)(**getattr(stored, name).model_dump() | explicit)
         except ValidationError as error:
-            conflict = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            conflict = first_message(error)
             settings = ", ".join(f"{name}.{field} = {value}" for field, value in explicit.items())
             raise ConfigError(
                 f"{key}: {settings} can't be combined with the checkpoint's other {name} settings: {conflict}. "

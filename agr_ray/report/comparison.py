@@ -180,8 +180,7 @@ def _estimates(
         runs[_preset_of(name)].append(read_predictions(table, tasks, space))
     assert labels is not None
     assert first is not None
-    clusters = np.unique(first["group_id"].to_numpy(zero_copy_only=False), return_inverse=True)[1]
-    return compare(runs, labels, clusters, reference), first.num_rows
+    return compare(runs, labels, first["group_id"].to_numpy(), reference), first.num_rows
 
 
 def _ended(

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from agr_ray.config import CompareJob, EvaluateConfig, EvaluateJob, ModelConfig, TrainConfig, TrainJob
 from agr_ray.config.presets import with_preset
+from agr_ray.config.section import first_message
 from agr_ray.console import make_console
 from agr_ray.data.crops import select_crops, usable_statuses
 from agr_ray.data.guards import training_space
@@ -161,7 +162,7 @@ def _run(job: CompareJob, storage: Storage, out: str, preset: str, seed: int, la
             predict=job.predict,
         )
     except ValidationError as error:  # settings that do not fit this preset
-        raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        raise ConfigError(first_message(error)) from None
 
 
 def _settings(job: CompareJob) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def part_dataset(storage: Storage, prepared: PreparedSet) -> Dataset:
     """
     # Not in the driver, because Ray Train calls this in another process.
     configure_ray_data()
-    parts = [{"part": info.uri} for info in storage.list(prepared.crops(storage), (".parquet",))]
+    parts = [{"part": uri} for uri in prepared.parts(storage)]
     return ray.data.from_items(parts, override_num_blocks=len(parts))
 
 
@@ -72,8 +72,9 @@ def training_dataset(
         mappings=[race_mapping(each.label_space, space) for each in sets],
         retry=Retry(outage_s),
     )
-    listed = [[info.uri for info in storage.list(each.crops(storage), (".parquet",))] for each in sets]
-    slices = [{"slices": [each._asdict() for each in group]} for group in deal_parts(listed)]
+    slices = [
+        {"slices": [each._asdict() for each in group]} for group in deal_parts([each.parts(storage) for each in sets])
+    ]
     return ray.data.from_items(slices, override_num_blocks=len(slices)).map_batches(
         decode,
         batch_format="pyarrow",

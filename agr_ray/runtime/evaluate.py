@@ -336,8 +336,7 @@ def _predict_here(storage: Storage, prepared: PreparedSet, arguments: Sequence[A
     `arguments` are those of `CropPredictor`, as in `_predict_in_workers`.
     """
     predictor = CropPredictor(*arguments)
-    for info in storage.list(prepared.crops(storage), (".parquet",)):
-        yield from predictor(pa.table({"part": [info.uri]}))
+    yield from predictor(pa.table({"part": prepared.parts(storage)}))
 
 
 class _Worker(CropPredictor):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from typing import IO, Final
+from collections.abc import Callable, Iterator
+from typing import IO, Final, TypeVar
+
+T = TypeVar("T")
 
 PREFIX: Final = ".tmp-"
 """Prefix of the names of temporaries, which are never listed."""
@@ -31,15 +32,8 @@ def temporary_file(folder: str) -> Iterator[IO[bytes]]:
     """Yield an empty new file in `folder`, open; delete it at the end unless it was moved away."""
     os.makedirs(folder, exist_ok=True)
     _delete_stale(folder)
-    for attempt in itertools.count(1):
-        path = os.path.join(folder, PREFIX + uuid.uuid4().hex)
-        try:
-            file = open(path, "x+b")  # noqa: SIM115  # closed below
-        except FileNotFoundError:
-            if attempt == _MAX_ATTEMPTS:
-                raise
-            os.makedirs(folder, exist_ok=True)  # another process has deleted the empty folder
-            continue
+    while True:
+        path, file = _made(folder, lambda path: open(path, "x+b"))  # noqa: SIM115  # closed below
         with file:
             if not _lock_as_live(file, path):
                 continue  # another process considered it stale before it was locked
@@ -58,9 +52,8 @@ def temporary_folder_beside(path: str) -> Iterator[str]:
     os.makedirs(folder, exist_ok=True)
     _delete_stale(folder)
     while True:
-        temporary = os.path.join(folder, PREFIX + uuid.uuid4().hex)
+        temporary, _ = _made(folder, os.mkdir)
         lock = os.path.join(temporary, _LIVE)
-        os.mkdir(temporary)
         try:
             file = open(lock, "x+b")  # noqa: SIM115  # closed below
         except FileNotFoundError:
@@ -73,6 +66,23 @@ def temporary_folder_beside(path: str) -> Iterator[str]:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             return
+
+
+def _made(folder: str, make: Callable[[str], T]) -> tuple[str, T]:
+    """Return the path of a new temporary in `folder`, and what `make` returns for it.
+
+    Another process may delete the folder whenever it is empty.
+    """
+    num_attempts = 0
+    while True:
+        path = os.path.join(folder, PREFIX + uuid.uuid4().hex)
+        try:
+            return path, make(path)
+        except FileNotFoundError:
+            num_attempts += 1
+            if num_attempts == _MAX_ATTEMPTS:
+                raise
+            os.makedirs(folder, exist_ok=True)
 
 
 def _lock_as_live(file: IO[bytes], path: str) -> bool:

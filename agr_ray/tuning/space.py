@@ -15,6 +15,7 @@ from optuna.trial import Trial
 from pydantic import BaseModel, ValidationError
 
 from agr_ray.config import PAPER_POINT, ParameterConfig, Scalar, TrainJob, TuneConfig, TuneJob
+from agr_ray.config.section import first_message
 from agr_ray.errors import ConfigError
 from agr_ray.redact import shown
 from agr_ray.tuning.trials import ERROR_TASKS
@@ -118,7 +119,7 @@ def with_values(job: TrainJob, values: Mapping[str, Any]) -> TrainJob:
         return TrainJob(**data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, message = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        key, message = ".".join(str(part) for part in first["loc"]), first_message(error)
         if first["type"] == "value_error":
             raise ConfigError(f"{key}: {message}" if key else message) from None
         named = next((name for name in values if f"{key}.".startswith(f"{name}.")), key)

@@ -19,6 +19,7 @@ from agr_ray.storage import (
     Storage,
     StorageUnavailable,
 )
+from agr_ray.storage.temporary import temporary_folder_beside
 
 
 @pytest.fixture
@@ -119,6 +120,8 @@ def test_an_empty_folder_that_is_deleted_all_the_time_can_be_written_to(storage:
         for number in range(300):
             storage.write(str(folder / "lock.json"), b"%d" % number, if_absent=True)
             storage.delete(str(folder / "lock.json"))
+            with temporary_folder_beside(str(folder / "tree")):
+                pass
     finally:
         stop.set()
         thread.join()

@@ -61,7 +61,7 @@ class Head(nn.Module):
 
         Args:
             outputs: k outputs for n faces each, such as those of a crop and its mirror image.
-            weights: (k, n); each column sums to 1.
+            weights: (k, n), or (k, 1) if they are the same for all faces; each column sums to 1.
         """
         predictions = torch.stack([self.read_out(each) for each in outputs])
         shape = [*weights.shape] + [1] * (predictions.dim() - weights.dim())
