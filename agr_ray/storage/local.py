@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
@@ -21,7 +22,7 @@ from agr_ray.storage.errors import (
     StorageFailed,
     StorageUnavailable,
 )
-from agr_ray.storage.temporary import PREFIX
+from agr_ray.storage.temporary import PREFIX, in_folder
 from agr_ray.storage.uri import local_path, utf8_key, utf8_uri
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ class LocalBackend:
         """Rename a file; copy it if `target` is on another file system."""
         before, after = local_path(source), local_path(target)
         try:
-            os.makedirs(os.path.dirname(after), exist_ok=True)
-            os.replace(before, after)
+            in_folder(os.path.dirname(after), partial(os.replace, before, after))
             sync(os.path.dirname(after))
         except FileNotFoundError as error:
             raise MissingObject(f"{source} does not exist") from error

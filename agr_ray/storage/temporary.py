@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Final, TypeVar
 
 T = TypeVar("T")
@@ -30,10 +31,10 @@ _cleaned: set[tuple[int, str]] = set()
 @contextlib.contextmanager
 def temporary_file(folder: str) -> Iterator[IO[bytes]]:
     """Yield an empty new file in `folder`, open; delete it at the end unless it was moved away."""
-    os.makedirs(folder, exist_ok=True)
     _delete_stale(folder)
     while True:
-        path, file = _made(folder, lambda path: open(path, "x+b"))  # noqa: SIM115  # closed below
+        path = _new_name(folder)
+        file = in_folder(folder, partial(open, path, "x+b"))
         with file:
             if not _lock_as_live(file, path):
                 continue  # another process considered it stale before it was locked
@@ -49,10 +50,10 @@ def temporary_file(folder: str) -> Iterator[IO[bytes]]:
 def temporary_folder_beside(path: str) -> Iterator[str]:
     """Yield a new folder beside `path`; at the end, delete everything that was not moved out of it."""
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
     _delete_stale(folder)
     while True:
-        temporary, _ = _made(folder, os.mkdir)
+        temporary = _new_name(folder)
+        in_folder(folder, partial(os.mkdir, temporary))
         lock = os.path.join(temporary, _LIVE)
         try:
             file = open(lock, "x+b")  # noqa: SIM115  # closed below
@@ -68,21 +69,24 @@ def temporary_folder_beside(path: str) -> Iterator[str]:
             return
 
 
-def _made(folder: str, make: Callable[[str], T]) -> tuple[str, T]:
-    """Return the path of a new temporary in `folder`, and what `make` returns for it.
+def in_folder(folder: str, make: Callable[[], T]) -> T:
+    """Make `folder` if needed, and return what `make` returns, which puts the first file or folder into it.
 
-    Another process may delete the folder whenever it is empty.
+    Another process may delete the folder whenever it is empty, even between two steps of `os.makedirs`.
     """
     num_attempts = 0
     while True:
-        path = os.path.join(folder, PREFIX + uuid.uuid4().hex)
         try:
-            return path, make(path)
-        except FileNotFoundError:
+            os.makedirs(folder, exist_ok=True)
+            return make()
+        except (FileExistsError, FileNotFoundError):
             num_attempts += 1
             if num_attempts == _MAX_ATTEMPTS:
                 raise
-            os.makedirs(folder, exist_ok=True)
+
+
+def _new_name(folder: str) -> str:
+    return os.path.join(folder, PREFIX + uuid.uuid4().hex)
 
 
 def _lock_as_live(file: IO[bytes], path: str) -> bool:

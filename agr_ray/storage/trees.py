@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from agr_ray.storage import uri as uris
 from agr_ray.storage.atomic import sync
 from agr_ray.storage.backend import Backend, ObjectInfo
 from agr_ray.storage.errors import MissingObject, StorageFailed, StorageUnavailable
-from agr_ray.storage.temporary import OLD, temporary_folder_beside
+from agr_ray.storage.temporary import OLD, in_folder, temporary_folder_beside
 
 DEFAULT_MARKER: Final = "meta.json"
 """The file of a tree that is written last; its presence shows that the tree is complete."""
@@ -82,9 +83,8 @@ def move_folder(source: str, target: str) -> None:
     if not os.path.isdir(source):
         return
     try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
         try:
-            os.rename(source, target)
+            in_folder(os.path.dirname(target), partial(os.rename, source, target))
         except OSError as error:
             if error.errno != errno.EXDEV:  # `target` may be on another file system
                 raise

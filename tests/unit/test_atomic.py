@@ -107,24 +107,26 @@ def test_only_one_of_many_writers_succeeds_without_hard_links(tmp_path: Path, re
 
 
 def test_an_empty_folder_that_is_deleted_all_the_time_can_be_written_to(storage: Storage, tmp_path: Path) -> None:
-    folder = tmp_path / "work"
-    stop = threading.Event()
+    folder, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    code = (
+        "import sys, time; from agr_ray.storage import Storage\n"
+        "while True: Storage().delete_if_empty(sys.argv[1]); time.sleep(1e-4)"
+    )
 
-    def delete() -> None:
-        while not stop.is_set():
-            storage.delete_if_empty(str(folder))
-
-    thread = threading.Thread(target=delete)
-    thread.start()
-    try:
-        for number in range(300):
-            storage.write(str(folder / "lock.json"), b"%d" % number, if_absent=True)
-            storage.delete(str(folder / "lock.json"))
-            with temporary_folder_beside(str(folder / "tree")):
-                pass
-    finally:
-        stop.set()
-        thread.join()
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)]) as deleter:
+        try:
+            for number in range(500):
+                storage.write(str(folder / "lock.json"), b"%d" % number, if_absent=True)
+                storage.move(str(folder / "lock.json"), str(elsewhere / "lock.json"))
+                storage.move(str(elsewhere / "lock.json"), str(folder / "lock.json"))
+                storage.delete(str(folder / "lock.json"))
+                with temporary_folder_beside(str(folder / "tree")):
+                    pass
+                (tmp_path / "tree").mkdir()
+                storage.move_tree(str(tmp_path / "tree"), str(folder / "tree"))
+                (folder / "tree").rmdir()
+        finally:
+            deleter.kill()
 
 
 def test_a_conflict_counts_even_if_the_name_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
