@@ -34,7 +34,7 @@ def temporary_file(folder: str) -> Iterator[IO[bytes]]:
     _delete_stale(folder)
     while True:
         path = _new_name(folder)
-        file = in_folder(folder, partial(open, path, "x+b"))
+        file = in_folder(folder, partial(_new_file, path))
         with file:
             if not _lock_as_live(file, path):
                 continue  # another process considered it stale before it was locked
@@ -87,6 +87,10 @@ def in_folder(folder: str, make: Callable[[], T]) -> T:
 
 def _new_name(folder: str) -> str:
     return os.path.join(folder, PREFIX + uuid.uuid4().hex)
+
+
+def _new_file(path: str) -> IO[bytes]:
+    return open(path, "x+b")
 
 
 def _lock_as_live(file: IO[bytes], path: str) -> bool:
