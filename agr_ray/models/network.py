@@ -25,6 +25,7 @@ from agr_ray.models.backbones.base import Backbone
 from agr_ray.models.head_pose import NUM_POSE_FEATURES, pose_features
 from agr_ray.models.heads.base import Head
 from agr_ray.models.heads.routed_age import RoutedAge
+from agr_ray.models.precision import in_float32
 from agr_ray.registry import ATTENTION, BACKBONES, HEADS, NECKS, head_name
 
 Outputs: TypeAlias = Mapping[str, Any]
@@ -100,7 +101,7 @@ class MultiTaskNet(nn.Module):
             pose_degrees: as in `pose_features`; only `model.head_pose` uses it.
         """
         features = self.features(images_nchw)
-        with torch.autocast(features.device.type, enabled=False):
+        with in_float32(features.device):
             features = self.dropout(features.float())
             if self.config.head_pose:
                 features = torch.cat([features, pose_features(pose_degrees, features)], dim=1)

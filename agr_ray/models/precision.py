@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from agr_ray.device import has_bfloat16
@@ -11,6 +13,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the autocast context of a `precision`; for float32, it is disabled."""
     dtype = compute_dtype(device, precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def in_float32(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context without autocast; PyTorch's meta device, on which networks are only counted, has none."""
+    is_available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if is_available else contextlib.nullcontext()
 
 
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:

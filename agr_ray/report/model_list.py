@@ -31,7 +31,7 @@ def models() -> None:
     for name, preset in PRESETS.items():
         config = ModelConfig(preset=name)
         try:
-            sizes = [millions(each) for each in network_size(MultiTaskNet(config, UTKFACE).eval())]
+            sizes = [millions(each) for each in preset_size(config)]
         except ConfigError as error:  # a package is missing
             missing.append(str(error))
             sizes = ["", ""]
@@ -58,6 +58,12 @@ def kinds() -> dict[str, Registry]:
     return {"backbone": BACKBONES, "attention": ATTENTION, "neck": NECKS, "age_head": HEADS["age"]}
 
 
+def preset_size(config: ModelConfig) -> tuple[int, int]:
+    """Return the numbers of parameters and multiply-adds of a network, without allocating or computing anything."""
+    with torch.device("meta"):
+        return network_size(MultiTaskNet(config, UTKFACE).eval())
+
+
 def network_size(network: MultiTaskNet) -> tuple[int, int]:
     """Return the numbers of parameters, and of multiply-adds for one image, of a network in evaluation mode."""
     side = network.config.image_size
@@ -67,7 +73,7 @@ def network_size(network: MultiTaskNet) -> tuple[int, int]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), counter:
-            network(torch.zeros(1, 3, side, side))
+            network(torch.zeros(1, 3, side, side, device=next(network.parameters()).device))
     finally:
         torch.backends.mha.set_fastpath_enabled(is_fast)
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
@@ -82,7 +88,8 @@ def part_size(kind: str, name: str) -> int:
         "neck": (_CHANNELS,),
         "age_head": (_CHANNELS[-1], "age", UTKFACE),
     }[kind]
-    return sum(p.numel() for p in build(*arguments).parameters())
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(*arguments).parameters())
 
 
 def source(part: Callable[..., Any]) -> str:

@@ -2,7 +2,7 @@
 
     OUT/
       comparison.html, comparison.parquet    the result (`report.comparison`)
-      comparison.json                        the settings that all runs share
+      comparison.json                        the settings that all runs share, and those of each preset
       runs/PRESET-SEED/                      each run's training (`runtime.train`)
       evaluations/PRESET-SEED/               its predictions for the compared split; metrics.json is written last
 
@@ -11,9 +11,10 @@ A run whose evaluation is complete is not repeated, and an unfinished one resume
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import ray
@@ -71,7 +72,7 @@ def compare(job: CompareJob) -> str:
     expiry_s = job.train.lock_expiry_s
     lock_uri = storage.join(out, "lock.json")
     with run_lock(storage, lock_uri, f"comparison {out}", expiry_s=expiry_s, console=console) as lock:
-        _check_settings(job, storage, out, prepared)
+        store_settings(job, storage, out, prepared, runs)
         failures: dict[str, str] = {}
         todo = {name: run for name, run in runs.items() if not _is_measured(storage, out, name)}
         console.print(f"comparison {out}: {len(runs)} runs, {len(runs) - len(todo)} already complete")
@@ -179,29 +180,44 @@ def _settings(job: CompareJob) -> dict[str, Any]:
     }
 
 
-def _check_settings(job: CompareJob, storage: Storage, out: str, prepared: PreparedSet) -> None:
-    """Store the shared settings, or check that the folder holds a comparison with the same ones.
+def store_settings(
+    job: CompareJob, storage: Storage, out: str, prepared: PreparedSet, runs: Mapping[str, TrainJob]
+) -> None:
+    """Store the settings, or check that the folder holds a comparison with the same ones, and add those of new presets.
 
     Raises:
-        ConfigError: it holds another one; the message names a setting.
+        ConfigError: it holds another comparison, or a preset was defined otherwise; the message names a setting.
     """
-    settings = _settings(job) | {"data": prepared.digest}
+    presets = {run.model.preset: _preset_settings(run) for run in runs.values()}
+    settings = json.loads(json.dumps(_settings(job) | {"data": prepared.digest, "presets": presets}))
     uri = storage.join(out, RECORD)
-    try:
+    with contextlib.suppress(MissingObject):
         before = json.loads(storage.read(uri))
-    except MissingObject:
-        storage.write(uri, json.dumps(settings, indent=1).encode())
-        return
-    for section, values in json.loads(json.dumps(settings)).items():
-        theirs = before.get(section)
-        if theirs == values:
-            continue
-        if isinstance(values, dict) and isinstance(theirs, dict):
-            key = next(key for key in sorted({*values, *theirs}) if theirs.get(key) != values.get(key))
-            section, theirs, values = f"{section}.{key}", theirs.get(key), values.get(key)
-        raise ConfigError(
-            f"compare.out {out}: holds a comparison with {section} {theirs}, not {values}; choose another folder"
-        )
+        settings["presets"] = before["presets"] | settings["presets"]
+        for section, values in settings.items():
+            theirs = before.get(section)
+            if section == "presets":
+                values = {name: each for name, each in values.items() if name in theirs}
+            if theirs != values:
+                raise ConfigError(
+                    f"compare.out {out}: holds a comparison with {_difference(section, theirs, values)}; choose "
+                    "another folder"
+                )
+    storage.write(uri, json.dumps(settings, indent=1).encode())
+
+
+def _preset_settings(run: TrainJob) -> dict[str, Any]:
+    """Return what a preset stands for: its network, and the training settings that it changes."""
+    own = with_preset({"model": {"preset": run.model.preset}})["train"]
+    return {"model": run.model.model_dump(mode="json"), "train": own}
+
+
+def _difference(key: str, theirs: object, ours: object) -> str:
+    """Return the first setting that differs and both values: `train.lr 0.001, not 0.01`."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        name = next(name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name))
+        return _difference(f"{key}.{name}", theirs.get(name), ours.get(name))
+    return f"{key} {theirs}, not {ours}"
 
 
 def _check_split(prepared: PreparedSet, job: CompareJob) -> None:

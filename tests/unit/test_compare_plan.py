@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from agr_ray.config.presets import PRESETS
 from agr_ray.data.prepared import open_prepared
 from agr_ray.errors import ConfigError
 from agr_ray.models.backbones.inception_resnet import InceptionResNet
-from agr_ray.runtime.compare import plan_runs
+from agr_ray.runtime.compare import RECORD, plan_runs, store_settings
 from agr_ray.storage import Storage
 
 
@@ -31,6 +32,29 @@ def planned(
     storage = Storage()
     runs, skipped = plan_runs(job, storage, job.compare.out, open_prepared(storage, str(data), "train.data"))
     return list(runs), skipped
+
+
+def test_new_presets_join_a_comparison_but_one_with_a_changed_definition_is_rejected(tmp_path: Path) -> None:
+    data = prepared_set(tmp_path / "set", race="white")
+    storage, out = Storage(), tmp_path / "out"
+
+    def store(*presets: str) -> None:
+        job = CompareJob(
+            compare=CompareConfig(out=str(out), presets=presets), train=TrainConfig(data=str(data), epochs=3)
+        )
+        prepared = open_prepared(storage, str(data), "train.data")
+        store_settings(job, storage, str(out), prepared, plan_runs(job, storage, str(out), prepared)[0])
+
+    store("paper")
+    store("cbam", "vgg16_transfer")
+    record = json.loads((out / RECORD).read_bytes())
+    assert list(record["presets"]) == ["paper", "cbam", "vgg16_transfer"]
+    record["presets"]["cbam"]["model"]["dropout"] = 0.125
+    (out / RECORD).write_text(json.dumps(record))
+
+    store("paper")
+    with pytest.raises(ConfigError, match=r"holds a comparison with presets\.cbam\.model\.dropout 0\.125, not "):
+        store("paper", "cbam")
 
 
 def test_all_presets_with_the_first_seed_come_first(tmp_path: Path) -> None:

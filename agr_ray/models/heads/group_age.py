@@ -41,7 +41,7 @@ class GroupAge(Head):
         spans = torch.tensor(space.age_ranges_years, dtype=torch.float32)
         middles = spans.mean(dim=1)
         if space.age_ranges_years[-1][1] == AGE_MAX_YEARS:
-            middles[-1] = min(float(spans[-1, 0]) + _OPEN_YEARS, AGE_MAX_YEARS)
+            middles[-1] = min(space.age_ranges_years[-1][0] + _OPEN_YEARS, AGE_MAX_YEARS)
         self.register_buffer("group_years", middles)
         self.register_buffer("edges_years", (spans[:-1, 1] + spans[1:, 0]) / 2, persistent=False)
 
