@@ -81,7 +81,7 @@ def in_folder(folder: str, make: Callable[[], T]) -> T:
             return make()
         except (FileExistsError, FileNotFoundError):
             num_attempts += 1
-            if num_attempts == _MAX_ATTEMPTS:
+            if num_attempts == _MAX_ATTEMPTS or os.path.isfile(folder):
                 raise
 
 
@@ -113,7 +113,7 @@ def _delete_stale(folder: str) -> None:
             temporaries = [
                 (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries if entry.name.startswith(PREFIX)
             ]
-    except FileNotFoundError:  # another process has deleted the empty folder
+    except (FileNotFoundError, NotADirectoryError):  # the folder is yet to be made, or can't be
         return
     for path, is_folder in temporaries:
         # Any error means that its writer is alive, or that we may not delete it.
