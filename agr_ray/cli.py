@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 from agr_ray import __version__
 from agr_ray.config import (
     CompareJob,
+    CrossValidateJob,
     EvaluateJob,
     ImportJob,
     Job,
@@ -49,6 +50,9 @@ COMMANDS = {
     "train": Command("face crops -> a checkpoint", TrainJob, "agr_ray.runtime.train:train"),
     "tune": Command("search for better settings with many trainings", TuneJob, "agr_ray.runtime.tune:tune"),
     "compare": Command("train the paper's networks on the same data", CompareJob, "agr_ray.runtime.compare:compare"),
+    "cross-validate": Command(
+        "train and test a network for each fold", CrossValidateJob, "agr_ray.runtime.cross_validate:cross_validate"
+    ),
     "evaluate": Command("measure and calibrate a checkpoint", EvaluateJob, "agr_ray.runtime.evaluate:evaluate"),
     "score": Command("a folder or bucket of photographs -> Parquet tables", ScoreJob, "agr_ray.runtime.score:score"),
     "predict": Command("a few photographs -> a table and annotated copies", PredictJob, "agr_ray.report.faces:predict"),
@@ -205,4 +209,4 @@ def _usage() -> str:
         "recipes": "list or print the built-in recipes",
         "models": "list the networks of the paper's tables, and the parts that they are made of",
     }
-    return _USAGE.format(commands="\n".join(f"  {name:10} {summary}" for name, summary in rows.items()))
+    return _USAGE.format(commands="\n".join(f"  {name:14} {summary}" for name, summary in rows.items()))

@@ -220,7 +220,23 @@ ADIENCE: Final = LabelSpace(
 )
 """Eidinger, Enbar and Hassner, "Age and Gender Estimation of Unfiltered Faces", IEEE TIFS 2014."""
 
-SPACES: Final[Mapping[str, LabelSpace]] = {space.name: space for space in (UTKFACE, FAIRFACE, ADIENCE)}
+MORPH2: Final = LabelSpace(
+    name="morph2",
+    races=("white", "black", "asian", "hispanic", "others"),
+    age_groups=("0-19", "20-29", "30-39", "40-49", "50+"),
+)
+"""Ricanek and Tesafaye, "MORPH: A Longitudinal Image Database of Normal Adult Age-Progression", FG 2006. Age groups are
+those of its tables; nobody is younger than 15."""
+
+FGNET: Final = LabelSpace(
+    name="fgnet",
+    races=(),
+    age_groups=("0-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60+"),
+)
+"""Lanitis, Taylor and Cootes, "Toward Automatic Simulation of Aging Effects on Face Images", IEEE TPAMI 2002. Decades,
+by which errors on it are usually reported; it has no race labels."""
+
+SPACES: Final[Mapping[str, LabelSpace]] = {space.name: space for space in (UTKFACE, FAIRFACE, ADIENCE, MORPH2, FGNET)}
 """The built-in label spaces by name."""
 
 RACE_MAPPINGS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
@@ -233,9 +249,16 @@ RACE_MAPPINGS: Final[Mapping[tuple[str, str], Mapping[str, str]]] = {
         "indian": "indian",
         "middle_eastern": "others",
     },
+    ("morph2", "utkface"): {
+        "white": "white",
+        "black": "black",
+        "asian": "asian",
+        "hispanic": "others",
+    },
 }
-"""(from, to) -> the race of `to` for each race of `from`.
-UTKFace's `others` includes Hispanic, Latino and Middle Eastern."""
+"""(from, to) -> the race of `to` for each race of `from`; a race that is left out becomes a missing label.
+UTKFace's `others` includes Hispanic, Latino and Middle Eastern. MORPH II does not say who its `others` are: they may be
+Indian, which is a class of UTKFace's."""
 
 
 def race_mapping(source: LabelSpace, target: LabelSpace) -> dict[str, str]:

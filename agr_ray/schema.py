@@ -79,6 +79,11 @@ BOX: Final = pa.list_(pa.float32(), 4)
 LANDMARKS: Final = pa.list_(pa.float32(), 2 * len(LANDMARK_NAMES))
 """x, y of each of `LANDMARK_NAMES` in turn, in pixels of the original image, upright."""
 
+HASH_WORDS: Final = 2
+
+PERCEPTUAL_HASH: Final = pa.list_(pa.int64(), HASH_WORDS)
+"""64 bits each of the upper and of the lower half of an aligned face, as signed numbers, which all readers know."""
+
 ROTATION_DEGREES: Final = pa.field("rotation_degrees", pa.int32())
 """Clockwise rotation (0, 90, 180 or 270) in which the faces were found; always 0 without `vision.try_rotations`.
 Boxes and landmarks are in pixels of the image before this rotation. Null if the image was not decoded."""
@@ -107,7 +112,8 @@ MANIFEST: Final = pa.schema(
         pa.field("source", pa.string(), nullable=False),
         pa.field("content_hash", pa.string()),  # SHA-256 of the bytes, hex; null where they were not read
         pa.field("group_id", pa.string()),  # subject where known, else content hash; one group, one split
-        pa.field("split", pa.string()),  # one of SPLITS; null: in none (rejected, or left out by sampling)
+        pa.field("split", pa.string()),  # one of SPLITS; null: in none (rejected, or left out)
+        pa.field("fold", pa.int32()),  # of the source's own folds for cross-validation, from 0; null: it has none
         *LABEL_FIELDS,
         *AGE_RANGE_FIELDS,
         pa.field("status", pa.string(), nullable=False),  # ok, or why the row is rejected before it is read
@@ -131,6 +137,12 @@ QUALITY_FIELDS: Final = (
     pa.field("sharpness", pa.float32()),  # variance of the Laplacian of the aligned face
 )
 
+FINGERPRINT_FIELDS: Final = (
+    pa.field("perceptual_hash", pa.uint64()),  # of the aligned face, vision.perceptual_hash; null: it is of one colour
+    pa.field("thumbnail", pa.binary(256)),  # 16 x 16 grey pixels of the aligned face, row after row
+)
+"""By which near-duplicates are found; null unless the status is one of CROP_STATUSES."""
+
 CROPS: Final = pa.schema(
     [
         *MANIFEST,
@@ -143,15 +155,30 @@ CROPS: Final = pa.schema(
         pa.field("box", BOX),
         pa.field("landmarks", LANDMARKS),
         *QUALITY_FIELDS,
+        *FINGERPRINT_FIELDS,
     ]
 )
 """One row for each manifest row, whatever happened to it."""
+
+NEAR_DUPLICATES: Final = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),  # from which split.near_duplicates = "exclude" removes it
+        pa.field("near_key", pa.string(), nullable=False),  # the likest image of a split that is held out from it
+        pa.field("near_split", pa.string(), nullable=False),
+        pa.field("distance_bits", pa.int32(), nullable=False),  # bits in which the perceptual hashes differ, of 64
+        pa.field("likeness", pa.float32(), nullable=False),  # correlation of the thumbnails
+    ]
+)
+"""One row for each image with a near-duplicate in a split that is held out from it: val or test from train, test from
+val."""
 
 CLASS_PROBS: Final = pa.map_(pa.string(), pa.float32())
 """Class -> probability, in the order of the label space. A map names its classes, so it fits every label space."""
 
 PREDICTION_FIELDS: Final = (
     pa.field("age_pred", pa.float32()),
+    pa.field("age_spread", pa.float32()),  # standard deviation of the predicted ages, years; null: no distribution
     pa.field("p_male", pa.float32()),
     pa.field("gender_pred", pa.string()),
     pa.field("race_pred", pa.string()),
@@ -168,6 +195,8 @@ PREDICTIONS: Final = pa.schema(
         pa.field("num_faces", pa.int32()),
         *QUALITY_FIELDS,
         *PREDICTION_FIELDS,
+        pa.field("detector_score", pa.float32()),  # null, like box, if no face was detected
+        pa.field("box", BOX),
     ]
 )
 """One row for each labelled crop: truth beside prediction. A task without a head predicts null."""
@@ -190,6 +219,7 @@ FACE: Final = pa.struct(
         pa.field("race_probs", CLASS_PROBS),  # like p_male, calibrated if the model is
         pa.field("abstain", pa.list_(pa.string())),  # those of gender and race that are too uncertain to be counted
         pa.field("flags", pa.list_(pa.string())),  # of FLAGS: reasons not to count this face at all
+        pa.field("perceptual_hash", PERCEPTUAL_HASH),  # of the crop's pixels; null unless it is to be published
     ]
 )
 
@@ -256,6 +286,8 @@ DEMOGRAPHICS: Final = pa.schema(
         pa.field("correction", pa.string()),  # why share_corrected is null
         pa.field("suppressed", pa.bool_(), nullable=False),  # n is hidden
         *(pa.field(name, pa.int64()) for name in DEMOGRAPHIC_COUNTS),  # of the group; abstained: of the breakdown
+        pa.field("n_unique", pa.int64()),  # n, but near-duplicates count once; null: not counted, or suppressed
+        pa.field("num_unique", pa.int64()),  # of the group: distinct faces that passed the gates; null likewise
     ]
 )
 """One row for each cell of a breakdown of a group; the grouping columns, strings, come first."""
@@ -307,6 +339,77 @@ COMPARISON: Final = pa.schema(
 )
 """One row for each preset. Differences are from `paper` or, without it, the first preset, on the same images;
 `_cited` is what the paper cites, from other data and protocols."""
+
+FOLD_METRICS: Final = (
+    *("age_mae_years", "age_within_5", "age_exact_group", "age_one_off"),
+    *("gender_accuracy", "race_accuracy"),
+)
+
+FOLDS: Final = pa.schema(
+    [
+        pa.field("fold", pa.string(), nullable=False),
+        pa.field("num_train", pa.int64(), nullable=False),  # images
+        pa.field("num_val", pa.int64(), nullable=False),
+        pa.field("num_test", pa.int64(), nullable=False),
+        pa.field(
+            "num_left_out", pa.int64(), nullable=False
+        ),  # of training: near-duplicates or people of the test images
+        *(pa.field(metric, pa.float64()) for metric in FOLD_METRICS),
+    ]
+)
+"""One row for each fold of a cross-validation; a metric without labels is null."""
+
+FOLD_SUMMARY: Final = pa.schema(
+    [
+        pa.field("metric", pa.string(), nullable=False),  # of FOLD_METRICS
+        pa.field("num_folds", pa.int64(), nullable=False),  # that have the metric
+        pa.field("mean", pa.float64(), nullable=False),  # of the folds' values
+        pa.field("std", pa.float64()),  # of the folds' values, with n - 1; null: one fold
+        pa.field("standard_error", pa.float64()),  # std / sqrt(num_folds)
+        pa.field("pooled", pa.float64(), nullable=False),  # over the images of all folds
+    ]
+)
+"""One row for each metric of a cross-validation."""
+
+STRESSED_METRICS: Final = ("age_mae_years", "age_bias_years", "age_within_5", "gender_accuracy", "race_accuracy")
+
+CLEAN: Final = "clean"
+"""Stands for the uncorrupted images in the column `corruption` of STRESS."""
+YAW: Final = "yaw"
+"""Stands there for a bin of head poses of the uncorrupted images."""
+
+STRESS_PREDICTIONS: Final = pa.schema(
+    [MANIFEST.field("image_id"), *(field for field in PREDICTION_FIELDS if field.name != "precision")]
+)
+"""One row for each image of a stress test, under one corruption of one severity."""
+
+STRESS: Final = pa.schema(
+    [
+        pa.field("corruption", pa.string(), nullable=False),  # CLEAN, a corruption, or YAW
+        pa.field("severity", pa.int32(), nullable=False),  # 0 for CLEAN, 1 to 5; for YAW, the bin from 1
+        pa.field("level", pa.string(), nullable=False),  # what the severity is, such as `16 px of the face`
+        pa.field("n", pa.int64(), nullable=False),  # images, with or without labels
+        *(
+            pa.field(f"{metric}{part}", pa.float64())  # a share is a fraction; null: no such label or head
+            for metric in STRESSED_METRICS
+            for part in ("", "_low", "_high", "_difference", "_difference_low", "_difference_high")
+        ),
+    ]
+)
+"""One row for each condition of a stress test. `_low` and `_high` are 95 % intervals over persons, null with fewer than
+two. Differences are from CLEAN on the same images, and null for CLEAN and YAW."""
+
+NEAREST: Final = pa.schema(
+    [
+        MANIFEST.field("image_id"),
+        MANIFEST.field("key"),
+        pa.field("nearest_by_features", pa.string(), nullable=False),  # key of a training image
+        pa.field("cosine", pa.float32(), nullable=False),  # of the two images' features, less the mean of all
+        pa.field("nearest_by_hash", pa.string(), nullable=False),  # key of a training image
+        pa.field("distance_bits", pa.int32(), nullable=False),  # bits in which the perceptual hashes differ, of 64
+    ]
+)
+"""One row for each measured image, beside the training images that it is most like."""
 
 TrialState = Literal["complete", "pruned", "failed", "unfinished"]
 

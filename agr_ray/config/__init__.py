@@ -6,12 +6,14 @@ One recipe serves every job: a job uses its own sections, and only validates the
 from agr_ray.config.architecture import ModelConfig, PredictConfig
 from agr_ray.config.command_line import did_you_mean, fail, one_line
 from agr_ray.config.comparing import CompareConfig
+from agr_ray.config.cross_validation import CrossValidateConfig
 from agr_ray.config.evaluation import EvaluateConfig, Split
 from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
 from agr_ray.config.jobs import (
     SECTIONS,
     ClusterJob,
     CompareJob,
+    CrossValidateJob,
     EvaluateJob,
     ImportJob,
     Job,
@@ -41,6 +43,8 @@ __all__ = [
     "ClusterJob",
     "CompareConfig",
     "CompareJob",
+    "CrossValidateConfig",
+    "CrossValidateJob",
     "EvaluateConfig",
     "EvaluateJob",
     "GatesConfig",

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 from pydantic_settings import CliSettingsSource
 
 from agr_ray.config.jobs import Job
-from agr_ray.config.section import ONE_OR_SEVERAL
+from agr_ray.config.section import ONE_OR_SEVERAL, FollowingWords
 from agr_ray.redact import redacted
 
 
@@ -180,41 +180,37 @@ def _underscored(argument: str) -> str:
 
 
 def _joined(argv: Sequence[str], job: type[Job]) -> list[str]:
-    """Join the values of a repeated path option into one JSON list, because pydantic-settings keeps only the last.
+    """Join the values of each path option into one JSON list, because pydantic-settings keeps only the last.
 
-    Commas do not separate paths, because a path may contain one.
+    A path option may be repeated, and some take several words (`FollowingWords`). Commas do not separate paths, because
+    a path may contain one.
     """
-    paths = _paths(job)
-    flags = {f"--{key}" for key in paths} | {job.option(key) for key in paths}
+    keys = {flag: key for key in _paths(job) for flag in (f"--{key}", job.option(key))}
     others: list[str] = []
-    values: list[str] = []
-    words = iter(argv)
-    for word in words:
+    values: dict[str, list[str]] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         flag, equals, value = word.partition("=")
-        if flag not in flags:
+        if flag not in keys or not (equals or words):
             others.append(word)
-        elif equals:
-            values.append(value)
-        else:
-            following = next(words, None)
-            if following is None:
-                others.append(word)
-            else:
-                values.append(following)
-    if not values:
-        return others
-    flag = min(flags)
-    return [*others, f"{flag}={values[0] if len(values) == 1 else json.dumps(values)}"]
+            continue
+        own = values.setdefault(keys[flag], [])
+        own.append(value if equals else words.pop(0))
+        while _paths(job)[keys[flag]] and words and not words[0].startswith("-"):
+            own.append(words.pop(0))
+    joined = {key: each[0] if len(each) == 1 else json.dumps(each) for key, each in values.items()}
+    return [*others, *(f"--{key}={value}" for key, value in joined.items())]
 
 
-def _paths(job: type[Job]) -> list[str]:
-    """Return the dotted keys of options that take one or several paths."""
-    return [
-        f"{name}.{key}"
+def _paths(job: type[Job]) -> dict[str, bool]:
+    """Return the dotted keys of options that take one or several paths, and whether several words may follow one."""
+    return {
+        f"{name}.{key}": FollowingWords in field.metadata
         for name, section in job.sections().items()
         for key, field in section.model_fields.items()
         if ONE_OR_SEVERAL in field.metadata
-    ]
+    }
 
 
 def one_line(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliImplicitFlag,
@@ -16,13 +16,14 @@ from pydantic_settings import (
 
 from agr_ray.config.architecture import ModelConfig, PredictConfig
 from agr_ray.config.comparing import CompareConfig
+from agr_ray.config.cross_validation import CrossValidateConfig
 from agr_ray.config.evaluation import EvaluateConfig
 from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
 from agr_ray.config.label_space import LabelsConfig
 from agr_ray.config.presets import with_preset
 from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
-from agr_ray.config.section import MAX_INT, Section
+from agr_ray.config.section import MAX_INT, Section, first_message
 from agr_ray.config.source import SourceConfig, SplitConfig
 from agr_ray.config.training import AugmentConfig, LossConfig, TrainConfig
 from agr_ray.config.tuning import TuneConfig
@@ -46,6 +47,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,
+    "cross_validate": CrossValidateConfig,
     "gates": GatesConfig,
     "score": ScoreConfig,
 }
@@ -92,6 +94,10 @@ class Job(BaseSettings):
         """Return the dotted keys of the options that need no prefix, by option."""
         own = SECTIONS[cls.own].model_fields if cls.own else {}
         return {name: f"{cls.own}.{name}" for name in own} | dict(cls.also)
+
+    def needed(self) -> Sequence[str]:
+        """Return the dotted keys that must be set, given the values of the others."""
+        return self.required
 
     @classmethod
     def option(cls, key: str) -> str:
@@ -217,6 +223,7 @@ class PrepareJob(ClusterJob):
     example = "agr-ray prepare --config utkface_lite --source.uri UTKFACE --out data/utkface"
     essentials = (
         *("source.kind", "source.uri", "source.labels", "labels.space", "split.val", "split.test", "split.sample"),
+        "split.near_duplicates",
         *("vision.detector", "vision.min_face_px", "prepare.out", "prepare.crop_side_px", "prepare.num_workers"),
     )
     source: SourceConfig = SourceConfig()
@@ -340,10 +347,55 @@ class CompareJob(ClusterJob):
         return self
 
 
+class CrossValidateJob(ClusterJob):
+    """Train a network for each fold of a prepared set, and test it on the fold: mean and deviation over the folds.
+
+    predictions.parquet holds each image's prediction by the network that did not see it. Run the same command again to
+    resume a cross-validation that was killed.
+    """
+
+    own = "cross_validate"
+    also: ClassVar[Mapping[str, str]] = {"data": "train.data", "preset": "model.preset"}
+    required = ("train.data",)
+    example = "agr-ray cross-validate --data data/adience --protocol published_folds --out cv-adience"
+    essentials = (
+        *("train.data", "cross_validate.out", "cross_validate.protocol", "cross_validate.folds", "cross_validate.val"),
+        *("cross_validate.near_duplicates", "cross_validate.max_concurrent", "model.preset", "model.image_size"),
+        *("train.epochs", "train.batch_size", "train.lr", "train.use_gpu"),
+    )
+    labels: LabelsConfig = LabelsConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    cross_validate: CrossValidateConfig = CrossValidateConfig()
+
+    @property
+    def training(self) -> TrainJob:
+        """Return the training of a fold, whose data, folder and name are not set yet."""
+        sections = ("storage", "cluster", "labels", "model", "loss", "augment", "train", "predict")
+        return TrainJob(**{name: getattr(self, name) for name in sections})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        return with_preset(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _can_train(self) -> Self:
+        try:
+            _ = self.training
+        except ValidationError as error:
+            raise ValueError(first_message(error)) from None
+        return self
+
+
 class EvaluateJob(ClusterJob):
     """Measure a checkpoint on a split of any prepared set, beside majority and median baselines.
 
-    Settings of [predict] that are not given come from the checkpoint.
+    Settings of [predict] that are not given come from the checkpoint. --compare A B measures two checkpoints, or takes
+    two earlier evaluations, and compares them on the same images, overall and by group.
     """
 
     own = "evaluate"
@@ -353,11 +405,15 @@ class EvaluateJob(ClusterJob):
         f"evaluate.{name}"
         for name in (
             *("checkpoint", "data", "split", "out", "calibrate", "coverage", "abstain_risk", "correct_age"),
-            *("allow_overlap", "num_workers", "use_gpu"),
+            *("compare", "stress", "explain", "allow_overlap", "num_workers", "use_gpu"),
         )
     )
     predict: PredictConfig = PredictConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    def needed(self) -> Sequence[str]:
+        """Return the dotted keys that must be set: none if two models are compared, which may have been evaluated."""
+        return () if self.evaluate.compare else self.required
 
 
 class ScoreJob(ClusterJob):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class LabelsConfig(Section):
     """Races and age groups. By default, those of the source or of the prepared sets."""
 
-    space: Literal["", "utkface", "fairface", "adience"] = ""
+    space: Literal["", "utkface", "fairface", "adience", "morph2", "fgnet"] = ""
     """Built-in label space. `prepare` needs it for the source `folder` only (empty: utkface). `train` needs it for
     prepared sets of different label spaces, whose races are mapped onto it by a fixed table."""
     races: tuple[str, ...] | None = None

@@ -107,7 +107,7 @@ def parse(
         built = job(**_merged(with_chosen_preset(_read_recipe(recipe, job, storage, read), overrides), overrides))
     except ValidationError as error:
         raise ConfigError(redacted(_describe(error, job), environ=environ)) from None
-    for key in job.required:
+    for key in built.needed():
         if not reduce(getattr, key.split("."), built):
             if key in job.positional:
                 raise ConfigError(f"{key} missing: {_help_of(job, key)} For example: {job.example}")

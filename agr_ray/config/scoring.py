@@ -9,6 +9,8 @@ from pydantic_settings import CliImplicitFlag
 
 from agr_ray.config.section import MAX_INT, Fraction, NonNegativeFloat, PositiveInt, Section, Timeout
 
+NearDuplicates = Literal["off", "count", "publish"]
+
 
 class ScoreConfig(Section):
     """Scoring of photographs: one row for each image."""
@@ -50,6 +52,10 @@ class ScoreConfig(Section):
     min_cell: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     """Hide cells of demographic tables with fewer faces than this, and other cells from which they could be computed;
     0: none. Only protects people together with aggregate_only."""
+    near_duplicates: NearDuplicates = "count"
+    """`count`: demographic tables also have n_unique, in which near-duplicate photographs of a face count once. A
+    perceptual hash of its pixels finds them. With min_cell, cells of few distinct faces are hidden. `publish`: also
+    write the hashes into images/ and faces/; rejected with pseudonymise. `off`: faces are not hashed."""
     aggregate_only: bool = False
     """Publish only demographic tables and counts, no rows of images or faces. Requires pseudonymise and ledger."""
     ledger: str = ""

@@ -53,6 +53,13 @@ Address = Annotated[str | None, AfterValidator(_without_login)]
 ONE_OR_SEVERAL: Final = BeforeValidator(_one_or_several)
 OneOrSeveral = Annotated[str, ONE_OR_SEVERAL]
 """A plain string, because pydantic-settings would split a union type at commas and parse 7 as a number."""
+
+
+class FollowingWords:
+    """Marks a `OneOrSeveral` field whose option takes all words up to the next option: `--compare A B`."""
+
+
+SeveralWords = Annotated[OneOrSeveral, FollowingWords]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_INT = 2**31 - 1
 """Largest integer that any knob accepts: some parts of torch, OpenCV and Ray accept no larger one."""

@@ -15,19 +15,21 @@ MISSING_VALUES: Final = ("nan", "none", "na", "n/a", "#n/a", "<na>", "null", "-1
 class SourceConfig(Section):
     """The labelled photographs."""
 
-    kind: Literal["utkface", "fairface", "adience", "folder"] = "folder"
-    """`utkface`: labels are in the file names; `fairface` and `adience`: labels are in the files that the data set
-    publishes; `folder`: labels are in a CSV or Parquet table beside the images."""
+    kind: Literal["utkface", "fairface", "adience", "morph2", "fgnet", "folder"] = "folder"
+    """`utkface` and `fgnet`: labels are in the file names; `fairface`, `adience` and `morph2`: labels are in the files
+    that the data set publishes; `folder`: labels are in a CSV or Parquet table beside the images."""
     uri: str = ""
     """Folder or bucket prefix of the images, read with its subfolders."""
     name: str = ""
     """Name of the source in tables and reports; empty: its kind."""
     labels: str = ""
-    """`folder` only: URI of the label table, .csv, .tsv or .parquet; empty: the one labels.csv, labels.tsv or
-    labels.parquet in the folder."""
+    """`folder`: URI of the label table, .csv, .tsv or .parquet; empty: the one labels.csv, labels.tsv or labels.parquet
+    in the folder. `morph2`: URI of its CSV file; empty: morph_2008_nonCommercial.csv in the folder. `utkface`: folder
+    of CORAL's lists utk_train.csv and utk_test.csv: only images in them are used, 21 to 60 years old, and get the split
+    of their list; empty: all images."""
     key_column: str = "key"
     """`folder` only: column with the image's path below the folder. Other columns: age (years, or a range such as
-    25-32), age_low and age_high, gender, race, subject and split, in upper or lower case."""
+    25-32), age_low and age_high, gender, race, subject, split and fold, in upper or lower case."""
     gender_codes: dict[str, str] = {}
     """`folder` only: meaning of codes other than male and female, such as {"M": "male", "F": "female"}."""
     race_codes: dict[str, str] = {}
@@ -51,6 +53,11 @@ class SplitConfig(Section):
     """Seed of the split."""
     sample: PositiveInt | None = None
     """Size of a stratified sample of the images to use (the paper: 20000); none: all."""
+    near_duplicates: Literal["count", "exclude"] = "count"
+    """`count`: images with a near-duplicate (a re-encoded, resized or slightly cropped copy) in a split that is held
+    out from theirs are counted, and listed in near_duplicates.parquet; `exclude`: they also get no split. Train then
+    keeps no near-duplicate of val or test, and val none of test; test is never changed. Copies, byte for byte, to which
+    the source assigns different splits are left out in the same way with `exclude`; otherwise they are an error."""
 
     @model_validator(mode="after")
     def _leaves_training_data(self) -> Self:

@@ -70,6 +70,25 @@ def select_crops(table: pa.Table, split: str, statuses: list[str]) -> pa.Table:
     return table.filter(keep)
 
 
+def read_images(storage: Storage, parts: Sequence[str], image_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+    """Return the rows of some images, sorted by image_id.
+
+    Args:
+        storage: of the parts.
+        parts: URIs of tables of schema.CROPS.
+        image_ids: distinct; all have a row.
+        columns: with image_id among them.
+    """
+    chosen = pa.array(image_ids, pa.string())
+    tables = []
+    for uri in parts:  # one at a time, so that only the crops of these images stay in memory
+        table = storage.read_table(uri, columns=columns)
+        tables.append(table.filter(pc.is_in(table["image_id"], value_set=chosen)))
+    rows = pa.concat_tables(tables).sort_by("image_id")
+    assert rows.num_rows == len(image_ids), (rows.num_rows, len(image_ids))
+    return rows
+
+
 def decoded_crops(table: pa.Table, side_px: int) -> NDArray[np.uint8]:
     """Return the crops as uint8 (n, S, S, 3), S being the template's side and its margins."""
     side = stored_side_px(side_px, DEFAULT_MARGIN)

@@ -52,6 +52,8 @@ class ParsedLabel:
     """Years; first of a range."""
     age_high: float | None = None
     """Years; last of a range."""
+    fold: int | None = None
+    """Number of the fold, from 0, if the source has its own folds for cross-validation."""
     dropped: str | None = None
     """Which labels were given and dropped, and why; the others can be used."""
 
@@ -141,6 +143,7 @@ def build_manifest(rows: Sequence[SourceRow], source: str, contents: Mapping[str
             "content_hash": content.digest,
             "group_id": group,
             "split": row.label.split,
+            "fold": row.label.fold,
             "age": row.label.age,
             "gender": row.label.gender,
             "race": row.label.race,

@@ -30,11 +30,12 @@ from rich.console import Console
 from agr_ray.config import PrepareJob
 from agr_ray.console import make_table
 from agr_ray.data.manifest import build_manifest, in_key_order, labels_digest
-from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet, find_prepared
+from agr_ray.data.prepared import FORMAT_VERSION, NEAR_DUPLICATES_FILE, PreparedSet, find_prepared
 from agr_ray.data.rejects import reject_reasons
+from agr_ray.data.set_splits import Splits, assigned_splits, remember, remembered
 from agr_ray.data.sources.label_table import LabelTableError
-from agr_ray.data.sources.registry import label_space, source_rows, split_fractions
-from agr_ray.data.splits import SplitLeakError, assign_splits, check_no_leak, split_digest, split_manifest_text
+from agr_ray.data.sources.registry import label_space, source_rows
+from agr_ray.data.splits import SplitLeakError, split_digest, split_manifest_text
 from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_crop_rows
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.progress_bar import print_failed, progress
@@ -47,8 +48,6 @@ from agr_ray.vision.align import DEFAULT_MARGIN
 
 LOCK: Final = "lock.json"
 """Lock file that keeps two jobs from writing the same set."""
-SPLIT_MEMORY: Final = "split_memory.parquet"
-"""Splits of all content that the set has ever held."""
 _SAME_PLAN: Final = ("image_id", "etag", "status", "error")
 """Columns by which a killed job's plan is recognised."""
 _NUM_READS: Final = 8
@@ -134,7 +133,7 @@ class _Preparation:
         standing = find_standing(storage, listing, self._parquet_uris(self._crops), self._staged())
         valid = standing_rows(standing)
         # In the order of the ids, which are hashes, so that the parts are well mixed whatever the order of the keys.
-        todo = _without(listing, valid["image_id"]).sort_by("image_id")
+        todo = _not_among(listing, valid["image_id"]).sort_by("image_id")
         console.print(f"{len(rows):,} images: {valid.num_rows:,} done before, {todo.num_rows:,} to do")
         if todo.num_rows:
             new_parts = self._make(todo, workers)
@@ -142,7 +141,7 @@ class _Preparation:
             valid = standing_rows(standing)
         self._check_usable(valid, CROP_STATUSES)
         manifest = build_manifest(rows, source, dict(contents(valid)))
-        return self._publish(self._retry.call(lambda: self._with_splits(manifest)), standing)
+        return self._publish(self._retry.call(lambda: self._with_splits(manifest, standing)), standing)
 
     def _staged(self) -> list[str]:
         """Return the URIs of crop rows that killed or rejected jobs have left."""
@@ -192,8 +191,8 @@ class _Preparation:
         write_manifest(storage, parts.manifest, todo.to_batches(), MANIFEST, part_rows, {"num_parts": num_parts})
         return parts, list(range(num_parts))
 
-    def _with_splits(self, manifest: pa.Table) -> pa.Table:
-        """Return a manifest with its splits. Content that already had a split keeps it.
+    def _with_splits(self, manifest: pa.Table, standing: Sequence[StandingPart]) -> Splits:
+        """Assign splits. Content that already had a split keeps it.
 
         Raises:
             ConfigError: most images of the set are no longer in the source, or images that must share a split were
@@ -204,13 +203,8 @@ class _Preparation:
         before = storage.read_table(uri) if storage.exists(uri) else None
         if before is not None:
             _check_not_another_source(job, before, manifest)
-        manifest = _with_earlier_splits(manifest, _remembered(storage, self._earlier.uri))
-        drawn = None if before is None else _drawn(manifest, before)
         try:
-            manifest = assign_splits(
-                manifest, split_fractions(job.source, job.split), job.split.seed, job.split.sample, drawn
-            )
-            check_no_leak(manifest)
+            return assigned_splits(job, manifest, before, remembered(storage, self._earlier.uri), standing)
         except SplitLeakError as error:
             more = (
                 ""
@@ -218,11 +212,10 @@ class _Preparation:
                 else f"; the groups have changed; prepare the source into a new folder, not {job.prepare.out}"
             )
             raise ConfigError(f"source.uri {job.source.uri}: {error}{more}") from error
-        return manifest
 
-    def _publish(self, manifest: pa.Table, standing: Sequence[StandingPart]) -> PreparedSet:
+    def _publish(self, splits: Splits, standing: Sequence[StandingPart]) -> PreparedSet:
         """Write manifest, splits and crop rows, and mark the set as finished."""
-        storage = self._storage
+        storage, manifest = self._storage, splits.final
         split_text = split_manifest_text(manifest)
         prepared = self._earlier.model_copy(
             update={
@@ -231,6 +224,10 @@ class _Preparation:
                 "labels_sha256": labels_digest(manifest),
                 "splits": {name: manifest.filter(pc.equal(manifest["split"], name)).num_rows for name in SPLITS},
                 "counts": {},
+                "near_duplicates": {
+                    name: splits.crossings.filter(pc.equal(splits.crossings["split"], name)).num_rows
+                    for name in SPLITS[:-1]
+                },
             }
         )
         published = [part for part in standing if not part.is_staged]
@@ -243,11 +240,13 @@ class _Preparation:
             )
         is_same = self._earlier.finished and prepared.digest == self._earlier.digest
         is_same = is_same and not num_changed and not num_dropped and len(published) == len(standing)
+        is_same = is_same and prepared.near_duplicates == self._earlier.near_duplicates
         self._check()
 
         def write_splits() -> None:
             prepared.write(storage)
-            _remember(storage, prepared.uri, manifest)
+            remember(storage, prepared.uri, splits.assigned)
+            storage.write_table(splits.crossings, storage.join(prepared.uri, NEAR_DUPLICATES_FILE))
             storage.write_table(manifest, prepared.manifest(storage))
             storage.write(storage.join(prepared.uri, "splits.tsv"), split_text.encode())
 
@@ -267,7 +266,7 @@ class _Preparation:
             self._check()
             self._retry.call(lambda: finished.write(storage))
         self._retry.call(lambda: storage.delete_tree(self._work))
-        _print_summary(self._console, finished, rows)
+        _print_summary(self._console, finished, rows, splits.crossings)
         return finished
 
     def _check_usable(self, rows: pa.Table, usable: Sequence[str]) -> None:
@@ -298,7 +297,7 @@ class _Preparation:
             )
 
 
-def _without(table: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
+def _not_among(table: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
     """Return the rows whose `image_id` is not among `ids`."""
     return table.filter(pc.invert(pc.is_in(table["image_id"], value_set=ids.combine_chunks())))
 
@@ -345,46 +344,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _drawn(table: pa.Table, before: pa.Table) -> dict[str, bool]:
-    """Return whether the earlier manifest gave a split to each group that shares content with it."""
-    known = before.filter(pc.is_valid(before["content_hash"]))
-    splits = zip(known["content_hash"].to_pylist(), known["split"].to_pylist(), strict=True)
-    was_drawn = {content: split is not None for content, split in splits}
-    drawn: dict[str, bool] = {}
-    for group, content in zip(table["group_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True):
-        if group is not None and content in was_drawn:
-            drawn[group] = drawn.get(group, False) or was_drawn[content]
-    return drawn
-
-
-def _remembered(storage: Storage, out: str) -> dict[str, str]:
-    """Return the split of each content that ever had one in this set, by content hash.
-
-    The manifest alone would forget images that are temporarily mislabelled, unreadable or deleted.
-    """
-    uri = storage.join(out, SPLIT_MEMORY)
-    if not storage.exists(uri):
-        return {}
-    table = storage.read_table(uri)
-    return dict(zip(table["content_hash"].to_pylist(), table["split"].to_pylist(), strict=True))
-
-
-def _remember(storage: Storage, out: str, table: pa.Table) -> None:
-    """Add the splits of a manifest to the split memory; call this before writing the manifest."""
-    rows = table.filter(pc.is_valid(table["split"]))
-    now = dict(zip(rows["content_hash"].to_pylist(), rows["split"].to_pylist(), strict=True))
-    split_of = dict(sorted((_remembered(storage, out) | now).items()))
-    memory = pa.table({"content_hash": [*split_of], "split": [*split_of.values()]})
-    storage.write_table(memory, storage.join(out, SPLIT_MEMORY))
-
-
-def _with_earlier_splits(table: pa.Table, split_of: dict[str, str]) -> pa.Table:
-    """Assign content that had a split to it again, unless the source assigns one itself."""
-    values = pa.array([split_of.get(each) for each in table["content_hash"].to_pylist()], pa.string())
-    index = table.schema.get_field_index("split")
-    return table.set_column(index, MANIFEST.field("split"), pc.coalesce(table["split"], values))
-
-
 def _check_not_another_source(job: PrepareJob, before: pa.Table, table: pa.Table) -> None:
     """Fail if most images of the prepared set are no longer in the source: it is probably another source.
 
@@ -400,7 +359,7 @@ def _check_not_another_source(job: PrepareJob, before: pa.Table, table: pa.Table
         )
 
 
-def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> None:
+def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table, crossings: pa.Table) -> None:
     console.print(prepared.uri)
     summary = make_table("status", "images", "most frequent reasons")
     for status, count in prepared.counts.items():
@@ -417,3 +376,13 @@ def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table) -> N
         console.print(f"{name} labels: {classes.total():,}" + (f" ({counts})" if counts else ""))
     shares = ", ".join(f"{name} {count:,}" for name, count in prepared.splits.items())
     console.print(f"splits: {shares}; split manifest SHA-256 {prepared.split_manifest_sha256}")
+    if crossings.num_rows:
+        excluded = prepared.settings["split"]["near_duplicates"] == "exclude"
+        counts = ", ".join(f"{split} {count:,}" for split, count in prepared.near_duplicates.items())
+        first = crossings.slice(0, 1).to_pylist()[0]
+        action = "are left out" if excluded else "are kept; --split.near_duplicates exclude leaves them out"
+        console.print(
+            f"near-duplicates of images in a split that is held out: {counts}; such as {first['key']} in "
+            f"{first['split']} of {first['near_key']} in {first['near_split']}; they {action}; all are in "
+            f"{NEAR_DUPLICATES_FILE}"
+        )

@@ -4,6 +4,7 @@ manifest.parquet    schema.MANIFEST: every input with its labels, group and spli
 splits.tsv          group_id, key and split of every image, sorted: its SHA-256 names the split
 split_memory.parquet    content_hash and split of all content that the set ever held, so that images keep their split
 crops/*.parquet     schema.CROPS: one row for every manifest row, whatever its status
+near_duplicates.parquet    schema.NEAR_DUPLICATES: images with a near-duplicate in a split that is held out from them
 prepare.json        the record below; `finished` is true once every row is there
 work/               only while the set is made or updated: `data.preparation`
 """
@@ -23,7 +24,8 @@ from agr_ray.errors import ConfigError
 from agr_ray.labels import LabelSpace
 from agr_ray.storage import MissingObject, Storage
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
+NEAR_DUPLICATES_FILE: Final = "near_duplicates.parquet"
 
 
 class PreparedSet(BaseModel):
@@ -42,6 +44,9 @@ class PreparedSet(BaseModel):
     """Images by split; files that turn out not to be images have a row without a crop."""
     counts: dict[str, int]
     """Rows by status; empty until finished."""
+    near_duplicates: dict[str, int] = {}
+    """Images by split that have a near-duplicate in a split that is held out from it; with `split.near_duplicates`
+    `exclude`, these images have no split."""
     uri: str = ""
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +25,7 @@ Stratum = tuple[int, str, str]
 
 
 class SplitLeakError(ValueError):
-    """A group is in two splits."""
+    """A group is in two splits. The message names an image of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +90,69 @@ def check_no_leak(manifest: pa.Table) -> None:
     """Check that no group is in two splits.
 
     Raises:
-        SplitLeakError: a group is; the message names the first.
+        SplitLeakError: a group is; the message names the first, and an image of each split.
     """
-    seen: dict[str, str] = {}
-    for group, split in zip(manifest.column("group_id").to_pylist(), manifest.column("split").to_pylist(), strict=True):
-        if group is not None and split is not None and seen.setdefault(group, split) != split:
-            raise SplitLeakError(f"group {group!r} is in both {seen[group]} and {split}")
+    _given_splits(zip(*(manifest.column(name).to_pylist() for name in ("group_id", "key", "split")), strict=True))
+
+
+def deal_groups(images: pa.Table, shares: Mapping[str, float], seed: int) -> dict[str, str]:
+    """Return the share of each group: stratified like splits, but no group has a split yet, and none is left out.
+
+    Args:
+        images: rows of schema.MANIFEST, of any status; those without a group are ignored.
+        shares: fraction of the images by name; their sum is 1.
+        seed: of the order.
+    """
+    index, status = images.schema.get_field_index("split"), images.schema.get_field_index("status")
+    images = images.set_column(index, "split", pa.nulls(images.num_rows, pa.string()))
+    images = images.set_column(status, "status", pa.array([str(Status.OK)] * images.num_rows, pa.string()))
+    dealer = _Dealer(shares)
+    return {group.group_id: dealer.deal(group.num_images) for group in _shuffled(_groups(images), seed, "folds")}
+
+
+def shuffled_order(names: Iterable[str], seed: int, purpose: str) -> list[str]:
+    """Return names in an order that depends only on the names, the seed and the purpose."""
+    return sorted(names, key=lambda name: _order(seed, purpose, name))
+
+
+def crossing_copies(manifest: pa.Table) -> pa.Array:
+    """Return whether each image, (n,) bool, is byte for byte in a split that is held out from its own.
+
+    Val and test are held out from train, and test from val.
+    """
+    contents, splits = (manifest.column(name).to_pylist() for name in ("content_hash", "split"))
+    rank = {split: number for number, split in enumerate(SPLITS)}
+    highest: dict[str, int] = {}
+    for content, split in zip(contents, splits, strict=True):
+        if content is not None and split is not None:
+            highest[content] = max(highest.get(content, 0), rank[split])
+    crosses = [
+        content is not None and split is not None and rank[split] < highest[content]
+        for content, split in zip(contents, splits, strict=True)
+    ]
+    return pa.array(crosses, pa.bool_())
+
+
+def _given_splits(rows: Iterable[tuple[str | None, str, str | None]]) -> dict[str, str]:
+    """Return the split of each group that has one, from rows of group, key and split.
+
+    Raises:
+        SplitLeakError: a group has two.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for group, key, split in rows:
+        if group is None or split is None:
+            continue
+        other_key, other_split = first.setdefault(group, (key, split))
+        if other_split != split:
+            kind, _, name = group.removeprefix(CONFLICT_PREFIX).partition(":")
+            why = (
+                f"show the subject {name!r}, or are copies of its images"
+                if kind == "subject"
+                else "are the same image, byte for byte"
+            )
+            raise SplitLeakError(f"{other_key} in {other_split} and {key} in {split} {why}")
+    return {group: split for group, (_, split) in first.items()}
 
 
 def split_manifest_text(manifest: pa.Table) -> str:
@@ -120,18 +177,15 @@ def split_digest(text: str) -> str:
 def _groups(manifest: pa.Table) -> list[_Group]:
     """Return the groups of the rows that are ok, in the order of their ids."""
     members: dict[str, list[tuple[float | None, str | None, str | None]]] = defaultdict(list)
-    given: dict[str, str] = {}
-    names = ("group_id", *LABEL_COLUMNS, "split", "status")
-    for group, age, low, high, gender, race, split, status in zip(
-        *(manifest.column(name).to_pylist() for name in names), strict=True
-    ):
+    names = ("group_id", "key", "split", *LABEL_COLUMNS, "status")
+    rows = list(zip(*(manifest.column(name).to_pylist() for name in names), strict=True))
+    given = _given_splits(row[:3] for row in rows if row[-1] == Status.OK)
+    for group, _, _, age, low, high, gender, race, status in rows:
         if status != Status.OK or group is None:
             continue
         if age is None and low is not None:
             age = (low + high) / 2
         members[group].append((age, gender, race))
-        if split is not None and given.setdefault(group, split) != split:
-            raise SplitLeakError(f"group {group!r} has two splits: {given[group]} and {split}")
     return [
         _Group(group, len(labels), _stratum(labels), _conflicts(group, labels), given.get(group))
         for group, labels in sorted(members.items())

@@ -20,13 +20,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from agr_ray.data.manifest import Content
-from agr_ray.schema import CROP_STATUSES, CROPS, MANIFEST, RETRIED_STATUSES, Status
+from agr_ray.schema import CROP_STATUSES, CROPS, FINGERPRINT_FIELDS, MANIFEST, RETRIED_STATUSES, Status
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import KILLED_ITS_WORKER
 from agr_ray.storage.retry import Retry
 
 COPIED: Final = tuple(name for name in MANIFEST.names if name not in ("status", "error"))
 """Columns of crop rows that are copied from the manifest."""
+FINGERPRINT: Final = tuple(field.name for field in FINGERPRINT_FIELDS)
 _NUM_THREADS: Final = 8
 """Number of parts that are read or rewritten at a time."""
 
@@ -39,7 +40,7 @@ class StandingPart:
     is_staged: bool
     """Whether the part is not among the set's crops yet."""
     rows: pa.Table
-    """The part's rows, with the columns of schema.MANIFEST."""
+    """The part's rows, with the columns of schema.MANIFEST and schema.FINGERPRINT_FIELDS."""
     indices: pa.Array
     """(rows,) each row's place in the listing, int64; null for an image that is not in it."""
     keeps: NDArray[np.bool_]
@@ -83,7 +84,7 @@ def find_standing(
     parts = []
     uris = [*crops, *staged]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        tables = pool.map(lambda uri: storage.read_table(uri, MANIFEST.names), uris)
+        tables = pool.map(lambda uri: storage.read_table(uri, [*MANIFEST.names, *FINGERPRINT]), uris)
         for number, (uri, rows) in enumerate(zip(uris, tables, strict=True)):
             indices = pa.array([index_of.get(each) for each in rows["image_id"].to_pylist()], pa.int64())
             keeps = np.array(_stands(rows, listing.take(indices), retry_failed=retry_failed))
@@ -97,7 +98,18 @@ def find_standing(
 
 def standing_rows(parts: Sequence[StandingPart]) -> pa.Table:
     """Return the valid rows of all parts, with the columns of schema.MANIFEST."""
-    return pa.concat_tables([MANIFEST.empty_table(), *(part.rows.filter(pa.array(part.keeps)) for part in parts)])
+    valid = (part.rows.select(MANIFEST.names).filter(pa.array(part.keeps)) for part in parts)
+    return pa.concat_tables([MANIFEST.empty_table(), *valid])
+
+
+def with_fingerprints(manifest: pa.Table, parts: Sequence[StandingPart]) -> pa.Table:
+    """Return the columns key, split, perceptual_hash and thumbnail of the manifest's images that have valid rows."""
+    tables = []
+    for part in parts:
+        truth, rows = part.truth(manifest), part.rows.filter(pa.array(part.keeps))
+        columns = {name: truth[name] for name in ("key", "split")} | {name: rows[name] for name in FINGERPRINT}
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
 
 
 def contents(rows: pa.Table) -> Iterator[tuple[str, Content]]:

@@ -1,7 +1,8 @@
 """Calibration: age intervals, corrected ages, calibrated probabilities and abstention, fitted on labelled images.
 
-Training must never have seen these images, and they must resemble those to be scored. Every guarantee is an average
-over such images, and need not hold for each group of people: `coverage.coverage_report` shows where it fails.
+Training must never have seen these images, and they must resemble those to be scored. Guarantees are averages over such
+images, and need not hold for each group of people: `coverage.coverage_report` shows where they fail. Only age intervals
+by spread are fitted for each age separately.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
-from agr_ray.evaluation.conformal import AgeCalibration, fit_age
+from agr_ray.evaluation.age_calibration import AgeCalibration, fit_age
 from agr_ray.evaluation.selection import ClassCalibration, fit_classes, scaled_probs
+from agr_ray.evaluation.shift import Reference, Values
 from agr_ray.evaluation.terms import FloatArray, predicted_gender
 from agr_ray.labels import CLASS_MISSING, IntArray, Labels, LabelSpace
 from agr_ray.models.predictions import Predictions
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 """Increased whenever a reader of the old calibration.json would misread the new one."""
 
 ROW_NAMES: Final = ("age_group", "gender", "race", "age_group_pred", "gender_pred", "race_pred")
@@ -76,6 +78,8 @@ class Calibration:
     """`models.checkpoint.content_codes` of the images, to detect an evaluation on the same images."""
     num_seen_in_training: int | None = None
     """Images that were also used in training; they make calibration overconfident. None: unknown."""
+    reference: Reference | None = None
+    """What the images' faces are like, to notice a scoring run whose faces differ. None: no face was detected."""
 
     @classmethod
     def fit(
@@ -92,6 +96,7 @@ class Calibration:
         split_manifest_sha256: str = "",
         content_codes: tuple[int, ...] = (),
         num_seen_in_training: int | None = None,
+        quality: Values | None = None,
     ) -> Self:
         """Fit every part on n images that training never saw. A missing label excludes the image from its part only.
 
@@ -100,11 +105,14 @@ class Calibration:
             predictions: of the same images, uncalibrated; the logs of probabilities serve as logits.
             correct_age: correct ages by a linear regression, see `AgeCalibration`.
             coverage: see the field of that name, as for the other arguments.
+            quality: `shift.quality_values` of the images; images without a detector score are left out of `reference`.
+                None: there is no reference.
         """
         notes: list[str] = []
         age = None
         if "age" in predictions:
-            age = fit_age(labels, predictions["age"], coverage, notes, correct=correct_age)
+            spread = predictions.get("age_spread")
+            age = fit_age(labels, predictions["age"], spread, coverage, notes, correct=correct_age)
         gender, race = (
             None if probs is None else fit_classes(task, truth, probs, risk, notes)
             for task, truth, probs in (
@@ -143,6 +151,7 @@ class Calibration:
             split_manifest_sha256=split_manifest_sha256,
             content_codes=content_codes,
             num_seen_in_training=num_seen_in_training,
+            reference=None if quality is None else _reference(labels.space, calibrated, quality),
         )
 
     @property
@@ -191,24 +200,24 @@ class Calibration:
         if version != FORMAT_VERSION:
             raise ValueError(f"expected format_version {FORMAT_VERSION}, found {version!r}")
         try:
-            age = values["age"]
-            if age is not None:
-                lists_of_age = {name: tuple(age[name]) for name in ("half_widths_years", "num_rows")}
-                age = AgeCalibration(**age | lists_of_age)
+            space = LabelSpace.from_json(values["label_space"])
+            age = values["age"] and AgeCalibration.from_json(values["age"], space)
             parts = {task: values[task] and ClassCalibration(**values[task]) for task in ("gender", "race")}
             rows = {name: np.asarray(values["rows"][name], np.int64) for name in ROW_NAMES}
-            space = LabelSpace.from_json(values["label_space"])
             fields = {name: value for name, value in values.items() if name not in ("format_version", "label_space")}
             lists = {name: tuple(values[name]) for name in ("notes", "precisions", "content_codes")}
             seen = {"num_seen_in_training": values["num_seen_in_training"]}
+            reference = values["reference"] and Reference.from_json(values["reference"])
             pipeline = Pipeline.from_json(values["pipeline"])
             calibration = cls(
-                **fields | parts | lists | seen | {"space": space, "age": age, "rows": rows, "pipeline": pipeline}
+                **fields
+                | parts
+                | lists
+                | seen
+                | {"space": space, "age": age, "rows": rows, "pipeline": pipeline, "reference": reference}
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not in the format that agr-ray evaluate --calibrate writes: {error}") from None
-        if age is not None and len(age.half_widths_years) != len(space.age_groups):
-            raise ValueError(f"expected {len(space.age_groups)} half_widths_years, found {len(age.half_widths_years)}")
         if any(codes.shape != (calibration.n,) for codes in rows.values()):
             raise ValueError(f"expected {calibration.n} of each of rows, found {list(map(len, rows.values()))}")
         return calibration
@@ -224,7 +233,7 @@ def _apply(
     age_low, age_high, abstain_gender, abstain_race = None, None, None, None
     ages, p_male, race_probs = (predictions.get(task) for task in ("age", "gender", "race"))
     if ages is not None and age is not None:
-        ages, age_low, age_high = age.apply(ages, space)
+        ages, age_low, age_high = age.apply(ages, predictions.get("age_spread"), space)
     probs = gender_probs(p_male)
     if probs is not None and gender is not None:
         scaled = scaled_probs(probs, gender.temperature)
@@ -233,6 +242,18 @@ def _apply(
         scaled = scaled_probs(race_probs, race.temperature)
         race_probs, abstain_race = scaled.astype(np.float32), scaled.max(axis=1) < race.abstain_below
     return CalibratedPredictions(ages, age_low, age_high, p_male, race_probs, abstain_gender, abstain_race)
+
+
+def _reference(space: LabelSpace, calibrated: CalibratedPredictions, quality: Values) -> Reference | None:
+    """Return what the faces that a detector found are like; None if there are none."""
+    found = np.isfinite(quality["detector_score"])
+    if not found.any():
+        return None
+    predicted = {"age": calibrated.age, "p_male": calibrated.p_male}
+    if calibrated.race_probs is not None:
+        predicted["race"] = calibrated.race_probs.argmax(axis=1)
+    values = dict(quality) | {name: each for name, each in predicted.items() if each is not None}
+    return Reference.fit({name: each[found].astype(np.float64) for name, each in values.items()}, space.races)
 
 
 def gender_probs(p_male: NDArray[np.float32] | None) -> FloatArray | None:

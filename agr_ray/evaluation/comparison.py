@@ -9,10 +9,14 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
-from agr_ray.evaluation.bootstrap import MIN_UNITS, NUM_RESAMPLES, resampled_sums, sums_by_person
+from agr_ray.evaluation.cells import BREAKDOWNS, Cells
+from agr_ray.evaluation.disparities import MIN_ROWS
+from agr_ray.evaluation.estimates import MIN_UNITS
+from agr_ray.evaluation.figures import slices
 from agr_ray.evaluation.terms import FloatArray, row_terms
+from agr_ray.evaluation.units import Units, unit_sums, units_of
 from agr_ray.labels import Labels
 from agr_ray.models.predictions import Predictions
 
@@ -24,8 +28,10 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {  # the names are schema.COMPAR
     "race_accuracy": ("race_right", "race"),
 }
 """Each metric's terms of `terms.row_terms`: its sum, and the number of its rows."""
-_UPPER: Final = 0.975
-"""Quantile at the upper end of a 95 % interval."""
+NUM_RESAMPLES: Final = 1000
+_ERROR: Final = 0.05
+"""Share of intervals that may miss the truth: they are 95 % intervals."""
+_TERMS: Final = tuple(dict.fromkeys(term for pair in METRICS.values() for term in pair))
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,16 @@ class Estimate:
     """From the reference; None: it is the reference, or the reference has no such metric."""
     difference_interval: tuple[float, float] | None
     """95 %, of the difference on the same images."""
+    adjusted_interval: tuple[float, float] | None
+    """Of the difference, so wide that with a probability of 95 % all of the comparisons' intervals hold the truth."""
     includes_seeds: bool
     """Whether intervals hold the variance between seeds."""
 
     @property
     def differs(self) -> bool:
-        """Return whether the interval of the difference excludes 0."""
-        return self.difference_interval is not None and not (
-            self.difference_interval[0] <= 0.0 <= self.difference_interval[1]
+        """Return whether the adjusted interval of the difference excludes 0."""
+        return self.adjusted_interval is not None and not (
+            self.adjusted_interval[0] <= 0.0 <= self.adjusted_interval[1]
         )
 
 
@@ -58,8 +66,10 @@ class _Spread:
     degrees_of_freedom: int
     """Number of runs minus number of networks, of networks with two runs or more; 0: there is no such network."""
 
-    def half_width(self, samples: FloatArray, num_persons: int, num_runs: Sequence[int]) -> float:
-        """Return half the width of the 95 % interval of a network's mean, or of the difference of two means.
+    def half_width(
+        self, samples: FloatArray, num_persons: int, num_runs: Sequence[int], error: float = _ERROR
+    ) -> float:
+        """Return half the width of the interval of a network's mean, or of the difference of two means.
 
         The degrees of freedom are those of Welch and Satterthwaite.
 
@@ -67,6 +77,7 @@ class _Spread:
             samples: (resamples,) means, or differences, of resampled persons.
             num_persons: number of persons.
             num_runs: of the network, or of both.
+            error: share of such intervals that may miss the truth.
         """
         # A bootstrap of n persons understates the variance by the factor (n - 1) / n.
         parts = [(float(np.nanvar(samples)) * num_persons / (num_persons - 1), num_persons - 1)]
@@ -76,7 +87,7 @@ class _Spread:
         if not total:
             return 0.0
         freedom = total**2 / sum(variance**2 / each for variance, each in parts)
-        return float(stats.t.ppf(_UPPER, freedom)) * math.sqrt(total)
+        return float(stdtrit(freedom, 1.0 - error / 2.0)) * math.sqrt(total)
 
 
 def compare(
@@ -105,21 +116,149 @@ def compare(
         seed: of the resampling.
         num_resamples: number of resamples.
     """
-    columns = list(dict.fromkeys(term for pair in METRICS.values() for term in pair))
     names = [(name, number) for name, each in runs.items() for number in range(len(each))]
-    terms = [row_terms(labels, runs[name][number]) for name, number in names]
-    values = np.stack([np.stack([each[column] for column in columns], axis=1) for each in terms], axis=1)
-    summed = sums_by_person(values, clusters)
+    units = units_of(np.unique(clusters, return_inverse=True)[1], len(labels), seed)
+    sums = np.stack(
+        [
+            np.concatenate([unit_sums(units, weights=terms[column]) for column in _TERMS], axis=1)
+            for terms in (row_terms(labels, runs[name][number]) for name, number in names)
+        ],
+        axis=1,
+    )
+    weights = resample_weights(units.num, num_resamples, seed)
+    return _estimates(sums, weights, {name: len(each) for name, each in runs.items()}, reference)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The comparison of two networks on the same images."""
+
+    overall: Mapping[str, Estimate]
+    """The second network, relative to the first, by metric."""
+    first: Mapping[str, float]
+    """The first network, by metric."""
+    groups: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
+    """As `overall`, by breakdown and group; only groups of `MIN_ROWS` images or more."""
+    group_firsts: Mapping[str, Mapping[str, Mapping[str, float]]]
+    """As `first`."""
+    num_rows: Mapping[str, Mapping[str, int]]
+    """Images of each group that has any."""
+    num_units: int
+    """Persons, or random groups of persons."""
+    num_comparisons: int
+    """Differences within groups, for which their adjusted intervals make up. Overall, there is one for each metric."""
+
+
+def compare_pair(
+    first: Predictions,
+    second: Predictions,
+    labels: Labels,
+    persons: NDArray[Any] | None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Paired:
+    """Compare two networks on the same images, overall and by group, as `compare` does.
+
+    One bootstrap serves all groups. The adjusted intervals make up for the number of metrics overall, and for the
+    number of groups and metrics among the groups (Bonferroni), so networks that are equally good differ anywhere in 5 %
+    of comparisons overall, and in 5 % among the groups.
+
+    Args:
+        first: predictions for n images.
+        second: of the other network, for the same images.
+        labels: of the images.
+        persons: (n,) a number for each image's person; None: images are independent.
+        seed: of the resampling.
+        num_resamples: number of resamples.
+    """
+    cells, num_runs = Cells(labels.space), {"first": 1, "second": 1}
+    units = units_of(persons, len(labels), seed)
+    rows = np.zeros((units.num, cells.num))
+    by_cell = [{term: np.zeros((units.num, cells.num)) for term in _TERMS} for _ in num_runs]
+    for part in slices(len(labels)):
+        own, own_units = labels.take(part), Units(units.codes[part], units.num, units.of)
+        codes = cells.codes(own)
+        rows += unit_sums(own_units, codes, cells.num)
+        for of_network, each in zip(by_cell, (first, second), strict=True):
+            terms = row_terms(own, {task: values[part] for task, values in each.items()})
+            for term, summed in of_network.items():
+                summed += unit_sums(own_units, codes, cells.num, terms[term])
+    weights = resample_weights(units.num, num_resamples, seed)
+
+    def sums_of(breakdown: str) -> FloatArray:
+        """Return the sums of the terms, (groups, units, networks, terms)."""
+        parts = [[cells.group_sums(of[term], breakdown) for term in _TERMS] for of in by_cell]
+        return np.asarray(parts).transpose(3, 2, 0, 1)
+
+    names = {breakdown: [group.name for group in cells.groups[breakdown]] for breakdown in BREAKDOWNS}
+    num_rows = {
+        breakdown: cells.group_sums(rows, breakdown).sum(axis=0).astype(int).tolist() for breakdown in BREAKDOWNS
+    }
+    num_units = {
+        breakdown: np.count_nonzero(cells.group_sums(rows, breakdown), axis=0).tolist() for breakdown in BREAKDOWNS
+    }
+    large = {
+        breakdown: [place for place, num in enumerate(num_units[breakdown]) if num >= MIN_ROWS]
+        for breakdown in BREAKDOWNS
+    }
+    num_comparisons = max(len(METRICS) * sum(map(len, large.values())), 1)
+    overall = _estimates(sums_of("all")[0], weights, num_runs, "first", len(METRICS))
+    groups: dict[str, dict[str, Any]] = {}
+    for breakdown, places in large.items():
+        sums = sums_of(breakdown)
+        groups[breakdown] = {
+            names[breakdown][place]: _estimates(sums[place], weights, num_runs, "first", num_comparisons)
+            for place in places
+        }
+    return Paired(
+        overall["second"],
+        _values(overall["first"]),
+        {breakdown: {name: each["second"] for name, each in members.items()} for breakdown, members in groups.items()},
+        {
+            breakdown: {name: _values(each["first"]) for name, each in members.items()}
+            for breakdown, members in groups.items()
+        },
+        {
+            breakdown: {name: num for name, num in zip(names[breakdown], num_rows[breakdown], strict=True) if num}
+            for breakdown in BREAKDOWNS
+        },
+        int(np.count_nonzero(rows.sum(axis=1))),
+        num_comparisons,
+    )
+
+
+def _values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    return {metric: estimate.value for metric, estimate in estimates.items()}
+
+
+def resample_weights(num_units: int, num_resamples: int, seed: int) -> FloatArray:
+    """Return how often each unit is drawn, (resamples, units), if as many as there are are drawn with replacement."""
     rng = np.random.default_rng(seed)
-    shape = (num_resamples, *values.shape[1:])
-    resampled = resampled_sums(summed.reshape(len(summed), -1), num_resamples, rng).reshape(shape)
-    whole = values.sum(axis=0)
-    estimates: dict[str, dict[str, Estimate]] = {name: {} for name in runs}
+    even = np.full(num_units, 1.0 / max(num_units, 1))
+    return rng.multinomial(num_units, even, size=num_resamples).astype(np.float64)
+
+
+def _estimates(
+    sums: FloatArray, weights: FloatArray, num_runs: Mapping[str, int], reference: str, num_comparisons: int = 1
+) -> dict[str, dict[str, Estimate]]:
+    """Return the estimates of each network, by metric; see `compare`.
+
+    Args:
+        sums: (units, runs, terms) sums of `_TERMS`, the runs of all networks one after another.
+        weights: (resamples, units) as `resample_weights`.
+        num_runs: number of runs of each network.
+        reference: as in `compare`.
+        num_comparisons: for which the adjusted intervals make up.
+    """
+    resampled = (weights @ sums.reshape(len(sums), -1)).reshape(len(weights), *sums.shape[1:])
+    whole = sums.sum(axis=0)
+    ends = np.cumsum(list(num_runs.values()))
+    places = {name: list(range(end - num_runs[name], end)) for name, end in zip(num_runs, ends.tolist(), strict=True)}
+    estimates: dict[str, dict[str, Estimate]] = {name: {} for name in num_runs}
     for metric, (part, rows) in METRICS.items():
-        k, n = columns.index(part), columns.index(rows)
-        num_persons = np.count_nonzero(summed[:, :, n], axis=0)
-        of_runs = {name: [names.index((name, number)) for number in range(len(each))] for name, each in runs.items()}
-        of_runs = {name: each for name, each in of_runs.items() if num_persons[each].min() >= MIN_UNITS}
+        k, n = _TERMS.index(part), _TERMS.index(rows)
+        num_persons = np.count_nonzero(sums[:, :, n], axis=0)
+        of_runs = {name: each for name, each in places.items() if num_persons[each].min() >= MIN_UNITS}
         with np.errstate(invalid="ignore", divide="ignore"):
             of_run = whole[:, k] / whole[:, n]
             resampled_of_run = resampled[:, :, k] / resampled[:, :, n]
@@ -129,15 +268,21 @@ def compare(
         for name, each in of_runs.items():
             value, persons_with_label = float(of_run[each].mean()), int(num_persons[each].min())
             half = spread.half_width(samples[name], persons_with_label, [len(each)])
-            difference = difference_interval = None
+            difference = difference_interval = adjusted_interval = None
             if reference in of_runs and name != reference:
                 difference = value - float(of_run[of_runs[reference]].mean())
-                apart, num_runs = samples[name] - samples[reference], [len(each), len(of_runs[reference])]
-                wide = spread.half_width(apart, persons_with_label, num_runs)
+                apart, both = samples[name] - samples[reference], [len(each), len(of_runs[reference])]
+                wide = spread.half_width(apart, persons_with_label, both)
                 difference_interval = difference - wide, difference + wide
-            interval = max(value - half, 0.0), min(value + half, highest)
+                wide = spread.half_width(apart, persons_with_label, both, _ERROR / num_comparisons)
+                adjusted_interval = difference - wide, difference + wide
             estimates[name][metric] = Estimate(
-                value, interval, difference, difference_interval, spread.degrees_of_freedom > 0
+                value=value,
+                interval=(max(value - half, 0.0), min(value + half, highest)),
+                difference=difference,
+                difference_interval=difference_interval,
+                adjusted_interval=adjusted_interval,
+                includes_seeds=spread.degrees_of_freedom > 0,
             )
     return estimates
 

@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from agr_ray.evaluation.calibration import Calibration, gender_probs
-from agr_ray.evaluation.groups import groups
+from agr_ray.evaluation.cells import Cells
+from agr_ray.evaluation.reliability import expected_calibration_error
 from agr_ray.evaluation.selection import CONFIDENCE, logits_of
 from agr_ray.labels import IntArray, Labels
 from agr_ray.models.predictions import Predictions
-
-_NUM_BINS = 15
 
 
 def coverage_report(labels: Labels, predictions: Predictions, calibration: Calibration) -> dict[str, Any]:
@@ -23,9 +22,9 @@ def coverage_report(labels: Labels, predictions: Predictions, calibration: Calib
     Keys:
 
     - `n`;
-    - `age`: nominal, n, coverage, interval and mean_width_years; groups.{age_group,gender,race}.NAME has the last four
-      for each group of true labels; mae_years, bias_years, and both without the correction, mae_years_before and
-      bias_years_before;
+    - `age`: nominal, n, coverage, interval and mean_width_years; groups.BREAKDOWN.NAME has the last four for each
+      group of true labels, by each of `cells.BREAKDOWNS`; mae_years, bias_years, and both without the correction,
+      mae_years_before and bias_years_before;
     - `gender` and `race`: n, risk, abstained (share of all images), accepted, error (share of the accepted), interval,
       nll, nll_before, ece, ece_before (`before`: without calibration).
 
@@ -54,19 +53,6 @@ def coverage_report(labels: Labels, predictions: Predictions, calibration: Calib
     return {"n": len(labels), "age": age, "gender": gender, "race": race}
 
 
-def expected_calibration_error(probs: NDArray[np.floating[Any]], truth: IntArray) -> float:
-    """Return the mean gap between confidence and accuracy over 15 bins of equal width (Guo et al. 2017, eq. 3).
-
-    Args:
-        probs: (n, classes), n at least 1.
-        truth: (n,) indices, none missing.
-    """
-    confidence = probs.max(axis=1).astype(np.float64)
-    gap = (probs.argmax(axis=1) == truth) - confidence
-    bins = np.minimum((confidence * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
-    return float(np.abs(np.bincount(bins, gap)).sum() / len(truth))
-
-
 def _coverage(
     labels: Labels, age_low: NDArray[np.float32], age_high: NDArray[np.float32], nominal: float
 ) -> dict[str, Any] | None:
@@ -85,11 +71,12 @@ def _coverage(
 
     if not known.any():
         return None
-    by_group = {
-        attribute: {name: part(known & chosen) for name, chosen in members if (known & chosen).any()}
-        for attribute, members in groups(labels).items()
-        if attribute != "gender_race"
-    }
+    cells = Cells(labels.space)
+    of_row = cells.codes(labels)
+    by_group: dict[str, dict[str, Any]] = {}
+    for breakdown, groups in cells.groups.items():
+        chosen = {group.name: known & own[of_row] for group, own in zip(groups, cells.members(breakdown), strict=True)}
+        by_group[breakdown] = {name: part(rows) for name, rows in chosen.items() if rows.any()}
     return {"nominal": nominal, **part(known), "groups": by_group}
 
 

@@ -1,78 +1,79 @@
-"""Row counts and model errors for each group of the true labels."""
+"""Metrics of each group of the true labels, as sums over cells."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agr_ray.evaluation.terms import FloatArray, ratio, row_terms
-from agr_ray.labels import Labels, LabelSpace
+from agr_ray.evaluation.cells import BREAKDOWNS, Cells
+from agr_ray.evaluation.metrics import MetricSums
+from agr_ray.labels import IntArray, Labels, LabelSpace
 from agr_ray.models.predictions import Predictions
 
 MIN_GROUP_ROWS: Final = 10
 """Minimum rows of a group to be considered for the worst group."""
-_TERMS: Final = (
-    *("age", "age_absolute", "age_signed", "age_within", "age_known"),
-    *("age_grouped", "age_exact_group", "age_one_off"),
-    *("gender", "gender_right", "race", "race_right"),
-)
-"""Terms of `row_terms` that `GroupSums` adds up."""
+VALIDATED: Final = ("gender", "race", "age_group", "gender_race")
+"""Breakdowns that validation reports."""
+_LONG: Final = ("confusion", "cs", "distance_years")
+"""Values that the short form leaves out."""
 
 
 class GroupSums:
-    """Errors and correct predictions in every group of `groups`, as sums over rows.
-
-    Cheap enough for every validation: a batch costs one product of two small matrices.
-    """
+    """The sums of `MetricSums` for each cell, from which come those of every group and of all rows."""
 
     def __init__(self, space: LabelSpace) -> None:
-        none = Labels(space, np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.int64))
-        self._names = [(attribute, name) for attribute, members in groups(none).items() for name, _ in members]
-        self._attributes = list(groups(none))
-        self.vector: FloatArray = np.zeros(len(self._names) * (1 + len(_TERMS)))
-        """All sums, for one all-reduce."""
+        self.cells = Cells(space)
+        self.sums = MetricSums(space, self.cells.num)
 
-    def update(self, labels: Labels, predictions: Predictions) -> None:
-        """Count n rows in the groups of their true labels; otherwise as `MetricSums.update`."""
-        columns = row_terms(labels, predictions)
-        terms = np.stack([np.ones(len(labels)), *(columns[name] for name in _TERMS)], axis=1)
-        members = np.stack([chosen for group in groups(labels).values() for _, chosen in group])
-        self.vector += (members.astype(np.float64) @ terms).ravel()
+    def update(
+        self,
+        labels: Labels,
+        predictions: Predictions,
+        fallback: NDArray[np.bool_] | None = None,
+        cells: IntArray | None = None,
+    ) -> None:
+        """Count n rows in the cells of their true labels; see `MetricSums.update`."""
+        self.sums.update(labels, predictions, fallback, self.cells.codes(labels) if cells is None else cells)
 
-    def to_json(self) -> dict[str, Any]:
-        """Divide the sums; return the shape of `metrics_report`'s `groups` without confusion matrices and CS@k."""
-        report: dict[str, Any] = {attribute: {} for attribute in self._attributes}
-        rows = self.vector.reshape(len(self._names), -1)
-        for (attribute, name), (num_rows, *sums) in zip(self._names, rows, strict=True):
-            of = dict(zip(_TERMS, sums, strict=True))
-            report[attribute][name] = {
-                "n": int(num_rows),
-                "age": {
-                    "n": int(of["age"]),
-                    "n_range": int(of["age_known"] - of["age"]),
-                    "n_spanning": int(of["age_known"] - of["age_grouped"]),
-                    "mae_years": ratio(of["age_absolute"], of["age"]),
-                    "bias_years": ratio(of["age_signed"], of["age"]),
-                    "within_5": ratio(of["age_within"], of["age"]),
-                    "exact_group": ratio(of["age_exact_group"], of["age_grouped"]),
-                    "one_off": ratio(of["age_one_off"], of["age_grouped"]),
-                },
-                **{
-                    task: {"n": int(of[task]), "accuracy": ratio(of[f"{task}_right"], of[task])}
-                    for task in ("gender", "race")
-                },
-            }
+    def to_json(self, breakdowns: Sequence[str] = VALIDATED, *, short: bool = True) -> dict[str, dict[str, Any]]:
+        """Return the values of each group of some breakdowns, by breakdown and name, as `MetricSums.to_json` does.
+
+        A row without the label, or with an age range that spans several age groups, is in no group.
+
+        Args:
+            breakdowns: keys of `cells.BREAKDOWNS`.
+            short: leave out confusion matrices, CS@k and the mean distance. Groups of two attributes are always short.
+        """
+        report: dict[str, dict[str, Any]] = {}
+        for breakdown in breakdowns:
+            groups, members = self.cells.groups[breakdown], self.cells.members(breakdown)
+            values = {group.name: self.sums.of(own).to_json() for group, own in zip(groups, members, strict=True)}
+            if short or len(BREAKDOWNS[breakdown]) > 1:
+                values = {name: _shortened(of_group) for name, of_group in values.items()}
+            report[breakdown] = values
         return report
 
 
-def class_counts(labels: Labels) -> dict[str, dict[str, int]]:
-    """Return the number of rows in each group of `groups`; a row without a label is in none of its groups."""
+def _shortened(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        attribute: {name: int(chosen.sum()) for name, chosen in members}
-        for attribute, members in groups(labels).items()
+        key: {name: each for name, each in value.items() if name not in _LONG} if isinstance(value, dict) else value
+        for key, value in values.items()
+    }
+
+
+def class_counts(labels: Labels) -> dict[str, dict[str, int]]:
+    """Return the number of rows in each group of `VALIDATED`; a row without a label is in none of its groups."""
+    cells = Cells(labels.space)
+    rows = np.bincount(cells.codes(labels), minlength=cells.num)
+    return {
+        breakdown: {
+            group.name: int(rows[own].sum())
+            for group, own in zip(cells.groups[breakdown], cells.members(breakdown), strict=True)
+        }
+        for breakdown in VALIDATED
     }
 
 
@@ -87,22 +88,3 @@ def worst_group_age_mae(groups: Mapping[str, Any]) -> float | None:
     """
     ages = [of["age"] for attribute in ("gender", "race", "gender_race") for of in groups[attribute].values()]
     return max((age["mae_years"] for age in ages if age["n"] >= MIN_GROUP_ROWS), default=None)
-
-
-def groups(labels: Labels) -> dict[str, Iterator[tuple[str, NDArray[np.bool_]]]]:
-    """Return the groups of true labels by gender, race, age_group and gender_race: each group's name and (n,) members.
-
-    A row without the label, or with an age range that spans several age groups, is in no group. In a label space
-    without races, there are no groups by race and gender_race.
-    """
-    space, ages = labels.space, labels.age_group
-    return {
-        "gender": ((name, labels.gender == k) for k, name in enumerate(space.genders)),
-        "race": ((name, labels.race == k) for k, name in enumerate(space.races)),
-        "age_group": ((name, ages == k) for k, name in enumerate(space.age_groups)),
-        "gender_race": (
-            (f"{gender}/{race}", (labels.gender == g) & (labels.race == r))
-            for g, gender in enumerate(space.genders)
-            for r, race in enumerate(space.races)
-        ),
-    }

@@ -18,9 +18,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from agr_ray.evaluation.bootstrap import intervals
-from agr_ray.evaluation.groups import groups
-from agr_ray.evaluation.terms import WITHIN_YEARS, FloatArray, predicted_gender, ratio
+from agr_ray.evaluation.terms import WITHIN_YEARS, FloatArray, most_likely, ratio
 from agr_ray.labels import IntArray, Labels, LabelSpace
 from agr_ray.models.predictions import Predictions
 
@@ -86,9 +84,9 @@ class Baseline:
 
 
 class MetricSums:
-    """Sums over rows; parts may be added in any order."""
+    """Sums over rows, for each of some cells; parts may be added in any order."""
 
-    def __init__(self, space: LabelSpace) -> None:
+    def __init__(self, space: LabelSpace, num_cells: int = 1) -> None:
         self.space = space
         sizes = {
             "rows": (2,),
@@ -98,11 +96,14 @@ class MetricSums:
             "gender": (len(space.genders), len(space.genders)),
             "race": (len(space.races), len(space.races)),
         }
-        self.vector: FloatArray = np.zeros(sum(math.prod(shape) for shape in sizes.values()))
-        """All sums, for one all-reduce. The other attributes are views of it."""
+        self.table: FloatArray = np.zeros((num_cells, sum(math.prod(shape) for shape in sizes.values())))
+        """All sums, (cells, sums). The other attributes are views of it, with the cells as their first dimension."""
         ends = np.cumsum([math.prod(shape) for shape in sizes.values()])
-        parts = np.split(self.vector, ends[:-1])
-        views = {name: part.reshape(shape) for (name, shape), part in zip(sizes.items(), parts, strict=True)}
+        parts = np.split(self.table, ends[:-1], axis=1)
+        # A split of columns can be reshaped without a copy, because only its last dimension is divided.
+        views = {
+            name: part.reshape(num_cells, *shape) for (name, shape), part in zip(sizes.items(), parts, strict=True)
+        }
         self.rows = views["rows"]
         """Number of rows, and of fallbacks (no face was found) among them."""
         self.age = views["age"]
@@ -117,102 +118,93 @@ class MetricSums:
         self.race = views["race"]
         """Confusion matrix."""
 
-    def update(self, labels: Labels, predictions: Predictions, fallback: NDArray[np.bool_] | None = None) -> None:
+    @property
+    def vector(self) -> FloatArray:
+        """Return a view of all sums, for one all-reduce."""
+        return self.table.reshape(-1)
+
+    def update(
+        self,
+        labels: Labels,
+        predictions: Predictions,
+        fallback: NDArray[np.bool_] | None = None,
+        cells: IntArray | None = None,
+    ) -> None:
         """Count n rows. A row counts for the tasks for which it has a label and a prediction.
 
         Args:
             labels: the truth.
             predictions: of the same rows.
             fallback: (n,) whether no face was found; None: faces were found in all.
+            cells: (n,) the cell of each row; None: all are in the first.
         """
-        self.rows += (len(labels), 0 if fallback is None else int(fallback.sum()))
+        if cells is None:
+            cells = np.zeros(len(labels), np.int64)
+        self.rows[:, 0] += self._sum(cells)
+        if fallback is not None:
+            self.rows[:, 1] += self._sum(cells[fallback])
         if "age" in predictions:
             low, high = labels.age_range
             known = np.isfinite(low)
             low, high, predicted = low[known], high[known], predictions["age"][known].astype(np.float64)
             distance = np.maximum(np.maximum(low - predicted, predicted - high), 0.0)
             exact = np.isfinite(labels.age[known])
-            error = predicted[exact] - low[exact]
-            self.age += (len(error), np.abs(error).sum(), error.sum(), len(predicted), distance.sum())
-            self.within += (np.abs(error)[:, None] <= np.arange(CS_YEARS)).sum(axis=0)
+            error, own = predicted[exact] - low[exact], cells[known][exact]
+            self.age[:, 0] += self._sum(own)
+            self.age[:, 1] += self._sum(own, np.abs(error))
+            self.age[:, 2] += self._sum(own, error)
+            self.age[:, 3] += self._sum(cells[known])
+            self.age[:, 4] += self._sum(cells[known], distance)
+            first_within = np.minimum(np.ceil(np.abs(error)), CS_YEARS).astype(np.int64)
+            by_years = np.bincount(own * (CS_YEARS + 1) + first_within, minlength=len(self.table) * (CS_YEARS + 1))
+            self.within += by_years.reshape(-1, CS_YEARS + 1).cumsum(axis=1)[:, :CS_YEARS]
             truth, groups = labels.age_group[known], self.space.age_group(predicted)
-            self.age_group += _confusion(truth[truth >= 0], groups[truth >= 0], len(self.age_group))
-        if "gender" in predictions:
-            known = labels.gender >= 0
-            genders = predicted_gender(predictions["gender"][known])
-            self.gender += _confusion(labels.gender[known], genders, len(self.gender))
-        if "race" in predictions:
-            known = labels.race >= 0
-            self.race += _confusion(labels.race[known], predictions["race"][known].argmax(axis=1), len(self.race))
+            self._count(self.age_group, cells[known], truth, groups)
+        for matrices, task, truth in ((self.gender, "gender", labels.gender), (self.race, "race", labels.race)):
+            if task in predictions:
+                self._count(matrices, cells, truth, most_likely(task, predictions[task])[0])
+
+    def _sum(self, cells: IntArray, weights: NDArray[Any] | None = None) -> NDArray[Any]:
+        return np.bincount(cells, weights, minlength=len(self.table))
+
+    def _count(self, matrices: FloatArray, cells: IntArray, truth: IntArray, predicted: IntArray) -> None:
+        """Add rows to the confusion matrices of their cells; those without truth are left out."""
+        num = matrices.shape[1]
+        known = truth >= 0
+        codes = (cells[known] * num + truth[known]) * num + predicted[known]
+        matrices += np.bincount(codes, minlength=matrices.size).reshape(matrices.shape)
+
+    def of(self, cells: NDArray[np.bool_]) -> MetricSums:
+        """Return the sums over some of the cells, which a mask selects, as one cell."""
+        part = MetricSums(self.space)
+        part.table[0] = self.table[cells].sum(axis=0)
+        return part
 
     def to_json(self) -> dict[str, Any]:
-        """Divide the sums; return n, n_fallback and the metrics of each task."""
-        num_age, absolute, signed, num_known, distance = self.age
-        num_grouped = self.age_group.sum()
+        """Add up the cells and divide the sums; return n, n_fallback and the metrics of each task."""
+        total = self if len(self.table) == 1 else self.of(np.ones(len(self.table), bool))
+        num_age, absolute, signed, num_known, distance = total.age[0]
+        within, age_group = total.within[0], total.age_group[0]
+        num_grouped = age_group.sum()
         return {
-            "n": int(self.rows[0]),
-            "n_fallback": int(self.rows[1]),
+            "n": int(total.rows[0, 0]),
+            "n_fallback": int(total.rows[0, 1]),
             "age": {
                 "n": int(num_age),
                 "n_range": int(num_known - num_age),
                 "n_spanning": int(num_known - num_grouped),
                 "mae_years": ratio(absolute, num_age),
                 "bias_years": ratio(signed, num_age),
-                "within_5": ratio(self.within[WITHIN_YEARS], num_age),
-                "cs": [ratio(count, num_age) for count in self.within],
+                "within_5": ratio(within[WITHIN_YEARS], num_age),
+                "cs": [ratio(count, num_age) for count in within],
                 "distance_years": ratio(distance, num_known),
-                "exact_group": ratio(np.trace(self.age_group), num_grouped),
-                "one_off": ratio(sum(np.trace(self.age_group, offset) for offset in (-1, 0, 1)), num_grouped),
-                "confusion": _counts(self.age_group),
+                "exact_group": ratio(np.trace(age_group), num_grouped),
+                "one_off": ratio(sum(np.trace(age_group, offset) for offset in (-1, 0, 1)), num_grouped),
+                "confusion": _counts(age_group),
             },
-            "gender": _classes_json(self.gender),
-            "race": _classes_json(self.race),
+            "gender": _classes_json(total.gender[0]),
+            "race": _classes_json(total.race[0]),
         }
-
-
-def metrics_report(
-    labels: Labels,
-    predictions: Predictions,
-    fallback: NDArray[np.bool_] | None = None,
-    baseline: Baseline | None = None,
-    clusters: IntArray | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Return everything that metrics.json holds about n rows, as plain values.
-
-    Keys: those of `MetricSums.to_json`; `labels`, the classes in the order of each matrix; `baseline`, of the same
-    shape, with `guess`; `groups.{gender,race,age_group,gender_race}.NAME`, of the same shape, by the true label;
-    `intervals.{age,gender,race}.METRIC` = [low, high], the 95 % bootstrap interval. `age.n` counts rows with an exact
-    age, which errors in years use, and `age.n_range` rows with a range. Both count for `distance_years`, and for
-    `exact_group`, `one_off` and `confusion`, except `age.n_spanning` ranges, which span several age groups.
-
-    Args:
-        labels: the truth.
-        predictions: of the same rows.
-        fallback: (n,) whether no face was found; None: faces were found in all.
-        baseline: fitted on the training labels; None: it is fitted on these labels, and marked as such.
-        clusters: (n,) number of each row's person; the images of a person are resampled together. None: images are
-            independent.
-        seed: of the bootstrap.
-    """
-    baseline = Baseline.fit(labels, fitted_on="evaluated") if baseline is None else baseline
-    constant = {task: values for task, values in baseline.predict(len(labels)).items() if task in predictions}
-    return {
-        **_sums(labels, predictions, fallback).to_json(),
-        "labels": {
-            "age_group": list(labels.space.age_groups),
-            "gender": list(labels.space.genders),
-            "race": list(labels.space.races),
-        },
-        "baseline": {"guess": baseline.to_json(), **_sums(labels, constant, fallback).to_json()},
-        "groups": {
-            attribute: {
-                name: _sums(*_take(labels, predictions, fallback, chosen)).to_json() for name, chosen in members
-            }
-            for attribute, members in groups(labels).items()
-        },
-        "intervals": intervals(labels, predictions, clusters, seed),
-    }
 
 
 def objective(
@@ -240,27 +232,6 @@ def objective(
         own, constant = (table[task][key] if task == "age" else 1.0 - table[task][key] for table in (values, baseline))
         ratios.append(own / (constant if constant > 0.0 else 1.0))
     return sum(ratios) / len(ratios) if ratios else None
-
-
-def _sums(labels: Labels, predictions: Predictions, fallback: NDArray[np.bool_] | None) -> MetricSums:
-    sums = MetricSums(labels.space)
-    sums.update(labels, predictions, fallback)
-    return sums
-
-
-def _take(
-    labels: Labels, predictions: Predictions, fallback: NDArray[np.bool_] | None, chosen: NDArray[np.bool_]
-) -> tuple[Labels, Predictions, NDArray[np.bool_] | None]:
-    return (
-        labels.take(chosen),
-        {task: values[chosen] for task, values in predictions.items()},
-        None if fallback is None else fallback[chosen],
-    )
-
-
-def _confusion(truth: IntArray, predicted: IntArray, num_classes: int) -> FloatArray:
-    pairs = np.bincount(truth * num_classes + predicted, minlength=num_classes * num_classes)
-    return pairs.reshape(num_classes, num_classes).astype(np.float64)
 
 
 def _classes_json(confusion: FloatArray) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def validate(
     """
     model.eval()
     heads, device, space = model.heads_by_task, context.device, model.space
-    sums, guesses, groups = MetricSums(space), MetricSums(space), GroupSums(space)
+    groups, guesses = GroupSums(space), MetricSums(space)
     losses = torch.zeros(2 * len(heads), dtype=torch.float64)
     bad_ids: list[str] | None = None
     for batch in context.val_batches():
@@ -70,14 +70,13 @@ def validate(
         if bad_ids is None and not torch.isfinite(losses).all():
             bad_ids = image_ids(batch)
         predictions = average(heads, views)
-        sums.update(labels, predictions)
         groups.update(labels, predictions)
         guessed = baseline.predict(num_rows(batch))
         guesses.update(labels, {task: guess for task, guess in guessed.items() if task in predictions})
-    parts = (losses.numpy(), sums.vector, guesses.vector, groups.vector)
+    parts = (losses.numpy(), guesses.vector, groups.sums.vector)
     total = context.all_reduce_sum(torch.from_numpy(np.concatenate(parts))).numpy()
     ends = np.cumsum([part.size for part in parts])
-    summed, sums.vector[:], guesses.vector[:], groups.vector[:] = np.split(total, ends[:-1])
+    summed, guesses.vector[:], groups.sums.vector[:] = np.split(total, ends[:-1])
     task_sums, task_counts = np.split(summed, 2)
     loss = None
     if task_counts.any():
@@ -85,5 +84,5 @@ def validate(
         if not math.isfinite(loss):
             losses_by_task = describe(list(heads), task_sums.tolist(), task_counts.tolist())
             raise NonFiniteLossError(f"{when}, on validation: loss {loss}: {losses_by_task}", bad_ids)
-    metrics = {**sums.to_json(), "baseline": guesses.to_json(), "groups": groups.to_json()}
-    return Validation(metrics, loss, int(sums.rows[0]))
+    metrics = {**groups.sums.to_json(), "baseline": guesses.to_json(), "groups": groups.to_json()}
+    return Validation(metrics, loss, metrics["n"])

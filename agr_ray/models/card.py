@@ -6,25 +6,21 @@ Pure functions from plain values to text. `save_checkpoint` writes the card; `ag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS
-
-HEADLINES: Final = (
-    ("age", "mae_years", "age MAE", 1.0, " years"),
-    ("age", "within_5", "age within 5 years", 100.0, " %"),
-    ("age", "exact_group", "age group", 100.0, " %"),
-    ("age", "one_off", "age group or the next", 100.0, " %"),
-    ("age", "bias_years", "age bias", 1.0, " years"),
-    ("gender", "accuracy", "gender accuracy", 100.0, " %"),
-    ("gender", "balanced_accuracy", "gender balanced accuracy", 100.0, " %"),
-    ("race", "accuracy", "race accuracy", 100.0, " %"),
-    ("race", "balanced_accuracy", "race balanced accuracy", 100.0, " %"),
+from agr_ray.models.card_tables import (
+    GROUPS,
+    disparity_table,
+    group_table,
+    headline_table,
+    stress_table,
+    table,
+    threshold_table,
+    words,
 )
-"""Metrics that get a row: task, key, title, and the factor and unit of the figures."""
 
-_GROUPS: Final = ("gender", "race", "age_group")
 _SCARCE: Final = 0.5
 """A class is under-represented below this fraction of an equal share of the images."""
 _FEW: Final = 100
@@ -93,9 +89,13 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
         + _mapping(record),
         "",
         *_calibration_lines(metrics),
-        *_headline_table(metrics),
+        *headline_table(metrics),
         "",
-        *_group_table(metrics.get("groups") or {}),
+        *group_table(metrics["groups"]),
+        "",
+        *disparity_table(metrics["disparities"]),
+        *threshold_table(metrics["age_thresholds"]),
+        *stress_table(metrics.get("stress")),
     ]
     section = "\n".join(lines).rstrip() + "\n"
     earlier = re.compile(rf"^{re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -194,7 +194,7 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
         ("weights", data.get("weights")),
         ("licence", data.get("licence")),
     ]
-    lines = _table(("", ""), [(name, value) for name, value in rows if value])
+    lines = table(("", ""), [(name, value) for name, value in rows if value])
     sets = data.get("sets")
     if sets:
         lines += ["", "It was trained on several prepared sets; share: fraction of the images drawn in training:", ""]
@@ -217,19 +217,19 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
             )
             for of in sets
         ]
-        lines += _table(header, rows_of_sets)
+        lines += table(header, rows_of_sets)
     counts = data.get("train_labels")
     if counts:
         total = data["num_train_rows"]
         classes = []
-        for attribute in _GROUPS:
+        for attribute in GROUPS:
             of = counts[attribute]
             if sum(of.values()) or attribute in (*tasks, "age_group"):
-                classes += [(_attribute(attribute), name, f"{n:,}", _share(n, total)) for name, n in of.items()]
+                classes += [(words(attribute), name, f"{n:,}", _share(n, total)) for name, n in of.items()]
                 rest = "no label, or a range of several groups" if attribute == "age_group" else "no label"
-                classes.append((_attribute(attribute), rest, f"{total - sum(of.values()):,}", ""))
+                classes.append((words(attribute), rest, f"{total - sum(of.values()):,}", ""))
         lines += ["", "Training labels:", ""]
-        lines += _table(("attribute", "class", "images", "share"), classes)
+        lines += table(("attribute", "class", "images", "share"), classes)
     return "\n".join(lines)
 
 
@@ -252,7 +252,7 @@ def _training(meta: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         ("train", _listed_settings(config.get("train") or {}, _WITHOUT_EFFECT)),
         ("predict", _listed_settings(config.get("predict") or {})),
     ]
-    return "\n".join(_table(("", ""), [(name, value) for name, value in rows if value]))
+    return "\n".join(table(("", ""), [(name, value) for name, value in rows if value]))
 
 
 _WITHOUT_EFFECT: Final = ("data", "out", "name", "max_failures", "cache_mib", "threads_per_worker", "cpus_per_worker")
@@ -275,47 +275,11 @@ def _validation(metrics: Mapping[str, Any]) -> str:
             "chosen on them,\nso these figures are slightly too good: agr-ray evaluate measures the model on others. "
             "The constant baseline\npredicts the training labels' median age and most frequent classes for every face.",
             "",
-            *_headline_table(val),
+            *headline_table(val),
             "",
-            *_group_table(val.get("groups") or {}),
+            *group_table(val.get("groups") or {}),
         ]
     ).rstrip()
-
-
-def _headline_table(metrics: Mapping[str, Any]) -> list[str]:
-    intervals = metrics.get("intervals") or {}
-    rows = []
-    for task, key, label, scale, unit in HEADLINES:
-        value = metrics[task][key]
-        if value is not None:
-            between = (intervals.get(task) or {}).get(key)
-            interval = "" if between is None else f"{between[0] * scale:.2f} to {between[1] * scale:.2f}"
-            guess = (metrics.get("baseline") or {}).get(task, {}).get(key)
-            rows.append((label, f"{value * scale:.2f}{unit}", interval, _number(guess, scale, unit)))
-    if not any(interval for _, _, interval, _ in rows):
-        return _table(("metric", "model", "baseline"), [(label, value, guess) for label, value, _, guess in rows])
-    return _table(("metric", "model", "95 % interval", "baseline"), rows)
-
-
-def _group_table(groups: Mapping[str, Any]) -> list[str]:
-    """Return a table with a row for each group by true label that has images."""
-    rows = [
-        (
-            _attribute(attribute),
-            name,
-            f"{of['n']:,}",
-            _number(of["age"]["mae_years"], 1.0, ""),
-            _number(of["age"]["bias_years"], 1.0, "", "+.2f"),
-            _number(of["age"]["exact_group"], 100.0, ""),
-            _number(of["gender"]["accuracy"], 100.0, ""),
-            _number(of["race"]["accuracy"], 100.0, ""),
-        )
-        for attribute in _GROUPS
-        for name, of in (groups.get(attribute) or {}).items()
-        if of["n"]
-    ]
-    header = ("by true", "", "images", "age MAE, years", "age bias, years", "age group, %", "gender, %", "race, %")
-    return ["The figures of a group with few images are uncertain.", "", *_table(header, rows)] if rows else []
 
 
 def _under_represented(data: Mapping[str, Any]) -> list[str]:
@@ -324,13 +288,13 @@ def _under_represented(data: Mapping[str, Any]) -> list[str]:
     if not counts:
         return ["- The distribution of its training images over classes is unknown."]
     scarce = []
-    for attribute in _GROUPS:
+    for attribute in GROUPS:
         of = counts[attribute]
         total = sum(of.values())
         if total:
             equal = total / len(of)
             scarce += [
-                f"{_attribute(attribute)} {name} ({n:,}, {_share(n, total)})"
+                f"{words(attribute)} {name} ({n:,}, {_share(n, total)})"
                 for name, n in of.items()
                 if n < max(_SCARCE * equal, _FEW)
             ]
@@ -349,25 +313,12 @@ def _detector_limit(data: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _number(value: float | None, scale: float, unit: str, form: str = ".2f") -> str:
-    return "" if value is None else f"{value * scale:{form}}{unit}"
-
-
 def _share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else ""
 
 
 def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
-
-
-def _attribute(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _listed(words: Sequence[str]) -> str:

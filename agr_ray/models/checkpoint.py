@@ -246,8 +246,12 @@ def content_codes(content_hashes: Iterable[str]) -> Tensor:
     Args:
         content_hashes: SHA-256 in hex, as in `schema.MANIFEST`.
     """
-    codes = {int.from_bytes(bytes.fromhex(each)[:8], "big", signed=True) for each in content_hashes}
-    return torch.tensor(sorted(codes), dtype=torch.int64)
+    return torch.tensor(sorted(set(map(content_code, content_hashes))), dtype=torch.int64)
+
+
+def content_code(content_hash: str) -> int:
+    """Return the code of one image in `content_codes`."""
+    return int.from_bytes(bytes.fromhex(content_hash)[:8], "big", signed=True)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ Predictions: TypeAlias = Mapping[str, NDArray[np.float32]]
 """Predictions for n faces, by task; tasks without a head are absent.
 
 - `age`: (n,) years, within the range that labels may have.
+- `age_spread`: (n,) standard deviation of the predicted distribution over years; absent if the age head predicts no
+  distribution.
 - `gender`: (n,) probability of "male"; above 0.5, the predicted gender is male.
 - `race`: (n, races) probabilities in the order of the label space; each row sums to 1.
 """
@@ -26,13 +28,20 @@ def class_probs_column(probs: NDArray[np.float32], names: Sequence[str]) -> pa.M
     return pa.MapArray.from_arrays(offsets, keys, pa.array(probs.ravel(), pa.float32(), from_pandas=True))
 
 
-def class_probs_array(column: pa.ChunkedArray, names: Sequence[str]) -> NDArray[np.float32]:
+def class_probs_array(column: pa.ChunkedArray | pa.MapArray, names: Sequence[str]) -> NDArray[np.float32]:
     """Return the (n, classes) probabilities of a column of schema.CLASS_PROBS. A null probability becomes NaN.
 
     Raises:
         ValueError: its classes are not these, in this order.
     """
-    maps = column.combine_chunks()
-    if maps.keys.to_pylist() != list(names) * len(maps):
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return np.concatenate([_probs(chunk, names) for chunk in chunks] or [np.empty((0, len(names)), np.float32)])
+
+
+def _probs(maps: pa.MapArray, names: Sequence[str]) -> NDArray[np.float32]:
+    first, last = (maps.offsets[place].as_py() for place in (0, len(maps)))
+    keys, items = maps.keys[first:last], maps.items[first:last]
+    expected = pa.array(list(names), pa.string()).take(pa.array(np.tile(np.arange(len(names)), len(maps))))
+    if not keys.equals(expected):
         raise ValueError(f"expected probabilities of {', '.join(names)}, found others")
-    return np.asarray(maps.items, np.float32).reshape(-1, len(names))
+    return np.asarray(items, np.float32).reshape(-1, len(names))

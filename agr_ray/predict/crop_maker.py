@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import cv2
+import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -15,6 +17,8 @@ from agr_ray.predict.face_finder import FaceFinder, Photograph, Reject
 from agr_ray.schema import CROPS, MANIFEST, TEMPLATE, Status
 from agr_ray.storage.parts import Attempts, Parts
 from agr_ray.vision.decode import encode_jpeg
+from agr_ray.vision.perceptual_hash import perceptual_hash
+from agr_ray.vision.thumbnail import thumbnail
 
 Row = dict[str, Any]
 
@@ -81,4 +85,16 @@ class CropMaker:
             "detector": self._finder.detector_name,
             "num_faces": len(faces),
             "rotation_degrees": photograph.rotation_degrees,
+            **_fingerprint(face.crop, self._config.crop_side_px),
         }
+
+
+def _fingerprint(crop: NDArray[np.uint8], side_px: int) -> Row:
+    """Return the columns of schema.FINGERPRINT_FIELDS of an aligned crop, without its margin.
+
+    The margin is left out because it shows less of a picture that was cropped.
+    """
+    grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
+    middle = (crop.shape[0] - 1) / 2  # the margin may be half a pixel more than a whole number
+    face = np.asarray(cv2.getRectSubPix(grey, (side_px, side_px), (middle, middle)), np.uint8)
+    return {"perceptual_hash": int(perceptual_hash(face)) or None, "thumbnail": thumbnail(face).tobytes()}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
-import numpy as np
 import pyarrow as pa
 
 from agr_ray.config import EvaluateConfig, PredictConfig
 from agr_ray.data.crops import decoded_crops, map_races, read_pose, select_crops, usable_statuses
 from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
-from agr_ray.models.predictions import Predictions, class_probs_array
+from agr_ray.models.predictions import Predictions
 from agr_ray.predict.attributes import AttributePredictor, attribute_columns, uncalibrated
 from agr_ray.schema import PREDICTION_FIELDS, PREDICTIONS
 from agr_ray.storage import Storage
@@ -66,18 +65,10 @@ class CropPredictor:
 def prediction_columns(predictions: Predictions, num_rows: int, space: LabelSpace) -> dict[str, pa.Array]:
     """Return the columns of schema.PREDICTION_FIELDS except `precision`; a task without a head gives nulls."""
     columns = attribute_columns(uncalibrated(predictions), num_rows, space)
+    if "age_spread" in predictions:
+        columns["age_spread"] = pa.array(predictions["age_spread"], pa.float32(), from_pandas=True)
     return {
         field.name: columns.get(field.name.removesuffix("_pred"), pa.nulls(num_rows, field.type))
         for field in PREDICTION_FIELDS
         if field.name != "precision"
-    }
-
-
-def read_predictions(table: pa.Table, tasks: Collection[str], space: LabelSpace) -> Predictions:
-    """Return the predictions of those `tasks` that schema.PREDICTIONS has columns for; a null becomes NaN."""
-    columns = {"age": "age_pred", "gender": "p_male", "race": "race_probs"}
-    return {
-        task: class_probs_array(table[name], space.races) if task == "race" else np.asarray(table[name], np.float32)
-        for task, name in columns.items()
-        if task in tasks
     }

@@ -65,13 +65,16 @@ def infer(
 
 
 def average(heads: Mapping[str, Head], views: Sequence[Outputs]) -> Predictions:
-    """Return each head's predictions from all views of the same faces, with equal weights."""
-    if len(views) == 1:
-        return {task: head.read_out(views[0][task]).float().cpu().numpy() for task, head in heads.items()}
-    return {
-        task: head.mixed([view[task] for view in views], _equal_weights(head, len(views))).float().cpu().numpy()
-        for task, head in heads.items()
-    }
+    """Return each head's predictions from all views of the same faces, with equal weights, and `age_spread`."""
+    predictions: dict[str, NDArray[np.float32]] = {}
+    for task, head in heads.items():
+        outputs, weights = [view[task] for view in views], _equal_weights(head, len(views))
+        read_out = head.read_out(outputs[0]) if len(views) == 1 else head.mixed(outputs, weights)
+        predictions[task] = read_out.float().cpu().numpy()
+        spread = head.spread(outputs, weights)
+        if spread is not None:
+            predictions[f"{task}_spread"] = spread.float().cpu().numpy()
+    return predictions
 
 
 def _equal_weights(head: Head, num_views: int) -> Tensor:

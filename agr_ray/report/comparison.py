@@ -31,7 +31,7 @@ from agr_ray.models.checkpoint import META, Checkpoint
 from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.models.network import MultiTaskNet, preset_config
 from agr_ray.predict.attributes import AttributePredictor
-from agr_ray.predict.crop_predictor import read_predictions
+from agr_ray.predict.prediction_rows import read_predictions
 from agr_ray.report.model_list import network_size
 from agr_ray.report.page import page_environment
 from agr_ray.schema import COMPARED_METRICS, COMPARISON

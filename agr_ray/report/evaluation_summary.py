@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_table
+from agr_ray.evaluation.age_calibration import AgeCalibration
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.selection import NEVER_SURE
-from agr_ray.models.card import HEADLINES
+from agr_ray.models.card_tables import HEADLINES, between, figure
 from agr_ray.schema import CROP_STATUSES
 
 
@@ -48,16 +50,15 @@ def print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
     console.print(f"{evaluation['source']}, split {evaluation['split']}")
     table = make_table("metric", "model", "95 % interval", "baseline")
     for task, name, label, scale, unit in HEADLINES:
-        value, baseline = metrics[task][name], metrics["baseline"][task][name]
-        interval = metrics["intervals"].get(task, {}).get(name)
+        value, baseline = metrics[task][name], metrics["baseline"][task].get(name)
+        interval = metrics["intervals"][task].get(name)
         if value is not None:
             table.add_row(
-                label,
-                f"{value * scale:.2f}{unit}",
-                "" if interval is None else f"{interval[0] * scale:.2f} to {interval[1] * scale:.2f}",
-                "" if baseline is None else f"{baseline * scale:.2f}{unit}",
+                label, figure(value, scale, unit), between(interval, scale, unit), figure(baseline, scale, unit)
             )
     console.print(table)
+    for line in _differences(metrics["disparities"]):
+        console.print(line)
     num_seen = evaluation["num_seen_in_training"]
     overlap = "unknown" if num_seen is None else f"{num_seen:,}"
     console.print(
@@ -72,12 +73,30 @@ def print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
     console.print(f"{out}/metrics.json, {out}/predictions.parquet")
 
 
+def _differences(disparities: Mapping[str, Any]) -> list[str]:
+    """Return a line for each breakdown by one attribute and each metric in which the images show a difference."""
+    lines = []
+    for breakdown in ("gender", "race", "age_group"):
+        for task, name, label, scale, unit in (
+            ("age", "mae_years", "age MAE", 1.0, " years"),
+            ("gender", "accuracy", "gender accuracy", 100.0, " %"),
+            ("race", "accuracy", "race accuracy", 100.0, " %"),
+        ):
+            found = disparities[breakdown][task][name]
+            if found is not None and found["differs"]:
+                worst, best = (
+                    f"{figure(found[side]['value'], scale, unit)} for {found[side]['name']}"
+                    for side in ("worst", "best")
+                )
+                lines.append(f"{label} by {breakdown.replace('_', ' ')}: {worst}, {best}")
+    return lines
+
+
 def print_fitted(console: Console, calibration: Calibration, uri: str) -> None:
     """Print the fitted calibration and its notes."""
     parts = []
     if calibration.age is not None:
-        widths = calibration.age.half_widths_years
-        parts.append(f"age +-{min(widths):.1f} to {max(widths):.1f} years by predicted age group")
+        parts.append(_age_intervals(calibration.age))
         if calibration.age.slope != 1.0:
             sign = "+" if calibration.age.offset_years >= 0.0 else "-"
             corrected = f"{calibration.age.slope:.3f} x predicted {sign} {abs(calibration.age.offset_years):.2f} years"
@@ -89,6 +108,18 @@ def print_fitted(console: Console, calibration: Calibration, uri: str) -> None:
     for note in calibration.notes:
         console.print(f"note: {note}")
     console.print(uri)
+
+
+def _age_intervals(age: AgeCalibration) -> str:
+    if age.by_spread is not None:
+        widths = age.by_spread.half_widths_years()
+        return (
+            f"age +-{min(widths):.1f} to {max(widths):.1f} years by true age at the mean spread of "
+            f"{age.by_spread.mean_spread_years:.1f} years (weight of the spread {age.by_spread.weight:g})"
+        )
+    assert age.by_group is not None
+    half_widths = age.by_group.half_widths_years
+    return f"age +-{min(half_widths):.1f} to {max(half_widths):.1f} years by predicted age group"
 
 
 def _below(abstain_below: float) -> str:

@@ -1,27 +1,25 @@
 """Train presets on the same data with the same settings, and compare them: `agr-ray compare`.
 
     OUT/
-      comparison.html, comparison.parquet    the result (`report.comparison`)
-      comparison.json                        the settings that all runs share, and those of each preset
-      runs/PRESET-SEED/                      each run's training (`runtime.train`)
-      evaluations/PRESET-SEED/               its predictions for the compared split; metrics.json is written last
+      comparison.html, comparison.parquet                   the result (`report.comparison`)
+      comparison.json                                       the settings that all runs share, and those of each preset
+      runs/PRESET-SEED/, evaluations/PRESET-SEED/           each run
 
-A run whose evaluation is complete is not repeated, and an unfinished one resumes from its last checkpoint.
+`runtime.run_matrix` makes and resumes the runs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import ray
 from pydantic import ValidationError
-from rich.console import Console
 
-from agr_ray.config import CompareJob, EvaluateConfig, EvaluateJob, ModelConfig, TrainConfig, TrainJob
+from agr_ray.config import CompareJob, EvaluateJob, ModelConfig, TrainConfig, TrainJob
 from agr_ray.config.presets import with_preset
 from agr_ray.config.section import first_message
 from agr_ray.console import make_console
@@ -29,22 +27,25 @@ from agr_ray.data.crops import select_crops, usable_statuses
 from agr_ray.data.guards import training_space
 from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.learn.run import is_finished
 from agr_ray.models.network import preset_config
 from agr_ray.report.comparison import write_comparison
 from agr_ray.runtime.cluster import cluster
-from agr_ray.runtime.evaluate import evaluate
-from agr_ray.runtime.train import WITHOUT_EFFECT, check_network, train
+from agr_ray.runtime.run_matrix import (
+    TASK,
+    difference,
+    evaluation_of,
+    is_measured,
+    run_all,
+    train_and_evaluate,
+    with_threads,
+)
+from agr_ray.runtime.train import WITHOUT_EFFECT, check_network
 from agr_ray.runtime.tune import room
 from agr_ray.schema import LABEL_COLUMNS
-from agr_ray.storage import MissingObject, Storage, StorageUnavailable
-from agr_ray.storage.lock import LockLost, RunLock, run_lock
-from agr_ray.tuning.concurrency import TRIAL_CPUS
+from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage.lock import run_lock
 
 RECORD: Final = "comparison.json"
-_MAX_DEATHS: Final = 3
-"""Number of restarts of a run whose process died."""
-_LOOK_EVERY_S: Final = 1.0
 
 
 def compare(job: CompareJob) -> str:
@@ -74,13 +75,17 @@ def compare(job: CompareJob) -> str:
     with run_lock(storage, lock_uri, f"comparison {out}", expiry_s=expiry_s, console=console) as lock:
         store_settings(job, storage, out, prepared, runs)
         failures: dict[str, str] = {}
-        todo = {name: run for name, run in runs.items() if not _is_measured(storage, out, name)}
+        todo = {name: run for name, run in runs.items() if not is_measured(storage, out, name)}
         console.print(f"comparison {out}: {len(runs)} runs, {len(runs) - len(todo)} already complete")
         if todo:
             with cluster(job.cluster):
                 at_once = room(job.train, job.compare.max_concurrent, "compare.max_concurrent")
-                threads = at_once.threads_per_worker
-                for name, problem in _run_all(job, todo, out, at_once.num_trials, threads, lock, console):
+                task = ray.remote(**TASK)(train_and_evaluate)
+                starts = {
+                    name: partial(task.remote, with_threads(run, at_once), _evaluation(job, run, out))
+                    for name, run in todo.items()
+                }
+                for name, problem in run_all(starts, at_once.num_trials, lock, console):
                     if problem:
                         failures[name] = problem
         lock.check()
@@ -89,6 +94,10 @@ def compare(job: CompareJob) -> str:
         reasons = "; ".join(f"{name}: {problem}" for name, problem in failures.items())
         raise JobError(f"{len(failures)} of {len(runs)} runs failed: {reasons}")
     return page
+
+
+def _evaluation(job: CompareJob, run: TrainJob, out: str) -> EvaluateJob:
+    return evaluation_of(job, job.predict, run, out, job.compare.split)
 
 
 def _labelled_tasks(prepared: PreparedSet, storage: Storage, job: CompareJob) -> list[str]:
@@ -200,7 +209,7 @@ def store_settings(
                 values = {name: each for name, each in values.items() if name in theirs}
             if theirs != values:
                 raise ConfigError(
-                    f"compare.out {out}: holds a comparison with {_difference(section, theirs, values)}; choose "
+                    f"compare.out {out}: holds a comparison with {difference(section, theirs, values)}; choose "
                     "another folder"
                 )
     storage.write(uri, json.dumps(settings, indent=1).encode())
@@ -212,93 +221,8 @@ def _preset_settings(run: TrainJob) -> dict[str, Any]:
     return {"model": run.model.model_dump(mode="json"), "train": own}
 
 
-def _difference(key: str, theirs: object, ours: object) -> str:
-    """Return the first setting that differs and both values: `train.lr 0.001, not 0.01`."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        name = next(name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name))
-        return _difference(f"{key}.{name}", theirs.get(name), ours.get(name))
-    return f"{key} {theirs}, not {ours}"
-
-
 def _check_split(prepared: PreparedSet, job: CompareJob) -> None:
     if not prepared.splits.get(job.compare.split):
         raise ConfigError(
             f"compare.split {job.compare.split}: {prepared.uri} has no images in it; its splits are {prepared.splits}"
         )
-
-
-def _is_measured(storage: Storage, out: str, name: str) -> bool:
-    return storage.exists(storage.join(out, "evaluations", name, "metrics.json"))
-
-
-def _run_all(
-    job: CompareJob,
-    runs: dict[str, TrainJob],
-    out: str,
-    max_concurrent: int,
-    threads: int | None,
-    lock: RunLock,
-    console: Console,
-) -> Iterator[tuple[str, str]]:
-    """Run all, at most `max_concurrent` at a time; yield the name of each that ends, and why it failed if it did."""
-    waiting = list(runs)
-    running: dict[Any, tuple[str, float]] = {}
-    start = ray.remote(num_cpus=TRIAL_CPUS, max_retries=_MAX_DEATHS)(_train_and_evaluate)
-    with console.status("") as status:
-        while waiting or running:
-            while waiting and len(running) < max_concurrent:
-                name = waiting.pop(0)
-                train_job = runs[name]
-                if threads is not None:
-                    train = train_job.train.model_copy(update={"threads_per_worker": threads})
-                    train_job = train_job.model_copy(update={"train": train})
-                running[start.remote(train_job, _evaluation(job, train_job, out))] = name, time.monotonic()
-            names = ", ".join(name for name, _ in running.values())
-            status.update(f"{len(runs) - len(waiting) - len(running)} of {len(runs)} runs ended; running: {names}")
-            ended, _ = ray.wait(list(running), timeout=_LOOK_EVERY_S)
-            lock.check()
-            for each in ended:
-                name, started = running.pop(each)
-                problem = _outcome(lambda each=each: ray.get(each))  # type: ignore[misc]
-                minutes = (time.monotonic() - started) / 60
-                console.print(f"{name}: {problem or 'done'} ({minutes:.1f} minutes)")
-                yield name, problem
-
-
-def _outcome(get: Callable[[], object]) -> str:
-    """Return why a run failed; empty: it did not."""
-    try:
-        get()
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, LockLost | StorageUnavailable):
-            raise cause from None
-        return (str(cause).splitlines() or [type(cause).__name__])[0]
-    except ray.exceptions.RayError as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    return ""
-
-
-def _evaluation(job: CompareJob, run: TrainJob, out: str) -> EvaluateJob:
-    storage = Storage.from_config(job.storage)
-    return EvaluateJob(
-        storage=job.storage,
-        cluster=job.cluster,
-        predict=job.predict,
-        evaluate=EvaluateConfig(
-            checkpoint=storage.join(run.train.out, run.train.name, "best"),
-            data=str(run.train.data),
-            split=job.compare.split,
-            out=storage.join(out, "evaluations", run.train.name),
-            use_gpu=run.train.use_gpu,
-            num_workers=1,
-        ),
-    )
-
-
-def _train_and_evaluate(train_job: TrainJob, evaluate_job: EvaluateJob) -> None:
-    """One run, in a process of its own."""
-    storage = Storage.from_config(train_job.storage)
-    if not is_finished(storage, storage.join(train_job.train.out, train_job.train.name)):
-        train(train_job, quiet=True)
-    evaluate(evaluate_job, quiet=True)

@@ -2,17 +2,18 @@
 
 Metrics cover every labelled image, including chips in which no face was found, and use the uncalibrated predictions.
 A separate section measures the checkpoint's calibration. The evaluation is rejected if the checkpoint was trained on
-any of the images, which are compared by content.
+any of the images, which are compared by content. With `--stress`, `runtime.stress` also measures corrupted images.
+With `--explain`, `runtime.explain` draws sheets of faces.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,35 +24,39 @@ from ray.data import ActorPoolStrategy
 from rich.console import Console
 
 from agr_ray.config import EvaluateConfig, EvaluateJob
-from agr_ray.config import digest as digest_of
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
 from agr_ray.data.crops import read_labels, select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.evaluation.audit import metrics_report
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.coverage import coverage_report
-from agr_ray.evaluation.metrics import Baseline, metrics_report
+from agr_ray.evaluation.metrics import Baseline
 from agr_ray.evaluation.overlap import num_among, num_seen_in_training
-from agr_ray.labels import Labels, LabelSpace, race_mapping
+from agr_ray.evaluation.shift import quality_values
+from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint import CALIBRATION, META, content_codes
 from agr_ray.models.checkpoint_files import add_to_card, local_checkpoint, portable_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
-from agr_ray.models.transform import Transform
-from agr_ray.predict.crop_predictor import CropPredictor, read_predictions
+from agr_ray.predict.checkpoint_on_set import check_compatible, mapped_labels, overlap_message, training_baseline
+from agr_ray.predict.crop_predictor import CropPredictor
 from agr_ray.predict.downloads import one_cpu, use_one_cpu
+from agr_ray.predict.prediction_rows import PredictionRows, read_rows
 from agr_ray.predict.resolve import resolve
 from agr_ray.progress_bar import progress
+from agr_ray.report.evaluation_folder import METRICS_FILE, PREDICTIONS_FILE, is_evaluation, out_folder
+from agr_ray.report.evaluation_pair import write_pair
 from agr_ray.report.evaluation_summary import print_calibration, print_fitted, print_summary, vision_differences
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
 from agr_ray.runtime.crop_stream import part_dataset
-from agr_ray.schema import Status
+from agr_ray.runtime.explain import Explanation, explain
+from agr_ray.runtime.stress import StressTest, check_corruptions, stress
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
 
-FORMAT_VERSION: Final = 1
-PREDICTIONS_FILE: Final = "predictions.parquet"
+FORMAT_VERSION: Final = 2
 _MOST_ROWS_HERE: Final = 200
 """Most crops that this process predicts itself unless `evaluate.num_workers` is set. On one CPU, a ResNet50 at 224 px
 takes 17 s for them, about as long as starting Ray and a worker."""
@@ -59,6 +64,8 @@ takes 17 s for them, about as long as starting Ray and a worker."""
 
 def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
     """Predict, calibrate if asked to, measure, write the files, print a summary; return the metrics.
+
+    With `evaluate.compare`, compare two models instead, and return the content of paired.json.
 
     Args:
         job: what to measure.
@@ -69,23 +76,61 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
             groups are to be corrected.
     """
     console = make_console(quiet=quiet)
-    config = job.evaluate
     storage = Storage.from_config(job.storage)
+    check_corruptions(job.evaluate)
+    if job.evaluate.compare:
+        return _compare(job, storage, console)
+    return _evaluate(job, storage, console)[0]
+
+
+def _compare(job: EvaluateJob, storage: Storage, console: Console) -> dict[str, Any]:
+    """Compare the predictions of two models for the same images; evaluate those that are checkpoints first.
+
+    Raises:
+        ConfigError: one of them is neither a checkpoint nor an evaluation, or `data` is missing for a checkpoint.
+    """
+    config, folders = job.evaluate, []
+    for name in config.compared:
+        storage.probe(name, "evaluate.compare")
+        uri = storage.absolute(name).rstrip("/")
+        if not is_evaluation(storage, uri):
+            if not storage.exists(storage.join(uri, META)):
+                raise ConfigError(
+                    f"evaluate.compare {uri}: neither a checkpoint, which has {META}, nor an evaluation, which has "
+                    f"{METRICS_FILE} and {PREDICTIONS_FILE}"
+                )
+            if not config.data:
+                raise ConfigError(f"evaluate.data is needed, because evaluate.compare {uri} is a checkpoint")
+            settings = config.model_copy(update={"checkpoint": uri, "compare": "", "out": ""})
+            _, uri = _evaluate(job.model_copy(update={"evaluate": settings}), storage, console)
+        folders.append(uri)
+    return write_pair(storage, folders[0], folders[1], config.out, console)
+
+
+def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dict[str, Any], str]:
+    """Measure a checkpoint as `evaluate` does; return the metrics and the folder of the results."""
+    config = job.evaluate
     for uri, name in ((config.data, "data"), (config.checkpoint, "checkpoint")):
         storage.probe(uri, f"evaluate.{name}")
     if config.out:
         storage.probe(config.out, "evaluate.out", write=True)
     prepared = open_prepared(storage, config.data, "evaluate.data")
+    trained_on = prepared
+    if config.explain_train_data:
+        storage.probe(config.explain_train_data, "evaluate.explain_train_data")
+        trained_on = open_prepared(storage, config.explain_train_data, "evaluate.explain_train_data")
     checkpoint = storage.absolute(config.checkpoint).rstrip("/")
     with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as loaded:
         directory, meta, digest, space = loaded.directory, loaded.meta, loaded.digest, loaded.model.space
-        _check_compatible(loaded.transform, prepared, config)
+        check_compatible(loaded.transform, prepared, config, "evaluate.data")
+        if trained_on is not prepared:
+            check_compatible(loaded.transform, trained_on, config, "evaluate.explain_train_data")
         if config.correct_age and loaded.model.config.age_head == "groups":
             raise ConfigError(
                 "evaluate.correct_age: the age head groups predicts an age for each group, which the correction could "
                 "move into another group"
             )
-        measured_in, mapping = _mapped(loaded.model, prepared)
+        measured_in, mapping = mapped_labels(loaded.model, prepared)
         pipeline, calibration, reason = resolve(
             loaded,
             Pipeline(predict=job.predict),
@@ -98,11 +143,11 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
         measured = Pipeline(vision=prepared.vision, predict=pipeline.predict)
         for line in vision_differences(measured, pipeline, calibrates=config.calibrate, calibration=calibration):
             console.print(line)
-        out = _out(storage, config, checkpoint, digest, prepared, measured)
+        out = out_folder(storage, config, checkpoint, digest, prepared, measured)
         chosen, statuses = _chosen_rows(storage, prepared, config)
         num_seen = num_seen_in_training(directory, chosen)
         if num_seen != 0 and not config.allow_overlap:
-            raise ConfigError(_overlap(num_seen, chosen.num_rows, checkpoint, prepared, config))
+            raise ConfigError(overlap_message(num_seen, chosen.num_rows, checkpoint, prepared, config))
         with ExitStack() as stack:
             # The lock is beside the checkpoint, not inside it, because checkpoints are copied as whole folders.
             written = [checkpoint, out] if config.calibrate else [out]
@@ -117,15 +162,14 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
             else:
                 stack.enter_context(cluster(job.cluster))
                 predicted = _predict_in_workers(config, storage, prepared, arguments)
-            table = _collect(predicted, chosen.num_rows, locks, console)
-            predictions = read_predictions(table, loaded.model.tasks, space)
-            labels = read_labels(table, measured_in)
-            _check_finite(predictions, checkpoint)
+            table, images_per_s = _collect(predicted, chosen.num_rows, locks, console)
+            rows = read_rows(table.to_batches(), table.num_rows, loaded.model.tasks, space, measured_in)
+            _check_finite(rows.predictions, checkpoint)
             precisions = tuple(sorted(set(table["precision"].to_pylist())))
             if config.calibrate:
                 calibration = Calibration.fit(
                     read_labels(table, space),
-                    predictions,
+                    rows.predictions,
                     coverage=config.coverage,
                     risk=config.abstain_risk,
                     correct_age=config.correct_age,
@@ -135,17 +179,18 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
                     split_manifest_sha256=prepared.split_manifest_sha256,
                     content_codes=tuple(content_codes(chosen["content_hash"].to_pylist()).tolist()),
                     num_seen_in_training=num_seen,
+                    quality=quality_values(table),
                 )
                 _check_unchanged(storage, checkpoint, directory)
                 text = json.dumps(calibration.to_json(), allow_nan=False) + "\n"
                 _check(locks)
                 storage.write(storage.join(checkpoint, CALIBRATION), text.encode())
-            metrics = _measure(table, labels, predictions, meta, space)
+            metrics = _measure(rows, calibration, config, training_baseline(meta, space), console)
             if calibration is not None:
                 warning = calibration.precision_warning(precisions)
                 if warning:
                     console.print(f"warning: {warning}")
-                metrics["calibration"] = coverage_report(labels, predictions, calibration) | {
+                metrics["calibration"] = coverage_report(rows.labels, rows.predictions, calibration) | {
                     "num_calibrated_on": calibration.n,
                     "num_seen_in_calibration": num_among(chosen, set(calibration.content_codes)),
                     "num_seen_in_training": calibration.num_seen_in_training,
@@ -153,7 +198,7 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
                     "calibrated_on_split_manifest_sha256": calibration.split_manifest_sha256,
                     "notes": list(calibration.notes),
                 }
-            record = _record(config, checkpoint, digest, meta, prepared, measured, space, measured_in, mapping)
+            record = _record(config, checkpoint, digest, meta, prepared, measured, loaded.model, measured_in, mapping)
             metrics["evaluation"] = record | {
                 "precisions": list(precisions),
                 "num_seen_in_training": num_seen,
@@ -161,30 +206,60 @@ def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
             }
             _check(locks)
             storage.write_table(table, storage.join(out, PREDICTIONS_FILE))
-            text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-            _check(locks)
-            storage.write(storage.join(out, "metrics.json"), text.encode())
+            _write_metrics(storage, out, metrics, locks)
             _check(locks)
             add_to_card(storage, checkpoint, metrics, console)
-    print_summary(console, metrics, out)
-    if config.calibrate and calibration is not None:
-        print_fitted(console, calibration, storage.join(checkpoint, CALIBRATION))
-    if calibration is not None:
-        print_calibration(console, metrics["calibration"])
-    return metrics
+            print_summary(console, metrics, out)
+            if config.calibrate and calibration is not None:
+                print_fitted(console, calibration, storage.join(checkpoint, CALIBRATION))
+            if calibration is not None:
+                print_calibration(console, metrics["calibration"])
+            if config.explain:
+                explanation = Explanation(
+                    storage=storage,
+                    config=config,
+                    predict=measured.predict,
+                    cluster=job.cluster,
+                    prepared=prepared,
+                    trained_on=trained_on,
+                    out=out,
+                    loaded=loaded,
+                    checkpoint=packed,
+                    measured_in=measured_in,
+                    predictions=table,
+                    predict_here_rows=_MOST_ROWS_HERE,
+                )
+                metrics["explain"] = explain(explanation, lambda: _check(locks), console)
+                _write_metrics(storage, out, metrics, locks)
+            if config.stress:
+                test = StressTest(
+                    storage=storage,
+                    config=config,
+                    predict=measured.predict,
+                    cluster=job.cluster,
+                    prepared=prepared,
+                    out=out,
+                    checkpoint=packed,
+                    model_digest=digest,
+                    tasks=loaded.model.tasks,
+                    space=space,
+                    measured_in=measured_in,
+                    predictions=table,
+                    metrics=metrics,
+                    predict_here_rows=_MOST_ROWS_HERE,
+                    images_per_s=images_per_s,
+                )
+                metrics["stress"] = stress(test, lambda: _check(locks), console)
+                _write_metrics(storage, out, metrics, locks)
+                _check(locks)
+                add_to_card(storage, checkpoint, metrics, console)
+    return metrics, out
 
 
-def _overlap(
-    num_seen: int | None, num_rows: int, checkpoint: str, prepared: PreparedSet, config: EvaluateConfig
-) -> str:
-    """Return why the evaluation is rejected: training saw, or may have seen, some of its images."""
-    problem = (
-        f"evaluate.checkpoint {checkpoint}: does not say on which images it was trained"
-        if num_seen is None
-        else f"evaluate.split {config.split} of {prepared.uri}: the checkpoint was trained on {num_seen:,} of its "
-        f"{num_rows:,} images"
-    )
-    return f"{problem}; --evaluate.allow_overlap true measures them anyway"
+def _write_metrics(storage: Storage, out: str, metrics: Mapping[str, Any], locks: Sequence[RunLock]) -> None:
+    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    _check(locks)
+    storage.write(storage.join(out, METRICS_FILE), text.encode())
 
 
 def _record(
@@ -194,12 +269,12 @@ def _record(
     meta: Mapping[str, Any],
     prepared: PreparedSet,
     measured: Pipeline,
-    space: LabelSpace,
+    model: MultiTaskNet,
     measured_in: LabelSpace,
     mapping: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the section of metrics.json about the evaluation itself: the model, the data and the settings."""
-    is_mapped = prepared.label_space != space
+    is_mapped = prepared.label_space != model.space
     label_mapping = {
         "from": prepared.label_space.name,
         "races": dict(mapping),
@@ -215,7 +290,8 @@ def _record(
         "split_manifest_sha256": prepared.split_manifest_sha256,
         "trained_on_split_manifest_sha256": meta["data"].get("split_manifest_sha256"),
         **measured.to_json(),
-        "label_space": space.name,
+        "tasks": list(model.tasks),
+        "label_space": model.space.to_json(),
         "label_mapping": label_mapping if is_mapped else None,
     }
 
@@ -256,67 +332,6 @@ def _check_unchanged(storage: Storage, checkpoint: str, directory: Path) -> None
         if storage.read(storage.join(checkpoint, META)) == (directory / META).read_bytes():
             return
     raise JobError(f"evaluate.checkpoint {checkpoint}: was replaced during the evaluation; evaluate it again")
-
-
-def _out(
-    storage: Storage, config: EvaluateConfig, checkpoint: str, model: str, prepared: PreparedSet, pipeline: Pipeline
-) -> str:
-    """Return the folder of the results; the same evaluation replaces itself there.
-
-    Raises:
-        ConfigError: the configured one holds something else.
-    """
-    if not config.out:
-        return f"{checkpoint}-eval-{config.split}-{prepared.digest[:8]}-{digest_of(pipeline.predict)[:4]}"
-    out = storage.absolute(config.out).rstrip("/")
-    try:
-        existing = json.loads(storage.read(storage.join(out, "metrics.json")))["evaluation"]
-        theirs = tuple(existing[name] for name in ("model_digest", "split_manifest_sha256", "split", "predict"))
-        title = f"the evaluation of {existing['checkpoint']} on split {existing['split']} of {existing['data']}"
-    except MissingObject:
-        # A job that was killed while it wrote has left no metrics.json, which is written last.
-        if not storage.exists(out) or all(info.key == PREDICTIONS_FILE for info in storage.list(out)):
-            return out
-        theirs, title = (), "files, but no evaluation"
-    except (ValueError, KeyError, TypeError):
-        theirs, title = (), "a metrics.json that no evaluation wrote"
-    if theirs != (model, prepared.split_manifest_sha256, config.split, pipeline.predict.model_dump(mode="json")):
-        raise ConfigError(f"evaluate.out {out}: holds {title}; choose another folder")
-    return out
-
-
-def _check_compatible(transform: Transform, prepared: PreparedSet, config: EvaluateConfig) -> None:
-    """Reject crops that the checkpoint's transform does not fit."""
-    for key, needed, found in (
-        ("crop_side_px", transform.crop_side_px, prepared.crop_side_px),
-        ("template", transform.template, prepared.settings["template"]),
-    ):
-        if needed != found:
-            raise ConfigError(
-                f"evaluate.data {prepared.uri}: its crops have {key} {found}; the checkpoint {config.checkpoint} "
-                f"needs {needed}: prepare the source again with that"
-            )
-
-
-def _mapped(model: MultiTaskNet, prepared: PreparedSet) -> tuple[LabelSpace, dict[str, str]]:
-    """Return the label space to measure in, and the race in it for each race of the data.
-
-    Races are the checkpoint's, or the data's if it has no race head; age groups are the data's, because an age in years
-    has a group in any space, and an age range lies in a group of its own space.
-
-    Raises:
-        ConfigError: the data's races do not map onto the checkpoint's.
-    """
-    space, data = model.space, prepared.label_space
-    if space == data:
-        return space, race_mapping(data, space)
-    measured_in = replace(space, age_groups=data.age_groups)
-    if "race" not in model.tasks:
-        measured_in = replace(measured_in, races=data.races)
-    try:
-        return measured_in, race_mapping(data, measured_in)
-    except ValueError as error:
-        raise ConfigError(f"evaluate.data {prepared.uri}: {error}") from None
 
 
 def _chosen_rows(storage: Storage, prepared: PreparedSet, config: EvaluateConfig) -> tuple[pa.Table, dict[str, int]]:
@@ -368,34 +383,47 @@ def _predict_in_workers(
         yield table
 
 
-def _collect(predicted: Iterator[pa.Table], num_rows: int, locks: Sequence[RunLock], console: Console) -> pa.Table:
-    """Return all predictions of the split, sorted by key."""
+def _collect(
+    predicted: Iterator[pa.Table], num_rows: int, locks: Sequence[RunLock], console: Console
+) -> tuple[pa.Table, float]:
+    """Return all predictions of the split, sorted by key, and the rate, in images/s, since the first of them."""
     tables = []
+    since_s, num_before = time.monotonic(), 0
     with progress(console, "predicting", num_rows) as update:
         for table in predicted:
             _check(locks)
             tables.append(table)
+            if len(tables) == 1 and table.num_rows < num_rows:  # starting the workers is over
+                since_s, num_before = time.monotonic(), table.num_rows
             update(sum(each.num_rows for each in tables), "")
     result = pa.concat_tables(tables).sort_by("key")
     if result.num_rows != num_rows:
         raise RuntimeError(f"{result.num_rows} predictions for {num_rows} crops")
-    return result
+    return result, (num_rows - num_before) / max(time.monotonic() - since_s, 1e-3)
 
 
 def _measure(
-    table: pa.Table, labels: Labels, predictions: Predictions, meta: Mapping[str, Any], space: LabelSpace
+    rows: PredictionRows,
+    calibration: Calibration | None,
+    config: EvaluateConfig,
+    baseline: Baseline | None,
+    console: Console,
 ) -> dict[str, Any]:
-    subjects = pc.rank(table["group_id"], tiebreaker="dense") if table["group_id"].null_count == 0 else None
-    return metrics_report(
-        labels,
-        predictions,
-        fallback=np.asarray(pc.equal(table["status"], str(Status.FALLBACK))),
-        baseline=_training_baseline(meta, space),
-        clusters=None if subjects is None else np.asarray(subjects).astype(np.int64),
-    )
-
-
-def _training_baseline(meta: Mapping[str, Any], space: LabelSpace) -> Baseline | None:
-    """Return the constant baseline fitted on the training labels; None if the checkpoint does not hold it."""
-    values = meta["data"].get("baseline")
-    return None if values is None else Baseline.from_json(values, space)
+    """Return the metrics. If age is calibrated, the widths of its intervals say how certain each age is."""
+    widths = None
+    if calibration is not None:
+        calibrated = calibration.apply(rows.predictions)
+        if calibrated.age_low is not None and calibrated.age_high is not None:
+            widths = calibrated.age_high - calibrated.age_low
+    with progress(console, "measuring", len(rows.labels)) as update:
+        return metrics_report(
+            rows.labels,
+            rows.predictions,
+            rows.fallback,
+            baseline,
+            rows.persons,
+            age_uncertainty=widths,
+            age_thresholds=config.age_thresholds,
+            age_buffer_years=config.age_buffer_years,
+            update=update,
+        )

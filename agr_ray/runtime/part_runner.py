@@ -16,7 +16,11 @@ MAX_BLOCKS: Final = 4096
 
 
 def run_parts(
-    worker: Callable[..., Any], arguments: Sequence[Any], numbers: Sequence[int], pool: ActorPoolStrategy
+    worker: Callable[..., Any],
+    arguments: Sequence[Any],
+    numbers: Sequence[int],
+    pool: ActorPoolStrategy,
+    gpus_each: float = 0.0,
 ) -> Iterator[pa.Table]:
     """Have actors on the connected cluster make parts; yield the tables that they return.
 
@@ -25,6 +29,7 @@ def run_parts(
         arguments: of its constructor.
         numbers: of the parts.
         pool: of the actors.
+        gpus_each: GPUs of each actor.
     """
     configure_ray_data()
     for first in range(0, len(numbers), MAX_BLOCKS):
@@ -34,6 +39,7 @@ def run_parts(
             fn_constructor_args=tuple(arguments),
             batch_size=1,
             num_cpus=1,
+            num_gpus=gpus_each or None,
             compute=pool,
         )
         for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):

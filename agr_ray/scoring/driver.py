@@ -14,9 +14,7 @@ run id, so a suspended job that wakes up after losing its lock cannot touch anot
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import hashlib
 import os
 import random
 import time
@@ -36,18 +34,21 @@ from agr_ray.progress_bar import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
 from agr_ray.scoring.grouping import check_grouping
 from agr_ray.scoring.loaded_model import ModelFiles, read_model, short_digest, written_attributes
-from agr_ray.scoring.messages import print_plan, print_summary, print_timings
+from agr_ray.scoring.messages import print_plan, print_shift, print_summary, print_timings
 from agr_ray.scoring.planning import Plan
 from agr_ray.scoring.publish import (
+    MAX_FACES,
     Counts,
     Publication,
     add_counts,
     delete_unpublished,
+    distinct_faces,
     publish,
     published_runs,
     stage_demographics,
     withdraw_waiting,
 )
+from agr_ray.scoring.record import compared_faces, key_id, run_record, totals_of
 from agr_ray.scoring.refusals import Refusals, TooManyRefused
 from agr_ray.scoring.scorer import Scoring
 from agr_ray.scoring.unpublished import Planned, keep_for_later, new_id, now, replan, resume
@@ -57,6 +58,7 @@ from agr_ray.storage.lock import LockLost, RunLock, run_lock
 from agr_ray.storage.parts import KILLED_ITS_WORKER
 from agr_ray.storage.retry import Retry
 from agr_ray.storage.uri import is_bucket
+from agr_ray.tables.duplicates import DistinctFaces
 
 MIN_KEY_BYTES: Final = 32
 _RESOURCE_KNOBS: Final = {
@@ -116,7 +118,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     attributes = written_attributes(job.score, model.tasks)
     settings = digest(model.pipeline, job.gates)
     config_digest = short_digest([settings, attributes, model.calibration_digest])
-    identity = short_digest([model.digest, config_digest, _selection(job.score, storage), _key_id(key), SCHEMA_VERSION])
+    identity = short_digest([model.digest, config_digest, _selection(job.score, storage), key_id(key), SCHEMA_VERSION])
     plans = storage.join(f"{out}-work", identity)
     lock_uri = storage.join(f"{out}-work", "lock.json")
     retry = Retry(job.score.outage_s)
@@ -161,6 +163,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
                 "schema_version": SCHEMA_VERSION,
             },
             use_gpu=job.score.use_gpu,
+            hashes_faces=job.score.near_duplicates != "off",
         )
         publication = Publication(
             storage=storage,
@@ -176,6 +179,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             ledger=storage.absolute(job.score.ledger) if job.score.ledger else "",
             key=key,
             outage_s=job.score.outage_s,
+            reference=None if model.calibration is None else model.calibration.reference,
+            near_duplicates=job.score.near_duplicates,
         )
         with workers.session() if planned.plan.num_parts else nullcontext():
             try:
@@ -189,10 +194,12 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
                 console.print(f"warning: {warning}")
             started = time.perf_counter()
             counts = _stage_files(publication, workers, check, console)
-        retry.call(lambda: stage_demographics(publication, counts, model.calibration, job.score.min_cell))
-        totals = _totals(counts, planned.plan)
+        distinct = _find_distinct(publication, counts, check, console)
+        retry.call(lambda: stage_demographics(publication, counts, model.calibration, job.score.min_cell, distinct))
+        shift = compared_faces(job, model, counts)
+        totals = totals_of(counts, distinct, planned.plan)
         timings |= {"plan_s": planned.plan_s, "publish_s": time.perf_counter() - started}
-        record = _record(job, publication, model, config_digest, precisions, timings, totals)
+        record = run_record(job, publication, model, config_digest, precisions, timings, totals, shift)
         retry.call(lambda: publish(publication, record, lock.check))
         try:
             lock.check()
@@ -205,6 +212,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         console.print(f"published {title}; score.min_cell withholds its totals")
     else:
         print_summary(console, totals, title)
+    if model.calibration is not None:
+        print_shift(console, shift)
     print_timings(console, timings)
     return record
 
@@ -256,6 +265,11 @@ def _checked_key(job: ScoreJob, storage: Storage, out: str) -> bytes:
                 f"score.pseudonymise {config.pseudonymise}: holds {len(key)} bytes; a key needs at least "
                 f"{MIN_KEY_BYTES}; `head -c 32 /dev/urandom > FILE` makes one"
             )
+    if config.near_duplicates == "publish" and config.pseudonymise:
+        raise ConfigError(
+            "score.near_duplicates publish: with score.pseudonymise, anyone who has a photograph could find its row by "
+            "the hash; use count"
+        )
     if config.aggregate_only:
         for name in ("pseudonymise", "ledger"):
             if not getattr(config, name):
@@ -297,7 +311,7 @@ def _scored_folders(
     storage: Storage, out: str, job: ScoreJob, model: ModelFiles, config_digest: str, key: bytes
 ) -> list[str]:
     """Return the folders of runs with the same model, configuration and key, whose images need not be scored again."""
-    wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": _key_id(key)}
+    wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": key_id(key)}
     folders = []
     for record in published_runs(storage, out):
         if all(record[name] == value for name, value in wanted.items()):
@@ -402,46 +416,23 @@ def _stage_files(publication: Publication, workers: Workers, check: Callable[[],
     return add_counts(counts, publication.group_by)
 
 
-def _record(
-    job: ScoreJob,
-    publication: Publication,
-    model: ModelFiles,
-    config_digest: str,
-    precisions: set[str],
-    timings: Mapping[str, Any],
-    totals: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the content of `_SUCCESS/run=ID.json`."""
-    return {
-        "run_id": publication.run_id,
-        "started_at": publication.started_at.isoformat(timespec="milliseconds"),
-        **({} if publication.key else {"input": publication.storage.absolute(job.score.input)}),
-        "model_digest": model.digest,
-        "config_digest": config_digest,
-        "key_id": _key_id(publication.key),
-        "schema_version": SCHEMA_VERSION,
-        "label_space": model.space.to_json(),
-        **model.pipeline.to_json(),
-        "calibrated": model.calibration is not None,
-        "uncalibrated_because": model.uncalibrated_because,
-        "calibration_warning": model.calibration.overlap_warning if model.calibration else "",
-        "precisions": sorted(precisions),
-        "aggregate_only": job.score.aggregate_only,
-        "group_by": list(job.score.group_by),
-        "min_cell": job.score.min_cell,
-        **({} if job.score.min_cell else totals),
-        "timings": timings,
-        "published_at": now().isoformat(timespec="milliseconds"),
-    }
+def _find_distinct(
+    publication: Publication, counts: Counts, check: Callable[[], None], console: Console
+) -> DistinctFaces | None:
+    """Return which faces are near-duplicates; None if that is not asked for, or needs too much memory."""
+    if publication.near_duplicates == "off":
+        return None
+    num_faces = int(np.sum(counts.groups["num_faces"].to_numpy()))
+    if num_faces > MAX_FACES:
+        console.print(
+            f"warning: n_unique is null: the run has more than {MAX_FACES:,} faces, and the driver needs about 100 "
+            "bytes of memory for each; score parts of the bucket into outputs of their own"
+        )
+        return None
+    with progress(console, "near-duplicates", publication.num_files) as update:
 
+        def report(done: int) -> None:
+            check()
+            update(done, "files")
 
-def _totals(counts: Counts, plan: Plan) -> dict[str, Any]:
-    """Return the run's counts over all groups, and the counts of its plan."""
-    names = [name for name in counts.groups.column_names if name.startswith("num_")]
-    totals = {name: int(np.sum(counts.groups[name].to_numpy())) for name in names}
-    return totals | {"counts": dict(sorted(counts.statuses.items())), "plan": dataclasses.asdict(plan)}
-
-
-def _key_id(key: bytes) -> str:
-    """Return an id that distinguishes keys without revealing them."""
-    return hashlib.sha256(b"agr_ray key id" + key).hexdigest()[:12] if key else ""
+        return distinct_faces(publication, counts.groups, report)

@@ -53,10 +53,21 @@ def print_summary(console: Console, totals: Mapping[str, Any], title: str) -> No
     rows += [(f"  {status}", count) for status, count in totals["counts"].items()]
     rows += [("faces", totals["num_faces"]), ("  flagged", totals["num_flagged"])]
     rows += [("  with an attribute too uncertain to tell", totals["num_abstained"])]
+    if totals["num_unique"] is not None:
+        rows += [("  distinct, of those not flagged", totals["num_unique"])]
     for label, number in rows:
         table.add_row(label, f"{number:,}")
     console.print(table)
     print_failed(console, totals["counts"])
+
+
+def print_shift(console: Console, shift: Mapping[str, Any]) -> None:
+    """Print whether the faces resemble those of the calibration, and where they do not (`Shift.to_json`)."""
+    differs = shift["verdict"] in ("photographs_differ", "predictions_differ")
+    console.print(f"{'warning: ' if differs else ''}{shift['sentence']}")
+    for each in shift["quantities"]:
+        if each["sentence"] and each["verdict"] != "similar":
+            console.print(f"  {each['sentence']}")
 
 
 def print_timings(console: Console, timings: Mapping[str, Any]) -> None:

@@ -18,22 +18,35 @@ import json
 import re
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
+from agr_ray.config.scoring import NearDuplicates
 from agr_ray.evaluation.calibration import Calibration
-from agr_ray.labels import LabelSpace
+from agr_ray.evaluation.shift import Reference
+from agr_ray.labels import IntArray, LabelSpace
 from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES, IMAGES, REJECTS, Status
 from agr_ray.storage import MissingObject, Storage, StorageFailed
 from agr_ray.storage.lock import LockLost
 from agr_ray.storage.parts import PARTS_PER_FILE, Parts
 from agr_ray.storage.retry import Retry
 from agr_ray.tables.demographics import demographics
-from agr_ray.tables.face_rows import count_faces, count_images, explode_faces, select_rejects, sum_counts
+from agr_ray.tables.duplicates import MAX_DISTANCE, DistinctFaces, face_codes, joined
+from agr_ray.tables.face_rows import (
+    count_faces,
+    count_images,
+    explode_faces,
+    hashed_faces,
+    select_rejects,
+    shift_values,
+    sum_counts,
+    without_hashes,
+)
 from agr_ray.tables.suppression import suppress
 
 SUCCESS: Final = "_SUCCESS"
@@ -41,7 +54,11 @@ LEDGER_COLUMNS: Final = ("image_id", "status", "storage_class")
 TABLES: Final = ("demographics", "rejects", "faces", "images")
 """Tables in publishing order."""
 LEDGER: Final = "ledger"
+_HASHED: Final = "hashed"
+"""Staged rows of `face_rows.hashed_faces`, which are never published."""
 _RUN_FOLDER = re.compile(r"run=(\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8})/")
+MAX_FACES: Final = 20_000_000
+"""Maximum faces of a run among which near-duplicates are looked for."""
 INCONCLUSIVE: Final = (str(Status.CHANGED), str(Status.FAILED), str(Status.ARCHIVED))
 """Statuses that say nothing about an image's content: an earlier row of the image stays valid."""
 _NUM_READS: Final = 8
@@ -56,6 +73,8 @@ class Counts(NamedTuple):
     """`tables.face_rows.count_images` by the grouping columns."""
     statuses: Counter[str]
     """Images by status."""
+    bins: Mapping[str, IntArray]
+    """`evaluation.shift.Reference.count` of all faces; empty without a reference."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,10 @@ class Publication:
     key: bytes
     """Key of the HMACs that replace URIs; empty: URIs are kept."""
     outage_s: float
+    reference: Reference | None = None
+    """Of the calibration, with which the faces are compared."""
+    near_duplicates: NearDuplicates = "off"
+    """As in `ScoreConfig`."""
 
     @property
     def classes(self) -> dict[str, tuple[str, ...]]:
@@ -99,8 +122,13 @@ class Publication:
             count_faces(faces, self.group_by, self.space),
             count_images(images, faces, self.group_by),
             Counter(images["status"].to_pylist()),
+            {} if self.reference is None else self.reference.count(shift_values(faces, self.space)),
         )
+        if self.near_duplicates != "off":
+            self._write(hashed_faces(faces, self.group_by, self.space), _HASHED, file)
         kept = images.select(IMAGES.names)
+        if self.near_duplicates != "publish":
+            kept = without_hashes(kept)
         if self.key:
             kept = pseudonymised(kept, self.key, self.started_at)
         if self.aggregate_only:
@@ -130,8 +158,12 @@ class Publication:
         """Return the folder in which a table is staged before it is published."""
         return self.storage.join(self.work, "staged", self.run_id, table)
 
+    def file(self, table: str, number: int) -> str:
+        """Return the URI of a staged file."""
+        return self.storage.join(self.staged(table), f"{table}-{number:05d}.parquet")
+
     def _write(self, table: pa.Table, name: str, file: int) -> None:
-        self.storage.write_table(table, self.storage.join(self.staged(name), f"{name}-{file:05d}.parquet"))
+        self.storage.write_table(table, self.file(name, file))
 
     def _image_rows(self, file: int) -> pa.Table:
         """Return the image rows of a file's parts, with the grouping columns of the manifest."""
@@ -183,11 +215,35 @@ def add_counts(counts: Sequence[Counts], group_by: Sequence[str]) -> Counts:
         sum_counts([each.cells for each in counts], [*group_by, *DEMOGRAPHIC_ATTRIBUTES]),
         sum_counts([each.groups for each in counts], group_by),
         sum((each.statuses for each in counts), Counter()),
+        {name: np.sum([each.bins[name] for each in counts], axis=0) for name in counts[0].bins},
     )
 
 
+def distinct_faces(publication: Publication, groups: pa.Table, progress: Callable[[int], None]) -> DistinctFaces:
+    """Find the near-duplicates among the faces of all files; they need about 100 bytes of memory each.
+
+    Args:
+        publication: the publication, with the rows of all files staged.
+        groups: `Counts.groups` of all files.
+        progress: called with the number of files that were read.
+    """
+    storage, classes, parts = publication.storage, publication.classes, []
+    for file in range(publication.num_files):
+        uri = publication.file(_HASHED, file)
+        table = Retry(publication.outage_s).call(lambda uri=uri: storage.read_table(uri))  # type: ignore[misc]
+        parts.append(face_codes(table, groups, publication.group_by, classes))
+        progress(file + 1)
+    hashes, group, codes = (np.concatenate(each) for each in zip(*parts, strict=True))
+    number = joined(hashes, MAX_DISTANCE)
+    return DistinctFaces(number, group, dict(zip(classes, codes.T, strict=True)), groups.num_rows)
+
+
 def stage_demographics(
-    publication: Publication, counts: Counts, calibration: Calibration | None, min_cell: int
+    publication: Publication,
+    counts: Counts,
+    calibration: Calibration | None,
+    min_cell: int,
+    distinct: DistinctFaces | None = None,
 ) -> None:
     """Write the run's demographic tables to the staging folder."""
     table = demographics(
@@ -195,6 +251,7 @@ def stage_demographics(
         counts.groups,
         None if calibration is None else calibration.rows,
         publication.classes,
+        distinct=distinct,
     )
     if min_cell:
         table = suppress(table, min_cell)

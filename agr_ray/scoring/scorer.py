@@ -32,6 +32,7 @@ from agr_ray.stopwatch import Stopwatch
 from agr_ray.storage import Storage
 from agr_ray.storage.parts import Parts
 from agr_ray.vision.align import stored_side_px
+from agr_ray.vision.face_hash import face_hash
 
 MAX_CROPS: Final = 256
 """Maximum faces in a batch, unless one photograph has more: 56 MB of 224-pixel crops with margins."""
@@ -73,6 +74,8 @@ class Scoring:
     provenance: Mapping[str, Any]
     """Columns that all rows share: run_id, model_digest, config_digest, schema_version."""
     use_gpu: bool
+    hashes_faces: bool = False
+    """Whether to hash the pixels of each face."""
 
     @property
     def parts(self) -> Parts:
@@ -213,6 +216,10 @@ class PartFinder:
         """Return the columns that a photograph adds to its row, and the crops of its faces, from left to right."""
         found = self._finder.faces(photograph)
         faces = [face.columns | {"flags": flags(face.columns, self._scoring.gates)} for face in found]
+        if self._scoring.hashes_faces:
+            with self.stopwatch.stage("hash"):
+                for row, face in zip(faces, found, strict=True):
+                    row["perceptual_hash"] = face_hash(face.crop, self._scoring.transform.crop_side_px)
         return {
             "status": str(Status.OK if faces else Status.NO_FACE),
             "width_px": photograph.image.width_px,

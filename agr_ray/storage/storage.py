@@ -253,6 +253,20 @@ class Storage:
         """
         return tables.read_table(self._backend(uri), uri, columns)
 
+    def read_batches(self, uri: str, columns: Sequence[str], num_rows: int = 65_536) -> Iterator[pa.RecordBatch]:
+        """Yield some columns of one Parquet file in batches of at most `num_rows` rows, without reading it whole.
+
+        Raises:
+            MissingObject: nothing is there.
+            NotParquet: it is no Parquet file, or lacks a column.
+            StorageFailed, StorageUnavailable: reading failed.
+        """
+        yield from tables.read_batches(self._backend(uri), uri, columns, num_rows)
+
+    def count_rows(self, uri: str) -> int:
+        """Return the number of rows of one Parquet file; raises the same errors as `read_batches`."""
+        return tables.count_rows(self._backend(uri), uri)
+
     def write_table(self, table: pa.Table, uri: str) -> None:
         """Write a table as one Parquet file, whole or not at all, replacing what is there."""
         tables.write_table(self._backend(uri), table, uri)

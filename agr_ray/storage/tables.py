@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from agr_ray.storage.backend import Backend
@@ -22,6 +22,38 @@ def read_table(backend: Backend, uri: str, columns: Sequence[str] | None) -> pa.
         try:
             # No partitioning: `run=7/` in a path must not become a column.
             return pq.read_table(path, columns=columns and [*columns], filesystem=fs, partitioning=None)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise NotParquet(f"{uri} can't be read as Parquet: {error}") from error
+
+
+def read_batches(backend: Backend, uri: str, columns: Sequence[str], num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield a Parquet file's rows in batches; see `Storage.read_batches`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fs, path = backend.arrow_filesystem(uri)
+    with backend.library_errors(uri):
+        try:
+            with fs.open_input_file(path) as file:
+                # pre_buffer would read all row groups ahead, and hold them in memory.
+                parquet = pq.ParquetFile(file, pre_buffer=False)
+                missing = [name for name in columns if name not in parquet.schema_arrow.names]
+                if missing:
+                    raise NotParquet(f"{uri} has no column {', '.join(missing)}")
+                yield from parquet.iter_batches(num_rows, columns=[*columns])
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise NotParquet(f"{uri} can't be read as Parquet: {error}") from error
+
+
+def count_rows(backend: Backend, uri: str) -> int:
+    """Return the number of rows of a Parquet file; see `Storage.count_rows`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fs, path = backend.arrow_filesystem(uri)
+    with backend.library_errors(uri):
+        try:
+            return int(pq.read_metadata(path, filesystem=fs).num_rows)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise NotParquet(f"{uri} can't be read as Parquet: {error}") from error
 

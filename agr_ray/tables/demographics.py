@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agr_ray.schema import ABSTAINED, DEMOGRAPHIC_ATTRIBUTES, DEMOGRAPHIC_COUNTS, DEMOGRAPHICS
+from agr_ray.tables.duplicates import DistinctFaces
 from agr_ray.tables.prevalence import IntArray, Shares, confusion_counts, true_shares, why_not, why_not_together
 
 Classes = Mapping[str, Sequence[str]]
@@ -41,6 +42,7 @@ def demographics(
     calibration: Mapping[str, IntArray] | None,
     classes: Classes,
     seed: int = 0,
+    distinct: DistinctFaces | None = None,
 ) -> pa.Table:
     """Break down the faces of each group, and of all groups together, by each attribute and by all of them jointly.
 
@@ -60,6 +62,8 @@ def demographics(
             abstained) of labelled images that training never saw; None: nothing is corrected.
         classes: of each attribute that was predicted, as `LabelSpace.classes`.
         seed: of the bootstrap.
+        distinct: the faces of `counts`, with their groups in the order of `groups`; None: n_unique and num_unique are
+            null.
 
     Returns:
         The grouping columns as strings, then `schema.DEMOGRAPHICS`: every cell of every group, zeros included, in the
@@ -84,7 +88,7 @@ def demographics(
         groups = _with_total(groups, keys)
     chosen = [(name,) for name in predicted] + ([predicted] if len(predicted) > 1 else [])
     breakdowns = [_Breakdown(attributes, classes) for attributes in chosen]
-    parts = [_broken_down(faces, breakdown, predicted, calibration, seed) for breakdown in breakdowns]
+    parts = [_broken_down(faces, breakdown, predicted, calibration, seed, distinct) for breakdown in breakdowns]
     table = pa.concat_tables(parts) if parts else pa.table({"group": pa.array([], pa.int64()), **_empty()})
     group = table.column("group").to_numpy()
     order = pa.array(np.argsort(group, kind="stable"))
@@ -134,6 +138,7 @@ def _broken_down(
     attributes: Sequence[str],
     calibration: Mapping[str, IntArray] | None,
     seed: int,
+    distinct: DistinctFaces | None,
 ) -> pa.Table:
     """Return a row for each cell of each group: `group` and the columns of DEMOGRAPHICS except the groups' counts."""
     others = tuple(1 + i for i, name in enumerate(attributes) if name not in breakdown.attributes)
@@ -146,6 +151,11 @@ def _broken_down(
     labels = dict(zip(breakdown.attributes, cells, strict=True))
     with np.errstate(invalid="ignore"):
         share = n / accepted[:, None]
+    n_unique = num_unique = pa.nulls(n.size, pa.int64())
+    if distinct is not None:  # its last row is the total, which is the only group if there are no grouping columns
+        classes = {name: breakdown.classes[name] for name in breakdown.attributes}
+        n_unique = pa.array(distinct.per_cell(classes)[:num_groups].ravel())
+        num_unique = pa.array(np.repeat(distinct.per_group()[:num_groups], num_cells))
     return pa.table(
         {
             "group": np.repeat(np.arange(num_groups), num_cells),
@@ -162,6 +172,8 @@ def _broken_down(
             "correction": pa.array([reason for reason in reasons for _ in range(num_cells)], pa.string()),
             "suppressed": np.zeros(n.size, bool),
             "num_abstained": np.repeat(outcomes.reshape(num_groups, -1).sum(axis=1) - accepted, num_cells),
+            "n_unique": n_unique,
+            "num_unique": num_unique,
         }
     )
 

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from agr_ray.evaluation.shift import quality_values
+from agr_ray.evaluation.terms import FloatArray
 from agr_ray.labels import LabelSpace
-from agr_ray.schema import ABSTAINED, FACE, FACES, REJECTS, SCORED_STATUSES, Status
+from agr_ray.schema import ABSTAINED, DEMOGRAPHIC_ATTRIBUTES, FACE, FACES, REJECTS, SCORED_STATUSES, Status
 
 _SCORED = pa.array([*SCORED_STATUSES])
 
@@ -37,6 +39,14 @@ def select_rejects(images: pa.Table) -> pa.Table:
     return rejected.select(REJECTS.names).cast(REJECTS)
 
 
+def shift_values(faces: pa.Table, space: LabelSpace) -> dict[str, FloatArray]:
+    """Return the values of n faces that `evaluation.shift` compares; `race` as indices, NaN where there is no value."""
+    races = pc.cast(pc.index_in(faces["race"], value_set=pa.array(space.races, pa.string())), pa.float64())
+    columns = {"age": faces["age"], "p_male": faces["p_male"], "race": races}
+    predicted = {name: np.asarray(pc.cast(column, pa.float64()), np.float64) for name, column in columns.items()}
+    return quality_values(faces) | predicted
+
+
 def count_faces(faces: pa.Table, keys: Sequence[str], space: LabelSpace) -> pa.Table:
     """Count the faces without a flag by the columns `keys`, age group of the label space, gender and race.
 
@@ -45,13 +55,30 @@ def count_faces(faces: pa.Table, keys: Sequence[str], space: LabelSpace) -> pa.T
     Returns:
         `keys`, age_group, gender, race, n (int64).
     """
-    accepted = faces.filter(pc.equal(pc.list_value_length(faces["flags"]), 0))
-    columns = {key: accepted[key] for key in keys}
-    columns["age_group"] = pc.fill_null(_age_groups(accepted["age"], space), ABSTAINED)
+    accepted = _accepted(faces)
+    columns = {key: accepted[key] for key in keys} | _classes(accepted, space)
+    table = pa.table(columns).group_by([*keys, *DEMOGRAPHIC_ATTRIBUTES]).aggregate([([], "count_all")])
+    return table.rename_columns({"count_all": "n"})
+
+
+def hashed_faces(faces: pa.Table, keys: Sequence[str], space: LabelSpace) -> pa.Table:
+    """Return a row for each face that `count_faces` counts: perceptual_hash, `keys`, age_group, gender, race."""
+    accepted = _accepted(faces)
+    columns = {name: accepted[name] for name in ("perceptual_hash", *keys)}
+    return pa.table(columns | _classes(accepted, space))
+
+
+def _accepted(faces: pa.Table) -> pa.Table:
+    """Return the faces without a flag."""
+    return faces.filter(pc.equal(pc.list_value_length(faces["flags"]), 0))
+
+
+def _classes(faces: pa.Table, space: LabelSpace) -> dict[str, pa.Array]:
+    """Return the columns by which faces are counted, besides grouping columns."""
+    columns = {"age_group": pc.fill_null(_age_groups(faces["age"], space), ABSTAINED)}
     for name in ("gender", "race"):
-        columns[name] = pc.if_else(_abstains(accepted, name), ABSTAINED, pc.fill_null(accepted[name], ABSTAINED))
-    counted = pa.table(columns).group_by([*keys, "age_group", "gender", "race"]).aggregate([([], "count_all")])
-    return counted.rename_columns({"count_all": "n"})
+        columns[name] = pc.if_else(_abstains(faces, name), ABSTAINED, pc.fill_null(faces[name], ABSTAINED))
+    return columns
 
 
 def count_images(images: pa.Table, faces: pa.Table, keys: Sequence[str]) -> pa.Table:
@@ -106,3 +133,14 @@ def _age_groups(ages: pa.ChunkedArray, space: LabelSpace) -> pa.Array:
     """Return the age group of each age; null if the age is null or NaN."""
     codes = space.age_group(np.asarray(pc.fill_null(ages, np.nan)).astype(np.float64))
     return pa.array(np.asarray(space.age_groups)[codes], mask=codes < 0)
+
+
+def without_hashes(images: pa.Table) -> pa.Table:
+    """Return image rows whose faces have a null perceptual hash."""
+    lists = images["faces"].combine_chunks()
+    fields = {field.name: lists.flatten().field(field.name) for field in FACE}
+    fields["perceptual_hash"] = pa.nulls(len(lists.flatten()), FACE.field("perceptual_hash").type)
+    faces = pa.StructArray.from_arrays(list(fields.values()), fields=list(FACE))
+    offsets = pa.array(np.asarray(lists.offsets) - np.asarray(lists.offsets)[0])
+    place = images.schema.get_field_index("faces")
+    return images.set_column(place, images.schema.field(place), pa.ListArray.from_arrays(offsets, faces))

@@ -22,11 +22,18 @@ that all lines together still determine, and more counts are hidden for them.
 If a cell of a breakdown is hidden, its cells of 0 are hidden, too. Otherwise hidden cells would be known to be at least
 1, and five faces in five hidden cells would each be known from their sum. A hidden 0 may be found out, because nobody
 is counted there. Hidden counts other than cells are known to be at least 1.
+
+If distinct faces were counted, a cell is small if its distinct faces are few, however many near-duplicates it has:
+six photographs of one person are one person. `n_unique` is hidden exactly where `n` is. So it adds nothing from which a
+hidden count could be computed: a change of hidden n that leaves every published total as it is, made to n_unique as
+well, leaves every total of n_unique, and every difference of the two, as it is. (Distinct faces of cells need not add
+up, so an attacker knows less of n_unique than of n.) What may become known is that hidden cells have no duplicates.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -56,6 +63,8 @@ class _Counts(NamedTuple):
 
     values: IntArray
     """The n of each row, then the counts of groups and of breakdowns, then the counts that are never published."""
+    sizes: IntArray
+    """What is compared with the smallest count to publish: the values, but n_unique in place of n if it was counted."""
     num_published: int
     """Number of variables that are published or follow from published ones; they come first."""
     of_group: dict[str, IntArray]
@@ -101,7 +110,7 @@ def suppress(table: pa.Table, min_cell: int) -> pa.Table:
     keys = [*(name for name in table.column_names if name not in DEMOGRAPHICS.names), "is_total"]
     counts = _counts(table, keys)
     hidden = _hide(counts, _lines(table, keys, counts), min_cell)
-    return _publish(table, counts, hidden)
+    return _publish(table, counts, hidden, min_cell)
 
 
 def _counts(table: pa.Table, keys: list[str]) -> _Counts:
@@ -133,8 +142,13 @@ def _counts(table: pa.Table, keys: list[str]) -> _Counts:
     variables = [start + np.arange(len(part)) for start, part in zip(starts[:-1], parts[1:], strict=True)]
     names = [*by_group, *by_breakdown, *unpublished, "of_row"]
     variable = dict(zip(names, variables, strict=True))
+    values = np.concatenate(parts)
+    sizes = values.copy()
+    if not table.column("n_unique").null_count:
+        sizes[: len(n)] = table.column("n_unique").to_numpy()
     return _Counts(
-        values=np.concatenate(parts),
+        values=values,
+        sizes=sizes,
         num_published=sum(len(part) for part in published),
         of_group={name: variable[name] for name in (*by_group, *unpublished)},
         of_breakdown={name: variable[name] for name in by_breakdown},
@@ -243,10 +257,10 @@ def _hide(counts: _Counts, lines: _Lines, min_cell: int) -> BoolArray:
     sensitive = protected.copy()
     for variables in (*(counts.of_group[name] for name in _HARMLESS), counts.of_breakdown["num_abstained"]):
         sensitive[variables] = False
-    hidden = (values > 0) & ((sensitive & (values < min_cell)) | ~protected)
+    hidden = (values > 0) & ((sensitive & (counts.sizes < min_cell)) | ~protected)
     while True:
         _hide_zeros(counts, hidden)
-        chosen = _exposed_in_a_line(values, lines, hidden, protected, sensitive, min_cell)
+        chosen = _exposed_in_a_line(counts.sizes, lines, hidden, protected, sensitive, min_cell)
         more = _next_to_hide(values, lines, hidden, chosen)
         if not more.size:
             exposed = _exposed_by_all_lines(counts, lines, hidden)
@@ -264,13 +278,13 @@ def _hide_zeros(counts: _Counts, hidden: BoolArray) -> None:
 
 
 def _exposed_in_a_line(
-    values: IntArray, lines: _Lines, hidden: BoolArray, protected: BoolArray, sensitive: BoolArray, min_cell: int
+    sizes: IntArray, lines: _Lines, hidden: BoolArray, protected: BoolArray, sensitive: BoolArray, min_cell: int
 ) -> BoolArray:
     """Return a boolean for each line: whether it breaks rule (1) or (2), so that more of it must be hidden."""
     member_hidden = hidden[lines.member]
     part_hidden = member_hidden & (lines.sign > 0)
     num_hidden = np.bincount(lines.line, member_hidden, lines.num)
-    sum_hidden = np.bincount(lines.line, part_hidden * values[lines.member], lines.num)
+    sum_hidden = np.bincount(lines.line, part_hidden * sizes[lines.member], lines.num)
     total_hidden = np.bincount(lines.line, member_hidden & (lines.sign < 0), lines.num) > 0
     of_protected, of_sensitive = (
         np.bincount(lines.line, member_hidden & kind[lines.member], lines.num) > 0 for kind in (protected, sensitive)
@@ -350,7 +364,7 @@ def _nearest_to_hide(values: IntArray, lines: _Lines, hidden: BoolArray, exposed
         exposed = reached
 
 
-def _publish(table: pa.Table, counts: _Counts, hidden: BoolArray) -> pa.Table:
+def _publish(table: pa.Table, counts: _Counts, hidden: BoolArray, min_cell: int) -> pa.Table:
     """Return the table with nulls for what is hidden."""
     n_hidden = hidden[: table.num_rows]
     by_breakdown = {name: hidden[variables][counts.breakdown] for name, variables in counts.of_breakdown.items()}
@@ -362,13 +376,25 @@ def _publish(table: pa.Table, counts: _Counts, hidden: BoolArray) -> pa.Table:
         **dict.fromkeys(("share_corrected", "share_low", "share_high"), uncorrected),
         **{name: hidden[counts.of_group[name]][counts.group] for name in _GROUP_COUNTS},
         "num_abstained": by_breakdown["num_abstained"],
+        "n_unique": n_hidden,
     }
+    masks["num_unique"] = _num_unique_hidden(table, masks, min_cell)
     columns = {name: table.column(name) for name in table.column_names}
     for name, mask in masks.items():
         columns[name] = pc.if_else(pa.array(mask), pa.scalar(None, table.schema.field(name).type), columns[name])
     columns["correction"] = pc.if_else(pa.array(uncorrected), pa.scalar(SUPPRESSED), columns["correction"])
     columns["suppressed"] = pa.array(n_hidden)
     return pa.table(columns, schema=table.schema)
+
+
+def _num_unique_hidden(table: pa.Table, masks: Mapping[str, BoolArray], min_cell: int) -> BoolArray:
+    """Return a boolean for each row: whether its group has few distinct faces, or the number they are of is hidden.
+
+    If that is so in any group, the total is hidden, too: the distinct faces of the groups mostly add up to it.
+    """
+    num_unique = pc.fill_null(table.column("num_unique"), 0).to_numpy()
+    hidden = ((num_unique > 0) & (num_unique < min_cell)) | masks["num_faces"] | masks["num_flagged"]
+    return np.asarray(hidden | (table.column("is_total").to_numpy() & hidden.any()), np.bool_)
 
 
 def _numbered(table: pa.Table, names: list[str]) -> tuple[IntArray, IntArray]:

@@ -56,8 +56,28 @@ def align_face(
         ValueError: if the landmarks are not finite, or all in one place.
     """
     side = stored_side_px(side_px, margin)
-    template = (np.asarray(TEMPLATE_POINTS) - 0.5) * side_px + side / 2
-    return _warp(rgb, similarity(np.asarray(landmarks, dtype=np.float64), template), side)
+    affine = similarity(np.asarray(landmarks, dtype=np.float64), template_points_px(side_px, side))
+    return _warp(rgb, affine, side)
+
+
+def template_points_px(side_px: float, stored_px: int) -> NDArray[np.float64]:
+    """Return the template's landmarks, (5, 2), in a crop of `stored_px` whose template has a side of `side_px`."""
+    return (np.asarray(TEMPLATE_POINTS) - 0.5) * side_px + stored_px / 2
+
+
+def landmarks_in_crop(
+    landmarks: NDArray[np.floating], side_px: int, margin: float = DEFAULT_MARGIN
+) -> NDArray[np.float64]:
+    """Return where the landmarks of a face, (5, 2) in pixels of its photograph, are in its crop from `align_face`.
+
+    They are near the template's. NaN for landmarks from which no crop can be made.
+    """
+    points = np.asarray(landmarks, np.float64)
+    try:
+        affine = similarity(points, template_points_px(side_px, stored_side_px(side_px, margin)))
+    except ValueError:
+        return np.full(points.shape, np.nan)
+    return points @ affine[:, :2].T + affine[:, 2]
 
 
 def align_box(

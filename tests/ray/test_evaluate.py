@@ -21,6 +21,7 @@ from sets import checkpoint, prepared_set
 
 from agr_ray.config import EvaluateConfig, EvaluateJob, PredictConfig
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.evaluation.cells import BREAKDOWNS
 from agr_ray.labels import GENDERS, UTKFACE
 from agr_ray.runtime import evaluate as module
 from agr_ray.runtime.evaluate import evaluate
@@ -340,3 +341,43 @@ def test_a_calibration_records_the_settings_that_it_was_fitted_under(model: Path
     said = json.loads((own / "calibration.json").read_text())["pipeline"]
     assert (said["predict"]["flip_average"], said["vision"]["detector"]) == (True, "none")
     assert evaluate(evaluate_job(own, data))["evaluation"]["predict"]["flip_average"] is True
+
+
+def test_two_checkpoints_are_evaluated_and_compared_on_the_same_images(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin = data.parent / "twin"
+    shutil.copytree(model, twin)
+    compare = json.dumps([str(model), str(twin)])
+    config = EvaluateConfig(compare=compare, data=str(data), batch_size=8, out=str(data.parent / "pair"))
+    content = evaluate(EvaluateJob(evaluate=config))
+    printed = " ".join(capsys.readouterr().out.split())
+
+    assert json.loads((data.parent / "pair" / "paired.json").read_text()) == content
+    assert (content["n"], content["tasks"]) == (31, ["age", "gender", "race"])
+    assert [each["difference"] for each in content["metrics"].values()] == [0.0] * 5
+    assert [content[side]["checkpoint"] for side in ("first", "second")] == [str(model), str(twin)]
+    for side, folder in (("first", "model"), ("second", "twin")):
+        assert Path(content[side]["evaluation"]).name.startswith(f"{folder}-eval-test-")
+    assert "Overall, these images show no difference between the two models." in printed
+
+
+def test_the_metrics_have_all_that_a_report_needs(metrics: dict[str, Any], predictions: pa.Table) -> None:
+    assert metrics["evaluation"]["tasks"] == ["age", "gender", "race"]
+    assert metrics["evaluation"]["label_space"] == UTKFACE.to_json()
+    assert metrics["uncertainty"]["num_units"] == len(set(predictions["group_id"].to_pylist()))
+    assert 0.0 < metrics["gender"]["auc"] < 1.0
+    assert [each["threshold_years"] for each in metrics["age_thresholds"]] == [18, 21, 25]
+    assert list(metrics["groups"]) == list(metrics["disparities"]) == list(BREAKDOWNS)
+    assert metrics["selective"]["race"]["n"] == metrics["race"]["n"]
+    assert metrics["selective"]["age"] is None
+
+
+def test_calibrated_ages_are_selected_by_the_width_of_their_intervals(model: Path, data: Path) -> None:
+    own = data.parent / "selected"
+    shutil.copytree(model, own)
+    fitted = evaluate(evaluate_job(own, data, split="test", calibrate=True, coverage=0.5, age_thresholds=(30,)))
+
+    assert fitted["selective"]["age"]["n"] == fitted["age"]["n"]
+    assert fitted["selective"]["age"]["curve"][-1]["risk"] == pytest.approx(fitted["age"]["mae_years"])
+    assert [each["threshold_years"] for each in fitted["age_thresholds"]] == [30]

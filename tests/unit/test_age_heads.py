@@ -14,6 +14,7 @@ from agr_ray.config import LossConfig
 from agr_ray.labels import UTKFACE
 from agr_ray.models.heads.base import Head
 from agr_ray.models.heads.routed_age import RoutedAge, RoutedOutputs
+from agr_ray.models.heads.year_bins import AgeDistribution
 from agr_ray.registry import HEADS
 
 NUM_YEARS = 117
@@ -270,6 +271,32 @@ def test_a_distribution_sums_to_one(name: str) -> None:
 def test_heads_without_a_distribution_say_so() -> None:
     assert [name for name in HEADS["age"].names if name not in WITH_DISTRIBUTION] == ["linear", "groups"]
     assert head_of("linear").distribution(torch.zeros(3)) is None
+    assert head_of("linear").spread([torch.zeros(3)], torch.ones(1, 1)) is None
+
+
+def test_the_spread_is_the_standard_deviation_of_the_averaged_distribution() -> None:
+    head = head_of("distribution")
+    logits = torch.full((2, 3, NUM_YEARS), -1e3)
+    for view, face, year in ((0, 0, 20), (1, 0, 30), (0, 1, 50), (1, 1, 50), (0, 2, 0), (1, 2, 116)):
+        logits[view, face, year] = 0.0
+    outputs = [AgeDistribution(each, each.softmax(dim=1) @ torch.arange(float(NUM_YEARS))) for each in logits]
+
+    assert head.spread(outputs[:1], torch.ones(1, 1)).tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-3)
+    assert head.spread(outputs, torch.full((2, 1), 0.5)).tolist() == pytest.approx([5.0, 0.0, 58.0], abs=1e-3)
+    assert head.spread(outputs, torch.tensor([[0.9] * 3, [0.1] * 3])).tolist() == pytest.approx([3.0, 0.0, 34.8], 1e-4)
+
+
+@pytest.mark.parametrize("name", WITH_DISTRIBUTION)
+def test_every_distribution_has_a_spread(name: str) -> None:
+    head = head_of(name)
+    outputs = head(torch.randn(5, 4))
+    probabilities = head.distribution(outputs)
+    assert probabilities is not None
+    p = probabilities.detach().double().numpy()
+    years = np.arange(NUM_YEARS)
+    expected = np.sqrt(p @ years**2 - (p @ years) ** 2)
+
+    assert head.spread([outputs], torch.ones(1, 1)).tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-2)
 
 
 def test_the_domain_head_reverses_its_gradient() -> None:

@@ -15,7 +15,8 @@ from agr_ray.config import EvaluateJob, PredictConfig, parse
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
-from agr_ray.evaluation.coverage import coverage_report, expected_calibration_error
+from agr_ray.evaluation.coverage import coverage_report
+from agr_ray.evaluation.reliability import expected_calibration_error
 from agr_ray.evaluation.selection import NEVER_SURE
 from agr_ray.labels import FAIRFACE, UTKFACE, Labels
 from agr_ray.models.checkpoint import CALIBRATION, CheckpointError, read_calibration_json
@@ -81,7 +82,9 @@ def test_age_groups_with_enough_images_have_their_own_widths() -> None:
     report = coverage_report(*FRESH, calibration)["age"]
 
     assert calibration.age is not None
-    assert calibration.age.half_widths_years[0] < 0.4 * calibration.age.half_widths_years[7]
+    assert calibration.age.by_group is not None
+    half_widths = calibration.age.by_group.half_widths_years
+    assert half_widths[0] < 0.4 * half_widths[7]
     predicted_old = FRESH[1]["age"] > 70
     old = FRESH[0].take(predicted_old)
     some = {task: values[predicted_old] for task, values in FRESH[1].items()}
@@ -334,10 +337,41 @@ def test_json_round_trips() -> None:
         assert one is other or (one == other).all()
 
 
+def test_the_reference_holds_calibrated_predictions_of_detected_faces_only() -> None:
+    labels, predictions = draw(3000, seed=2)
+    detected = np.arange(3000) % 3 > 0
+    scores = np.where(detected, 0.99, NAN)
+    quality = {"detector_score": scores, "sharpness": np.where(detected, np.arange(3000.0), 1e6)}
+
+    calibration = Calibration.fit(labels, predictions, coverage=0.9, risk=0.1, quality=quality)
+
+    reference = calibration.reference
+    assert reference is not None
+    assert {name: histogram.num_faces for name, histogram in reference.histograms.items()} == dict.fromkeys(
+        ("detector_score", "sharpness", "age", "p_male", "race"), 2000
+    )
+    assert reference.histograms["sharpness"].edges[-1] < 3000
+    made = calibration.apply(predictions)
+    assert made.p_male is not None
+    assert reference.count({"p_male": made.p_male[detected].astype(float)})["p_male"].tolist() == list(
+        reference.histograms["p_male"].counts
+    )
+    again = Calibration.from_json(json.loads(json.dumps(calibration.to_json())))
+    assert again.reference == reference
+
+
+def test_without_a_detected_face_or_without_qualities_there_is_no_reference() -> None:
+    labels, predictions = draw(60, seed=2)
+    quality = {"detector_score": np.full(60, NAN)}
+
+    assert fit(labels, predictions).reference is None
+    assert Calibration.fit(labels, predictions, coverage=0.9, risk=0.1, quality=quality).reference is None
+
+
 def test_an_invalid_calibration_is_rejected() -> None:
     said = fit(*draw(60, seed=2)).to_json()
     for damage, complaint in (
-        ({"format_version": 1}, "expected format_version 3, found 1"),
+        ({"format_version": 1}, "expected format_version 4, found 1"),
         ({"rows": {}}, "not in the format that agr-ray evaluate --calibrate writes: 'age_group'"),
         ({"race": {"n": 1}}, "not in the format that agr-ray evaluate --calibrate writes: "),
         ({"surplus": 1}, "not in the format that agr-ray evaluate --calibrate writes: "),
@@ -346,7 +380,12 @@ def test_an_invalid_calibration_is_rejected() -> None:
             "not in the format that agr-ray evaluate --calibrate writes: vision: expected a table",
         ),
         ({"n": 61}, "expected 61 of each of rows, found"),
-        ({"age": said["age"] | {"half_widths_years": [1.0]}}, "expected 9 half_widths_years, found 1"),
+        (
+            {"age": said["age"] | {"by_group": said["age"]["by_group"] | {"half_widths_years": [1.0]}}},
+            "expected 9 half_widths_years, found 1",
+        ),
+        ({"age": said["age"] | {"by_group": None}}, "expected either age.by_spread or age.by_group"),
+        ({"age": said["age"] | {"half_widths_years": [1.0]}}, "unexpected keyword argument 'half_widths_years'"),
     ):
         with pytest.raises(ValueError, match=complaint):
             Calibration.from_json(said | damage)

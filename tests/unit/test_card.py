@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agr_ray.evaluation.audit import metrics_report
 from agr_ray.evaluation.groups import GroupSums, class_counts
-from agr_ray.evaluation.metrics import Baseline, metrics_report
+from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.card import model_card, with_measured
 
@@ -208,3 +209,45 @@ def test_the_same_evaluation_replaces_itself_and_no_other() -> None:
 
 def test_an_evaluation_without_training_hashes_says_so() -> None:
     assert "**It is not known" in with_measured(model_card(meta()), evaluation(seen=None))
+
+
+def test_a_stress_test_adds_the_mean_and_the_worst_corruption() -> None:
+    def measured(mae: float, gender: float) -> dict[str, Any]:
+        return {"age_mae_years": {"value": mae}, "gender_accuracy": {"value": gender}}
+
+    stress = {
+        "num_images": 1500,
+        "clean": measured(5.0, 0.95),
+        "mean": measured(8.0, 0.8),
+        "corruptions": {"blur": {"mean": measured(9.0, 0.85)}, "mask": {"mean": measured(7.0, 0.75)}},
+    }
+    card = with_measured(model_card(meta()), evaluation() | {"stress": stress})
+
+    text = section(card, "Measured on utkface, split test")
+    assert "Corrupted copies of 1,500 of the images, by 2 corruptions of five severities each." in text
+    assert "| age MAE | 5.00 years | 8.00 years | 9.00 years | blur |" in text
+    assert "| gender accuracy | 95.00 % | 80.00 % | 75.00 % | mask |" in text
+
+
+def test_the_card_names_the_worst_and_best_groups_and_the_rates_at_age_thresholds() -> None:
+    report = evaluation()
+    measured = section(with_measured(model_card(meta()), report), "Measured on utkface, split test, abcdef01")
+
+    # The race of everybody is predicted to be white, and the gender of Indians alone is wrong.
+    assert "| race | gender accuracy | indian: 0.00 % | white: 100.00 % | 100.00 (" in measured
+    assert "| gender | gender accuracy |" not in measured  # 96 % of both
+    assert "| race | age MAE |" not in measured  # all ages are 3 years too high
+    rates = report["age_thresholds"][0]
+    row = next(line for line in measured.splitlines() if line.startswith("| 18 | 25 |"))
+    assert f"{100 * rates['with_buffer']['false_adult_rate']:.2f} % (" in row
+    assert f"| {rates['with_buffer']['n_minor']:,} |" in row
+    assert "| gender AUC | 0." in measured
+    assert "| race calibration error |" in measured
+    assert "no face found" not in section(model_card(meta()), "Validation")
+
+
+def test_the_card_says_if_the_images_show_no_difference() -> None:
+    perfect = {"age": TRUTH.age, "gender": TRUTH.gender.astype(np.float32), "race": np.eye(5, dtype=np.float32)[RACE]}
+    said = evaluation()["evaluation"]
+    card = with_measured("# Card\n", metrics_report(TRUTH, perfect) | {"evaluation": said})
+    assert "The images show no difference between groups in any of these metrics." in card

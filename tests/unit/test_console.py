@@ -17,7 +17,7 @@ from agr_ray.data import preparation
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.progress_bar import progress
 from agr_ray.runtime.training.board import TrainingBars
-from agr_ray.schema import CROPS, Status
+from agr_ray.schema import CROPS, NEAR_DUPLICATES, Status
 from agr_ray.scoring import messages
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +108,7 @@ def test_the_summary_of_score_names_its_run_in_one_line() -> None:
         "num_faces": 2,
         "num_flagged": 0,
         "num_abstained": 0,
+        "num_unique": 1,
         "counts": {"ok": 2, "unreadable": 1},
     }
 
@@ -121,7 +122,7 @@ def test_the_summary_of_prepare_has_its_folder_and_reasons() -> None:
     prepared = PreparedSet(
         format_version=1,
         finished=True,
-        settings={},
+        settings={"split": {"near_duplicates": "count"}},
         split_manifest_sha256="0" * 64,
         labels_sha256="0" * 64,
         splits={"train": 1},
@@ -136,10 +137,13 @@ def test_the_summary_of_prepare_has_its_folder_and_reasons() -> None:
         CROPS.remove_metadata(),
     )
 
-    preparation._print_summary(make_console(out), prepared, rows)
+    crossing = {"key": ODD, "split": "train", "near_key": "b", "near_split": "test"}
+    crossings = pa.Table.from_pylist([crossing | {"distance_bits": 2, "likeness": 0.99}], NEAR_DUPLICATES)
+    preparation._print_summary(make_console(out), prepared, rows, crossings)
 
     assert ODD in out.getvalue().splitlines()
     assert f"1 x age {ODD} is not a number" in out.getvalue()
+    assert f"such as {ODD} in train of b in test" in out.getvalue()
     assert "gender labels: 1 (male 1)" in out.getvalue()  # of the images in the set
 
 

@@ -15,8 +15,10 @@ from agr_ray.config.pipeline import DEFAULT_PIPELINE
 from agr_ray.data.prepared import open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.labels import UTKFACE
-from agr_ray.predict.crop_predictor import prediction_columns, read_predictions
-from agr_ray.runtime.evaluate import _check_finite, _out
+from agr_ray.predict.crop_predictor import prediction_columns
+from agr_ray.predict.prediction_rows import read_predictions
+from agr_ray.report.evaluation_folder import out_folder
+from agr_ray.runtime.evaluate import _check_finite
 from agr_ray.storage import Storage
 
 
@@ -42,6 +44,19 @@ def test_predictions_survive_conversion_to_rows_even_if_all_are_nan() -> None:
         np.testing.assert_array_equal(again[task], predictions[task])
 
 
+def test_a_spread_survives_conversion_to_rows_and_is_null_without_a_distribution() -> None:
+    predictions = {"age": np.array([30.25, 40.1], np.float32), "age_spread": np.array([np.pi, 1e-7], np.float32)}
+    table = pa.table(prediction_columns(predictions, 2, UTKFACE))
+    again = read_predictions(table, ("age",), UTKFACE)
+    assert list(again) == ["age", "age_spread"]
+    np.testing.assert_array_equal(again["age_spread"], predictions["age_spread"])
+    assert list(read_predictions(table, ("gender",), UTKFACE)) == ["gender"]
+
+    without = pa.table(prediction_columns({"age": predictions["age"]}, 2, UTKFACE))
+    assert without["age_spread"].to_pylist() == [None, None]
+    assert list(read_predictions(without, ("age",), UTKFACE)) == ["age"]
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"evaluation": {"split": "test"}}'])
 def test_a_foreign_metrics_file_is_not_overwritten(tmp_path: Path, content: str) -> None:
     out, prepared = (
@@ -53,9 +68,9 @@ def test_a_foreign_metrics_file_is_not_overwritten(tmp_path: Path, content: str)
     with pytest.raises(
         ConfigError, match=r"^evaluate\.out .*out: holds a metrics\.json that no evaluation wrote; choose"
     ):
-        _out(Storage(), EvaluateConfig(out=str(out)), "c", "digest", prepared, DEFAULT_PIPELINE)
+        out_folder(Storage(), EvaluateConfig(out=str(out)), "c", "digest", prepared, DEFAULT_PIPELINE)
 
     theirs = {"model_digest": "digest", "split_manifest_sha256": prepared.split_manifest_sha256, "split": "test"}
     theirs |= {"checkpoint": "c", "data": "d", "predict": DEFAULT_PIPELINE.predict.model_dump()}
     (out / "metrics.json").write_text(json.dumps({"evaluation": theirs}))
-    assert _out(Storage(), EvaluateConfig(out=str(out)), "c", "digest", prepared, DEFAULT_PIPELINE) == str(out)
+    assert out_folder(Storage(), EvaluateConfig(out=str(out)), "c", "digest", prepared, DEFAULT_PIPELINE) == str(out)

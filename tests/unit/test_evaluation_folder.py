@@ -11,7 +11,7 @@ import pytest
 from agr_ray.config import EvaluateConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE
 from agr_ray.errors import ConfigError
-from agr_ray.runtime.evaluate import _out
+from agr_ray.report.evaluation_folder import out_folder
 from agr_ray.storage import Storage
 
 PREPARED: Any = SimpleNamespace(digest="0" * 64, split_manifest_sha256="1" * 64)
@@ -19,7 +19,7 @@ PREPARED: Any = SimpleNamespace(digest="0" * 64, split_manifest_sha256="1" * 64)
 
 def folder_for(out: Path) -> str:
     config = EvaluateConfig(checkpoint="model", data="data", out=str(out))
-    return _out(Storage(), config, "model", "digest", PREPARED, DEFAULT_PIPELINE)
+    return out_folder(Storage(), config, "model", "digest", PREPARED, DEFAULT_PIPELINE)
 
 
 def test_an_evaluation_that_was_killed_between_its_files_can_be_repeated(tmp_path: Path) -> None:

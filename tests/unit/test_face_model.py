@@ -20,7 +20,7 @@ from this_process import scoring_of
 
 from agr_ray.config import EvaluateConfig, PredictConfig, ScoreConfig, VisionConfig
 from agr_ray.config.pipeline import Pipeline
-from agr_ray.data.crops import decoded_crops
+from agr_ray.data.crops import decoded_crops, read_pose
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint import META, save_checkpoint
@@ -45,7 +45,8 @@ STORED = Pipeline(vision=VisionConfig(detector="haar"), predict=PredictConfig(fl
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the checkpoint of a ResNet18 with head pose, whose kernels oneDNN chooses by the batch size."""
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    save_checkpoint(folder, network("resnet18", head_pose=True), Transform(SIDE_PX, SIDE_PX), pipeline=STORED)
+    own = network("resnet18", head_pose=True, age_head="distribution")
+    save_checkpoint(folder, own, Transform(SIDE_PX, SIDE_PX), pipeline=STORED)
     return folder
 
 
@@ -86,6 +87,12 @@ def test_evaluation_and_scoring_predict_the_same_to_the_last_bit(
     for name, other in (("age_pred", "age"), ("p_male", "p_male"), ("gender_pred", "gender"), ("race_pred", "race")):
         assert measured[name].to_pylist() == [face[other] for face in faces]
     assert measured["race_probs"].to_pylist() == [face["race_probs"] for face in faces]
+    # Scoring does not write the spread, but the intervals depend on it.
+    pose, scorer = read_pose(table), AttributePredictor.load(model, STORED.predict)
+    starts = range(0, len(crops), num_together)
+    together = [scorer.predict(*(each[i : i + num_together] for each in (crops, pose)))["age_spread"] for i in starts]
+    assert measured["age_spread"].to_pylist() == np.concatenate(together).tolist()
+    assert len({*measured["age_spread"].to_pylist()}) == 19
 
 
 def test_every_forward_pass_has_the_same_number_of_crops(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

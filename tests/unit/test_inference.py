@@ -14,10 +14,11 @@ from agr_ray.predict.inference import for_inference
 TRANSFORM = Transform(image_size=64, crop_side_px=64)
 
 
-def network(backbone: str, *, head_pose: bool = False) -> MultiTaskNet:
+def network(backbone: str, *, head_pose: bool = False, age_head: str = "linear") -> MultiTaskNet:
     """Return an untrained network whose batch norms have seen images, and whose outputs differ between images."""
     torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(backbone=backbone, image_size=64, head_pose=head_pose), UTKFACE)
+    config = ModelConfig(backbone=backbone, image_size=64, head_pose=head_pose, age_head=age_head)
+    model = MultiTaskNet(config, UTKFACE)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # running statistics are the mean of all batches

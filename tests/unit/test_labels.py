@@ -62,7 +62,8 @@ def test_unusable_classes_are_rejected(change: dict[str, Any], message: str) -> 
 
 def test_each_mapping_covers_its_source_and_stays_in_its_target() -> None:
     for (source, target), mapping in RACE_MAPPINGS.items():
-        assert tuple(mapping) == SPACES[source].races
+        left_out = {"others"} if source == "morph2" else set()  # MORPH II does not say who they are
+        assert [race for race in SPACES[source].races if race not in left_out] == [*mapping]
         assert set(mapping.values()) <= set(SPACES[target].races)
 
 

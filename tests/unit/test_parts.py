@@ -13,7 +13,8 @@ import toy_registry
 from test_loop import STILL, TRANSFORM, faces
 
 from agr_ray.config import LossConfig, ModelConfig, PredictConfig, TrainConfig, TrainJob
-from agr_ray.evaluation.metrics import Baseline, metrics_report
+from agr_ray.evaluation.audit import metrics_report
+from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.context import EpochReport, LocalContext
 from agr_ray.learn.loop import train

@@ -1,4 +1,4 @@
-"""FairFace and Adience as published: labels, age ranges, splits and damaged rows."""
+"""FairFace, Adience, MORPH II, FG-NET and CORAL's lists as published: labels, age ranges, splits and damaged rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agr_ray.data.sources.label_table import LabelTableError
 from agr_ray.data.sources.registry import label_space, source_rows, split_fractions
 from agr_ray.data.splits import assign_splits
 from agr_ray.errors import ConfigError
-from agr_ray.labels import ADIENCE, FAIRFACE, UTKFACE
+from agr_ray.labels import ADIENCE, FAIRFACE, FGNET, MORPH2, UTKFACE
 from agr_ray.storage import Storage
 
 FAIRFACE_HEADER = "file,age,gender,race,service_test\n"
@@ -165,6 +165,7 @@ def test_adience_has_ranges_exact_ages_and_subjects(adience: Path) -> None:
         (None, 60.0, 100.0, None),
     ]
     assert [row.label.subject for row in faces[:4]] == ["1@N03", "1@N03", "2@N03", "2@N03"]
+    assert [row.label.fold for row in faces[:4]] == [0, 0, 4, 4]
     assert faces[4].label.error == "line 4 has 4 values for 12 columns"
     assert rows["fold_4_data.txt:5"].label.error == "line 5 names no image"
     assert [row.missing for row in faces] == [False] * 5
@@ -180,6 +181,7 @@ def test_adience_without_faces_reads_aligned(adience: Path) -> None:
     [
         ("fairface", "expected fairface_label_train.csv and fairface_label_val.csv, found neither"),
         ("adience", "expected fold_0_data.txt to fold_4_data.txt, found none"),
+        ("morph2", r"expected morph_2008_nonCommercial\.csv, found none; source\.labels names a file of another name"),
     ],
 )
 def test_a_folder_without_label_files_is_rejected(tmp_path: Path, kind: str, complaint: str) -> None:
@@ -209,3 +211,133 @@ def test_a_source_with_its_own_labels_rejects_others() -> None:
     assert label_space(SourceConfig(kind="folder"), own).races == ("a", "b")
     with pytest.raises(ConfigError, match="kind fairface has the label space fairface"):
         label_space(fairface, own)
+
+
+MORPH_HEADER = "id_num,picture_num,dob,doa,race,gender,facial_hair,age,age_diff,glasses,photo\n"
+MORPH_ROWS = (
+    "009055,1,02/11/1950,03/05/2004,B,M,NULL,54,0,NULL,Album2/009055_1M54.JPG\n",
+    "009055,2,02/11/1950,03/05/2005,B,M,NULL,55,365,NULL,Album2/009055_2M55.JPG\n",
+    "273546,0,01/01/1980,01/02/2002,H,F,NULL,22,0,NULL,Album2/273546_00F22.JPG\n",
+    "301001,0,01/01/1980,01/02/2002,O,F,NULL,22,0,NULL,Album2/301001_00F22.JPG\n",
+    "301002,0,01/01/1980,01/02/2002,X,F,NULL,22,0,NULL,Album2/301002_00F22.JPG\n",  # its race is dropped
+    "301003,0,01/01/1980,01/02/2002,W,M,22,0,Album2/301003_00M22.JPG\n",  # two values are missing
+    "301004,0,01/01/1980,01/02/2002,W,M,NULL,22,0,NULL,\n",
+    ",0,01/01/1980,01/02/2002,A,M,NULL,22,0,NULL,Album2/301005_00M22.JPG\n",
+)
+
+
+@pytest.fixture
+def morph2(tmp_path: Path) -> Path:
+    images(tmp_path, [line.rstrip().rpartition(",")[2] for line in MORPH_ROWS if line.rstrip()[-1] != ","])
+    (tmp_path / "morph_2008_nonCommercial.csv").write_text(MORPH_HEADER + "".join(MORPH_ROWS))
+    return tmp_path
+
+
+def test_morph2_has_exact_ages_five_races_and_subjects(morph2: Path) -> None:
+    rows = read(morph2, "morph2")
+
+    first, second, third, other, unknown = (rows[line.rstrip().rpartition(",")[2]] for line in MORPH_ROWS[:5])
+    assert said(first) == (54.0, None, None, "male", "black", None)
+    assert said(second)[0] == 55.0
+    assert [first.label.subject, second.label.subject, third.label.subject] == ["9055", "9055", "273546"]
+    assert [third.label.race, other.label.race, unknown.label.race] == ["hispanic", "others", None]
+    assert third.label.gender == "female"
+    assert "race 'X' is not understood" in str(unknown.label.dropped)
+    assert [row.missing for row in (first, second, third, other, unknown)] == [False] * 5
+
+
+def test_damaged_rows_of_morph2_are_bad_labels(morph2: Path) -> None:
+    rows = read(morph2, "morph2")
+
+    assert rows["morph_2008_nonCommercial.csv:8"].label.error == "line 8 names no photo"
+    assert rows["Album2/301005_00M22.JPG"].label.error == "line 9 names no subject"
+    assert rows["Album2/301003_00M22.JPG"].label.error == "no label row in morph_2008_nonCommercial.csv"
+
+
+def test_a_label_file_of_morph2_with_another_name_and_columns_in_another_order_is_read(morph2: Path) -> None:
+    table = "photo,age,race,gender,id_num\nAlbum2/009055_1M54.JPG,54,B,M,9055\n"
+    (morph2 / "album.csv").write_text(table)
+
+    rows = read(morph2, "morph2", labels=str(morph2 / "album.csv"))
+
+    assert said(rows["Album2/009055_1M54.JPG"]) == (54.0, None, None, "male", "black", None)
+    assert rows["Album2/009055_1M54.JPG"].label.subject == "9055"
+
+
+def test_fgnet_has_the_age_and_the_subject_in_its_names(tmp_path: Path) -> None:
+    names = ["001A02.JPG", "001A43a.JPG", "001A43b.JPG", "082a00.jpg", "001A2.JPG", "1A02.JPG", "001A02ab.JPG"]
+    images(tmp_path, [f"images/{name}" for name in names] + ["points/001a02.pts"])
+
+    rows = read(tmp_path, "fgnet")
+
+    assert [rows[f"images/{name}"].label.age for name in names] == [2.0, 43.0, 43.0, 0.0, None, None, None]
+    assert [rows[f"images/{name}"].label.subject for name in names] == ["001", "001", "001", "082", None, None, None]
+    assert said(rows["images/001A02.JPG"]) == (2.0, None, None, None, None, None)
+    expected = r"name does not parse: expected [subject, 3 digits]A[age, 2 digits][letter].JPG"
+    assert {rows[f"images/{name}"].label.error for name in names[4:]} == {expected}
+    assert len(rows) == 7
+    assert label_space(SourceConfig(kind="fgnet"), LabelsConfig()) == FGNET
+    assert label_space(SourceConfig(kind="morph2"), LabelsConfig()) == MORPH2
+
+
+def utkface_name(age: int, number: int) -> str:
+    return f"{age}_1_2_2017011616113{number:04d}.jpg.chip.jpg"
+
+
+@pytest.fixture
+def coral(tmp_path: Path) -> Path:
+    images(tmp_path / "UTKFace", [utkface_name(age, age) for age in (20, 21, 30, 40, 50, 60, 61)])
+    header = ",file,age\n"
+    (tmp_path / "utk_train.csv").write_text(
+        header + f"0,{utkface_name(21, 21)},0\n2,{utkface_name(30, 30)},9\n3,{utkface_name(40, 40)},18\n"
+    )
+    (tmp_path / "utk_test.csv").write_text(
+        header + f"18896,{utkface_name(60, 60)},39\n18899,{utkface_name(59, 1)},38\n18900,{utkface_name(50, 50)}\n"
+    )
+    return tmp_path
+
+
+def test_corals_lists_choose_images_of_utkface_and_their_split(coral: Path) -> None:
+    rows = read(coral / "UTKFace", "utkface", labels=str(coral))
+
+    assert [row.key for row in rows.values() if not row.missing] == [utkface_name(a, a) for a in (21, 30, 40, 50, 60)]
+    assert said(rows[utkface_name(60, 60)]) == (60.0, None, None, "female", "asian", "test")
+    assert said(rows[utkface_name(21, 21)]) == (21.0, None, None, "female", "asian", None)
+    assert rows[utkface_name(40, 40)].label.error == "its list gives the age 39, its name 40.0"
+    assert rows[utkface_name(50, 50)].label.error == "line 4 has 2 values for 3 columns"
+    assert [row.key for row in rows.values() if row.missing] == [utkface_name(59, 1)]
+    source = SourceConfig(kind="utkface", labels=str(coral))
+    assert split_fractions(source, SplitConfig(val=0.2)) == {"train": 0.8, "val": 0.2, "test": 0.0}
+
+
+def test_a_validation_list_makes_the_split_of_utkface_complete(coral: Path) -> None:
+    (coral / "utk_valid.csv").write_text(f",file,age\n7,{utkface_name(30, 30)},9\n")
+    (coral / "utk_train.csv").write_text(f",file,age\n0,{utkface_name(21, 21)},0\n")
+
+    rows = read(coral / "UTKFace", "utkface", labels=str(coral))
+
+    splits = {row.key: row.label.split for row in rows.values() if not row.missing and not row.label.error}
+    assert splits == {utkface_name(21, 21): "train", utkface_name(30, 30): "val", utkface_name(60, 60): "test"}
+
+
+def test_an_image_in_two_lists_is_a_bad_label_and_a_missing_list_is_an_error(coral: Path) -> None:
+    with (coral / "utk_test.csv").open("a") as file:
+        file.write(f"\n2,{utkface_name(30, 30)},9\n")
+    rows = read(coral / "UTKFace", "utkface", labels=str(coral))
+    assert rows[utkface_name(30, 30)].label.error == "line 6 of utk_test.csv: is listed twice"
+
+    (coral / "utk_train.csv").unlink()
+    with pytest.raises(LabelTableError, match=r"source\.labels .*: expected utk_train\.csv and utk_test\.csv in it"):
+        read(coral / "UTKFace", "utkface", labels=str(coral))
+
+
+def test_a_label_table_may_number_its_folds(tmp_path: Path) -> None:
+    images(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
+    (tmp_path / "labels.csv").write_text("key,age,fold\na.jpg,20,0\nb.jpg,30,2.0\nc.jpg,30,second\n")
+
+    rows = read(tmp_path, "folder")
+
+    assert [rows[key].label.fold for key in ("a.jpg", "b.jpg", "c.jpg")] == [0, 2, None]
+    assert rows["c.jpg"].label.error == "fold 'second' is not a number from 0 to 9999"
+    manifest = build_manifest(in_key_order(rows.values(), "folder"), "folder", {})
+    assert manifest["fold"].to_pylist() == [0, 2, None]

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,9 @@ from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
+from agr_ray.evaluation.calibration import Calibration
+from agr_ray.labels import UTKFACE, Labels
+from agr_ray.models.checkpoint import CALIBRATION, load_checkpoint
 from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, REJECTS
 from agr_ray.scoring import driver, grouping, unpublished
 from agr_ray.scoring import publish as publishing
@@ -36,7 +40,7 @@ from agr_ray.scoring.refusals import Refusals, TooManyRefused
 from agr_ray.storage import ArchivedObject, ServerFailed, Storage, StorageFailed
 from agr_ray.storage.lock import LockLost
 from agr_ray.storage.parts import Parts
-from agr_ray.vision.decode import encode_jpeg
+from agr_ray.vision.decode import decode_image, encode_jpeg
 
 NAMES = [f"{number}.jpg" for number in range(6)]
 
@@ -595,3 +599,161 @@ def test_totals_that_min_cell_withholds_are_not_printed(bucket: Bucket) -> None:
     assert "faces" not in bucket.printed.replace("images/ and faces/ still hold every face", "")
     assert "no_face" not in bucket.printed
     assert "withholds its totals" in bucket.printed
+
+
+# Distinct faces
+
+
+@pytest.fixture
+def copied(bucket: Bucket) -> Bucket:
+    """Add a re-encoded, slightly darker copy of each of three photographs."""
+    for name in NAMES[:3]:
+        image = decode_image((bucket.input / name).read_bytes()).rgb
+        (bucket.input / "copies").mkdir(exist_ok=True)
+        (bucket.input / "copies" / name).write_bytes(encode_jpeg((image * 0.9).astype(np.uint8), 60))
+    return bucket
+
+
+BY_FOLDER = {"group_by": ("folder",), "key_pattern": r"/in/(?P<folder>copies)/"}
+
+
+def counts_by_folder(bucket: Bucket, name: str) -> dict[str, int]:
+    """Return the sums over the genders of a column: without a folder, of the copies, and in total."""
+    sql = (
+        f"SELECT CASE WHEN is_total THEN 'total' ELSE coalesce(folder, 'originals') END AS label, sum({name}) "
+        "FROM demographics WHERE breakdown = 'gender' GROUP BY label"
+    )
+    return {label: int(number) for label, number in bucket.query(sql)}
+
+
+def test_near_duplicates_in_other_files_and_groups_count_once(copied: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "PARTS_PER_FILE", 1)
+
+    record = copied.score(near_duplicates="count", **BY_FOLDER)
+
+    num_found = counts_by_folder(copied, "n")
+    assert num_found["total"] == record["num_faces"] > num_found["copies"] >= 2
+    distinct = counts_by_folder(copied, "n_unique")
+    assert distinct == num_found | {"total": num_found["originals"]}
+    assert record["num_unique"] == num_found["originals"]
+    assert re.search(rf"distinct, of those not flagged\s+.?\s+{record['num_unique']}", copied.printed)
+    num_unique = copied.query("SELECT DISTINCT num_unique FROM demographics WHERE is_total")
+    assert num_unique == [(record["num_unique"],)]
+
+
+@pytest.mark.parametrize(("chosen", "is_published"), [("off", False), ("count", False), ("publish", True)])
+def test_hashes_are_in_the_rows_only_if_they_are_to_be_published(
+    copied: Bucket, chosen: str, *, is_published: bool
+) -> None:
+    record = copied.score(near_duplicates=chosen)
+
+    hashes = [face["perceptual_hash"] for row in copied.rows() for face in row["faces"]]
+    assert [each is not None for each in hashes] == [is_published] * record["num_faces"]
+    in_faces = copied.query("SELECT count(*) FROM faces WHERE perceptual_hash IS NOT NULL")
+    assert in_faces == [(record["num_faces"] * is_published,)]
+    assert (record["num_unique"] is None) == (chosen == "off")
+    if is_published:
+        identical = copied.query("SELECT count(DISTINCT perceptual_hash) FROM faces")[0][0]
+        assert record["num_unique"] <= identical <= record["num_faces"]
+    tables = sorted(path.name for path in copied.out.iterdir() if path.is_dir())
+    assert tables == ["_SUCCESS", "demographics", "faces", "images", "rejects"]
+
+
+def test_published_hashes_are_rejected_with_pseudonyms_and_counts_reveal_none(copied: Bucket) -> None:
+    key_file = copied.folder / "key"
+    key_file.write_bytes(bytes(range(32)))
+    with pytest.raises(ConfigError, match=r"^score\.near_duplicates publish: with score\.pseudonymise, anyone who has"):
+        copied.score(near_duplicates="publish", pseudonymise=str(key_file))
+    private = {"pseudonymise": str(key_file), "ledger": str(copied.folder / "ledger"), "aggregate_only": True}
+
+    record = copied.score(near_duplicates="count", **private)
+
+    assert record["num_unique"] < record["num_faces"]
+    assert sorted(path.name for path in copied.out.iterdir()) == ["_SUCCESS", "demographics", "views.sql"]
+    for path in [*copied.out.rglob("*.parquet"), *(copied.folder / "ledger").rglob("*.parquet")]:
+        assert not any("hash" in name for name in pq.read_schema(path).names)
+    assert not list(copied.folder.glob("out-work/*"))
+
+
+def test_a_killed_job_publishes_the_same_distinct_faces_and_shift(
+    copied: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            copied.score(near_duplicates="count")
+
+    again = copied.score(near_duplicates="count")
+
+    whole = copied.score(near_duplicates="count", out=str(copied.folder / "other"))
+    assert again["num_unique"] == whole["num_unique"]
+    assert again["shift"] == whole["shift"]
+
+
+# The shift alarm
+
+
+def calibrated(model: Path, folder: Path, values: dict[str, Any]) -> Path:
+    """Copy a checkpoint and calibrate it on faces with these quantities."""
+    shutil.copytree(model, folder)
+    num = len(values["sharpness"])
+    labels = Labels(UTKFACE, np.full(num, 30.0, np.float32), np.zeros(num, np.int64), np.zeros(num, np.int64))
+    stored = Pipeline(vision=VisionConfig(detector="haar"))
+    digest = load_checkpoint(folder).digest
+    fitted = Calibration.fit(labels, {}, coverage=0.9, risk=0.1, model_digest=digest, pipeline=stored, quality=values)
+    (folder / CALIBRATION).write_text(json.dumps(fitted.to_json()))
+    return folder
+
+
+def test_the_record_compares_faces_with_the_calibration(
+    bucket: Bucket, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agr_ray.evaluation.shift.MIN_FACES", 4)
+    rng = np.random.default_rng(0)
+    quality = {
+        "detector_score": rng.uniform(3.0, 12.0, 500),
+        "face_px": rng.uniform(20.0, 400.0, 500),
+        "sharpness": rng.uniform(1e6, 2e6, 500),
+        "yaw": np.full(500, np.nan),
+        "pitch": np.full(500, np.nan),
+    }
+    bucket._model = calibrated(model, bucket.folder / "calibrated", quality)
+    bucket.put(*(f"{number}.jpg" for number in range(40)))
+
+    record = bucket.score()
+    hidden = bucket.score(min_cell=3, out=str(bucket.folder / "hidden"))
+
+    by_name = {each["quantity"]: each for each in record["shift"]["quantities"]}
+    num_faces = record["num_faces"]
+    assert by_name["sharpness"]["verdict"] == "shifted"
+    assert by_name["sharpness"]["num_faces"] == num_faces
+    assert sum(by_name["sharpness"]["shares"]) == pytest.approx(1.0)
+    assert by_name["yaw"]["verdict"] == by_name["age"]["verdict"] == "not_compared"
+    assert record["shift"]["verdict"] == "photographs_differ"
+    assert re.search("warning: the faces differ from the calibration images in .*sharpness", bucket.printed)
+    assert [each["quantity"] for each in hidden["shift"]["quantities"]] == list(by_name)[:5]
+    assert [each["num_faces"] for each in hidden["shift"]["quantities"]] == [None] * 5
+
+
+def test_runs_with_and_without_a_shift_are_read_together(bucket: Bucket, model: Path) -> None:
+    bucket.score()
+    quality = {name: np.linspace(1.0, 9.0, 200) for name in ("detector_score", "face_px", "sharpness", "yaw", "pitch")}
+    bucket._model = calibrated(model, bucket.folder / "calibrated", quality)
+    bucket.score()
+    bucket.put("another.jpg", seed=9)
+    bucket.score(min_cell=3)
+
+    assert bucket.query("SELECT shift.verdict, len(shift.quantities) FROM runs ORDER BY started_at") == [
+        ("not_compared", 0),
+        ("not_compared", 8),
+        ("not_compared", 5),
+    ]
+
+
+def test_an_uncalibrated_model_is_not_compared_and_says_why(bucket: Bucket) -> None:
+    shift = bucket.score()["shift"]
+
+    assert (shift["verdict"], shift["quantities"]) == ("not_compared", [])
+    assert shift["sentence"].startswith(
+        "not compared with the calibration images: the checkpoint has no calibration.json"
+    )

@@ -46,8 +46,34 @@ def made_table(
     )
 
 
+def with_distinct(table: pa.Table, distinct: pa.Table, keys: tuple[str, ...]) -> pa.Table:
+    """Add the distinct faces of a table's cells: those of a second table, of which each face is one."""
+    num_unique = pc.subtract(distinct["num_faces"], distinct["num_flagged"])
+    for name, values in (("n_unique", distinct["n"]), ("num_unique", num_unique)):
+        table = table.set_column(table.column_names.index(name), name, values)
+    return table
+
+
+def random_tables(seed: int) -> tuple[pa.Table, tuple[str, ...]]:
+    """Return a table as `random_table`, with distinct faces: in some cells few, in others all."""
+    rng = np.random.default_rng(seed)
+    keys, cells, few = random_cells(seed)
+    share = rng.choice([0.2, 0.7, 1.0], len(INNER_CELLS))
+    distinct = {
+        group: {cell: max(1, int(rng.binomial(n, share[INNER_CELLS.index(cell)]))) for cell, n in numbers.items()}
+        for group, numbers in cells.items()
+    }
+    return with_distinct(made_table(cells, keys, **few), made_table(distinct, keys, **few), keys), keys
+
+
 def random_table(seed: int) -> tuple[pa.Table, tuple[str, ...]]:
     """Return a table of one to six groups of few faces, some of which are abstained on."""
+    keys, cells, few = random_cells(seed)
+    return made_table(cells, keys, **few), keys
+
+
+def random_cells(seed: int) -> tuple[tuple[str, ...], dict[Any, dict[tuple[str, str], int]], dict[str, int]]:
+    """Return grouping columns, the faces of each cell of each group, and the other counts."""
     rng = np.random.default_rng(seed)
     keys = [(), ("day",), ("day",), ("day", "camera")][seed % 4]
     groups = list(product(*(["a", None, "all"][: rng.integers(1, 4)] for _ in keys)))
@@ -56,8 +82,7 @@ def random_table(seed: int) -> tuple[pa.Table, tuple[str, ...]]:
     for group in groups:
         numbers = rng.poisson(mean * rng.gamma(1.0, 1.0))
         cells[group] = {cell: int(n) for cell, n in zip(INNER_CELLS, numbers, strict=True) if n} or {INNER_CELLS[0]: 1}
-    few = {name: int(rng.poisson(1.5)) for name in ("num_no_face", "num_rejected", "num_flagged")}
-    return made_table(cells, keys, **few), keys
+    return keys, cells, {name: int(rng.poisson(1.5)) for name in ("num_no_face", "num_rejected", "num_flagged")}
 
 
 def found_out(table: pa.Table, keys: tuple[str, ...]) -> list[Any]:
@@ -65,11 +90,16 @@ def found_out(table: pa.Table, keys: tuple[str, ...]) -> list[Any]:
 
     Unknown whole numbers: each group's faces by everything that the model said of them, its flagged faces, and its
     images. A hidden count is not 0, as zeros are shown; a hidden cell may be, and is not counted if it is found to be.
+
+    If the table has distinct faces, those of each inner cell are unknown, too: at most all of its faces, and at least
+    one if it has any. The attacker assumes that no face has near-duplicates in two cells, so that they add up.
     """
     rows = table.to_pylist()
     named = [group_of(row, keys) for row in rows]
     groups = list(dict.fromkeys(group for group in named if group != TOTAL)) if keys else [TOTAL]
-    own = [*INNER_CELLS, "flagged", "no face", "rejected", "with a face"]
+    distinct_cells = [("distinct", *cell) for cell in INNER_CELLS]
+    counts_distinct = any(row["n_unique"] is not None for row in rows)
+    own = [*INNER_CELLS, "flagged", "no face", "rejected", "with a face", *(distinct_cells if counts_distinct else [])]
     number = {(group, name): i for i, (group, name) in enumerate(product(groups, own))}
 
     def vector(group: tuple[str, ...], names: list[Any]) -> np.ndarray:
@@ -86,6 +116,10 @@ def found_out(table: pa.Table, keys: tuple[str, ...]) -> list[Any]:
         inner = [cell for cell in INNER_CELLS if all(a in (None, b) for a, b in zip(asked, cell, strict=True))]
         sums["n", group, row["breakdown"], *asked] = (vector(group, inner), row["n"])
         with_class[group, row["breakdown"]] += vector(group, inner)
+        if counts_distinct:
+            distinct = vector(group, [("distinct", *cell) for cell in inner])
+            sums["n_unique", group, row["breakdown"], *asked] = (distinct, row["n_unique"])
+            sums["num_unique", group] = (vector(group, distinct_cells), row["num_unique"])
     for row in rows:
         group, breakdown = group_of(row, keys), row["breakdown"]
         within = [i for i, name in enumerate(ATTRIBUTES) if name in breakdown.split(",")]
@@ -106,11 +140,16 @@ def found_out(table: pa.Table, keys: tuple[str, ...]) -> list[Any]:
     for group in groups:
         faces = sums["num_faces", group][0]
         sums["further", group] = (faces - vector(group, ["with a face"]), None)
-    hidden = {name: made for name, (made, value) in sums.items() if value is None and name[0] != "further"}
+        for cell in INNER_CELLS if counts_distinct else ():
+            n, distinct = vector(group, [cell]), vector(group, [("distinct", *cell)])
+            sums["further duplicates", group, *cell] = (n - distinct, None)
+            sums["further distinct", group, *cell] = (1000 * distinct - n, None)
+    hidden = {name: made for name, (made, value) in sums.items() if value is None and not name[0].startswith("further")}
     matrix = np.array([made for made, _ in sums.values()])
-    floor = {name: float(name[0] != "n") for name in hidden}
+    floor = {name: float(name[0] not in ("n", "n_unique")) for name in hidden}
     low = [value if value is not None else floor.get(name, 0.0) for name, (_, value) in sums.items()]
-    high = [value if value is not None else 1000.0 for _, value in sums.values()]
+    most = {name: 1e6 if name[0] == "further distinct" else 1000.0 for name in sums}
+    high = [value if value is not None else most[name] for name, (_, value) in sums.items()]
     constraint = LinearConstraint(matrix, np.array(low), np.array(high))
 
     def solve(direction: np.ndarray) -> dict[Any, int]:
@@ -156,6 +195,75 @@ def test_no_hidden_count_can_be_computed(seed: int) -> None:
     published = suppress(table, min_cell)
 
     assert found_out(published, keys) == []
+
+
+@pytest.mark.parametrize("seed", [*range(4), 18, 147])
+def test_no_hidden_count_can_be_computed_from_distinct_faces(seed: int) -> None:
+    table, keys = random_tables(seed)
+    min_cell = (2, 3, 5, 11)[seed // 2 % 4]
+
+    published = suppress(table, min_cell)
+
+    found = found_out(published, keys)
+    assert [name for name in found if name[0] != "num_unique"] == []
+    # A large number of distinct faces may follow from the cells, and reveals nothing more.
+    large = {group_of(row, keys) for row in table.to_pylist() if row["num_unique"] >= min_cell}
+    assert [name for name in found if name[1] not in large] == []
+    rows = published.to_pylist()
+    assert [row["n"] is None for row in rows] == [row["n_unique"] is None for row in rows]
+
+
+def test_the_attack_finds_a_cell_if_only_small_numbers_of_distinct_faces_are_hidden() -> None:
+    cells = dict.fromkeys(INNER_CELLS, 50)
+    table = made_table({(): cells}, ())
+    table = with_distinct(table, made_table({(): cells | {("female", "asian"): 2}}, ()), ())
+    published = suppress(table, 5)
+
+    few = pc.less(table["n_unique"], 5)
+    place = published.column_names.index("n_unique")
+    careless = published.set_column(place, "n_unique", pc.if_else(few, None, table["n_unique"]))
+
+    assert found_out(published, ()) == []
+    assert ("n_unique", TOTAL, "gender,race", "female", "asian") in found_out(careless, ())
+
+
+def test_many_photographs_of_few_people_are_a_small_cell() -> None:
+    cells = dict.fromkeys(INNER_CELLS, 50)
+    table = made_table({(): cells}, ())
+    distinct = made_table({(): cells | {("female", "asian"): 4, ("male", "black"): 5}}, ())
+
+    published = suppress(with_distinct(table, distinct, ()), 5)
+
+    rows = {(row["gender"], row["race"]): row for row in rows_of(published, "gender,race").to_pylist()}
+    assert (rows["female", "asian"]["n"], rows["female", "asian"]["n_unique"]) == (None, None)
+    assert (rows["male", "black"]["n"], rows["male", "black"]["n_unique"]) == (50, 5)
+    assert set(published["num_unique"].to_pylist()) == {table["num_faces"][0].as_py() - 46 - 45}
+    assert suppress(table, 5).equals(table)
+
+
+def test_few_distinct_faces_of_a_group_hide_their_number_and_that_of_the_total() -> None:
+    keys, cells = ("day",), dict.fromkeys(INNER_CELLS, 50)
+    table = made_table({("a",): cells, ("b",): {(ABSTAINED, ABSTAINED): 9}}, keys)
+    distinct = made_table({("a",): cells, ("b",): {(ABSTAINED, ABSTAINED): 3}}, keys)
+
+    published = suppress(with_distinct(table, distinct, keys), 5)
+
+    shown = {(row["day"], row["is_total"]): (row["num_faces"], row["num_unique"]) for row in published.to_pylist()}
+    num_faces = 50 * len(INNER_CELLS)
+    assert shown == {
+        ("a", False): (num_faces, num_faces),
+        ("b", False): (9, None),
+        (None, True): (num_faces + 9, None),
+    }
+
+
+def test_a_group_of_few_distinct_faces_that_the_model_is_unsure_of_hides_their_number() -> None:
+    table = made_table({(): {(ABSTAINED, ABSTAINED): 7}}, ())
+
+    published = suppress(with_distinct(table, made_table({(): {(ABSTAINED, ABSTAINED): 3}}, ()), ()), 5)
+
+    assert set(published["num_unique"].to_pylist()) == {None}
+    assert set(published["num_faces"].to_pylist()) == {7}
 
 
 def test_the_attack_finds_counts_if_only_small_cells_are_hidden() -> None:

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agr_ray.config import ModelConfig, TrainJob
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.crops import training_arrays
-from agr_ray.evaluation.metrics import Baseline, metrics_report
+from agr_ray.evaluation.audit import metrics_report
+from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.context import EpochReport
 from agr_ray.learn.run import Run

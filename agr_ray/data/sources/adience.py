@@ -31,8 +31,8 @@ GENDER_WORDS: Final = {"m": "male", "f": "female"}
 def source_rows(storage: Storage, uri: str, *, note: Callable[[str], None]) -> Iterator[SourceRow]:
     """Yield a row for each image below `uri`, and one for each labelled image that does not exist.
 
-    The subject is the user_id, so that all images of a user get one split. An image whose row can't be read, or without
-    a row, gets the status bad_label.
+    The subject is the user_id, so that all images of a user get one split. The fold is the number of the label file. An
+    image whose row can't be read, or without a row, gets the status bad_label.
 
     Args:
         storage: where the data set is.
@@ -52,10 +52,16 @@ def source_rows(storage: Storage, uri: str, *, note: Callable[[str], None]) -> I
     parser = LabelParser(ADIENCE, gender_codes=GENDER_WORDS)
     by_key: dict[str, list[RowLabels]] = defaultdict(list)
     for name in files:
+        fold = str(LABEL_FILES.index(name))
         for line, row, error in published_rows(storage, storage.join(uri, name), COLUMNS, "\t"):
             key = f"{row['user_id']}/{IMAGE_NAMES[folder]}.{row['face_id']}.{row['original_image']}"
             labels = parser.parse(
-                {"age": row["age"] or None, "gender": row["gender"] or None, "subject": row["user_id"] or None}
+                {
+                    "age": row["age"] or None,
+                    "gender": row["gender"] or None,
+                    "subject": row["user_id"] or None,
+                    "fold": fold,
+                }
             )
             if not all(row[column] for column in COLUMNS[:3]):
                 error, key = f"line {line} names no image", f"{name}:{line}"

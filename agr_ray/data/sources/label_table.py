@@ -17,7 +17,7 @@ from agr_ray.schema import LABEL_COLUMNS
 from agr_ray.storage import MissingObject, Storage, StorageError
 
 KEY_COLUMN: Final = "key"
-OPTIONAL_COLUMNS: Final = ("subject", "split")
+OPTIONAL_COLUMNS: Final = ("subject", "split", "fold")
 TABLE_NAMES: Final = ("labels.parquet", "labels.csv", "labels.tsv")
 """Names of label tables that are searched for in the folder of the images."""
 

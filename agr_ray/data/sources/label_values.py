@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from agr_ray.config import MISSING_VALUES
 from agr_ray.data.manifest import ParsedLabel, check_age
@@ -30,6 +31,7 @@ _AT_MOST = (
     re.compile(rf"(?:less than|under|below|younger than|at most|up to|<|<=|≤) ?{_NUMBER}"),
     re.compile(rf"{_NUMBER} ?(?:or|and) (?:less|fewer|under|younger|below)"),
 )
+_FOLD = re.compile(r"[0-9]{1,4}", re.ASCII)
 _WHOLE_FLOAT = re.compile(r"^([+-]?[0-9]+)\.0*$")
 
 
@@ -56,6 +58,7 @@ class RowLabels:
     subject: str | None
     split: str | None
     dropped: tuple[Dropped, ...]
+    fold: int | None = None
 
 
 def unreadable_row(text: str, error: str) -> RowLabels:
@@ -93,7 +96,18 @@ class LabelParser:
         subject = self._given(row.get("subject"))
         # pandas may have written a subject's number as a float.
         subject = _WHOLE_FLOAT.sub(r"\1", subject.strip()) if subject else None
-        return RowLabels(years, gender, race, subject, split, tuple(dropped))
+        fold = self._fold(row, dropped)
+        return RowLabels(years, gender, race, subject, split, tuple(dropped), fold)
+
+    def _fold(self, row: Mapping[str, str | None], dropped: list[Dropped]) -> int | None:
+        text = self._given(row.get("fold"))
+        if text is None:
+            return None
+        plain = _plain(text)
+        if _FOLD.fullmatch(plain):
+            return int(plain)
+        dropped.append(Dropped("fold", text, f"fold {text!r} is not a number from 0 to 9999"))
+        return None
 
     def _given(self, text: str | None) -> str | None:
         """Return the text of a value, or None for a missing one."""
@@ -143,8 +157,8 @@ def merge_labels(rows: Sequence[RowLabels]) -> ParsedLabel:
             contradictions.append(f"age is {show_years(years)} and {show_years(given)}")
             break
         years = common
-    words: dict[str, str | None] = {}
-    for column in ("gender", "race", "subject", "split"):
+    words: dict[str, Any] = {}
+    for column in ("gender", "race", "subject", "split", "fold"):
         values = list(dict.fromkeys(value for row in rows if (value := getattr(row, column)) is not None))
         words[column] = values[0] if values else None
         if len(values) > 1:
@@ -152,8 +166,8 @@ def merge_labels(rows: Sequence[RowLabels]) -> ParsedLabel:
     if contradictions:
         return ParsedLabel(error=f"{len(rows)} label rows disagree: {'; '.join((*contradictions, *dropped))}")
     has_label = years is not None or words["gender"] is not None or words["race"] is not None
-    # An image whose split can't be read must not be put into another one.
-    if dropped and (not has_label or any(each.column == "split" for row in rows for each in row.dropped)):
+    # An image whose split or fold can't be read must not be put into another one.
+    if dropped and (not has_label or any(each.column in ("split", "fold") for row in rows for each in row.dropped)):
         return ParsedLabel(error="; ".join(dropped))
     is_exact = years is not None and years[0] == years[1]
     return ParsedLabel(
@@ -162,6 +176,7 @@ def merge_labels(rows: Sequence[RowLabels]) -> ParsedLabel:
         race=words["race"],
         subject=words["subject"],
         split=words["split"],
+        fold=words["fold"],
         age_low=years[0] if years and not is_exact else None,
         age_high=years[1] if years and not is_exact else None,
         dropped="; ".join(dropped) or None,

@@ -7,13 +7,19 @@ from typing import Final
 
 from agr_ray.config import LabelsConfig, SourceConfig, SplitConfig
 from agr_ray.data.manifest import SourceRow
-from agr_ray.data.sources import adience, fairface, folder, utkface
+from agr_ray.data.sources import adience, fairface, fgnet, folder, morph2, utkface, utkface_lists
 from agr_ray.data.sources.label_table import find_labels
 from agr_ray.errors import ConfigError
-from agr_ray.labels import ADIENCE, FAIRFACE, UTKFACE, LabelSpace
+from agr_ray.labels import ADIENCE, FAIRFACE, FGNET, MORPH2, UTKFACE, LabelSpace
 from agr_ray.storage import Storage
 
-LABEL_SPACES: Final = {"utkface": UTKFACE, "fairface": FAIRFACE, "adience": ADIENCE}
+LABEL_SPACES: Final = {
+    "utkface": UTKFACE,
+    "fairface": FAIRFACE,
+    "adience": ADIENCE,
+    "morph2": MORPH2,
+    "fgnet": FGNET,
+}
 """Label space of each kind of source that has its own; for the others, the configuration sets it."""
 
 
@@ -34,7 +40,7 @@ def label_space(source: SourceConfig, labels: LabelsConfig) -> LabelSpace:
 
 def split_fractions(source: SourceConfig, split: SplitConfig) -> dict[str, float]:
     """Return the split fractions for images without a split of their own."""
-    if source.kind == "fairface" and source.published_splits:
+    if (source.kind == "fairface" and source.published_splits) or (source.kind == "utkface" and source.labels):
         return {"train": round(1.0 - split.val, 9), "val": split.val, "test": 0.0}
     return split.fractions
 
@@ -56,11 +62,17 @@ def source_rows(
     """
     uri = storage.absolute(source.uri)
     if source.kind == "utkface":
-        return utkface.source_rows(storage, uri)
+        rows = utkface.source_rows(storage, uri)
+        return utkface_lists.listed_rows(storage, storage.absolute(source.labels), rows) if source.labels else rows
     if source.kind == "fairface":
         return fairface.source_rows(storage, uri, published_splits=source.published_splits, note=note)
     if source.kind == "adience":
         return adience.source_rows(storage, uri, note=note)
+    if source.kind == "morph2":
+        labels_uri = storage.absolute(source.labels) if source.labels else ""
+        return morph2.source_rows(storage, uri, labels_uri, note=note)
+    if source.kind == "fgnet":
+        return fgnet.source_rows(storage, uri)
     return folder.source_rows(
         storage,
         uri,

@@ -56,6 +56,10 @@ class Head(nn.Module):
         """Return the prediction, float32: (n,), or (n, k) probabilities of k classes."""
         raise NotImplementedError
 
+    def evidence(self, outputs: Any) -> Tensor:
+        """Return what explanations are of, (n,), differentiable: years, or the logit of the predicted class."""
+        return self.read_out(outputs)
+
     def mixed(self, outputs: Sequence[Any], weights: Tensor) -> Tensor:
         """Return the prediction from several outputs for the same faces: the weighted mean of their predictions.
 
@@ -70,6 +74,22 @@ class Head(nn.Module):
     def distribution(self, outputs: Any) -> Tensor | None:  # noqa: ARG002  # for subclasses
         """Return the probability of each year from 0 to `AGE_MAX_YEARS`, (n, years); None: the head has none."""
         return None
+
+    def spread(self, outputs: Sequence[Any], weights: Tensor) -> Tensor | None:
+        """Return the standard deviation of the predicted distribution, (n,) years; None: the head has none.
+
+        Args:
+            outputs: as in `mixed`; several distributions are averaged.
+            weights: as in `mixed`.
+        """
+        each = [self.distribution(part) for part in outputs]
+        known = [part for part in each if part is not None]
+        if len(known) < len(each):
+            return None
+        distribution = (weights[:, :, None] * torch.stack(known)).sum(dim=0)
+        years = torch.arange(distribution.shape[1], dtype=distribution.dtype, device=distribution.device)
+        from_mean = years - (distribution @ years)[:, None]
+        return (distribution * from_mean.square()).sum(dim=1).sqrt()
 
     def score(self, outputs: Any, targets: Targets) -> TaskSum:
         """Return the sum of |error| or the number of correct predictions, without waiting for the device."""

@@ -43,6 +43,10 @@ class Binary(Head):
         """Return the probability of the second class, (n,)."""
         return outputs.sigmoid()
 
+    def evidence(self, outputs: Tensor) -> Tensor:
+        """Return the logit in favour of the predicted class, (n,)."""
+        return torch.where(outputs > 0.0, outputs, -outputs)
+
     def score(self, outputs: Tensor, targets: Targets) -> TaskSum:
         """Return the number of correct predictions; the second class is predicted if its probability is above 0.5."""
         known = self.labelled(targets)

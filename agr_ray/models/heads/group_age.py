@@ -66,6 +66,10 @@ class GroupAge(Head):
         """Return the age of the most probable group, years."""
         return self.group_years[outputs.argmax(dim=1)]
 
+    def evidence(self, outputs: Tensor) -> Tensor:
+        """Return the logit of the most probable group, (n,)."""
+        return outputs.amax(dim=1)
+
     def mixed(self, outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Return the age of the group with the highest mean probability: a mean of ages may be in another group."""
         probabilities = torch.stack([each.softmax(dim=1) for each in outputs])

@@ -42,6 +42,10 @@ class LinearAge(Head):
         """Return years, clamped to the range of valid labels."""
         return ages.clamped(outputs)
 
+    def evidence(self, outputs: Tensor) -> Tensor:
+        """Return years, not clamped, (n,)."""
+        return outputs
+
     def score(self, outputs: Tensor, targets: Targets) -> TaskSum:
         """Return the sum of |error|, years."""
         return ages.age_score(outputs, targets)

@@ -77,6 +77,11 @@ class RoutedAge(Head):
         """Return the prediction from both heads' outputs, weighted."""
         return self._first.mixed(outputs.outputs, outputs.shares.T)
 
+    def evidence(self, outputs: RoutedOutputs) -> Tensor:
+        """Return the weighted evidence of both heads, (n,)."""
+        each = torch.stack([head.evidence(part) for head, part in self._pairs(outputs)], dim=1)
+        return (outputs.shares * each).sum(dim=1)
+
     def mixed(self, outputs: Sequence[RoutedOutputs], weights: Tensor) -> Tensor:
         """Return the prediction from all heads' outputs, weighted."""
         parts = [part for each in outputs for part in each.outputs]

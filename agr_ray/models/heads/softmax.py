@@ -42,6 +42,10 @@ class Softmax(Head):
         """Return the probabilities, (n, k); each row sums to 1."""
         return outputs.softmax(dim=1)
 
+    def evidence(self, outputs: Tensor) -> Tensor:
+        """Return the logit of the most probable class, (n,)."""
+        return outputs.amax(dim=1)
+
     def score(self, outputs: Tensor, targets: Targets) -> TaskSum:
         """Return the number of correct predictions: the most probable class."""
         known = self.labelled(targets)

@@ -41,6 +41,10 @@ class Thresholds(Head):
         """Return the number of thresholds passed with a probability above 1/2, years."""
         return AGE_MIN_YEARS + (self.passed(outputs) > 0.5).sum(dim=1).float()
 
+    def evidence(self, outputs: Tensor) -> Tensor:
+        """Return the expected number of thresholds passed, (n,)."""
+        return self.passed(outputs).sum(dim=1)
+
     def distribution(self, outputs: Tensor) -> Tensor:
         """Return the probability of each year, (n, thresholds + 1)."""
         passed = self.passed(outputs)

@@ -79,6 +79,10 @@ class YearBins(Head):
         """Return the expectation, years."""
         return ages.clamped(outputs.years)
 
+    def evidence(self, outputs: AgeDistribution) -> Tensor:
+        """Return the expectation, (n,)."""
+        return outputs.years
+
     def distribution(self, outputs: AgeDistribution) -> Tensor:
         """Return the probability of each year, (n, len(AGE_BINS_YEARS))."""
         return outputs.logits.softmax(dim=1)

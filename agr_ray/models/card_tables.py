@@ -1,0 +1,179 @@
+"""Tables of a model card: metrics with intervals, by group, between groups and at age thresholds, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+HEADLINES: Final = (
+    ("age", "mae_years", "age MAE", 1.0, " years"),
+    ("age", "within_5", "age within 5 years", 100.0, " %"),
+    ("age", "exact_group", "age group", 100.0, " %"),
+    ("age", "one_off", "age group or the next", 100.0, " %"),
+    ("age", "bias_years", "age bias", 1.0, " years"),
+    ("age", "cell_mae_years", "age MAE, mean over cells of gender, race and age group", 1.0, " years"),
+    ("gender", "accuracy", "gender accuracy", 100.0, " %"),
+    ("gender", "balanced_accuracy", "gender balanced accuracy", 100.0, " %"),
+    ("gender", "auc", "gender AUC", 1.0, ""),
+    ("gender", "ece", "gender calibration error", 100.0, " %"),
+    ("race", "accuracy", "race accuracy", 100.0, " %"),
+    ("race", "balanced_accuracy", "race balanced accuracy", 100.0, " %"),
+    ("race", "auc", "race AUC, mean of one against the rest", 1.0, ""),
+    ("race", "ece", "race calibration error", 100.0, " %"),
+)
+"""Metrics that get a row: task, key, title, and the factor and unit of the figures. Validation has not all of them."""
+
+_COMPARED: Final = (
+    ("age", "mae_years", "age MAE", 1.0, " years"),
+    ("gender", "accuracy", "gender accuracy", 100.0, " %"),
+    ("race", "accuracy", "race accuracy", 100.0, " %"),
+    ("detector", "fallback_share", "no face found", 100.0, " %"),
+)
+"""Metrics of which the worst and the best group are shown."""
+
+GROUPS: Final = ("gender", "race", "age_group")
+
+
+def headline_table(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a table of the headline metrics, beside the constant baseline."""
+    intervals = metrics.get("intervals") or {}
+    rows = []
+    for task, key, label, scale, unit in HEADLINES:
+        value = metrics[task].get(key)
+        if value is not None:
+            interval = between((intervals.get(task) or {}).get(key), scale, unit)
+            guess = (metrics.get("baseline") or {}).get(task, {}).get(key)
+            rows.append((label, figure(value, scale, unit), interval, figure(guess, scale, unit)))
+    if not any(interval for _, _, interval, _ in rows):
+        return table(("metric", "model", "baseline"), [(label, value, guess) for label, value, _, guess in rows])
+    return table(("metric", "model", "95 % interval", "baseline"), rows)
+
+
+def group_table(groups: Mapping[str, Any]) -> list[str]:
+    """Return a table with a row for each group by true label that has images."""
+    rows = [
+        (
+            words(attribute),
+            name,
+            f"{of['n']:,}",
+            number(of["age"]["mae_years"], 1.0, ""),
+            number(of["age"]["bias_years"], 1.0, "", "+.2f"),
+            number(of["age"]["exact_group"], 100.0, ""),
+            number(of["gender"]["accuracy"], 100.0, ""),
+            number(of["race"]["accuracy"], 100.0, ""),
+            number(of.get("detector", {}).get("fallback_share"), 100.0, ""),
+        )
+        for attribute in GROUPS
+        for name, of in (groups.get(attribute) or {}).items()
+        if of["n"]
+    ]
+    header = ["by true", "", "images", "age MAE, years", "age bias, years", "age group, %", "gender, %", "race, %"]
+    header.append("no face found, %")
+    width = len(header) if any(row[-1] for row in rows) else len(header) - 1  # validation does not count these
+    return (
+        [
+            "The figures of a group with few images are uncertain.",
+            "",
+            *table(header[:width], [row[:width] for row in rows]),
+        ]
+        if rows
+        else []
+    )
+
+
+def disparity_table(disparities: Mapping[str, Any]) -> list[str]:
+    """Return a table of the worst and the best group, for each breakdown and metric that the images show to differ."""
+    rows = []
+    num_compared = 0
+    for breakdown, tasks in disparities.items():
+        for task, key, label, scale, unit in _COMPARED:
+            found = tasks[task][key]
+            num_compared += found is not None
+            if found is not None and found["differs"]:
+                worst, best = (
+                    f"{found[side]['name']}: {figure(found[side]['value'], scale, unit)}" for side in ("worst", "best")
+                )
+                gap = f"{number(found['gap'], scale, '')} ({between(found['gap_interval'], scale, unit)})"
+                rows.append((words(breakdown), label, worst, best, gap))
+    if not num_compared:
+        return []
+    if not rows:
+        return ["The images show no difference between groups in any of these metrics.", ""]
+    header = ("groups by", "metric", "worst", "best", "gap (95 % interval)")
+    explained = (
+        "Differences between groups that the images show, of groups of 30 images or more. The intervals make up for "
+        "the choice of the two most extreme groups."
+    )
+    return [explained, "", *table(header, rows), ""]
+
+
+def threshold_table(thresholds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of false-adult and false-minor rates, with and without a buffer."""
+    rows = []
+    for each in thresholds:
+        for key, years in (("at_threshold", each["threshold_years"]), ("with_buffer", each["challenge_years"])):
+            cells = []
+            for who, name in (("minor", "false_adult"), ("adult", "false_minor")):
+                rate, interval = each[key][f"{name}_rate"], each[key][f"{name}_rate_interval"]
+                shown = f" ({between(interval, 100.0, ' %')})" if interval else ""
+                cells += [f"{each[key][f'n_{who}']:,}", figure(rate, 100.0, " %") + shown]
+            rows.append((each["threshold_years"], years, *cells))
+    if not rows:
+        return []
+    header = ("legal age", "predicted age needed", "minors", "pass falsely", "adults", "fail falsely")
+    return [
+        "If the predicted age decided who is old enough (the model must not be used so):",
+        "",
+        *table(header, rows),
+    ]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def figure(value: float | None, scale: float, unit: str) -> str:
+    """Return a value with its unit; empty if there is none. A fraction without a unit has three digits."""
+    return number(value, scale, unit, ".2f" if unit else ".3f")
+
+
+def between(interval: Sequence[float] | None, scale: float, unit: str) -> str:
+    """Return an interval without its unit; empty if there is none."""
+    digits = 2 if unit else 3
+    return "" if interval is None else f"{interval[0] * scale:.{digits}f} to {interval[1] * scale:.{digits}f}"
+
+
+def number(value: float | None, scale: float, unit: str, form: str = ".2f") -> str:
+    """Return a value, scaled and formatted, with its unit; empty if there is none."""
+    return "" if value is None else f"{value * scale:{form}}{unit}"
+
+
+def words(name: str) -> str:
+    """Return a key as words: `age_group` is `age group`."""
+    return name.replace("_", " ")
+
+
+def stress_table(stress: Mapping[str, Any] | None) -> list[str]:
+    """Return the headline metrics of corrupted images beside those of the same images as they are."""
+    if not stress:
+        return []
+    titles = {f"{task}_{key}": (label, scale, unit) for task, key, label, scale, unit in HEADLINES}
+    rows = []
+    for name, clean in stress["clean"].items():
+        label, scale, unit = titles[name]
+        means = {corruption: each["mean"][name]["value"] for corruption, each in stress["corruptions"].items()}
+        badness = {corruption: abs(value) if unit == " years" else -value for corruption, value in means.items()}
+        worst = max(badness, key=badness.__getitem__)
+        figures = (clean["value"], stress["mean"][name]["value"], means[worst])
+        rows.append((label, *(f"{figure * scale:.2f}{unit}" for figure in figures), worst))
+    header = ("metric", "as they are", "mean of all corruptions", "worst corruption", "")
+    return [
+        "",
+        f"Corrupted copies of {stress['num_images']:,} of the images, by {len(stress['corruptions'])} corruptions of "
+        "five severities each. Faces that a",
+        "detector no longer finds are counted as if it did.",
+        "",
+        *table(header, rows),
+    ]

@@ -1,0 +1,153 @@
+"""Several training runs, each with an evaluation, that resume after any kill: shared by `compare` and `cross_validate`.
+
+    OUT/
+      RECORD.json                the settings that all runs share
+      runs/NAME/                 each run's training (`runtime.train`)
+      evaluations/NAME/          its predictions for the measured split; metrics.json is written last
+
+A run whose evaluation is complete is not repeated, and an unfinished one resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import ray
+from rich.console import Console
+
+from agr_ray.config import ClusterJob, EvaluateConfig, EvaluateJob, PredictConfig, TrainJob
+from agr_ray.errors import ConfigError
+from agr_ray.learn.run import is_finished
+from agr_ray.runtime.evaluate import evaluate
+from agr_ray.runtime.train import train
+from agr_ray.storage import MissingObject, Storage, StorageUnavailable
+from agr_ray.storage.lock import LockLost, RunLock
+from agr_ray.tuning.concurrency import TRIAL_CPUS, Room
+
+TASK: Final[Mapping[str, Any]] = {"num_cpus": TRIAL_CPUS, "max_retries": 3}
+"""Ray's options of a run's task: it waits for its workers, and restarts if its process dies."""
+_LOOK_EVERY_S: Final = 1.0
+
+
+def check_record(storage: Storage, uri: str, settings: Mapping[str, Any], key: str, what: str) -> None:
+    """Store the shared settings, or check that the folder holds the same ones.
+
+    Args:
+        storage: of the folder.
+        uri: of the record.
+        settings: that all runs share and that affect the result, by section.
+        key: the setting and value that name the folder, such as `compare.out results`.
+        what: the folder's content, such as `a comparison`.
+
+    Raises:
+        ConfigError: it holds other ones; the message names a setting.
+    """
+    try:
+        before = json.loads(storage.read(uri))
+    except MissingObject:
+        storage.write(uri, json.dumps(settings, indent=1).encode())
+        return
+    for section, values in json.loads(json.dumps(settings)).items():
+        theirs = before.get(section)
+        if theirs != values:
+            shown = difference(section, theirs, values)
+            raise ConfigError(f"{key}: holds {what} with {shown}; choose another folder")
+
+
+def difference(key: str, theirs: object, ours: object) -> str:
+    """Return the first setting that differs and both values: `train.lr 0.001, not 0.01`."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        name = next(name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name))
+        return difference(f"{key}.{name}", theirs.get(name), ours.get(name))
+    return f"{key} {theirs}, not {ours}"
+
+
+def is_measured(storage: Storage, out: str, name: str) -> bool:
+    """Return whether a run's evaluation is complete."""
+    return storage.exists(storage.join(out, "evaluations", name, "metrics.json"))
+
+
+def evaluation_of(job: ClusterJob, predict: PredictConfig, run: TrainJob, out: str, split: str) -> EvaluateJob:
+    """Return the evaluation of a run's best checkpoint on a split of its data, in one process."""
+    storage = Storage.from_config(job.storage)
+    return EvaluateJob(
+        storage=job.storage,
+        cluster=job.cluster,
+        predict=predict,
+        evaluate=EvaluateConfig(
+            checkpoint=storage.join(run.train.out, run.train.name, "best"),
+            data=str(run.train.data),
+            split=split,
+            out=storage.join(out, "evaluations", run.train.name),
+            use_gpu=run.train.use_gpu,
+            num_workers=1,
+        ),
+    )
+
+
+def with_threads(run: TrainJob, room: Room) -> TrainJob:
+    """Return a run with as many threads for each worker as there is room for beside the other runs."""
+    if room.threads_per_worker is None:
+        return run
+    return run.model_copy(
+        update={"train": run.train.model_copy(update={"threads_per_worker": room.threads_per_worker})}
+    )
+
+
+def run_all(
+    starts: Mapping[str, Callable[[], ray.ObjectRef[None]]], max_concurrent: int, lock: RunLock, console: Console
+) -> Iterator[tuple[str, str]]:
+    """Run all tasks, at most `max_concurrent` at a time.
+
+    Args:
+        starts: starts each run's task, by name. The task should have the options `TASK`.
+        max_concurrent: number of tasks at the same time.
+        lock: checked all the time.
+        console: gets a line for each run that ends.
+
+    Yields:
+        The name of each run that ends, and why it failed; empty if it did not.
+    """
+    waiting = list(starts)
+    running: dict[Any, tuple[str, float]] = {}
+    with console.status("") as status:
+        while waiting or running:
+            while waiting and len(running) < max_concurrent:
+                name = waiting.pop(0)
+                running[starts[name]()] = name, time.monotonic()
+            names = ", ".join(name for name, _ in running.values())
+            num_ended = len(starts) - len(waiting) - len(running)
+            status.update(f"{num_ended} of {len(starts)} runs ended; running: {names}")
+            ended, _ = ray.wait(list(running), timeout=_LOOK_EVERY_S)
+            lock.check()
+            for each in ended:
+                name, started = running.pop(each)
+                problem = _outcome(lambda each=each: ray.get(each))  # type: ignore[misc]
+                minutes = (time.monotonic() - started) / 60
+                console.print(f"{name}: {problem or 'done'} ({minutes:.1f} minutes)")
+                yield name, problem
+
+
+def _outcome(get: Callable[[], object]) -> str:
+    """Return why a run failed; empty: it did not."""
+    try:
+        get()
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, LockLost | StorageUnavailable):
+            raise cause from None
+        return (str(cause).splitlines() or [type(cause).__name__])[0]
+    except ray.exceptions.RayError as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
+
+
+def train_and_evaluate(train_job: TrainJob, evaluate_job: EvaluateJob) -> None:
+    """Make one run, in a process of its own."""
+    storage = Storage.from_config(train_job.storage)
+    if not is_finished(storage, storage.join(train_job.train.out, train_job.train.name)):
+        train(train_job, quiet=True)
+    evaluate(evaluate_job, quiet=True)
