@@ -115,10 +115,12 @@ def run(
 def one_line_errors() -> Iterator[None]:
     """If the block fails, end the process with one line on stderr: status 1 for `JobError` and `LockLost`, else 2.
 
-    Errors that are not ours, which are bugs, keep their traceback.
+    Ctrl-C ends it with status 130, as shells do. Errors that are not ours, which are bugs, keep their traceback.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to resume it", status=130)
     except Exception as error:
         from agr_ray.storage import StorageError, StorageUnavailable
         from agr_ray.storage.lock import LockLost

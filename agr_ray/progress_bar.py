@@ -61,7 +61,9 @@ def _log_lines(console: Console, label: str, total: int | None) -> Update:
             return
         last = now
         of_total = f" of {total:,}" if total else ""
-        line = f"{label}: {done:,}{of_total}, {done / (now - started):.1f}/s {remark}".rstrip()
+        rate = done / (now - started)
+        pace = f"{rate:.1f}/s" if rate >= 1.0 or not done else f"{1.0 / rate:.1f} s each"
+        line = f"{label}: {done:,}{of_total}, {pace} {remark}".rstrip()
         console.print(line)
 
     return update

@@ -327,20 +327,25 @@ def _check_out(storage: Storage, out: str, settings: dict[str, Any]) -> Prepared
         if storage.exists(out) and any(info.key != LOCK for info in storage.list(out)):
             raise ConfigError(f"prepare.out {out}: exists and is not a prepared set; choose another folder")
         return None
-    old, new = _flat(earlier.settings), _flat(settings)
+    old, new = _flat(earlier.settings, settings), _flat(settings, earlier.settings)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise ConfigError(
                 f"prepare.out {out}: was prepared with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
-                "choose another folder"
+                "choose another folder, or delete this one"
             )
     return earlier
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(settings: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the settings by dotted key. A dictionary that is empty on either side is a value."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        theirs = other.get(key)
+        if isinstance(value, dict) and isinstance(theirs, dict) and value and theirs:
+            flat |= _flat(value, theirs, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 

@@ -127,7 +127,8 @@ def open_prepared(storage: Storage, uri: str, key: str) -> PreparedSet:
     uri = storage.absolute(uri).rstrip("/")
     prepared = find_prepared(storage, uri, key)
     if prepared is None:
-        raise ConfigError(f"{key} {uri}: not a prepared set: it holds no prepare.json; agr-ray prepare makes one")
+        problem = "it holds no prepare.json" if storage.exists(uri) else "nothing is there"
+        raise ConfigError(f"{key} {uri}: not a prepared set: {problem}; agr-ray prepare makes one")
     if not prepared.finished:
         raise ConfigError(f"{key} {uri}: preparation has not finished; the same agr-ray prepare command resumes it")
     ids = storage.read_table(prepared.crops(storage), columns=["image_id"])["image_id"]

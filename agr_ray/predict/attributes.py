@@ -59,6 +59,11 @@ class AttributePredictor:
         self._config = config
         self._calibration = calibration
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Return whether predictions are calibrated."""
+        return self._calibration is not None
+
     @classmethod
     def load(
         cls,

@@ -54,7 +54,10 @@ def predict(job: PredictJob) -> list[Photo]:
     if not job.json_lines:
         _print_table(photos, console)
         if names:
-            console.print(f"annotated copies, {len(names):,}: {job.out}")
+            copies = "annotated copy" if len(names) == 1 else "annotated copies"
+            console.print(f"{len(names):,} {copies} in {job.out}")
+        if not model.predictor.is_calibrated:
+            console.print("not calibrated: no age intervals, no abstention; agr-ray evaluate --calibrate adds them")
     failed = [photo for photo in photos if photo.error is not None]
     if 2 * len(failed) > len(photos):
         first = failed[0]
@@ -72,12 +75,17 @@ def _print_table(photos: Sequence[Photo], console: Console) -> None:
         for index, face in enumerate(photo.faces):
             interval = "" if face.age_interval is None else "{:.0f} to {:.0f}".format(*face.age_interval)
             p_male = face.p_male
-            gender = "" if p_male is None else f"{face.gender or '?'} ({max(p_male, 1 - p_male):.0%})"
-            race = "" if face.race_probs is None else f"{face.race or '?'} ({max(face.race_probs.values()):.0%})"
+            gender = "" if p_male is None else _class(face.gender, max(p_male, 1 - p_male))
+            race = "" if face.race_probs is None else _class(face.race, max(face.race_probs.values()))
             age = "" if face.age is None else f"{face.age:.0f}"
             remarks = [*face.flags, *(f"{attribute} is uncertain" for attribute in face.abstain)]
             table.add_row(photo.source, str(index + 1), age, interval, gender, race, ", ".join(remarks))
     console.print(table)
+
+
+def _class(name: str | None, probability: float) -> str:
+    """Return a predicted class and its probability, or `?` if the model abstains."""
+    return "?" if name is None else f"{name} ({probability:.0%})"
 
 
 def _write_copies(photos: Sequence[Photo], out: str, storage: Storage, names: set[str]) -> None:

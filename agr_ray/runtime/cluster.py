@@ -60,6 +60,7 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
     level = logging.INFO if config.verbose else logging.ERROR
     try:
         if address == "local":
+            make_console().print("starting Ray on this machine")
             os.environ.setdefault(NO_PRESTART, "0")
             ray.init(
                 address="local",
@@ -74,7 +75,10 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
         said = "Ray refuses to start" if address == "local" else "no Ray cluster answers there"
         raise ConfigError(f"cluster.address {address}: {said}: {' '.join(str(error).split())}") from None
     except Exception as error:  # Ray raises a plain Exception if its processes do not start in time
-        raise JobError(f"Ray did not start at cluster.address {address}: {' '.join(str(error).split())}") from error
+        raise JobError(
+            f"Ray did not start at cluster.address {address}: {' '.join(str(error).split())}; if the machine is busy "
+            "or short of memory, free some and run the command again"
+        ) from error
     try:
         yield
     finally:

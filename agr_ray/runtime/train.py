@@ -405,5 +405,6 @@ def _print_history(console: Console, storage: Storage, uri: str) -> None:
         shown = [row["val_age_mae_years"], row["val_gender_accuracy"], row["val_race_accuracy"], row[OBJECTIVE]]
         table.add_row(label, str(row["epoch"]), *("" if value is None else f"{value:.3f}" for value in shown))
     console.print(table)
+    console.print("objective: mean over the tasks of error / constant baseline's error; lower is better")
     total_s = sum(row["epoch_s"] for row in history)
     console.print(f"{len(history)} epochs in {total_s / 60:.1f} minutes; checkpoint: {uri}/best")

@@ -104,6 +104,7 @@ def test_ones_own_photographs(here: Path) -> None:
     assert len(run_commands("I have photographs and no model")) == 6
     assert pyarrow.dataset.dataset("scored/images").count_rows() == 2  # one run of each model
     assert len(run_commands("I have labelled photographs")) == 5
+    run_python("I have labelled photographs")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from test_inference import network
 
-from agr_ray.cli import COMMANDS, main
+from agr_ray.cli import COMMANDS, main, one_line_errors
 from agr_ray.config import EvaluateJob, Job, PrepareJob, ScoreJob, TrainJob, TuneJob, VisionConfig, parse
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.rendered import render_chip
@@ -226,6 +226,14 @@ def test_a_photograph_of_any_name_is_one_photograph(
     assert [(json.loads(line)["source"], json.loads(line)["status"]) for line in shown.splitlines()] == [(name, "ok")]
 
 
+def test_an_interrupted_command_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise KeyboardInterrupt
+
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted; run the same command again to resume it\n"
+
+
 def test_copies_are_written_to_out_under_their_own_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a" / "face.png").rename(folder / "face-2.png")
     (folder / "face.png").write_bytes((folder / "b" / "face.png").read_bytes())
@@ -234,7 +242,7 @@ def test_copies_are_written_to_out_under_their_own_names(folder: Path, capsys: p
 
     status, shown, _ = outcome(capsys, "predict", *photographs, "--checkpoint", "model", "--out", out.as_uri())
 
-    assert (status, "annotated copies, 3: " in shown) == (0, True)
+    assert (status, "3 annotated copies in " in shown, "not calibrated: " in shown) == (0, True, True)
     assert sorted(path.name for path in out.iterdir()) == ["face-2-2-faces.jpg", "face-2-faces.jpg", "face-faces.jpg"]
     status, _, error = outcome(capsys, "predict", "face.png", "--checkpoint", "model", "--out", "face.png")
     assert (status, len(error.splitlines())) == (2, 1)

@@ -87,10 +87,10 @@ def test_another_column_can_hold_the_path(folder: Path) -> None:
 
 
 def test_codes_mean_something_only_when_given(folder: Path) -> None:
-    table = "key,age,gender\na.jpg,3,0\nsub/b.png,4,F\n"
+    table = "key,age,gender\na.jpg,3,0\nsub/b.png,4,W\n"
 
     assert [row["gender"] for row in manifest(folder, table).values()] == [None, None]
-    rows = manifest(folder, table, gender_codes={"0": "male", "f": "female"})
+    rows = manifest(folder, table, gender_codes={"0": "male", "w": "female"})
     assert [row["gender"] for row in rows.values()] == ["male", "female"]
 
 
@@ -109,7 +109,7 @@ def test_a_code_for_an_unknown_word_is_rejected(folder: Path) -> None:
         ("9-Mar,male,white", (None, "male", "white"), "age '9-Mar' is not a number or a range of years"),
         ("32-25,male,white", (None, "male", "white"), "age '32-25' is a range that ends before it begins"),
         ("30-120,male,white", (None, "male", "white"), "age 120 is outside 0 to 116 years"),
-        ("30,man,white", (30.0, None, "white"), "gender 'man' is not understood: expected one of female, male"),
+        ("30,man,white", (30.0, None, "white"), "gender 'man' is not understood: expected one of female, male, m, f"),
         (
             "30,male,green",
             (30.0, "male", None),
@@ -301,6 +301,20 @@ def test_codes_match_as_numbers_and_words_in_any_case(
     rows, _ = rows_and_notes(folder, f"key,gender\na.jpg,{values[0]}\nsub/b.png,{values[1]}\n", gender_codes=codes)
 
     assert said(rows, "gender") == [("a.jpg", "male", "ok"), ("sub/b.png", "female", "ok")]
+
+
+@pytest.mark.parametrize(
+    ("codes", "genders"),
+    [(None, ("male", "female")), ({"m": "female", "F": "male"}, ("female", "male"))],
+    ids=["no codes", "other codes"],
+)
+def test_the_letters_m_and_f_are_genders_unless_they_are_configured_otherwise(
+    folder: Path, codes: dict[str, str] | None, genders: tuple[str, str]
+) -> None:
+    rows, notes = rows_and_notes(folder, "key,gender\na.jpg,M\nsub/b.png, f \n", gender_codes=codes)
+
+    assert said(rows, "gender") == [("a.jpg", genders[0], "ok"), ("sub/b.png", genders[1], "ok")]
+    assert notes == []
 
 
 def test_codes_of_a_parquet_table_of_floats_match(folder: Path) -> None:

@@ -244,7 +244,7 @@ def test_preparing_over_a_damaged_record(complaint: Complaint, faces: Path, prep
 def test_training_without_data(complaint: Complaint, tmp_path: Path) -> None:
     said = complaint("train", "--train.data", "nowhere")
 
-    assert f"train.data {tmp_path}/nowhere: not a prepared set" in said
+    assert f"train.data {tmp_path}/nowhere: not a prepared set: nothing is there" in said
     assert not (tmp_path / "runs").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from agr_ray.config import MISSING_VALUES
 from agr_ray.data.manifest import ParsedLabel, check_age
@@ -32,6 +32,7 @@ _AT_MOST = (
     re.compile(rf"{_NUMBER} ?(?:or|and) (?:less|fewer|under|younger|below)"),
 )
 _FOLD = re.compile(r"[0-9]{1,4}", re.ASCII)
+_GENDER_LETTERS: Final = {"m": "male", "f": "female"}
 _WHOLE_FLOAT = re.compile(r"^([+-]?[0-9]+)\.0*$")
 
 
@@ -70,7 +71,8 @@ class LabelParser:
     """Reads the values of label rows.
 
     Words and codes are matched regardless of case and outer blanks, and a code written as a float (1.0) matches the
-    whole number. Only configured codes, such as 0 for a gender, have a meaning.
+    whole number. The letters m and f mean male and female, unless they are configured otherwise. Other codes, such as 0
+    for a gender, only have a meaning if they are configured.
     """
 
     def __init__(
@@ -86,6 +88,9 @@ class LabelParser:
             "race": _meanings("race", space.races, race_codes),
             "split": _meanings("split", SPLITS, None),
         }
+        for letter, word in _GENDER_LETTERS.items():
+            if word in space.genders:
+                self._words["gender"].setdefault(letter, word)
         self._missing = {_without_blanks(value) for value in missing_values} | {""}
 
     def parse(self, row: Mapping[str, str | None]) -> RowLabels:
