@@ -118,6 +118,7 @@ def test_a_task_without_labels_has_no_sheet(model: Path, data: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_workers_find_what_this_process_does(model: Path, data: Path) -> None:
     evaluate(job(model, data, out=str(data.parent / "alone")))
     evaluate(job(model, data, out=str(data.parent / "workers"), num_workers=2))

@@ -111,6 +111,7 @@ def test_another_sample_starts_over(model: Path, data: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_workers_predict_what_this_process_does(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"stress_corruptions": ("noise", "patch"), "stress_images": 20}
     evaluate(job(model, data, out=str(data.parent / "alone"), **few))
@@ -123,6 +124,7 @@ def test_workers_predict_what_this_process_does(model: Path, data: Path, monkeyp
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_all_corruptions_are_measured_by_default(model: Path, data: Path) -> None:
     out = data.parent / "all"
     metrics = evaluate(job(model, data, out=str(out)))
