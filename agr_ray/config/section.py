@@ -127,3 +127,20 @@ def check_keys(values: Any, expected: Iterable[str], name: str) -> None:
     faults = [f"{kind} {', '.join(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
     if faults:
         raise ValueError(f"{name}: keys do not match: {'; '.join(faults)}")
+
+
+def first_difference(theirs: object, ours: object, key: str = "") -> tuple[str, object, object] | None:
+    """Return the dotted key of the first setting that differs, and both values of it; None: none does.
+
+    Args:
+        theirs: plain values; dictionaries are sections, unless one of them is empty. A missing key is None.
+        ours: the values to compare with them.
+        key: of the values, if they are not all settings.
+    """
+    if theirs == ours:
+        return None
+    if theirs and ours and isinstance(theirs, dict) and isinstance(ours, dict):
+        names = sorted({*theirs, *ours})
+        found = (first_difference(theirs.get(name), ours.get(name), f"{key}.{name}" if key else name) for name in names)
+        return next((each for each in found if each is not None), None)
+    return key, theirs, ours

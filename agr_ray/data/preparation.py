@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from agr_ray.config import PrepareJob
+from agr_ray.config.section import first_difference
 from agr_ray.console import make_table
 from agr_ray.data.manifest import build_manifest, in_key_order, labels_digest
 from agr_ray.data.prepared import FORMAT_VERSION, NEAR_DUPLICATES_FILE, PreparedSet, find_prepared
@@ -327,26 +328,14 @@ def _check_out(storage: Storage, out: str, settings: dict[str, Any]) -> Prepared
         if storage.exists(out) and any(info.key != LOCK for info in storage.list(out)):
             raise ConfigError(f"prepare.out {out}: exists and is not a prepared set; choose another folder")
         return None
-    old, new = _flat(earlier.settings, settings), _flat(settings, earlier.settings)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise ConfigError(
-                f"prepare.out {out}: was prepared with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
-                "choose another folder, or delete this one"
-            )
+    difference = first_difference(earlier.settings, settings)
+    if difference is not None:
+        key, theirs, ours = difference
+        raise ConfigError(
+            f"prepare.out {out}: was prepared with {key} = {theirs!r}, not {ours!r}; "
+            "choose another folder, or delete this one"
+        )
     return earlier
-
-
-def _flat(settings: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings by dotted key. A dictionary that is empty on either side is a value."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        theirs = other.get(key)
-        if isinstance(value, dict) and isinstance(theirs, dict) and value and theirs:
-            flat |= _flat(value, theirs, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _check_not_another_source(job: PrepareJob, before: pa.Table, table: pa.Table) -> None:

@@ -16,7 +16,7 @@ from agr_ray.evaluation.disparities import MIN_ROWS
 from agr_ray.evaluation.estimates import MIN_UNITS
 from agr_ray.evaluation.figures import slices
 from agr_ray.evaluation.terms import FloatArray, row_terms
-from agr_ray.evaluation.units import Units, unit_sums, units_of
+from agr_ray.evaluation.units import Units, term_sums, unit_sums, units_of
 from agr_ray.labels import Labels
 from agr_ray.models.predictions import Predictions
 
@@ -116,15 +116,8 @@ def compare(
         seed: of the resampling.
         num_resamples: number of resamples.
     """
-    names = [(name, number) for name, each in runs.items() for number in range(len(each))]
     units = units_of(np.unique(clusters, return_inverse=True)[1], len(labels), seed)
-    sums = np.stack(
-        [
-            np.concatenate([unit_sums(units, weights=terms[column]) for column in _TERMS], axis=1)
-            for terms in (row_terms(labels, runs[name][number]) for name, number in names)
-        ],
-        axis=1,
-    )
+    sums = term_sums(units, labels, [each for of_network in runs.values() for each in of_network], _TERMS)
     weights = resample_weights(units.num, num_resamples, seed)
     return _estimates(sums, weights, {name: len(each) for name, each in runs.items()}, reference)
 

@@ -15,20 +15,17 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from agr_ray.evaluation.comparison import METRICS as COMPARED
 from agr_ray.evaluation.comparison import NUM_RESAMPLES, resample_weights
 from agr_ray.evaluation.estimates import MIN_UNITS
-from agr_ray.evaluation.terms import FloatArray, row_terms
-from agr_ray.evaluation.units import unit_sums, units_of
+from agr_ray.evaluation.terms import FloatArray
+from agr_ray.evaluation.units import term_sums, units_of
 from agr_ray.labels import Labels
 from agr_ray.models.predictions import Predictions
-from agr_ray.schema import CLEAN, YAW
+from agr_ray.schema import CLEAN, STRESSED_METRICS, YAW
 
-METRICS: Final[Mapping[str, tuple[str, str]]] = {  # the names are schema.STRESSED_METRICS
-    "age_mae_years": ("age_absolute", "age"),
-    "age_bias_years": ("age_signed", "age"),
-    "age_within_5": ("age_within", "age"),
-    "gender_accuracy": ("gender_right", "gender"),
-    "race_accuracy": ("race_right", "race"),
+METRICS: Final[Mapping[str, tuple[str, str]]] = {
+    name: {**COMPARED, "age_bias_years": ("age_signed", "age")}[name] for name in STRESSED_METRICS
 }
 """Each metric's terms of `terms.row_terms`: its sum, and the number of its rows."""
 
@@ -127,15 +124,8 @@ def measure(
         num_resamples: number of resamples.
     """
     columns = list(dict.fromkeys(term for pair in METRICS.values() for term in pair))
-    predictions = [clean, *corrupted.values()]
     units = units_of(np.unique(clusters, return_inverse=True)[1], len(labels), seed)
-    summed = np.stack(
-        [
-            np.concatenate([unit_sums(units, weights=terms[column]) for column in columns], axis=1)
-            for terms in (row_terms(labels, each) for each in predictions)
-        ],
-        axis=1,
-    )  # (units, conditions, terms)
+    summed = term_sums(units, labels, [clean, *corrupted.values()], columns)
     weights = resample_weights(units.num, num_resamples, seed)
     resampled = (weights @ summed.reshape(units.num, -1)).reshape(num_resamples, *summed.shape[1:])
     whole = summed.sum(axis=0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agr_ray.evaluation.terms import FloatArray
+from agr_ray.evaluation.terms import FloatArray, row_terms
+from agr_ray.labels import Labels
+from agr_ray.models.predictions import Predictions
 
 MAX_UNITS: Final = 4096
 """More persons than these are put into as many random groups. The standard deviation of a standard error is then
@@ -83,3 +86,19 @@ def unit_sums(
         places = places * num_codes + codes
     summed = np.bincount(places, weights, units.num * num_codes)
     return summed.reshape(units.num, num_codes).astype(np.float64, copy=False)
+
+
+def term_sums(units: Units, labels: Labels, predictions: Sequence[Predictions], names: Sequence[str]) -> FloatArray:
+    """Return the sums of terms by unit, (units, networks, terms).
+
+    Args:
+        units: of n rows.
+        labels: of the same rows.
+        predictions: of each network, for the same rows.
+        names: of `terms.row_terms`.
+    """
+    networks = []
+    for each in predictions:
+        terms = row_terms(labels, each)
+        networks.append(np.concatenate([unit_sums(units, weights=terms[name]) for name in names], axis=1))
+    return np.stack(networks, axis=1)

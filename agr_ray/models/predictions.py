@@ -20,6 +20,12 @@ Predictions: TypeAlias = Mapping[str, NDArray[np.float32]]
 """
 
 
+def finite_rows(predictions: Predictions) -> NDArray[np.bool_]:
+    """Return whether all predictions of each face are finite, (n,); at least one task is predicted."""
+    finite = [np.isfinite(values).reshape(len(values), -1).all(axis=1) for values in predictions.values()]
+    return np.asarray(np.logical_and.reduce(finite), np.bool_)
+
+
 def class_probs_column(probs: NDArray[np.float32], names: Sequence[str]) -> pa.MapArray:
     """Return (n, classes) probabilities as a column of schema.CLASS_PROBS, with the classes' names; NaN: null."""
     num_rows, num_classes = probs.shape

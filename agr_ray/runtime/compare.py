@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -32,7 +30,7 @@ from agr_ray.report.comparison import write_comparison
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.run_matrix import (
     TASK,
-    difference,
+    check_record,
     evaluation_of,
     is_measured,
     run_all,
@@ -42,7 +40,7 @@ from agr_ray.runtime.run_matrix import (
 from agr_ray.runtime.train import WITHOUT_EFFECT, check_network
 from agr_ray.runtime.tune import room
 from agr_ray.schema import LABEL_COLUMNS
-from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage import Storage
 from agr_ray.storage.lock import run_lock
 
 RECORD: Final = "comparison.json"
@@ -198,21 +196,9 @@ def store_settings(
         ConfigError: it holds another comparison, or a preset was defined otherwise; the message names a setting.
     """
     presets = {run.model.preset: _preset_settings(run) for run in runs.values()}
-    settings = json.loads(json.dumps(_settings(job) | {"data": prepared.digest, "presets": presets}))
-    uri = storage.join(out, RECORD)
-    with contextlib.suppress(MissingObject):
-        before = json.loads(storage.read(uri))
-        settings["presets"] = before["presets"] | settings["presets"]
-        for section, values in settings.items():
-            theirs = before.get(section)
-            if section == "presets":
-                values = {name: each for name, each in values.items() if name in theirs}
-            if theirs != values:
-                raise ConfigError(
-                    f"compare.out {out}: holds a comparison with {difference(section, theirs, values)}; choose "
-                    "another folder"
-                )
-    storage.write(uri, json.dumps(settings, indent=1).encode())
+    settings = _settings(job) | {"data": prepared.digest, "presets": presets}
+    uri, key = storage.join(out, RECORD), f"compare.out {out}"
+    check_record(storage, uri, settings, key, "a comparison", grows="presets")
 
 
 def _preset_settings(run: TrainJob) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy
@@ -39,7 +38,7 @@ from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint import CALIBRATION, META, content_codes
 from agr_ray.models.checkpoint_files import add_to_card, local_checkpoint, portable_checkpoint
 from agr_ray.models.network import MultiTaskNet
-from agr_ray.models.predictions import Predictions
+from agr_ray.models.predictions import Predictions, finite_rows
 from agr_ray.predict.checkpoint_on_set import check_compatible, mapped_labels, overlap_message, training_baseline
 from agr_ray.predict.crop_predictor import CropPredictor
 from agr_ray.predict.downloads import one_cpu, use_one_cpu
@@ -49,17 +48,14 @@ from agr_ray.progress_bar import progress
 from agr_ray.report.evaluation_folder import METRICS_FILE, PREDICTIONS_FILE, is_evaluation, out_folder
 from agr_ray.report.evaluation_pair import write_pair
 from agr_ray.report.evaluation_summary import print_calibration, print_fitted, print_summary, vision_differences
-from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.crop_stream import part_dataset
+from agr_ray.runtime.cluster import cluster
+from agr_ray.runtime.evaluation_workers import fitting_workers, map_parts, predicts_here
 from agr_ray.runtime.explain import Explanation, explain
 from agr_ray.runtime.stress import StressTest, check_corruptions, stress
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
 
 FORMAT_VERSION: Final = 2
-_MOST_ROWS_HERE: Final = 200
-"""Most crops that this process predicts itself unless `evaluate.num_workers` is set. On one CPU, a ResNet50 at 224 px
-takes 17 s for them, about as long as starting Ray and a worker."""
 
 
 def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
@@ -156,12 +152,14 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
             locks = [stack.enter_context(lock) for lock in held]
             packed = portable_checkpoint(directory)
             arguments = (storage, packed, prepared.crop_side_px, config, measured.predict, mapping)
-            if config.num_workers is None and not config.use_gpu and chosen.num_rows <= _MOST_ROWS_HERE:
+            if predicts_here(config, chosen.num_rows):
                 stack.enter_context(one_cpu())
                 predicted = _predict_here(storage, prepared, arguments)
             else:
                 stack.enter_context(cluster(job.cluster))
-                predicted = _predict_in_workers(config, storage, prepared, arguments)
+                num_workers, gpus = fitting_workers(config)
+                pool = ActorPoolStrategy(size=num_workers)
+                predicted = map_parts(_Worker, arguments, storage, prepared, pool, gpus)
             table, images_per_s = _collect(predicted, chosen.num_rows, locks, console)
             rows = read_rows(table.to_batches(), table.num_rows, loaded.model.tasks, space, measured_in)
             _check_finite(rows.predictions, checkpoint)
@@ -227,7 +225,6 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                     checkpoint=packed,
                     measured_in=measured_in,
                     predictions=table,
-                    predict_here_rows=_MOST_ROWS_HERE,
                 )
                 metrics["explain"] = explain(explanation, lambda: _check(locks), console)
                 _write_metrics(storage, out, metrics, locks)
@@ -246,7 +243,6 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                     measured_in=measured_in,
                     predictions=table,
                     metrics=metrics,
-                    predict_here_rows=_MOST_ROWS_HERE,
                     images_per_s=images_per_s,
                 )
                 metrics["stress"] = stress(test, lambda: _check(locks), console)
@@ -312,9 +308,7 @@ def _check_finite(predictions: Predictions, checkpoint: str) -> None:
     Raises:
         JobError: some predictions are not finite.
     """
-    bad = np.zeros(1, bool)
-    for values in predictions.values():
-        bad = bad | ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    bad = ~finite_rows(predictions)
     if bad.any():
         raise JobError(
             f"evaluate.checkpoint {checkpoint}: its predictions for {bad.sum():,} of {len(bad):,} images are not "
@@ -348,7 +342,7 @@ def _chosen_rows(storage: Storage, prepared: PreparedSet, config: EvaluateConfig
 def _predict_here(storage: Storage, prepared: PreparedSet, arguments: Sequence[Any]) -> Iterator[pa.Table]:
     """Yield predictions that this process makes, on one CPU like a worker, so that they are the same to the last bit.
 
-    `arguments` are those of `CropPredictor`, as in `_predict_in_workers`.
+    `arguments` are those of `CropPredictor`.
     """
     predictor = CropPredictor(*arguments)
     yield from predictor(pa.table({"part": prepared.parts(storage)}))
@@ -360,27 +354,6 @@ class _Worker(CropPredictor):
     def __init__(self, *arguments: Any) -> None:
         use_one_cpu()
         super().__init__(*arguments)
-
-
-def _predict_in_workers(
-    config: EvaluateConfig, storage: Storage, prepared: PreparedSet, arguments: Sequence[Any]
-) -> Iterator[pa.Table]:
-    """Yield predictions that Ray's workers make."""
-    gpus = 1.0 if config.use_gpu else 0.0
-    num_workers = worker_count(config.num_workers, use_gpu=config.use_gpu)
-    check_fits("evaluate.num_workers", num_workers, 1.0, gpus)
-    predictions = part_dataset(storage, prepared).map_batches(
-        _Worker,
-        fn_constructor_args=tuple(arguments),
-        batch_format="pyarrow",
-        batch_size=1,
-        compute=ActorPoolStrategy(size=num_workers),
-        num_cpus=1,
-        num_gpus=gpus or None,
-    )
-    for table in predictions.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(table, pa.Table)
-        yield table
 
 
 def _collect(

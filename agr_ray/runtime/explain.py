@@ -25,6 +25,7 @@ from rich.console import Console
 
 from agr_ray.config import ClusterConfig, EvaluateConfig, PredictConfig
 from agr_ray.data.crops import POSE_COLUMNS, decoded_crops, read_images, read_labels, read_pose
+from agr_ray.data.near_duplicates import MAX_DISTANCE
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.evaluation.cases import all_rows, choose_cases, worst_by_group
 from agr_ray.evaluation.nearest import Nearest
@@ -38,8 +39,8 @@ from agr_ray.predict.downloads import one_cpu, use_one_cpu
 from agr_ray.predict.grad_cam import NoFeatureMap, grad_cam
 from agr_ray.predict.prediction_rows import read_predictions
 from agr_ray.progress_bar import progress
-from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.crop_stream import part_dataset
+from agr_ray.runtime.cluster import cluster
+from agr_ray.runtime.evaluation_workers import fitting_workers, map_parts, predicts_here
 from agr_ray.schema import CROP_STATUSES, NEAREST
 from agr_ray.storage import Storage
 
@@ -51,8 +52,6 @@ NUM_CASES: Final = 16
 NUM_WORST: Final = 6
 """Predictions of each group."""
 NUM_PAIRS: Final = 24
-NEAR_BITS: Final = 8
-"""Images whose hashes differ in at most this many of 64 bits may show the same photograph."""
 _COLUMNS: Final = 8
 
 
@@ -76,8 +75,6 @@ class Explanation:
     """In which labels and predictions are compared."""
     predictions: pa.Table
     """schema.PREDICTIONS of the measured images."""
-    predict_here_rows: int
-    """Maximum number of images that this process handles itself unless `evaluate.num_workers` is set."""
 
     @property
     def folder(self) -> str:
@@ -202,12 +199,17 @@ def _leak_check(test: Explanation, check_locks: Callable[[], None], console: Con
         )
         return None
     _write_nearest(test, check_locks, image_ids, nearest)
-    num_near = int((nearest.distance_bits <= NEAR_BITS).sum())
+    num_near = int((nearest.distance_bits <= MAX_DISTANCE).sum())
     console.print(
-        f"{num_near:,} of {len(image_ids):,} measured images differ in at most {NEAR_BITS} of 64 bits from one of "
+        f"{num_near:,} of {len(image_ids):,} measured images differ in at most {MAX_DISTANCE} of 64 bits from one of "
         f"{num_trained:,} training images: see nearest_hash.png whether they show the same photograph"
     )
-    return {"num_images": len(image_ids), "num_train_images": num_trained, "num_near": num_near, "near_bits": NEAR_BITS}
+    return {
+        "num_images": len(image_ids),
+        "num_train_images": num_trained,
+        "num_near": num_near,
+        "near_bits": MAX_DISTANCE,
+    }
 
 
 def _write_nearest(
@@ -257,27 +259,15 @@ def _features(test: Explanation, prepared: PreparedSet, split: str, codes: Set[i
         *(test.predict, "cuda" if config.use_gpu else "cpu"),
     )
     num_rows = sum(prepared.counts.get(status, 0) for status in CROP_STATUSES)
-    if config.num_workers is None and not config.use_gpu and num_rows <= test.predict_here_rows:
+    if predicts_here(config, num_rows):
         with one_cpu():
             yield from CropFeatures(*arguments)(pa.table({"part": prepared.parts(test.storage)}))
         return
     with cluster(test.cluster):
-        gpus = 1.0 if config.use_gpu else 0.0
-        num_workers = worker_count(config.num_workers, use_gpu=config.use_gpu)
-        check_fits("evaluate.num_workers", num_workers, 1.0, gpus)
-        tables = part_dataset(test.storage, prepared).map_batches(
-            _Worker,
-            fn_constructor_args=arguments,
-            batch_format="pyarrow",
-            batch_size=1,
-            compute=ActorPoolStrategy(size=num_workers),
-            num_cpus=1,
-            num_gpus=gpus or None,
-        )
-        for table in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
-            assert isinstance(table, pa.Table)
-            if table.num_rows:
-                yield table
+        num_workers, gpus = fitting_workers(config)
+        pool = ActorPoolStrategy(size=num_workers)
+        tables = map_parts(_Worker, arguments, test.storage, prepared, pool, gpus)
+        yield from (table for table in tables if table.num_rows)
 
 
 class _Worker(CropFeatures):

@@ -10,6 +10,7 @@ A run whose evaluation is complete is not repeated, and an unfinished one resume
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ import ray
 from rich.console import Console
 
 from agr_ray.config import ClusterJob, EvaluateConfig, EvaluateJob, PredictConfig, TrainJob
+from agr_ray.config.section import first_difference
 from agr_ray.errors import ConfigError
 from agr_ray.learn.run import is_finished
 from agr_ray.runtime.evaluate import evaluate
@@ -32,7 +34,7 @@ TASK: Final[Mapping[str, Any]] = {"num_cpus": TRIAL_CPUS, "max_retries": 3}
 _LOOK_EVERY_S: Final = 1.0
 
 
-def check_record(storage: Storage, uri: str, settings: Mapping[str, Any], key: str, what: str) -> None:
+def check_record(storage: Storage, uri: str, settings: Mapping[str, Any], key: str, what: str, grows: str = "") -> None:
     """Store the shared settings, or check that the folder holds the same ones.
 
     Args:
@@ -41,28 +43,23 @@ def check_record(storage: Storage, uri: str, settings: Mapping[str, Any], key: s
         settings: that all runs share and that affect the result, by section.
         key: the setting and value that name the folder, such as `compare.out results`.
         what: the folder's content, such as `a comparison`.
+        grows: section whose new keys are added to those of the folder; empty: there is none.
 
     Raises:
         ConfigError: it holds other ones; the message names a setting.
     """
-    try:
-        before = json.loads(storage.read(uri))
-    except MissingObject:
-        storage.write(uri, json.dumps(settings, indent=1).encode())
-        return
-    for section, values in json.loads(json.dumps(settings)).items():
-        theirs = before.get(section)
-        if theirs != values:
-            shown = difference(section, theirs, values)
-            raise ConfigError(f"{key}: holds {what} with {shown}; choose another folder")
-
-
-def difference(key: str, theirs: object, ours: object) -> str:
-    """Return the first setting that differs and both values: `train.lr 0.001, not 0.01`."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        name = next(name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name))
-        return difference(f"{key}.{name}", theirs.get(name), ours.get(name))
-    return f"{key} {theirs}, not {ours}"
+    ours = json.loads(json.dumps(settings))
+    with contextlib.suppress(MissingObject):
+        theirs = json.loads(storage.read(uri))
+        if grows:  # each side keeps its own values of the keys that both have
+            ours[grows] = theirs[grows] | ours[grows]
+            theirs[grows] = ours[grows] | theirs[grows]
+        for section, values in ours.items():
+            difference = first_difference(theirs.get(section), values, section)
+            if difference is not None:
+                name, old, new = difference
+                raise ConfigError(f"{key}: holds {what} with {name} {old}, not {new}; choose another folder")
+    storage.write(uri, json.dumps(ours, indent=1).encode())
 
 
 def is_measured(storage: Storage, out: str, name: str) -> bool:

@@ -33,7 +33,7 @@ from agr_ray.errors import ConfigError, JobError
 from agr_ray.evaluation.robustness import Condition, measure, measure_yaw, stress_rows
 from agr_ray.labels import LabelSpace
 from agr_ray.learn.progress import duration
-from agr_ray.models.predictions import Predictions
+from agr_ray.models.predictions import Predictions, finite_rows
 from agr_ray.predict.downloads import one_cpu, use_one_cpu
 from agr_ray.predict.prediction_rows import read_predictions
 from agr_ray.predict.stress_folder import StressFolder
@@ -47,7 +47,8 @@ from agr_ray.predict.stress_predictor import (
 )
 from agr_ray.progress_bar import progress
 from agr_ray.registry import check_name
-from agr_ray.runtime.cluster import check_fits, cluster, worker_count
+from agr_ray.runtime.cluster import cluster
+from agr_ray.runtime.evaluation_workers import fitting_workers, predicts_here
 from agr_ray.runtime.part_runner import run_parts
 from agr_ray.schema import STRESS, STRESSED_METRICS
 from agr_ray.storage import Storage
@@ -80,8 +81,6 @@ class StressTest:
     """schema.PREDICTIONS of the images as they are."""
     metrics: Mapping[str, Any]
     """Of these predictions."""
-    predict_here_rows: int
-    """Maximum number of images that this process predicts itself unless `evaluate.num_workers` is set."""
     images_per_s: float
     """How fast the images as they are were predicted."""
 
@@ -224,18 +223,15 @@ def _unit_tables(test: StressTest, pending: Sequence[Condition], sample: pa.Tabl
         *(test.predict, "cuda" if config.use_gpu else "cpu"),
     )
     units = units_of(pending, sample.num_rows)
-    num_rows = len(pending) * sample.num_rows
-    if config.num_workers is None and not config.use_gpu and num_rows <= test.predict_here_rows:
+    if predicts_here(config, len(pending) * sample.num_rows):
         with one_cpu():
             predictor = StressPredictor(sample, *arguments)
             for unit in units:
                 yield _named(predictor.predict(unit), unit.condition)
         return
     with cluster(test.cluster):
-        gpus = 1.0 if config.use_gpu else 0.0
-        num_workers = min(worker_count(config.num_workers, use_gpu=config.use_gpu), len(units))
-        check_fits("evaluate.num_workers", num_workers, 1.0, gpus)
-        pool = ActorPoolStrategy(size=num_workers)
+        num_workers, gpus = fitting_workers(config)
+        pool = ActorPoolStrategy(size=min(num_workers, len(units)))
         shared = (ray.put(sample), pending)
         yield from run_parts(_Worker, (*shared, *arguments), range(len(units)), pool, gpus)
 
@@ -278,7 +274,7 @@ def _finite(test: StressTest, table: pa.Table, condition: Condition) -> Predicti
         JobError: some are not finite.
     """
     predictions = _read(test, table)
-    if not all(np.isfinite(values).all() for values in predictions.values()):
+    if not finite_rows(predictions).all():
         raise JobError(
             f"evaluate.checkpoint {test.config.checkpoint}: its predictions for images corrupted by {_name(condition)} "
             "are not all finite"

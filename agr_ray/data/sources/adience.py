@@ -25,8 +25,6 @@ COLUMNS: Final = ("user_id", "original_image", "face_id", "age", "gender")
 IMAGE_NAMES: Final = {"faces": "coarse_tilt_aligned_face", "aligned": "landmark_aligned_face"}
 """Folders of images, and the prefix of their file names. If both exist, the first is read: it has more margin."""
 
-GENDER_WORDS: Final = {"m": "male", "f": "female"}
-
 
 def source_rows(storage: Storage, uri: str, *, note: Callable[[str], None]) -> Iterator[SourceRow]:
     """Yield a row for each image below `uri`, and one for each labelled image that does not exist.
@@ -49,7 +47,7 @@ def source_rows(storage: Storage, uri: str, *, note: Callable[[str], None]) -> I
     folder = next((name for name in IMAGE_NAMES if storage.exists(storage.join(uri, name))), None)
     if folder is None:
         raise LabelTableError(f"source.uri {uri}: expected a folder {' or '.join(IMAGE_NAMES)}, found neither")
-    parser = LabelParser(ADIENCE, gender_codes=GENDER_WORDS)
+    parser = LabelParser(ADIENCE)
     by_key: dict[str, list[RowLabels]] = defaultdict(list)
     for name in files:
         fold = str(LABEL_FILES.index(name))

@@ -30,7 +30,6 @@ COLUMNS: Final = ("id_num", "age", "gender", "race", "photo")
 of the image below the folder of the file."""
 
 RACE_LETTERS: Final = {"W": "white", "B": "black", "A": "asian", "H": "hispanic", "O": "others"}
-GENDER_LETTERS: Final = {"M": "male", "F": "female"}
 
 
 def source_rows(storage: Storage, uri: str, labels_uri: str, *, note: Callable[[str], None]) -> Iterator[SourceRow]:
@@ -56,7 +55,7 @@ def source_rows(storage: Storage, uri: str, labels_uri: str, *, note: Callable[[
                 f"source.uri {uri}: expected {LABEL_FILE}, found none; source.labels names a file of another name"
             )
     name = labels_uri.rpartition("/")[2]
-    parser = LabelParser(MORPH2, gender_codes=GENDER_LETTERS, race_codes=RACE_LETTERS)
+    parser = LabelParser(MORPH2, race_codes=RACE_LETTERS)
     by_key: dict[str, list[RowLabels]] = defaultdict(list)
     for line, row, error in published_rows(storage, labels_uri, COLUMNS, ","):
         key = row["photo"]
