@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from agr_ray.device import has_bfloat16
 from agr_ray.vision.detectors.mtcnn_nets import ProposalNet, output_net, refine_net
@@ -88,15 +88,17 @@ class Mtcnn:
         sheet, tiles = _sheet(images, self._min_face_px)
         cells, scores, regressions = _candidates(self._p_net, sheet, self._thresholds[0], self._device)
         tile_k = _tile_numbers(tiles, sheet.shape)[cells[:, 0], cells[:, 1]]
-        inside = tile_k >= 0
-        cells, scores, regressions, tile_k = cells[inside], scores[inside], regressions[inside], tile_k[inside]
+        # By tile, so that equal scores keep an order that does not depend on the layout of the sheet.
+        order = tile_k.argsort(stable=True)
+        order = order[tile_k[order] >= 0]
+        cells, scores, regressions, tile_k = cells[order], scores[order], regressions[order], tile_k[order]
 
         table = torch.tensor([(t.left, t.top, t.to_image_x, t.to_image_y) for t in tiles]).reshape(-1, 4)[tile_k]
         corners = cells.flip(1) * _STRIDE_PX - table[:, :2]
         boxes = torch.cat([corners, corners + _WINDOW_PX], dim=1) * table[:, 2:].repeat(1, 2)
         owners = torch.tensor([tile.owner for tile in tiles], dtype=torch.long)[tile_k]
-        kept = batched_nms(boxes, scores, tile_k, _NMS_WITHIN_SCALE)
-        kept = kept[batched_nms(boxes[kept], scores[kept], owners[kept], _NMS_BETWEEN_STAGES)]
+        kept = _suppress(boxes, scores, tile_k, _NMS_WITHIN_SCALE)
+        kept = kept[_suppress(boxes[kept], scores[kept], owners[kept], _NMS_BETWEEN_STAGES)]
         return _square(_regress(boxes[kept], regressions[kept])), owners[kept]
 
     def _refine(self, images: list[_Halvings], boxes: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +109,7 @@ class Mtcnn:
         regression, probability = self._run(self._r_net, crops)
         passed = probability[:, 1] > self._thresholds[1]
         boxes, owners = boxes[passed], owners[passed]
-        kept = batched_nms(boxes, probability[passed, 1], owners, _NMS_BETWEEN_STAGES)
+        kept = _suppress(boxes, probability[passed, 1], owners, _NMS_BETWEEN_STAGES)
         return _square(_regress(boxes[kept], regression[passed][kept])), owners[kept]
 
     def _output(self, images: list[_Halvings], boxes: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,8 +133,9 @@ class Mtcnn:
         shifts = torch.tensor(_FINAL_SHIFTS)[:, None, :] * (squares[:, 2:] - squares[:, :2])
         shifted = (squares + shifts.repeat(1, 1, 2)).round().reshape(-1, 4)
         boxes, _, landmarks = self._output_once(images, shifted, owners.repeat(len(_FINAL_SHIFTS)), finely=True)
-        boxes = boxes.reshape(len(_FINAL_SHIFTS), -1, 4).mean(dim=0)
-        landmarks = landmarks.reshape(len(_FINAL_SHIFTS), -1, 5, 2).mean(dim=0)
+        # In float64: the order of a sum depends on the number of faces.
+        boxes = boxes.double().reshape(len(_FINAL_SHIFTS), -1, 4).mean(dim=0).float()
+        landmarks = landmarks.double().reshape(len(_FINAL_SHIFTS), -1, 5, 2).mean(dim=0).float()
         kept = _suppress_contained(boxes, scores, owners, _NMS_BETWEEN_STAGES)  # two may have converged on one face
         return boxes[kept], scores[kept], landmarks[kept], owners[kept]
 
@@ -232,7 +235,8 @@ def _halved(rgb: NDArray[np.uint8]) -> _Halvings:
 def _sheet(images: list[_Halvings], min_face_px: float) -> tuple[NDArray[np.uint8], list[_Tile]]:
     """Lay out all pyramid levels, each with its border, on one black sheet, (height, width, 3).
 
-    The layout is first-fit decreasing: in order of height, each level goes onto the first shelf that has room.
+    The layout is first-fit decreasing: in order of height, each level goes onto the first shelf that has room. The
+    tiles are in order of their owners, and those of an owner in order of their height.
     """
     levels = [
         (owner, halvings, height, width)
@@ -262,7 +266,7 @@ def _sheet(images: list[_Halvings], min_face_px: float) -> tuple[NDArray[np.uint
         sheet[top : top + height, left : left + width] = level
         to_image = (source.shape[1] * 2**depth / width, source.shape[0] * 2**depth / height)
         tiles.append(_Tile(owner, top, left, height, width, *to_image))
-    return sheet, tiles
+    return sheet, sorted(tiles, key=lambda tile: tile.owner)
 
 
 def _tile_numbers(tiles: list[_Tile], sheet_shape: tuple[int, ...]) -> Tensor:
@@ -346,6 +350,26 @@ def _square(boxes: Tensor) -> Tensor:
     sides = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
     corners = (centres - sides / 2).round()
     return torch.cat([corners, corners + sides.round().clamp(min=1)], dim=1)
+
+
+def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor, max_iou: float) -> Tensor:
+    """Suppress each box that overlaps a better one of its group; return the indices (k,) of the others, by group.
+
+    Not torchvision's `batched_nms`: it shifts the boxes of each group, and the shifts' rounding decides overlaps that
+    are close to the limit. So the faces of an image would depend on the other images.
+
+    Args:
+        boxes: (n, 4).
+        scores: (n,).
+        groups: (n,) ascending numbers.
+        max_iou: largest intersection over union of two boxes that are kept.
+    """
+    kept, first = [torch.zeros(0, dtype=torch.long)], 0
+    for size in groups.bincount().tolist():
+        own = slice(first, first + size)
+        kept.append(first + nms(boxes[own], scores[own], max_iou))
+        first += size
+    return torch.cat(kept)
 
 
 def _suppress_contained(boxes: Tensor, scores: Tensor, owners: Tensor, max_overlap: float) -> Tensor:
