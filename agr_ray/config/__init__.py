@@ -28,7 +28,7 @@ from agr_ray.config.label_space import LabelsConfig
 from agr_ray.config.parsing import built_in_recipes, load, parse, read_local
 from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
-from agr_ray.config.section import PositiveFloat, Section, digest
+from agr_ray.config.section import PositiveFloat, Section, digest, other_settings
 from agr_ray.config.source import MISSING_VALUES, SourceConfig, SplitConfig
 from agr_ray.config.training import AugmentConfig, LossConfig, TrainConfig
 from agr_ray.config.tuning import PAPER_POINT, ParameterConfig, Scalar, TrialError, TuneConfig
@@ -81,6 +81,7 @@ __all__ = [
     "fail",
     "load",
     "one_line",
+    "other_settings",
     "parse",
     "read_local",
 ]

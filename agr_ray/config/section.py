@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -144,3 +144,25 @@ def first_difference(theirs: object, ours: object, key: str = "") -> tuple[str, 
         found = (first_difference(theirs.get(name), ours.get(name), f"{key}.{name}" if key else name) for name in names)
         return next((each for each in found if each is not None), None)
     return key, theirs, ours
+
+
+def other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], without: Collection[str]) -> str:
+    """Return what is different about settings that must be the same: `train.lr 0.01, not 0.1`, or `other data`.
+
+    Args:
+        theirs: plain values by section.
+        ours: the same sections.
+        without: dotted keys and sections that do not matter, which may differ.
+    """
+
+    def decisive(sections: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: {key: value for key, value in values.items() if f"{name}.{key}" not in without}
+            if isinstance(values, dict)
+            else values
+            for name, values in sections.items()
+            if name not in without
+        }
+
+    found = first_difference(decisive(theirs), decisive(ours))
+    return "other data" if found is None else f"{found[0]} {found[1]}, not {found[2]}"

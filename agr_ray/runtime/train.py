@@ -25,7 +25,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ import torch
 from ray.train import Result, UserCallback
 from rich.console import Console
 
-from agr_ray.config import TrainConfig, TrainJob, digest
+from agr_ray.config import TrainConfig, TrainJob, digest, other_settings
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
 from agr_ray.data.crops import map_races, read_labels, select_crops, usable_statuses
@@ -80,6 +80,9 @@ WITHOUT_EFFECT: Final = frozenset(
 )
 """Keys of `[train]` that do not affect the weights. Threads, TF32 and the compiler only round differently.
 `grad_accum_steps` matters: batch norm sees micro-batches."""
+
+NOT_IN_DIGEST: Final = frozenset({"storage", "cluster", "train.data", *(f"train.{key}" for key in WITHOUT_EFFECT)})
+"""Sections and keys that `settings_digest` leaves out; it has the data's content in place of its URI."""
 
 
 def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool = False) -> str:
@@ -158,9 +161,10 @@ def _run_uri(storage: Storage, job: TrainJob, settings: str) -> str:
             return uri
         if not record["finished"]:
             if record["settings_digest"] != settings:
+                theirs = other_settings(record["config"], _recorded(job), NOT_IN_DIGEST)
                 raise ConfigError(
-                    f"train.name {name}: the unfinished run {uri} has other settings or data (digest "
-                    f"{record['settings_digest']}, not {settings}); choose another name, or the same settings"
+                    f"train.name {name}: the unfinished run {uri} has {theirs}; choose another name, or the same "
+                    "settings and data"
                 )
             return uri
         if not job.new_run:
@@ -378,12 +382,16 @@ def _write_record(run: Run, finished: str) -> None:
     record = {
         "finished": finished,
         "settings_digest": run.settings_digest,
-        # An address may hold a password.
-        "config": run.job.model_dump(mode="json", exclude={"new_run": True, "dry_run": True, "train": {"mlflow_uri"}}),
+        "config": _recorded(run.job),
         "data": run.data,
         "git_commit": run.git_commit,
     }
     run.storage.write(run.storage.join(run.uri, "run.json"), (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _recorded(job: TrainJob) -> dict[str, Any]:
+    """Return the configuration as run.json holds it: without addresses, which may hold passwords."""
+    return job.model_dump(mode="json", exclude={"new_run": True, "dry_run": True, "train": {"mlflow_uri"}})
 
 
 def _git_commit() -> str:

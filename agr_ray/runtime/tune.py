@@ -26,7 +26,7 @@ from agr_ray.learn.run import Run
 from agr_ray.report.sweep_results import print_trials, write_results
 from agr_ray.runtime.cluster import cluster, nodes, wait_for_nodes
 from agr_ray.runtime.ray_compat import machine_cpus
-from agr_ray.runtime.train import open_sets, plan, settings_digest
+from agr_ray.runtime.train import NOT_IN_DIGEST, open_sets, plan, settings_digest
 from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher
 from agr_ray.runtime.tuning.trial import trainable
 from agr_ray.storage import Storage
@@ -65,7 +65,7 @@ def tune(job: TuneJob) -> str:
     base = base_job(job).model_copy(update={"new_run": False})
     sets = open_sets(base, storage)
     digest = settings_digest(base, sets)
-    planned = plan_sweep(storage, job, digest)
+    planned = plan_sweep(storage, job, digest, NOT_IN_DIGEST)
     run, first = plan(base, storage, sets, storage.join(planned.uri, "trials", "0000"), digest, console)
     if not run.num_val_rows:
         raise ConfigError(
@@ -134,7 +134,7 @@ def _planned_again(planned: Plan, storage: Storage, job: TuneJob, digest: str) -
     Raises:
         ConfigError: another driver has finished the sweep since.
     """
-    again = plan_sweep(storage, job, digest)
+    again = plan_sweep(storage, job, digest, NOT_IN_DIGEST)
     if again.uri != planned.uri:
         raise ConfigError(f"the sweep {planned.uri} was finished by another driver just now; run the command again")
     return again

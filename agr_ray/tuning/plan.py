@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import uuid
-from typing import Final
+from collections.abc import Collection
+from typing import Any, Final
 
-from agr_ray.config import TuneConfig, TuneJob, digest
+from agr_ray.config import TuneConfig, TuneJob, digest, other_settings
 from agr_ray.errors import ConfigError
 from agr_ray.storage import MissingObject, Storage
 
 RECORD: Final = "sweep.json"
+_IGNORED: Final = (
+    *("out", "name", "trials", "max_epochs", "max_hours", "max_concurrent", "max_failures", "study", "study_name"),
+)
+"""Keys of `[tune]` that define neither a trial nor how trials are compared."""
+_NOT_IN_DIGEST: Final = frozenset(f"tune.{key}" for key in _IGNORED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +35,14 @@ class Plan:
     """Value of --add until the sweep has finished, so that repeating the command adds no more."""
 
 
-def plan_sweep(storage: Storage, job: TuneJob, training_digest: str) -> Plan:
+def plan_sweep(storage: Storage, job: TuneJob, training_digest: str, without_effect: Collection[str] = ()) -> Plan:
     """Return the sweep that this configuration names. Nothing is written yet.
 
     Args:
         storage: where it is.
         job: what is searched.
         training_digest: digest of all that the trials have in common, including the data.
+        without_effect: sections and dotted keys that this digest leaves out.
 
     Raises:
         ConfigError: the sweep has finished and no trials are added, or it was started with other settings.
@@ -57,9 +64,9 @@ def plan_sweep(storage: Storage, job: TuneJob, training_digest: str) -> Plan:
             number += 1
             continue
         if record["settings_digest"] != settings:
+            theirs = other_settings(record["config"], recorded(job), {*without_effect, *_NOT_IN_DIGEST})
             raise ConfigError(
-                f"tune.name {name}: the sweep {uri} has other settings or data (digest {record['settings_digest']}, "
-                f"not {settings}); choose another name, or the same settings"
+                f"tune.name {name}: the sweep {uri} has {theirs}; choose another name, or the same settings and data"
             )
         wanted, added = max(record["trials"], job.tune.trials), record["added"]
         if job.add and (record["finished"] or job.add != added):
@@ -72,19 +79,14 @@ def plan_sweep(storage: Storage, job: TuneJob, training_digest: str) -> Plan:
         return Plan(uri, numbered, record["id"], settings, wanted, added)
 
 
+def recorded(job: TuneJob) -> dict[str, Any]:
+    """Return the configuration as sweep.json holds it: without addresses, which may hold passwords."""
+    exclude: Any = {"new_run": True, "dry_run": True, "add": True, "train": {"mlflow_uri"}, "tune": {"study"}}
+    return job.model_dump(mode="json", exclude=exclude)
+
+
 def sweep_digest(config: TuneConfig, training_digest: str) -> str:
     """Return the digest of all settings that define a trial and how trials are compared."""
-    ignored = {
-        "out",
-        "name",
-        "trials",
-        "max_epochs",
-        "max_hours",
-        "max_concurrent",
-        "max_failures",
-        "study",
-        "study_name",
-    }
     fields = TuneConfig.model_fields
-    settings = {name: fields[name].default for name in ignored} | {"name": training_digest}
+    settings = {name: fields[name].default for name in _IGNORED} | {"name": training_digest}
     return digest(config.model_copy(update=settings))

@@ -33,7 +33,7 @@ from agr_ray.learn.run import CHECKPOINTS, FAILURE
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock
 from agr_ray.storage.retry import Retry
-from agr_ray.tuning.plan import RECORD, Plan
+from agr_ray.tuning.plan import RECORD, Plan, recorded
 from agr_ray.tuning.space import base_job, values_of, with_values
 from agr_ray.tuning.study import Study
 from agr_ray.tuning.trials import DIVERGED, REFUSED, Trial, best_trial, front
@@ -206,14 +206,13 @@ class Sweep:
 
     def write_record(self, finished: str) -> None:
         """Write sweep.json."""
-        exclude: Any = {"new_run": True, "dry_run": True, "add": True, "train": {"mlflow_uri"}, "tune": {"study"}}
         record = {
             "finished": finished,
             "id": self.plan.sweep_id,
             "settings_digest": self.plan.settings_digest,
             "trials": self.plan.num_trials,
             "added": 0 if finished else self.plan.added,
-            "config": self.job.model_dump(mode="json", exclude=exclude),  # addresses may hold passwords
+            "config": recorded(self.job),
         }
         self._write(RECORD, record)
 

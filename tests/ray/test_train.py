@@ -227,12 +227,14 @@ def test_two_sets_of_which_one_has_no_race_are_trained_on_together(data: Path, o
 
 
 def test_an_unfinished_run_is_not_resumed_with_other_settings(data: Path) -> None:
-    record = {"finished": "", "settings_digest": "of other settings"}
+    theirs = train_job(data, name="taken", lr=0.5, outage_s=1.0)
+    config = theirs.model_dump(mode="json", exclude={"new_run", "dry_run"})
+    record = {"finished": "", "settings_digest": "of other settings", "config": config}
     folder = data.parent / "runs" / "taken"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(record))
 
-    with pytest.raises(ConfigError, match=r"train\.name taken: the unfinished run .* has other settings or data"):
+    with pytest.raises(ConfigError, match=r"train\.name taken: the unfinished run .* has train\.lr 0\.5, not "):
         train(train_job(data, name="taken"))
 
 

@@ -19,6 +19,7 @@ from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.storage.lock import LockLost, run_lock
 from agr_ray.tuning.concurrency import trials_that_fit
+from agr_ray.tuning.plan import plan_sweep
 from agr_ray.tuning.study import MemoryJournal, Study
 from agr_ray.tuning.sweep import Sweep
 
@@ -501,8 +502,10 @@ def test_add_without_a_sweep_is_rejected(tmp_path: Path) -> None:
 def test_a_sweep_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
     opened(tune_job(tmp_path))
 
-    with pytest.raises(ConfigError, match=r"tune\.name sweep: the sweep .* has other settings or data"):
+    with pytest.raises(ConfigError, match=r"tune\.name sweep: the sweep .* has tune\.seed 0, not 1; choose another"):
         planned(tune_job(tmp_path, seed=1))
+    with pytest.raises(ConfigError, match=r"sweep .* has other data; choose another name"):
+        plan_sweep(STORAGE, tune_job(tmp_path, max_hours=3.0), "of other data")
     assert planned(tune_job(tmp_path, max_concurrent=7, max_hours=3.0)).settings_digest
 
 

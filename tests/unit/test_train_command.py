@@ -82,6 +82,27 @@ def test_a_new_run_that_another_driver_finished_meanwhile_is_rejected(
         command.train(job.model_copy(update={"new_run": True}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train": {"lr": 0.5, "outage_s": 1.0}}, r"train\.lr 0\.5, not 0\.0001"),
+        ({"loss": {"race_weight": 3.0}, "train": {"lr": 0.5}}, r"loss\.race_weight 3\.0, not 0\.5"),
+        ({"train": {"data": "elsewhere", "max_failures": 9}}, "other data"),
+    ],
+)
+def test_an_unfinished_run_of_other_settings_names_one(
+    job: TrainJob, changes: dict[str, dict[str, Any]], named: str
+) -> None:
+    config = job.model_dump(mode="json", exclude={"new_run", "dry_run"})
+    theirs = config | {section: config[section] | values for section, values in changes.items()}
+    run = Path(job.train.out) / "run"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"finished": "", "settings_digest": "other", "config": theirs}))
+
+    with pytest.raises(ConfigError, match=rf"train\.name run: the unfinished run .*/run has {named}; choose another"):
+        command.train(job)
+
+
 def test_a_run_that_another_driver_began_meanwhile_is_resumed(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
     record_before_lock(monkeypatch, job, "run", "")
 
