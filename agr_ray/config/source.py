@@ -11,6 +11,8 @@ from agr_ray.config.section import Fraction, PositiveInt, Section, Seed
 MISSING_VALUES: Final = ("nan", "none", "na", "n/a", "#n/a", "<na>", "null", "-1", "u", "unknown", "?")
 """Values that mean a missing label, as an empty cell does; case and blanks are ignored."""
 
+LabelColumn = Literal["key", "age", "age_low", "age_high", "gender", "race", "subject", "split", "fold"]
+
 
 class SourceConfig(Section):
     """The labelled photographs."""
@@ -27,9 +29,10 @@ class SourceConfig(Section):
     in the folder. `morph2`: URI of its CSV file; empty: morph_2008_nonCommercial.csv in the folder. `utkface`: folder
     of CORAL's lists utk_train.csv and utk_test.csv: only images in them are used, 21 to 60 years old, and get the split
     of their list; empty: all images."""
-    key_column: str = "key"
-    """`folder` only: column with the image's path below the folder. Other columns: age (years, or a range such as
-    25-32), age_low and age_high, gender, race, subject, split and fold, in upper or lower case."""
+    columns: dict[LabelColumn, str] = {}
+    """`folder` only: names of the table's columns where they are others: key=file,gender=sex. The columns are key (the
+    image's path below the folder), age (years, or a range such as 25-32), age_low and age_high, gender, race, subject,
+    split and fold, in upper or lower case."""
     gender_codes: dict[str, str] = {}
     """`folder` only: meaning of codes other than male and female, such as {"M": "male", "F": "female"}."""
     race_codes: dict[str, str] = {}

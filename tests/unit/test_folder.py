@@ -81,7 +81,7 @@ def test_parquet_with_numbers_reads_as_csv_does(folder: Path) -> None:
 
 
 def test_another_column_can_hold_the_path(folder: Path) -> None:
-    rows = manifest(folder, "file,age\n./a.jpg,3\nsub/b.png,4\n", key_column="file")
+    rows = manifest(folder, "file,age\n./a.jpg,3\nsub/b.png,4\n", columns={"key": "file"})
 
     assert rows["a.jpg"]["age"] == 3.0
 
@@ -246,14 +246,32 @@ def test_columns_are_found_whatever_their_case_and_blanks(folder: Path, header: 
     ],
 )
 def test_a_nearly_right_column_name_is_rejected(folder: Path, name: str, meant: str) -> None:
-    assert f"has the column {name!r}, which probably means {meant!r}" in refusal(folder, f"key,age,{name}\na.jpg,3,x\n")
+    assert f"{name!r} probably means {meant!r}" in refusal(folder, f"key,age,{name}\na.jpg,3,x\n")
 
 
 @pytest.mark.parametrize("name", ["label_age", "ages", "age (years)", "Age Group", "years"])
 def test_a_column_name_close_to_age_is_rejected(folder: Path, name: str) -> None:
-    assert f"has the column {name!r}, which probably means 'age'" in refusal(
-        folder, f"key,gender,{name}\na.jpg,male,3\n"
+    assert f"{name!r} probably means 'age'" in refusal(folder, f"key,gender,{name}\na.jpg,male,3\n")
+
+
+def test_all_faults_of_the_columns_are_named_at_once(folder: Path) -> None:
+    message = refusal(folder, "file,sex,person id,note,note\na.jpg,male,7,x,y\n", columns={"race": "origin"})
+
+    assert message.endswith(
+        "labels.csv has the columns file, sex, person id, note, note: 'note' and 'note' have the same name; 'origin' "
+        "(source.columns, race) is missing; 'sex' probably means 'gender', 'person id' probably means 'subject': add "
+        "--source.columns 'subject=person id,gender=sex', or remove what means something else; 'key', the path of the "
+        "image, is missing: name the column by --source.columns key=NAME"
     )
+
+
+def test_columns_can_have_other_names(folder: Path) -> None:
+    table = "File;SEX;who;gender\na.jpg;female;7;x\nsub/b.png;male;7;y\n"
+
+    rows = manifest(folder, table, columns={"key": "file", "gender": "sex", "subject": "who"})
+
+    assert [row["gender"] for row in rows.values()] == ["female", "male"]
+    assert len({row["group_id"] for row in rows.values()}) == 1
 
 
 def test_other_columns_are_named_and_ignored(folder: Path) -> None:
@@ -531,12 +549,12 @@ def test_an_unknown_split_is_rejected(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ("name,age\na.jpg,3\n", "expected 'key'"),
+        ("name,age\na.jpg,3\n", "'key', the path of the image, is missing"),
         ("key,height\na.jpg,3\n", "at least one of age, age_low, age_high, gender, race"),
-        ("key,age_low\na.jpg,3\n", "only one of the columns age_low and age_high"),
+        ("key,age_low\na.jpg,3\n", "age_low and age_high are needed both, or neither"),
         ("key,age\n", "has no rows"),
-        ("key,age,age\na.jpg,3,4\n", "two columns with the same name"),
-        ("key,age,Age \na.jpg,3,4\n", "two columns with the same name, 'age' and 'Age ', among"),
+        ("key,age,age\na.jpg,3,4\n", "'age' and 'age' have the same name"),
+        ("key,age,Age \na.jpg,3,4\n", "columns key, age, Age : 'age' and 'Age ' have the same name"),
         ("key,age\na.jpg,3,4\n", "can't be read as CSV: line 2 has 3 values for 2 columns"),
         ('key,age\na.jpg,"3\n', "can't be read as CSV: line 2"),
         ("", "can't be read as CSV"),

@@ -28,7 +28,7 @@ def source_rows(
     labels_uri: str,
     *,
     space: LabelSpace,
-    key_column: str = KEY_COLUMN,
+    columns: Mapping[str, str] | None = None,
     gender_codes: Mapping[str, str] | None = None,
     race_codes: Mapping[str, str] | None = None,
     missing_values: Iterable[str] = MISSING_VALUES,
@@ -45,6 +45,7 @@ def source_rows(
 
     Args:
         space: allowed genders and races.
+        columns: names of columns in the table, where they are not ours.
         note: called with a line for each kind of thing that is dropped or ignored.
 
     Raises:
@@ -56,8 +57,8 @@ def source_rows(
         parser = LabelParser(space, gender_codes, race_codes, missing_values)
     except LabelCodeError as error:
         raise LabelTableError(str(error)) from error
-    table = read_labels(storage, labels_uri, key_column=key_column)
-    by_key = _rows_by_key(table, parser, labels_uri, key_column)
+    table = read_labels(storage, labels_uri, columns or {})
+    by_key = _rows_by_key(table, parser, labels_uri)
     if not by_key:
         raise LabelTableError(f"{labels_uri} has no rows")
     if table.other_columns:
@@ -104,14 +105,12 @@ def labelled_images(
         yield SourceRow(storage.join(uri, key), key, merge_labels(rows), missing=True)
 
 
-def _rows_by_key(
-    table: LabelTable, parser: LabelParser, labels_uri: str, key_column: str
-) -> dict[str, list[RowLabels]]:
+def _rows_by_key(table: LabelTable, parser: LabelParser, labels_uri: str) -> dict[str, list[RowLabels]]:
     by_key: dict[str, list[RowLabels]] = defaultdict(list)
     for number, row in enumerate(table.rows, start=1):
         key = row[KEY_COLUMN]
         if key is None:
-            raise LabelTableError(f"{labels_uri}: row {number} has no {key_column}")
+            raise LabelTableError(f"{labels_uri}: row {number} has no {KEY_COLUMN}")
         by_key[key].append(parser.parse(row))
     return by_key
 

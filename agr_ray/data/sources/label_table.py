@@ -6,7 +6,8 @@ import csv
 import difflib
 import io
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -80,37 +81,42 @@ def find_labels(storage: Storage, uri: str) -> str:
     return tables[0]
 
 
-def read_labels(storage: Storage, uri: str, *, key_column: str = KEY_COLUMN) -> LabelTable:
+def read_labels(storage: Storage, uri: str, columns: Mapping[str, str]) -> LabelTable:
     """Read a label table: Parquet by the ending `.parquet`, else CSV (UTF-8, with a header).
 
     The separator of a CSV is a comma, tab or semicolon. Names of columns are matched regardless of case and outer
-    blanks. The table has the column `key_column`, the path of the image below its folder, at least one of
+    blanks. The table has the column `KEY_COLUMN`, the path of the image below its folder, at least one of
     `LABEL_COLUMNS`, and may have `OPTIONAL_COLUMNS`.
+
+    Args:
+        storage: of the table.
+        uri: of the table.
+        columns: names of these columns in the table, where they are others.
 
     Raises:
         LabelTableError: it does not exist, can't be read, lacks a column, or has a misspelt one.
     """
     try:
         if uri.lower().endswith(".parquet"):
-            columns, others = _columns_of_parquet(storage.read_table(uri), uri, key_column)
+            found, others = _columns_of_parquet(storage.read_table(uri), uri, columns)
         else:
-            columns, others = _columns_of_csv(storage.read(uri), uri, key_column)
+            found, others = _columns_of_csv(storage.read(uri), uri, columns)
     except MissingObject as error:
         raise LabelTableError(f"source.labels: there is no label table at {uri}") from error
     except StorageError as error:
         raise LabelTableError(f"the label table can't be read: {error}") from error
     rows = [
-        {name: text if text and text.strip() else None for name, text in zip(columns, values, strict=True)}
-        for values in zip(*columns.values(), strict=True)
+        {name: text if text and text.strip() else None for name, text in zip(found, values, strict=True)}
+        for values in zip(*found.values(), strict=True)
     ]
     return LabelTable([row for row in rows if any(row.values())], [name for name in others if name.strip()])
 
 
-def _columns_of_parquet(table: pa.Table, uri: str, key_column: str) -> tuple[_Columns, list[str]]:
+def _columns_of_parquet(table: pa.Table, uri: str, theirs: Mapping[str, str]) -> tuple[_Columns, list[str]]:
     """Return the columns that are known, and the names of the others."""
     names = table.column_names
     columns: _Columns = {}
-    indices = _find_columns(names, uri, key_column)
+    indices = _find_columns(names, uri, theirs)
     for column, index in indices.items():
         try:
             columns[column] = _without_nan(table.column(index)).cast(pa.string()).to_pylist()
@@ -125,7 +131,7 @@ def _without_nan(values: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
 
 
-def _columns_of_csv(data: bytes, uri: str, key_column: str) -> tuple[_Columns, list[str]]:
+def _columns_of_csv(data: bytes, uri: str, theirs: Mapping[str, str]) -> tuple[_Columns, list[str]]:
     """Return the columns that are known, and the names of the others."""
     try:
         text = data.decode("utf-8-sig")
@@ -134,8 +140,8 @@ def _columns_of_csv(data: bytes, uri: str, key_column: str) -> tuple[_Columns, l
         raise LabelTableError(
             f"{uri} is not UTF-8 text: line {line} has the byte 0x{data[error.start]:02x}; save the table as UTF-8"
         ) from error
-    separator, names = _header(text, uri, key_column)
-    indices = _find_columns(names, uri, key_column)
+    separator, names = _header(text, uri, theirs)
+    indices = _find_columns(names, uri, theirs)
     columns: dict[str, list[str | None]] = {column: [] for column in indices}
     # If names follow a blank, so do values and their quotes.
     has_blanks = any(name.startswith(" ") for name in names)
@@ -155,9 +161,9 @@ def _columns_of_csv(data: bytes, uri: str, key_column: str) -> tuple[_Columns, l
     return columns, [name for index, name in enumerate(names) if index not in indices.values()]
 
 
-def _header(text: str, uri: str, key_column: str) -> tuple[str, list[str]]:
+def _header(text: str, uri: str, theirs: Mapping[str, str]) -> tuple[str, list[str]]:
     """Return the separator that gives the first line the most known columns, then the most columns; and the columns."""
-    known = {_plain(key_column), *LABEL_COLUMNS, *OPTIONAL_COLUMNS}
+    known = set(_wanted(theirs).values())
     headers: dict[str, list[str]] = {}
     for separator in _SEPARATORS:
         try:
@@ -170,35 +176,47 @@ def _header(text: str, uri: str, key_column: str) -> tuple[str, list[str]]:
     return best, headers[best]
 
 
-def _find_columns(names: Sequence[str], uri: str, key_column: str) -> dict[str, int]:
+def _wanted(theirs: Mapping[str, str]) -> dict[str, str]:
+    """Return the plain names of all known columns in the table."""
+    return {name: _plain(theirs.get(name, name)) for name in (KEY_COLUMN, *LABEL_COLUMNS, *OPTIONAL_COLUMNS)}
+
+
+def _find_columns(names: Sequence[str], uri: str, theirs: Mapping[str, str]) -> dict[str, int]:
     """Return the index of each known column.
 
     Raises:
-        LabelTableError: two columns have the same name, a name is misspelt, or a column is missing.
+        LabelTableError: two columns have the same name, a name is misspelt, or a column is missing. It names every
+            fault.
     """
-    shown = ", ".join(names)
     plain_names = [_plain(name) for name in names]
+    faults = []
     for index, plain in enumerate(plain_names):
         if plain and plain in plain_names[:index]:
-            first = names[plain_names.index(plain)]
-            raise LabelTableError(
-                f"{uri} has two columns with the same name, {first!r} and {names[index]!r}, among {shown}"
-            )
-    wanted = {KEY_COLUMN: _plain(key_column)} | {name: name for name in (*LABEL_COLUMNS, *OPTIONAL_COLUMNS)}
+            faults.append(f"{names[plain_names.index(plain)]!r} and {names[index]!r} have the same name")
+    wanted = _wanted(theirs)
     indices = {name: plain_names.index(plain) for name, plain in wanted.items() if plain in plain_names}
-    lacking = [plain for name, plain in wanted.items() if name not in indices]
-    for name, plain in zip(names, plain_names, strict=True):
-        if plain not in wanted.values() and (meant := _column_meant(name, lacking)):
-            raise LabelTableError(
-                f"{uri} has the column {name!r}, which probably means {meant!r}: rename it to {meant!r}, or remove it"
-            )
-    if KEY_COLUMN not in indices or not set(LABEL_COLUMNS) & indices.keys():
-        raise LabelTableError(
-            f"{uri} has the columns {shown}: expected {key_column!r} (source.key_column) and at least one of "
-            f"{', '.join(LABEL_COLUMNS)}"
+    faults += [f"{theirs[name]!r} (source.columns, {name}) is missing" for name in theirs if name not in indices]
+    lacking = [name for name in wanted if name not in indices and name not in theirs]
+    meant = {
+        name: column
+        for name, plain in zip(names, plain_names, strict=True)
+        if plain not in wanted.values() and (column := _column_meant(name, lacking))
+    }
+    if meant:
+        first = {column: name for name, column in reversed(meant.items())}
+        setting = ",".join(f"{column}={name}" for column, name in first.items())
+        pairs = ", ".join(f"{name!r} probably means {column!r}" for name, column in meant.items())
+        faults.append(f"{pairs}: add --source.columns {shlex.quote(setting)}, or remove what means something else")
+    if KEY_COLUMN in lacking and KEY_COLUMN not in meant.values():
+        faults.append(
+            f"{KEY_COLUMN!r}, the path of the image, is missing: name the column by --source.columns key=NAME"
         )
-    if ("age_low" in indices) != ("age_high" in indices):
-        raise LabelTableError(f"{uri} has only one of the columns age_low and age_high: expected both or neither")
+    if not set(LABEL_COLUMNS) & {*indices, *meant.values(), *theirs}:
+        faults.append(f"at least one of {', '.join(LABEL_COLUMNS)} is needed")
+    if ("age_low" in indices) != ("age_high" in indices) and not {"age_low", "age_high"} & {*meant.values(), *theirs}:
+        faults.append("age_low and age_high are needed both, or neither")
+    if faults:
+        raise LabelTableError(f"{uri} has the columns {', '.join(names)}: {'; '.join(faults)}")
     return indices
 
 

@@ -78,7 +78,7 @@ def source_rows(
         uri,
         storage.absolute(source.labels) if source.labels else find_labels(storage, uri),
         space=space,
-        key_column=source.key_column,
+        columns={str(name): theirs for name, theirs in source.columns.items()},
         gender_codes=source.gender_codes,
         race_codes=source.race_codes,
         missing_values=source.missing_values,
