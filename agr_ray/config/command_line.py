@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from pydantic_settings import CliSettingsSource
@@ -73,6 +73,23 @@ class CommandParser(argparse.ArgumentParser):
         words = {name: arguments.__dict__.pop(name) for name in self._job.positional}
         return arguments.config, self._source(parsed_args=arguments)() | words
 
+    def recipe_of_help(self, argv: Sequence[str]) -> str | None:
+        """Return the recipe of a command line that asks for help; None: it names none, or does not ask."""
+        words = [word for each in argv for word in each.split("=", 1)]
+        if not {"--help", "-h", "--help-all", "--help_all"} & {*words} or "--config" not in words[:-1]:
+            return None
+        return words[words.index("--config") + 1]
+
+    def show_recipe(self, values: Mapping[str, Any]) -> None:
+        """Let the help show these values, by section, in place of the defaults."""
+        for action in self._actions:
+            section, _, key = action.dest.partition(".")
+            own = values.get(section)
+            if isinstance(own, Mapping) and key in own:
+                text = _DEFAULT.sub("", action.help or "")
+                value = own[key] if isinstance(own[key], str) else json.dumps(own[key])
+                action.help = f"{text} (recipe: {value})".replace("%", "%%")
+
     def _with_true(self, argv: Sequence[str]) -> list[str]:
         """Give a boolean option that stands alone the value true: `--use_gpu` is `--use_gpu true`."""
         flags = {flag for action in self._actions if action.metavar == "bool" for flag in action.option_strings}
@@ -120,7 +137,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 _LISTS: Final = "Give a list as --model.tasks age,gender, or repeat the option. Paths are local, file:// or s3://."
-_DEFAULT: Final = re.compile(r" \(default: (.*)\)$", re.DOTALL)
+_DEFAULT: Final = re.compile(r" \(((?:default|recipe): (.*))\)$", re.DOTALL)
 
 
 def _first_sentence(text: str) -> str:
@@ -128,7 +145,7 @@ def _first_sentence(text: str) -> str:
     match = _DEFAULT.search(text)
     body = text[: match.start()] if match else text
     first = re.split(r"\.\s", body, maxsplit=1)[0].rstrip(".")
-    default = "" if match is None or match[1] in ("", "None", "()", "[]", "{}", "False") else f" (default: {match[1]})"
+    default = "" if match is None or match[2] in ("", "None", "()", "[]", "{}", "False") else f" ({match[1]})"
     return first + default
 
 

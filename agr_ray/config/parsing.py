@@ -97,6 +97,7 @@ def parse(
     """Like `load`, but raise `ConfigError` instead of exiting. Unknown options and `--help` still exit."""
     parser = CommandParser(job, prog)
     try:
+        parser.show_recipe(_read_recipe(parser.recipe_of_help(argv), job, StorageConfig(), read))
         try:
             recipe, from_command_line = parser.read(argv)
         except SettingsError as error:

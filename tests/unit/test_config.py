@@ -463,6 +463,29 @@ def test_help_lists_every_knob_with_its_documentation(capsys: pytest.CaptureFixt
             assert "".join((field.description or "").split()) in shown
 
 
+@pytest.mark.parametrize("flag", ["--help", "--help-all", "-h"])
+def test_help_shows_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('[train]\nlr = 0.25\nname = "50 %"\n[evaluate]\nsplit = "val"\n')
+
+    for argv in ([flag, "--config", str(recipe)], [f"--config={recipe}", "--epochs", "3", flag]):
+        with pytest.raises(SystemExit) as ended:
+            load(TrainJob, argv, {})
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ended.value.code == 0
+        assert "(recipe: 0.25)" in shown
+        assert "(recipe: 50 %)" in shown
+        assert "(default: 1e-4)" not in shown
+
+
+def test_help_of_a_broken_recipe_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load(TrainJob, ["--help", "--config", "nope"], {})
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --config nope: there is no such recipe")
+
+
 def test_help_shows_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         load(TrainJob, ["--help-all"], {})
