@@ -16,10 +16,10 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from agr_ray.cli import COMMANDS
-from agr_ray.config import RenderJob, parse
+from agr_ray.config import RenderJob, ReportJob, parse
 from agr_ray.console import make_console, make_table
 from agr_ray.predict.face_model import FaceModel
-from agr_ray.report.pyramid import population_pyramid
+from agr_ray.report.report import report
 from agr_ray.runtime.cluster import cluster
 from agr_ray.storage import Storage
 
@@ -58,6 +58,7 @@ def demo(out: str) -> None:
         photographs = ("--input", f"{out}/faces/photographs", "--out", f"{out}/scored")
         scored = step("score", "--checkpoint", checkpoint, *photographs)
     model = FaceModel.load(checkpoint)
+    evaluation = str(next(Path(checkpoint).parent.glob("*-eval-test-*")))
     images = f"{out}/scored/images/run={scored['run_id']}"
     console.print("--- result")
     found, drawn = _found_faces(
@@ -75,10 +76,10 @@ def demo(out: str) -> None:
     console.print(table)
     for label, path in (
         ("annotated photographs", _contact_sheet(model, Path(out))),
-        ("population pyramid", _pyramid(model, scored["run_id"], out)),
         ("checkpoint, with a model card", checkpoint),
-        ("metrics", str(next(Path(checkpoint).parent.glob("*-eval-test-*/metrics.json")))),
         ("tables of faces and demographics", f"{out}/scored"),
+        ("report on the photographs", report(ReportJob(folders=[f"{out}/scored"]), quiet=True)),
+        ("report on the model", report(ReportJob(folders=[evaluation]), quiet=True)),
     ):
         console.print(f"{label}: {path}")
     console.print(_NEXT.format(out=out, checkpoint=checkpoint))
@@ -97,14 +98,6 @@ def _contact_sheet(model: FaceModel, out: Path) -> str:
     path = out / "annotated.jpg"
     sheet.save(path, quality=90)
     return str(path)
-
-
-def _pyramid(model: FaceModel, run_id: str, out: str) -> str:
-    """Draw the population pyramid of the scored photographs; return its path."""
-    table = Storage().read_table(f"{out}/scored/demographics/run={run_id}")
-    path = f"{out}/demographics.png"
-    population_pyramid(table, model.predictor.space, "Faces in the demo's photographs").savefig(path)
-    return path
 
 
 def _found_faces(images: pa.Table, truth: pa.Table) -> tuple[int, int]:

@@ -55,7 +55,7 @@ from agr_ray.evaluation.comparison import Estimate, compare
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.run import is_finished
 from agr_ray.predict.prediction_rows import read_predictions
-from agr_ray.report.comparison import difference_text, text
+from agr_ray.report.comparison_rows import difference_text, text
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.runtime.prepare import prepare

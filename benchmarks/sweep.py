@@ -5,7 +5,7 @@
 Runs two sweeps of one recipe, one after the other on the same machine: with ASHA, then without. All values are drawn at
 random with one seed (`tune.random_trials`), so both have the same trials, whatever the results of earlier ones. Then
 trains with the first sweep's best.toml, unchanged and with other seeds. The spread between seeds is the noise to
-compare the trial's figures with. The report is at FOLDER/sweeps/asha/sweep.html.
+compare the trial's figures with. The report is at FOLDER/sweeps/asha/report.html.
 
 Prints the wall time of each command, epochs, the best trial of each sweep with its objective (see `tune.mode`), and the
 same figures of the trainings. Nothing else should run on the machine: on two cores, two trials run at a time.

@@ -1,6 +1,6 @@
 """Run a submitted sweep of a dozen trials, kill its driver, a worker and a trial, and check all records.
 
-    python benchmarks/sweep_kills.py --data data/utkface3000 [--trials 12] [--page sweep.html]
+    python benchmarks/sweep_kills.py --data data/utkface3000 [--trials 12] [--page report.html]
 
 Submits `jobs/tune.py` with `ray job submit` to a cluster of three node processes, with data and sweep in a bucket of a
 real S3 server. Trial 1 raises an error, because its weights do not exist. Trial 2 diverges. When five trials have ended
@@ -69,7 +69,7 @@ def main() -> None:
         with run_cluster(server.environment(), num_cpus=(2, 4, 4)) as cluster:
             KilledSweep(console, bucket, cluster, arguments.trials, Path(temporary) / "log").run()
         if arguments.page:
-            arguments.page.write_bytes(bucket.get(f"sweeps/{NAME}/sweep.html"))
+            arguments.page.write_bytes(bucket.get(f"sweeps/{NAME}/report.html"))
 
 
 class KilledSweep:

@@ -16,7 +16,7 @@ class CompareConfig(Section):
     """Which presets are trained, and how often."""
 
     out: str = "comparison"
-    """Folder or prefix of the comparison: comparison.html, comparison.parquet, runs/ and evaluations/. Runs that it
+    """Folder or prefix of the comparison: report.html, comparison.parquet, runs/ and evaluations/. Runs that it
     already holds are kept, so the same command resumes, and a command with other presets or more seeds adds runs. Must
     be shared storage if there are several nodes."""
     presets: Annotated[tuple[Annotated[str, AfterValidator(check_preset)], ...], Field(min_length=1)] = _DEFAULT

@@ -146,6 +146,28 @@ class PredictJob(Job):
     gates: GatesConfig = GatesConfig()
 
 
+class ReportJob(Job):
+    """Turn the results of a job into a page: report.html, which needs no other file, report.md, and figures.
+
+    FOLDER holds an evaluation, a training run, a comparison, a sweep or a scored bucket. Further folders hold
+    evaluations of the same model on other data, which the page of the first then shows side by side.
+    """
+
+    required = ("folders",)
+    positional = ("folders",)
+    example = "agr-ray report runs/lite/best-eval-test-1a2b3c4d-5e6f"
+    essentials = ("folders", "out", "faces", "run")
+    folders: CliPositionalArg[list[str]] = []
+    """Folders or URIs of results."""
+    out: str = ""
+    """Folder or prefix of the page; empty: FOLDER."""
+    faces: CliImplicitFlag[bool] = False
+    """Show the sheets of faces that `agr-ray evaluate --explain` drew. Do not publish such a page without the consent
+    of these people."""
+    run: str = ""
+    """Of a scored bucket: id of the run to show in detail; empty: the latest with an image."""
+
+
 def _check_kind(kind: str) -> str:
     return check_name("kind of weights", kind, ("fairface",))
 
@@ -293,7 +315,7 @@ class TuneJob(TrainJob):
 
     The recipe's [tune.space] says what is searched; the built-in recipe tune_lite is an example. Each trial is a
     training run in OUT/NAME/trials. In OUT/NAME the sweep ends with best.toml, a recipe for agr-ray train; best/, the
-    checkpoint; trials.parquet, a row for each trial; and sweep.html, a report. Run the same command again to
+    checkpoint; trials.parquet, a row for each trial; and report.html, its page. Run the same command again to
     resume a sweep that was killed; --add 20 adds 20 trials to a finished sweep.
     """
 

@@ -1,9 +1,20 @@
-"""Tables of a model card: metrics with intervals, by group, between groups and at age thresholds, in Markdown."""
+"""Tables of metrics: with intervals, by group, between groups, at age thresholds and under corruptions.
+
+A function `*_rows` returns the table, which pages show too; `*_table` returns it in Markdown, for the model card.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+
+class Rows(NamedTuple):
+    """A table: the titles of its columns, and its rows."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
 
 HEADLINES: Final = (
     ("age", "mae_years", "age MAE", 1.0, " years"),
@@ -33,9 +44,21 @@ _COMPARED: Final = (
 
 GROUPS: Final = ("gender", "race", "age_group")
 
+NO_DISPARITY: Final = "The images show no difference between groups in any of these metrics."
+DISPARITY_NOTE: Final = (
+    "Differences between groups that the images show, of groups of 30 images or more. The intervals make up for the "
+    "choice of the two most extreme groups."
+)
+THRESHOLD_NOTE: Final = "If the predicted age decided who is old enough (the model must not be used so):"
+
 
 def headline_table(metrics: Mapping[str, Any]) -> list[str]:
     """Return a table of the headline metrics, beside the constant baseline."""
+    return table(*headline_rows(metrics))
+
+
+def headline_rows(metrics: Mapping[str, Any]) -> Rows:
+    """Return the headline metrics, with intervals if there are any, beside the constant baseline."""
     intervals = metrics.get("intervals") or {}
     rows = []
     for task, key, label, scale, unit in HEADLINES:
@@ -45,12 +68,18 @@ def headline_table(metrics: Mapping[str, Any]) -> list[str]:
             guess = (metrics.get("baseline") or {}).get(task, {}).get(key)
             rows.append((label, figure(value, scale, unit), interval, figure(guess, scale, unit)))
     if not any(interval for _, _, interval, _ in rows):
-        return table(("metric", "model", "baseline"), [(label, value, guess) for label, value, _, guess in rows])
-    return table(("metric", "model", "95 % interval", "baseline"), rows)
+        return Rows(("metric", "model", "baseline"), [(label, value, guess) for label, value, _, guess in rows])
+    return Rows(("metric", "model", "95 % interval", "baseline"), rows)
 
 
 def group_table(groups: Mapping[str, Any]) -> list[str]:
     """Return a table with a row for each group by true label that has images."""
+    found = group_rows(groups)
+    return ["The figures of a group with few images are uncertain.", "", *table(*found)] if found.rows else []
+
+
+def group_rows(groups: Mapping[str, Any]) -> Rows:
+    """Return a row for each group by true label that has images."""
     rows = [
         (
             words(attribute),
@@ -70,19 +99,24 @@ def group_table(groups: Mapping[str, Any]) -> list[str]:
     header = ["by true", "", "images", "age MAE, years", "age bias, years", "age group, %", "gender, %", "race, %"]
     header.append("no face found, %")
     width = len(header) if any(row[-1] for row in rows) else len(header) - 1  # validation does not count these
-    return (
-        [
-            "The figures of a group with few images are uncertain.",
-            "",
-            *table(header[:width], [row[:width] for row in rows]),
-        ]
-        if rows
-        else []
-    )
+    return Rows(header[:width], [row[:width] for row in rows])
 
 
 def disparity_table(disparities: Mapping[str, Any]) -> list[str]:
     """Return a table of the worst and the best group, for each breakdown and metric that the images show to differ."""
+    found = disparity_rows(disparities)
+    if found is None:
+        return []
+    if not found.rows:
+        return [NO_DISPARITY, ""]
+    return [DISPARITY_NOTE, "", *table(*found), ""]
+
+
+def disparity_rows(disparities: Mapping[str, Any]) -> Rows | None:
+    """Return the worst and the best group for each breakdown and metric that the images show to differ.
+
+    None: no groups were compared, because they are too small.
+    """
     rows = []
     num_compared = 0
     for breakdown, tasks in disparities.items():
@@ -95,20 +129,17 @@ def disparity_table(disparities: Mapping[str, Any]) -> list[str]:
                 )
                 gap = f"{number(found['gap'], scale, '')} ({between(found['gap_interval'], scale, unit)})"
                 rows.append((words(breakdown), label, worst, best, gap))
-    if not num_compared:
-        return []
-    if not rows:
-        return ["The images show no difference between groups in any of these metrics.", ""]
-    header = ("groups by", "metric", "worst", "best", "gap (95 % interval)")
-    explained = (
-        "Differences between groups that the images show, of groups of 30 images or more. The intervals make up for "
-        "the choice of the two most extreme groups."
-    )
-    return [explained, "", *table(header, rows), ""]
+    return Rows(("groups by", "metric", "worst", "best", "gap (95 % interval)"), rows) if num_compared else None
 
 
 def threshold_table(thresholds: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a table of false-adult and false-minor rates, with and without a buffer."""
+    found = threshold_rows(thresholds)
+    return [THRESHOLD_NOTE, "", *table(*found)] if found.rows else []
+
+
+def threshold_rows(thresholds: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return false-adult and false-minor rates, with and without a buffer."""
     rows = []
     for each in thresholds:
         for key, years in (("at_threshold", each["threshold_years"]), ("with_buffer", each["challenge_years"])):
@@ -117,15 +148,8 @@ def threshold_table(thresholds: Sequence[Mapping[str, Any]]) -> list[str]:
                 rate, interval = each[key][f"{name}_rate"], each[key][f"{name}_rate_interval"]
                 shown = f" ({between(interval, 100.0, ' %')})" if interval else ""
                 cells += [f"{each[key][f'n_{who}']:,}", figure(rate, 100.0, " %") + shown]
-            rows.append((each["threshold_years"], years, *cells))
-    if not rows:
-        return []
-    header = ("legal age", "predicted age needed", "minors", "pass falsely", "adults", "fail falsely")
-    return [
-        "If the predicted age decided who is old enough (the model must not be used so):",
-        "",
-        *table(header, rows),
-    ]
+            rows.append((str(each["threshold_years"]), str(years), *cells))
+    return Rows(("legal age", "predicted age needed", "minors", "pass falsely", "adults", "fail falsely"), rows)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
@@ -159,6 +183,19 @@ def stress_table(stress: Mapping[str, Any] | None) -> list[str]:
     """Return the headline metrics of corrupted images beside those of the same images as they are."""
     if not stress:
         return []
+    return ["", stress_note(stress), "", *table(*stress_rows(stress))]
+
+
+def stress_note(stress: Mapping[str, Any]) -> str:
+    """Return how many copies were measured, in words."""
+    return (
+        f"Corrupted copies of {stress['num_images']:,} of the images, by {len(stress['corruptions'])} corruptions of "
+        "five severities each. Faces that a detector no longer finds are counted as if it did."
+    )
+
+
+def stress_rows(stress: Mapping[str, Any]) -> Rows:
+    """Return the headline metrics of corrupted images beside those of the same images as they are."""
     titles = {f"{task}_{key}": (label, scale, unit) for task, key, label, scale, unit in HEADLINES}
     rows = []
     for name, clean in stress["clean"].items():
@@ -168,12 +205,4 @@ def stress_table(stress: Mapping[str, Any] | None) -> list[str]:
         worst = max(badness, key=badness.__getitem__)
         figures = (clean["value"], stress["mean"][name]["value"], means[worst])
         rows.append((label, *(f"{figure * scale:.2f}{unit}" for figure in figures), worst))
-    header = ("metric", "as they are", "mean of all corruptions", "worst corruption", "")
-    return [
-        "",
-        f"Corrupted copies of {stress['num_images']:,} of the images, by {len(stress['corruptions'])} corruptions of "
-        "five severities each. Faces that a",
-        "detector no longer finds are counted as if it did.",
-        "",
-        *table(header, rows),
-    ]
+    return Rows(("metric", "as they are", "mean of all corruptions", "worst corruption", ""), rows)

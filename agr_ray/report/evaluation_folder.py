@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Final
+from typing import Any, Final
 
 from agr_ray.config import EvaluateConfig
 from agr_ray.config import digest as digest_of
@@ -12,6 +12,8 @@ from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError
 from agr_ray.storage import MissingObject, Storage
 
+FORMAT_VERSION: Final = 2
+"""Of metrics.json."""
 METRICS_FILE: Final = "metrics.json"
 PREDICTIONS_FILE: Final = "predictions.parquet"
 
@@ -19,6 +21,25 @@ PREDICTIONS_FILE: Final = "predictions.parquet"
 def is_evaluation(storage: Storage, uri: str) -> bool:
     """Return whether the folder holds the results of an evaluation."""
     return all(storage.exists(storage.join(uri, name)) for name in (METRICS_FILE, PREDICTIONS_FILE))
+
+
+def read_metrics(storage: Storage, uri: str) -> dict[str, Any]:
+    """Return the content of an evaluation's metrics.json.
+
+    Raises:
+        ConfigError: it can't be read, or is of another format.
+    """
+    path = storage.join(uri, METRICS_FILE)
+    try:
+        content = json.loads(storage.read(path))
+        version = content["evaluation"]["format_version"]
+    except MissingObject:
+        raise ConfigError(f"{uri}: no evaluation; there is no {METRICS_FILE}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}: not written by agr-ray evaluate, or damaged; evaluate again") from None
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"{path}: has format_version {version!r}, expected {FORMAT_VERSION}; evaluate again")
+    return dict(content)
 
 
 def out_folder(

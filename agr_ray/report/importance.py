@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
-import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.importance import FanovaImportanceEvaluator
 from scipy.stats import rankdata
 
-from agr_ray.report.trial_rows import TrialRow, finite, is_known, is_number, judged, objectives, param_names, values_of
+from agr_ray.report.trial_rows import TrialRow, finite, judged, param_names, values_of
+from agr_ray.report.trial_study import quiet, trial_study
 
 MIN_TRIALS: Final = 20
 """Fewer trials say nothing about importance."""
@@ -43,7 +42,7 @@ class Importances:
     """Parameters that vary but are missing from some of the compared trials."""
 
 
-def importances(trials: Sequence[TrialRow], logarithmic: frozenset[str] = frozenset(), seed: int = 0) -> Importances:
+def importances(trials: Sequence[TrialRow], space: Mapping[str, BaseDistribution], seed: int = 0) -> Importances:
     """Return each parameter's share of the variance, and the largest share that chance gives.
 
     Complete trials are compared by their final objectives. If early stopping leaves too few, complete and pruned trials
@@ -51,7 +50,7 @@ def importances(trials: Sequence[TrialRow], logarithmic: frozenset[str] = frozen
 
     Args:
         trials: of any state.
-        logarithmic: names of the parameters on a logarithmic scale.
+        space: of all their parameters.
         seed: of the random forest and the shuffles.
     """
     rows, values, compared = _comparable(trials)
@@ -60,18 +59,14 @@ def importances(trials: Sequence[TrialRow], logarithmic: frozenset[str] = frozen
     if np.ptp(values) == 0.0:
         return _none("All trials have the same objective.")
     varied = [name for name in param_names(rows) if len(values_of(rows, name)) > 1]
-    spaces = {
-        name: _distribution(rows, name, name in logarithmic)
-        for name in varied
-        if all(is_known(row, name) for row in rows)
-    }
-    left_out = tuple(name for name in varied if name not in spaces)
-    if len(spaces) < 2:
+    names = [name for name in varied if all(name in row.params for row in rows)]
+    left_out = tuple(name for name in varied if name not in names)
+    if len(names) < 2:
         return _none("Fewer than two parameters were varied in all trials.")
     ranks = rankdata(values)
-    shares = _shares(rows, ranks, spaces, seed)
+    shares = _shares(rows, ranks, space, names, seed)
     rng = np.random.default_rng(seed)
-    chance = max(max(_shares(rows, rng.permutation(ranks), spaces, seed).values()) for _ in range(NUM_SHUFFLES))
+    chance = max(max(_shares(rows, rng.permutation(ranks), space, names, seed).values()) for _ in range(NUM_SHUFFLES))
     if max(shares.values()) <= chance:
         return _none(
             f"From {compared}, no parameter stands out from chance: shuffling the objectives among the trials gives "
@@ -97,54 +92,22 @@ def _comparable(trials: Sequence[TrialRow]) -> tuple[list[TrialRow], NDArray[np.
             described = f"the objectives of {len(early)} trials after epoch {epoch}, the last that all of them reached"
             return [row for row, _ in early], np.array([value for _, value in early], np.float64), described
     selected = ", which early stopping had selected" if any(row.state == "pruned" for row in trials) else ""
-    return rows, objectives(rows), f"the final objectives of {len(rows)} complete trials{selected}"
-
-
-def _distribution(rows: Sequence[TrialRow], name: str, is_logarithmic: bool) -> BaseDistribution:
-    """Return the smallest distribution that contains all values."""
-    values = values_of(rows, name)
-    if not is_number(values):
-        return CategoricalDistribution([repr(value) for value in values])
-    numbers: list[Any] = list(values)
-    log = is_logarithmic and min(numbers) > 0
-    if all(isinstance(value, int) for value in values):
-        return IntDistribution(min(numbers), max(numbers), log=log)
-    return FloatDistribution(min(numbers), max(numbers), log=log)
+    values = np.array([row.objective for row in rows], np.float64)
+    return rows, values, f"the final objectives of {len(rows)} complete trials{selected}"
 
 
 def _shares(
-    rows: Sequence[TrialRow], values: NDArray[np.float64], spaces: dict[str, BaseDistribution], seed: int
+    rows: Sequence[TrialRow],
+    values: NDArray[np.float64],
+    space: Mapping[str, BaseDistribution],
+    names: Sequence[str],
+    seed: int,
 ) -> dict[str, float]:
-    """Rebuild the study in memory and evaluate fANOVA."""
-    with _quiet():
-        study = optuna.create_study()
-        study.add_trials(
-            [
-                optuna.create_trial(
-                    params={name: _cast(row.params[name], space) for name, space in spaces.items()},
-                    distributions=spaces,
-                    value=float(value),
-                )
-                for row, value in zip(rows, values, strict=True)
-            ]
-        )
+    compared = [
+        replace(row, number=place, state="complete", objective=value, curve=())
+        for place, (row, value) in enumerate(zip(rows, values.tolist(), strict=True))
+    ]
+    with quiet():
         forest = FanovaImportanceEvaluator(n_trees=_NUM_TREES, max_depth=_MAX_DEPTH, seed=seed)
-        found = forest.evaluate(study, params=list(spaces))
+        found = forest.evaluate(trial_study(compared, space), params=list(names))
     return {name: float(share) for name, share in found.items()}
-
-
-def _cast(value: Any, space: BaseDistribution) -> Any:
-    if isinstance(space, CategoricalDistribution):
-        return repr(value)  # so that 1 and True stay distinct
-    return float(value) if isinstance(space, FloatDistribution) else value
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Optuna's messages about the temporary study."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)

@@ -15,7 +15,12 @@ from agr_ray.console import make_table
 from agr_ray.data.rendered import render_chip
 from agr_ray.evaluation.robustness import Condition, Measured, Metrics, Robustness
 from agr_ray.evaluation.terms import FloatArray
+from agr_ray.models.card_tables import stress_note, stress_rows
 from agr_ray.predict.stress_predictor import level_text
+from agr_ray.report.charts import Dot, Line, Scale, dot_drawing, line_drawing
+from agr_ray.report.evaluation_tables import rows_table
+from agr_ray.report.figure import COLOURS, SERIES
+from agr_ray.report.page import Block, Drawing, Drawings, Fold, Paragraph
 from agr_ray.schema import CLEAN, STRESSED_METRICS, YAW
 from agr_ray.vision.align import align_chip
 from agr_ray.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_rng
@@ -29,9 +34,6 @@ TITLES: Final[Mapping[str, tuple[str, float, str]]] = {
 }
 """Of each metric: its title, factor and unit."""
 
-_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73")
-_MARKERS: Final = ("o", "s", "^")
-"""Blue, vermilion and green of Okabe and Ito's palette; the markers tell curves apart without colour."""
 _EXAMPLE: Final = 3
 """Index of the rendered face that shows what corruptions do."""
 _EXAMPLE_PX: Final = 96
@@ -88,6 +90,63 @@ def stress_figure(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, floa
         grid[0][-1].set_title("head pose (clean images)", fontsize=11)
         grid[-1][-1].set_xlabel("|yaw|, degrees; number of images")
     return figure
+
+
+def stress_summary(stress: Mapping[str, Any]) -> list[Block]:
+    """Return the section `stress` of metrics.json as a table."""
+    return [Paragraph(stress_note(stress)), rows_table(stress_rows(stress), is_headline=True)]
+
+
+def stress_drawings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> list[Block]:
+    """Return, for each metric, a chart of every family of corruptions, and one of the bins of yaw.
+
+    Args:
+        rows: of schema.STRESS.
+        baseline: the section `baseline` of metrics.json.
+    """
+    clean = next(row for row in rows if row["corruption"] == CLEAN)
+    names = list(dict.fromkeys(row["corruption"] for row in rows if row["corruption"] in CORRUPTIONS))
+    families = list(dict.fromkeys(CORRUPTIONS[name].family for name in names))
+    blocks: list[Block] = []
+    for metric in (name for name in STRESSED_METRICS if clean[name] is not None):
+        title, factor, unit = TITLES[metric]
+        scale = Scale(f"{title}, {unit}", factor, 2)
+        task, _, key = metric.partition("_")
+        guess = baseline[task].get(key)
+        drawings: list[Drawing] = []
+        for family in families:
+            members = [name for name in names if CORRUPTIONS[name].family == family]
+            lines = [
+                _line(name, [clean, *(row for row in rows if row["corruption"] == name)], metric) for name in members
+            ]
+            if guess is not None:
+                lines.append(Line("baseline", [0, SEVERITIES[-1]], [guess, guess], is_reference=True))
+            name = f"stress-{metric}-{family}".replace("_", "-").replace(" ", "-")
+            caption = f"{title[0].upper()}{title[1:]}: {family}, by severity (0: as they are)."
+            x = Scale("severity", digits=0, is_integer=True)
+            drawings.append(line_drawing(name, caption, lines, x, scale))
+        bins = [
+            Dot(row["level"], row[metric], _interval(row, metric), f"n = {row['n']:,}")
+            for row in rows
+            if row["corruption"] == YAW and row[metric] is not None
+        ]
+        if bins:
+            caption = f"{title[0].upper()}{title[1:]} by how far the head is turned (yaw), without corruption."
+            drawings.append(
+                dot_drawing(f"yaw-{metric.replace('_', '-')}", caption, bins, scale, reference=clean[metric])
+            )
+        blocks.append(Fold(f"{title[0].upper()}{title[1:]} under each corruption", [Drawings(drawings)]))
+    return blocks
+
+
+def _line(name: str, curve: Sequence[Mapping[str, Any]], metric: str) -> Line:
+    values, low, high = ([row[f"{metric}{part}"] for row in curve] for part in ("", "_low", "_high"))
+    return Line(name, [row["severity"] for row in curve], values, low, high)
+
+
+def _interval(row: Mapping[str, Any], metric: str) -> list[float] | None:
+    low, high = (row[f"{metric}_{end}"] for end in ("low", "high"))
+    return None if low is None or high is None else [low, high]
 
 
 def examples_figure() -> Figure:
@@ -151,7 +210,8 @@ def _draw(axes: Axes, curve: Sequence[Mapping[str, Any]], metric: str, factor: f
     """Draw one curve and its band."""
     x = [row["severity"] for row in curve]
     values, low, high = _values(curve, metric, factor)
-    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    name, marker = SERIES[number % len(SERIES)]
+    colour = COLOURS[name]
     axes.plot(x, values, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 

@@ -1,291 +1,301 @@
-"""The figures of a sweep's page."""
+"""The figures of a sweep's page: Optuna's, in the style of all pages, with axes that outliers do not stretch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, cast
 
+import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.style import library
 from matplotlib.ticker import MaxNLocator
-
-from agr_ray.report.axis import (
-    add_legend,
-    data_x_panel_y,
-    fence,
-    note_beyond,
-    scale_categories,
-    short,
-    span,
-)
-from agr_ray.report.importance import Importances
-from agr_ray.report.panel import COLOURS, panel
-from agr_ray.report.trial_rows import (
-    ParamValue,
-    TrialRow,
-    best_so_far,
-    finite,
-    is_known,
-    is_number,
-    judged,
-    values_of,
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+from optuna.visualization.matplotlib import (
+    plot_contour,
+    plot_intermediate_values,
+    plot_optimization_history,
+    plot_pareto_front,
+    plot_slice,
 )
 
-_Group: TypeAlias = tuple[str, Callable[[TrialRow], bool], dict[str, Any]]
-"""Label, a predicate for its trials, and how they are drawn."""
+from agr_ray.config import Scalar
+from agr_ray.report.charts import add_legend, scale_logarithmically, shortened
+from agr_ray.report.figure import COLOURS
+from agr_ray.report.page import Drawing
+from agr_ray.report.trial_rows import TrialRow, finite, judged
+from agr_ray.report.trial_study import quiet, trial_study
 
-_STATE_WORDS: Final = {"best": "chosen", "pruned": "stopped early", "unfinished": "not finished"}
-_ABOVE_PANEL = 1.03
-_FEW_NUMBERS = 4
-_START_ABOVE = 3.0
+_COLOURS: Final = {"#1f77b4": COLOURS["blue"], "#d62728": COLOURS["red"], "#cccccc": COLOURS["faint"]}
+"""Optuna's colours, and ours."""
+_LABELS: Final = {
+    "objective": "complete",
+    "Best Value": "best so far",
+    "Best Trial": "on the front",
+    "Trial": "dominated",
+    "Feasible Trial": "dominated",
+    "Infeasible Trial": "violates a constraint",
+}
+"""Optuna's words in legends, and ours."""
+_OF_STATES: Final = {
+    "complete": ("blue", "complete"),
+    "pruned": ("amber", "stopped early"),
+    "unfinished": ("quiet", "not finished"),
+}
+_SIZE: Final = (4.4, 2.9)
+_SMALL: Final = (3.2, 2.4)
+_FAR_ABOVE: Final = 4.0
+"""An outlier is this many times farther above the median than the minimum is below it."""
+_CHOSEN: Final[dict[str, Any]] = {
+    "label": "chosen",
+    "edgecolors": COLOURS["red"],
+    "facecolors": "none",
+    "linewidths": 1.8,
+    "s": 110,
+}
+_PAPERS: Final[dict[str, Any]] = {
+    "label": "paper's weights",
+    "edgecolors": COLOURS["purple"],
+    "facecolors": "none",
+    "linewidths": 1.6,
+    "s": 55,
+    "marker": "D",
+}
+_MAX_CATEGORY: Final = 16
 
 
-def history_svg(trials: Sequence[TrialRow], name: str) -> str:
-    """Draw every trial's objective in trial order, and the best so far.
+class SweepFigures:
+    """The figures of a sweep's trials.
 
     Args:
         trials: of any state.
-        name: of the figure on its page; makes the ids in it unique.
+        space: of all their parameters.
+        best_number: number of the chosen trial; None: there is none.
     """
-    with panel(name) as (axes, done):
-        complete, top = judged(trials), _top(judged(trials))
-        _dots(axes, [(row.number, row.objective, row) for row in complete])
-        pruned = [(row.number, row.objective) for row in trials if row.state == "pruned" and _is_below(row, top)]
-        if pruned:
-            axes.plot(*zip(*pruned, strict=True), "x", ms=4, mew=1, color=COLOURS["pruned"], label="stopped early")
-        lost = [row.number for row in trials if row.state == "failed"]
-        if lost:
-            axes.plot(
-                lost,
-                [0.02] * len(lost),
-                "|",
-                color=COLOURS["failed"],
-                transform=data_x_panel_y(axes),
-                label="failed",
-                ms=7,
+
+    def __init__(
+        self, trials: Sequence[TrialRow], space: Mapping[str, BaseDistribution], best_number: int | None
+    ) -> None:
+        self._trials = trials
+        self._space = space
+        self._best = next((row for row in trials if row.number == best_number), None)
+        self._marked = [(row, _CHOSEN) for row in trials if row is self._best]
+        self._marked += [(row, _PAPERS) for row in trials if row.is_reference]
+        self._study = trial_study(trials, space)
+        self.has_curves = any(each.intermediate_values and each.state != TrialState.FAIL for each in self._study.trials)
+        """Whether there is anything for `curves` to draw."""
+        self._objectives = [row.objective for row in judged(trials) if row.objective is not None]
+
+    def history(self, caption: str) -> Drawing:
+        """Return the objective of each complete trial, in trial order, and the best so far."""
+
+        def draw() -> Figure:
+            axes = _drawn(lambda: plot_optimization_history(self._study, target_name="objective"), _SIZE)
+            _limit(axes, self._objectives)
+            axes.set(xlabel="trial", ylabel="objective")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            return _with_legend(axes)
+
+        return Drawing("history", caption, draw)
+
+    def curves(self, caption: str) -> Drawing:
+        """Return the objective after each epoch: a line for each trial that did not fail, coloured by its state."""
+        rows = {f"Trial{row.number}": row for row in self._trials}  # the labels of Optuna's lines
+
+        def draw() -> Figure:
+            axes = _drawn(lambda: plot_intermediate_values(self._study), _SIZE)
+            labelled: set[str] = set()
+            opacity = float(np.clip(12.0 / len(axes.lines), 0.2, 0.7))
+            for line in axes.lines:
+                row = rows[str(line.get_label())]
+                is_best = row is self._best
+                colour, label = ("red", "chosen") if is_best else _OF_STATES[row.state]
+                line.set(color=COLOURS[colour], alpha=1.0 if is_best else opacity, linewidth=2.0 if is_best else 1.0)
+                line.set(label="_" if label in labelled else label, zorder=3.0 if is_best else 2.0)
+                labelled.add(label)
+            every = [float(value) for line in axes.lines for value in np.asarray(line.get_ydata())]
+            axes.set_ylim(*_span(min(every), _fence(every)))
+            axes.set(xlabel="epoch", ylabel="objective")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            return _with_legend(axes)
+
+        return Drawing("curves", caption, draw)
+
+    def slice(self, param: str, name: str, caption: str) -> Drawing:
+        """Return the objective of the complete trials over the values of one parameter."""
+
+        def draw() -> Figure:
+            axes = _drawn(lambda: plot_slice(self._study, params=[param], target_name="objective"), _SMALL)
+            dots = axes.collections[0]
+            assert dots.colorbar is not None
+            dots.colorbar.remove()  # its colours tell the number of a trial, which the history shows
+            dots.set_array(None)
+            dots.set(facecolor=COLOURS["blue"], edgecolor="none")
+            _limit(axes, self._objectives)
+            self._scale(axes, param, is_x=True)
+            self._mark(axes, (param,))
+            axes.set_ylabel("objective")
+            return _figure(axes)
+
+        return Drawing(name, caption, draw)
+
+    def contour(self, pair: tuple[str, str], name: str, caption: str) -> Drawing:
+        """Return the objective over two parameters, interpolated between the complete trials."""
+        first, second = sorted(pair)  # as Optuna does
+        top = _fence(self._objectives)
+
+        def draw() -> Figure:
+            axes = _drawn(
+                lambda: plot_contour(
+                    self._study, params=[first, second], target=lambda t: min(t.values[0], top), target_name="objective"
+                ),
+                (_SIZE[0], 3.1),
             )
-        steps = best_so_far(trials)
-        if steps:
-            at = [*(number for number, _ in steps), max(row.number for row in trials)]
-            axes.step(
-                at,
-                [*(value for _, value in steps), steps[-1][1]],
-                where="post",
-                color=COLOURS["best"],
-                label="best so far",
-                lw=1.6,
-            )
-        _limit(axes, complete, top)
-        numbers = [row.number for row in trials]
-        axes.set(xlabel="trial", ylabel="objective", xlim=(min(numbers) - 1, max(numbers) + 1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        add_legend(axes)
-    return done[0]
+            axes.grid(visible=False)
+            for dots in axes.collections:
+                if isinstance(dots, PathCollection):
+                    dots.set(linewidth=0.6, sizes=[14.0])
+            self._scale(axes, first, is_x=True)
+            self._scale(axes, second, is_x=False)
+            self._mark(axes, (first, second))
+            return _figure(axes)
 
+        return Drawing(name, caption, draw)
 
-def curves_svg(trials: Sequence[TrialRow], best_number: int | None, name: str) -> str:
-    """Draw every trial's objective after each epoch, and mark where trials were stopped."""
-    with panel(name) as (axes, done):
-        begun = [row for row in trials if any(finite(value) is not None for value in row.curve)]
-        opacity = float(np.clip(12.0 / max(len(begun), 1), 0.15, 0.7))
-        labelled: set[str] = set()
-        for row in sorted(begun, key=lambda row: row.number == best_number):
-            is_best = row.number == best_number
-            kind = "best" if is_best else row.state
-            values = [math.nan if value is None or not math.isfinite(value) else value for value in row.curve]
-            epochs = range(1, len(values) + 1)
-            label = "_" if kind in labelled else _STATE_WORDS.get(kind, kind)
-            labelled.add(kind)
-            axes.plot(
-                epochs,
-                values,
-                color=COLOURS[kind],
-                alpha=1.0 if is_best else opacity,
-                lw=2.0 if is_best else 1.0,
-                marker="." if len(values) == 1 else None,
-                label=label,
-            )
-            if row.state in ("pruned", "failed"):
-                ends = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
-                axes.plot(*ends[-1], "x", ms=4, mew=1, color=COLOURS[row.state])
-        every = [value for row in begun for value in map(finite, row.curve) if value is not None]
-        last = [row.objective for row in judged(begun) if row.objective is not None]
-        if last:
-            axes.set_ylim(*span(min(every), min(max(every), _START_ABOVE * abs(fence(last)))))
-        axes.set(xlabel="epoch", ylabel="objective")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        add_legend(axes)
-    return done[0]
-
-
-def importances_svg(found: Importances, name: str) -> str:
-    """Draw each parameter's share as a bar, with a dotted line at `found.chance`."""
-    shares = list(found.shares.items())[::-1]
-    with panel(name, height_inches=0.9 + 0.26 * len(shares)) as (axes, done):
-        for place, (_, share) in enumerate(shares):
-            is_significant = share > found.chance
-            axes.barh(place, share, height=0.6, color=COLOURS["complete"] if is_significant else COLOURS["faint"])
-            if is_significant:
-                axes.annotate(f"{share:.2f}", (share, place), (3, 0), textcoords="offset points", va="center")
-        axes.axvline(found.chance, color=COLOURS["ink"], linestyle=":", lw=1)
-        axes.annotate("chance", (found.chance, 1.0), (2, 1), xycoords=data_x_panel_y(axes), textcoords="offset points")
-        axes.set_yticks(range(len(shares)), [short(param, 24) for param, _ in shares])
-        axes.set(xlabel="share of the variance of the trials' ranks", xlim=(0.0, 1.08))
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
-    return done[0]
-
-
-def slice_svg(trials: Sequence[TrialRow], param: str, is_logarithmic: bool, best_number: int | None, name: str) -> str:
-    """Draw the objective over the values of one parameter."""
-    with panel(name, width_inches=3.2, height_inches=2.4) as (axes, done):
-        having = [row for row in trials if is_known(row, param)]
-        complete, top = judged(having), _top(judged(having))
-        at, ticks = _axis(having, param)
-        _dots(axes, [(at(row), row.objective, row) for row in complete], best_number)
-        for state in ("pruned", "failed"):
-            lost = [at(row) for row in having if row.state == state]
-            if lost:
-                axes.plot(
-                    lost,
-                    [_ABOVE_PANEL] * len(lost),
-                    "|",
-                    color=COLOURS[state],
-                    transform=data_x_panel_y(axes),
-                    ms=7,
-                    clip_on=False,
-                )
-        _limit(axes, complete, top)
-        axes.set_ylabel("objective")
-        scale_categories(axes, ticks, is_logarithmic)
-        numbers = values_of(having, param)
-        if ticks is None and len(numbers) <= _FEW_NUMBERS and len(numbers) < len(having):
-            axes.set_xticks([float(number) for number in numbers], [value_text(number) for number in numbers])
-    return done[0]
-
-
-def front_svg(
-    trials: Sequence[TrialRow],
-    pair: tuple[str, str],
-    labels: tuple[str, str],
-    best_number: int | None,
-    name: str,
-) -> str:
-    """Draw two errors of the complete trials, with the Pareto front in the foreground.
-
-    Outliers are outside the panel, except the chosen trial and the front.
-    """
-    with panel(name, width_inches=3.4, height_inches=2.8) as (axes, done):
+    def front(self, pair: tuple[str, str], labels: Mapping[str, str], errors: Sequence[str], caption: str) -> Drawing:
+        """Return two of the errors of the complete trials, and which are on the Pareto front of all errors."""
         rows = [
-            row
-            for row in trials
-            if row.state == "complete" and all(finite(getattr(row, error)) is not None for error in pair)
+            row for row in self._trials if row.state == "complete" and all(_is_finite(getattr(row, e)) for e in errors)
         ]
-        groups: tuple[_Group, ...] = (
-            ("dominated", lambda row: row.is_feasible and not row.is_on_front, {"c": COLOURS["faint"]}),
-            (
-                "violates a constraint",
-                lambda row: not row.is_feasible,
-                {"facecolors": "none", "edgecolors": COLOURS["failed"]},
-            ),
-            ("front", lambda row: row.is_on_front, {"c": COLOURS["complete"], "s": 26}),
-            *_ringed(best_number),
-        )
-        for label, belongs, look in groups:
-            points = [[getattr(row, error) for error in pair] for row in rows if belongs(row)]
-            if points:
-                x, y = np.array(points, np.float64).T
-                axes.scatter(x, y, label=label, **{"s": 14, **look})
-        points = [[float(getattr(row, error)) for error in pair] for row in rows]
-        wanted = [row for row in rows if row.is_on_front or row.number == best_number]
-        tops = [
-            max([fence([getattr(row, error) for row in rows]), *(getattr(row, error) for row in wanted)])
-            for error in pair
-        ]
-        if points:
-            axes.set_xlim(*span(min(x for x, _ in points), tops[0]))
-            axes.set_ylim(*span(min(y for _, y in points), tops[1]))
-        num_beyond = sum(x > tops[0] or y > tops[1] for x, y in points)
-        if num_beyond:
-            note_beyond(axes, f"{num_beyond} beyond")
-        axes.set(xlabel=labels[0], ylabel=labels[1])
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-    return done[0]
+        places = [errors.index(error) for error in pair]
+        names = [labels[error] for error in pair]
+        wanted = [row for row in rows if row.is_on_front or row is self._best]
+
+        def draw() -> Figure:
+            study = trial_study(self._trials, self._space, errors)
+            axes = _drawn(
+                lambda: plot_pareto_front(study, target_names=names, targets=lambda t: [t.values[k] for k in places]),
+                _SIZE,
+            )
+            for axis, error in zip("xy", pair, strict=True):
+                values = [float(getattr(row, error)) for row in rows]
+                top = max([_fence(values), *(getattr(row, error) for row in wanted)])
+                axes.set(**{f"{axis}lim": _span(min(values), top)})
+            for row, look in self._marked:
+                if row in rows:
+                    axes.scatter(*([getattr(row, error)] for error in pair), **look)
+            return _with_legend(axes)
+
+        return Drawing("front-" + "-".join(pair).replace("_", "-"), caption, draw)
+
+    def _scale(self, axes: Axes, param: str, *, is_x: bool) -> None:
+        """Label the axis of a parameter, and give it plain ticks."""
+        distribution = self._space[param]
+        axis = axes.xaxis if is_x else axes.yaxis
+        axis.set_label_text(shortened(param))
+        if isinstance(distribution, CategoricalDistribution):
+            ticks = [shortened(label.get_text().strip("'\""), _MAX_CATEGORY) for label in axis.get_ticklabels()]
+            axis.set_ticks(axis.get_ticklocs(), ticks)
+            if is_x and sum(map(len, ticks)) > 24:
+                for label in axis.get_ticklabels():
+                    label.set(rotation=30, ha="right")
+        elif isinstance(distribution, FloatDistribution) and distribution.log:
+            scale_logarithmically(axes, is_x=is_x)
+        else:
+            axis.set_major_locator(MaxNLocator(nbins=5))
+
+    def _mark(self, axes: Axes, params: Sequence[str]) -> None:
+        """Ring the chosen trial and those with the paper's weights, over one parameter or two."""
+        for row, look in self._marked:
+            if row.state != "complete" or finite(row.objective) is None or any(p not in row.params for p in params):
+                continue
+            places: list[Any] = [
+                repr(row.params[p]) if isinstance(self._space[p], CategoricalDistribution) else row.params[p]
+                for p in params
+            ]
+            x, y = places if len(places) == 2 else [*places, row.objective]
+            axes.scatter([x], [y], **look)
 
 
-def _ringed(best_number: int | None) -> tuple[_Group, ...]:
-    """Return the groups that are drawn as rings around other marks."""
-    return (
-        (
-            "paper's weights",
-            lambda row: row.is_reference,
-            {"facecolors": "none", "edgecolors": COLOURS["reference"], "marker": "D", "s": 60, "linewidths": 1.6},
-        ),
-        (
-            "chosen",
-            lambda row: row.number == best_number,
-            {"facecolors": "none", "edgecolors": COLOURS["best"], "s": 130, "linewidths": 1.8},
-        ),
-    )
-
-
-def _dots(axes: Axes, points: Sequence[tuple[float, float | None, TrialRow]], best_number: int | None = None) -> None:
-    """Draw complete trials: filled, hollow if they violate a constraint, with a diamond for the paper's weights."""
-    groups: tuple[_Group, ...] = (
-        ("complete", lambda row: row.is_feasible, {"c": COLOURS["complete"], "s": 14}),
-        (
-            "violates a constraint",
-            lambda row: not row.is_feasible,
-            {"facecolors": "none", "edgecolors": COLOURS["failed"], "s": 16},
-        ),
-        *_ringed(best_number),
-    )
-    for label, belongs, look in groups:
-        chosen = [(x, y) for x, y, row in points if belongs(row)]
-        if chosen:
-            x, y = np.array(chosen, np.float64).T
-            axes.scatter(x, y, label=label, **look)
-
-
-def _axis(rows: Sequence[TrialRow], param: str) -> tuple[Callable[[TrialRow], float], list[str] | None]:
-    """Return a function from trial to position on a parameter's axis, and the names of its categories, if any."""
-    values = values_of(rows, param)
-    if is_number(values):
-        return lambda row: float(row.params[param]), None
-    places = {repr(value): place for place, value in enumerate(values)}
-
-    def at(row: TrialRow) -> float:
-        jitter = 0.18 * math.sin(2.4 * row.number)  # so that trials with the same value do not cover each other
-        return places[repr(row.params[param])] + jitter
-
-    return at, [short(value_text(value)) for value in values]
-
-
-def value_text(value: ParamValue) -> str:
+def value_text(value: Scalar) -> str:
     """Return a parameter's value as the page shows it."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _top(rows: Sequence[TrialRow]) -> float:
-    """Return the upper limit of the axis of objectives."""
-    return fence([row.objective for row in rows if row.objective is not None])
+def _drawn(plot: Callable[[], Any], size_inches: tuple[float, float]) -> Axes:
+    """Return what Optuna draws, in our style and colours, and without its title and legend.
+
+    Optuna sets Matplotlib's style `ggplot` for the whole process, so that style is empty meanwhile. It also leaves its
+    figures open in pyplot.
+    """
+    ggplot, open_figures = library["ggplot"], plt.get_fignums()
+    library["ggplot"] = matplotlib.RcParams()
+    style: dict[Any, Any] = {"figure.figsize": size_inches, "figure.constrained_layout.use": True, "axes.grid": True}
+    try:
+        with matplotlib.rc_context(style), quiet():
+            axes: Axes = plot()
+    finally:
+        library["ggplot"] = ggplot
+        for number in set(plt.get_fignums()) - set(open_figures):
+            plt.close(number)
+    axes.set_title("")
+    if axes.legend_ is not None:
+        axes.legend_.remove()
+    for line in axes.lines:
+        colour = cast("Any", line.get_color())
+        line.set(color=_COLOURS.get(to_hex(colour), colour), alpha=1.0)
+    for dots in axes.collections:
+        colours = {to_hex(each) for each in np.asarray(dots.get_facecolor())}
+        if len(colours) == 1 and colours <= _COLOURS.keys():
+            dots.set_color(_COLOURS[colours.pop()])
+    for artist in (*axes.lines, *axes.collections):
+        artist.set_label(_LABELS.get(str(artist.get_label()), artist.get_label()))
+    return axes
 
 
-def _is_below(row: TrialRow, top: float) -> bool:
-    value = finite(row.objective)
-    return value is not None and value <= top
+def _figure(axes: Axes) -> Figure:
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.set_layout_engine("constrained")
+    return figure
 
 
-def _limit(axes: Axes, rows: Sequence[TrialRow], top: float) -> None:
+def _with_legend(axes: Axes) -> Figure:
+    add_legend(axes, 2)
+    for handle in axes.legend_.legend_handles if axes.legend_ is not None else []:
+        assert handle is not None
+        handle.set_alpha(1.0)
+    return _figure(axes)
+
+
+def _limit(axes: Axes, values: Sequence[float]) -> None:
     """Set the limits of the axis of objectives, and note how many trials are outside."""
-    if not rows:
-        return
-    values = [row.objective for row in rows if row.objective is not None]
-    axes.set_ylim(*span(min(values), top))
+    top = _fence(values)
+    axes.set_ylim(*_span(min(values), top))
     num_above = sum(value > top for value in values)
     if num_above:
-        note_beyond(axes, f"{num_above} above")
+        axes.annotate(f"{num_above} above", (1.0, 0.93), xycoords="axes fraction", ha="right", fontsize=8)
+
+
+def _fence(values: Sequence[float]) -> float:
+    """Return the largest value that is not an outlier, so that one diverged trial does not flatten the others."""
+    low, middle = min(values), float(np.median(values))
+    limit = middle + max(_FAR_ABOVE * (middle - low), 0.05 * abs(middle))
+    return max(value for value in values if value <= limit)
+
+
+def _span(low: float, high: float) -> tuple[float, float]:
+    """Return limits with a margin on both sides."""
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.05
+    return low - margin, high + margin
+
+
+def _is_finite(value: float | None) -> bool:
+    return finite(value) is not None

@@ -1,55 +1,47 @@
-"""The report of a hyperparameter sweep: one self-contained HTML file.
-
-`sweep.html.jinja` is its template; this module decides its text and figures.
-"""
+"""The page of a hyperparameter sweep: which trial was chosen, how it compares, and what the search shows."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
-from jinja2 import Environment
-from markupsafe import Markup, escape
+from optuna.distributions import BaseDistribution
 
-from agr_ray.report.contour import contour_svg
-from agr_ray.report.importance import NUM_SHUFFLES, Importances, importances
-from agr_ray.report.page import page_environment
-from agr_ray.report.sweep_figures import (
-    curves_svg,
-    front_svg,
-    history_svg,
-    importances_svg,
-    slice_svg,
-    value_text,
-)
-from agr_ray.report.trial_rows import (
-    BaselineErrors,
-    ParamValue,
-    TrialRow,
-    best_so_far,
-    finite,
-    is_known,
-    is_number,
-    judged,
-    looks_logarithmic,
-    measured_errors,
-    param_names,
-    values_of,
-)
+from agr_ray.report.charts import Dot, Scale, dot_drawing
+from agr_ray.report.importance import NUM_SHUFFLES, importances
+from agr_ray.report.page import Block, Cell, Code, Drawing, Drawings, Fold, Page, Paragraph, Section, Table, Values
+from agr_ray.report.sweep_figures import SweepFigures, value_text
+from agr_ray.report.terms import MEASURED, TRAINED
+from agr_ray.report.trial_rows import TrialRow, finite, judged, measured_errors, param_names, values_of
 from agr_ray.schema import TrialState
 
-__all__ = ["BaselineErrors", "ParamValue", "SweepReport", "TrialRow", "sweep_page"]
-
-_MISSING = "\N{EN DASH}"
-_MIN_CONTOUR_TRIALS = 3
-_MAX_CONTOURS = 6
-_ERROR_LABELS: Final = {
+_MISSING: Final = "\N{EN DASH}"
+_MIN_CONTOUR_TRIALS: Final = 3
+_MAX_CONTOURS: Final = 6
+_ERRORS: Final = {
     "age_mae_years": "age MAE, years",
     "gender_error": "gender error",
     "race_error": "race error",
+}
+_COLUMNS: Final = {"objective": "objective", **_ERRORS, "worst_group_mae_years": "worst group's age MAE, years"}
+_STATES: Final = {"complete": "complete", "pruned": "stopped early", "failed": "failed", "unfinished": "not finished"}
+_OBJECTIVE: Final = (
+    "Objective, lower is better: the error on validation divided by the error of a constant baseline, averaged over "
+    "age, gender and race. The error is the mean distance to the true age or age range for age, and 1 - balanced "
+    "accuracy for gender and race. The baseline is the median age or the most frequent class of the training images. 1 "
+    "is no better than the baseline, 0 is perfect. The objective of a trial is that of its best epoch, whose "
+    "checkpoint is kept."
+)
+_TERMS: Final = {
+    "trial": "A training with one combination of values.",
+    "stopped early": "After some epochs, the trial was not among the best, so it got no more.",
+    "MAE": MEASURED["MAE"],
+    "balanced accuracy": MEASURED["balanced accuracy"],
+    "epoch": TRAINED["epoch"],
+    "Pareto front": "The trials of which no other is better in one error without being worse in another.",
+    "fANOVA": "Functional analysis of variance: how much of the variance of the results each parameter explains.",
 }
 
 
@@ -58,11 +50,11 @@ class SweepReport:
     """Everything that the page shows."""
 
     title: str
-    objective_formula: str
-    """In words, a sentence or two."""
     mode: Literal["scalar", "pareto"]
     """`scalar`: one objective was minimised; `pareto`: the three errors at once."""
     trials: Sequence[TrialRow]
+    space: Mapping[str, BaseDistribution]
+    """Of all parameters of the trials."""
     best_number: int | None
     """Number of the chosen trial; None: no trial was chosen."""
     recipe_toml: str
@@ -71,75 +63,54 @@ class SweepReport:
     """In words, one string for each constraint."""
     provenance: Mapping[str, str]
     """Names and values, in display order: data, hash of the split, seed, commit, wall time."""
-    baseline: BaselineErrors = field(default_factory=BaselineErrors)
-    logarithmic: frozenset[str] = frozenset()
-    """Parameters that were sampled on a logarithmic scale. Others whose values look logarithmic are drawn so too."""
-    loss_weights: tuple[str, ...] = ()
-    """Parameters that are loss weights, of which pairs are drawn; empty: those whose names end in `_weight`."""
+    baseline: Mapping[str, float | None] = field(default_factory=dict)
+    """Errors of the constant baseline, by field of a row."""
 
 
-def sweep_page(report: SweepReport) -> str:
-    """Return the page as HTML that loads no other file and needs no network.
-
-    Args:
-        report: of any number of trials, including none.
-
-    Raises:
-        ValueError: two trials have the same number, or no trial has the number best_number.
-    """
-    by_number = {row.number: row for row in report.trials}
-    if len(by_number) < len(report.trials):
-        numbers = [row.number for row in report.trials]
-        raise ValueError(f"two trials are number {next(n for n in numbers if numbers.count(n) > 1)}")
-    if report.best_number is not None and report.best_number not in by_number:
-        raise ValueError(f"best_number is {report.best_number}, but none of the {len(by_number)} trials has it")
+def sweep_page(report: SweepReport) -> Page:
+    """Return the page of any number of trials, including none."""
     trials = sorted(report.trials, key=lambda row: row.number)
-    best = None if report.best_number is None else by_number[report.best_number]
-    varied = [name for name in param_names(trials) if len(values_of(trials, name)) > 1]
-    logarithmic = frozenset(
-        name for name in varied if name in report.logarithmic or looks_logarithmic(values_of(trials, name))
-    )
-    found = importances(trials, logarithmic)
-    page = _environment().get_template("sweep.html.jinja")
-    html = page.render(
-        report=report,
-        counts=_counts(trials),
-        verdict=_verdict(trials, best),
-        comparison=_comparison(trials, best, report.baseline),
-        history=Markup(history_svg(trials, "history")) if judged(trials) else None,
-        curves=_curves(trials, report.best_number),
-        stopped=_stopped(trials),
-        found=found,
-        num_shuffles=NUM_SHUFFLES,
-        importance=Markup(importances_svg(found, "importance")) if found.shares else None,
-        slices=_slices(trials, varied, found, logarithmic, report.best_number),
-        held=[(name, values_of(trials, name)[0]) for name in _held(trials)],
-        contours=_contours(trials, report, varied, logarithmic),
-        trade_offs=_trade_offs(trials, report.best_number),
-        front=_front(trials),
-        failures=_failures(trials),
-        unjudged=[row.number for row in trials if row.state == "complete" and finite(row.objective) is None],
-        trials=trials,
-        names=param_names(trials),
-    )
-    return html.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written to a file
+    figures = SweepFigures(trials, report.space, report.best_number)
+    sections = [
+        Section("course", "History of the search", _course(trials, figures)),
+        Section("parameters", "Parameters", _parameters(trials, report, figures)),
+        Section("weights", "Loss weights", _weights(trials, figures)),
+        Section("trade-off", "Trade-off between the tasks", _trade_off(trials, report, figures)),
+        Section("failures", "Failures", _failures(trials)),
+        Section("trials", "All trials", _all_trials(trials, report.best_number)),
+        Section("recipe", "Recipe and provenance", _recipe(report)),
+    ]
+    return Page(report.title, _lead(trials, report), sections, _TERMS)
 
 
-def _environment() -> Environment:
-    return page_environment(
-        {
-            "number": _number,
-            "percent": _percent,
-            "duration": _duration,
-            "breakable": _breakable,
-            "value": value_text,
-            "sort_key": _sort_key,
-        }
-    )
-
-
-def _counts(trials: Sequence[TrialRow]) -> dict[str, int]:
-    return {state: sum(row.state == state for row in trials) for state in get_args(TrialState)}
+def _lead(trials: Sequence[TrialRow], report: SweepReport) -> list[Block]:
+    counts = {state: sum(row.state == state for row in trials) for state in get_args(TrialState)}
+    best = next((row for row in trials if row.number == report.best_number), None)
+    num_trials = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
+    unfinished = f", {counts['unfinished']} not finished" if counts["unfinished"] else ""
+    blocks: list[Block] = [
+        Paragraph(_verdict(trials, best), "verdict"),
+        Paragraph(
+            f"{num_trials}: {counts['complete']} complete, {counts['pruned']} stopped early, {counts['failed']} "
+            f"failed{unfinished}."
+        ),
+    ]
+    rows = _comparison(trials, best, report.baseline)
+    if rows:
+        blocks.append(Table(("on validation", *_COLUMNS.values()), rows, is_headline=True))
+    blocks.append(Paragraph(_OBJECTIVE))
+    if report.mode == "pareto":
+        text = "The search minimised the errors in age, gender and race at once; the Pareto front below is its result."
+        blocks.append(Paragraph(text))
+    if report.constraints:
+        blocks.append(Paragraph(f"Constraints: {'; '.join(report.constraints)}."))
+    if counts["complete"] > 1 and best is not None:
+        text = (
+            f"Gender and race errors are 1 - balanced accuracy. The chosen trial is the best of {counts['complete']} "
+            "on the same validation photographs, so its figures are optimistic. Evaluate it on the test split."
+        )
+        blocks.append(Paragraph(text, "note"))
+    return blocks
 
 
 def _verdict(trials: Sequence[TrialRow], best: TrialRow | None) -> str:
@@ -161,8 +132,8 @@ def _verdict(trials: Sequence[TrialRow], best: TrialRow | None) -> str:
     if reference is None:
         return f"{verdict} The paper's own weights were not among the trials."
     if best.is_reference:
-        steps = best_so_far(trials)
-        is_best = value is not None and bool(steps) and value <= steps[-1][1]
+        others = [row.objective or 0.0 for row in judged(trials) if row.is_feasible]
+        is_best = value is not None and bool(others) and value <= min(others)
         return f"{verdict} These are the paper's own weights{': no other trial was better' if is_best else ''}."
     theirs = finite(reference.objective)
     if reference.state != "complete" or theirs is None:
@@ -183,123 +154,224 @@ def _reference(trials: Sequence[TrialRow]) -> TrialRow | None:
     return rows[0] if rows else None
 
 
-def _comparison(trials: Sequence[TrialRow], best: TrialRow | None, baseline: BaselineErrors) -> list[dict[str, Any]]:
-    """Return the rows of the first table: name, trial and figures."""
-    names = ("objective", *_ERROR_LABELS, "worst_group_mae_years")
+def _comparison(
+    trials: Sequence[TrialRow], best: TrialRow | None, baseline: Mapping[str, float | None]
+) -> list[list[str]]:
+    """Return the rows of the first table: the chosen trial, the paper's weights, the change, the baseline."""
     reference = _reference(trials)
     chosen = [("Chosen", best), ("Paper's own weights", reference if reference is not best else None)]
-    rows: list[dict[str, Any]] = [
-        {"name": name, "trial": row, **{key: finite(getattr(row, key)) for key in names}}
-        for name, row in chosen
-        if row is not None
-    ]
-    if len(rows) == 2 and rows[1]["trial"].state == "complete":
-        pairs = {key: (rows[0][key], rows[1][key]) for key in names}
-        changes = {key: 100.0 * (a - b) / b if a is not None and b else None for key, (a, b) in pairs.items()}
-        rows.append({"name": "Change", "trial": None, **{key: _change(value) for key, value in changes.items()}})
-    baselines = {key: finite(getattr(baseline, key, None)) for key in names}
-    if any(value is not None for value in baselines.values()):
-        rows.append({"name": "Median age, most frequent classes", "trial": None, **baselines})
+    shown = [(name, row) for name, row in chosen if row is not None]
+    rows = []
+    for name, row in shown:
+        state = "" if row.state == "complete" else f" ({_STATES[row.state]})"
+        rows.append([f"{name}, trial {row.number}{state}", *(_shown(key, getattr(row, key)) for key in _COLUMNS)])
+    if len(shown) == 2 and shown[1][1].state == "complete":
+        pairs = [[finite(getattr(row, key)) for _, row in shown] for key in _COLUMNS]
+        changes = [100.0 * (own - theirs) / theirs if own is not None and theirs else None for own, theirs in pairs]
+        rows.append(["Change", *(_MISSING if change is None else f"{change:+.1f} %" for change in changes)])
+    if any(finite(value) is not None for value in baseline.values()):
+        rows.append(["Median age, most frequent classes", *(_shown(key, baseline.get(key)) for key in _COLUMNS)])
     return rows
 
 
-def _change(percent: float | None) -> str:
-    return _MISSING if percent is None else f"{percent:+.1f} %"
+def _course(trials: Sequence[TrialRow], figures: SweepFigures) -> list[Block]:
+    drawings: list[Drawing] = []
+    blocks: list[Block] = []
+    if judged(trials):
+        drawings.append(
+            figures.history(
+                "The objective of each complete trial, in the order in which they were started; grey: it violates a "
+                "constraint. “n above” counts trials outside the panel."
+            )
+        )
+    else:
+        blocks.append(Paragraph("No complete trial has an objective: there is no history to draw."))
+    if figures.has_curves:
+        drawings.append(
+            figures.curves(f"The objective after each epoch, of trials that did not fail.{_stopped(trials)}")
+        )
+    else:
+        blocks.append(Paragraph("No trial finished an epoch: there are no learning curves."))
+    return [*([Drawings(drawings)] if drawings else []), *blocks]
 
 
-def _curves(trials: Sequence[TrialRow], best_number: int | None) -> Markup | None:
-    if not any(finite(value) is not None for row in trials for value in row.curve):
-        return None
-    return Markup(curves_svg(trials, best_number, "curves"))
-
-
-def _stopped(trials: Sequence[TrialRow]) -> dict[str, int] | None:
-    """Return how many trials were stopped early, the epochs that they ran, and the epochs of as many full trials."""
+def _stopped(trials: Sequence[TrialRow]) -> str:
+    """Return how many epochs early stopping has saved, in words."""
     pruned = [row for row in trials if row.state == "pruned"]
-    whole = max((row.epochs for row in trials if row.state == "complete"), default=0)
-    if not pruned or not whole:
-        return None
-    return {"num": len(pruned), "ran": sum(row.epochs for row in pruned), "whole": whole * len(pruned)}
+    whole = max((row.epochs for row in trials if row.state == "complete"), default=0) * len(pruned)
+    return (
+        f" Stopped early: {len(pruned)}, which ran {sum(row.epochs for row in pruned)} of {whole} epochs."
+        if whole
+        else ""
+    )
 
 
-def _slices(
-    trials: Sequence[TrialRow],
-    varied: Sequence[str],
-    found: Importances,
-    logarithmic: frozenset[str],
-    best_number: int | None,
-) -> list[dict[str, Any]]:
+def _parameters(trials: Sequence[TrialRow], report: SweepReport, figures: SweepFigures) -> list[Block]:
+    found = importances(trials, report.space)
+    blocks: list[Block] = []
+    if found.shares:
+        left_out = (
+            f" Left out, because not all of these trials have it: {', '.join(found.left_out)}."
+            if found.left_out
+            else ""
+        )
+        caption = (
+            f"Importance by fANOVA, from {found.compared}: the share of the variance of the trials' ranks that each "
+            f"parameter explains by itself. The dotted line is chance: the largest share that any parameter had in "
+            f"{NUM_SHUFFLES} shuffles of the objectives among the trials. Shares below it are not significant."
+            f"{left_out}"
+        )
+        dots = [Dot(name, share) for name, share in found.shares.items()]
+        scale = Scale("share of the variance", from_zero=True)
+        blocks.append(Drawings([dot_drawing("importance", caption, dots, scale, reference=found.chance)]))
+    else:
+        blocks.append(Paragraph(f"No importances are shown. {found.why_not}"))
+    slices = _slices(trials, figures, found.shares)
+    if slices:
+        text = "The objective over each parameter. A dot is a complete trial; grey: it violates a constraint; ringed:"
+        blocks += [Paragraph(f"{text} chosen; diamond: the paper's weights."), Drawings(slices, is_small=True)]
+    elif trials:
+        blocks.append(Paragraph("No parameter was varied in trials that can be compared."))
+    held = {name: values_of(trials, name) for name in param_names(trials)}
+    texts = [f"{name} = {value_text(values[0])}" for name, values in held.items() if len(values) == 1]
+    return [*blocks, Paragraph(f"Held at one value: {'; '.join(texts)}.", "note")] if texts else blocks
+
+
+def _slices(trials: Sequence[TrialRow], figures: SweepFigures, shares: Mapping[str, float]) -> list[Drawing]:
     """Return a figure for each parameter that varies between complete trials, the most important first."""
     complete = judged(trials)
-    order = sorted(varied, key=lambda name: -found.shares.get(name, 0.0))
-    slices: list[dict[str, Any]] = []
-    for name in order:
-        having = [row for row in complete if is_known(row, name)]
-        if having:
-            svg = slice_svg(trials, name, name in logarithmic, best_number, f"slice-{len(slices)}")
-            lacking = len(complete) - len(having)
-            slices.append(
-                {"name": name, "svg": Markup(svg), "lacking": lacking, "all": len(complete), "log": name in logarithmic}
-            )
-    return slices
+    varied = [name for name in param_names(complete) if len(values_of(complete, name)) > 1]
+    drawings: list[Drawing] = []
+    for name in sorted(varied, key=lambda name: -shares.get(name, 0.0)):
+        num_having = sum(name in row.params for row in complete)
+        lacking = f": {num_having} of {len(complete)} complete trials have it" if num_having < len(complete) else ""
+        drawings.append(figures.slice(name, f"slice-{len(drawings)}", f"{name}{lacking}."))
+    return drawings
 
 
-def _held(trials: Sequence[TrialRow]) -> list[str]:
-    return [name for name in param_names(trials) if len(values_of(trials, name)) == 1]
-
-
-def _contours(
-    trials: Sequence[TrialRow], report: SweepReport, varied: Sequence[str], logarithmic: frozenset[str]
-) -> list[Markup]:
+def _weights(trials: Sequence[TrialRow], figures: SweepFigures) -> list[Block]:
     """Return a figure for each pair of loss weights."""
-    weights = report.loss_weights or tuple(name for name in varied if name.endswith("_weight"))
-    usable = [name for name in weights if name in varied and is_number(values_of(trials, name))]
-    figures: list[Markup] = []
-    for pair in combinations(usable, 2):
-        having = [row for row in judged(trials) if all(is_known(row, name) for name in pair)]
-        if len(having) >= _MIN_CONTOUR_TRIALS:
-            name = f"contour-{len(figures)}"
-            figures.append(Markup(contour_svg(trials, pair, logarithmic, report.best_number, name)))
-    return figures[:_MAX_CONTOURS]
+    complete = judged(trials)
+    names = [name for name in param_names(complete) if name.startswith("loss.") and name.endswith("_weight")]
+    drawings: list[Drawing] = []
+    for pair in combinations(names, 2):
+        both = [row for row in complete if all(name in row.params for name in pair)]
+        if len(both) >= _MIN_CONTOUR_TRIALS and all(len(values_of(both, name)) > 1 for name in pair):
+            drawings.append(figures.contour(pair, f"contour-{len(drawings)}", f"{pair[0]} and {pair[1]}."))
+    if not drawings:
+        return [Paragraph("Fewer than three complete trials vary two loss weights.")]
+    text = (
+        "A dot is a complete trial; grey: it violates a constraint; ringed: chosen; diamond: the paper's weights. The "
+        "colour is the objective, interpolated between the trials, whatever their other parameters: where there are no "
+        "dots, it is a guess."
+    )
+    return [Drawings(drawings[:_MAX_CONTOURS]), Paragraph(text, "note")]
 
 
-def _trade_offs(trials: Sequence[TrialRow], best_number: int | None) -> list[Markup]:
-    """Return a figure for each pair of measured errors."""
-    pairs = combinations(measured_errors(trials), 2)
-    return [
-        Markup(front_svg(trials, pair, (_ERROR_LABELS[pair[0]], _ERROR_LABELS[pair[1]]), best_number, f"front-{place}"))
-        for place, pair in enumerate(pairs)
-    ]
-
-
-def _front(trials: Sequence[TrialRow]) -> list[TrialRow]:
-    """Return the trials on the Pareto front, sorted by the first measured error."""
+def _trade_off(trials: Sequence[TrialRow], report: SweepReport, figures: SweepFigures) -> list[Block]:
     names = measured_errors(trials)
     rows = [row for row in trials if row.is_on_front]
-    return sorted(rows, key=lambda row: [finite(getattr(row, name)) or 0.0 for name in names])
+    if not rows:
+        text = "No complete trial both satisfies all constraints and has measured errors, so there is no front."
+        return [Paragraph(text)]
+    satisfy = "1 complete trial satisfies" if len(rows) == 1 else f"{len(rows)} complete trials satisfy"
+    blocks: list[Block] = [
+        Paragraph(
+            f"{satisfy} all constraints, and no other trial is better in one error without being worse in another."
+        )
+    ]
+    drawings = [
+        figures.front(pair, _ERRORS, names, f"The trials' {_ERRORS[pair[0]]}, and their {_ERRORS[pair[1]]}.")
+        for pair in combinations(names, 2)
+    ]
+    if drawings:
+        blocks.append(Drawings(drawings))
+    columns = ["objective", *_ERRORS]
+    ranked = sorted(rows, key=lambda row: [finite(getattr(row, name)) or 0.0 for name in names])
+    table: list[list[str | Cell]] = [
+        [str(row.number), _marks(row, report.best_number), *(_cell(key, row) for key in columns)] for row in ranked
+    ]
+    return [*blocks, Table(("trial", "", *(_COLUMNS[key] for key in columns)), table, num_text_columns=2)]
 
 
-def _failures(trials: Sequence[TrialRow]) -> list[dict[str, Any]]:
+def _failures(trials: Sequence[TrialRow]) -> list[Block]:
     """Return each reason for failure, with the trials that failed for it."""
     reasons: dict[str, list[int]] = {}
     for row in trials:
         if row.state == "failed":
             reasons.setdefault(row.why.strip() or "no reason was recorded", []).append(row.number)
-    return [{"why": why, "numbers": numbers} for why, numbers in reasons.items()]
+    blocks: list[Block] = []
+    for why, numbers in reasons.items():
+        blocks += [Paragraph(f"{'Trial' if len(numbers) == 1 else 'Trials'} {_listed(numbers)}:"), Code(why)]
+    unjudged = [row.number for row in trials if row.state == "complete" and finite(row.objective) is None]
+    if unjudged:
+        text = f"Complete but without a finite objective, and so in no figure: {_listed(unjudged)}."
+        blocks.append(Paragraph(text))
+    return blocks if reasons else [Paragraph("No trial failed."), *blocks]
 
 
-def _number(value: float | str | None, digits: int = 2) -> str:
-    if isinstance(value, str):
-        return value
-    shown = finite(value)
-    return _MISSING if shown is None else f"{shown:.{digits}f}"
+def _all_trials(trials: Sequence[TrialRow], best_number: int | None) -> list[Block]:
+    if not trials:
+        return [Paragraph("There are no trials.")]
+    names = param_names(trials)
+    columns = ["trial", "state", *_COLUMNS.values(), "constraints", "epochs", "time", *names, "why"]
+    rows: list[list[str | Cell]] = []
+    for row in trials:
+        marks = _marks(row, best_number)
+        params = [
+            Cell(value_text(row.params[name]), key=_key(row.params[name]))
+            if name in row.params
+            else Cell(_MISSING, key="")
+            for name in names
+        ]
+        rows.append(
+            [
+                Cell(str(row.number), key=row.number, is_strong=row.number == best_number),
+                _STATES[row.state] + (f", {marks}" if marks else ""),
+                *(_cell(key, row) for key in _COLUMNS),
+                "satisfied" if row.is_feasible else "violated",
+                Cell(str(row.epochs), key=row.epochs),
+                Cell(_duration(row.duration_s), key=_key(row.duration_s)),
+                *params,
+                Cell(row.why if len(row.why) <= 160 else f"{row.why[:157]}...", key=row.why),
+            ]
+        )
+    return [Table(columns, rows, num_text_columns=2, is_sortable=True, last_is_text=True)]
 
 
-def _percent(value: float | str | None) -> str:
-    if isinstance(value, str):
-        return value
-    shown = finite(value)
-    return _MISSING if shown is None else f"{100.0 * shown:.1f} %"
+def _recipe(report: SweepReport) -> list[Block]:
+    recipe: Block = Paragraph("No trial was chosen, so there is no best.toml.")
+    if report.recipe_toml:
+        recipe = Fold("best.toml: the chosen trial's recipe, to train it again", [Code(report.recipe_toml)])
+    return [recipe, Values(report.provenance)]
+
+
+def _marks(row: TrialRow, best_number: int | None) -> str:
+    marks = {"chosen": row.number == best_number, "paper's weights": row.is_reference}
+    return ", ".join(mark for mark, applies in marks.items() if applies)
+
+
+def _cell(key: str, row: TrialRow) -> Cell:
+    value = getattr(row, key)
+    return Cell(_shown(key, value), key=_key(value))
+
+
+def _shown(key: str, value: float | None) -> str:
+    """Return a figure of a trial as text: a share in percent, years or an objective."""
+    number = finite(value)
+    if number is None:
+        return _MISSING
+    if key in ("gender_error", "race_error"):
+        return f"{100.0 * number:.1f} %"
+    return f"{number:.4f}" if key == "objective" else f"{number:.2f}"
+
+
+def _key(value: float | str | bool | None) -> float | str:
+    """Return a sort key, numeric for numbers; empty sorts last."""
+    if isinstance(value, bool | str):
+        return str(value)
+    number = finite(value)
+    return "" if number is None else number
 
 
 def _duration(seconds: float | None) -> str:
@@ -312,14 +384,5 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _breakable(name: str) -> Markup:
-    """Allow line breaks after the dots and underscores of a long name."""
-    return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
-
-
-def _sort_key(value: ParamValue | None) -> str:
-    """Return a column's sort key, numeric for numbers; empty sorts last."""
-    if isinstance(value, bool | str):
-        return str(value)
-    shown = finite(value)
-    return "" if shown is None else repr(shown)
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,33 +1,24 @@
-"""Results of a sweep: best.toml, best/, trials.parquet, sweep.html, and the table on the terminal."""
+"""Results of a sweep: best.toml, best/, trials.parquet, the page, and the table on the terminal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
 
 from rich.console import Console
 
-from agr_ray.config import ClusterConfig, LabelsConfig, Section, StorageConfig, TuneJob
+from agr_ray.config import ClusterConfig, LabelsConfig, Section, StorageConfig
 from agr_ray.console import make_table
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
+from agr_ray.report.page_files import HTML_FILE, write_page
+from agr_ray.report.sweep_report import BEST_RECIPE, PROVENANCE, sweep_report
 from agr_ray.tuning.recipe import recipe_toml
-from agr_ray.tuning.space import base_job, is_papers, values_of, with_values
+from agr_ray.tuning.space import base_job, values_of, with_values
 from agr_ray.tuning.study import study_address
 from agr_ray.tuning.sweep import Sweep, shown_value
 from agr_ray.tuning.trials import Trial, excesses, front, is_feasible, trials_table
-
-BEST_RECIPE: Final = "best.toml"
-OBJECTIVE_WORDS: Final = (
-    "The error on validation divided by the error of a constant baseline, averaged over age, gender and race. The "
-    "error is the mean distance to the true age or age range for age, and 1 - balanced accuracy for gender and race. "
-    "The baseline is the median age or the most frequent class of the training images. 1 is no better than the "
-    "baseline, 0 is perfect. The objective of a trial is that of its best epoch, whose checkpoint is kept."
-)
-_UNITS: Final = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 
 
 def write_results(sweep: Sweep, run: Run, console: Console) -> None:
@@ -38,18 +29,15 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
         run: the training run that trials are variants of.
         console: for warnings.
     """
-    from agr_ray.report.sweep_page import sweep_page  # here, because matplotlib takes a while to import
-
     storage, job, trials = sweep.storage, sweep.job, list(sweep.trials.values())
     table = trials_table(trials, job.tune.space, job.tune.constraints, job.model.tasks)
     sweep.check_lock()
     storage.write_table(table, sweep.join("trials.parquet"))
-    best, recipe, metrics = sweep.best, "", {}
+    sweep.keep_unfinished()
+    best = sweep.best
     if best is not None:
-        recipe = best_recipe(sweep, best)
-        storage.write(sweep.join(BEST_RECIPE), recipe.encode())
+        storage.write(sweep.join(BEST_RECIPE), best_recipe(sweep, best).encode())
         source = storage.join(sweep.trial_uri(best.number), "best")
-        metrics = json.loads(storage.read(storage.join(source, "meta.json")))["metrics"]["val"]
         with TemporaryDirectory() as temporary:
             storage.download_tree(source, f"{temporary}/best")
             sweep.check_lock()
@@ -59,7 +47,8 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
             beyond = [name for name, excess in excesses(best, job.tune.constraints).items() if excess > 0.0]
             console.print(f"warning: no trial satisfies tune.constraints; the best one violates {', '.join(beyond)}")
     sweep.check_lock()
-    storage.write(sweep.join("sweep.html"), sweep_page(_report(sweep, run, recipe, metrics)).encode())
+    storage.write(sweep.join(PROVENANCE), (json.dumps(_provenance(sweep, run), indent=2) + "\n").encode())
+    write_page(storage, sweep.plan.uri, sweep_report(storage, sweep.plan.uri))
 
 
 def best_recipe(sweep: Sweep, best: Trial) -> str:
@@ -131,78 +120,15 @@ def print_trials(sweep: Sweep, console: Console) -> None:
             console.print(f"trial {trial.number} failed: {trial.why}")
     if best is not None:
         console.print(f"best: trial {best.number}: {sweep.join('best')}, {sweep.join(BEST_RECIPE)}")
-    console.print(f"page: {sweep.join('sweep.html')}")
-
-
-def _report(sweep: Sweep, run: Run, recipe: str, metrics: Mapping[str, Any]) -> Any:
-    from agr_ray.report.sweep_page import BaselineErrors, SweepReport
-
-    job, trials, best = sweep.job, list(sweep.trials.values()), sweep.best
-    on_front = {trial.number for trial in front(trials, job.tune.constraints, job.model.tasks)}
-    constant = metrics.get("baseline", {})
-
-    def error(task: str) -> float | None:
-        accuracy = constant.get(task, {}).get("balanced_accuracy")
-        return None if accuracy is None else 1.0 - accuracy
-
-    baseline = BaselineErrors(
-        objective=1.0 if constant else None,
-        age_mae_years=constant.get("age", {}).get("mae_years"),
-        gender_error=error("gender"),
-        race_error=error("race"),
-    )
-    return SweepReport(
-        title=f"Sweep {sweep.plan.name}",
-        objective_formula=OBJECTIVE_WORDS,
-        mode=job.tune.mode,
-        trials=[_row(job, trial, is_on_front=trial.number in on_front) for trial in trials],
-        best_number=None if best is None else best.number,
-        recipe_toml=recipe,
-        constraints=[f"{name} at most {limit:g}{_UNITS.get(name, '')}" for name, limit in job.tune.constraints.items()],
-        provenance=_provenance(sweep, run),
-        baseline=baseline,
-        logarithmic=frozenset(key for key, parameter in job.tune.space.items() if parameter.log_uniform),
-        loss_weights=tuple(key for key in job.tune.space if key.startswith("loss.") and key.endswith("_weight")),
-    )
-
-
-def _row(job: TuneJob, trial: Trial, *, is_on_front: bool) -> Any:
-    from agr_ray.report.sweep_page import TrialRow
-
-    objective = trial.objective
-    if trial.state == "pruned" and trial.curve:
-        objective = trial.curve[-1]
-    return TrialRow(
-        number=trial.number,
-        state=trial.state,
-        why=trial.why,
-        params=trial.params,
-        objective=objective,
-        age_mae_years=trial.error("age_mae_years"),
-        gender_error=trial.error("gender_error"),
-        race_error=trial.error("race_error"),
-        worst_group_mae_years=trial.error("worst_group_age_mae_years"),
-        epochs=len(trial.epochs),
-        duration_s=trial.wall_s,
-        is_feasible=is_feasible(trial, job.tune.constraints),
-        curve=trial.curve,
-        is_reference=is_papers(job, trial.params),
-        is_on_front=is_on_front,
-    )
+    console.print(f"page: {sweep.join(HTML_FILE)}")
 
 
 def _provenance(sweep: Sweep, run: Run) -> dict[str, str]:
-    job, trials = sweep.job, sweep.trials.values()
     return {
         "data": str(run.data["uri"]),
         "training crops": str(run.num_train_rows),
         "validation crops": str(run.num_val_rows),
         "SHA-256 of the split manifest": str(run.data["split_manifest_sha256"]),
-        "seed of the search": str(job.tune.seed),
-        "seed of each training": str(job.train.seed),
-        "configuration": sweep.plan.settings_digest,
         "commit": run.git_commit or "unknown",
-        "study": study_address(sweep.storage, sweep.plan.uri, job.tune),
-        "epochs of all trials": str(sum(len(trial.epochs) for trial in trials)),
-        "time of all trials": f"{sum(trial.wall_s for trial in trials):.0f} s",
+        "study": study_address(sweep.storage, sweep.plan.uri, sweep.job.tune),
     }

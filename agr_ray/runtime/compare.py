@@ -1,7 +1,8 @@
 """Train presets on the same data with the same settings, and compare them: `agr-ray compare`.
 
     OUT/
-      comparison.html, comparison.parquet                   the result (`report.comparison`)
+      report.html, report.md, report-figures/               the page (`report.comparison_page`)
+      comparison.parquet, measured.json                     the result (`report.comparison`)
       comparison.json                                       the settings that all runs share, and those of each preset
       runs/PRESET-SEED/, evaluations/PRESET-SEED/           each run
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import ray
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.models.network import preset_config
 from agr_ray.report.comparison import write_comparison
+from agr_ray.report.comparison_page import RECORD
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.run_matrix import (
     TASK,
@@ -43,11 +45,9 @@ from agr_ray.schema import LABEL_COLUMNS
 from agr_ray.storage import Storage
 from agr_ray.storage.lock import run_lock
 
-RECORD: Final = "comparison.json"
-
 
 def compare(job: CompareJob) -> str:
-    """Train and evaluate all runs that are not complete, write the result, and return the URI of comparison.html.
+    """Train and evaluate all runs that are not complete, write the result, and return the URI of report.html.
 
     A run that fails, for example because its loss is not finite, is named in the result, and the others continue.
 
@@ -87,7 +87,7 @@ def compare(job: CompareJob) -> str:
                     if problem:
                         failures[name] = problem
         lock.check()
-        page = write_comparison(storage, out, prepared, job.compare.split, failures, _settings(job), console)
+        page = write_comparison(storage, out, prepared, failures, job.compare.image_size, console)
     if failures:
         reasons = "; ".join(f"{name}: {problem}" for name, problem in failures.items())
         raise JobError(f"{len(failures)} of {len(runs)} runs failed: {reasons}")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -45,7 +45,13 @@ from agr_ray.predict.downloads import one_cpu, use_one_cpu
 from agr_ray.predict.prediction_rows import PredictionRows, read_rows
 from agr_ray.predict.resolve import resolve
 from agr_ray.progress_bar import progress
-from agr_ray.report.evaluation_folder import METRICS_FILE, PREDICTIONS_FILE, is_evaluation, out_folder
+from agr_ray.report.evaluation_folder import (
+    FORMAT_VERSION,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    is_evaluation,
+    out_folder,
+)
 from agr_ray.report.evaluation_pair import write_pair
 from agr_ray.report.evaluation_summary import print_calibration, print_fitted, print_summary, vision_differences
 from agr_ray.runtime.cluster import cluster
@@ -54,8 +60,6 @@ from agr_ray.runtime.explain import Explanation, explain
 from agr_ray.runtime.stress import StressTest, check_corruptions, stress
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
-
-FORMAT_VERSION: Final = 2
 
 
 def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:

@@ -9,7 +9,8 @@ A sweep is a folder, OUT/NAME:
     study.journal       Optuna's study, unless tune.study names another
     best.toml  best/    the best trial as a recipe, and its checkpoint
     trials.parquet      schema.TRIALS and the searched keys, a row for each trial
-    sweep.html          the report
+    provenance.json     data and study of the trials, for the page
+    report.html         the page; report.md, report-figures/
 
 The records are what a sweep is resumed from. A trial whose record says that it has not ended resumes from the last
 checkpoint of its training run; one that failed before its first epoch is retried.
@@ -72,10 +73,7 @@ class Sweep:
         self._started: dict[int, float] = {}
         self._queue: deque[int] = deque()
         self._cleaned: set[int] = set()
-        records = self.join("records")
-        for info in storage.list(records, (".json",)) if storage.exists(records) else ():
-            trial = Trial.from_json(json.loads(storage.read(info.uri)))
-            self.trials[trial.number] = trial
+        self.trials |= {trial.number: trial for trial in read_trials(storage, plan.uri)}
         self.study = Study(storage, plan.uri, plan.sweep_id, job.tune, job.model.tasks, plan.name)
 
     def check_lock(self) -> None:
@@ -204,6 +202,12 @@ class Sweep:
         else:
             self._end(settled)
 
+    def keep_unfinished(self) -> None:
+        """Write the records of the trials that have not ended, with the epochs reported so far."""
+        for trial in self.trials.values():
+            if trial.state == "unfinished":
+                self._keep(trial)
+
     def write_record(self, finished: str) -> None:
         """Write sweep.json."""
         record = {
@@ -317,6 +321,14 @@ class Sweep:
 
     def _say(self, line: str) -> None:
         self._console.print(line)
+
+
+def read_trials(storage: Storage, uri: str) -> list[Trial]:
+    """Return the records of the trials of the sweep in a folder, by number."""
+    records = storage.join(uri, "records")
+    files = storage.list(records, (".json",)) if storage.exists(records) else ()
+    trials = [Trial.from_json(json.loads(storage.read(info.uri))) for info in files]
+    return sorted(trials, key=lambda trial: trial.number)
 
 
 def trial_name(number: int) -> str:

@@ -39,7 +39,7 @@ def compare_job(data: Path, out: Path, train: dict[str, Any] | None = None, **ch
 @pytest.fixture(scope="module")
 def compared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("comparison")
-    assert compare(compare_job(data, out)) == str(out / "comparison.html")
+    assert compare(compare_job(data, out)) == str(out / "report.html")
     return out
 
 
@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_evaluations(compared: Path) -> None:
 
 
 def test_there_is_a_page_that_loads_nothing(compared: Path) -> None:
-    page = (compared / "comparison.html").read_text()
+    page = (compared / "report.html").read_text()
 
     assert page.lower().startswith("<!doctype html>")
     assert "single_task_age" in page
@@ -113,7 +113,7 @@ def test_a_comparison_of_which_all_runs_fail_is_written(data: Path, tmp_path: Pa
 
     (row,) = pq.read_table(tmp_path / "comparison.parquet").to_pylist()
     assert "loss nan" in row["failures"][0]
-    assert "loss nan" in (tmp_path / "comparison.html").read_text()
+    assert "loss nan" in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_that_diverges_is_named_and_the_others_are_compared(data: Path, tmp_path: Path) -> None:

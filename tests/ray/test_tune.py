@@ -137,7 +137,7 @@ def test_the_study_contains_the_same_trials(sweep: Path) -> None:
 
 
 def test_there_is_a_report(sweep: Path) -> None:
-    page = (sweep / "sweep.html").read_text()
+    page = (sweep / "report.html").read_text()
 
     assert page.lower().startswith("<!doctype html>")
     assert "train.lr" in page

@@ -177,7 +177,7 @@ def test_a_sweep_in_a_bucket_through_job_submit(
     (best,) = [row["number"] for row in rows if row["is_best"]]
     keys = bucket.keys("sweeps/submitted/")
     assert {key.split("/")[3] for key in keys if "/best/" in key and "/trials/" in key} == {f"{best:04d}"}
-    for name in ("best.toml", "best/meta.json", "sweep.html", "study.journal", "sweep.json"):
+    for name in ("best.toml", "best/meta.json", "report.html", "study.journal", "sweep.json"):
         assert f"sweeps/submitted/{name}" in keys
     assert not [key for key in keys if key.startswith("sweeps/submitted/tune/")]
 

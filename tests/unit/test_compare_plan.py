@@ -16,7 +16,8 @@ from agr_ray.config.presets import PRESETS
 from agr_ray.data.prepared import open_prepared
 from agr_ray.errors import ConfigError
 from agr_ray.models.backbones.inception_resnet import InceptionResNet
-from agr_ray.runtime.compare import RECORD, plan_runs, store_settings
+from agr_ray.report.comparison_page import RECORD
+from agr_ray.runtime.compare import plan_runs, store_settings
 from agr_ray.storage import Storage
 
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from agr_ray.config.presets import PRESETS
+from agr_ray.errors import ConfigError
 from agr_ray.evaluation.comparison import METRICS, compare
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.predictions import Predictions
-from agr_ray.report.comparison import cited, difference_text, text
-from agr_ray.schema import COMPARED_METRICS
+from agr_ray.report.comparison_page import comparison_report, is_comparison
+from agr_ray.report.comparison_rows import cited, difference_text, estimates_of, metric_columns, text
+from agr_ray.report.page_files import write_page
+from agr_ray.report.page_html import page_html
+from agr_ray.report.page_markdown import page_markdown
+from agr_ray.schema import COMPARED_METRICS, COMPARISON
+from agr_ray.storage import Storage
 
 NUM_IMAGES = 300
 RNG = np.random.default_rng(0)
@@ -176,3 +187,113 @@ def test_the_papers_figures_are_those_of_its_tables() -> None:
     assert cited("vit", "age_mae_years") is None
     assert cited("ldl", "age_within_5") is None
     assert len([preset for preset in PRESETS.values() if preset.cited is not None]) == 16
+
+
+# The page
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def compared(folder: Path, runs: dict[str, list[Predictions]], failures: dict[str, str] | None = None) -> Path:
+    """Write the files of a comparison of some runs."""
+    estimates = compare(runs, LABELS, APART, "paper", num_resamples=50) if runs else {}
+    failed = failures or {}
+    rows: list[dict[str, Any]] = []
+    for preset in [*runs, *failed]:
+        seeds = list(range(len(runs.get(preset, []))))
+        about = {
+            "preset": preset,
+            "seeds": seeds,
+            "failures": [f"{preset}-0: {failed[preset]}"] if preset in failed else [],
+        }
+        about |= {"side_px": 64, "parameters": 1_500_000, "multiply_adds": 2_000_000}
+        rows.append({**about, "train_samples_per_s": 30.4, **metric_columns(preset, estimates.get(preset, {}))})
+        for seed in seeds:
+            history = pa.table({"epoch": [1, 2, 3], "val_age_mae_years": [12.0, None, 9.0]})
+            run = folder / "runs" / f"{preset}-{seed}"
+            run.mkdir(parents=True)
+            Storage().write_table(history, str(run / "history.parquet"))
+    Storage().write_table(pa.Table.from_pylist(rows, COMPARISON), str(folder / "comparison.parquet"))
+    settings = {"train": {"epochs": 40, "optimizer": HOSTILE}, "split": "test", "data": "abc", "presets": {}}
+    (folder / "comparison.json").write_text(json.dumps(settings))
+    measured = {"data": f"/faces/{HOSTILE}", "split_manifest_sha256": "ab" * 32, "num_images": NUM_IMAGES}
+    (folder / "measured.json").write_text(json.dumps(measured | {"reference": "paper", "machine": "a CPU"}))
+    return folder
+
+
+def markdown(folder: Path) -> str:
+    return page_markdown(comparison_report(Storage(), str(folder)), "figures")
+
+
+def test_the_columns_of_a_row_hold_the_estimates() -> None:
+    runs = {"paper": [guessed(8.0, 0.8, 1), guessed(8.0, 0.8, 3)], "cbam": [guessed(6.0, 0.9, 2)]}
+    estimates = compare(runs, LABELS, APART, "paper")
+
+    for preset in runs:
+        about = {"preset": preset, "seeds": [0], "failures": [], "side_px": 1, "parameters": 1, "multiply_adds": 1}
+        (row,) = pa.Table.from_pylist([about | metric_columns(preset, estimates[preset])], COMPARISON).to_pylist()
+        assert estimates_of(row, frozenset(COMPARED_METRICS)) == estimates[preset]
+
+
+def test_the_page_says_who_is_best_and_whether_the_difference_is_significant(tmp_path: Path) -> None:
+    runs = {"paper": [guessed(9.0, 0.8, 1)], "cbam": [guessed(4.0, 0.8, 2)], "se": [guessed(9.0, 0.8, 3)]}
+    page = markdown(compared(tmp_path, runs))
+
+    assert "cbam has the lowest age error" in page
+    assert "which is a significant difference" in page
+    differences = page[page.index("## Differences") : page.index("## Course")]
+    rows = [line.split(" | ") for line in differences.splitlines() if line.startswith("| ")][2:]
+    assert [(row[0], row[1].startswith("**")) for row in rows] == [("| cbam", True), ("| se", False)]
+    assert "hold no variance between seeds" in page
+    assert "| ldl |" not in page
+    assert "| paper (reference) | 1 |" in page
+    assert "| cbam |  |" not in page[page.index("## As the paper cites") :]  # nothing is cited for it
+
+
+def test_a_second_seed_of_one_preset_is_told_for_all(tmp_path: Path) -> None:
+    page = markdown(
+        compared(tmp_path, {"paper": [guessed(9.0, 0.8, 1), guessed(9.0, 0.8, 2)], "se": [guessed(9.0, 0.8, 3)]})
+    )
+
+    assert "of age MAE, within 5 years, one-off, gender, race, over seeds" in page
+    assert "hold no variance between seeds" not in page
+    assert "about one difference in twenty would be bold" in page
+
+
+def test_failures_are_told_and_hostile_text_is_escaped(tmp_path: Path) -> None:
+    folder = compared(tmp_path, {"paper": [guessed(9.0, 0.8, 1)]}, {"vit": f"loss nan {HOSTILE}"})
+    html = page_html(comparison_report(Storage(), str(folder)))
+
+    assert "1 run failed" in html
+    assert html.count("<script>") == 1
+    assert html.count("&lt;script&gt;alert(1)&lt;") == 3
+
+
+def test_a_comparison_of_which_all_runs_failed_has_a_page(tmp_path: Path) -> None:
+    page = markdown(compared(tmp_path, {}, {"vit": "loss nan"}))
+
+    assert "No network was measured." in page
+    assert "| vit-0 | loss nan |" in page
+
+
+def test_a_preset_keeps_its_page_without_its_runs(tmp_path: Path) -> None:
+    """The same page comes from the folder again, whose runs may have been deleted."""
+    folder = compared(tmp_path, {"paper": [guessed(9.0, 0.8, 1)], "se": [guessed(8.0, 0.8, 3)]})
+    write_page(Storage(), str(folder), comparison_report(Storage(), str(folder)))
+    first = (folder / "report.html").read_text()
+
+    assert page_html(comparison_report(Storage(), str(folder))) == first
+    (folder / "runs" / "se-0" / "history.parquet").unlink()
+    assert "Course of training" in page_html(comparison_report(Storage(), str(folder)))
+
+
+def test_a_folder_without_a_comparison_is_named(tmp_path: Path) -> None:
+    assert not is_comparison(Storage(), str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no finished comparison; there are no comparison\.parquet"):
+        comparison_report(Storage(), str(tmp_path))
+
+    folder = compared(tmp_path, {"paper": [guessed(9.0, 0.8, 1)]})
+    assert is_comparison(Storage(), str(folder))
+    (folder / "measured.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not written by agr-ray compare, or damaged"):
+        comparison_report(Storage(), str(folder))

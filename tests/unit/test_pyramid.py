@@ -18,8 +18,9 @@ def _row(group: str, gender: str, race: str, n: int | None, **changes: Any) -> d
 
 
 def _lengths(table: pa.Table) -> tuple[list[float], str]:
-    axes = population_pyramid(table, UTKFACE, "title").axes[0]
-    return [bar.get_width() for container in axes.containers for bar in container], axes.get_xlabel()
+    drawing = population_pyramid(table, UTKFACE)
+    axes = drawing.draw().axes[0]
+    return [bar.get_width() for container in axes.containers for bar in container], drawing.caption
 
 
 def test_bars_sum_the_races_of_the_total() -> None:
@@ -31,29 +32,29 @@ def test_bars_sum_the_races_of_the_total() -> None:
         _row("21-30", "male", "white", 100, breakdown="gender"),
     ]
 
-    lengths, label = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
+    lengths, caption = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
 
     groups = len(UTKFACE.age_groups)
     assert lengths == [-7, *[0] * (groups - 1), 0, 0, 5, *[0] * (groups - 3)]
-    assert label == "faces"
+    assert caption == "Faces by perceived age group and gender."
 
 
 def test_hidden_cells_are_mentioned() -> None:
     rows = [_row("0-10", "female", "white", None), _row("0-10", "female", "black", 12)]
 
-    lengths, label = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
+    lengths, caption = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
 
     assert sum(lengths) == -12
-    assert "score.min_cell" in label
+    assert "score.min_cell" in caption
 
 
 def test_faces_without_a_cell_are_mentioned() -> None:
     rows = [_row("0-10", "female", "white", 3, num_abstained=7)]
 
-    lengths, label = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
+    lengths, caption = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
 
     assert sum(lengths) == -3
-    assert label == "faces; 7 more have an attribute that is too uncertain"
+    assert caption.endswith(" 7 more have an attribute that is too uncertain.")
 
 
 def test_a_model_without_race_has_its_bars() -> None:

@@ -161,6 +161,6 @@ def test_files_of_a_run_and_a_sweep_contain_no_secret(tmp_path: Path) -> None:
     sweep.write_record("1 trials")
 
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"sweep.json", "sweep.html", "best.toml", "trials.parquet"} <= {path.name for path in files}
+    assert {"sweep.json", "report.html", "best.toml", "trials.parquet"} <= {path.name for path in files}
     assert [path.name for path in files if SECRET.encode() in path.read_bytes()] == []
     assert STORAGE.exists(sweep.join("best.toml"))

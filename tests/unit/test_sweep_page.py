@@ -6,18 +6,30 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 
-from agr_ray.report.contour import smoothed
+from agr_ray.report.figure import COLOURS, figure_style
 from agr_ray.report.importance import MIN_TRIALS, importances
-from agr_ray.report.sweep_figures import front_svg
-from agr_ray.report.sweep_page import BaselineErrors, SweepReport, TrialRow, sweep_page
-from agr_ray.report.trial_rows import best_so_far, looks_logarithmic
+from agr_ray.report.page import Drawing
+from agr_ray.report.page_files import write_page
+from agr_ray.report.page_html import page_html
+from agr_ray.report.page_markdown import page_markdown
+from agr_ray.report.sweep_figures import SweepFigures
+from agr_ray.report.sweep_page import SweepReport, sweep_page
+from agr_ray.report.trial_rows import TrialRow
+from agr_ray.report.trial_study import trial_study
+from agr_ray.storage import Storage
 
 NAN = float("nan")
+BASELINE = {"objective": 1.0, "age_mae_years": 15.0, "gender_error": 0.5, "race_error": 0.8}
 VOID = {"meta", "br", "wbr", "hr", "img", "input"}
 
 
@@ -44,15 +56,35 @@ def trial(number: int, objective: float | None = 0.4, **changes: Any) -> TrialRo
 def report(trials: list[TrialRow], best_number: int | None = None, **changes: Any) -> SweepReport:
     made = SweepReport(
         title="A sweep",
-        objective_formula="the mean of the errors over those of the guess",
         mode="scalar",
         trials=trials,
+        space=space_of(trials),
         best_number=best_number,
         recipe_toml="[loss]\nage_weight = 2.0\n" if best_number is not None else "",
         constraints=(),
         provenance={"seed": "7"},
     )
     return replace(made, **changes)
+
+
+def space_of(trials: list[TrialRow]) -> dict[str, BaseDistribution]:
+    """Return a space that holds the trials' parameters."""
+    values: dict[str, list[Any]] = {}
+    for row in trials:
+        for name, value in row.params.items():
+            values.setdefault(name, []).append(value)
+    return {name: distribution(each) for name, each in values.items()}
+
+
+def distribution(values: list[Any]) -> BaseDistribution:
+    if isinstance(values[0], bool | str):
+        return CategoricalDistribution(sorted(set(values)))
+    kind = IntDistribution if isinstance(values[0], int) else FloatDistribution
+    return kind(min(values), max(values), log=min(values) > 0 and max(values) > 20 * min(values))
+
+
+def html(made: SweepReport) -> str:
+    return page_html(sweep_page(made))
 
 
 def many(num: int) -> list[TrialRow]:
@@ -131,12 +163,12 @@ def outline(page: str) -> Outline:
 
 
 def words(page: str) -> str:
-    return " ".join(" ".join(outline(page).texts).split())
+    return " ".join("".join(outline(page).texts).split())
 
 
 @pytest.fixture(scope="module")
 def large() -> str:
-    return sweep_page(report(many(120), best_number=0, logarithmic=frozenset({"loss.age_weight"})))
+    return html(report(many(120), best_number=0))
 
 
 def test_a_large_report_is_complete_and_self_contained(large: str) -> None:
@@ -151,10 +183,23 @@ def test_a_large_report_is_complete_and_self_contained(large: str) -> None:
     assert len(large) < 2_000_000
 
 
-def test_a_large_report_takes_its_colours_from_its_style(large: str) -> None:
-    assert "#0102" not in large
-    assert "var(--complete)" in large
-    assert "prefers-color-scheme: dark" in large
+def test_optunas_figures_take_their_colours_from_the_page(large: str) -> None:
+    for colour in ("#1f77b4", "#d62728", "#cccccc", "#e5e5e5", "#555555"):  # Optuna's and ggplot's
+        assert colour not in large
+    assert "stroke: var(--red)" in large
+    assert "fill: var(--blue)" in large
+
+
+def test_optunas_figures_leave_nothing_behind() -> None:
+    style = {name: str(value) for name, value in matplotlib.rcParams.items()}
+    ggplot = dict(matplotlib.style.library["ggplot"])
+    before = plt.get_fignums()
+
+    assert "<svg" in html(report(many(30), 0))
+
+    assert plt.get_fignums() == before
+    assert {name: str(value) for name, value in matplotlib.rcParams.items()} == style
+    assert dict(matplotlib.style.library["ggplot"]) == ggplot
 
 
 def test_a_large_report_names_important_settings_and_those_some_trials_lack(large: str) -> None:
@@ -168,7 +213,7 @@ def test_a_large_report_names_important_settings_and_those_some_trials_lack(larg
 def test_the_same_rows_make_the_same_page() -> None:
     rows = many(4)
 
-    assert sweep_page(report(rows, 0)) == sweep_page(report(rows[::-1], 0))
+    assert html(report(rows, 0)) == html(report(rows[::-1], 0))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +228,7 @@ def test_the_same_rows_make_the_same_page() -> None:
     ],
 )
 def test_a_sweep_without_a_chosen_trial_says_why(trials: list[TrialRow], said: str) -> None:
-    text = words(sweep_page(report(trials)))
+    text = words(html(report(trials)))
 
     assert said in text
     assert "No importances are shown." in text
@@ -191,7 +236,7 @@ def test_a_sweep_without_a_chosen_trial_says_why(trials: list[TrialRow], said: s
 
 
 def test_one_trial_makes_a_page() -> None:
-    text = words(sweep_page(report([trial(0, is_reference=True)], 0)))
+    text = words(html(report([trial(0, is_reference=True)], 0)))
 
     assert "1 trial:" in text
     assert "These are the paper's own weights" in text
@@ -203,7 +248,7 @@ def test_non_finite_values_are_shown_as_missing_and_not_drawn(value: float | Non
     odd = trial(
         2,
         value,
-        params={"lr": math.inf if value is None else value},
+        params={"lr": 0.3},
         age_mae_years=value,
         gender_error=value,
         race_error=value,
@@ -212,7 +257,7 @@ def test_non_finite_values_are_shown_as_missing_and_not_drawn(value: float | Non
     )
     rows = [trial(0, 0.5, params={"lr": 0.1}), trial(1, 0.4, params={"lr": 0.2}), odd]
 
-    page = sweep_page(report(rows, 1))
+    page = html(report(rows, 1))
 
     assert "without a finite objective, and so in no figure: 2." in words(page)
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
@@ -222,7 +267,7 @@ def test_non_finite_values_are_shown_as_missing_and_not_drawn(value: float | Non
 def test_the_headline_compares_with_the_papers_weights_and_the_baseline() -> None:
     rows = [trial(0, 0.5, is_reference=True, age_mae_years=8.0), trial(1, 0.4, age_mae_years=6.0)]
 
-    text = words(sweep_page(report(rows, 1, baseline=BaselineErrors(1.0, 15.0, 0.5, 0.8))))
+    text = words(html(report(rows, 1, baseline=BASELINE)))
 
     assert "Trial 1 was chosen, with an objective of 0.4000. That is 20.0 % lower than the 0.5000" in text
     assert "Chosen, trial 1 0.4000 6.00 10.0 % 20.0 % 9.00" in text
@@ -234,14 +279,14 @@ def test_the_headline_compares_with_the_papers_weights_and_the_baseline() -> Non
 def test_the_papers_weights_are_called_best_only_if_they_are() -> None:
     rows = [trial(0, 0.5, is_reference=True), trial(1, 0.4)]
 
-    assert "no other trial was better" not in sweep_page(report(rows, 0))
-    assert "no other trial was better" in sweep_page(report([rows[0], trial(1, 0.6)], 0))
+    assert "no other trial was better" not in html(report(rows, 0))
+    assert "no other trial was better" in html(report([rows[0], trial(1, 0.6)], 0))
 
 
 def test_a_stopped_reference_is_not_compared() -> None:
     rows = [trial(0, 0.5, is_reference=True, state="pruned"), trial(1)]
 
-    text = words(sweep_page(report(rows, 1)))
+    text = words(html(report(rows, 1)))
 
     assert "was not completed, so they cannot be compared" in text
     assert "Change" not in text
@@ -258,30 +303,31 @@ def test_strings_in_the_report_are_escaped() -> None:
         rows,
         0,
         title=evil,
-        objective_formula=evil,
         constraints=(evil,),
         recipe_toml=evil,
         provenance={evil: evil},
     )
 
-    found = outline(sweep_page(made))
+    found = outline(html(made))
 
     assert found.tags.count("script") == 1
     assert "img" not in found.tags
     assert evil in "".join(found.texts)
 
 
-def test_control_characters_and_lone_surrogates_can_be_written() -> None:
+def test_control_characters_and_lone_surrogates_can_be_written(tmp_path: Path) -> None:
     odd = "a\x00\x1b\ud800\n$\\frac$"
     rows = [trial(number, params={"word": f"{odd}{number}", odd: number}) for number in range(3)]
 
-    sweep_page(report(rows, 0)).encode("utf-8")
+    page = write_page(Storage(), str(tmp_path), sweep_page(report(rows, 0)))
+
+    assert "All trials" in Path(page).read_text("utf-8")
 
 
 def test_failures_with_the_same_reason_are_printed_once() -> None:
     rows = [trial(n, None, state="failed", why=why, curve=()) for n, why in enumerate(["oom", "nan", "oom", " "])]
 
-    text = words(sweep_page(report(rows)))
+    text = words(html(report(rows)))
 
     assert "Trials 0, 2: oom" in text
     assert "Trial 1: nan" in text
@@ -294,68 +340,121 @@ def test_without_a_head_the_front_is_of_the_other_errors() -> None:
         for n in range(3)
     ]
 
-    page = sweep_page(report(rows, 0, mode="pareto"))
+    page = html(report(rows, 0, mode="pareto"))
 
     assert "3 complete trials satisfy all constraints" in words(page)
     assert page.count("<svg") == 2 + 1
 
 
-def test_numbers_that_do_not_fit_are_rejected() -> None:
-    with pytest.raises(ValueError, match="two trials are number 4"):
-        sweep_page(report([trial(4), trial(4)]))
-    with pytest.raises(ValueError, match="best_number is 9, but none of the 1 trials has it"):
-        sweep_page(report([trial(4)], 9))
-
-
 def test_the_front_matches_the_rows() -> None:
     rows = [trial(n, age_mae_years=9.0 - n, is_on_front=n != 1) for n in range(3)]
 
-    page = sweep_page(report(rows, 0, mode="pareto"))
+    page = html(report(rows, 0, mode="pareto"))
 
     assert "2 complete trials satisfy all constraints" in words(page)
     table = page[page.index('id="trade-off"') : page.index('id="failures"')]
-    assert re.findall(r'<th scope="row">(\d)</th>', table) == ["2", "0"]
+    assert re.findall(r'<th scope="row" class="text">(\d)</th>', table) == ["2", "0"]
 
 
 def test_the_panel_of_a_front_contains_it_and_the_chosen_trial() -> None:
     near = [trial(n, age_mae_years=9.0 + 0.1 * n, gender_error=0.2) for n in range(3)]
     far = trial(3, age_mae_years=30.0, gender_error=0.1)
+    errors = ("age_mae_years", "gender_error")
 
-    def drawn(row: TrialRow, best_number: int | None) -> str:
-        return front_svg(
-            [*near, row], ("age_mae_years", "gender_error"), ("age MAE, years", "gender error"), best_number, "front"
-        )
+    def right_end(row: TrialRow, best_number: int | None) -> float:
+        drawing = SweepFigures([*near, row], {}, best_number).front(errors, {name: name for name in errors}, errors, "")
+        with figure_style():
+            return float(drawing.draw().axes[0].get_xlim()[1])
 
-    assert "1 beyond" in drawn(far, None)
-    assert "beyond" not in drawn(far, 3)
-    assert "beyond" not in drawn(replace(far, is_on_front=True), None)
+    assert right_end(far, None) < 10.0
+    assert right_end(far, 3) > 30.0
+    assert right_end(replace(far, is_on_front=True), None) > 30.0
+
+
+def test_an_outlier_does_not_stretch_the_axes_and_is_counted() -> None:
+    rows = [trial(n, 0.4 + 0.01 * n, params={"lr": 0.1 + n}) for n in range(9)]
+    rows.append(trial(9, 50.0, params={"lr": 3.0}))
+    figures = SweepFigures(rows, space_of(rows), 0)
+
+    for drawing in (figures.history(""), figures.slice("lr", "slice-0", "")):
+        with figure_style():
+            axes = drawing.draw().axes[0]
+        assert axes.get_ylim()[1] < 0.6
+        assert [text.get_text() for text in axes.texts] == ["1 above"]
+
+
+def test_the_chosen_trial_and_the_papers_are_marked_where_they_are() -> None:
+    rows = [trial(n, 0.4 + 0.01 * n, params={"optimizer": "adam" if n else "sgd", "lr": 0.1 + n}) for n in range(4)]
+    rows[2] = replace(rows[2], is_reference=True)
+    figures = SweepFigures(rows, space_of(rows), 0)
+
+    def marks(drawing: Drawing) -> dict[str, list[float]]:
+        with figure_style():
+            axes = drawing.draw().axes[0]
+        named = {str(dots.get_label()): dots.get_offsets().tolist() for dots in axes.collections}
+        return {label: named[label][0] for label in ("chosen", "paper's weights")}
+
+    assert marks(figures.slice("lr", "a", "")) == {"chosen": [0.1, 0.4], "paper's weights": [2.1, pytest.approx(0.42)]}
+    assert marks(figures.slice("optimizer", "b", "")) == {
+        "chosen": [1.0, 0.4],
+        "paper's weights": [0.0, pytest.approx(0.42)],
+    }
+
+
+def test_curves_are_told_apart_by_state() -> None:
+    rows = [
+        trial(0, 0.5),
+        trial(1, 0.4),
+        trial(2, state="failed", curve=(0.9,)),
+        trial(3, state="pruned", curve=(0.9,)),
+    ]
+    with figure_style():
+        axes = SweepFigures(rows, {}, 1).curves("").draw().axes[0]
+
+    colours = [(str(line.get_label()), str(line.get_color())) for line in axes.lines]
+    assert colours == [
+        ("complete", COLOURS["blue"]),
+        ("chosen", COLOURS["red"]),
+        ("stopped early", COLOURS["amber"]),
+    ]
+
+
+def test_the_study_has_the_numbers_of_the_rows() -> None:
+    rows = [trial(1, 0.5), trial(3, NAN), trial(4, state="pruned"), trial(5, is_feasible=False)]
+
+    study = trial_study(rows, {})
+
+    states = [TrialState.FAIL, TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL, TrialState.PRUNED]
+    assert [each.state for each in study.trials] == [*states, TrialState.COMPLETE]
+    assert study.best_trial.number == 1
 
 
 def test_a_trial_that_has_not_ended_is_not_called_failed() -> None:
     rows = [trial(0), trial(1, 0.5, state="unfinished", curve=(0.5,))]
 
-    page = sweep_page(report(rows, 0))
+    page = html(report(rows, 0))
 
     assert "2 trials: 1 complete, 0 stopped early, 0 failed, 1 not finished." in words(page)
     assert "No trial failed." in words(page)
     assert "not finished" in page[page.index('id="trials"') :]
 
 
-def test_the_best_so_far_is_feasible_and_complete() -> None:
-    rows = [
-        trial(0, 0.5),
-        trial(1, 0.1, is_feasible=False),
-        trial(2, 0.2, state="pruned"),
-        trial(3, NAN),
-        trial(4, 0.6),
-        trial(5, 0.3),
-    ]
+def test_a_better_trial_that_violates_a_constraint_does_not_count_against_the_papers_weights() -> None:
+    rows = [trial(0, 0.5, is_reference=True), trial(1, 0.1, is_feasible=False), trial(2, 0.2, state="pruned")]
 
-    assert best_so_far(rows) == [(0, 0.5), (5, 0.3)]
+    assert "no other trial was better" in html(report(rows, 0))
+
+
+def test_the_page_as_markdown_has_every_trial() -> None:
+    page = page_markdown(sweep_page(report(many(6), 0)), "figures")
+
+    table = page[page.index("## All trials") : page.index("## Recipe")]
+    assert [line.split(" | ")[0] for line in table.splitlines()[4:-1]] == ["| **0**", *(f"| {n}" for n in range(1, 6))]
+    assert "![" in page
 
 
 def test_importance_finds_the_parameter_that_decides() -> None:
-    found = importances(many(60), frozenset({"loss.age_weight"}))
+    found = importances(many(60), space_of(many(60)))
 
     assert found.why_not == ""
     assert next(iter(found.shares)) == "loss.age_weight"
@@ -366,7 +465,7 @@ def test_importance_of_noise_is_not_shown() -> None:
     rng = np.random.default_rng(1)
     rows = [trial(n, float(rng.uniform()), params={"a": float(rng.uniform()), "b": n % 3}) for n in range(24)]
 
-    found = importances(rows)
+    found = importances(rows, space_of(rows))
 
     assert found.shares == {}
     assert "stands out from chance" in found.why_not
@@ -378,37 +477,7 @@ def test_stopped_trials_are_compared_at_an_epoch_that_all_reached() -> None:
         for n, row in enumerate(many(40))
     ]
 
-    found = importances(rows, frozenset({"loss.age_weight"}))
+    found = importances(rows, space_of(rows))
 
     assert found.compared == "the objectives of 40 trials after epoch 1, the last that all of them reached"
     assert next(iter(found.shares)) == "loss.age_weight"
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([0.1, 0.3, 1.0, 3.0, 10.0], True),
-        ([1.0, 3.0, 5.0, 7.0, 100.0], True),
-        ([0.5, 4.0, 6.0, 10.0], False),
-        ([0.0, 0.001, 0.01, 1.0], False),
-        (["a", "b", "c"], False),
-        ([True, False], False),
-    ],
-)
-def test_a_logarithmic_scale_is_inferred_from_the_values(values: list[Any], expected: bool) -> None:
-    assert looks_logarithmic(values) is expected
-
-
-def test_the_contour_is_filled_only_where_trials_are_near() -> None:
-    rng = np.random.default_rng(0)
-    points = np.concatenate([0.2 + 0.05 * rng.normal(size=(20, 2)), [[1.0, 1.0]]])
-
-    filled = smoothed(points, np.full(21, 0.7), (False, False))
-
-    assert filled is not None
-    _, _, mean = filled
-    assert mean.mask[-1, -1]  # one trial alone
-    assert 0 < (~mean.mask).sum() < mean.size / 2
-    np.testing.assert_allclose(mean.compressed(), 0.7)
-    assert smoothed(points[:2], np.zeros(2), (False, False)) is None
-    assert smoothed(points * [1.0, 0.0], np.zeros(21), (False, False)) is None

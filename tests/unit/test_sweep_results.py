@@ -17,12 +17,16 @@ import torch
 from rich.console import Console
 
 from agr_ray.config import ClusterConfig, LabelsConfig, LossConfig, ModelConfig, TrainJob, TuneJob, parse
+from agr_ray.errors import ConfigError
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint import CALIBRATION, model_digest, save_checkpoint
 from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
+from agr_ray.report.page_html import page_html
+from agr_ray.report.page_markdown import page_markdown
+from agr_ray.report.sweep_report import is_sweep, sweep_report
 from agr_ray.report.sweep_results import best_recipe, print_trials, write_results
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage
@@ -102,13 +106,60 @@ def test_everything_is_written_from_the_trials(tmp_path: Path, console: Console)
 
     assert pq.read_table(folder / "trials.parquet")["state"].to_pylist() == ["complete"] * 4 + ["pruned", "failed"]
     assert json.loads((folder / "best" / "meta.json").read_text())["metrics"]["epoch"] == 2
-    page = (folder / "sweep.html").read_text()
+    page = (folder / "report.html").read_text()
     for said in ("Sweep lite", "killed: its process died", "train.lr", "c0ffee", "15.0"):
         assert said in page
     job = parse(TrainJob, ["--config", str(folder / "best.toml")], {})
     assert job.train.lr == sweep.trials[2].params["train.lr"]
     assert (job.train.name, job.train.out) == ("lite-best", str(tmp_path / "runs"))
     assert "[vision]" not in (folder / "best.toml").read_text()
+
+
+def test_the_page_is_rebuilt_from_the_folder(tmp_path: Path, console: Console) -> None:
+    sweep = swept(tune_job(tmp_path, mode="pareto", constraints={"age_mae_years": 7}), console)
+    write_results(sweep, RUN, console)
+    first = (Path(sweep.plan.uri) / "report.html").read_text()
+
+    assert is_sweep(STORAGE, sweep.plan.uri)
+    assert page_html(sweep_report(STORAGE, sweep.plan.uri + "/")) == first
+    assert (Path(sweep.plan.uri) / "report-figures" / "history.png").exists()
+
+
+def test_a_page_of_a_sweep_that_is_still_running_can_be_written(tmp_path: Path, console: Console) -> None:
+    sweep = swept(tune_job(tmp_path), console)
+
+    page = page_markdown(sweep_report(STORAGE, sweep.plan.uri), "figures")
+
+    assert "**Trial 2 was chosen" in page
+    assert "no best.toml" in page
+
+
+def test_epochs_of_a_trial_that_has_not_ended_are_on_the_page(tmp_path: Path, console: Console) -> None:
+    job = tune_job(tmp_path)
+    sweep = Sweep(STORAGE, plan_sweep(STORAGE, job, "of the data"), job, console)
+    sweep.begin()
+    assert sweep.next() is not None
+    sweep.reported(0, dict.fromkeys(HISTORY.names, 0.7) | {"epoch": 1, "val_balanced_objective": 0.8})
+
+    write_results(sweep, RUN, console)
+
+    page = (Path(sweep.plan.uri) / "report.md").read_text()
+    assert "- epochs of all trials: 1" in page
+    assert pq.read_table(Path(sweep.plan.uri) / "trials.parquet")["epochs"].to_pylist() == [1]
+
+
+def test_a_folder_without_a_sweep_is_named(tmp_path: Path, console: Console) -> None:
+    assert not is_sweep(STORAGE, str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no sweep; there is no sweep\.json"):
+        sweep_report(STORAGE, str(tmp_path))
+
+    sweep = swept(tune_job(tmp_path), console)
+    record = json.loads(Path(sweep.plan.uri, "sweep.json").read_text())
+    for content in ("{", "{}", json.dumps(record | {"config": {"tune": {"space": {"a": 1}}}})):
+        Path(sweep.plan.uri, "sweep.json").write_text(content)
+        with pytest.raises(ConfigError, match="not written by this version of agr-ray tune, or damaged") as error:
+            sweep_report(STORAGE, sweep.plan.uri)
+        assert "\n" not in str(error.value)
 
 
 def test_the_recipe_gives_the_same_training_again(tmp_path: Path, console: Console) -> None:
@@ -135,18 +186,18 @@ def test_trials_that_have_not_ended_are_not_shown_as_failed(tmp_path: Path, cons
 
     write_results(sweep, RUN, console)
 
-    page = (Path(sweep.plan.uri) / "sweep.html").read_text()
-    assert "0 failed, 1 not finished." in page
+    page = (Path(sweep.plan.uri) / "report.html").read_text()
+    assert "failed, 1 not finished." in page
 
 
 def test_no_trial_is_the_papers_if_the_recipe_differs(tmp_path: Path, console: Console) -> None:
     job = tune_job(tmp_path)
     write_results(swept(job, console), RUN, console)
-    assert "not among the trials" in (tmp_path / "sweeps" / "lite" / "sweep.html").read_text()  # gender's is 0.7
+    assert "not among the trials" in (tmp_path / "sweeps" / "lite" / "report.html").read_text()  # gender's is 0.7
 
     job = tune_job(tmp_path / "papers").model_copy(update={"loss": LossConfig()})
     write_results(swept(job, console), RUN, console)
-    assert "of the paper's own weights" in html.unescape((tmp_path / "papers/sweeps/lite/sweep.html").read_text())
+    assert "of the paper's own weights" in html.unescape((tmp_path / "papers/sweeps/lite/report.html").read_text())
 
 
 def test_the_report_has_the_front_of_the_table(tmp_path: Path, console: Console) -> None:
@@ -156,7 +207,7 @@ def test_the_report_has_the_front_of_the_table(tmp_path: Path, console: Console)
 
     table = pq.read_table(Path(sweep.plan.uri) / "trials.parquet")
     assert table["is_on_front"].to_pylist() == [False, False, True, False, False, False]
-    assert "1 complete trial satisfies all constraints" in (Path(sweep.plan.uri) / "sweep.html").read_text()
+    assert "1 complete trial satisfies all constraints" in (Path(sweep.plan.uri) / "report.md").read_text()
 
 
 def test_the_terminal_shows_the_best_first_and_why_trials_failed(tmp_path: Path, console: Console) -> None:
@@ -179,7 +230,7 @@ def test_if_no_trial_satisfies_the_constraints_the_report_says_so(tmp_path: Path
     write_results(sweep, RUN, console)
 
     assert "no trial satisfies tune.constraints; the best one violates age_mae_years" in console.export_text()
-    assert "age_mae_years at most 3 years" in (Path(sweep.plan.uri) / "sweep.html").read_text()
+    assert r"age\_mae\_years at most 3 years" in (Path(sweep.plan.uri) / "report.md").read_text()
 
 
 def test_a_sweep_without_a_complete_trial_has_a_table_and_a_page(tmp_path: Path, console: Console) -> None:
@@ -194,7 +245,7 @@ def test_a_sweep_without_a_complete_trial_has_a_table_and_a_page(tmp_path: Path,
     folder = Path(sweep.plan.uri)
     assert pq.read_table(folder / "trials.parquet")["why"].to_pylist() == ["raised: x"]
     assert not (folder / "best.toml").exists()
-    assert "No trial was completed" in (folder / "sweep.html").read_text()
+    assert "No trial was completed" in (folder / "report.html").read_text()
 
 
 # The checkpoint

@@ -1,0 +1,374 @@
+"""The page of a comparison: presets that were trained on the same images, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from matplotlib.figure import Figure
+
+from agr_ray.config.presets import PRESETS
+from agr_ray.errors import ConfigError
+from agr_ray.evaluation.comparison import Estimate
+from agr_ray.report.charts import Dot, Line, Scale, dot_drawing, line_drawing, scale_logarithmically, shortened
+from agr_ray.report.comparison_rows import LABELS, cited, difference_text, estimates_of, text
+from agr_ray.report.figure import COLOURS, SERIES, new_figure
+from agr_ray.report.page import Block, Cell, Drawing, Drawings, Fold, Page, Paragraph, Section, Table, Values
+from agr_ray.report.terms import MEASURED as TERMS
+from agr_ray.schema import COMPARED_METRICS
+from agr_ray.storage import MissingObject, Storage
+
+TABLE: Final = "comparison.parquet"
+RECORD: Final = "comparison.json"
+"""The settings that all runs share, by section, and those of each preset."""
+MEASURED: Final = "measured.json"
+"""The images on which runs were measured, the reference, and the machine on which scoring was timed."""
+
+_AGE: Final = "age_mae_years"
+_YEARS: Final = Scale("age MAE, years")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Content of `MEASURED`."""
+
+    data: str
+    """URI of the prepared set."""
+    split_manifest_sha256: str
+    num_images: int
+    """On which all runs were measured."""
+    reference: str
+    """The preset to which differences are relative."""
+    machine: str
+    """On which scoring was timed."""
+
+
+@dataclass(frozen=True)
+class ComparedPresets:
+    """What a comparison's folder holds."""
+
+    rows: Sequence[Mapping[str, Any]]
+    """Of schema.COMPARISON."""
+    settings: Mapping[str, Any]
+    """Content of `RECORD`."""
+    split: str
+    measured: Measurement
+    curves: Mapping[str, Sequence[tuple[int, float]]]
+    """(epoch, validation age MAE in years) of each run, by its name PRESET-SEED."""
+
+    @property
+    def reference(self) -> str:
+        """The preset to which differences are relative."""
+        return self.measured.reference
+
+    @property
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        """The estimates of each measured preset, by metric, the lowest age error first."""
+        several = [row for row in self.rows if len(row["seeds"]) > 1]
+        # One preset with several runs tells the variance between seeds for all.
+        with_seeds = frozenset(m for m in COMPARED_METRICS if any(row[m] is not None for row in several))
+        every = {row["preset"]: estimates_of(row, with_seeds) for row in self.rows}
+        measured = [(preset, estimates) for preset, estimates in every.items() if estimates]
+        return dict(sorted(measured, key=lambda item: item[1][_AGE].value if _AGE in item[1] else float("inf")))
+
+
+def is_comparison(storage: Storage, uri: str) -> bool:
+    """Return whether the folder holds the result of a comparison."""
+    return all(storage.exists(storage.join(uri, name)) for name in (TABLE, RECORD, MEASURED))
+
+
+def comparison_report(storage: Storage, uri: str) -> Page:
+    """Return the page of the comparison in a folder.
+
+    Raises:
+        ConfigError: the folder holds no comparison, or a file of it is damaged.
+    """
+    try:
+        rows = storage.read_table(storage.join(uri, TABLE)).to_pylist()
+        settings, measured = (json.loads(storage.read(storage.join(uri, name))) for name in (RECORD, MEASURED))
+        runs = [f"{row['preset']}-{seed}" for row in rows for seed in row["seeds"]]
+        curves = {name: _curve(storage, storage.join(uri, "runs", name, "history.parquet")) for name in runs}
+        compared = ComparedPresets(rows, settings, settings["split"], Measurement(**measured), curves)
+    except MissingObject:
+        raise ConfigError(f"{uri}: no finished comparison; there are no {TABLE}, {RECORD} and {MEASURED}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{uri}: not written by agr-ray compare, or damaged ({error}); compare again") from None
+    return comparison_page(compared)
+
+
+def _curve(storage: Storage, uri: str) -> list[tuple[int, float]]:
+    try:
+        history = storage.read_table(uri, columns=["epoch", "val_age_mae_years"])
+    except MissingObject:  # a page does not depend on it
+        return []
+    pairs = zip(history["epoch"].to_pylist(), history["val_age_mae_years"].to_pylist(), strict=True)
+    return [(epoch, mae) for epoch, mae in pairs if mae is not None]
+
+
+def comparison_page(compared: ComparedPresets) -> Page:
+    """Return the page."""
+    estimates = compared.estimates
+    sections = [
+        Section("table", "Results", _results(compared, estimates)),
+        Section("differences", f"Differences from {compared.reference}", _differences(compared, estimates)),
+        Section("training", "Course of training", _training(compared, estimates)),
+        Section("cited", "As the paper cites", _cited(compared)),
+        Section("settings", "Settings of all runs", _settings(compared)),
+    ]
+    terms = {name: TERMS[name] for name in ("MAE", "within 5 years", "95 % interval")}
+    return Page(
+        f"Comparison of {len(compared.rows)} networks",
+        _lead(compared, estimates),
+        [section for section in sections if section.blocks],
+        terms | {"one-off": TERMS["age group or the next"]},
+    )
+
+
+def _lead(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:
+    measured, split = compared.measured, compared.split
+    unseen = "which training never saw" if split == "test" else "on which nothing was trained"
+    blocks: list[Block] = [Paragraph(_verdict(compared, estimates), "verdict")]
+    if split == "val":
+        blocks.append(
+            Paragraph(
+                "Training chose each network's best epoch on this split, so these figures are optimistic.", "warning"
+            )
+        )
+    failures = [failure for row in compared.rows for failure in row["failures"]]
+    if failures:
+        runs = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
+        blocks.append(Paragraph(f"{runs} failed; the reasons are below the results.", "warning"))
+    with_seeds = _metrics_of(estimates, includes_seeds=True)
+    without_seeds = _metrics_of(estimates, includes_seeds=False)
+    over_seeds = (
+        f" and, of {', '.join(with_seeds)}, over seeds: the variance between seeds comes from the networks with "
+        "several runs, and is assumed to be the same for the others"
+        if with_seeds
+        else ""
+    )
+    blocks += [
+        Paragraph(
+            f"All were trained on the same images of {measured.data}, from random weights, and measured on the same "
+            f"{measured.num_images:,} images of the split {split}, {unseen} (split manifest "
+            f"{measured.split_manifest_sha256[:8]}). Settings are the same except those that belong to a preset."
+        ),
+        Paragraph(
+            f"Intervals are 95 % intervals over persons (over images if persons are unknown){over_seeds}. A difference "
+            "is significant if its interval excludes 0."
+        ),
+    ]
+    if without_seeds:
+        blocks.append(
+            Paragraph(
+                f"The intervals of {', '.join(without_seeds)} hold no variance between seeds, because no network with "
+                "them was trained more than once: they describe these trained networks, and another seed may reverse a "
+                "small difference. A second seed for some of these presets (--seeds 2) adds it for all."
+            )
+        )
+    remark = (
+        "A run's checkpoint is runs/PRESET-SEED/best. Figures are for the training budget in the settings below; a "
+        "longer training may change the order."
+    )
+    return [*blocks, Paragraph(remark)]
+
+
+def _verdict(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """Return the result in one or two sentences."""
+    ranked = [preset for preset in estimates if _AGE in estimates[preset]]
+    if not estimates:
+        return "No network was measured."
+    if not ranked:
+        return "No network was measured in age; the tables have the other tasks."
+    best, reference = ranked[0], compared.reference
+    lowest = estimates[best][_AGE]
+    if len(ranked) == 1:
+        return f"{best} errs by {lowest.value:.2f} years in age, on average."
+    verdict = f"{best} has the lowest age error, {lowest.value:.2f} years on average"
+    if best == reference:
+        return f"{verdict}; differences from it are below."
+    if reference not in ranked:
+        return f"{verdict}."
+    share = "which is a significant difference" if lowest.differs else "but the difference is not significant"
+    return f"{verdict}. {reference} has {estimates[reference][_AGE].value:.2f}, {share}."
+
+
+def _metrics_of(estimates: Mapping[str, Mapping[str, Estimate]], *, includes_seeds: bool) -> list[str]:
+    """Return the labels of the metrics whose intervals hold the variance between seeds, or of the others."""
+    found = {
+        metric
+        for of_preset in estimates.values()
+        for metric, estimate in of_preset.items()
+        if estimate.includes_seeds == includes_seeds
+    }
+    return [LABELS[metric].removesuffix(", years") for metric in COMPARED_METRICS if metric in found]
+
+
+def _results(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:
+    columns = ["preset", "runs", *LABELS.values(), "input, px", "parameters", "multiply-adds"]
+    columns += ["training, samples/s", "scoring, images/s, CPU"]
+    rows = []
+    for row in compared.rows:
+        own, preset = estimates.get(row["preset"], {}), row["preset"]
+        rates = [row["train_samples_per_s"], row["score_images_per_s"]]
+        rows.append(
+            [
+                f"{preset} (reference)" if preset == compared.reference else preset,
+                Cell(str(len(row["seeds"])), key=len(row["seeds"])),
+                *(_figure_cell(metric, own.get(metric)) for metric in COMPARED_METRICS),
+                Cell(str(row["side_px"]), key=row["side_px"]),
+                Cell(f"{row['parameters'] / 1e6:.1f} M", key=row["parameters"]),
+                Cell(f"{row['multiply_adds'] / 1e6:,.0f} M", key=row["multiply_adds"]),
+                *(Cell("" if rate is None else f"{rate:.0f}", key="" if rate is None else rate) for rate in rates),
+            ]
+        )
+    note = "Accuracies are in percent. One-off: the predicted age group is the true one or next to it."
+    blocks: list[Block] = [Table(columns, rows, note=note, is_sortable=True)]
+    failures = [failure.partition(": ") for row in compared.rows for failure in row["failures"]]
+    if failures:
+        blocks.append(
+            Table(
+                ("run", "why it failed"),
+                [(name, why) for name, _, why in failures],
+                num_text_columns=2,
+                caption="Runs that failed",
+                last_is_text=True,
+            )
+        )
+    ranked = {preset: each for preset, each in estimates.items() if _AGE in each}
+    if ranked:
+        blocks.append(Drawings([_ages(ranked, compared.reference), _sizes(compared, ranked)]))
+    return blocks
+
+
+def _figure_cell(metric: str, estimate: Estimate | None) -> Cell:
+    return Cell(text(metric, estimate), key="" if estimate is None else estimate.value)
+
+
+def _differences(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:
+    rows = []
+    for row in compared.rows:
+        own = estimates.get(row["preset"], {})
+        if own and row["preset"] != compared.reference:
+            each = [(metric, own.get(metric)) for metric in COMPARED_METRICS]
+            cells = [Cell(difference_text(name, one), is_strong=one is not None and one.differs) for name, one in each]
+            rows.append([row["preset"], *cells])
+    if not rows:
+        return []
+    by_chance = (
+        ""
+        if _metrics_of(estimates, includes_seeds=False)
+        else f": even if no network differed from {compared.reference}, about one difference in twenty would be bold"
+    )
+    note = (
+        "On the same images. Bold: the interval excludes 0. Accuracies are in percentage points. The intervals are not "
+        f"corrected for multiple comparisons{by_chance}."
+    )
+    return [Table(["preset", *LABELS.values()], rows, note=note)]
+
+
+def _ages(ranked: Mapping[str, Mapping[str, Estimate]], reference: str) -> Drawing:
+    """Return each preset's age MAE with its interval, best above."""
+
+    def note(preset: str) -> str:
+        return "(reference)" if preset == reference else "(differs)" if ranked[preset][_AGE].differs else ""
+
+    dots = [Dot(preset, each[_AGE].value, each[_AGE].interval, note(preset)) for preset, each in ranked.items()]
+    middle = ranked[reference][_AGE].value if reference in ranked else None
+    caption = f"Age MAE with 95 % intervals. Dotted: {reference}. “differs”: the interval of the "
+    return dot_drawing(
+        "ages",
+        f"{caption}difference from it on the same images excludes 0, even if the bars overlap.",
+        dots,
+        _YEARS,
+        reference=middle,
+    )
+
+
+def _sizes(compared: ComparedPresets, ranked: Mapping[str, Mapping[str, Estimate]]) -> Drawing:
+    """Return the age MAE against the work for one image."""
+    points = [
+        (row["preset"], row["multiply_adds"] / 1e6, ranked[row["preset"]][_AGE].value)
+        for row in compared.rows
+        if row["preset"] in ranked
+    ]
+
+    def draw() -> Figure:
+        figure, axes = new_figure(4.4, 3.4)
+        for preset, x, y in points:
+            colour = COLOURS["red"] if preset == compared.reference else COLOURS["blue"]
+            axes.plot([x], [y], "o", color=colour)
+            axes.annotate(shortened(preset), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+        axes.margins(x=0.2, y=0.1)
+        axes.set(xlabel="multiply-adds for one image, millions", ylabel=_YEARS.label)
+        scale_logarithmically(axes, is_x=True)
+        return figure
+
+    rows = [(preset, f"{x:,.0f}", f"{y:.2f}") for preset, x, y in points]
+    numbers = Table(("preset", "multiply-adds, millions", _YEARS.label), rows)
+    caption = f"Age MAE against multiply-adds for one image. Orange: {compared.reference}."
+    return Drawing("sizes", caption, draw, numbers)
+
+
+def _training(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:
+    """Return validation after each epoch: charts of a few runs, in the order of their age MAE."""
+    num_runs = {row["preset"]: len(row["seeds"]) for row in compared.rows}
+    lines = {}
+    for preset in estimates:
+        for name in (name for name in compared.curves if name.rpartition("-")[0] == preset and compared.curves[name]):
+            epochs, values = zip(*compared.curves[name], strict=True)
+            lines[name] = Line(name if num_runs[preset] > 1 else preset, epochs, values)
+    dotted = next((name for name in lines if name.rpartition("-")[0] == compared.reference), None)
+    drawings = []
+    for place in range(0, len(lines), len(SERIES)):
+        names = list(lines)[place : place + len(SERIES)]
+        shown, caption = [lines[name] for name in names], "Age MAE on validation after each epoch."
+        if dotted is not None and dotted not in names:
+            shown.append(replace(lines[dotted], is_reference=True))
+            caption += f" Dotted: {compared.reference}."
+        epoch = Scale("epoch", digits=0, is_integer=True)
+        drawings.append(line_drawing(f"training-{place}", caption, shown, epoch, Scale("age MAE on validation, years")))
+    return [Drawings(drawings)] if drawings else []
+
+
+def _cited(compared: ComparedPresets) -> list[Block]:
+    rows = []
+    for preset in (row["preset"] for row in compared.rows):
+        if PRESETS[preset].cited is None:
+            continue
+        mae = cited(preset, _AGE)
+        shares = [cited(preset, metric) for metric in ("age_one_off", "gender_accuracy", "race_accuracy")]
+        figures = [
+            "" if mae is None else f"{mae:.2f}",
+            *("" if each is None else f"{100 * each:.1f}" for each in shares),
+        ]
+        rows.append([preset, PRESETS[preset].row, *figures])
+    if not rows:
+        return []
+    remark = (
+        "Tables 10 and 11 of Bosco and Chi (2025), from which these networks come, cite these figures. They come from "
+        "other data sets, splits and protocols: do not use them as targets, and do not rank them against each other or "
+        "against the figures above."
+    )
+    columns = ("preset", "method", _YEARS.label, "one-off, %", "gender, %", "race, %")
+    return [Paragraph(remark), Table(columns, rows, num_text_columns=2)]
+
+
+def _settings(compared: ComparedPresets) -> list[Block]:
+    values: dict[str, str] = {}
+    for section, content in compared.settings.items():
+        if section in ("data", "presets"):
+            continue
+        values |= (
+            {f"{section}.{key}": str(value) for key, value in content.items()}
+            if isinstance(content, Mapping)
+            else {section: str(content)}
+        )
+    remark = (
+        "A preset's own settings replace these: the optimiser, learning rate, weight decay, schedule and warm-up of "
+        "vit and swin, and the sampler of faceage. Of the loss, age_loss and age_scale_years matter only to the age "
+        "heads linear and distribution. Scoring was timed on the machine that wrote comparison.parquet "
+        f"({compared.measured.machine}), with the network alone, without detection."
+    )
+    return [Fold("All settings", [Values(values)]), Paragraph(remark, "note")]

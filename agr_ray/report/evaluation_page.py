@@ -1,0 +1,326 @@
+"""The page of an evaluation: how wrong a model is, for whom, and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from agr_ray.evaluation.age_bands import AgeBand
+from agr_ray.models.card_tables import DISPARITY_NOTE, NO_DISPARITY, disparity_rows, headline_rows, words
+from agr_ray.report.evaluation_charts import (
+    age_by_truth,
+    age_errors,
+    by_group,
+    coverage_by_group,
+    reliability,
+    selective,
+    thresholds,
+)
+from agr_ray.report.evaluation_tables import confusion, group_tables, rows_table, threshold_table
+from agr_ray.report.model_description import architecture, settings_of, split_of_data
+from agr_ray.report.page import Block, Drawings, Fold, Page, Paragraph, Photograph, Section, Table, Values
+from agr_ray.report.paper import data_sets, paper_index, paper_methods
+from agr_ray.report.stress import stress_drawings, stress_summary
+from agr_ray.report.terms import MEASURED
+
+_TASKS = ("age", "gender", "race")
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """An evaluation, and what is known of the model."""
+
+    uri: str
+    """Folder of the evaluation."""
+    metrics: Mapping[str, Any]
+    """Content of metrics.json."""
+    age_bands: Sequence[AgeBand]
+    """Predicted ages by true age; empty: the model predicts none."""
+    stress: Sequence[Mapping[str, Any]] = ()
+    """Rows of schema.STRESS; empty: no stress test."""
+    sheets: Mapping[str, bytes] = field(default_factory=dict)
+    """Pictures of faces by name, PNG."""
+    meta: Mapping[str, Any] | None = None
+    """Content of the checkpoint's meta.json; None: the checkpoint is no longer there."""
+    others: Sequence[Mapping[str, Any]] = ()
+    """Content of metrics.json of the same model's evaluations on other data."""
+
+
+def evaluation_page(measured: MeasuredModel) -> Page:
+    """Return the page."""
+    metrics = measured.metrics
+    record = metrics["evaluation"]
+    sections = [
+        Section("results", "Results", _results(metrics)),
+        *_age(measured),
+        *_classes(metrics),
+        Section("groups", "For whom it errs", _groups(metrics)),
+        *_thresholds(metrics),
+        *_uncertainty(metrics),
+        *_stress(measured),
+        *_sheets(measured),
+        Section("data", "Images", _data(measured)),
+        Section("model", "Model and training", _model(measured)),
+        Section("paper", "The paper's tables and figures", _paper(measured)),
+        Section("about", "About this page", [Values(_about(measured))]),
+    ]
+    return Page(
+        f"Evaluation of {_short(record['checkpoint'])} on {record['source']}",
+        [Paragraph(verdict(metrics), "verdict"), *_warnings(metrics), *_scope(metrics)],
+        [section for section in sections if section.blocks],
+        MEASURED,
+    )
+
+
+def verdict(metrics: Mapping[str, Any]) -> str:
+    """Return the result in two sentences."""
+    parts = []
+    mae, gender, race = metrics["age"]["mae_years"], metrics["gender"]["accuracy"], metrics["race"]["accuracy"]
+    if mae is not None:
+        parts.append(f"the age is off by {mae:.1f} years on average")
+    elif metrics["age"]["exact_group"] is not None:
+        parts.append(f"the age group is right for {100 * metrics['age']['exact_group']:.1f} %")
+    parts += [
+        f"the {name} is right for {100 * value:.1f} %"
+        for name, value in (("gender", gender), ("race", race))
+        if value is not None
+    ]
+    sentence = f"On {metrics['n']:,} images, {_listed(parts)}."
+    worst = _worst_group(metrics)
+    return f"{sentence} {worst}" if worst else sentence
+
+
+def _worst_group(metrics: Mapping[str, Any]) -> str:
+    """Return a sentence about the breakdown with the largest gap in age error that the images show."""
+    gaps = {
+        breakdown: tasks["age"]["mae_years"]
+        for breakdown, tasks in metrics["disparities"].items()
+        if breakdown in ("gender", "race", "gender_race") and tasks["age"]["mae_years"]
+    }
+    shown = {name: gap for name, gap in gaps.items() if gap["differs"]}
+    if not shown:
+        return ""
+    _, gap = max(shown.items(), key=lambda item: item[1]["gap"])
+    worst, best = gap["worst"], gap["best"]
+    return (
+        f"The age error is {worst['value']:.1f} years for {worst['name'].replace('_', ' ')} and {best['value']:.1f} "
+        f"for {best['name'].replace('_', ' ')}."
+    )
+
+
+def _warnings(metrics: Mapping[str, Any]) -> list[Block]:
+    record, texts = metrics["evaluation"], []
+    if record["num_seen_in_training"]:
+        texts.append(
+            f"{record['num_seen_in_training']:,} of these images were trained on, so all figures are too good."
+        )
+    elif record["num_seen_in_training"] is None:
+        texts.append("It is not known which of these images were trained on: the figures may be too good.")
+    elif record["split"] == "val" and record["trained_on_split_manifest_sha256"] == record["split_manifest_sha256"]:
+        texts.append("Training chose its best epoch on these images, so the figures are slightly too good.")
+    calibration = metrics.get("calibration") or {}
+    if calibration.get("num_seen_in_calibration"):
+        texts.append(
+            f"{calibration['num_seen_in_calibration']:,} of these images were used to calibrate: the figures on "
+            "uncertainty are too good."
+        )
+    if calibration.get("warning"):
+        texts.append(f"Calibration: {calibration['warning']}.")
+    return [Paragraph(text, "warning") for text in texts]
+
+
+def _scope(metrics: Mapping[str, Any]) -> list[Block]:
+    record = metrics["evaluation"]
+    people = "of people" if metrics["uncertainty"]["unit"] == "person" else "with different content"
+    return [
+        Paragraph(
+            f"{record['source']}, split {record['split']}: {metrics['n']:,} labelled images, of them "
+            f"{metrics['n_fallback']:,} in which no face was found. "
+            + ("None of them was trained on. " if record["num_seen_in_training"] == 0 else "")
+            + f"Intervals are 95 % intervals over {metrics['uncertainty']['num_units']:,} samples {people}. Labels are "
+            "judgements of pictures, and so are the predictions: attributes are perceived ones.",
+        )
+    ]
+
+
+def _results(metrics: Mapping[str, Any]) -> list[Block]:
+    table = rows_table(headline_rows(metrics), is_headline=True)
+    return [
+        table,
+        Paragraph(
+            "The baseline predicts the training labels' median age and most frequent classes for everyone.", "note"
+        ),
+    ]
+
+
+def _age(measured: MeasuredModel) -> list[Section]:
+    metrics = measured.metrics
+    if "age" not in metrics["evaluation"]["tasks"]:
+        return []
+    drawings = [*age_by_truth(measured.age_bands), *age_errors(metrics)]
+    blocks: list[Block] = [Drawings(drawings)] if drawings else []
+    blocks += confusion("age groups", metrics["labels"]["age_group"], metrics["age"].get("confusion"))
+    return [Section("age", "Age", blocks)]
+
+
+def _classes(metrics: Mapping[str, Any]) -> list[Section]:
+    sections = []
+    for task in ("gender", "race"):
+        if task in metrics["evaluation"]["tasks"] and metrics[task]["n"]:
+            blocks = [
+                *confusion(f"{task} classes", metrics["labels"][task], metrics[task]["confusion"]),
+                Drawings(reliability(task, metrics["reliability"][task])),
+            ]
+            sections.append(Section(task, task.capitalize(), blocks))
+    return sections
+
+
+def _groups(metrics: Mapping[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    found = disparity_rows(metrics["disparities"])
+    if found is not None and not found.rows:
+        blocks.append(Paragraph(NO_DISPARITY))
+    elif found is not None:
+        blocks += [Paragraph(DISPARITY_NOTE), rows_table(found, num_text_columns=5)]
+    drawings = by_group(metrics)
+    if drawings:
+        blocks.append(Drawings(drawings))
+    blocks.append(Fold("All groups, with intervals", group_tables(metrics)))
+    return blocks
+
+
+def _thresholds(metrics: Mapping[str, Any]) -> list[Section]:
+    if not metrics["age_thresholds"]:
+        return []
+    blocks: list[Block] = [
+        Paragraph(
+            "What would happen if the predicted age decided who is old enough. The model must not be used so; these "
+            "figures show why."
+        ),
+        *threshold_table(metrics["age_thresholds"]),
+        Drawings(thresholds(metrics["age_thresholds"])),
+    ]
+    return [Section("thresholds", "Age limits", blocks)]
+
+
+def _uncertainty(metrics: Mapping[str, Any]) -> list[Section]:
+    blocks: list[Block] = []
+    calibration = metrics.get("calibration")
+    if calibration is None:
+        blocks.append(
+            Paragraph("The model is not calibrated: it gives no age intervals, and abstains on nothing.", "note")
+        )
+    else:
+        rows = []
+        age = calibration["age"]
+        if age is not None:
+            interval = f"{100 * age['interval'][0]:.1f} to {100 * age['interval'][1]:.1f} %"
+            promised, found = (f"{100 * age[key]:.1f} %" for key in ("nominal", "coverage"))
+            rows.append(("true age in its interval", promised, found, interval, f"{age['n']:,}"))
+        for task in ("gender", "race"):
+            part = calibration[task]
+            if part is not None and part["error"] is not None:
+                ends = f"{100 * part['interval'][0]:.1f} to {100 * part['interval'][1]:.1f} %"
+                risk, error = f"at most {100 * part['risk']:.1f} %", f"{100 * part['error']:.1f} %"
+                rows.append((f"wrong {task}, where it does not abstain", risk, error, ends, f"{part['accepted']:,}"))
+        columns = ("calibrated", "promised", "measured", "95 % interval", "images")
+        blocks.append(Table(columns, rows, is_headline=True))
+        blocks += _uncertainty_remarks(calibration)
+        if age is not None:
+            blocks.append(Drawings(coverage_by_group(age)))
+    curves = selective(metrics["selective"])
+    if curves:
+        blocks.append(Drawings(curves))
+    return [Section("uncertainty", "Does it know when it errs?", blocks)]
+
+
+def _uncertainty_remarks(calibration: Mapping[str, Any]) -> list[Block]:
+    remarks = []
+    if calibration["age"] is not None:
+        remarks.append(f"Age intervals are {calibration['age']['mean_width_years']:.1f} years wide on average.")
+    for task in ("gender", "race"):
+        part = calibration[task]
+        if part is not None:
+            remarks.append(
+                f"The model abstains from the {task} of {100 * part['abstained']:.1f} % of the images. Its calibration "
+                f"error is {100 * part['ece']:.1f} % ({100 * part['ece_before']:.1f} % before calibration)."
+            )
+    return [Paragraph(remark) for remark in remarks]
+
+
+def _stress(measured: MeasuredModel) -> list[Section]:
+    stress = measured.metrics.get("stress")
+    if not stress or not measured.stress:
+        return []
+    blocks = [*stress_summary(stress), *stress_drawings(measured.stress, measured.metrics["baseline"])]
+    return [Section("robustness", "Worse photographs", blocks)]
+
+
+def _sheets(measured: MeasuredModel) -> list[Section]:
+    if not measured.sheets:
+        return []
+    blocks: list[Block] = [
+        Paragraph("These are faces of people. Do not publish this page without their consent.", "warning")
+    ]
+    blocks += [
+        Photograph(f"faces-{name.replace('_', '-')}", words(name).capitalize(), png)
+        for name, png in measured.sheets.items()
+    ]
+    return [Section("faces", "Faces", blocks)]
+
+
+def _data(measured: MeasuredModel) -> list[Block]:
+    metrics = measured.metrics
+    record = metrics["evaluation"]
+    statuses = [(words(name), f"{number:,}") for name, number in record["statuses"].items()]
+    blocks: list[Block] = [Table(("status in the split", "images"), statuses)]
+    for attribute, names in metrics["labels"].items():
+        groups = metrics["groups"][attribute]
+        rows = [
+            (name, f"{groups[name]['n']:,}", f"{100 * groups[name]['n'] / metrics['n']:.1f} %")
+            for name in names
+            if name in groups and groups[name]["n"]
+        ]
+        if rows:
+            blocks.append(Table((f"true {words(attribute)}", "images", "share"), rows))
+    return [*blocks, *split_of_data(measured.meta)]
+
+
+def _model(measured: MeasuredModel) -> list[Block]:
+    if measured.meta is None:
+        checkpoint = measured.metrics["evaluation"]["checkpoint"]
+        return [Paragraph(f"{checkpoint} is no longer there, so its network and training are not known.", "note")]
+    return [*architecture(measured.meta), *settings_of(measured.meta)]
+
+
+def _paper(measured: MeasuredModel) -> list[Block]:
+    every = [measured.metrics, *measured.others]
+    return [*data_sets(every), *paper_methods(measured.metrics), *paper_index(measured.metrics, measured.meta)]
+
+
+def _about(measured: MeasuredModel) -> dict[str, str]:
+    metrics = measured.metrics
+    record = metrics["evaluation"]
+    uncertainty = metrics["uncertainty"]
+    return {
+        "evaluation": measured.uri,
+        "checkpoint": record["checkpoint"],
+        "digest of the model": record["model_digest"],
+        "data": record["data"],
+        "split": record["split"],
+        "split manifest, SHA-256": record["split_manifest_sha256"],
+        "trained on split manifest, SHA-256": record["trained_on_split_manifest_sha256"] or "unknown",
+        "computed in": ", ".join(record["precisions"]),
+        "commit": (measured.meta or {}).get("git_commit") or "unknown",
+        "intervals": f"{uncertainty['method']}, over {uncertainty['num_units']:,} units: {uncertainty['unit']}",
+        "metrics": "defined in docs/evaluation.md",
+    }
+
+
+def _short(uri: str) -> str:
+    return "/".join(uri.rstrip("/").split("/")[-2:])
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else [*parts] or ["nothing was measured"])

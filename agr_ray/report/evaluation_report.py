@@ -1,0 +1,77 @@
+"""Read an evaluation's folder for its page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from agr_ray.errors import ConfigError
+from agr_ray.evaluation.age_bands import age_bands
+from agr_ray.models.checkpoint import META
+from agr_ray.report.evaluation_folder import PREDICTIONS_FILE, read_metrics
+from agr_ray.report.evaluation_page import MeasuredModel, evaluation_page
+from agr_ray.report.page import Page
+from agr_ray.storage import MissingObject, Storage, StorageError
+
+_STRESS_FILE: Final = "stress.parquet"
+_SHEETS: Final = "explain"
+
+
+def evaluation_report(storage: Storage, uri: str, others: Sequence[str], *, with_faces: bool) -> Page:
+    """Return the page of an evaluation.
+
+    Args:
+        storage: of the folders.
+        uri: the evaluation's folder.
+        others: folders of evaluations of the same model on other data.
+        with_faces: show the sheets of `evaluate --explain`.
+
+    Raises:
+        ConfigError: a folder holds no evaluation, or another model's.
+    """
+    metrics = read_metrics(storage, uri)
+    other_metrics = [read_metrics(storage, other) for other in others]
+    for other, each in zip(others, other_metrics, strict=True):
+        if each["evaluation"]["model_digest"] != metrics["evaluation"]["model_digest"]:
+            raise ConfigError(
+                f"{other}: an evaluation of {each['evaluation']['checkpoint']}, but {uri} is of another model, "
+                f"{metrics['evaluation']['checkpoint']}; agr-ray evaluate --compare compares two models"
+            )
+    predictions = storage.read_table(storage.join(uri, PREDICTIONS_FILE), columns=["age", "age_pred"])
+    truth, predicted = (
+        np.asarray(predictions[name].cast("float64").to_numpy(), np.float64) for name in ("age", "age_pred")
+    )
+    stress_file = storage.join(uri, _STRESS_FILE)
+    return evaluation_page(
+        MeasuredModel(
+            uri=uri,
+            metrics=metrics,
+            age_bands=age_bands(truth, predicted) if "age" in metrics["evaluation"]["tasks"] else [],
+            stress=storage.read_table(stress_file).to_pylist()
+            if "stress" in metrics and storage.exists(stress_file)
+            else [],
+            sheets=_sheets(storage, uri) if with_faces else {},
+            meta=_meta(storage, metrics["evaluation"]["checkpoint"]),
+            others=other_metrics,
+        )
+    )
+
+
+def _sheets(storage: Storage, uri: str) -> dict[str, bytes]:
+    folder = storage.join(uri, _SHEETS)
+    if not storage.exists(folder):
+        raise ConfigError(f"report.faces: {uri} has no sheets of faces; run agr-ray evaluate with --explain first")
+    found = storage.list(folder, (".png",))
+    return {info.key.rpartition("/")[2].removesuffix(".png"): storage.read(info.uri) for info in found}
+
+
+def _meta(storage: Storage, checkpoint: str) -> dict[str, Any] | None:
+    """Return the checkpoint's meta.json; None if it can't be read, for a page does not depend on it."""
+    try:
+        content = json.loads(storage.read(storage.join(checkpoint, META)))
+    except (MissingObject, StorageError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
