@@ -27,6 +27,15 @@ from agr_ray.storage import MissingObject, Storage
 FORMAT_VERSION: Final = 4
 NEAR_DUPLICATES_FILE: Final = "near_duplicates.parquet"
 
+TERMS: Final = {
+    "utkface": "UTKFace: for non-commercial research only; copyright belongs to the images' owners",
+    "fairface": "FairFace: CC BY 4.0; its images come from YFCC100M and have their own licences",
+    "adience": "Adience: as agreed with its publishers",
+    "morph2": "MORPH II: as agreed with its publishers; the academic release is for non-commercial research",
+    "fgnet": "FG-NET: for research; see its publishers' terms",
+}
+"""Terms of published data sets by `source.kind`, as their publishers state them. A folder of one's own has none."""
+
 
 class PreparedSet(BaseModel):
     """The content of `prepare.json`, and the URI of its set."""
@@ -165,6 +174,7 @@ def describe_sets(
     lines = "".join(f"{sha256}\n" for sha256 in sorted(prepared.split_manifest_sha256 for prepared in sets))
     return {
         **{key: " + ".join(dict.fromkeys(record[key] for record in records)) for key in ("uri", "source", "detector")},
+        "licence": "; ".join(dict.fromkeys(record["licence"] for record in records if record["licence"])),
         "split_manifest_sha256": hashlib.sha256(lines.encode()).hexdigest(),
         "splits": {name: sum(prepared.splits[name] for prepared in sets) for name in sets[0].splits},
         "num_train_rows": sum(num_train_rows),
@@ -177,6 +187,7 @@ def _describe_set(prepared: PreparedSet, num_train_rows: int, num_val_rows: int)
     return {
         "uri": prepared.uri,
         "source": prepared.source,
+        "licence": TERMS.get(str(prepared.settings["source"]["kind"]), ""),
         "detector": prepared.detector,
         "split_manifest_sha256": prepared.split_manifest_sha256,
         "splits": prepared.splits,

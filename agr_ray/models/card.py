@@ -39,6 +39,24 @@ _EXCLUDED: Final = """\
 - Inferring ancestry, ethnicity, nationality, sex or gender identity. None of these can be seen in a photograph.
 - Faces of people who have not been informed, or have not consented, where the law requires that."""
 
+UNKNOWN_TERMS: Final = "not recorded: check that they allow training, and the use of the trained model"
+
+_LAW: Final = """\
+An outline, not legal advice. Ask a lawyer before you use this model on photographs of people.
+
+- **EU AI Act** (Regulation 2024/1689). Article 5(1)(g) prohibits systems that categorise individual people by their
+  biometric data to infer their race, among other traits; labelling or filtering lawfully acquired data sets is exempt.
+  Biometric categorisation by other sensitive or protected attributes is high-risk (Annex III, 1(b)), and the people
+  concerned must be informed (Article 50(3)).
+- **GDPR**. A photograph of a person is personal data. Data that reveal racial or ethnic origin are a special category,
+  whose processing Article 9 prohibits without explicit consent or another exception. A model that infers them produces
+  such data.
+- **Illinois BIPA** (740 ILCS 14) requires notice and written consent before a scan of face geometry is collected, and a
+  public schedule for its destruction. People can sue. Scoring writes landmarks of each face, and no embedding that
+  could identify anyone.
+- Publishing only aggregated tables (`score.aggregate_only`) lowers these risks. It does not remove them: each face is
+  still processed."""
+
 _LIMITS: Final = """\
 - Attributes are *perceived*: the labels are judgements of a picture by an annotator or another algorithm. The model
   repeats their judgements and their mistakes, and its accuracy is measured against them.
@@ -62,6 +80,7 @@ def model_card(meta: Mapping[str, Any]) -> str:
         ("Validation", _validation(metrics)),
         ("Intended uses", _INTENDED),
         ("Excluded uses", _EXCLUDED),
+        ("The law, in outline", _LAW),
         ("Limits", "\n".join([_LIMITS, *_under_represented(data), *_detector_limit(data)])),
     ]
     return "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections) + "\n"
@@ -192,7 +211,7 @@ def _data(data: Mapping[str, Any], tasks: Sequence[str]) -> str:
         ("validated on", _count(data.get("num_val_rows"))),
         ("faces found by", data.get("detector")),
         ("weights", data.get("weights")),
-        ("licence", data.get("licence")),
+        ("terms of the images", data.get("licence") or UNKNOWN_TERMS),
     ]
     lines = table(("", ""), [(name, value) for name, value in rows if value])
     sets = data.get("sets")

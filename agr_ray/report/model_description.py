@@ -9,6 +9,7 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from agr_ray.models.card import UNKNOWN_TERMS
 from agr_ray.report.figure import COLOURS, new_figure
 from agr_ray.report.page import Block, Drawing, Fold, Paragraph, Table, Values
 
@@ -153,11 +154,11 @@ def split_of_data(meta: Mapping[str, Any] | None) -> list[Block]:
         "num_train_rows": "training images",
         "num_val_rows": "validation images",
         "detector": "faces found by",
-        "licence": "licence of the training data",
+        "licence": "terms of the training images",
     }
     values = {title: _text(data[key]) for key, title in names.items() if data.get(key)}
-    if values and "licence of the training data" not in values:
-        values["licence of the training data"] = "not recorded: ask those who published it"
+    if values and not data.get("licence"):
+        values["terms of the training images"] = UNKNOWN_TERMS
     return [Values(values)] if values else []
 
 

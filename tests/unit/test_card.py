@@ -73,6 +73,13 @@ def evaluation(split: str = "test", seen: int | None = 0, manifest: str = "abcde
     return metrics_report(TRUTH, GUESS) | {"evaluation": said | {"num_seen_in_training": seen}}
 
 
+def test_the_terms_of_the_training_images_are_stated() -> None:
+    utkface = meta()["data"] | {"licence": "UTKFace: for non-commercial research only"}
+
+    assert "| terms of the images | UTKFace: for non-commercial research only |" in model_card(meta(data=utkface))
+    assert "| terms of the images | not recorded: check that they allow training" in model_card(meta())
+
+
 def section(card: str, heading: str) -> str:
     return card.partition(f"## {heading}")[2].partition("\n## ")[0]
 
@@ -91,6 +98,7 @@ def test_the_card_has_every_section_once() -> None:
                 "Validation",
                 "Intended uses",
                 "Excluded uses",
+                "The law, in outline",
                 "Limits",
             )
         ),

@@ -16,7 +16,7 @@ from prepared_sets import SIDE_PX, prepared_set
 
 from agr_ray.config import ModelConfig, TrainConfig, TrainJob, digest
 from agr_ray.data.crops import Slice, deal_parts, read_slices, take_turns, training_arrays, usable_statuses
-from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
+from agr_ray.data.prepared import TERMS, PreparedSet, describe_sets, open_prepared
 from agr_ray.errors import ConfigError
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.run import Run
@@ -123,7 +123,7 @@ def test_the_record_of_a_single_set_has_no_fields_for_several_sets(two: Path, mo
 
     assert run.sampler is None
     assert set(run.data) == {
-        *("uri", "source", "detector", "template", "split_manifest_sha256", "splits", "num_train_rows"),
+        *("uri", "source", "licence", "detector", "template", "split_manifest_sha256", "splits", "num_train_rows"),
         "num_val_rows",
         *("num_train_fallback", "train_labels", "baseline"),
     }
@@ -297,6 +297,11 @@ def test_the_record_of_several_sets_has_joint_and_separate_entries(one: Path, tw
         (str(two), 10, 0.25),
     ]
     assert said["sets"][1]["split_manifest_sha256"] == "1" * 64
+    assert said["licence"] == ""
+    kinds = ("utkface", "folder", "utkface", "fairface")
+    settings = [sets[0].settings | {"source": sets[0].settings["source"] | {"kind": kind}} for kind in kinds]
+    known = [sets[0].model_copy(update={"settings": each}) for each in settings]
+    assert describe_sets(known, [1] * 4, [1] * 4)["licence"] == f"{TERMS['utkface']}; {TERMS['fairface']}"
     assert json.loads(json.dumps(said)) == said
 
 
