@@ -84,6 +84,12 @@ class Checkpoint:
         """Return the `model_digest`."""
         return model_digest(self.directory)
 
+    @property
+    def untrained(self) -> str:
+        """Return a warning if these are the initial weights of a training run; else nothing."""
+        is_initial = "num_train_rows" in self.meta["data"] and not self.meta["config"]
+        return "these are the initial weights of a training run: their predictions mean nothing" if is_initial else ""
+
 
 def save_checkpoint(
     directory: Path,

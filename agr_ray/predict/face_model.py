@@ -102,8 +102,9 @@ class FaceModel:
         finder = FaceFinder(pipeline.vision, transform.crop_side_px, transform.margin)
         model = checkpoint.model.to(device)
         predictor = AttributePredictor(model, transform, pipeline.predict, resolved.calibration)
-        if resolved.calibration is not None:
-            warning = resolved.calibration.precision_warning([predictor.precision])
+        calibration = resolved.calibration
+        rounding = "" if calibration is None else calibration.precision_warning([predictor.precision])
+        for warning in (checkpoint.untrained, rounding):
             if warning:
                 warnings.warn(f"checkpoint {uri}: {warning}", stacklevel=2)
         return cls(finder, predictor, resolved, gates or GatesConfig(), storage)

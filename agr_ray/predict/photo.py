@@ -127,7 +127,7 @@ class Photo:
         """Return the upright photograph with boxes, landmarks and labels, as a PIL image in RGB.
 
         The photograph is read again, and shrunk to a longer side of 4,096 pixels if it is larger. Flagged faces are
-        orange, others green.
+        orange, others green. If there are several, their labels begin with their numbers, from 1.
 
         Raises:
             ImageError: the photograph can't be read, or no longer.
@@ -138,7 +138,7 @@ class Photo:
         image = Image.fromarray(decoded.rgb)
         pen = ImageDraw.Draw(image)
         width = max(2, max(image.size) // 400)
-        for face in self.faces:
+        for number, face in enumerate(self.faces, start=1):
             colour = _FLAGGED if face.flags else _COLOUR
             x0, y0, x1, y1 = (each / decoded.scale for each in face.box)
             pen.rectangle((x0, y0, x1, y1), outline=colour, width=width)
@@ -146,7 +146,8 @@ class Photo:
                 x, y = x / decoded.scale, y / decoded.scale
                 pen.ellipse((x - width, y - width, x + width, y + width), fill=colour)
             font = ImageFont.load_default(size=min(max(12.0, 0.13 * (x1 - x0)), 0.04 * max(image.size)))
-            text = "\n".join(face.label.split(", "))
+            of_several = f"{number}: " if len(self.faces) > 1 else ""
+            text = of_several + "\n".join(face.label.split(", "))
             left, top, right, bottom = pen.multiline_textbbox((0, 0), text, font=font)
             # Below the box, but never outside the photograph.
             x = min(max(x0, 0.0), max(image.width - (right - left) - 2 * width, 0.0))

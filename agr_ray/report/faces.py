@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Final
@@ -33,13 +34,18 @@ def predict(job: PredictJob) -> list[Photo]:
         JobError: more than half of the photographs could not be read. If it is fewer, each is a result with a status.
     """
     storage = Storage.from_config(job.storage)
-    model = FaceModel.load(
-        job.checkpoint,
-        overrides=Pipeline(vision=job.vision, predict=job.predict),
-        allow_uncalibrated=job.allow_uncalibrated,
-        gates=job.gates,
-        storage=storage,
-    )
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always", UserWarning)
+        model = FaceModel.load(
+            job.checkpoint,
+            overrides=Pipeline(vision=job.vision, predict=job.predict),
+            allow_uncalibrated=job.allow_uncalibrated,
+            gates=job.gates,
+            storage=storage,
+        )
+    for each in raised:
+        if issubclass(each.category, UserWarning):
+            sys.stderr.write(f"warning: {each.message}\n")
     console = make_console()
     photos: list[Photo] = []
     names: set[str] = set()

@@ -85,11 +85,11 @@ def _over_time(storage: Storage, uri: str, records: list[dict[str, Any]]) -> pa.
 def _quality(scores: Scores, run_id: str) -> list[dict[str, Any]]:
     rows = []
     for name, expression in _QUALITY.items():
-        low, median, high = scores.connection.execute(
+        ((low, median, high),) = scores.connection.execute(
             f"SELECT quantile_cont({expression}, 0.1), quantile_cont({expression}, 0.5), "
             f"quantile_cont({expression}, 0.9) FROM faces WHERE run_id = ?",
             [run_id],
-        ).fetchone() or (None, None, None)
+        ).fetchall()
         if median is not None:
             rows.append({"name": name, "low": low, "median": median, "high": high})
     return rows
@@ -104,5 +104,5 @@ def _examples(scores: Scores, run_id: str) -> dict[str, str]:
 
 
 def _num_images(scores: Scores) -> int:
-    (number,) = scores.connection.execute("SELECT count(*) FROM images").fetchone() or (0,)
+    ((number,),) = scores.query("SELECT count(*) FROM images").fetchall()
     return int(number)

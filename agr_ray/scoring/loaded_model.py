@@ -50,6 +50,8 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
         key="score.checkpoint",
         allow_uncalibrated=job.score.allow_uncalibrated,
     )
+    if checkpoint.untrained:
+        console.print(f"warning: score.checkpoint {job.score.checkpoint}: {checkpoint.untrained}")
     trained, chosen = checkpoint.pipeline.vision.detector, pipeline.vision.detector
     if chosen == "none":
         if calibration is None:

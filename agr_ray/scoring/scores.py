@@ -19,10 +19,18 @@ class Scores:
     Each relation has DuckDB's methods, such as `.df()`, `.arrow()`, `.filter("age < 18")` and `.aggregate(...)`.
     """
 
-    def __init__(self, connection: DuckDBPyConnection, *, has_images: bool) -> None:
+    def __init__(self, uri: str, connection: DuckDBPyConnection, *, has_images: bool) -> None:
+        self.uri = uri
+        """Of the results folder."""
         self.connection = connection
         """DuckDB connection with the views that the properties return."""
         self._has_images = has_images
+
+    def __repr__(self) -> str:
+        """Return where the results are, how many runs there are, and which relations they have."""
+        ((num_runs,),) = self.query("SELECT count(*) FROM runs").fetchall()
+        names = ("runs", "demographics", *(("images", "faces", "rejects") if self._has_images else ()))
+        return f"<Scores {self.uri}, runs: {num_runs:,}, relations: {', '.join(names)}>"
 
     @property
     def runs(self) -> DuckDBPyRelation:
@@ -83,4 +91,4 @@ def open_scores(uri: str | os.PathLike[str], *, storage: Storage | None = None) 
     has_images = storage.exists(storage.join(out, "images"))
     connection = duckdb.connect()
     connection.execute(views_sql(storage, out, has_images=has_images))
-    return Scores(connection, has_images=has_images)
+    return Scores(out, connection, has_images=has_images)

@@ -234,6 +234,18 @@ def test_an_interrupted_command_ends_with_one_line(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "error: interrupted; run the same command again to resume it\n"
 
 
+def test_predictions_of_initial_weights_are_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = json.loads((folder / "model" / "meta.json").read_text())
+    (folder / "model" / "meta.json").write_text(json.dumps(meta | {"data": {"num_train_rows": 7}}))
+
+    status, _, error = outcome(capsys, "predict", "a/face.png", "--checkpoint", "model", "--out", "")
+
+    assert status == 0
+    assert [line for line in error.splitlines() if line.startswith("warning: ")] == [
+        "warning: checkpoint model: these are the initial weights of a training run: their predictions mean nothing"
+    ]
+
+
 def test_copies_are_written_to_out_under_their_own_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a" / "face.png").rename(folder / "face-2.png")
     (folder / "face.png").write_bytes((folder / "b" / "face.png").read_bytes())

@@ -78,6 +78,9 @@ def test_published_scores_are_opened_as_relations_also_from_a_copy(tmp_path: Pat
 
     scores = agr_ray.open_scores(f"{tmp_path / 'copy'}/")
 
+    assert repr(scores) == (
+        f"<Scores {tmp_path / 'copy'}, runs: 1, relations: runs, demographics, images, faces, rejects>"
+    )
     assert scores.runs.fetchall() == [(RUNS[0],)]
     assert scores.images.select("uri").fetchall() == [(f"s3://bucket/{RUNS[0]}",)]
     assert scores.faces.select("run_id, face_index").fetchall() == [(RUNS[0], 0)]
