@@ -7,6 +7,7 @@ an emoji, and lines are not wrapped, except in a table that is too wide for the 
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 from typing import IO, Final
 
@@ -38,6 +39,17 @@ def make_table(*headings: str) -> Table:
     It has no title, because rich would wrap one at the table's width: print the title as a line before the table.
     """
     return Table(*(Column(heading, overflow="fold") for heading in headings))
+
+
+def print_next(console: Console, what: str, *words: str) -> None:
+    """Print the command that usually follows.
+
+    Args:
+        console: to print on.
+        what: it does.
+        words: of the command, after `agr-ray`.
+    """
+    console.print(f"next, {what}: agr-ray {shlex.join(words)}")
 
 
 def text_column(text_format: str) -> ProgressColumn:

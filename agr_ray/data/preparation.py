@@ -29,7 +29,7 @@ from rich.console import Console
 
 from agr_ray.config import PrepareJob
 from agr_ray.config.section import first_difference
-from agr_ray.console import make_table
+from agr_ray.console import make_table, print_next
 from agr_ray.data.manifest import build_manifest, in_key_order, labels_digest
 from agr_ray.data.prepared import FORMAT_VERSION, NEAR_DUPLICATES_FILE, PreparedSet, find_prepared
 from agr_ray.data.rejects import reject_reasons
@@ -380,3 +380,4 @@ def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table, cros
             f"{first['split']} of {first['near_key']} in {first['near_split']}; they {action}; all are in "
             f"{NEAR_DUPLICATES_FILE}"
         )
+    print_next(console, "train on it with the same recipe", "train", "--config", "RECIPE", "--data", prepared.uri)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from agr_ray.config.pipeline import Pipeline
-from agr_ray.console import make_table
+from agr_ray.console import make_table, print_next
 from agr_ray.evaluation.age_calibration import AgeCalibration
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.selection import NEVER_SURE
@@ -71,6 +71,7 @@ def print_summary(console: Console, metrics: dict[str, Any], out: str) -> None:
         console.print(f"not measured, because they have no crop: {reasons}")
     console.print(f"split manifest SHA-256 {evaluation['split_manifest_sha256']}")
     console.print(f"{out}/metrics.json, {out}/predictions.parquet")
+    print_next(console, "see the errors by group", "report", out)
 
 
 def _differences(disparities: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from agr_ray.config import ClusterConfig, LabelsConfig, Section, StorageConfig
-from agr_ray.console import make_table
+from agr_ray.console import make_table, print_next
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
 from agr_ray.report.page_files import HTML_FILE, write_page
@@ -120,6 +120,7 @@ def print_trials(sweep: Sweep, console: Console) -> None:
             console.print(f"trial {trial.number} failed: {trial.why}")
     if best is not None:
         console.print(f"best: trial {best.number}: {sweep.join('best')}, {sweep.join(BEST_RECIPE)}")
+        print_next(console, "train with its settings", "train", "--config", sweep.join(BEST_RECIPE))
     console.print(f"page: {sweep.join(HTML_FILE)}")
 
 

@@ -36,7 +36,7 @@ from rich.console import Console
 
 from agr_ray.config import TrainConfig, TrainJob, digest, other_settings
 from agr_ray.config.pipeline import Pipeline
-from agr_ray.console import make_console, make_table
+from agr_ray.console import make_console, make_table, print_next
 from agr_ray.data.crops import map_races, read_labels, select_crops, usable_statuses
 from agr_ray.data.guards import (
     check_no_overlaps,
@@ -128,6 +128,8 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
             retry.call(lambda: _check_finite(run))
             best = retry.call(lambda: _publish(run, result, lock, console))
     _print_history(console, storage, uri)
+    measured = ("--checkpoint", best, "--data", sets[0].uri, "--split", "val", "--calibrate")
+    print_next(console, "calibrate it (then measure it on test)", "evaluate", *measured)
     return best
 
 

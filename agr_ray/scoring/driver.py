@@ -27,6 +27,7 @@ import numpy as np
 from rich.console import Console
 
 from agr_ray.config import ScoreConfig, ScoreJob, digest
+from agr_ray.console import print_next
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint_files import local_checkpoint
@@ -215,6 +216,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     if model.calibration is not None:
         print_shift(console, shift)
     print_timings(console, timings)
+    print_next(console, "see who is in the photographs", "report", out)
     return record
 
 
