@@ -57,7 +57,7 @@ COMMANDS = {
     "evaluate": Command("measure and calibrate a checkpoint", EvaluateJob, "agr_ray.runtime.evaluate:evaluate"),
     "score": Command("a folder or bucket of photographs -> Parquet tables", ScoreJob, "agr_ray.runtime.score:score"),
     "predict": Command("a few photographs -> a table and annotated copies", PredictJob, "agr_ray.report.faces:predict"),
-    "report": Command("the results of a job -> a page to look at", ReportJob, "agr_ray.report.report:report"),
+    "report": Command("the results of a job -> a page to read", ReportJob, "agr_ray.report.report:report"),
     "import": Command("published weights -> a checkpoint", ImportJob, "agr_ray.models.fairface:import_fairface"),
     "render": Command("draw synthetic faces with known labels", RenderJob, "agr_ray.runtime.render:render"),
 }

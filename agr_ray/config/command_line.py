@@ -74,11 +74,12 @@ class CommandParser(argparse.ArgumentParser):
         return arguments.config, self._source(parsed_args=arguments)() | words
 
     def recipe_of_help(self, argv: Sequence[str]) -> str | None:
-        """Return the recipe of a command line that asks for help; None: it names none, or does not ask."""
+        """Return the recipe of a command line that asks for help; None: it names none on this disk, or does not ask."""
         words = [word for each in argv for word in each.split("=", 1)]
         if not {"--help", "-h", "--help-all", "--help_all"} & {*words} or "--config" not in words[:-1]:
             return None
-        return words[words.index("--config") + 1]
+        recipe = words[words.index("--config") + 1]
+        return None if "://" in recipe else recipe
 
     def show_recipe(self, values: Mapping[str, Any]) -> None:
         """Let the help show these values, by section, in place of the defaults."""
@@ -88,7 +89,7 @@ class CommandParser(argparse.ArgumentParser):
             if isinstance(own, Mapping) and key in own:
                 text = _DEFAULT.sub("", action.help or "")
                 value = own[key] if isinstance(own[key], str) else json.dumps(own[key])
-                action.help = f"{text} (recipe: {value})".replace("%", "%%")
+                action.help = f"{text} (recipe: {redacted(value)})".replace("%", "%%")
 
     def _with_true(self, argv: Sequence[str]) -> list[str]:
         """Give a boolean option that stands alone the value true: `--use_gpu` is `--use_gpu true`."""

@@ -147,10 +147,10 @@ class PredictJob(Job):
 
 
 class ReportJob(Job):
-    """Turn the results of a job into a page: report.html, which needs no other file, report.md, and figures.
+    """Make a report of a job's results: a self-contained report.html, the same as report.md, and the figures.
 
-    FOLDER holds an evaluation, a training run, a comparison, a sweep or a scored bucket. Further folders hold
-    evaluations of the same model on other data, which the page of the first then shows side by side.
+    FOLDER is the output of evaluate, train, compare, tune or score. Further folders hold evaluations of the same model
+    on other data, which the report of the first then shows side by side.
     """
 
     required = ("folders",)
@@ -160,12 +160,12 @@ class ReportJob(Job):
     folders: CliPositionalArg[list[str]] = []
     """Folders or URIs of results."""
     out: str = ""
-    """Folder or prefix of the page; empty: FOLDER."""
+    """Folder or prefix of the report; default: the first FOLDER."""
     faces: CliImplicitFlag[bool] = False
     """Show the sheets of faces that `agr-ray evaluate --explain` drew. Do not publish such a page without the consent
     of these people."""
     run: str = ""
-    """Of a scored bucket: id of the run to show in detail; empty: the latest with an image."""
+    """Scoring results only: id of the run to show in detail; default: the latest run that scored an image."""
 
 
 def _check_kind(kind: str) -> str:

@@ -30,13 +30,14 @@ class SourceConfig(Section):
     of CORAL's lists utk_train.csv and utk_test.csv: only images in them are used, 21 to 60 years old, and get the split
     of their list; empty: all images."""
     columns: dict[LabelColumn, str] = {}
-    """`folder` only: names of the table's columns where they are others: key=file,gender=sex. The columns are key (the
-    image's path below the folder), age (years, or a range such as 25-32), age_low and age_high, gender, race, subject,
-    split and fold, in upper or lower case."""
+    """`folder` only: column names in the table, where they differ from the expected ones: key=file,gender=sex means
+    that the column `file` holds the key; subject= means that there is no subject. Expected are key (the image's path
+    below the folder), age (years, or a range such as 25-32), age_low and age_high, gender, race, subject, split and
+    fold, in upper or lower case."""
     gender_codes: dict[str, str] = {}
-    """`folder` only: meaning of codes other than male and female, such as {"M": "male", "F": "female"}."""
+    """`folder` only: meaning of codes other than male and female, such as w=female,m=male."""
     race_codes: dict[str, str] = {}
-    """`folder` only: meaning of codes other than the label space's races: {"East Asian": "asian"}."""
+    """`folder` only: meaning of codes other than the label space's races, such as hispanic=others."""
     published_splits: bool = True
     """`fairface` only: the published validation set is the split test, whatever `split.test` says, and the published
     training set is split into train and val by `split.val`. False: [split] assigns all images."""

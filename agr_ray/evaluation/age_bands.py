@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MIN_ROWS: Final = 10
-"""Fewer rows are put together with those of the next ages."""
+"""Fewer rows are put together with those of the next ages, or, if they are the oldest, of the ages before."""
 _QUANTILES: Final = (0.1, 0.5, 0.9)
 
 
@@ -43,8 +43,10 @@ def age_bands(true_years: NDArray[np.floating[Any]], predicted_years: NDArray[np
         while end - start < MIN_ROWS and end < len(truth):
             end = int(np.searchsorted(truth, np.floor(truth[end]) + 1.0, side="left"))
         rows = slice(start, end)
-        if end - start >= MIN_ROWS or not bands:
-            low, median, high = np.quantile(predicted[rows], _QUANTILES)
-            bands.append(AgeBand(float(truth[rows].mean()), float(low), float(median), float(high), end - start))
+        if end - start < MIN_ROWS and bands:  # the oldest: with those of the last band
+            rows = slice(start - bands.pop().n, end)
+        low, median, high = np.quantile(predicted[rows], _QUANTILES)
+        num_rows = rows.stop - rows.start
+        bands.append(AgeBand(float(truth[rows].mean()), float(low), float(median), float(high), num_rows))
         start = end
     return bands

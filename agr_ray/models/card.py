@@ -37,9 +37,9 @@ _EXCLUDED: Final = """\
 - Proving an age, such as for the sale of restricted goods: the error for one face is often many years.
 - Identifying or tracking anyone. It does not recognise people, and must not be used as if it did.
 - Inferring ancestry, ethnicity, nationality, sex or gender identity. None of these can be seen in a photograph.
-- Faces of people who have not been informed, or have not consented, where the law requires that."""
+- Processing faces of people who were not informed or did not consent, where the law requires it."""
 
-UNKNOWN_TERMS: Final = "not recorded: check that they allow training, and the use of the trained model"
+UNKNOWN_TERMS: Final = "not recorded; check that the data set's licence allows training and use of the model"
 
 _LAW: Final = """\
 An outline, not legal advice. Ask a lawyer before you use this model on photographs of people.
@@ -52,8 +52,8 @@ An outline, not legal advice. Ask a lawyer before you use this model on photogra
   whose processing Article 9 prohibits without explicit consent or another exception. A model that infers them produces
   such data.
 - **Illinois BIPA** (740 ILCS 14) requires notice and written consent before a scan of face geometry is collected, and a
-  public schedule for its destruction. People can sue. Scoring writes landmarks of each face, and no embedding that
-  could identify anyone.
+  public retention and destruction policy. It gives people a right to sue. Scoring writes landmarks of each face, and no
+  embedding that could identify anyone.
 - Publishing only aggregated tables (`score.aggregate_only`) lowers these risks. It does not remove them: each face is
   still processed."""
 
@@ -96,7 +96,11 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
     record = metrics["evaluation"]
     heading = f"## Measured on {record['source']}, split {record['split']}, {record['split_manifest_sha256'][:8]}"
     seen = record["num_seen_in_training"]
-    overlap = f"**{seen:,} of them were trained on, so the figures are too good.**" if seen else "None was trained on."
+    overlap = (
+        f"**{seen:,} of them are training images, so the metrics are optimistic.**"
+        if seen
+        else "None is a training image."
+    )
     if seen is None:
         overlap = "**It is not known which of them were trained on.**"
     lines = [
@@ -104,8 +108,8 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
         "",
         f"{metrics['n']:,} labelled images of {record['data']}, {metrics['n_fallback']:,} without a detected face. "
         + overlap
-        + _ages(metrics["age"])
-        + _mapping(record),
+        + ranges_note(metrics["age"])
+        + mapping_note(record),
         "",
         *_calibration_lines(metrics),
         *headline_table(metrics),
@@ -123,7 +127,7 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
     return card.rstrip() + "\n\n" + section
 
 
-def _ages(age: Mapping[str, Any]) -> str:
+def ranges_note(age: Mapping[str, Any]) -> str:
     """Return the number of ages that are known as a range, if any."""
     if not age["n_range"]:
         return ""
@@ -132,7 +136,7 @@ def _ages(age: Mapping[str, Any]) -> str:
     return f" {age['n']:,} have an exact age, and {ranges}."
 
 
-def _mapping(record: Mapping[str, Any]) -> str:
+def mapping_note(record: Mapping[str, Any]) -> str:
     """Return how the labels of another label space were mapped, if they were."""
     mapping = record.get("label_mapping")
     if not mapping:
@@ -146,15 +150,21 @@ def _mapping(record: Mapping[str, Any]) -> str:
 def _calibration_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Return a warning about the calibration, and the errors of corrected ages, if there are any."""
     calibration = metrics.get("calibration") or {}
-    warning, age = calibration.get("warning"), calibration.get("age") or {}
+    warning = calibration.get("warning")
     lines = [f"**Calibration: {warning}.**", ""] if warning else []
-    if age.get("mae_years") != age.get("mae_years_before"):
-        lines += [
-            f"Scoring writes ages that the calibration corrects: MAE {age['mae_years']:.2f} years, bias "
-            f"{age['bias_years']:+.2f} years. The tables below are of uncorrected ages.",
-            "",
-        ]
-    return lines
+    note = correction_note(metrics)
+    return [*lines, note, ""] if note else lines
+
+
+def correction_note(metrics: Mapping[str, Any]) -> str:
+    """Return the errors of corrected ages, if the calibration corrects them."""
+    age = (metrics.get("calibration") or {}).get("age") or {}
+    if age.get("mae_years") == age.get("mae_years_before"):
+        return ""
+    return (
+        f"Scoring outputs corrected ages: MAE {age['mae_years']:.2f} years, bias {age['bias_years']:+.2f} years. The "
+        "tables below are of uncorrected ages."
+    )
 
 
 def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
@@ -167,7 +177,7 @@ def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
             f"# Model card: perceived {_listed(tasks)} from a face",
             "",
             f"A {model['backbone']} with {'a head' if len(tasks) == 1 else 'heads'} for {_listed(tasks)}."
-            + (f" Made by {', '.join(origin)}." if origin else ""),
+            + (f" Created with {', '.join(origin)}." if origin else ""),
         ]
     )
 
@@ -259,7 +269,7 @@ def _splits(splits: Mapping[str, int]) -> str:
 def _training(meta: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if not config:
         return (
-            "By its publishers, not by agr_ray."
+            "Trained by its publishers, not by agr_ray."
             if "weights" in (meta.get("data") or {})
             else "Not trained, or unknown."
         )
@@ -291,7 +301,7 @@ def _validation(metrics: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"After epoch {metrics['epoch']}, on {val['n']:,} images of the validation split. The best epoch was "
-            "chosen on them,\nso these figures are slightly too good: agr-ray evaluate measures the model on others. "
+            "chosen on them,\nso these metrics are slightly optimistic: agr-ray evaluate measures the model on others. "
             "The constant baseline\npredicts the training labels' median age and most frequent classes for every face.",
             "",
             *headline_table(val),

@@ -44,10 +44,15 @@ _COMPARED: Final = (
 
 GROUPS: Final = ("gender", "race", "age_group")
 
-NO_DISPARITY: Final = "The images show no difference between groups in any of these metrics."
+NO_DISPARITY: Final = (
+    "No significant difference between groups was found in age MAE, gender accuracy, race accuracy or the share "
+    "without "
+    "a detected face. That does not prove that there is none."
+)
+TOO_SMALL: Final = "The groups are too small to be compared: fewer than two have 30 images."
 DISPARITY_NOTE: Final = (
-    "Differences between groups that the images show, of groups of 30 images or more. The intervals make up for the "
-    "choice of the two most extreme groups."
+    "Significant differences between groups of at least 30 images. The intervals are corrected for comparing all pairs "
+    "of groups."
 )
 THRESHOLD_NOTE: Final = "If the predicted age decided who is old enough (the model must not be used so):"
 
@@ -66,10 +71,21 @@ def headline_rows(metrics: Mapping[str, Any]) -> Rows:
         if value is not None:
             interval = between((intervals.get(task) or {}).get(key), scale, unit)
             guess = (metrics.get("baseline") or {}).get(task, {}).get(key)
-            rows.append((label, figure(value, scale, unit), interval, figure(guess, scale, unit)))
-    if not any(interval for _, _, interval, _ in rows):
-        return Rows(("metric", "model", "baseline"), [(label, value, guess) for label, value, _, guess in rows])
-    return Rows(("metric", "model", "95 % interval", "baseline"), rows)
+            num = f"{num_measured(metrics, task, key):,}"
+            rows.append((label, figure(value, scale, unit), interval, figure(guess, scale, unit), num))
+    if not any(interval for _, _, interval, *_ in rows):
+        return Rows(
+            ("metric", "model", "baseline", "images"), [(label, value, *rest) for label, value, _, *rest in rows]
+        )
+    return Rows(("metric", "model", "95 % interval", "baseline", "images"), rows)
+
+
+def num_measured(metrics: Mapping[str, Any], task: str, key: str) -> int:
+    """Return on how many images a metric was measured: those with the label, for age groups also with an age range."""
+    of = metrics[task]
+    if key in ("exact_group", "one_off"):
+        return int(of["n"] + of["n_range"] - of["n_spanning"])
+    return int(of["n"])
 
 
 def group_table(groups: Mapping[str, Any]) -> list[str]:
@@ -149,7 +165,17 @@ def threshold_rows(thresholds: Sequence[Mapping[str, Any]]) -> Rows:
                 shown = f" ({between(interval, 100.0, ' %')})" if interval else ""
                 cells += [f"{each[key][f'n_{who}']:,}", figure(rate, 100.0, " %") + shown]
             rows.append((str(each["threshold_years"]), str(years), *cells))
-    return Rows(("legal age", "predicted age needed", "minors", "pass falsely", "adults", "fail falsely"), rows)
+    return Rows(
+        (
+            "legal age",
+            "challenge age",
+            "below legal age",
+            "false-adult rate",
+            "at or above legal age",
+            "false-minor rate",
+        ),
+        rows,
+    )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
@@ -190,7 +216,8 @@ def stress_note(stress: Mapping[str, Any]) -> str:
     """Return how many copies were measured, in words."""
     return (
         f"Corrupted copies of {stress['num_images']:,} of the images, by {len(stress['corruptions'])} corruptions of "
-        "five severities each. Faces that a detector no longer finds are counted as if it did."
+        "five severities each; means are over severities. Detection is not run again, so faces that the detector would "
+        "miss are counted, too."
     )
 
 
@@ -204,5 +231,11 @@ def stress_rows(stress: Mapping[str, Any]) -> Rows:
         badness = {corruption: abs(value) if unit == " years" else -value for corruption, value in means.items()}
         worst = max(badness, key=badness.__getitem__)
         figures = (clean["value"], stress["mean"][name]["value"], means[worst])
-        rows.append((label, *(f"{figure * scale:.2f}{unit}" for figure in figures), worst))
-    return Rows(("metric", "as they are", "mean of all corruptions", "worst corruption", ""), rows)
+        rows.append(
+            (
+                label,
+                *(f"{figure * scale:.2f}{unit}" for figure in figures[:2]),
+                f"{figures[2] * scale:.2f}{unit} ({words(worst)})",
+            )
+        )
+    return Rows(("metric", "clean", "mean of all corruptions", "worst corruption"), rows)

@@ -62,6 +62,13 @@ _KEYS: Final = ("format_version", "schema_version", *_TABLES, "git_commit", "cre
 """Keys of meta.json."""
 
 
+_UNTRAINED: Final = (
+    "this checkpoint holds the initial weights of a training run, so its predictions are meaningless; use the folder "
+    "best "
+    "of the finished run"
+)
+
+
 class CheckpointError(Exception):
     """The directory is not a checkpoint of this format. The message names the file, and what was expected and found."""
 
@@ -88,7 +95,7 @@ class Checkpoint:
     def untrained(self) -> str:
         """Return a warning if these are the initial weights of a training run; else nothing."""
         is_initial = "num_train_rows" in self.meta["data"] and not self.meta["config"]
-        return "these are the initial weights of a training run: their predictions mean nothing" if is_initial else ""
+        return _UNTRAINED if is_initial else ""
 
 
 def save_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from agr_ray.report.figure import COLOURS, SERIES, new_figure
 from agr_ray.report.page import Drawing, Table
 
+INTERVAL: Final = "95 % interval"
 _WIDTH_INCHES: Final = 4.4
 _HEIGHT_INCHES: Final = 2.9
 _DOT_INCHES: Final = 0.24
 _MAX_NAME: Final = 34
 _MAX_TICKS: Final = 12
+_MAX_MARKERS: Final = 20
+_DASHES: Final = ("-", "--", "-.")
+"""Of the first round of colours, and of the next ones."""
 _MAX_TICK_NAME: Final = 16
 
 
@@ -37,13 +42,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Dot:
-    """A row of a chart of dots; without a value it is a heading."""
+    """A row of a chart of dots."""
 
     name: str
-    value: float | None
+    value: float | None = None
+    """None: hidden, or a heading."""
     interval: Sequence[float] | None = None
     note: str = ""
     """Beside its name, such as a number of images."""
+    is_heading: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ class Scale:
     """Ticks are whole numbers."""
     names: Sequence[str] = ()
     """Of the values 0, 1, ... on the axis, in place of numbers."""
-    interval_title: str = "95 % interval"
-    """Of the intervals of the values."""
+    interval_title: str = ""
+    """What the intervals of the values are, such as INTERVAL; empty: there are none."""
 
     def text(self, value: float | None) -> str:
         """Return a value as text; empty if there is none."""
@@ -100,9 +107,9 @@ def line_drawing(
 
     def draw() -> Figure:
         figure, axes = new_figure(width_inches, _HEIGHT_INCHES)
-        series = iter(SERIES * (1 + len(lines) // len(SERIES)))
+        numbers = itertools.count()
         for line in lines:
-            _draw_line(axes, line, x, y, None if line.is_reference else next(series))
+            _draw_line(axes, line, x, y, None if line.is_reference else next(numbers))
         for mark in marks:
             axes.axvline(mark * x.factor, color=COLOURS["faint"], linewidth=1)
         axes.set(xlabel=x.label, ylabel=y.label)
@@ -157,7 +164,7 @@ def dot_drawing(
         axes.set_ylim(len(dots) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         for label, dot in zip(axes.get_yticklabels(), dots, strict=True):
-            label.set_fontweight("bold" if dot.value is None else "normal")
+            label.set_fontweight("bold" if dot.is_heading else "normal")
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(scale.label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -165,8 +172,14 @@ def dot_drawing(
             axes.set_xlim(left=0.0)
         return figure
 
-    rows = [(dot.name, dot.note, scale.text(dot.value), scale.interval_text(dot.interval)) for dot in dots]
-    return Drawing(name, caption, draw, Table(("", "", scale.label, scale.interval_title), rows, num_text_columns=2))
+    has_intervals = any(dot.interval is not None for dot in dots)
+    assert scale.interval_title or not has_intervals
+    columns = ("", "", scale.label, *([scale.interval_title] if has_intervals else []))
+    rows = [
+        (dot.name, dot.note, scale.text(dot.value), *([scale.interval_text(dot.interval)] if has_intervals else []))
+        for dot in dots
+    ]
+    return Drawing(name, caption, draw, Table(columns, rows, num_text_columns=2))
 
 
 def add_legend(axes: Axes, num_series: int) -> None:
@@ -206,17 +219,21 @@ def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xticks(list(places), shown, rotation=30 if is_slanted else 0, ha="right" if is_slanted else "center")
 
 
-def _draw_line(axes: Axes, line: Line, x: Scale, y: Scale, series: tuple[str, str] | None) -> None:
+def _draw_line(axes: Axes, line: Line, x: Scale, y: Scale, number: int | None) -> None:
+    """Draw a line; `number` gives its colour, marker and dashes. None: it is a reference."""
     places = [value * x.factor for value in line.x]
     values, low, high = (
         [float("nan") if value is None else value * y.factor for value in column]
         for column in (line.y, line.low, line.high)
     )
-    if series is None:
+    if number is None:
         axes.plot(places, values, color=COLOURS["quiet"], linestyle=":", linewidth=1.2, label=shortened(line.name))
         return
-    colour, marker = COLOURS[series[0]], series[1] if len(places) <= 40 else None
-    axes.plot(places, values, color=colour, marker=marker, label=shortened(line.name))
+    again, place = divmod(number, len(SERIES))
+    name, marker = SERIES[place]
+    colour, dashes = COLOURS[name], _DASHES[min(again, len(_DASHES) - 1)]
+    every = max(1, len(places) // _MAX_MARKERS)
+    axes.plot(places, values, dashes, color=colour, marker=marker, markevery=every, label=shortened(line.name))
     if low and high:
         axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
 
@@ -226,6 +243,7 @@ def _line_numbers(lines: Sequence[Line], x: Scale, y: Scale) -> Table:
     columns, cells = [x.label], {value: [x.text(value)] for line in lines for value in line.x}
     for line in lines:
         has_interval = bool(line.low and line.high)
+        assert y.interval_title or not has_interval
         columns += [line.name, *([y.interval_title] if has_interval else [])]
         of_x = {value: place for place, value in enumerate(line.x)}
         for value, row in cells.items():

@@ -12,7 +12,16 @@ from matplotlib.figure import Figure
 from agr_ray.config.presets import PRESETS
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.comparison import Estimate
-from agr_ray.report.charts import Dot, Line, Scale, dot_drawing, line_drawing, scale_logarithmically, shortened
+from agr_ray.report.charts import (
+    INTERVAL,
+    Dot,
+    Line,
+    Scale,
+    dot_drawing,
+    line_drawing,
+    scale_logarithmically,
+    shortened,
+)
 from agr_ray.report.comparison_rows import LABELS, cited, difference_text, estimates_of, text
 from agr_ray.report.figure import COLOURS, SERIES, new_figure
 from agr_ray.report.page import Block, Cell, Drawing, Drawings, Fold, Page, Paragraph, Section, Table, Values
@@ -27,7 +36,7 @@ MEASURED: Final = "measured.json"
 """The images on which runs were measured, the reference, and the machine on which scoring was timed."""
 
 _AGE: Final = "age_mae_years"
-_YEARS: Final = Scale("age MAE, years")
+_YEARS: Final = Scale("age MAE, years", interval_title=INTERVAL)
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,6 @@ class ComparedPresets:
         every = {row["preset"]: estimates_of(row, with_seeds) for row in self.rows}
         measured = [(preset, estimates) for preset, estimates in every.items() if estimates]
         return dict(sorted(measured, key=lambda item: item[1][_AGE].value if _AGE in item[1] else float("inf")))
-
-
-def is_comparison(storage: Storage, uri: str) -> bool:
-    """Return whether the folder holds the result of a comparison."""
-    return all(storage.exists(storage.join(uri, name)) for name in (TABLE, RECORD, MEASURED))
 
 
 def comparison_report(storage: Storage, uri: str) -> Page:
@@ -297,8 +301,8 @@ def _sizes(compared: ComparedPresets, ranked: Mapping[str, Mapping[str, Estimate
     def draw() -> Figure:
         figure, axes = new_figure(4.4, 3.4)
         for preset, x, y in points:
-            colour = COLOURS["red"] if preset == compared.reference else COLOURS["blue"]
-            axes.plot([x], [y], "o", color=colour)
+            is_reference = preset == compared.reference
+            axes.plot([x], [y], "s" if is_reference else "o", color=COLOURS["red" if is_reference else "blue"])
             axes.annotate(shortened(preset), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
         axes.margins(x=0.2, y=0.1)
         axes.set(xlabel="multiply-adds for one image, millions", ylabel=_YEARS.label)
@@ -307,7 +311,7 @@ def _sizes(compared: ComparedPresets, ranked: Mapping[str, Mapping[str, Estimate
 
     rows = [(preset, f"{x:,.0f}", f"{y:.2f}") for preset, x, y in points]
     numbers = Table(("preset", "multiply-adds, millions", _YEARS.label), rows)
-    caption = f"Age MAE against multiply-adds for one image. Orange: {compared.reference}."
+    caption = f"Age MAE against multiply-adds for one image. The square is {compared.reference}."
     return Drawing("sizes", caption, draw, numbers)
 
 

@@ -7,15 +7,19 @@ from typing import Any, Final
 
 from agr_ray.evaluation.age_bands import AgeBand
 from agr_ray.models.card_tables import words
-from agr_ray.report.charts import Dot, Line, Scale, dot_drawing, line_drawing
+from agr_ray.report.charts import INTERVAL, Dot, Line, Scale, dot_drawing, line_drawing
 from agr_ray.report.page import Drawing
 
-_YEARS: Final = Scale("years", 1.0, 2)
 _BY_GROUP: Final = (
-    ("age", "mae_years", "Age MAE by true group", Scale("age MAE, years", from_zero=True)),
-    ("age", "bias_years", "Age bias by true group: below 0, people are estimated too young", Scale("age bias, years")),
-    ("gender", "accuracy", "Gender accuracy by true group", Scale("right, %", 100.0, 1)),
-    ("race", "accuracy", "Race accuracy by true group", Scale("right, %", 100.0, 1)),
+    ("age", "mae_years", "Age MAE by true group", Scale("age MAE, years", from_zero=True, interval_title=INTERVAL)),
+    (
+        "age",
+        "bias_years",
+        "Age bias by true group: below 0, people are estimated too young",
+        Scale("age bias, years", interval_title=INTERVAL),
+    ),
+    ("gender", "accuracy", "Gender accuracy by true group", Scale("accuracy, %", 100.0, 1, interval_title=INTERVAL)),
+    ("race", "accuracy", "Race accuracy by true group", Scale("accuracy, %", 100.0, 1, interval_title=INTERVAL)),
 )
 _SHOWN: Final = ("gender", "race", "age_group")
 
@@ -27,7 +31,7 @@ def age_by_truth(bands: Sequence[AgeBand]) -> list[Drawing]:
     truth = [band.true_age_years for band in bands]
     lines = [
         Line(
-            "median, and the middle 80 %",
+            "median",
             truth,
             [band.median_years for band in bands],
             [band.low_years for band in bands],
@@ -35,11 +39,9 @@ def age_by_truth(bands: Sequence[AgeBand]) -> list[Drawing]:
         ),
         Line("the true age", truth, truth, is_reference=True),
     ]
-    x, y = Scale("true age, years", digits=1), Scale("predicted age, years", digits=1)
+    x, y = Scale("true age, years", digits=1), Scale("predicted age, years", digits=1, interval_title="middle 80 %")
     caption = "Predicted age by true age. The band holds the middle 80 % of the predictions."
-    drawing = line_drawing("age-by-truth", caption, lines, x, y)
-    assert drawing.numbers is not None
-    return [drawing]
+    return [line_drawing("age-by-truth", caption, lines, x, y)]
 
 
 def age_errors(metrics: Mapping[str, Any]) -> list[Drawing]:
@@ -53,14 +55,14 @@ def age_errors(metrics: Mapping[str, Any]) -> list[Drawing]:
     guess = metrics["baseline"]["age"].get("cs")
     if guess and guess[0] is not None:
         lines.append(Line("baseline", years, guess, is_reference=True))
-    x = Scale("at most so many years off", digits=0, is_integer=True)
+    x = Scale("absolute error at most, years", digits=0, is_integer=True)
     return [
         line_drawing(
             "age-cumulative",
-            "Cumulative score: share of images whose age is off by no more than so many years, with 95 % intervals.",
+            "Cumulative score: share of images by absolute error, with 95 % intervals.",
             lines,
             x,
-            Scale("share of images, %", 100.0, 1, from_zero=True),
+            Scale("share of images, %", 100.0, 1, from_zero=True, interval_title=INTERVAL),
         )
     ]
 
@@ -73,11 +75,15 @@ def reliability(task: str, points: Sequence[Mapping[str, Any]] | None) -> list[D
     low, high = ([point["interval"][end] if point["interval"] else None for point in points] for end in (0, 1))
     lines = [
         Line("model", x, [point["accuracy"] for point in points], low, high),
-        Line("as sure as right", x, x, is_reference=True),
+        Line("perfect calibration", x, x, is_reference=True),
     ]
-    caption = f"{task.capitalize()}: how often it is right, by how sure it is. Below the line it is overconfident."
+    caption = f"{task.capitalize()}: accuracy by confidence. Below the line, the model is overconfident."
     scale = Scale("confidence, %", 100.0, 1)
-    return [line_drawing(f"reliability-{task}", caption, lines, scale, Scale("right, %", 100.0, 1))]
+    return [
+        line_drawing(
+            f"reliability-{task}", caption, lines, scale, Scale("accuracy, %", 100.0, 1, interval_title=INTERVAL)
+        )
+    ]
 
 
 def by_group(metrics: Mapping[str, Any]) -> list[Drawing]:
@@ -86,14 +92,12 @@ def by_group(metrics: Mapping[str, Any]) -> list[Drawing]:
     for task, key, caption, scale in _BY_GROUP:
         overall, dots = metrics[task].get(key), []
         for breakdown in _SHOWN:
-            if breakdown == task or (task == "age" and breakdown == "age_group" and key == "exact_group"):
-                pass
             own = [
                 Dot(words(name), of[task][key], of["intervals"][task].get(key), f"n = {of['n']:,}")
                 for name, of in metrics["groups"][breakdown].items()
                 if of["n"] and of[task].get(key) is not None
             ]
-            dots += [Dot(f"by {words(breakdown)}", None), *own] if own else []
+            dots += [Dot(f"by {words(breakdown)}", is_heading=True), *own] if own else []
         if overall is not None and dots:
             name = f"groups-{task}-{key.replace('_', '-')}"
             drawings.append(dot_drawing(name, f"{caption}. Dotted: all images.", dots, scale, reference=overall))
@@ -116,10 +120,10 @@ def thresholds(each_threshold: Sequence[Mapping[str, Any]]) -> list[Drawing]:
         drawings.append(
             line_drawing(
                 f"limit-{legal}",
-                f"Legal age {legal}: how many pass falsely and how many fail falsely, by challenge age.",
+                f"Legal age {legal}: false-adult and false-minor rate by challenge age.",
                 lines,
                 Scale("challenge age, years", digits=0, is_integer=True),
-                Scale("of the minors, or of the adults, %", 100.0, 1, from_zero=True),
+                Scale("error rate, %", 100.0, 1, from_zero=True, interval_title=INTERVAL),
                 marks=(each["challenge_years"],),
             )
         )
@@ -132,8 +136,8 @@ def coverage_by_group(age: Mapping[str, Any]) -> list[Drawing]:
     for breakdown in _SHOWN:
         groups = age["groups"].get(breakdown) or {}
         if groups:
-            covered.append(Dot(f"by {words(breakdown)}", None))
-            widths.append(Dot(f"by {words(breakdown)}", None))
+            covered.append(Dot(f"by {words(breakdown)}", is_heading=True))
+            widths.append(Dot(f"by {words(breakdown)}", is_heading=True))
         for name, of in groups.items():
             note = f"n = {of['n']:,}"
             covered.append(Dot(words(name), of["coverage"], of["interval"], note))
@@ -141,9 +145,9 @@ def coverage_by_group(age: Mapping[str, Any]) -> list[Drawing]:
     return [
         dot_drawing(
             "interval-coverage",
-            "Coverage of the age intervals by true group. Dotted: as promised.",
+            "Coverage of the age intervals by true group. Dotted: target coverage.",
             covered,
-            Scale("true ages in their intervals, %", 100.0, 1),
+            Scale("true ages in their intervals, %", 100.0, 1, interval_title=INTERVAL),
             reference=age["nominal"],
         ),
         dot_drawing(
@@ -165,7 +169,8 @@ def selective(curves: Mapping[str, Any]) -> list[Drawing]:
         points = found["curve"]
         low, high = ([point["interval"][end] if point["interval"] else None for point in points] for end in (0, 1))
         line = Line("risk", [point["coverage"] for point in points], [point["risk"] for point in points], low, high)
-        y = Scale("age MAE, years", from_zero=True) if task == "age" else Scale("wrong, %", 100.0, 1, from_zero=True)
-        caption = f"{task.capitalize()}: risk of the most certain predictions, by how many of them are kept (coverage)."
-        drawings.append(line_drawing(f"selective-{task}", caption, [line], Scale("kept, %", 100.0, 0), y))
+        label, factor, digits = ("age MAE, years", 1.0, 2) if task == "age" else ("error rate, %", 100.0, 1)
+        y = Scale(label, factor, digits, from_zero=True, interval_title=INTERVAL)
+        caption = f"{task.capitalize()}: risk against coverage: the error of the most certain predictions."
+        drawings.append(line_drawing(f"selective-{task}", caption, [line], Scale("coverage, %", 100.0, 0), y))
     return drawings

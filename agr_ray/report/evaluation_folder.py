@@ -12,7 +12,7 @@ from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError
 from agr_ray.storage import MissingObject, Storage
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 """Of metrics.json."""
 METRICS_FILE: Final = "metrics.json"
 PREDICTIONS_FILE: Final = "predictions.parquet"

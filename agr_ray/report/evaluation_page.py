@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agr_ray.evaluation.age_bands import AgeBand
-from agr_ray.models.card_tables import DISPARITY_NOTE, NO_DISPARITY, disparity_rows, headline_rows, words
+from agr_ray.models.card import correction_note, mapping_note, ranges_note
+from agr_ray.models.card_tables import (
+    DISPARITY_NOTE,
+    NO_DISPARITY,
+    TOO_SMALL,
+    disparity_rows,
+    headline_rows,
+    num_measured,
+    words,
+)
 from agr_ray.report.evaluation_charts import (
     age_by_truth,
     age_errors,
@@ -24,8 +33,6 @@ from agr_ray.report.paper import data_sets, paper_index, paper_methods
 from agr_ray.report.stress import stress_drawings, stress_summary
 from agr_ray.report.terms import MEASURED
 
-_TASKS = ("age", "gender", "race")
-
 
 @dataclass(frozen=True)
 class MeasuredModel:
@@ -41,8 +48,6 @@ class MeasuredModel:
     """Rows of schema.STRESS; empty: no stress test."""
     sheets: Mapping[str, bytes] = field(default_factory=dict)
     """Pictures of faces by name, PNG."""
-    meta: Mapping[str, Any] | None = None
-    """Content of the checkpoint's meta.json; None: the checkpoint is no longer there."""
     others: Sequence[Mapping[str, Any]] = ()
     """Content of metrics.json of the same model's evaluations on other data."""
 
@@ -55,20 +60,24 @@ def evaluation_page(measured: MeasuredModel) -> Page:
         Section("results", "Results", _results(metrics)),
         *_age(measured),
         *_classes(metrics),
-        Section("groups", "For whom it errs", _groups(metrics)),
+        Section("groups", "Errors by group", _groups(metrics)),
         *_thresholds(metrics),
         *_uncertainty(metrics),
         *_stress(measured),
         *_sheets(measured),
-        Section("data", "Images", _data(measured)),
+        Section("data", "Data", _data(measured)),
         Section("model", "Model and training", _model(measured)),
-        Section("paper", "The paper's tables and figures", _paper(measured)),
+    ]
+    sections = [section for section in sections if section.blocks]
+    titles = [section.title for section in sections]
+    sections += [
+        Section("paper", "The paper's tables and figures", _paper(measured, titles)),
         Section("about", "About this page", [Values(_about(measured))]),
     ]
     return Page(
         f"Evaluation of {_short(record['checkpoint'])} on {record['source']}",
         [Paragraph(verdict(metrics), "verdict"), *_warnings(metrics), *_scope(metrics)],
-        [section for section in sections if section.blocks],
+        sections,
         MEASURED,
     )
 
@@ -76,17 +85,22 @@ def evaluation_page(measured: MeasuredModel) -> Page:
 def verdict(metrics: Mapping[str, Any]) -> str:
     """Return the result in two sentences."""
     parts = []
-    mae, gender, race = metrics["age"]["mae_years"], metrics["gender"]["accuracy"], metrics["race"]["accuracy"]
-    if mae is not None:
-        parts.append(f"the age is off by {mae:.1f} years on average")
-    elif metrics["age"]["exact_group"] is not None:
-        parts.append(f"the age group is right for {100 * metrics['age']['exact_group']:.1f} %")
-    parts += [
-        f"the {name} is right for {100 * value:.1f} %"
-        for name, value in (("gender", gender), ("race", race))
-        if value is not None
-    ]
-    sentence = f"On {metrics['n']:,} images, {_listed(parts)}."
+    for task, key, what, factor, unit in (
+        ("age", "mae_years", "the age MAE", 1.0, " years"),
+        ("age", "exact_group", "the age group accuracy", 100.0, " %"),
+        ("gender", "accuracy", "the gender accuracy", 100.0, " %"),
+        ("race", "accuracy", "the race accuracy", 100.0, " %"),
+    ):
+        value = metrics[task][key]
+        if value is not None and not (key == "exact_group" and metrics["age"]["mae_years"] is not None):
+            parts.append((f"{what} is {value * factor:.1f}{unit}", num_measured(metrics, task, key)))
+    numbers = {number for _, number in parts}
+    if len(numbers) == 1:
+        (number,) = numbers
+        sentence = f"On {number:,} image{'s' if number != 1 else ''}, {_listed([text for text, _ in parts])}."
+    else:
+        sentence = _listed([f"{text} (on {number:,} images)" for text, number in parts]) + "."
+        sentence = sentence[0].upper() + sentence[1:]
     worst = _worst_group(metrics)
     return f"{sentence} {worst}" if worst else sentence
 
@@ -113,17 +127,21 @@ def _warnings(metrics: Mapping[str, Any]) -> list[Block]:
     record, texts = metrics["evaluation"], []
     if record["num_seen_in_training"]:
         texts.append(
-            f"{record['num_seen_in_training']:,} of these images were trained on, so all figures are too good."
+            f"{record['num_seen_in_training']:,} of these images are training images, so all metrics are optimistic."
         )
     elif record["num_seen_in_training"] is None:
-        texts.append("It is not known which of these images were trained on: the figures may be too good.")
+        texts.append(
+            "The checkpoint does not record its training images. If some of these images are among them, the metrics "
+            "are "
+            "optimistic."
+        )
     elif record["split"] == "val" and record["trained_on_split_manifest_sha256"] == record["split_manifest_sha256"]:
-        texts.append("Training chose its best epoch on these images, so the figures are slightly too good.")
+        texts.append("Training chose its best epoch on these images, so the metrics are slightly optimistic.")
     calibration = metrics.get("calibration") or {}
     if calibration.get("num_seen_in_calibration"):
         texts.append(
-            f"{calibration['num_seen_in_calibration']:,} of these images were used to calibrate: the figures on "
-            "uncertainty are too good."
+            f"{calibration['num_seen_in_calibration']:,} of these images were used to calibrate, so the metrics of "
+            "uncertainty are optimistic."
         )
     if calibration.get("warning"):
         texts.append(f"Calibration: {calibration['warning']}.")
@@ -132,26 +150,33 @@ def _warnings(metrics: Mapping[str, Any]) -> list[Block]:
 
 def _scope(metrics: Mapping[str, Any]) -> list[Block]:
     record = metrics["evaluation"]
-    people = "of people" if metrics["uncertainty"]["unit"] == "person" else "with different content"
+    num_units = f"{metrics['uncertainty']['num_units']:,}"
+    intervals = {
+        "person": f"95 % intervals are clustered by person ({num_units} people)",
+        "image": f"95 % intervals treat the {num_units} distinct images as independent",
+    }
+    sampled = intervals.get(
+        metrics["uncertainty"]["unit"], f"95 % intervals are clustered by {num_units} random groups of people or images"
+    )
+    correction = correction_note(metrics)
     return [
+        *([Paragraph(correction, "note")] if correction else []),
         Paragraph(
             f"{record['source']}, split {record['split']}: {metrics['n']:,} labelled images, of them "
             f"{metrics['n_fallback']:,} in which no face was found. "
-            + ("None of them was trained on. " if record["num_seen_in_training"] == 0 else "")
-            + f"Intervals are 95 % intervals over {metrics['uncertainty']['num_units']:,} samples {people}. Labels are "
-            "judgements of pictures, and so are the predictions: attributes are perceived ones.",
-        )
+            + ("None of them is a training image. " if record["num_seen_in_training"] == 0 else "")
+            + ranges_note(metrics["age"]).lstrip()
+            + mapping_note(record)
+            + f" {sampled}. Both labels and predictions are perceived attributes, judged from a picture.",
+        ),
     ]
 
 
 def _results(metrics: Mapping[str, Any]) -> list[Block]:
-    table = rows_table(headline_rows(metrics), is_headline=True)
-    return [
-        table,
-        Paragraph(
-            "The baseline predicts the training labels' median age and most frequent classes for everyone.", "note"
-        ),
-    ]
+    on_these = metrics["baseline"]["guess"]["fitted_on"] == "evaluated"
+    labels = "these images" if on_these else "the training images"
+    note = f"The baseline predicts the median age and the most frequent classes of the labels of {labels} for everyone."
+    return [rows_table(headline_rows(metrics), is_headline=True), Paragraph(note, "note")]
 
 
 def _age(measured: MeasuredModel) -> list[Section]:
@@ -179,9 +204,11 @@ def _classes(metrics: Mapping[str, Any]) -> list[Section]:
 def _groups(metrics: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     found = disparity_rows(metrics["disparities"])
-    if found is not None and not found.rows:
+    if found is None:
+        blocks.append(Paragraph(TOO_SMALL))
+    elif not found.rows:
         blocks.append(Paragraph(NO_DISPARITY))
-    elif found is not None:
+    else:
         blocks += [Paragraph(DISPARITY_NOTE), rows_table(found, num_text_columns=5)]
     drawings = by_group(metrics)
     if drawings:
@@ -201,7 +228,7 @@ def _thresholds(metrics: Mapping[str, Any]) -> list[Section]:
         *threshold_table(metrics["age_thresholds"]),
         Drawings(thresholds(metrics["age_thresholds"])),
     ]
-    return [Section("thresholds", "Age limits", blocks)]
+    return [Section("thresholds", "Age thresholds", blocks)]
 
 
 def _uncertainty(metrics: Mapping[str, Any]) -> list[Section]:
@@ -209,7 +236,12 @@ def _uncertainty(metrics: Mapping[str, Any]) -> list[Section]:
     calibration = metrics.get("calibration")
     if calibration is None:
         blocks.append(
-            Paragraph("The model is not calibrated: it gives no age intervals, and abstains on nothing.", "note")
+            Paragraph(
+                "The model is not calibrated: it gives no age intervals and never abstains. To calibrate it: agr-ray "
+                "evaluate "
+                f"--checkpoint {metrics['evaluation']['checkpoint']} --data DATA --split val --calibrate",
+                "note",
+            )
         )
     else:
         rows = []
@@ -223,8 +255,10 @@ def _uncertainty(metrics: Mapping[str, Any]) -> list[Section]:
             if part is not None and part["error"] is not None:
                 ends = f"{100 * part['interval'][0]:.1f} to {100 * part['interval'][1]:.1f} %"
                 risk, error = f"at most {100 * part['risk']:.1f} %", f"{100 * part['error']:.1f} %"
-                rows.append((f"wrong {task}, where it does not abstain", risk, error, ends, f"{part['accepted']:,}"))
-        columns = ("calibrated", "promised", "measured", "95 % interval", "images")
+                rows.append(
+                    (f"{task} error rate, where it does not abstain", risk, error, ends, f"{part['accepted']:,}")
+                )
+        columns = ("calibrated", "target", "measured", "95 % interval", "images")
         blocks.append(Table(columns, rows, is_headline=True))
         blocks += _uncertainty_remarks(calibration)
         if age is not None:
@@ -232,7 +266,7 @@ def _uncertainty(metrics: Mapping[str, Any]) -> list[Section]:
     curves = selective(metrics["selective"])
     if curves:
         blocks.append(Drawings(curves))
-    return [Section("uncertainty", "Does it know when it errs?", blocks)]
+    return [Section("uncertainty", "Uncertainty and calibration", blocks)]
 
 
 def _uncertainty_remarks(calibration: Mapping[str, Any]) -> list[Block]:
@@ -243,7 +277,7 @@ def _uncertainty_remarks(calibration: Mapping[str, Any]) -> list[Block]:
         part = calibration[task]
         if part is not None:
             remarks.append(
-                f"The model abstains from the {task} of {100 * part['abstained']:.1f} % of the images. Its calibration "
+                f"The model abstains on {task} for {100 * part['abstained']:.1f} % of the images. Its calibration "
                 f"error is {100 * part['ece']:.1f} % ({100 * part['ece_before']:.1f} % before calibration)."
             )
     return [Paragraph(remark) for remark in remarks]
@@ -254,7 +288,7 @@ def _stress(measured: MeasuredModel) -> list[Section]:
     if not stress or not measured.stress:
         return []
     blocks = [*stress_summary(stress), *stress_drawings(measured.stress, measured.metrics["baseline"])]
-    return [Section("robustness", "Worse photographs", blocks)]
+    return [Section("robustness", "Robustness to corruptions", blocks)]
 
 
 def _sheets(measured: MeasuredModel) -> list[Section]:
@@ -274,7 +308,7 @@ def _data(measured: MeasuredModel) -> list[Block]:
     metrics = measured.metrics
     record = metrics["evaluation"]
     statuses = [(words(name), f"{number:,}") for name, number in record["statuses"].items()]
-    blocks: list[Block] = [Table(("status in the split", "images"), statuses)]
+    blocks: list[Block] = [Table(("status", "images"), statuses)]
     for attribute, names in metrics["labels"].items():
         groups = metrics["groups"][attribute]
         rows = [
@@ -284,19 +318,17 @@ def _data(measured: MeasuredModel) -> list[Block]:
         ]
         if rows:
             blocks.append(Table((f"true {words(attribute)}", "images", "share"), rows))
-    return [*blocks, *split_of_data(measured.meta)]
+    return [*blocks, *split_of_data(record["model"])]
 
 
 def _model(measured: MeasuredModel) -> list[Block]:
-    if measured.meta is None:
-        checkpoint = measured.metrics["evaluation"]["checkpoint"]
-        return [Paragraph(f"{checkpoint} is no longer there, so its network and training are not known.", "note")]
-    return [*architecture(measured.meta), *settings_of(measured.meta)]
+    meta = measured.metrics["evaluation"]["model"]
+    return [*architecture(meta), *settings_of(meta)]
 
 
-def _paper(measured: MeasuredModel) -> list[Block]:
+def _paper(measured: MeasuredModel, sections: Sequence[str]) -> list[Block]:
     every = [measured.metrics, *measured.others]
-    return [*data_sets(every), *paper_methods(measured.metrics), *paper_index(measured.metrics, measured.meta)]
+    return [*data_sets(every), *paper_methods(measured.metrics), *paper_index(sections)]
 
 
 def _about(measured: MeasuredModel) -> dict[str, str]:
@@ -310,9 +342,9 @@ def _about(measured: MeasuredModel) -> dict[str, str]:
         "data": record["data"],
         "split": record["split"],
         "split manifest, SHA-256": record["split_manifest_sha256"],
-        "trained on split manifest, SHA-256": record["trained_on_split_manifest_sha256"] or "unknown",
-        "computed in": ", ".join(record["precisions"]),
-        "commit": (measured.meta or {}).get("git_commit") or "unknown",
+        "training split manifest, SHA-256": record["trained_on_split_manifest_sha256"] or "unknown",
+        "precision": ", ".join(record["precisions"]),
+        "commit of the training": record["model"].get("git_commit") or "unknown",
         "intervals": f"{uncertainty['method']}, over {uncertainty['num_units']:,} units: {uncertainty['unit']}",
         "metrics": "defined in docs/evaluation.md",
     }

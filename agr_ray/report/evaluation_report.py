@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.age_bands import age_bands
-from agr_ray.models.checkpoint import META
 from agr_ray.report.evaluation_folder import PREDICTIONS_FILE, read_metrics
 from agr_ray.report.evaluation_page import MeasuredModel, evaluation_page
 from agr_ray.report.page import Page
-from agr_ray.storage import MissingObject, Storage, StorageError
+from agr_ray.storage import Storage
 
 _STRESS_FILE: Final = "stress.parquet"
 _SHEETS: Final = "explain"
@@ -54,7 +52,6 @@ def evaluation_report(storage: Storage, uri: str, others: Sequence[str], *, with
             if "stress" in metrics and storage.exists(stress_file)
             else [],
             sheets=_sheets(storage, uri) if with_faces else {},
-            meta=_meta(storage, metrics["evaluation"]["checkpoint"]),
             others=other_metrics,
         )
     )
@@ -66,12 +63,3 @@ def _sheets(storage: Storage, uri: str) -> dict[str, bytes]:
         raise ConfigError(f"report.faces: {uri} has no sheets of faces; run agr-ray evaluate with --explain first")
     found = storage.list(folder, (".png",))
     return {info.key.rpartition("/")[2].removesuffix(".png"): storage.read(info.uri) for info in found}
-
-
-def _meta(storage: Storage, checkpoint: str) -> dict[str, Any] | None:
-    """Return the checkpoint's meta.json; None if it can't be read, for a page does not depend on it."""
-    try:
-        content = json.loads(storage.read(storage.join(checkpoint, META)))
-    except (MissingObject, StorageError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -9,6 +9,11 @@ from agr_ray.evaluation.cells import BREAKDOWNS
 from agr_ray.models.card_tables import Rows, between, number, threshold_rows, words
 from agr_ray.report.page import Block, Cell, Fold, Table
 
+_BREAKDOWN_WORDS: Final = {
+    "gender_race": "gender and race",
+    "gender_age_group": "gender and age group",
+    "race_age_group": "race and age group",
+}
 _GROUP_COLUMNS: Final = (
     ("age", "mae_years", "age MAE, years", 1.0, ".2f"),
     ("age", "bias_years", "age bias, years", 1.0, "+.2f"),
@@ -33,13 +38,13 @@ def confusion(what: str, names: Sequence[str], counts: Sequence[Sequence[int]] |
         total = sum(line)
         if total:
             cells = [
-                Cell(f"{count:,}" if count else "", shade=0.75 * count / total, is_strong=column == place)
+                Cell(f"{count:,}" if count else "", shade=0.6 * count / total, is_strong=column == place)
                 for column, count in enumerate(line)
             ]
             rows.append([name, *cells, f"{total:,}", f"{100 * line[place] / total:.1f} %"])
     return [
         Table(
-            ("true, and predicted as", *names, "images", "right"),
+            ("true \\ predicted", *names, "images", "accuracy"),
             rows,
             caption=f"Confusion of {what}",
             note="A row is a true class, and the darker a cell, the larger its share of the row.",
@@ -48,7 +53,7 @@ def confusion(what: str, names: Sequence[str], counts: Sequence[Sequence[int]] |
 
 
 def group_tables(metrics: Mapping[str, Any]) -> list[Block]:
-    """Return a table for each breakdown, with an interval below each value's column."""
+    """Return a table for each breakdown, with an interval after each value."""
     blocks: list[Block] = []
     for breakdown in BREAKDOWNS:
         groups = {name: of for name, of in metrics["groups"][breakdown].items() if of["n"]}
@@ -68,7 +73,9 @@ def group_tables(metrics: Mapping[str, Any]) -> list[Block]:
             rows.append(row)
         if rows:
             header = (f"true {words(breakdown)}", "images", *(column[2] for column in columns))
-            blocks.append(Fold(f"By {words(breakdown)}", [Table(header, rows, is_sortable=True)]))
+            blocks.append(
+                Fold(f"By {_BREAKDOWN_WORDS.get(breakdown, words(breakdown))}", [Table(header, rows, is_sortable=True)])
+            )
     return blocks
 
 

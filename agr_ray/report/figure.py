@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, Final
+from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -93,19 +94,40 @@ def figure_png(figure: Figure) -> bytes:
 
 
 def inline_svg(svg: str, name: str) -> str:
-    """Turn an SVG file into an element of a page: no header or namespaces, unique ids, the page's colours."""
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r"\s+xmlns(:\w+)?=\"[^\"]*\"", "", body)
-    body = re.sub(r"xlink:href=", "href=", body)
-    body = re.sub(r"(<svg[^>]*?)\s+width=\"[^\"]*\"", r"\1", body, count=1)
-    body = re.sub(r"(<svg[^>]*?)\s+height=\"[^\"]*\"", r'\1 aria-hidden="true"', body, count=1)
-    body = re.sub(r"\bid=\"", f'id="{name}-', body)
-    body = re.sub(r"href=\"#", f'href="#{name}-', body)
-    body = re.sub(r"url\(#", f"url(#{name}-", body)
-    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
-    body = re.sub(r"font-family: [^;\"]*;?", "", body)
-    for colour, value in COLOURS.items():
-        body = body.replace(value, f"var(--{colour})")
-    return body
+    """Turn an SVG file into an element of a page: no header or namespaces, unique ids, the page's colours.
+
+    Only attributes are changed, so texts, which may be anything, stay as they are.
+    """
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        for child in [child for child in element if _local(child.tag) in ("metadata", "style")]:
+            element.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        values = {_local(key): value for key, value in element.attrib.items()}
+        element.attrib.clear()
+        for key, value in values.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "href":
+                value = value.replace("#", f"#{name}-", 1)
+            elif key == "style":
+                value = _FONT_SIZE.sub(r"font-size: \1", value)
+                value = _FONT_FAMILY.sub("", value)
+            value = value.replace("url(#", f"url(#{name}-")
+            for colour, placeholder in COLOURS.items():
+                value = value.replace(placeholder, f"var(--{colour})")
+            element.set(key, value)
+    for size in ("width", "height"):
+        root.attrib.pop(size, None)
+    root.set("aria-hidden", "true")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+_FONT_SIZE: Final = re.compile(r"font: ([\d.]+px) [^;]*")
+_FONT_FAMILY: Final = re.compile(r"font-family: [^;]*;?")
+
+
+def _local(name: str) -> str:
+    """Return a tag's or an attribute's name without its namespace."""
+    return name.rpartition("}")[2]

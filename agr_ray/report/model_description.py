@@ -48,7 +48,7 @@ def _head(meta: Mapping[str, Any], task: str) -> str:
 def _parts(meta: Mapping[str, Any]) -> Table:
     """Return the network's configuration."""
     rows = [(key, _text(value)) for key, value in meta["model"].items() if value not in ("", [], None)]
-    return Table(("part", "choice"), rows, num_text_columns=2)
+    return Table(("setting", "value"), rows, num_text_columns=2)
 
 
 def training_flow() -> Figure:
@@ -115,14 +115,18 @@ def settings_of(meta: Mapping[str, Any]) -> list[Block]:
     """Return the settings of the training, the most important first."""
     config = meta.get("config") or {}
     if not config:
-        return [Paragraph("Its training is not known: it was not trained here.", "note")]
+        return [
+            Paragraph(
+                "This checkpoint has no training record: it is untrained, or was not trained with agr_ray.", "note"
+            )
+        ]
     train, loss = config.get("train") or {}, config.get("loss") or {}
     rows = [
         ("batch size, over all workers", train.get("batch_size")),
         ("workers", train.get("num_workers")),
-        ("epochs, at most", train.get("epochs")),
+        ("maximum epochs", train.get("epochs")),
         ("input", f"{meta['transform']['image_size']} x {meta['transform']['image_size']} px"),
-        ("loss weights", ", ".join(f"{task} {loss.get(f'{task}_weight')}" for task in meta["model"]["tasks"])),
+        ("loss weights", ", ".join(f"{task} {_text(loss.get(f'{task}_weight'))}" for task in meta["model"]["tasks"])),
         ("age loss", loss.get("age_loss")),
         ("optimiser", train.get("optimizer")),
         ("learning rate", train.get("lr")),
@@ -163,6 +167,8 @@ def split_of_data(meta: Mapping[str, Any] | None) -> list[Block]:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_text(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from agr_ray.config.presets import PRESETS
-from agr_ray.report.charts import Dot, Scale, dot_drawing
-from agr_ray.report.page import Block, Drawings, Paragraph, Table
+from agr_ray.report.charts import INTERVAL, Dot, Scale, dot_drawing
+from agr_ray.report.page import Block, Drawing, Drawings, Paragraph, Table
 
 _COLUMNS: Final[Sequence[tuple[str, str, str, float, str]]] = (
     ("age", "mae_years", "age MAE, years", 1.0, ".2f"),
@@ -30,9 +30,11 @@ _PAPER: Final = (
     ("the paper: MORPH II (table 12)", "2.8", "90.4", "", "97.8", "93.5"),
     ("the paper: synthetic (tables 7 to 9)", "0", "100", "100", "100", "100"),
 )
+_TITLE: Final = "The paper's tables and figures"
+_MISSING: Final = {"Faces": "only with --faces, because it shows people"}
 _INDEX: Final = (
     ("table 1", "learning rate and loss", "Model and training"),
-    ("table 2", "training and test setting", "Model and training; Images"),
+    ("table 2", "training and test setting", "Model and training; Data"),
     ("table 3", "confusion of gender", "Gender"),
     ("table 4", "confusion of race", "Race"),
     ("table 5", "confusion of age groups", "Age"),
@@ -40,8 +42,8 @@ _INDEX: Final = (
     ("table 7", "results by data set", "The paper's tables and figures: by data set"),
     ("table 8", "one-off accuracy by data set", "The paper's tables and figures: by data set"),
     ("table 9", "comparison of data sets", "The paper's tables and figures: by data set"),
-    ("table 10", "methods and their data", "The paper's tables and figures: as the paper cites"),
-    ("table 11", "comparison with other methods", "The paper's tables and figures: as the paper cites"),
+    ("table 10", "methods and their data", "The paper's tables and figures: as cited in the paper"),
+    ("table 11", "comparison with other methods", "The paper's tables and figures: as cited in the paper"),
     ("table 12", "comparison with the best method", "The paper's tables and figures: by data set"),
     ("figure 1", "the network", "Model and training"),
     ("figure 2", "the network, in detail", "Model and training: as a table"),
@@ -70,9 +72,9 @@ def data_sets(evaluations: Sequence[Mapping[str, Any]]) -> list[Block]:
         ("by data set", *(column[2] for column in _COLUMNS)),
         [*rows, *_PAPER],
         caption="By data set",
-        note="The paper's figures are as it prints them. It equates 'within 5 years' with 'age group or the next', and "
-        "tables 9 and 12 contradict each other. Its data and splits are not public, so do not rank it against this "
-        "model. Figures of different data sets are never averaged here.",
+        note="The paper's results are as it prints them. It equates 'within 5 years' with 'age group or the next', and "
+        "tables 9 and 12 contradict each other. Its data and splits are not public, so its results cannot be compared "
+        "with this model's. Results of different data sets are never averaged here.",
     )
     return [table, Drawings([_accuracies(evaluations)])]
 
@@ -82,15 +84,17 @@ def _figures(metrics: Mapping[str, Any]) -> list[str]:
     return ["" if value is None else f"{value * factor:{form}}" for value, factor, form in values]
 
 
-def _accuracies(evaluations: Sequence[Mapping[str, Any]]) -> Any:
+def _accuracies(evaluations: Sequence[Mapping[str, Any]]) -> Drawing:
     dots = []
     for metrics in evaluations:
-        dots.append(Dot(f"{metrics['evaluation']['source']}, split {metrics['evaluation']['split']}", None))
+        name = f"{metrics['evaluation']['source']}, split {metrics['evaluation']['split']}"
+        dots.append(Dot(name, is_heading=True))
         for task, key, title, factor, _ in _COLUMNS:
             value = metrics[task].get(key)
             if factor != 1.0 and value is not None:
                 dots.append(Dot(title.removesuffix(", %"), value, metrics["intervals"][task].get(key)))
-    return dot_drawing("accuracies", "Accuracies by data set, with 95 % intervals.", dots, Scale("right, %", 100.0, 1))
+    scale = Scale("accuracy, %", 100.0, 1, interval_title=INTERVAL)
+    return dot_drawing("accuracies", "Accuracies by data set, with 95 % intervals.", dots, scale)
 
 
 def paper_methods(metrics: Mapping[str, Any]) -> list[Block]:
@@ -108,28 +112,28 @@ def paper_methods(metrics: Mapping[str, Any]) -> list[Block]:
             rows.append((preset.row, name, "" if age is None else f"{age:.2f}", *shares))
     return [
         Table(
-            ("as the paper cites", "preset", *(column[2] for column in columns)),
+            ("as cited in the paper", "preset", *(column[2] for column in columns)),
             rows,
             num_text_columns=2,
-            caption="As the paper cites",
-            note="Tables 10 and 11 of the paper cite figures from other data, splits and protocols. They are no "
-            "targets, and cannot be ranked against each other or against this model. agr-ray compare trains and "
+            caption="As cited in the paper",
+            note="Tables 10 and 11 of the paper cite results on other data, splits and protocols. Do not use them as "
+            "targets, and do not rank them against each other or against this model. agr-ray compare trains and "
             "measures these networks on the same data.",
         ),
         Paragraph("Where to find each table and figure of the paper on this page:"),
     ]
 
 
-def paper_index(metrics: Mapping[str, Any], meta: Mapping[str, Any] | None) -> list[Block]:
-    """Return where each table and figure of the paper is on the page, and which are missing."""
-    missing = {"Faces": "only with --faces, because it shows people"}
-    if meta is None:
-        missing["Model and training"] = "the checkpoint is no longer there"
-    for task in ("age", "gender", "race"):
-        if task not in metrics["evaluation"]["tasks"]:
-            missing[task.capitalize()] = f"the model does not predict {task}"
-    rows = [
-        (number, what, f"{where} ({missing[where.partition(':')[0]]})" if where.partition(":")[0] in missing else where)
-        for number, what, where in _INDEX
-    ]
+def paper_index(sections: Sequence[str]) -> list[Block]:
+    """Return where each table and figure of the paper is on the page, and which are missing.
+
+    Args:
+        sections: titles of the other sections of the page.
+    """
+    rows = []
+    for number, what, where in _INDEX:
+        places = [place for place in where.split("; ") if place.partition(":")[0] in (*sections, _TITLE)]
+        rows.append(
+            (number, what, "; ".join(places) or _MISSING.get(where, "not measured: no such labels or no such head"))
+        )
     return [Table(("in the paper", "content", "here"), rows, num_text_columns=3)]

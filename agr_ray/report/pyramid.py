@@ -20,7 +20,7 @@ _ROW_INCHES: Final = 0.36
 def population_pyramid(demographics: pa.Table, space: LabelSpace) -> Drawing:
     """Draw how many faces of all groups together have each age group and gender.
 
-    A cell that `score.min_cell` hides adds nothing to its bar, and the caption says so.
+    A bar of which `score.min_cell` hides a cell is left out, and says `hidden`.
 
     Args:
         demographics: schema.DEMOGRAPHICS. Its joint breakdown is drawn: by age group, gender and race, without those
@@ -30,18 +30,19 @@ def population_pyramid(demographics: pa.Table, space: LabelSpace) -> Drawing:
     """
     joint = max(pc.unique(demographics["breakdown"]).to_pylist(), key=len, default="")
     cells = demographics.filter(pc.field("is_total") & (pc.field("breakdown") == joint))
+    summed = cells.group_by(["age_group", "gender"]).aggregate([("suppressed", "any"), ("n", "sum")])
     counts = {
-        (row["age_group"], row["gender"]): row["n_sum"] or 0
-        for row in cells.group_by(["age_group", "gender"]).aggregate([("n", "sum")]).to_pylist()
+        (row["age_group"], row["gender"]): None if row["suppressed_any"] else row["n_sum"] or 0
+        for row in summed.to_pylist()
     }
     abstained = pc.max(cells["num_abstained"]).as_py() or 0
-    notes = [f"{abstained:,} more have an attribute that is too uncertain."] if abstained else []
-    notes += ["Cells that score.min_cell hides are left out."] if cells["n"].null_count else []
+    notes = [f"{abstained:,} more are left out, because the model abstained on an attribute."] if abstained else []
+    notes += ["Bars with counts that score.min_cell hides are left out."] if None in counts.values() else []
 
     def draw() -> Figure:
         return _draw(counts, space)
 
-    rows = [(group, *(f"{counts.get((group, gender), 0):,}" for gender in space.genders)) for group in space.age_groups]
+    rows = [(group, *(_text(counts.get((group, gender), 0)) for gender in space.genders)) for group in space.age_groups]
     return Drawing(
         "pyramid",
         " ".join(["Faces by perceived age group and gender.", *notes]),
@@ -50,16 +51,19 @@ def population_pyramid(demographics: pa.Table, space: LabelSpace) -> Drawing:
     )
 
 
-def _draw(counts: dict[tuple[str, str], int], space: LabelSpace) -> Figure:
+def _text(count: int | None) -> str:
+    return "hidden" if count is None else f"{count:,}"
+
+
+def _draw(counts: dict[tuple[str, str], int | None], space: LabelSpace) -> Figure:
     figure, axes = new_figure(_WIDTH_INCHES, 1.1 + _ROW_INCHES * len(space.age_groups))
     axes.grid(visible=False)
-    longest = max(counts.values(), default=0) or 1
+    longest = max((count or 0 for count in counts.values()), default=0) or 1
     for gender, colour, side in zip(space.genders, _COLOURS, (-1, 1), strict=True):
         lengths = [counts.get((group, gender), 0) for group in space.age_groups]
-        bars = axes.barh(
-            space.age_groups, [side * length for length in lengths], color=COLOURS[colour], label=gender, height=0.8
-        )
-        axes.bar_label(bars, [f"{length:,}" if length else "" for length in lengths], padding=3)
+        widths = [side * (length or 0) for length in lengths]
+        bars = axes.barh(space.age_groups, widths, color=COLOURS[colour], label=gender, height=0.8)
+        axes.bar_label(bars, ["" if length == 0 else _text(length) for length in lengths], padding=3)
     axes.set_xlim(-1.2 * longest, 1.2 * longest)
     axes.xaxis.set_major_formatter(lambda count, _: f"{abs(count):,.0f}")
     axes.set(xlabel="faces", ylabel="perceived age, years")

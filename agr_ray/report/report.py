@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
+from typing import Final
+
 from agr_ray.config import ReportJob
 from agr_ray.console import make_console
 from agr_ray.errors import ConfigError
-from agr_ray.report.comparison_page import comparison_report, is_comparison
 from agr_ray.report.evaluation_folder import is_evaluation
-from agr_ray.report.evaluation_report import evaluation_report
 from agr_ray.report.page import Page
 from agr_ray.report.page_files import write_page
-from agr_ray.report.scores_report import is_scored, scores_report
-from agr_ray.report.sweep_report import is_sweep, sweep_report
-from agr_ray.report.training_page import is_training, training_report
+from agr_ray.scoring.publish import SUCCESS
 from agr_ray.storage import Storage
 
-_KINDS = "an evaluation, a training run, a comparison, a sweep or a scored bucket"
+_MARKERS: Final = {
+    "comparison.parquet": "comparison_page:comparison_report",
+    "sweep.json": "sweep_report:sweep_report",
+    "history.parquet": "training_page:training_report",
+}
+"""A file of each kind of results, and the function of this package that makes its page."""
 
 
 def report(job: ReportJob, *, quiet: bool = False) -> str:
@@ -47,25 +51,40 @@ def report_page(job: ReportJob, storage: Storage, folders: list[str]) -> Page:
     """Return the page of the first folder's results.
 
     Raises:
-        ConfigError: as for `report`.
+        ConfigError: as for `report`, or a file of the results is damaged.
     """
     uri, others = folders[0], folders[1:]
+    try:
+        return _page(job, storage, uri, others)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{uri}: a file is damaged, or was written by another version of agr_ray ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _page(job: ReportJob, storage: Storage, uri: str, others: list[str]) -> Page:
+    """Recognise the results, and import only what their page needs."""
     if is_evaluation(storage, uri):
         if job.run:
-            raise ConfigError(f"report.run {job.run}: {uri} is an evaluation; only a scored bucket has runs")
+            raise ConfigError(f"report.run {job.run}: {uri} is an evaluation; only scoring results have runs")
+        from agr_ray.report.evaluation_report import evaluation_report
+
         return evaluation_report(storage, uri, others, with_faces=job.faces)
     if others:
-        raise ConfigError(f"{uri}: several folders need an evaluation first")
+        raise ConfigError(f"report.folders: several folders are allowed only for evaluations, and {uri} is not one")
     if job.faces:
-        raise ConfigError(f"report.faces: {uri} is no evaluation; only evaluations have sheets of faces")
-    if is_scored(storage, uri):
+        raise ConfigError(f"report.faces: {uri} is not an evaluation; only evaluations have sheets of faces")
+    if storage.exists(storage.join(uri, SUCCESS)):
+        from agr_ray.report.scores_report import scores_report
+
         return scores_report(storage, uri, job.run)
     if job.run:
-        raise ConfigError(f"report.run {job.run}: {uri} is no scored bucket; only these have runs")
-    if is_comparison(storage, uri):
-        return comparison_report(storage, uri)
-    if is_sweep(storage, uri):
-        return sweep_report(storage, uri)
-    if is_training(storage, uri):
-        return training_report(storage, uri)
-    raise ConfigError(f"{uri}: holds neither {_KINDS.replace(' or ', ' nor ')}")
+        raise ConfigError(f"report.run {job.run}: {uri} does not hold scoring results; only these have runs")
+    for marker, module in _MARKERS.items():
+        if storage.exists(storage.join(uri, marker)):
+            page: Page = resolve_name(f"agr_ray.report.{module}")(storage, uri)
+            return page
+    raise ConfigError(
+        f"{uri}: holds no results of evaluate, train, compare, tune or score; give the folder that one of them wrote, "
+        "not a checkpoint or photographs"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pyarrow as pa
@@ -17,10 +17,16 @@ from agr_ray.report.page import Block, Cell, Drawing, Drawings, Page, Paragraph,
 from agr_ray.report.pyramid import population_pyramid
 from agr_ray.report.terms import COUNTED
 from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES
+from agr_ray.tables.suppression import SUPPRESSED
 
-_SHARE: Final = Scale("share of the faces, %", 100.0, 1, from_zero=True, interval_title="90 % interval")
-_MAX_RUNS: Final = 400
-"""Runs in the charts over time: the latest."""
+_SHARE: Final = Scale("share, %", 100.0, 1, from_zero=True, interval_title="90 % interval")
+MAX_GROUPS: Final = 1000
+"""Groups in a table."""
+_MAX_PLACES: Final = 400
+"""Groups in a chart."""
+_NAMES: Final = {"age_group": "age", "gender": "gender", "race": "race"}
+_Group = tuple[str | None, ...]
+"""Values of the grouping columns."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,11 @@ class ScoredBucket:
     runs: Sequence[Mapping[str, Any]]
     """Records of all published runs, oldest first."""
     over_time: pa.Table
-    """schema.DEMOGRAPHICS of the totals of all runs, with the column `run`."""
+    """Shares over all groups of the runs of the same model, with the column `run`."""
     quality: Sequence[Mapping[str, Any]] = ()
     """`name`, `low`, `median` and `high` of the faces of the run; empty: it published no rows."""
-    examples: Mapping[str, str] | None = None
-    """An error for each status of a rejected image; None: the run published no rows."""
-    num_images: int | None = None
-    """Images of all runs, each counted once; None: not known."""
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """An error for some statuses of rejected images."""
 
 
 def scores_page(bucket: ScoredBucket) -> Page:
@@ -49,37 +53,52 @@ def scores_page(bucket: ScoredBucket) -> Page:
     record = bucket.record
     space = LabelSpace.from_json(record["label_space"])
     sections = [
-        Section("faces", "Who is in the photographs", _faces(bucket, space)),
+        Section("faces", "Perceived demographics", _faces(bucket, space)),
         Section("shares", "Shares", _shares(bucket, space)),
         Section("groups", "By group", _groups(bucket, space)),
         Section("time", "Over time", _over_time(bucket, space)),
         Section("shift", "Are these faces like the calibration images?", _shift(record)),
         Section("quality", "Quality of the faces", _quality(bucket)),
-        Section("images", "Images that could not be scored", _rejects(bucket)),
+        Section("images", "Images by status", _rejects(bucket)),
         Section("runs", "All runs", [_runs(bucket)]),
         Section("about", "About this page", [Values(_about(bucket))]),
     ]
     return Page(
-        f"Perceived age, gender and race in {record.get('input', bucket.uri)}",
+        _title(bucket),
         [Paragraph(_verdict(bucket), "verdict"), *_warnings(record), *_scope(bucket)],
         [section for section in sections if section.blocks],
         COUNTED,
     )
 
 
+def _title(bucket: ScoredBucket) -> str:
+    names = [_NAMES[name] for name in _attributes(bucket.demographics)]
+    what = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f"Perceived {what} in {bucket.record.get('input', bucket.uri)}" if names else f"Faces in {bucket.uri}"
+
+
 def _verdict(bucket: ScoredBucket) -> str:
     totals = _totals(bucket.demographics)
     if not totals:
         return "No face was counted."
-    images = f"{_count(totals['num_faces'])} faces in {_count(totals['num_images'])} photographs"
-    parts = []
-    for attribute in ("gender", "age_group", "race"):
+    parts, is_corrected = [], False
+    for attribute in _attributes(bucket.demographics):
         rows = [row for row in _total_rows(bucket.demographics, attribute) if _best(row) is not None]
         if rows:
             most = max(rows, key=lambda row: _best(row) or 0.0)
-            what = "years old" if attribute == "age_group" else ""
-            parts.append(f"{100 * (_best(most) or 0.0):.0f} % are perceived as {most[attribute]} {what}".rstrip())
-    return f"{images}: {', '.join(parts)}." if parts else f"{images}."
+            years = " years" if attribute == "age_group" else ""
+            parts.append(f"{most[attribute]}{years} ({100 * (_best(most) or 0.0):.0f} %)")
+            is_corrected |= most["share_corrected"] is not None
+    if totals["num_faces"] is None:
+        sentence = "The number of faces is hidden"
+    else:
+        counted = totals["num_faces"] - (totals["num_flagged"] or 0)
+        images = "" if totals["num_images"] is None else f" of {totals['num_images']:,} photographs"
+        sentence = f"{counted:,} faces{images} were counted"
+    if not parts:
+        return f"{sentence}."
+    kind = "shares are corrected for the model's error rates" if is_corrected else "shares include the model's errors"
+    return f"{sentence}. Most frequent: {', '.join(parts)}; {kind}."
 
 
 def _best(row: Mapping[str, Any]) -> float | None:
@@ -108,10 +127,10 @@ def _scope(bucket: ScoredBucket) -> list[Block]:
         f"This page shows run {record['run_id']}"
     )
     if len(bucket.runs) > 1:
-        text += f", one of {len(bucket.runs):,}"
-        if bucket.num_images is not None:
-            text += f" with {bucket.num_images:,} images together"
-        text += ". A run scores only images that are new or changed"
+        numbers = [each["num_images"] for each in bucket.runs if "num_images" in each]
+        are_known = len(numbers) == len(bucket.runs)
+        total = f", which scored {sum(numbers):,} images in total" if are_known else ""
+        text += f", one of {len(bucket.runs):,} runs{total}. A run scores only images that are new or changed"
     return [Paragraph(f"{text}.")]
 
 
@@ -145,24 +164,34 @@ def _shares(bucket: ScoredBucket, space: LabelSpace) -> list[Block]:
         if not rows:
             continue
         is_corrected = any(row["share_corrected"] is not None for row in rows)
-        dots = [Dot(row[attribute], _best(row), _interval(row)) for row in rows]
+        dots = [
+            Dot(row[attribute], _best(row), _interval(row), "(hidden)" if row["suppressed"] else "") for row in rows
+        ]
         caption = f"{words(attribute).capitalize()}: " + (
             "corrected shares of all counted faces, with 90 % intervals."
             if is_corrected
-            else "shares of the faces that got a class. They repeat the model's mistakes."
+            else "shares of the faces with a predicted class. They include the model's errors."
         )
         drawings.append(dot_drawing(f"share-{attribute.replace('_', '-')}", caption, dots, _SHARE))
         tables.append(_share_table(attribute, rows))
-        why = {row["correction"] for row in rows if row["correction"]}
-        tables += [
-            Paragraph(f"Shares by {words(attribute)} are not corrected: {reason}.", "note") for reason in sorted(why)
-        ]
+        tables += [Paragraph(text, "note") for text in _uncorrected(attribute, rows)]
     return [*([Drawings(drawings)] if drawings else []), *tables]
+
+
+def _uncorrected(attribute: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return why shares are not corrected, in sentences."""
+    shares = f"Corrected shares by {words(attribute)} are not shown"
+    reasons = dict.fromkeys(row["correction"] for row in rows if row["correction"])
+    return [
+        f"{shares}, because they would reveal hidden counts." if reason == SUPPRESSED else f"{shares}: {words(reason)}."
+        for reason in reasons
+    ]
 
 
 def _share_table(attribute: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     has_unique = any(row["n_unique"] is not None for row in rows)
-    columns = ["faces", *(["distinct faces"] if has_unique else []), "share, %", "corrected share, %", "90 % interval"]
+    columns = ["faces", *(["distinct faces"] if has_unique else []), "share of faces, %", "corrected share, %"]
+    columns.append("90 % interval")
     cells = [
         [
             str(row[attribute]),
@@ -185,26 +214,33 @@ def _groups(bucket: ScoredBucket, space: LabelSpace) -> list[Block]:
     blocks: list[Block] = []
     table = bucket.demographics.filter(pc.invert(bucket.demographics["is_total"]))
     for attribute in _attributes(bucket.demographics):
-        own = table.filter(pc.equal(table["breakdown"], attribute)).to_pylist()
+        own = table.filter(pc.equal(table["breakdown"], attribute))
         classes = space.classes[attribute]
-        by_group: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
-        for row in own:
-            group = tuple("(none)" if row[name] is None else row[name] for name in names)
-            by_group.setdefault(group, {})[row[attribute]] = row
-        rows = [[*group, *_group_cells(cells, classes)] for group, cells in sorted(by_group.items())]
+        by_group: dict[_Group, dict[str, Mapping[str, Any]]] = {}
+        for row in own.to_pylist():
+            by_group.setdefault(tuple(row[name] for name in names), {})[row[attribute]] = row
+        note = "Corrected shares where there are any, otherwise shares of faces."
+        if len(by_group) > MAX_GROUPS:
+            most = sorted(by_group, key=lambda group: -(next(iter(by_group[group].values()))["num_faces"] or 0))
+            note += f" The {MAX_GROUPS:,} groups of {len(by_group):,} with the most faces; demographics/ has all."
+            by_group = {group: by_group[group] for group in most[:MAX_GROUPS]}
+        groups = sorted(by_group, key=_group_order)
+        rows = [[*map(_group_name, group), *_group_cells(by_group[group], classes)] for group in groups]
         columns = (*names, "images", "faces", *(f"{name}, %" for name in classes))
-        blocks.append(
-            Table(
-                columns,
-                rows,
-                num_text_columns=len(names),
-                caption=f"Shares by {', '.join(names)} and {words(attribute)}",
-                note="Corrected shares where there are any, else plain ones.",
-                is_sortable=True,
-            )
-        )
-        blocks += _group_chart(attribute, names, by_group, classes)
+        caption = f"Shares by {', '.join(names)} and {words(attribute)}"
+        blocks.append(Table(columns, rows, num_text_columns=len(names), caption=caption, note=note, is_sortable=True))
+        if len(names) == 1:
+            blocks += _group_chart(attribute, names[0], {group: by_group[group] for group in groups}, classes)
     return blocks
+
+
+def _group_order(group: _Group) -> list[tuple[bool, str]]:
+    """Sort groups by their values, null last."""
+    return [(value is None, value or "") for value in group]
+
+
+def _group_name(value: str | None) -> str:
+    return "(none)" if value is None else value
 
 
 def _group_cells(cells: Mapping[str, Mapping[str, Any]], classes: Sequence[str]) -> list[str | Cell]:
@@ -221,41 +257,45 @@ def _group_cells(cells: Mapping[str, Mapping[str, Any]], classes: Sequence[str])
 
 def _group_chart(
     attribute: str,
-    names: Sequence[str],
-    by_group: Mapping[tuple[str, ...], Mapping[str, Mapping[str, Any]]],
+    name: str,
+    by_group: Mapping[_Group, Mapping[str, Mapping[str, Any]]],
     classes: Sequence[str],
 ) -> list[Block]:
-    """Return a chart of the shares over the groups, if these are the values of one column, such as days."""
-    groups = sorted(by_group)
-    if len(names) != 1 or not 2 <= len(groups) <= _MAX_RUNS:
+    """Return a chart of the shares over the groups, which are the values of one column, such as days."""
+    if not 2 <= len(by_group) <= _MAX_PLACES:
         return []
-    lines = [
-        _share_line(name, [by_group[group].get(name) for group in groups], list(range(len(groups)))) for name in classes
-    ]
-    x = Scale(names[0], names=tuple(group[0] for group in groups))
-    caption = f"{words(attribute).capitalize()} by {names[0]}. Bands: 90 % intervals of corrected shares."
+    places = list(range(len(by_group)))
+    lines = [_share_line(each, [cells.get(each) for cells in by_group.values()], places) for each in classes]
+    x = Scale(name, names=tuple(_group_name(group[0]) for group in by_group))
+    caption = f"{words(attribute).capitalize()} by {name}.{_bands(lines)}"
     return [line_drawing(f"groups-{attribute.replace('_', '-')}", caption, lines, x, _SHARE, width_inches=6.5)]
 
 
 def _over_time(bucket: ScoredBucket, space: LabelSpace) -> list[Block]:
     """Return a chart for each attribute: shares of each run's own images."""
-    if bucket.over_time.num_rows == 0 or len(bucket.runs) < 2:
+    table = bucket.over_time
+    runs = list(dict.fromkeys(table["run"].to_pylist()))
+    if len(runs) < 2:
         return []
+    others = sum(record["model_digest"] != bucket.record["model_digest"] for record in bucket.runs)
+    note = f" {others:,} runs of other models are left out." if others else ""
     drawings = []
-    runs = [record["run_id"] for record in bucket.runs][-_MAX_RUNS:]
-    for attribute in _attributes(bucket.over_time):
-        rows = bucket.over_time.filter(pc.equal(bucket.over_time["breakdown"], attribute)).to_pylist()
+    for attribute in _attributes(table):
+        rows = table.filter(pc.equal(table["breakdown"], attribute)).to_pylist()
         found = {(row["run"], row[attribute]): row for row in rows}
         lines = [
             _share_line(name, [found.get((run, name)) for run in runs], list(range(len(runs))))
             for name in space.classes[attribute]
         ]
-        x = Scale("run", names=tuple(run[:8] for run in runs))
-        caption = (
-            f"{words(attribute).capitalize()} in the images of each run. Bands: 90 % intervals of corrected shares."
-        )
+        x = Scale("run", names=tuple(f"{run[:4]}-{run[4:6]}-{run[6:8]} {run[9:11]}:{run[11:13]}" for run in runs))
+        caption = f"{words(attribute).capitalize()} in the images of each run.{_bands(lines)}{note}"
         drawings.append(line_drawing(f"time-{attribute.replace('_', '-')}", caption, lines, x, _SHARE))
     return [Drawings(drawings)] if drawings else []
+
+
+def _bands(lines: Sequence[Line]) -> str:
+    """Return what the bands are, if there are any."""
+    return " Bands: 90 % intervals of corrected shares." if any(line.low for line in lines) else ""
 
 
 def _share_line(name: str, rows: Sequence[Mapping[str, Any] | None], x: Sequence[float]) -> Line:
@@ -295,7 +335,7 @@ def _quality(bucket: ScoredBucket) -> list[Block]:
     if not bucket.quality:
         return []
     rows = [(each["name"], *(f"{each[key]:.4g}" for key in ("low", "median", "high"))) for each in bucket.quality]
-    return [Table(("of the faces of this run", "10 % are below", "median", "10 % are above"), rows)]
+    return [Table(("of the faces of this run", "10th percentile", "median", "90th percentile"), rows)]
 
 
 def _rejects(bucket: ScoredBucket) -> list[Block]:
@@ -304,10 +344,10 @@ def _rejects(bucket: ScoredBucket) -> list[Block]:
         return [Paragraph("Counts are hidden, because the run was scored with score.min_cell.", "note")]
     total = sum(counts.values()) or 1
     rows = [
-        (words(status), f"{number:,}", f"{100 * number / total:.1f} %", (bucket.examples or {}).get(status, ""))
+        (words(status), f"{number:,}", f"{100 * number / total:.1f} %", bucket.examples.get(status, ""))
         for status, number in counts.items()
     ]
-    return [Table(("status", "images", "share", "an example"), rows, last_is_text=True)]
+    return [Table(("status", "images", "% of images", "an example"), rows, last_is_text=True)]
 
 
 def _runs(bucket: ScoredBucket) -> Table:
@@ -341,8 +381,8 @@ def _about(bucket: ScoredBucket) -> dict[str, str]:
         "run": record["run_id"],
         "digest of the model": record["model_digest"],
         "digest of the settings": record["config_digest"],
-        "computed in": ", ".join(record["precisions"]),
-        "smallest count that is shown": str(record["min_cell"] or "none: all counts are shown"),
+        "precision": ", ".join(record["precisions"]),
+        "score.min_cell": str(record["min_cell"] or "not set"),
         **settings,
     }
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 
 from agr_ray.errors import ConfigError
+from agr_ray.evaluation.shift import QUANTITIES, quality_values
 from agr_ray.report.page import Page
 from agr_ray.report.scores_page import ScoredBucket, scores_page
-from agr_ray.scoring.publish import SUCCESS, published_runs
-from agr_ray.scoring.scores import Scores, open_scores
+from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES
+from agr_ray.scoring.publish import published_runs
 from agr_ray.storage import Storage
 
-_QUALITY: Final = {
-    "face size, pixels": "least(box[3] - box[1], box[4] - box[2])",
-    "detector score": "detector_score",
-    "sharpness": "sharpness",
-    "yaw, degrees": "abs(yaw)",
-    "pitch, degrees": "abs(pitch)",
-}
-"""What is measured of faces, in DuckDB's SQL, which counts from 1."""
-
-
-def is_scored(storage: Storage, uri: str) -> bool:
-    """Return whether the folder holds published scoring runs."""
-    return storage.exists(storage.join(uri, SUCCESS))
+MAX_RUNS: Final = 100
+"""Runs in the charts over time: the latest."""
+MAX_FACES: Final = 1_000_000
+"""Faces of which the quality is measured: the first of the run."""
+_QUALITY_COLUMNS: Final = ("box", "detector_score", "sharpness", "yaw", "pitch")
+_SHARES: Final = ("share", "share_corrected", "share_low", "share_high")
 
 
 def scores_report(storage: Storage, uri: str, run_id: str = "") -> Page:
@@ -43,24 +39,21 @@ def scores_report(storage: Storage, uri: str, run_id: str = "") -> Page:
     if not records:
         raise ConfigError(f"{uri}: there is no published scoring run")
     record = _chosen(records, uri, run_id)
-    scores = open_scores(uri, storage=storage)
-    demographics = storage.read_table(storage.join(uri, "demographics", f"run={record['run_id']}"))
     has_rows = not record["aggregate_only"]
     return scores_page(
         ScoredBucket(
             uri=uri,
             record=record,
-            demographics=demographics,
+            demographics=storage.read_table(_demographics(storage, uri, record)),
             runs=records,
-            over_time=_over_time(storage, uri, records),
-            quality=_quality(scores, record["run_id"]) if has_rows else [],
-            examples=_examples(scores, record["run_id"]) if has_rows else None,
-            num_images=_num_images(scores) if has_rows and not record["min_cell"] else None,
+            over_time=_over_time(storage, uri, record, records),
+            quality=_quality(storage, uri, record["run_id"]) if has_rows else [],
+            examples=_examples(storage, uri, record["run_id"]) if has_rows else {},
         )
     )
 
 
-def _chosen(records: list[dict[str, Any]], uri: str, run_id: str) -> dict[str, Any]:
+def _chosen(records: Sequence[dict[str, Any]], uri: str, run_id: str) -> dict[str, Any]:
     if run_id:
         for record in records:
             if record["run_id"] == run_id:
@@ -72,37 +65,54 @@ def _chosen(records: list[dict[str, Any]], uri: str, run_id: str) -> dict[str, A
     return (with_images or records)[-1]
 
 
-def _over_time(storage: Storage, uri: str, records: list[dict[str, Any]]) -> pa.Table:
-    """Return the totals of every run that scored an image."""
+def _demographics(storage: Storage, uri: str, record: dict[str, Any]) -> str:
+    return storage.join(uri, "demographics", f"run={record['run_id']}")
+
+
+def _over_time(storage: Storage, uri: str, shown: dict[str, Any], records: Sequence[dict[str, Any]]) -> pa.Table:
+    """Return the shares over all groups in the latest runs of the shown run's model that have faces."""
+    names = ["is_total", "breakdown", *DEMOGRAPHIC_ATTRIBUTES, *_SHARES]
     tables = []
-    for record in records:
-        table = storage.read_table(storage.join(uri, "demographics", f"run={record['run_id']}"))
-        totals = table.filter(table["is_total"]).drop_columns(list(record["group_by"]))
+    for record in [record for record in records if record["model_digest"] == shown["model_digest"]][-MAX_RUNS:]:
+        totals = storage.read_table(_demographics(storage, uri, record), columns=names)
+        totals = totals.filter(totals["is_total"])
         tables.append(totals.append_column("run", pa.array([record["run_id"]] * totals.num_rows, pa.string())))
-    return pa.concat_tables(tables, promote_options="default")
+    return pa.concat_tables(tables)
 
 
-def _quality(scores: Scores, run_id: str) -> list[dict[str, Any]]:
+def _quality(storage: Storage, uri: str, run_id: str) -> list[dict[str, Any]]:
+    """Return quantiles of the quality of the run's faces."""
+    batches, num_faces = [], 0
+    for batch in _batches(storage, storage.join(uri, "faces", f"run={run_id}"), _QUALITY_COLUMNS):
+        batches.append(batch)
+        num_faces += batch.num_rows
+        if num_faces >= MAX_FACES:
+            break
+    if not num_faces:
+        return []
+    values = quality_values(pa.Table.from_batches(batches))
     rows = []
-    for name, expression in _QUALITY.items():
-        ((low, median, high),) = scores.connection.execute(
-            f"SELECT quantile_cont({expression}, 0.1), quantile_cont({expression}, 0.5), "
-            f"quantile_cont({expression}, 0.9) FROM faces WHERE run_id = ?",
-            [run_id],
-        ).fetchall()
-        if median is not None:
-            rows.append({"name": name, "low": low, "median": median, "high": high})
+    for quantity in QUANTITIES:
+        known = values.get(quantity.name)
+        if known is not None and np.isfinite(known).any():
+            known = np.abs(known) if quantity.name in ("yaw", "pitch") else known
+            low, median, high = np.nanquantile(known, (0.1, 0.5, 0.9))
+            name = f"|{quantity.words}|" if quantity.name in ("yaw", "pitch") else quantity.words
+            rows.append({"name": name, "low": float(low), "median": float(median), "high": float(high)})
     return rows
 
 
-def _examples(scores: Scores, run_id: str) -> dict[str, str]:
-    """Return an error for each status."""
-    found = scores.connection.execute(
-        "SELECT status, min(error) FROM rejects WHERE run_id = ? AND error IS NOT NULL GROUP BY status", [run_id]
-    ).fetchall()
-    return dict(found)
+def _batches(storage: Storage, folder: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a folder of Parquet files."""
+    for info in storage.list(folder, (".parquet",)):
+        yield from storage.read_batches(info.uri, columns)
 
 
-def _num_images(scores: Scores) -> int:
-    ((number,),) = scores.query("SELECT count(*) FROM images").fetchall()
-    return int(number)
+def _examples(storage: Storage, uri: str, run_id: str) -> dict[str, str]:
+    """Return an error for each status of the run's rejected images; pseudonymised runs have none."""
+    found: dict[str, str] = {}
+    for batch in _batches(storage, storage.join(uri, "rejects", f"run={run_id}"), ("status", "error")):
+        for row in batch.to_pylist():
+            if row["error"]:
+                found.setdefault(row["status"], row["error"])
+    return found

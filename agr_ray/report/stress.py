@@ -17,7 +17,7 @@ from agr_ray.evaluation.robustness import Condition, Measured, Metrics, Robustne
 from agr_ray.evaluation.terms import FloatArray
 from agr_ray.models.card_tables import stress_note, stress_rows
 from agr_ray.predict.stress_predictor import level_text
-from agr_ray.report.charts import Dot, Line, Scale, dot_drawing, line_drawing
+from agr_ray.report.charts import INTERVAL, Dot, Line, Scale, dot_drawing, line_drawing
 from agr_ray.report.evaluation_tables import rows_table
 from agr_ray.report.figure import COLOURS, SERIES
 from agr_ray.report.page import Block, Drawing, Drawings, Fold, Paragraph
@@ -110,7 +110,7 @@ def stress_drawings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, An
     blocks: list[Block] = []
     for metric in (name for name in STRESSED_METRICS if clean[name] is not None):
         title, factor, unit = TITLES[metric]
-        scale = Scale(f"{title}, {unit}", factor, 2)
+        scale = Scale(f"{title}, {unit}", factor, 2, interval_title=INTERVAL)
         task, _, key = metric.partition("_")
         guess = baseline[task].get(key)
         drawings: list[Drawing] = []
@@ -122,7 +122,7 @@ def stress_drawings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, An
             if guess is not None:
                 lines.append(Line("baseline", [0, SEVERITIES[-1]], [guess, guess], is_reference=True))
             name = f"stress-{metric}-{family}".replace("_", "-").replace(" ", "-")
-            caption = f"{title[0].upper()}{title[1:]}: {family}, by severity (0: as they are)."
+            caption = f"{title[0].upper()}{title[1:]} under corruptions of {family}, by severity (0: clean)."
             x = Scale("severity", digits=0, is_integer=True)
             drawings.append(line_drawing(name, caption, lines, x, scale))
         bins = [

@@ -23,11 +23,6 @@ PROVENANCE: Final = "provenance.json"
 _UNITS: Final[dict[TrialError, str]] = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 
 
-def is_sweep(storage: Storage, uri: str) -> bool:
-    """Return whether the folder holds a sweep, finished or not."""
-    return storage.exists(storage.join(uri, RECORD))
-
-
 def sweep_report(storage: Storage, uri: str) -> Page:
     """Return the page of the sweep in a folder.
 

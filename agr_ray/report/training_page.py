@@ -20,7 +20,7 @@ from agr_ray.storage import MissingObject, Storage
 RUN_FILE: Final = "run.json"
 HISTORY_FILE: Final = "history.parquet"
 _PANELS: Final = (
-    ("loss", "Loss: the weighted sum of the tasks.", Scale("loss", digits=4), ("train_loss", "val_loss")),
+    ("loss", "Loss: the weighted sum of the task losses.", Scale("loss", digits=4), ("train_loss", "val_loss")),
     (
         "age",
         "Mean distance to the true age or age range on validation.",
@@ -30,12 +30,12 @@ _PANELS: Final = (
     (
         "accuracy",
         "Accuracy on validation.",
-        Scale("right, %", 100.0, 2),
+        Scale("accuracy, %", 100.0, 2),
         ("val_gender_accuracy", "val_race_accuracy"),
     ),
     (
         "objective",
-        "Objective: by it the best epoch is chosen; lower is better.",
+        "Objective: the epoch with the lowest value is the best.",
         Scale("objective", digits=4),
         (OBJECTIVE,),
     ),
@@ -67,11 +67,6 @@ _COLUMNS: Final = (
     ("samples_per_s", "samples/s", ".1f"),
     ("epoch_s", "seconds", ".1f"),
 )
-
-
-def is_training(storage: Storage, uri: str) -> bool:
-    """Return whether the folder holds a training run."""
-    return storage.exists(storage.join(uri, RUN_FILE)) and storage.exists(storage.join(uri, HISTORY_FILE))
 
 
 def training_report(storage: Storage, uri: str) -> Page:
@@ -107,8 +102,10 @@ def training_report(storage: Storage, uri: str) -> Page:
         [
             Paragraph(verdict, "verdict"),
             Paragraph(
-                "The best epoch was chosen on the validation images, so its figures are slightly too good. agr-ray "
-                f"evaluate --checkpoint {uri}/best measures the model on images that it has never seen."
+                "The best epoch was chosen on the validation images, so its metrics are slightly optimistic. To "
+                "measure "
+                f"the model on the test split: agr-ray evaluate --checkpoint {uri}/best --data "
+                f"{record['data'].get('uri', 'DATA')}"
             ),
         ],
         [

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -60,6 +60,9 @@ from agr_ray.runtime.explain import Explanation, explain
 from agr_ray.runtime.stress import StressTest, check_corruptions, stress
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
+
+_OF_MODEL: Final = ("model", "transform", "data", "config", "git_commit", "created", "versions")
+"""Keys of a checkpoint's meta.json that metrics.json repeats, because the checkpoint may be replaced."""
 
 
 def evaluate(job: EvaluateJob, *, quiet: bool = False) -> dict[str, Any]:
@@ -292,6 +295,7 @@ def _record(
         **measured.to_json(),
         "tasks": list(model.tasks),
         "label_space": model.space.to_json(),
+        "model": {key: meta[key] for key in _OF_MODEL},
         "label_mapping": label_mapping if is_mapped else None,
     }
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from agr_ray.config import ModelConfig
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.evaluation.audit import metrics_report
 from agr_ray.evaluation.calibration import Calibration
@@ -37,7 +38,8 @@ def random_predictions(labels: Labels, tasks: Sequence[str], *, noise: float = 1
     rng, num = np.random.default_rng(1), len(labels)
     age = np.nan_to_num(labels.age, nan=40.0) * 0.9 + 3.0 + rng.normal(0.0, 5.0 * noise, num)
     p_male = 1.0 / (1.0 + np.exp(-(3.0 * (2 * labels.gender.clip(0) - 1) + rng.normal(0.0, 2.0 * noise, num))))
-    exponents = np.exp(3.0 * np.eye(len(labels.space.races))[labels.race.clip(0)] + rng.normal(0.0, 1.2 * noise))
+    noisy = rng.normal(0.0, 1.2 * noise, (num, len(labels.space.races)))
+    exponents = np.exp(3.0 * np.eye(len(labels.space.races))[labels.race.clip(0)] + noisy)
     race = exponents / exponents.sum(axis=1, keepdims=True)
     every = {"age": age.clip(0, 116), "gender": p_male, "race": race}
     return {task: every[task].astype(np.float32) for task in tasks}
@@ -85,7 +87,7 @@ def write_evaluation(
             "warning": "",
         }
     metrics["evaluation"] = {
-        "format_version": 2,
+        "format_version": 3,
         "checkpoint": str(folder.parent / "runs" / "lite" / "best"),
         "model_digest": "ab" * 32,
         "data": "data/utkface",
@@ -96,6 +98,13 @@ def write_evaluation(
         "tasks": list(tasks),
         "label_space": UTKFACE.to_json(),
         "label_mapping": None,
+        "model": {
+            "model": ModelConfig(tasks=tuple(tasks)).model_dump(mode="json"),
+            "transform": {"template": "five_point_v1", "image_size": 224},
+            "config": {"train": {"batch_size": 32, "lr": 1e-4}, "loss": {"age_weight": 1.0, "gender_weight": 0.5}},
+            "data": {"source": "utkface", "num_train_rows": 15_000},
+            "git_commit": "c0ffee",
+        },
         "precisions": ["float32"],
         "num_seen_in_training": 0,
         "statuses": {"fallback": int(fallback.sum()), "ok": int((~fallback).sum()), "unreadable": 3},

@@ -242,7 +242,9 @@ def test_predictions_of_initial_weights_are_marked(folder: Path, capsys: pytest.
 
     assert status == 0
     assert [line for line in error.splitlines() if line.startswith("warning: ")] == [
-        "warning: checkpoint model: these are the initial weights of a training run: their predictions mean nothing"
+        "warning: checkpoint model: this checkpoint holds the initial weights of a training run, so its predictions "
+        "are "
+        "meaningless; use the folder best of the finished run"
     ]
 
 

@@ -15,7 +15,7 @@ from agr_ray.errors import ConfigError
 from agr_ray.evaluation.comparison import METRICS, compare
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.predictions import Predictions
-from agr_ray.report.comparison_page import comparison_report, is_comparison
+from agr_ray.report.comparison_page import comparison_report
 from agr_ray.report.comparison_rows import cited, difference_text, estimates_of, metric_columns, text
 from agr_ray.report.page_files import write_page
 from agr_ray.report.page_html import page_html
@@ -288,12 +288,10 @@ def test_a_preset_keeps_its_page_without_its_runs(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_comparison_is_named(tmp_path: Path) -> None:
-    assert not is_comparison(Storage(), str(tmp_path))
     with pytest.raises(ConfigError, match=r"no finished comparison; there are no comparison\.parquet"):
         comparison_report(Storage(), str(tmp_path))
 
     folder = compared(tmp_path, {"paper": [guessed(9.0, 0.8, 1)]})
-    assert is_comparison(Storage(), str(folder))
     (folder / "measured.json").write_text("{}")
     with pytest.raises(ConfigError, match="not written by agr-ray compare, or damaged"):
         comparison_report(Storage(), str(folder))

@@ -466,7 +466,8 @@ def test_help_lists_every_knob_with_its_documentation(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("flag", ["--help", "--help-all", "-h"])
 def test_help_shows_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str) -> None:
     recipe = tmp_path / "own.toml"
-    recipe.write_text('[train]\nlr = 0.25\nname = "50 %"\n[evaluate]\nsplit = "val"\n')
+    address = "https://user:hunter2@mlflow.example"
+    recipe.write_text(f'[train]\nlr = 0.25\nname = "50 %"\nmlflow_uri = "{address}"\n[evaluate]\nsplit = "val"\n')
 
     for argv in ([flag, "--config", str(recipe)], [f"--config={recipe}", "--epochs", "3", flag]):
         with pytest.raises(SystemExit) as ended:
@@ -476,6 +477,15 @@ def test_help_shows_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str],
         assert "(recipe: 0.25)" in shown
         assert "(recipe: 50 %)" in shown
         assert "(default: 1e-4)" not in shown
+        assert "hunter2" not in shown
+
+
+def test_help_asks_no_server_for_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load(TrainJob, ["--help", "--config", "s3://bucket/recipe.toml"], {})
+
+    assert ended.value.code == 0
+    assert "--epochs" in capsys.readouterr().out
 
 
 def test_help_of_a_broken_recipe_names_it(capsys: pytest.CaptureFixture[str]) -> None:

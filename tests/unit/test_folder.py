@@ -258,11 +258,21 @@ def test_all_faults_of_the_columns_are_named_at_once(folder: Path) -> None:
     message = refusal(folder, "file,sex,person id,note,note\na.jpg,male,7,x,y\n", columns={"race": "origin"})
 
     assert message.endswith(
-        "labels.csv has the columns file, sex, person id, note, note: 'note' and 'note' have the same name; 'origin' "
-        "(source.columns, race) is missing; 'sex' probably means 'gender', 'person id' probably means 'subject': add "
-        "--source.columns 'subject=person id,gender=sex', or remove what means something else; 'key', the path of the "
-        "image, is missing: name the column by --source.columns key=NAME"
+        "labels.csv has the columns file, sex, person id, note, note: 'note' and 'note' differ only in case or spaces; "
+        "source.columns maps race to 'origin', which the table does not have; 'sex' probably means 'gender', 'person "
+        "id' "
+        "probably means 'subject' (gender= says that the table has no such column); 'key', the path of the image, is "
+        "missing; add --source.columns 'key=PATHS,subject=person id,gender=sex'"
     )
+
+
+def test_a_wrong_guess_about_a_column_can_be_denied(folder: Path) -> None:
+    table = "key,age,person_count\na.jpg,3,7\nsub/b.png,4,7\n"
+    assert "'person_count' probably means 'subject'" in refusal(folder, table)
+
+    rows = manifest(folder, table, columns={"subject": ""})
+
+    assert len({row["group_id"] for row in rows.values()}) == 2
 
 
 def test_columns_can_have_other_names(folder: Path) -> None:
@@ -551,10 +561,10 @@ def test_an_unknown_split_is_rejected(folder: Path) -> None:
     [
         ("name,age\na.jpg,3\n", "'key', the path of the image, is missing"),
         ("key,height\na.jpg,3\n", "at least one of age, age_low, age_high, gender, race"),
-        ("key,age_low\na.jpg,3\n", "age_low and age_high are needed both, or neither"),
+        ("key,age_low\na.jpg,3\n", "age_low and age_high must be given together"),
         ("key,age\n", "has no rows"),
-        ("key,age,age\na.jpg,3,4\n", "'age' and 'age' have the same name"),
-        ("key,age,Age \na.jpg,3,4\n", "columns key, age, Age : 'age' and 'Age ' have the same name"),
+        ("key,age,age\na.jpg,3,4\n", "'age' and 'age' differ only"),
+        ("key,age,Age \na.jpg,3,4\n", "columns key, age, Age : 'age' and 'Age ' differ only in case or spaces"),
         ("key,age\na.jpg,3,4\n", "can't be read as CSV: line 2 has 3 values for 2 columns"),
         ('key,age\na.jpg,"3\n', "can't be read as CSV: line 2"),
         ("", "can't be read as CSV"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from outlines import outline, words
 
-from agr_ray.report.charts import Dot, Line, Scale, dot_drawing, line_drawing
+from agr_ray.report.charts import INTERVAL, Dot, Line, Scale, dot_drawing, line_drawing
 from agr_ray.report.figure import COLOURS
 from agr_ray.report.page import (
     Cell,
@@ -28,18 +28,23 @@ from agr_ray.report.page_html import page_html
 from agr_ray.report.page_markdown import page_markdown
 from agr_ray.storage import Storage
 
-HOSTILE = '<script>alert("1")</script> & $x$ | `y` [z](http://elsewhere.example)'
+HOSTILE = 'font-family: a; #0072b2 <script>alert("1")</script> & $x$ | `y` [z](http://elsewhere.example)'
 PNG = b"\x89PNG\r\n\x1a\nnot really"
 
 
 def chart(name: str = "chart", series: str = "model") -> Drawing:
     lines = [Line(series, [0, 1, 2], [0.5, None, 0.7], [0.4, None, 0.6], [0.6, None, 0.8])]
-    return line_drawing(name, f"Caption of {series}", lines, Scale("years"), Scale("share, %", 100.0, 1))
+    return line_drawing(
+        name, f"Caption of {series}", lines, Scale("years"), Scale("share, %", 100.0, 1, interval_title=INTERVAL)
+    )
 
 
 def page(text: str = "text", title: str = "Title") -> Page:
     table = Table((text, "number"), [(text, Cell("7", shade=0.5, is_strong=True, key=7))], caption=text, note=text)
-    dots = dot_drawing("dots", text, [Dot(text, None), Dot(text, 0.5, (0.4, 0.6), text)], Scale("share"), reference=0.4)
+    scale = Scale("share", interval_title=INTERVAL)
+    dots = dot_drawing(
+        "dots", text, [Dot(text, is_heading=True), Dot(text, 0.5, (0.4, 0.6), text), Dot(text)], scale, reference=0.4
+    )
     blocks = [
         Paragraph(text),
         table,

@@ -44,8 +44,11 @@ def test_hidden_cells_are_mentioned() -> None:
 
     lengths, caption = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
 
-    assert sum(lengths) == -12
+    assert sum(lengths) == 0  # the bar would be too short
     assert "score.min_cell" in caption
+    numbers = population_pyramid(pa.Table.from_pylist(rows, DEMOGRAPHICS), UTKFACE).numbers
+    assert numbers is not None
+    assert next(iter(numbers.rows)) == ("0-10", "hidden", "0")
 
 
 def test_faces_without_a_cell_are_mentioned() -> None:
@@ -54,7 +57,7 @@ def test_faces_without_a_cell_are_mentioned() -> None:
     lengths, caption = _lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))
 
     assert sum(lengths) == -3
-    assert caption.endswith(" 7 more have an attribute that is too uncertain.")
+    assert caption.endswith(" 7 more are left out, because the model abstained on an attribute.")
 
 
 def test_a_model_without_race_has_its_bars() -> None:

@@ -27,9 +27,9 @@ def test_the_page_can_be_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"nothing: holds neither an evaluation, a training run, a comparison, a sweep nor a scored bucket"),
-        ({"faces": True}, r"report\.faces: .*nothing is no evaluation"),
-        ({"run": "x"}, r"report\.run x: .*nothing is no scored bucket"),
+        ({}, r"nothing: holds no results of evaluate, train, compare, tune or score"),
+        ({"faces": True}, r"report\.faces: .*nothing is not an evaluation"),
+        ({"run": "x"}, r"report\.run x: .*nothing does not hold scoring results"),
     ],
 )
 def test_a_folder_without_results_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -48,7 +48,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "not written by agr-ray evaluate, or damaged"),
-        ('{"evaluation": {"format_version": 1}}', "has format_version 1, expected 2; evaluate again"),
+        ('{"evaluation": {"format_version": 1}}', "has format_version 1, expected 3; evaluate again"),
     ],
 )
 def test_damaged_metrics_are_one_line(tmp_path: Path, content: str, message: str) -> None:
@@ -62,5 +62,5 @@ def test_damaged_metrics_are_one_line(tmp_path: Path, content: str, message: str
 def test_an_evaluation_has_no_runs(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "eval", tasks=("age",))
 
-    with pytest.raises(ConfigError, match="only a scored bucket has runs"):
+    with pytest.raises(ConfigError, match="only scoring results have runs"):
         report(ReportJob(folders=[str(tmp_path / "eval")], run="x"), quiet=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "ray"))
 from sets import checkpoint
 from this_process import ThisProcess
 
-from agr_ray.config import ReportJob, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.config import GatesConfig, ReportJob, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
 from agr_ray.data.rendered import render_chip
@@ -51,8 +52,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def score(model: Path, photographs: Path, out: Path, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"group_by": ("day",), "key_pattern": r"/(?P<day>\d{4}-\d\d-\d\d)/"}
+    gates = changes.pop("gates", GatesConfig())
     settings |= {"checkpoint": str(model), "input": str(photographs), "out": str(out), **changes}
-    job = ScoreJob(vision=VisionConfig(detector="haar"), score=ScoreConfig(**settings))
+    job = ScoreJob(vision=VisionConfig(detector="haar"), gates=gates, score=ScoreConfig(**settings))
     return score_input(job, ThisProcess.of(model), make_console(io.StringIO()))
 
 
@@ -81,7 +83,7 @@ def test_the_latest_run_is_shown_and_all_are_listed(scored: tuple[Path, list[dic
     out, records = scored
     text = page_of(out)
 
-    assert f"This page shows run {records[1]['run_id']}, one of 2 with 27 images together" in text
+    assert f"This page shows run {records[1]['run_id']}, one of 2 runs, which scored 27 images in total" in text
     rows = list(rows_of(out, "All runs"))[2:]
     assert [row[0] for row in rows] == [record["run_id"] for record in records]
     assert [row[3] for row in rows] == ["18", "9"]
@@ -106,7 +108,7 @@ def test_rejected_images_are_counted_with_an_example(scored: tuple[Path, list[di
     out, _ = scored
     page_of(out)
 
-    rows = {row[0]: row for row in rows_of(out, "Images that could not be scored")}
+    rows = {row[0]: row for row in rows_of(out, "Images by status")}
     broken = next(row for status, row in rows.items() if status in ("unreadable", "not an image"))
     assert broken[1] == "1"
     assert broken[3]
@@ -147,15 +149,40 @@ def test_hidden_counts_stay_hidden(model: Path, photographs: Path, tmp_path: Pat
     assert "broken" not in text
     table = pq.read_table(tmp_path / "out" / "demographics", partitioning=None).to_pylist()
     hidden = [row for row in table if row["is_total"] and row["breakdown"] == "race" and row["n"] is None]
-    if hidden:
-        shown = {row[0]: row[1] for row in rows_of(tmp_path / "out", "Shares")}
-        assert {shown[row["race"]] for row in hidden} == {"hidden"}
+    assert hidden
+    shown = {row[0]: row[1] for row in rows_of(tmp_path / "out", "Shares")}
+    assert {shown[row["race"]] for row in hidden} == {"hidden"}
+    assert "hidden faces" not in text
+    assert "font-weight: 700" not in (tmp_path / "out" / "report-figures" / "share-race.svg").read_text()
 
 
 def test_a_model_without_gender_has_a_page(model: Path, photographs: Path, tmp_path: Path) -> None:
     score(model, photographs, tmp_path / "out", attributes=("age",), group_by=(), key_pattern="")
 
-    page_of(tmp_path / "out")
+    text = page_of(tmp_path / "out")
 
     figures = {path.stem for path in (tmp_path / "out" / "report-figures").glob("*.svg")}
     assert figures == {"share-age-group"}
+    assert "Perceived age in " in text
+
+
+def test_a_run_whose_images_were_scored_again_keeps_its_rows(model: Path, photographs: Path, tmp_path: Path) -> None:
+    first = score(model, photographs, tmp_path / "out")
+    with_limit = GatesConfig(min_side_px=500.0)
+    second = score(model, photographs, tmp_path / "out", gates=with_limit)
+    assert first["num_images"] == second["num_images"]
+
+    page_of(tmp_path / "out", run=first["run_id"])
+
+    rows = {row[0]: row for row in rows_of(tmp_path / "out", "Images by status")}
+    assert any(row[3] for row in rows.values())
+    assert [row[0] for row in rows_of(tmp_path / "out", "Quality of the faces")][2:3] == ["detector score"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "{}"])
+def test_a_damaged_record_is_one_line(scored: tuple[Path, list[dict[str, Any]]], tmp_path: Path, damage: str) -> None:
+    shutil.copytree(scored[0], tmp_path / "out")
+    next((tmp_path / "out" / "_SUCCESS").iterdir()).write_text(damage)
+
+    with pytest.raises(ConfigError, match="a file is damaged, or was written by another version"):
+        page_of(tmp_path / "out")

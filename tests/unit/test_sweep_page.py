@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from matplotlib import pyplot as plt
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from outlines import outline, words
 
 from agr_ray.report.figure import COLOURS, figure_style
 from agr_ray.report.importance import MIN_TRIALS, importances
@@ -30,7 +30,6 @@ from agr_ray.storage import Storage
 
 NAN = float("nan")
 BASELINE = {"objective": 1.0, "age_mae_years": 15.0, "gender_error": 0.5, "race_error": 0.8}
-VOID = {"meta", "br", "wbr", "hr", "img", "input"}
 
 
 def trial(number: int, objective: float | None = 0.4, **changes: Any) -> TrialRow:
@@ -117,53 +116,6 @@ def many(num: int) -> list[TrialRow]:
             )
         )
     return rows
-
-
-class Outline(HTMLParser):
-    """Open tags, ids, and every URL that a browser would fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.fetched: list[str] = []
-        self.texts: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            if name in ("src", "href", "srcset", "data", "poster", "action"):
-                (self.links if (value or "").startswith("#") else self.fetched).append(value or "")
-            self.links += re.findall(r"url\((#[^)]*)\)", value or "")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
-def outline(page: str) -> Outline:
-    found = Outline()
-    found.feed(page)
-    found.close()
-    assert found.open == []
-    return found
-
-
-def words(page: str) -> str:
-    return " ".join("".join(outline(page).texts).split())
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.report.page_html import page_html
 from agr_ray.report.page_markdown import page_markdown
-from agr_ray.report.sweep_report import is_sweep, sweep_report
+from agr_ray.report.sweep_report import sweep_report
 from agr_ray.report.sweep_results import best_recipe, print_trials, write_results
 from agr_ray.schema import HISTORY
 from agr_ray.storage import Storage
@@ -120,7 +120,6 @@ def test_the_page_is_rebuilt_from_the_folder(tmp_path: Path, console: Console) -
     write_results(sweep, RUN, console)
     first = (Path(sweep.plan.uri) / "report.html").read_text()
 
-    assert is_sweep(STORAGE, sweep.plan.uri)
     assert page_html(sweep_report(STORAGE, sweep.plan.uri + "/")) == first
     assert (Path(sweep.plan.uri) / "report-figures" / "history.png").exists()
 
@@ -149,7 +148,6 @@ def test_epochs_of_a_trial_that_has_not_ended_are_on_the_page(tmp_path: Path, co
 
 
 def test_a_folder_without_a_sweep_is_named(tmp_path: Path, console: Console) -> None:
-    assert not is_sweep(STORAGE, str(tmp_path))
     with pytest.raises(ConfigError, match=r"no sweep; there is no sweep\.json"):
         sweep_report(STORAGE, str(tmp_path))
 

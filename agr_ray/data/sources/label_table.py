@@ -75,9 +75,11 @@ def find_labels(storage: Storage, uri: str) -> str:
             f"source.labels: there are several label tables, {' and '.join(tables)}; name the one to use"
         )
     if not tables and not storage.exists(uri):
-        raise LabelTableError(f"source.uri: there is nothing at {uri}")
+        raise LabelTableError(f"source.uri: there is no folder {uri}")
     if not tables:
-        raise LabelTableError(f"source.labels: there is no label table at {', '.join(candidates)}")
+        raise LabelTableError(
+            f"source.labels: there is no label table at {', '.join(candidates)}; add one, or set source.labels"
+        )
     return tables[0]
 
 
@@ -91,7 +93,7 @@ def read_labels(storage: Storage, uri: str, columns: Mapping[str, str]) -> Label
     Args:
         storage: of the table.
         uri: of the table.
-        columns: names of these columns in the table, where they are others.
+        columns: names of these columns in the table, where they are others; empty: the table has no such column.
 
     Raises:
         LabelTableError: it does not exist, can't be read, lacks a column, or has a misspelt one.
@@ -177,8 +179,9 @@ def _header(text: str, uri: str, theirs: Mapping[str, str]) -> tuple[str, list[s
 
 
 def _wanted(theirs: Mapping[str, str]) -> dict[str, str]:
-    """Return the plain names of all known columns in the table."""
-    return {name: _plain(theirs.get(name, name)) for name in (KEY_COLUMN, *LABEL_COLUMNS, *OPTIONAL_COLUMNS)}
+    """Return the plain names of all known columns in the table, without those that the user says it lacks."""
+    names = (KEY_COLUMN, *LABEL_COLUMNS, *OPTIONAL_COLUMNS)
+    return {name: _plain(theirs.get(name, name)) for name in names if theirs.get(name, name)}
 
 
 def _find_columns(names: Sequence[str], uri: str, theirs: Mapping[str, str]) -> dict[str, int]:
@@ -192,10 +195,14 @@ def _find_columns(names: Sequence[str], uri: str, theirs: Mapping[str, str]) -> 
     faults = []
     for index, plain in enumerate(plain_names):
         if plain and plain in plain_names[:index]:
-            faults.append(f"{names[plain_names.index(plain)]!r} and {names[index]!r} have the same name")
+            faults.append(f"{names[plain_names.index(plain)]!r} and {names[index]!r} differ only in case or spaces")
     wanted = _wanted(theirs)
     indices = {name: plain_names.index(plain) for name, plain in wanted.items() if plain in plain_names}
-    faults += [f"{theirs[name]!r} (source.columns, {name}) is missing" for name in theirs if name not in indices]
+    faults += [
+        f"source.columns maps {name} to {theirs[name]!r}, which the table does not have"
+        for name in wanted
+        if name in theirs and name not in indices
+    ]
     lacking = [name for name in wanted if name not in indices and name not in theirs]
     meant = {
         name: column
@@ -203,18 +210,20 @@ def _find_columns(names: Sequence[str], uri: str, theirs: Mapping[str, str]) -> 
         if plain not in wanted.values() and (column := _column_meant(name, lacking))
     }
     if meant:
-        first = {column: name for name, column in reversed(meant.items())}
-        setting = ",".join(f"{column}={name}" for column, name in first.items())
         pairs = ", ".join(f"{name!r} probably means {column!r}" for name, column in meant.items())
-        faults.append(f"{pairs}: add --source.columns {shlex.quote(setting)}, or remove what means something else")
-    if KEY_COLUMN in lacking and KEY_COLUMN not in meant.values():
-        faults.append(
-            f"{KEY_COLUMN!r}, the path of the image, is missing: name the column by --source.columns key=NAME"
-        )
+        faults.append(f"{pairs} ({next(iter(meant.values()))}= says that the table has no such column)")
+    lacks_key = KEY_COLUMN in lacking and KEY_COLUMN not in meant.values()
+    if lacks_key:
+        faults.append(f"{KEY_COLUMN!r}, the path of the image, is missing")
+    if meant or lacks_key:
+        setting = {KEY_COLUMN: "PATHS"} if lacks_key else {}
+        setting |= {column: name for name, column in reversed(meant.items())}
+        words = ",".join(f"{column}={name}" for column, name in setting.items())
+        faults.append(f"add --source.columns {shlex.quote(words)}")
     if not set(LABEL_COLUMNS) & {*indices, *meant.values(), *theirs}:
         faults.append(f"at least one of {', '.join(LABEL_COLUMNS)} is needed")
     if ("age_low" in indices) != ("age_high" in indices) and not {"age_low", "age_high"} & {*meant.values(), *theirs}:
-        faults.append("age_low and age_high are needed both, or neither")
+        faults.append("age_low and age_high must be given together")
     if faults:
         raise LabelTableError(f"{uri} has the columns {', '.join(names)}: {'; '.join(faults)}")
     return indices
