@@ -30,6 +30,7 @@ from rich.console import Console
 from agr_ray.config import PrepareJob
 from agr_ray.config.section import first_difference
 from agr_ray.console import make_table, print_next
+from agr_ray.data.crops import read_labels
 from agr_ray.data.manifest import build_manifest, in_key_order, labels_digest
 from agr_ray.data.prepared import FORMAT_VERSION, NEAR_DUPLICATES_FILE, PreparedSet, find_prepared
 from agr_ray.data.rejects import reject_reasons
@@ -363,7 +364,14 @@ def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table, cros
     print_failed(console, prepared.counts)
     rows = rows.filter(pc.field("split").is_valid() & pc.field("status").isin([str(each) for each in CROP_STATUSES]))
     num_ages, num_ranges = (len(rows) - rows[name].null_count for name in ("age", "age_low"))
-    console.print(f"age labels: {num_ages:,}" + (f"; age ranges: {num_ranges:,}" if num_ranges else ""))
+    ages = f"age labels: {num_ages:,}"
+    if num_ranges:
+        in_none = pc.is_valid(rows["age_low"]).to_numpy() & (read_labels(rows, prepared.label_space).age_group < 0)
+        spanning = (
+            f", of which {int(in_none.sum()):,} span several age groups and count in none" if in_none.any() else ""
+        )
+        ages += f"; age ranges: {num_ranges:,}{spanning}"
+    console.print(ages)
     for name in ("gender", "race"):
         classes = Counter(rows[name].drop_null().to_pylist())
         counts = ", ".join(f"{label} {count:,}" for label, count in sorted(classes.items()))

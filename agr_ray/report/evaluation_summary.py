@@ -136,10 +136,10 @@ def print_calibration(console: Console, measured: dict[str, Any]) -> None:
     num_seen = measured["num_seen_in_calibration"]
     if num_seen:
         console.print(
-            f"warning: {num_seen:,} of these images were used to calibrate, so the figures below are optimistic; "
+            f"warning: {num_seen:,} of these images were used to calibrate, so the metrics below are optimistic; "
             "evaluate on others"
         )
-    table = make_table("calibrated", "promised", "measured", "95 % interval", "images")
+    table = make_table("calibrated", "target", "measured", "95 % interval", "images")
     remarks = []
     age = measured["age"]
     if age is not None:
@@ -156,12 +156,15 @@ def print_calibration(console: Console, measured: dict[str, Any]) -> None:
         if part is not None:
             error, between = _per_cent(part["error"]), _between(part["interval"])
             table.add_row(
-                f"{task} error if told", f"<= {_per_cent(part['risk'])}", error, between, f"{part['accepted']:,}"
+                f"{task} error, where it does not abstain",
+                f"<= {_per_cent(part['risk'])}",
+                error,
+                between,
+                f"{part['accepted']:,}",
             )
             remarks.append(
                 f"{task}: abstains on {_per_cent(part['abstained'])} of {part['n']:,}; "
-                f"calibration error {_per_cent(part['ece_before'])}, now {_per_cent(part['ece'])}; "
-                f"NLL {part['nll_before']:.3f}, now {part['nll']:.3f}"
+                f"calibration error {_per_cent(part['ece_before'])} uncalibrated, {_per_cent(part['ece'])} calibrated"
             )
     console.print(table)
     for remark in remarks:
@@ -174,7 +177,7 @@ def print_calibration(console: Console, measured: dict[str, Any]) -> None:
             if part["interval"][1] < age["nominal"]
         ]
         if failed:
-            console.print(f"age intervals cover less than promised for: {', '.join(failed)}")
+            console.print(f"age intervals cover significantly less than the target for: {', '.join(failed)}")
 
 
 def _per_cent(share: float | None) -> str:

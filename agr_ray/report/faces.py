@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,24 +17,27 @@ from rich.console import Console
 from agr_ray.config import PredictJob
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
-from agr_ray.errors import JobError
+from agr_ray.data.manifest import IMAGE_SUFFIXES
+from agr_ray.errors import ConfigError, JobError
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.predict.photo import Photo
+from agr_ray.progress_bar import progress
 from agr_ray.schema import Status
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import ImageError
 
-_BATCH_SIZE: Final = 64
+_BATCH_SIZE: Final = 16
 
 
 def predict(job: PredictJob) -> list[Photo]:
     """Predict, print, and write the annotated copies.
 
     Raises:
-        ConfigError: the checkpoint can't be used.
+        ConfigError: the checkpoint can't be used, or a folder has no image.
         JobError: more than half of the photographs could not be read. If it is fewer, each is a result with a status.
     """
     storage = Storage.from_config(job.storage)
+    photographs = [each for name in job.photographs for each in _files(name, storage)]
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", UserWarning)
         model = FaceModel.load(
@@ -49,14 +53,17 @@ def predict(job: PredictJob) -> list[Photo]:
     console = make_console()
     photos: list[Photo] = []
     names: set[str] = set()
-    for start in range(0, len(job.photographs), _BATCH_SIZE):
-        batch = model.predict(job.photographs[start : start + _BATCH_SIZE])
-        if job.json_lines:
-            for photo in batch:
-                console.print(json.dumps(photo.to_json()))
-        if job.out:
-            _write_copies(batch, job.out, storage, names)
-        photos += batch
+    # JSON lines are for other programs: nothing else may be on the standard output.
+    with progress(make_console(quiet=job.json_lines), "photographs", len(photographs)) as update:
+        for start in range(0, len(photographs), _BATCH_SIZE):
+            batch = model.predict(photographs[start : start + _BATCH_SIZE])
+            if job.json_lines:
+                for photo in batch:
+                    console.print(json.dumps(photo.to_json()))
+            if job.out:
+                _write_copies(batch, job.out, storage, names)
+            photos += batch
+            update(len(photos), "")
     if not job.json_lines:
         _print_table(photos, console)
         if names:
@@ -71,6 +78,20 @@ def predict(job: PredictJob) -> list[Photo]:
             f"{len(failed):,} of {len(photos):,} photographs could not be read: {first.source}: {first.error}"
         )
     return photos
+
+
+def _files(name: str, storage: Storage) -> list[str]:
+    """Return the image files of a local folder or of a prefix that ends in a slash; any other name as it is.
+
+    Raises:
+        ConfigError: there is none in it.
+    """
+    if not (os.path.isdir(name) or ("://" in name and name.endswith("/"))):
+        return [name]
+    found = sorted(info.uri for info in storage.list_readable(storage.absolute(name), IMAGE_SUFFIXES))
+    if not found:
+        raise ConfigError(f"photographs {name}: there is no image in this folder")
+    return found
 
 
 def _print_table(photos: Sequence[Photo], console: Console) -> None:

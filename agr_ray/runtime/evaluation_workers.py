@@ -14,9 +14,9 @@ from agr_ray.runtime.cluster import check_fits, worker_count
 from agr_ray.runtime.crop_stream import part_dataset
 from agr_ray.storage import Storage
 
-_MOST_ROWS_HERE: Final = 200
+_MOST_ROWS_HERE: Final = 250
 """Most images that this process predicts itself unless `evaluate.num_workers` is set. On one CPU, a ResNet50 at 224 px
-takes 17 s for them, about as long as starting Ray and a worker."""
+takes 20 s for them, about as long as starting Ray and a worker."""
 
 
 def predicts_here(config: EvaluateConfig, num_rows: int) -> bool:

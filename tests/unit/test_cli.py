@@ -81,7 +81,7 @@ def test_mistakes_give_one_line_and_status_2(capsys: pytest.CaptureFixture[str])
         (["predict", "a.jpg"], "error: checkpoint is needed: Folder or prefix of the checkpoint. Give --checkpoint or"),
         (
             ["predict", "--checkpoint", "x"],
-            "error: photographs missing: Files, or URIs such as s3://bucket/photo.jpg. For",
+            "error: photographs missing: Files, folders, or URIs such as s3://bucket/photo.jpg. For",
         ),
         (["recipes", "papre"], "error: recipes papre: there is no such recipe; did you mean paper?"),
     ):
@@ -246,6 +246,19 @@ def test_predictions_of_initial_weights_are_marked(folder: Path, capsys: pytest.
         "are "
         "meaningless; use the folder best of the finished run"
     ]
+
+
+def test_a_folder_stands_for_its_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "a" / "note.txt").write_text("no image")
+    (folder / "empty").mkdir()
+
+    common = ("--json-lines", "--out", "", "--checkpoint", "model")
+    _, shown, _ = outcome(capsys, "predict", "a", "b/face.png", *common)
+    sources = [json.loads(line)["source"] for line in shown.splitlines()]
+    assert sources == [str(folder / "a" / "face.png"), "b/face.png"]
+
+    status, _, error = outcome(capsys, "predict", "empty", *common)
+    assert (status, error) == (2, "error: photographs empty: there is no image in this folder\n")
 
 
 def test_copies_are_written_to_out_under_their_own_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

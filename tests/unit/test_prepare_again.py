@@ -133,7 +133,7 @@ def test_the_summary_counts_labels_and_quotes_those_that_are_not_understood(sour
     prepare_set(source.job(), CroppingHere(source.job(), 0.0), make_console(shown))
 
     lines = shown.getvalue().splitlines()
-    assert "age labels: 4; age ranges: 1" in lines
+    assert "age labels: 4; age ranges: 1, of which 1 span several age groups and count in none" in lines
     assert "gender labels: 4 (female 2, male 2)" in lines
     assert "race labels: 5 (asian 1, black 2, white 2)" in lines
     assert any("'X'" in line for line in lines)
