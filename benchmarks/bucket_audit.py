@@ -72,7 +72,7 @@ def main() -> None:
     from agr_ray.runtime.score import score
 
     commands = Commands(prepare, evaluate, score)
-    with cluster(parse(ScoreJob, []).cluster):
+    with cluster(ScoreJob().cluster):
         failures = audit(arguments.checkpoint, arguments.chips, arguments.work, arguments.num, commands)
     if failures:
         raise SystemExit("; ".join(failures))

@@ -331,9 +331,10 @@ def _conclusion(quantities: Sequence[QuantityShift]) -> Shift:
     elif predicted:
         verdict = "predictions_differ"
         sentence = (
-            f"the faces differ from the calibration images in {predicted}: other people, which corrected shares allow "
-            "for, or photographs that the model judges differently, which they do not; the coverage of age "
-            "intervals is an average over the calibration images' mix of ages"
+            f"the faces differ from the calibration images in {predicted}: either the people differ, which corrected "
+            "shares account for, or the model behaves differently on these photographs, which they do not account "
+            "for; the "
+            "coverage of age intervals is an average over the calibration images' mix of ages"
         )
     elif words("similar"):
         verdict = "similar"

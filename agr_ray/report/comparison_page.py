@@ -132,12 +132,12 @@ def comparison_page(compared: ComparedPresets) -> Page:
 
 def _lead(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:
     measured, split = compared.measured, compared.split
-    unseen = "which training never saw" if split == "test" else "on which nothing was trained"
+    unseen = "which training never saw" if split == "test" else "which were not used to update the weights"
     blocks: list[Block] = [Paragraph(_verdict(compared, estimates), "verdict")]
     if split == "val":
         blocks.append(
             Paragraph(
-                "Training chose each network's best epoch on this split, so these figures are optimistic.", "warning"
+                "Training chose each network's best epoch on this split, so these results are optimistic.", "warning"
             )
         )
     failures = [failure for row in compared.rows for failure in row["failures"]]
@@ -166,13 +166,14 @@ def _lead(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estima
     if without_seeds:
         blocks.append(
             Paragraph(
-                f"The intervals of {', '.join(without_seeds)} hold no variance between seeds, because no network with "
-                "them was trained more than once: they describe these trained networks, and another seed may reverse a "
-                "small difference. A second seed for some of these presets (--seeds 2) adds it for all."
+                f"The intervals of {', '.join(without_seeds)} do not include the variance between seeds, because each "
+                "network was trained once. Another seed may reverse a small difference. A second seed for some of "
+                "these "
+                "presets (agr-ray compare with --seeds 2) includes it for all."
             )
         )
     remark = (
-        "A run's checkpoint is runs/PRESET-SEED/best. Figures are for the training budget in the settings below; a "
+        "A run's checkpoint is runs/PRESET-SEED/best. Results are for the training budget in the settings below; a "
         "longer training may change the order."
     )
     return [*blocks, Paragraph(remark)]
@@ -184,12 +185,12 @@ def _verdict(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Est
     if not estimates:
         return "No network was measured."
     if not ranked:
-        return "No network was measured in age; the tables have the other tasks."
+        return "No network predicts age; the tables have the other tasks."
     best, reference = ranked[0], compared.reference
     lowest = estimates[best][_AGE]
     if len(ranked) == 1:
-        return f"{best} errs by {lowest.value:.2f} years in age, on average."
-    verdict = f"{best} has the lowest age error, {lowest.value:.2f} years on average"
+        return f"{best} has an age MAE of {lowest.value:.2f} years."
+    verdict = f"{best} has the lowest age MAE, {lowest.value:.2f} years"
     if best == reference:
         return f"{verdict}; differences from it are below."
     if reference not in ranked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from agr_ray.evaluation.age_bands import AgeBand
 from agr_ray.models.card import correction_note, mapping_note, ranges_note
@@ -32,6 +32,9 @@ from agr_ray.report.page import Block, Drawings, Fold, Page, Paragraph, Photogra
 from agr_ray.report.paper import data_sets, paper_index, paper_methods
 from agr_ray.report.stress import stress_drawings, stress_summary
 from agr_ray.report.terms import MEASURED
+
+_ALMOST: Final = 0.95
+"""If the tasks' numbers of images are within this factor, the verdict gives only the smallest and the largest."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,11 @@ def verdict(metrics: Mapping[str, Any]) -> str:
         value = metrics[task][key]
         if value is not None and not (key == "exact_group" and metrics["age"]["mae_years"] is not None):
             parts.append((f"{what} is {value * factor:.1f}{unit}", num_measured(metrics, task, key)))
-    numbers = {number for _, number in parts}
-    if len(numbers) == 1:
-        (number,) = numbers
-        sentence = f"On {number:,} image{'s' if number != 1 else ''}, {_listed([text for text, _ in parts])}."
+    numbers = [number for _, number in parts]
+    if numbers and min(numbers) >= _ALMOST * max(numbers):
+        fewest = "" if min(numbers) == max(numbers) else f"{min(numbers):,} to "
+        images = "image" if max(numbers) == 1 else "images"
+        sentence = f"On {fewest}{max(numbers):,} {images}, {_listed([text for text, _ in parts])}."
     else:
         sentence = _listed([f"{text} (on {number:,} images)" for text, number in parts]) + "."
         sentence = sentence[0].upper() + sentence[1:]
@@ -152,7 +156,8 @@ def _scope(metrics: Mapping[str, Any]) -> list[Block]:
     record = metrics["evaluation"]
     num_units = f"{metrics['uncertainty']['num_units']:,}"
     intervals = {
-        "person": f"95 % intervals are clustered by person ({num_units} people)",
+        "person": f"95 % intervals are clustered by person, or by content where persons are unknown ({num_units} "
+        "groups)",
         "image": f"95 % intervals treat the {num_units} distinct images as independent",
     }
     sampled = intervals.get(

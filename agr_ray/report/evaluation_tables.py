@@ -47,7 +47,7 @@ def confusion(what: str, names: Sequence[str], counts: Sequence[Sequence[int]] |
             ("true \\ predicted", *names, "images", "accuracy"),
             rows,
             caption=f"Confusion of {what}",
-            note="A row is a true class, and the darker a cell, the larger its share of the row.",
+            note="A row is a true class. The stronger a cell's colour, the larger its share of the row.",
         )
     ]
 

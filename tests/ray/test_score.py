@@ -242,35 +242,6 @@ def test_the_next_runs_score_only_what_is_new_or_changed(job: ScoreJob, publishe
     assert others == [(6, 5)]
 
 
-def test_a_killed_run_is_planned_again_if_another_was_published_since(
-    job: ScoreJob, folder: Path, drawn: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = folder / "twice"
-    job = job.model_copy(update={"score": job.score.model_copy(update={"out": str(out)})})
-    limited = job.model_copy(update={"score": job.score.model_copy(update={"limit": 3})})
-    monkeypatch.setattr("agr_ray.scoring.driver.publish", die)
-    with pytest.raises(KeyboardInterrupt):
-        score(job)
-    monkeypatch.undo()
-
-    assert score(limited)["num_images"] == 3
-    assert score(job)["num_images"] == len(drawn) + len(FILES) - 3
-
-    uris = pq.read_table(out / "images", columns=["uri"])["uri"].to_pylist()
-    listed = [folder / "photographs" / key for key in (*drawn, *FILES)]
-    assert sorted(uris) == sorted(map(str, listed))
-    published = [json.loads(path.read_text())["run_id"] for path in (out / "_SUCCESS").iterdir()]
-    assert len(published) == 2
-    with duckdb.connect() as database:
-        database.execute((out / "views.sql").read_text())
-        seen = database.sql("SELECT uri FROM images").fetchall()
-    assert sorted(seen) == sorted((uri,) for uri in uris)
-
-
-def die(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def test_a_lost_ledger_is_detected(job: ScoreJob, folder: Path, drawn: Any) -> None:
     assert drawn
     key = folder / "key-2"

@@ -270,6 +270,7 @@ class _Thief(threading.Thread):
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_driver_that_has_lost_its_lock_stops_within_a_few_heartbeats(data: Path) -> None:
     folder = data.parent / "runs" / "stolen"
     thief = _Thief(folder)

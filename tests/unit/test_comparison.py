@@ -239,12 +239,12 @@ def test_the_page_says_who_is_best_and_whether_the_difference_is_significant(tmp
     runs = {"paper": [guessed(9.0, 0.8, 1)], "cbam": [guessed(4.0, 0.8, 2)], "se": [guessed(9.0, 0.8, 3)]}
     page = markdown(compared(tmp_path, runs))
 
-    assert "cbam has the lowest age error" in page
+    assert "cbam has the lowest age MAE" in page
     assert "which is a significant difference" in page
     differences = page[page.index("## Differences") : page.index("## Course")]
     rows = [line.split(" | ") for line in differences.splitlines() if line.startswith("| ")][2:]
     assert [(row[0], row[1].startswith("**")) for row in rows] == [("| cbam", True), ("| se", False)]
-    assert "hold no variance between seeds" in page
+    assert "do not include the variance between seeds" in page
     assert "| ldl |" not in page
     assert "| paper (reference) | 1 |" in page
     assert "| cbam |  |" not in page[page.index("## As the paper cites") :]  # nothing is cited for it
@@ -256,7 +256,7 @@ def test_a_second_seed_of_one_preset_is_told_for_all(tmp_path: Path) -> None:
     )
 
     assert "of age MAE, within 5 years, one-off, gender, race, over seeds" in page
-    assert "hold no variance between seeds" not in page
+    assert "do not include the variance between seeds" not in page
     assert "about one difference in twenty would be bold" in page
 
 

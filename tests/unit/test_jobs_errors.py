@@ -174,7 +174,7 @@ def test_preparing_with_a_missing_table_of_labels(complaint: Complaint, faces: P
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ("name,age\na.jpg,3\n", "expected 'key'"),
+        ("name,age\na.jpg,3\n", "'key', the path of the image, is missing"),
         ("", "can't be read as CSV"),
         ("key,age\n,3\n", "row 1"),
         ("key,age\n/etc/a.jpg,3\n", "no key of labels.csv matches an image"),

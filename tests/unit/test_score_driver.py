@@ -185,6 +185,24 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_killed_run_is_planned_again_if_another_was_published_since(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bucket.score()
+
+    assert bucket.score(limit=3)["num_images"] == 3
+    assert bucket.score()["num_images"] == len(NAMES) - 3
+
+    uris = [row["uri"] for row in bucket.rows()]
+    assert sorted(uris) == sorted(str(bucket.input / name) for name in NAMES)
+    published = [json.loads(path.read_text())["run_id"] for path in (bucket.out / "_SUCCESS").iterdir()]
+    assert len(published) == 2
+    assert sorted(uri for (uri,) in bucket.query("SELECT uri FROM images")) == sorted(uris)
+
+
 @pytest.mark.parametrize("out", ["s3://results", "s3://results/"])
 def test_a_whole_bucket_as_output_is_rejected(bucket: Bucket, out: str) -> None:
     with pytest.raises(ConfigError, match=r"^score\.out s3://results/?: is a whole bucket; give a prefix"):
