@@ -25,6 +25,7 @@ from rich.console import Console
 
 from agr_ray.config import ClusterConfig, EvaluateConfig, PredictConfig
 from agr_ray.data.crops import POSE_COLUMNS, decoded_crops, read_images, read_labels, read_pose
+from agr_ray.data.near_duplicates import MAX_DISTANCE
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.evaluation.cases import all_rows, choose_cases, worst_by_group
 from agr_ray.evaluation.nearest import Nearest
@@ -52,8 +53,6 @@ NUM_WORST: Final = 6
 """Predictions of each group."""
 NUM_PAIRS: Final = 24
 _COLUMNS: Final = 8
-_NEAR_BITS: Final = 4
-"""Perceptual hashes that differ in no more bits are of the same photograph in nine of ten cases (UTKFace)."""
 
 
 @dataclass(frozen=True)
@@ -200,16 +199,19 @@ def _leak_check(test: Explanation, check_locks: Callable[[], None], console: Con
         )
         return None
     _write_nearest(test, check_locks, image_ids, nearest)
-    num_near = int((nearest.distance_bits <= _NEAR_BITS).sum())
+    num_near = int((nearest.distance_bits <= MAX_DISTANCE).sum())
     console.print(
-        f"{num_near:,} of {len(image_ids):,} test images differ in at most {_NEAR_BITS} of 64 bits from one of "
-        f"{num_trained:,} training images: see nearest_hash.png whether they show the same photograph"
+        f"{num_near:,} of {len(image_ids):,} test images may be copies of one of {num_trained:,} training images: "
+        "their "
+        f"hashes differ in at most {MAX_DISTANCE} of 64 bits. Most are other photographs: see nearest_hash.png, and "
+        "the "
+        "near-duplicates that agr-ray prepare counts"
     )
     return {
         "num_images": len(image_ids),
         "num_train_images": num_trained,
         "num_near": num_near,
-        "near_bits": _NEAR_BITS,
+        "near_bits": MAX_DISTANCE,
     }
 
 
