@@ -81,14 +81,15 @@ def _verdict(bucket: ScoredBucket) -> str:
     totals = _totals(bucket.demographics)
     if not totals:
         return "No face was counted."
-    parts, is_corrected = [], False
+    parts, corrected = [], []
     for attribute in _attributes(bucket.demographics):
         rows = [row for row in _total_rows(bucket.demographics, attribute) if _best(row) is not None]
         if rows:
             most = max(rows, key=lambda row: _best(row) or 0.0)
             years = " years" if attribute == "age_group" else ""
             parts.append(f"{most[attribute]}{years} ({100 * (_best(most) or 0.0):.0f} %)")
-            is_corrected |= most["share_corrected"] is not None
+            if most["share_corrected"] is not None:
+                corrected.append(_NAMES[attribute])
     if totals["num_faces"] is None:
         sentence = "The number of faces is hidden"
     else:
@@ -97,7 +98,11 @@ def _verdict(bucket: ScoredBucket) -> str:
         sentence = f"{counted:,} faces{images} were counted"
     if not parts:
         return f"{sentence}."
-    kind = "shares are corrected for the model's error rates" if is_corrected else "shares include the model's errors"
+    kind = "shares include the model's errors"
+    if len(corrected) == len(parts):
+        kind = "shares are corrected for the model's error rates"
+    elif corrected:
+        kind = f"shares by {' and '.join(corrected)} are corrected for the model's error rates, the others include them"
     return f"{sentence}. Most frequent: {', '.join(parts)}; {kind}."
 
 
