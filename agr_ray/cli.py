@@ -61,6 +61,10 @@ COMMANDS = {
     "import": Command("published weights -> a checkpoint", ImportJob, "agr_ray.models.fairface:import_fairface"),
     "render": Command("draw synthetic faces with known labels", RenderJob, "agr_ray.runtime.render:render"),
 }
+_OUT_OF_MEMORY = (
+    "Ray ended a process because this machine is low on memory: close other programs, or use fewer workers "
+    "(num_workers) or smaller batches (batch_size); the same command resumes"
+)
 _USAGE = """usage: agr-ray COMMAND [--config RECIPE] [--OPTION VALUE ...]
 
 Estimate perceived age, gender and race from photographs of faces: train, tune, evaluate and run models.
@@ -117,7 +121,8 @@ def run(
 def one_line_errors() -> Iterator[None]:
     """If the block fails, end the process with one line on stderr: status 1 for `JobError` and `LockLost`, else 2.
 
-    Ctrl-C ends it with status 130, as shells do. Errors that are not ours, which are bugs, keep their traceback.
+    Ctrl-C ends it with status 130, as shells do. If Ray's memory monitor killed a process, the line says what helps.
+    Errors that are not ours, which are bugs, keep their traceback.
     """
     try:
         yield
@@ -129,6 +134,8 @@ def one_line_errors() -> Iterator[None]:
 
         cause: BaseException | None = error
         ray_errors = sys.modules.get("ray.exceptions")
+        if ray_errors is not None and isinstance(error, ray_errors.OutOfMemoryError):
+            fail(_OUT_OF_MEMORY, status=1)
         if ray_errors is not None and isinstance(error, ray_errors.RayTaskError):
             # It is also an instance of its cause's class, with the traceback as its message.
             cause = error.cause

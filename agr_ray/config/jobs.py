@@ -276,7 +276,7 @@ class TrainJob(ClusterJob):
     new_run: CliImplicitFlag[bool] = False
     """If the run of this name has finished, start another, with a number added to its name."""
     dry_run: CliImplicitFlag[bool] = False
-    """Print the plan with estimates of memory and, from 20 real steps, of time; write nothing."""
+    """Print the plan with estimates of memory and, from up to 20 real steps, of time; write nothing."""
 
     @model_validator(mode="before")
     @classmethod

@@ -37,6 +37,9 @@ from agr_ray.models.precision import autocast, compute_dtype
 from agr_ray.progress_bar import Update, progress
 
 NUM_STEPS: Final = 20
+MIN_STEPS: Final = 2
+MAX_S: Final = 30.0
+"""After this time no more steps are taken: on a slow CPU, one of a ResNet50 at 224 px takes ten seconds."""
 _WARM_UP_STEPS: Final = 3
 """Steps before the timed ones, in which algorithms are chosen and memory is allocated."""
 _NUM_VAL_BATCHES: Final = 3
@@ -183,7 +186,8 @@ def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list
         )
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
     lines.append(
-        f"total time: {_duration(total_s)}, estimated from {NUM_STEPS} steps on {on}; without reading and decoding in "
+        f"total time: {_duration(total_s)}, estimated from at most {NUM_STEPS} steps on {on}; without reading and "
+        "decoding in "
         "the first epoch, exchange of gradients, and checkpoints"
     )
     if config.use_gpu and device.type == "cpu":
@@ -244,7 +248,7 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 def time_steps(
     run: Run, model: MultiTaskNet, crops: Batch, side_px: int, device: torch.device, update: Update
 ) -> Speed:
-    """Time `NUM_STEPS` steps of one worker in the training loop itself, all on the same crops.
+    """Time up to `NUM_STEPS` steps of one worker in the training loop itself, all on the same crops.
 
     The backbone is trained in all of them; steps with a frozen one (`train.freeze_epochs`) are faster.
     """
@@ -267,7 +271,7 @@ def time_steps(
     transform = dataclasses.replace(run.transform, image_size=side_px)
     num_rows = batch_size * (_WARM_UP_STEPS + NUM_STEPS)
     train_loop(context, copy.deepcopy(model), transform, job, run.baseline, num_rows)
-    return Speed(context.train_s / NUM_STEPS, context.val_s / (_NUM_VAL_BATCHES * context.num_val_rows))
+    return Speed(context.train_s / context.num_steps, context.val_s / (_NUM_VAL_BATCHES * context.num_val_rows))
 
 
 @dataclass
@@ -275,6 +279,8 @@ class _Timed(LocalContext):
     """Repeats one batch, and times the steps."""
 
     train_s: float = field(default=0.0, init=False)
+    num_steps: int = field(default=0, init=False)
+    """Timed steps: fewer than `NUM_STEPS` if they are slow."""
     val_s: float = field(default=0.0, init=False)
 
     @property
@@ -287,9 +293,10 @@ class _Timed(LocalContext):
         for _ in range(_WARM_UP_STEPS):
             yield self.train
         start = self._now()
-        for _ in range(NUM_STEPS):
+        while self.num_steps < NUM_STEPS and (self.num_steps < MIN_STEPS or self.train_s < MAX_S):
             yield self.train
-        self.train_s = self._now() - start
+            self.num_steps += 1
+            self.train_s = self._now() - start
 
     def val_batches(self) -> Iterator[Batch]:
         """Yield one batch to warm up, and those that are timed."""

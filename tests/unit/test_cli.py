@@ -185,6 +185,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_process_that_was_killed_for_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise OutOfMemoryError("Task was killed due to the node running low on memory.\n" + "many lines\n" * 100)
+
+    error = capsys.readouterr().err
+    assert (ended.value.code, len(error.splitlines())) == (1, 1)
+    assert "low on memory: close other programs, or use fewer workers" in error
+
+
 def test_predict_prints_a_row_for_each_face_and_writes_annotated_copies(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,24 @@ def test_a_dry_run_times_steps_with_an_unfrozen_backbone(data: Path, monkeypatch
     assert frozen == [False]
 
 
+def test_slow_steps_are_timed_only_a_few_times(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("agr_ray.learn.dry_run.MAX_S", 0.0)
+    contexts: list[Any] = []
+
+    def watched(context: Any, *arguments: Any) -> Any:
+        contexts.append(context)
+        return train_loop(context, *arguments)
+
+    monkeypatch.setattr("agr_ray.learn.dry_run.train_loop", watched)
+
+    train(dry_job(data, num_workers=1))
+
+    assert [context.num_steps for context in contexts] == [2]
+    assert "ms per step" in capsys.readouterr().out
+
+
 def test_a_dry_run_counts_the_images_of_a_part(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(dry_job(data, batch_size=10, grad_accum_steps=4))
 

@@ -80,7 +80,7 @@ def fit(
             retry.call(lock.confirm)
             cause = error.worker_failures[min(error.worker_failures)]
             raise _failed(run, f"training failed: {_last_line(cause)}") from error
-        except (ray.train.ControllerError, ray.exceptions.RayActorError) as error:
+        except _CONTROLLER_ERRORS as error:
             # Ray Train's controller has its own process: it can be killed, or fail while storage is unavailable.
             retry.call(lock.confirm)
             _check_still_fits(run)
@@ -91,6 +91,13 @@ def fit(
             console.print(
                 f"warning: the Ray Train controller ended ({_last_line(error)}); resuming from the last checkpoint",
             )
+
+
+_CONTROLLER_ERRORS: Final = (
+    ray.train.ControllerError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,  # the memory monitor killed it
+)
 
 
 def _epochs_done(run: Run) -> int:
