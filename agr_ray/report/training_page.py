@@ -55,6 +55,7 @@ _NAMES: Final = {
     "val_gender_accuracy": "gender",
     "val_race_accuracy": "race",
 }
+_ENDS: Final = {"epochs": "The run finished all epochs.", "early_stopping": "The run stopped early."}
 _COLUMNS: Final = (
     ("epoch", "epoch", "d"),
     ("train_loss", "training loss", ".4f"),
@@ -89,8 +90,9 @@ def training_report(storage: Storage, uri: str) -> Page:
         meta = None
     judged = [row for row in history if row[OBJECTIVE] is not None]
     best = min(judged, key=lambda row: row[OBJECTIVE]) if judged else history[-1]
-    verdict = f"{len(history)} epochs; the best is epoch {best['epoch']}{_measured(best)}." + (
-        f" The run has ended: {finished}." if finished else " The run has not ended."
+    verdict = (
+        f"{len(history)} epoch{'s' if len(history) != 1 else ''}; the best is epoch {best['epoch']}{_measured(best)}."
+        + (f" {_ENDS.get(finished, finished)}" if finished else " The run has not ended.")
     )
     model: list[Block]
     if meta is None:

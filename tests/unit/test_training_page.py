@@ -25,7 +25,7 @@ def epoch(number: int, objective: float | None, **changes: Any) -> dict[str, Any
     return {**row, **needed, **timing, "val_objective": objective, **changes}
 
 
-def write_run(folder: Path, history: list[dict[str, Any]], finished: str = "all epochs are complete") -> Path:
+def write_run(folder: Path, history: list[dict[str, Any]], finished: str = "early_stopping") -> Path:
     folder.mkdir()
     config = {"train": {"lr": 0.001, "out": "runs"}, "loss": {"age_weight": 1.0}}
     record = {"finished": finished, "config": config, "data": {"uri": "data/x"}, "git_commit": ""}
@@ -44,7 +44,7 @@ def test_the_best_epoch_is_marked(tmp_path: Path) -> None:
     text = page_of(write_run(tmp_path / "lite", history))
 
     assert "3 epochs; the best is epoch 2, with age MAE 6.25 years, gender 90.0 % on validation." in text
-    assert "The run has ended: all epochs are complete." in text
+    assert "The run stopped early." in text
     rows = re.findall(r"^\| \**(\d+)\** \|", (tmp_path / "lite" / "report.md").read_text(), flags=re.MULTILINE)
     assert rows == ["1", "2", "3"]
     assert "| **2** |" in (tmp_path / "lite" / "report.md").read_text()
