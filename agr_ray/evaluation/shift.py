@@ -333,8 +333,7 @@ def _conclusion(quantities: Sequence[QuantityShift]) -> Shift:
         sentence = (
             f"the faces differ from the calibration images in {predicted}: either the people differ, which corrected "
             "shares account for, or the model behaves differently on these photographs, which they do not account "
-            "for; the "
-            "coverage of age intervals is an average over the calibration images' mix of ages"
+            "for; the coverage of age intervals is an average over the calibration images' mix of ages"
         )
     elif words("similar"):
         verdict = "similar"

@@ -187,8 +187,7 @@ def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
     lines.append(
         f"total time: {_duration(total_s)}, estimated from at most {NUM_STEPS} steps on {on}; without reading and "
-        "decoding in "
-        "the first epoch, exchange of gradients, and checkpoints"
+        "decoding in the first epoch, exchange of gradients, and checkpoints"
     )
     if config.use_gpu and device.type == "cpu":
         lines.append("warning: train.use_gpu is set, but this machine has no GPU: the times are those of its CPU")

@@ -15,6 +15,12 @@ Row: TypeAlias = dict[str, Any]
 _VALIDATION = "val_"
 
 
+def best_row(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the row with the lowest objective; None: no epoch has one."""
+    judged = [row for row in history if row["val_objective"] is not None]
+    return min(judged, key=lambda row: float(row["val_objective"])) if judged else None
+
+
 def history_row(values: Mapping[str, Any], metrics: Mapping[str, Any], tasks: Sequence[str]) -> Row:
     """Return a row of schema.HISTORY.
 

@@ -15,6 +15,7 @@ from agr_ray.models.card_tables import (
     disparity_table,
     group_table,
     headline_table,
+    listed,
     stress_table,
     table,
     threshold_table,
@@ -174,9 +175,9 @@ def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
     origin += [str(meta["created"])] if meta.get("created") else []
     return "\n".join(
         [
-            f"# Model card: perceived {_listed(tasks)} from a face",
+            f"# Model card: perceived {listed(tasks)} from a face",
             "",
-            f"A {model['backbone']} with {'a head' if len(tasks) == 1 else 'heads'} for {_listed(tasks)}."
+            f"A {model['backbone']} with {'a head' if len(tasks) == 1 else 'heads'} for {listed(tasks)}."
             + (f" Created with {', '.join(origin)}." if origin else ""),
         ]
     )
@@ -348,7 +349,3 @@ def _share(part: float, whole: float) -> str:
 
 def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

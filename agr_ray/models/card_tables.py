@@ -46,8 +46,7 @@ GROUPS: Final = ("gender", "race", "age_group")
 
 NO_DISPARITY: Final = (
     "No significant difference between groups was found in age MAE, gender accuracy, race accuracy or the share "
-    "without "
-    "a detected face. That does not prove that there is none."
+    "without a detected face. That does not prove that there is none."
 )
 TOO_SMALL: Final = "The groups are too small to be compared: fewer than two have 30 images."
 DISPARITY_NOTE: Final = (
@@ -198,6 +197,11 @@ def between(interval: Sequence[float] | None, scale: float, unit: str) -> str:
 def number(value: float | None, scale: float, unit: str, form: str = ".2f") -> str:
     """Return a value, scaled and formatted, with its unit; empty if there is none."""
     return "" if value is None else f"{value * scale:{form}}{unit}"
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Return texts as a list in a sentence: `a, b and c`."""
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
 def words(name: str) -> str:

@@ -64,8 +64,7 @@ _KEYS: Final = ("format_version", "schema_version", *_TABLES, "git_commit", "cre
 
 _UNTRAINED: Final = (
     "this checkpoint holds the initial weights of a training run, so its predictions are meaningless; use the folder "
-    "best "
-    "of the finished run"
+    "best of the finished run"
 )
 
 

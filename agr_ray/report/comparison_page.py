@@ -24,7 +24,7 @@ from agr_ray.report.charts import (
 )
 from agr_ray.report.comparison_rows import LABELS, cited, difference_text, estimates_of, text
 from agr_ray.report.figure import COLOURS, SERIES, new_figure
-from agr_ray.report.page import Block, Cell, Drawing, Drawings, Fold, Page, Paragraph, Section, Table, Values
+from agr_ray.report.page import Block, Cell, Drawing, Drawings, Fold, Page, Paragraph, Section, Table, Values, flat
 from agr_ray.report.terms import MEASURED as TERMS
 from agr_ray.schema import COMPARED_METRICS
 from agr_ray.storage import MissingObject, Storage
@@ -168,8 +168,7 @@ def _lead(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estima
             Paragraph(
                 f"The intervals of {', '.join(without_seeds)} do not include the variance between seeds, because each "
                 "network was trained once. Another seed may reverse a small difference. A second seed for some of "
-                "these "
-                "presets (agr-ray compare with --seeds 2) includes it for all."
+                "these presets (agr-ray compare with --seeds 2) includes it for all."
             )
         )
     remark = (
@@ -361,19 +360,11 @@ def _cited(compared: ComparedPresets) -> list[Block]:
 
 
 def _settings(compared: ComparedPresets) -> list[Block]:
-    values: dict[str, str] = {}
-    for section, content in compared.settings.items():
-        if section in ("data", "presets"):
-            continue
-        values |= (
-            {f"{section}.{key}": str(value) for key, value in content.items()}
-            if isinstance(content, Mapping)
-            else {section: str(content)}
-        )
+    shared = {name: content for name, content in compared.settings.items() if name not in ("data", "presets")}
     remark = (
         "A preset's own settings replace these: the optimiser, learning rate, weight decay, schedule and warm-up of "
         "vit and swin, and the sampler of faceage. Of the loss, age_loss and age_scale_years matter only to the age "
         "heads linear and distribution. Scoring was timed on the machine that wrote comparison.parquet "
         f"({compared.measured.machine}), with the network alone, without detection."
     )
-    return [Fold("All settings", [Values(values)]), Paragraph(remark, "note")]
+    return [Fold("All settings", [Values(flat(shared))]), Paragraph(remark, "note")]

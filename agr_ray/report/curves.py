@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from agr_ray.learn.history import best_row
+
 _PANELS: Final = (
     ("Loss", "weighted sum of the tasks", (("train_loss", "training"), ("val_loss", "validation")), 1.0),
     ("Age error on validation", "years from the true age or range", (("val_age_distance_years", "age"),), 1.0),
@@ -45,14 +47,13 @@ def curves_png(history: Sequence[Mapping[str, Any]], title: str) -> bytes:
     FigureCanvasAgg(figure)
     figure.suptitle(title, parse_math=False)  # Matplotlib would parse text between dollar signs in a path as math
     epochs = [row["epoch"] for row in history]
-    judged = [row for row in history if row["val_objective"] is not None]
-    best = min(judged, key=lambda row: float(row["val_objective"]))["epoch"] if judged else None
+    best = best_row(history)
     for axes, (name, unit, columns, factor) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
         axes.set(title=name, xlabel="epoch", ylabel=unit)
         drawn = [_draw(axes, epochs, [row[column] for row in history], factor, label) for column, label in columns]
         if any(drawn):
             if best is not None:
-                axes.axvline(best, color="0.5", linestyle=":", label="best epoch")
+                axes.axvline(best["epoch"], color="0.5", linestyle=":", label="best epoch")
             axes.legend()
             if columns[0][0] in _FROM_ZERO:
                 axes.set_ylim(bottom=0.0)

@@ -14,6 +14,7 @@ from agr_ray.models.card_tables import (
     TOO_SMALL,
     disparity_rows,
     headline_rows,
+    listed,
     num_measured,
     words,
 )
@@ -101,9 +102,10 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     if numbers and min(numbers) >= _ALMOST * max(numbers):
         fewest = "" if min(numbers) == max(numbers) else f"{min(numbers):,} to "
         images = "image" if max(numbers) == 1 else "images"
-        sentence = f"On {fewest}{max(numbers):,} {images}, {_listed([text for text, _ in parts])}."
+        sentence = f"On {fewest}{max(numbers):,} {images}, {listed([text for text, _ in parts])}."
     else:
-        sentence = _listed([f"{text} (on {number:,} images)" for text, number in parts]) + "."
+        texts = [f"{text} (on {number:,} images)" for text, number in parts]
+        sentence = (listed(texts) or "nothing was measured") + "."
         sentence = sentence[0].upper() + sentence[1:]
     worst = _worst_group(metrics)
     return f"{sentence} {worst}" if worst else sentence
@@ -136,8 +138,7 @@ def _warnings(metrics: Mapping[str, Any]) -> list[Block]:
     elif record["num_seen_in_training"] is None:
         texts.append(
             "The checkpoint does not record its training images. If some of these images are among them, the metrics "
-            "are "
-            "optimistic."
+            "are optimistic."
         )
     elif record["split"] == "val" and record["trained_on_split_manifest_sha256"] == record["split_manifest_sha256"]:
         texts.append("Training chose its best epoch on these images, so the metrics are slightly optimistic.")
@@ -243,8 +244,7 @@ def _uncertainty(metrics: Mapping[str, Any]) -> list[Section]:
         blocks.append(
             Paragraph(
                 "The model is not calibrated: it gives no age intervals and never abstains. To calibrate it: agr-ray "
-                "evaluate "
-                f"--checkpoint {metrics['evaluation']['checkpoint']} --data DATA --split val --calibrate",
+                f"evaluate --checkpoint {metrics['evaluation']['checkpoint']} --data DATA --split val --calibrate",
                 "note",
             )
         )
@@ -357,7 +357,3 @@ def _about(measured: MeasuredModel) -> dict[str, str]:
 
 def _short(uri: str) -> str:
     return "/".join(uri.rstrip("/").split("/")[-2:])
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else [*parts] or ["nothing was measured"])

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from agr_ray.errors import ConfigError
-from agr_ray.evaluation.age_bands import age_bands
+from agr_ray.evaluation.age_bands import AgeBand, age_bands
 from agr_ray.report.evaluation_folder import PREDICTIONS_FILE, read_metrics
 from agr_ray.report.evaluation_page import MeasuredModel, evaluation_page
 from agr_ray.report.page import Page
@@ -38,16 +38,12 @@ def evaluation_report(storage: Storage, uri: str, others: Sequence[str], *, with
                 f"{other}: an evaluation of {each['evaluation']['checkpoint']}, but {uri} is of another model, "
                 f"{metrics['evaluation']['checkpoint']}; agr-ray evaluate --compare compares two models"
             )
-    predictions = storage.read_table(storage.join(uri, PREDICTIONS_FILE), columns=["age", "age_pred"])
-    truth, predicted = (
-        np.asarray(predictions[name].cast("float64").to_numpy(), np.float64) for name in ("age", "age_pred")
-    )
     stress_file = storage.join(uri, _STRESS_FILE)
     return evaluation_page(
         MeasuredModel(
             uri=uri,
             metrics=metrics,
-            age_bands=age_bands(truth, predicted) if "age" in metrics["evaluation"]["tasks"] else [],
+            age_bands=_age_bands(storage, uri) if "age" in metrics["evaluation"]["tasks"] else [],
             stress=storage.read_table(stress_file).to_pylist()
             if "stress" in metrics and storage.exists(stress_file)
             else [],
@@ -55,6 +51,13 @@ def evaluation_report(storage: Storage, uri: str, others: Sequence[str], *, with
             others=other_metrics,
         )
     )
+
+
+def _age_bands(storage: Storage, uri: str) -> list[AgeBand]:
+    columns = ("age", "age_pred")
+    predictions = storage.read_table(storage.join(uri, PREDICTIONS_FILE), columns=columns)
+    truth, predicted = (np.asarray(predictions[name].cast("float64").to_numpy(), np.float64) for name in columns)
+    return age_bands(truth, predicted)
 
 
 def _sheets(storage: Storage, uri: str) -> dict[str, bytes]:

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 
 from agr_ray.models.card import UNKNOWN_TERMS
 from agr_ray.report.figure import COLOURS, new_figure
-from agr_ray.report.page import Block, Drawing, Fold, Paragraph, Table, Values
+from agr_ray.report.page import Block, Drawing, Fold, Paragraph, Table, Values, flat
 
 _BOX_INCHES: Final = (1.55, 0.62)
 _GAP_INCHES: Final = 0.35
 _HEADS: Final = {"age": "age, years", "gender": "gender, p(male)", "race": "race, probabilities"}
-_SETTINGS: Final = ("model", "loss", "augment", "train", "vision", "predict", "transform")
+_SETTINGS: Final = ("model", "vision", "predict", "transform")
 
 
 def architecture(meta: Mapping[str, Any]) -> list[Block]:
@@ -140,13 +140,7 @@ def settings_of(meta: Mapping[str, Any]) -> list[Block]:
     )
     flow = Drawing("training", "One step of training.", training_flow)
     sections = {**config, **{name: meta[name] for name in _SETTINGS if name in meta}}
-    every = {
-        f"{name}.{key}": _text(value)
-        for name, section in sections.items()
-        if isinstance(section, Mapping)
-        for key, value in section.items()
-    }
-    return [table, flow, Fold("All settings", [Values(every)])]
+    return [table, flow, Fold("All settings", [Values(flat(sections, _text))])]
 
 
 def split_of_data(meta: Mapping[str, Any] | None) -> list[Block]:

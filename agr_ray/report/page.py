@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HTML_FILE: Final = "report.html"
 
 Emphasis = Literal["plain", "note", "verdict", "warning"]
 
@@ -84,6 +87,17 @@ class Values:
     """Names and values, such as settings."""
 
     values: Mapping[str, str]
+
+
+def flat(sections: Mapping[str, Any], text: Callable[[Any], str] = str) -> dict[str, str]:
+    """Return the values of sections by dotted key, and those outside any section by name."""
+    values: dict[str, str] = {}
+    for name, content in sections.items():
+        if isinstance(content, Mapping):
+            values |= {f"{name}.{key}": text(value) for key, value in content.items()}
+        else:
+            values[name] = text(content)
+    return values
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from agr_ray.report.figure import figure_png, figure_style, figure_svg
-from agr_ray.report.page import Page, Photograph
+from agr_ray.report.page import HTML_FILE, Page, Photograph
 from agr_ray.report.page_html import page_html
 from agr_ray.report.page_markdown import page_markdown
 from agr_ray.storage import Storage
 
-HTML_FILE: Final = "report.html"
 MARKDOWN_FILE: Final = "report.md"
 FIGURES: Final = "report-figures"
 

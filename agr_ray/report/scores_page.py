@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from agr_ray.evaluation.shift import QUANTITIES
 from agr_ray.labels import LabelSpace
-from agr_ray.models.card_tables import words
+from agr_ray.models.card_tables import listed, words
 from agr_ray.report.charts import Dot, Line, Scale, dot_drawing, line_drawing
-from agr_ray.report.page import Block, Cell, Drawing, Drawings, Page, Paragraph, Section, Table, Values
+from agr_ray.report.page import Block, Cell, Drawing, Drawings, Page, Paragraph, Section, Table, Values, flat
 from agr_ray.report.pyramid import population_pyramid
 from agr_ray.report.terms import COUNTED
 from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES
@@ -73,8 +73,9 @@ def scores_page(bucket: ScoredBucket) -> Page:
 
 def _title(bucket: ScoredBucket) -> str:
     names = [_NAMES[name] for name in _attributes(bucket.demographics)]
-    what = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    return f"Perceived {what} in {bucket.record.get('input', bucket.uri)}" if names else f"Faces in {bucket.uri}"
+    return (
+        f"Perceived {listed(names)} in {bucket.record.get('input', bucket.uri)}" if names else f"Faces in {bucket.uri}"
+    )
 
 
 def _verdict(bucket: ScoredBucket) -> str:
@@ -376,11 +377,6 @@ def _runs(bucket: ScoredBucket) -> Table:
 
 def _about(bucket: ScoredBucket) -> dict[str, str]:
     record = bucket.record
-    settings = {
-        f"{section}.{key}": str(value)
-        for section in ("vision", "predict")
-        for key, value in (record.get(section) or {}).items()
-    }
     return {
         "results": bucket.uri,
         "run": record["run_id"],
@@ -388,7 +384,7 @@ def _about(bucket: ScoredBucket) -> dict[str, str]:
         "digest of the settings": record["config_digest"],
         "precision": ", ".join(record["precisions"]),
         "score.min_cell": str(record["min_cell"] or "not set"),
-        **settings,
+        **flat({section: record.get(section) or {} for section in ("vision", "predict")}),
     }
 
 

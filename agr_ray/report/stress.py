@@ -53,8 +53,7 @@ def stress_figure(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, floa
     """
     clean = next(row for row in rows if row["corruption"] == CLEAN)
     metrics = [metric for metric in STRESSED_METRICS if clean[metric] is not None]
-    names = list(dict.fromkeys(row["corruption"] for row in rows if row["corruption"] in CORRUPTIONS))
-    families = list(dict.fromkeys(CORRUPTIONS[name].family for name in names))
+    families = _families(rows)
     of_yaw = [row for row in rows if row["corruption"] == YAW]
     num_columns, num_rows = len(families) + bool(of_yaw), max(len(metrics), 1)
     size = (_PANEL_INCHES[0] * max(num_columns, 1), _PANEL_INCHES[1] * num_rows + 1.4)
@@ -66,8 +65,7 @@ def stress_figure(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, floa
     for metric, line in zip(metrics, grid, strict=False):
         name, factor, unit = TITLES[metric]
         line[0].set_ylabel(f"{name}, {unit}")
-        for family, axes in zip(families, line, strict=False):
-            members = [each for each in names if CORRUPTIONS[each].family == family]
+        for members, axes in zip(families.values(), line, strict=False):
             for number, corruption in enumerate(members):
                 curve = [clean, *(row for row in rows if row["corruption"] == corruption)]
                 _draw(axes, curve, metric, factor, number, corruption)
@@ -105,8 +103,7 @@ def stress_drawings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, An
         baseline: the section `baseline` of metrics.json.
     """
     clean = next(row for row in rows if row["corruption"] == CLEAN)
-    names = list(dict.fromkeys(row["corruption"] for row in rows if row["corruption"] in CORRUPTIONS))
-    families = list(dict.fromkeys(CORRUPTIONS[name].family for name in names))
+    families = _families(rows)
     blocks: list[Block] = []
     for metric in (name for name in STRESSED_METRICS if clean[name] is not None):
         title, factor, unit = TITLES[metric]
@@ -114,8 +111,7 @@ def stress_drawings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, An
         task, _, key = metric.partition("_")
         guess = baseline[task].get(key)
         drawings: list[Drawing] = []
-        for family in families:
-            members = [name for name in names if CORRUPTIONS[name].family == family]
+        for family, members in families.items():
             lines = [
                 _line(name, [clean, *(row for row in rows if row["corruption"] == name)], metric) for name in members
             ]
@@ -137,6 +133,14 @@ def stress_drawings(rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, An
             )
         blocks.append(Fold(f"{title[0].upper()}{title[1:]} under each corruption", [Drawings(drawings)]))
     return blocks
+
+
+def _families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the corruptions in the rows by family, both in their order."""
+    families: dict[str, list[str]] = {}
+    for name in dict.fromkeys(row["corruption"] for row in rows if row["corruption"] in CORRUPTIONS):
+        families.setdefault(CORRUPTIONS[name].family, []).append(name)
+    return families
 
 
 def _line(name: str, curve: Sequence[Mapping[str, Any]], metric: str) -> Line:

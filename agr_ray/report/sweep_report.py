@@ -12,14 +12,11 @@ from agr_ray.report.page import Page
 from agr_ray.report.sweep_page import SweepReport, sweep_page
 from agr_ray.report.trial_rows import TrialRow
 from agr_ray.storage import MissingObject, Storage
-from agr_ray.tuning.plan import RECORD
+from agr_ray.tuning.plan import BEST_RECIPE, PROVENANCE, RECORD
 from agr_ray.tuning.space import distribution_of, is_papers
 from agr_ray.tuning.sweep import read_trials
 from agr_ray.tuning.trials import Trial, best_trial, front, is_feasible
 
-BEST_RECIPE: Final = "best.toml"
-PROVENANCE: Final = "provenance.json"
-"""Names and values that a page shows and no other file of the sweep holds: of the data and the study."""
 _UNITS: Final[dict[TrialError, str]] = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 
 

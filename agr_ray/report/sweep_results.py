@@ -12,8 +12,8 @@ from agr_ray.config import ClusterConfig, LabelsConfig, Section, StorageConfig
 from agr_ray.console import make_table, print_next
 from agr_ray.learn.run import Run
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
-from agr_ray.report.page_files import HTML_FILE, write_page
-from agr_ray.report.sweep_report import BEST_RECIPE, PROVENANCE, sweep_report
+from agr_ray.report.page import HTML_FILE
+from agr_ray.tuning.plan import BEST_RECIPE, PROVENANCE
 from agr_ray.tuning.recipe import recipe_toml
 from agr_ray.tuning.space import base_job, values_of, with_values
 from agr_ray.tuning.study import study_address
@@ -29,6 +29,9 @@ def write_results(sweep: Sweep, run: Run, console: Console) -> None:
         run: the training run that trials are variants of.
         console: for warnings.
     """
+    from agr_ray.report.page_files import write_page  # here, because matplotlib takes a while to import
+    from agr_ray.report.sweep_report import sweep_report
+
     storage, job, trials = sweep.storage, sweep.job, list(sweep.trials.values())
     table = trials_table(trials, job.tune.space, job.tune.constraints, job.model.tasks)
     sweep.check_lock()

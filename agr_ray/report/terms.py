@@ -23,8 +23,7 @@ MEASURED: Final = {
     "cumulative score": "Share of images whose predicted age is off by no more than so many years.",
     "no face found": "Share of images in which the detector found no face. The centre of the image is used instead.",
     "coverage": "Of intervals: fraction of images whose true age lies in the predicted interval. Of abstention: "
-    "fraction "
-    "of images on which the model does not abstain.",
+    "fraction of images on which the model does not abstain.",
     "abstains": "Gives no class, because the model is too uncertain.",
     "confidence": "The model's probability of the class that it predicts.",
     "overconfident": "More confident than accurate.",
@@ -47,8 +46,7 @@ COUNTED: Final = {
     "images.",
     "calibration images": "Labelled images on which the model's error rates and age intervals were measured.",
     "90 % interval": "Contains the true share in 90 of 100 such collections, provided that the model's error rates "
-    "match "
-    "those on its calibration images.",
+    "match those on its calibration images.",
     "flagged": "Faces that are not counted: too small, blurred, turned away, or not clearly faces.",
     "detector score": "How sure the detector is that this is a face.",
     "sharpness": "Variance of the Laplacian of the aligned face. A blurred face has a low value.",

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from agr_ray.errors import ConfigError
+from agr_ray.learn.history import best_row
 from agr_ray.learn.run import OBJECTIVE
 from agr_ray.models.card_tables import group_rows, headline_rows
 from agr_ray.models.checkpoint import META
 from agr_ray.report.charts import Line, Scale, line_drawing
 from agr_ray.report.evaluation_tables import rows_table
 from agr_ray.report.model_description import architecture, settings_of, split_of_data
-from agr_ray.report.page import Block, Cell, Drawing, Drawings, Page, Paragraph, Section, Table, Values
+from agr_ray.report.page import Block, Cell, Drawing, Drawings, Page, Paragraph, Section, Table, Values, flat
 from agr_ray.report.terms import TRAINED
 from agr_ray.storage import MissingObject, Storage
 
@@ -88,15 +89,14 @@ def training_report(storage: Storage, uri: str) -> Page:
         meta = json.loads(storage.read(storage.join(uri, "best", META)))
     except MissingObject:
         meta = None
-    judged = [row for row in history if row[OBJECTIVE] is not None]
-    best = min(judged, key=lambda row: row[OBJECTIVE]) if judged else history[-1]
+    best = best_row(history) or history[-1]
     verdict = (
         f"{len(history)} epoch{'s' if len(history) != 1 else ''}; the best is epoch {best['epoch']}{_measured(best)}."
         + (f" {_ENDS.get(finished, finished)}" if finished else " The run has not ended.")
     )
     model: list[Block]
     if meta is None:
-        model = [Paragraph("There is no checkpoint of the best epoch yet.", "note"), Values(_flat(config))]
+        model = [Paragraph("There is no checkpoint of the best epoch yet.", "note"), Values(flat(config))]
     else:
         model = [*architecture(meta), *settings_of(meta)]
     return Page(
@@ -105,8 +105,7 @@ def training_report(storage: Storage, uri: str) -> Page:
             Paragraph(verdict, "verdict"),
             Paragraph(
                 "The best epoch was chosen on the validation images, so its metrics are slightly optimistic. To "
-                "measure "
-                f"the model on the test split: agr-ray evaluate --checkpoint {uri}/best --data "
+                f"measure the model on the test split: agr-ray evaluate --checkpoint {uri}/best --data "
                 f"{record['data'].get('uri', 'DATA')}"
             ),
         ],
@@ -189,12 +188,3 @@ def _epochs(history: Sequence[Mapping[str, Any]], best_epoch: int) -> Table:
         for row in history
     ]
     return Table([title for _, title, _ in _COLUMNS], rows, is_sortable=True, note="Bold: the best epoch.")
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        f"{section}.{key}": str(value)
-        for section, values in config.items()
-        if isinstance(values, Mapping)
-        for key, value in values.items()
-    }

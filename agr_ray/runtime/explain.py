@@ -202,10 +202,8 @@ def _leak_check(test: Explanation, check_locks: Callable[[], None], console: Con
     num_near = int((nearest.distance_bits <= MAX_DISTANCE).sum())
     console.print(
         f"{num_near:,} of {len(image_ids):,} test images may be copies of one of {num_trained:,} training images: "
-        "their "
-        f"hashes differ in at most {MAX_DISTANCE} of 64 bits. Most are other photographs: see nearest_hash.png, and "
-        "the "
-        "near-duplicates that agr-ray prepare counts"
+        f"their hashes differ in at most {MAX_DISTANCE} of 64 bits. Most are other photographs: see nearest_hash.png, "
+        "and the near-duplicates that agr-ray prepare counts"
     )
     return {
         "num_images": len(image_ids),

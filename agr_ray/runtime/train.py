@@ -52,6 +52,7 @@ from agr_ray.evaluation.groups import class_counts
 from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import IntArray, Labels, LabelSpace, race_mapping
 from agr_ray.learn.dry_run import dry_run
+from agr_ray.learn.history import best_row
 from agr_ray.learn.resources import max_kept_rows
 from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
 from agr_ray.learn.sampling import Sampler
@@ -408,7 +409,7 @@ def _git_commit() -> str:
 
 def _print_history(console: Console, storage: Storage, uri: str) -> None:
     history = storage.read_table(storage.join(uri, "history.parquet")).to_pylist()
-    best = min(history, key=lambda row: row[OBJECTIVE] if row[OBJECTIVE] is not None else -row["epoch"])
+    best = best_row(history) or history[-1]
     console.print("validation")
     table = make_table("", "epoch", "age MAE, years", "gender", "race", "objective")
     for label, row in (("best", best), ("last", history[-1])):

@@ -13,6 +13,9 @@ from agr_ray.errors import ConfigError
 from agr_ray.storage import MissingObject, Storage
 
 RECORD: Final = "sweep.json"
+BEST_RECIPE: Final = "best.toml"
+PROVENANCE: Final = "provenance.json"
+"""Names and values that a page shows and no other file of the sweep holds: of the data and the study."""
 _IGNORED: Final = (
     *("out", "name", "trials", "max_epochs", "max_hours", "max_concurrent", "max_failures", "study", "study_name"),
 )
