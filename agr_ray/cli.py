@@ -47,18 +47,32 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "prepare": Command("labelled photographs -> aligned face crops", PrepareJob, "agr_ray.runtime.prepare:prepare"),
-    "train": Command("face crops -> a checkpoint", TrainJob, "agr_ray.runtime.train:train"),
-    "tune": Command("search for better settings with many trainings", TuneJob, "agr_ray.runtime.tune:tune"),
-    "compare": Command("train the paper's networks on the same data", CompareJob, "agr_ray.runtime.compare:compare"),
+    "prepare": Command(
+        "labelled photographs -> a prepared set: aligned face crops, labels and splits",
+        PrepareJob,
+        "agr_ray.runtime.prepare:prepare",
+    ),
+    "train": Command("a prepared set -> a checkpoint", TrainJob, "agr_ray.runtime.train:train"),
+    "tune": Command("search for better settings by training many times", TuneJob, "agr_ray.runtime.tune:tune"),
+    "compare": Command(
+        "train presets (named networks) on the same data, and compare them",
+        CompareJob,
+        "agr_ray.runtime.compare:compare",
+    ),
     "cross-validate": Command(
         "train and test a network for each fold", CrossValidateJob, "agr_ray.runtime.cross_validate:cross_validate"
     ),
-    "evaluate": Command("measure and calibrate a checkpoint", EvaluateJob, "agr_ray.runtime.evaluate:evaluate"),
+    "evaluate": Command(
+        "measure a checkpoint on labelled images, or calibrate it", EvaluateJob, "agr_ray.runtime.evaluate:evaluate"
+    ),
     "score": Command("a folder or bucket of photographs -> Parquet tables", ScoreJob, "agr_ray.runtime.score:score"),
     "predict": Command("a few photographs -> a table and annotated copies", PredictJob, "agr_ray.report.faces:predict"),
-    "report": Command("the results of a job -> a page to read", ReportJob, "agr_ray.report.report:report"),
-    "import": Command("published weights -> a checkpoint", ImportJob, "agr_ray.models.fairface:import_fairface"),
+    "report": Command(
+        "results of evaluate, train, compare, tune or score -> a report", ReportJob, "agr_ray.report.report:report"
+    ),
+    "import": Command(
+        "FairFace's published weights -> a checkpoint", ImportJob, "agr_ray.models.fairface:import_fairface"
+    ),
     "render": Command("draw synthetic faces with known labels", RenderJob, "agr_ray.runtime.render:render"),
 }
 _OUT_OF_MEMORY = (
@@ -71,7 +85,8 @@ Estimate perceived age, gender and race from photographs of faces: train, tune, 
 
 {commands}
 
-agr-ray COMMAND --help shows a command's most important options, --help-all all of them.
+A RECIPE is a TOML file of settings: a built-in one by its name, or your own by its path or URI. agr-ray COMMAND --help
+shows a command's most important options, --help-all all of them.
 """
 
 
@@ -218,6 +233,6 @@ def _usage() -> str:
     rows = {name: command.summary for name, command in COMMANDS.items()} | {
         "demo": "render, prepare, train, evaluate and score: the whole pipeline in a few minutes",
         "recipes": "list or print the built-in recipes",
-        "models": "list the networks of the paper's tables, and the parts that they are made of",
+        "models": "list the presets, and the parts that networks are made of",
     }
     return _USAGE.format(commands="\n".join(f"  {name:14} {summary}" for name, summary in rows.items()))

@@ -25,7 +25,7 @@ class ModelConfig(Section):
 
     preset: Annotated[str, AfterValidator(check_preset)] = Field(
         "paper",
-        description=f"Named set of network parts, and for a few of training settings: {', '.join(PRESETS)}. "
+        description=f"Named set of network parts; a few also set training options: {', '.join(PRESETS)}. "
         "`agr-ray models` describes them. Keys that are set beside it override its values.",
     )
     backbone: Annotated[str, AfterValidator(BACKBONES.check)] = Field(

@@ -44,8 +44,8 @@ class CommandParser(argparse.ArgumentParser):
         general.add_argument(
             "--config",
             metavar="RECIPE",
-            help="name of a built-in recipe (demo, paper, ...), or path or URI of your own: a TOML file of [section] "
-            "tables. The command line overrides it. `agr-ray recipes` lists the built-in ones",
+            help="TOML file of settings: the name of a built-in recipe (demo, paper, ...), or the path or URI of your "
+            "own. The command line overrides it. `agr-ray recipes` lists the built-in ones",
         )
         self._source: CliSettingsSource[Any] = CliSettingsSource(
             job,
@@ -137,7 +137,10 @@ class CommandParser(argparse.ArgumentParser):
         return formatter.format_help()
 
 
-_LISTS: Final = "Give a list as --model.tasks age,gender, or repeat the option. Paths are local, file:// or s3://."
+_LISTS: Final = (
+    "Give a list as --model.tasks age,gender, or repeat the option. In names of options, - and _ are the same. "
+    "Paths are local, file:// or s3://."
+)
 _DEFAULT: Final = re.compile(r" \(((?:default|recipe): (.*))\)$", re.DOTALL)
 
 

@@ -23,7 +23,7 @@ class CompareConfig(Section):
     """Presets to compare; `agr-ray models` describes them. By default all but `domain_adapt`, which needs two sets, and
     those that the data, the settings or the installation does not allow: the reason is printed."""
     seeds: PositiveInt = 1
-    """Runs of each preset, with the seeds train.seed, train.seed + 1, ..."""
+    """Number of runs of each preset; each run has its own seed, from `train.seed` upwards."""
     image_size: Annotated[int, Field(ge=32, le=512)] | None = None
     """Side of the input of all networks, pixels; a preset whose backbone does not take it gets the next larger one
     (Inception-ResNet-v1: at least 80; ViT-B/16: a multiple of 16). None: each preset's own."""

@@ -149,8 +149,7 @@ class PredictJob(Job):
 class ReportJob(Job):
     """Make a report of a job's results: a self-contained report.html, the same as report.md, and the figures.
 
-    FOLDER is the output of evaluate, train, compare, tune or score. Further folders hold evaluations of the same model
-    on other data, which the report of the first then shows side by side.
+    Evaluations of the same model on several data sets are shown side by side, in the report of the first.
     """
 
     required = ("folders",)
@@ -158,9 +157,10 @@ class ReportJob(Job):
     example = "agr-ray report runs/lite/best-eval-test-1a2b3c4d-5e6f"
     essentials = ("folders", "out", "faces", "run")
     folders: CliPositionalArg[list[str]] = []
-    """Folders or URIs of results."""
+    """Output of evaluate, compare or score, or OUT/NAME of train or tune; more: evaluations of the model on other
+    data."""
     out: str = ""
-    """Folder or prefix of the report; default: the first FOLDER."""
+    """Folder or prefix of the report; default: the first of FOLDERS."""
     faces: CliImplicitFlag[bool] = False
     """Show the sheets of faces that `agr-ray evaluate --explain` drew. Do not publish such a page without the consent
     of these people."""
@@ -276,7 +276,7 @@ class TrainJob(ClusterJob):
     new_run: CliImplicitFlag[bool] = False
     """If the run of this name has finished, start another, with a number added to its name."""
     dry_run: CliImplicitFlag[bool] = False
-    """Print the plan with estimates of memory and, from up to 20 real steps, of time; write nothing."""
+    """Write nothing, but print the plan: rows, steps, memory, and the time, estimated from up to 20 real steps."""
 
     @model_validator(mode="before")
     @classmethod
@@ -439,7 +439,7 @@ class EvaluateJob(ClusterJob):
 
 
 class ScoreJob(ClusterJob):
-    """Score every face of every photograph below a folder or bucket prefix: one Parquet row per image.
+    """Score every face of every photograph below a folder or bucket prefix: tables of images, faces and demographics.
 
     Settings of [vision] and [predict] that are not given come from the checkpoint.
     """

@@ -18,25 +18,28 @@ class ScoreConfig(Section):
     checkpoint: str = ""
     """Folder or prefix of the checkpoint."""
     input: str = ""
-    """The photographs: a folder or bucket prefix, a Parquet manifest, or the manifest.json of an S3 Inventory."""
+    """The photographs: a folder or bucket prefix, a Parquet table of their URIs (a manifest), or the manifest.json of
+    an S3 Inventory."""
     input_kind: Literal["auto", "prefix", "manifest", "inventory"] = "auto"
     """Kind of input. `auto`: a URI that ends in manifest.json is an `inventory`; one that ends in .parquet is a
     `manifest`, a file or folder with the columns uri and, if known, etag and size_bytes; any other is a `prefix`, read
     with its subfolders."""
     include: tuple[str, ...] = ()
-    """Globs, one of which must match the whole key, case-sensitively. The key is the path below a prefix, the key in an
-    inventory's bucket or the URI in a manifest. `*` and `?` do not match a slash; `**/` matches any number of folders:
-    ["**/*.jpg", "2026/**"]. Empty: keys with an image suffix; in a manifest, all."""
+    """Score only photographs whose whole key (path below `input`) matches one of these globs, case-sensitively. In an
+    inventory, it is the key in the bucket; in a manifest, the URI. `*` and `?` do not match a slash; `**/` matches any
+    number of folders: ["**/*.jpg", "2026/**"]. Empty: keys with an image suffix; in a manifest, all."""
     exclude: tuple[str, ...] = ()
     """Globs of keys to leave out, even if `include` matches them."""
     min_bytes: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     """Leave out objects of fewer bytes. Objects above vision.max_mib are not left out: their status is too_large."""
     out: str = ""
-    """Folder or prefix of the results: images/, faces/, rejects/ and demographics/, each with run=ID/*.parquet."""
+    """Folder or prefix of the results: images/, faces/, rejects/ and demographics/, each with a folder run=ID for each
+    run."""
     num_workers: PositiveInt | None = None
-    """Number of processes that decode, detect, align and, without use_gpu, predict; none: the number of spare CPUs."""
+    """Number of processes that decode, detect, align and, without use_gpu, predict; by default one for each spare
+    CPU."""
     use_gpu: bool = False
-    """Predict on GPUs, in one more process for each GPU."""
+    """Predict on GPUs, in one process for each GPU besides the `num_workers`."""
     batch_size: PositiveInt = 16
     """Photographs in a worker's batch."""
     rows_per_file: PositiveInt = 256
@@ -44,14 +47,16 @@ class ScoreConfig(Section):
     attributes: tuple[Literal["age", "gender", "race"], ...] = ("age", "gender", "race")
     """Attributes to write; default: all that the checkpoint predicts."""
     group_by: tuple[str, ...] = ()
-    """Columns by which demographic tables are grouped: names captured by key_pattern, or columns of metadata."""
+    """Columns by which demographic tables are grouped: named groups of `key_pattern`, or columns of the table
+    `metadata`."""
     key_pattern: str = ""
-    """Regular expression (RE2) with named groups, searched in each URI, such as /(?P<date>[0-9-]{10})/."""
+    """Regular expression (RE2) that is searched in each URI and has named groups for `group_by`, such as
+    /(?P<date>[0-9-]{10})/."""
     metadata: str = ""
     """Parquet file or folder with a column uri and columns for group_by."""
     min_cell: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
-    """Hide cells of demographic tables with fewer faces than this, and other cells from which they could be computed;
-    0: none. Only protects people together with aggregate_only."""
+    """Hide cells (group, age group, gender and race) of demographic tables that count fewer faces than this, and other
+    cells from which they could be computed; 0: none. Only protects people together with aggregate_only."""
     near_duplicates: NearDuplicates = "count"
     """`count`: demographic tables also have n_unique, in which near-duplicate photographs of a face count once. A
     perceptual hash of its pixels finds them. With min_cell, cells of few distinct faces are hidden. `publish`: also
@@ -71,12 +76,14 @@ class ScoreConfig(Section):
     """Largest share of the photographs that may be rejected for the same reason (access denied, not an image, ...).
     Above it the run fails with an error that quotes the reason, and nothing is published. 1: no limit."""
     allow_uncalibrated: CliImplicitFlag[bool] = False
-    """Allow [vision] and [predict] settings that differ from those of the checkpoint's calibration. Rows then have no
-    age intervals, no corrected ages, no calibrated probabilities and no abstention, and `calibrated` is false."""
+    """Allow settings in [vision] and [predict] that differ from those of the checkpoint's calibration, and then score
+    without it. Rows have no age intervals, no corrected ages, no calibrated probabilities and no abstention, and
+    `calibrated` is false."""
     allow_empty: bool = False
     """Publish an empty run if the input has no photographs; otherwise that is an error."""
     limit: PositiveInt | None = None
-    """Maximum number of keys, after include and exclude, scored before or not; none: all."""
+    """Maximum number of keys that are read, after include and exclude; keys scored before count, too. By default
+    all."""
 
 
 class GatesConfig(Section):

@@ -99,8 +99,8 @@ class TrainConfig(Section):
     """The training run."""
 
     data: OneOrSeveral = ""
-    """Folder or prefix of a prepared set (written by `agr-ray prepare`), or a list of several with the same
-    crop_side_px: ["data/utkface", "data/adience"]. Training and validation use all of them. A missing label adds
+    """Folder or prefix of a prepared set (written by `agr-ray prepare`), or several with the same crop_side_px, in a
+    recipe ["data/utkface", "data/adience"]. Training and validation use all of them. A missing label adds
     nothing to the loss, so a set may have no race."""
     data_shares: tuple[PositiveFloat, ...] = ()
     """Several sets only: sampling weight of each set, with replacement: [3, 1] draws three rows of the first for one of
@@ -110,11 +110,11 @@ class TrainConfig(Section):
     """Folder or prefix of all runs; this one is written to OUT/NAME. Must be shared storage if there are several
     nodes."""
     name: Name = ""
-    """Name of the run; empty: `train-` and the digest of the configuration. The same name resumes the run."""
+    """Name of the run; empty: `train-` and a hash of the settings. The same name resumes the run."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Data-parallel processes, each with its own model replica and share of the batch. A range such as 2-8, in a recipe
-    [2, 8], is elastic training: as many as fit the cluster. When a node leaves or joins, the run resumes from its last
-    checkpoint with the new number; a step still has batch_size images."""
+    """Data-parallel processes, each with its own model replica and share of the batch; with a range such as 2-8, as
+    many of them as fit the cluster (elastic training). In a recipe, a range is [2, 8]. When a node leaves or joins, the
+    run resumes from its last checkpoint with the new number; a step still has batch_size images."""
     use_gpu: bool = False
     """Train on one GPU for each worker (NCCL); otherwise on the CPU (gloo)."""
     gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -125,7 +125,7 @@ class TrainConfig(Section):
     threads_per_worker: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Compute threads of a worker; none: the machine's CPUs divided by its workers."""
     batch_size: Annotated[int, Field(gt=0, le=2**20)] = 32
-    """Images in one optimiser step over all workers together."""
+    """Images in one optimiser step, over all workers together."""
     grad_accum_steps: PositiveInt = 1
     """Gradient accumulation: micro-batches in which a worker processes its share of batch_size, if its memory is too
     small for all of it. The gradient is the same, but batch norm sees micro-batches, which need two images each."""
@@ -159,9 +159,9 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay per step of the exponential moving average of weights, which is validated and saved; 0: no average."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Data type of the forward and backward passes (autocast); weights stay float32. auto: bfloat16 if the device
-    supports it natively. float16 is for GPUs without bfloat16 (V100, T4) and requires use_gpu: the loss is scaled, and
-    steps whose gradients overflow are skipped."""
+    """Data type of the forward and backward passes (autocast), while weights stay float32; auto: bfloat16 if the device
+    supports it natively, else float32. float16 is for GPUs without bfloat16 (V100, T4) and requires use_gpu: the loss
+    is scaled, and steps whose gradients overflow are skipped."""
     tf32: bool = True
     """Let a GPU use TF32 for float32 products: several times as fast (Ampere or newer), with 10-bit mantissas."""
     compile: bool = False

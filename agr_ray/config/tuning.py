@@ -92,7 +92,7 @@ class TuneConfig(Section):
     """Folder or prefix of all sweeps; this one is written to OUT/NAME. Must be shared storage if there are several
     nodes."""
     name: Name = ""
-    """Name of the sweep; empty: `sweep-` and the digest of the configuration. The same name resumes the sweep."""
+    """Name of the sweep; empty: `sweep-` and a hash of the settings. The same name resumes the sweep."""
     trials: PositiveInt = 20
     """Number of trials, including pruned and failed ones. Raise it to continue an unfinished sweep, or give --add for a
     finished one."""

@@ -15,19 +15,20 @@ class VisionConfig(Section):
     detector: Literal["mtcnn", "haar", "none"] = "mtcnn"
     """`mtcnn` finds faces and five landmarks; `haar` finds boxes only and needs no weights; `none` uses whole chips."""
     min_face_px: Annotated[int, Field(ge=12, le=MAX_INT)] = 40
-    """Shorter side of the smallest face to detect, in pixels of a photograph no larger than `max_side_px`.
-    In larger photographs it grows with their longer side: by default, to 1/32 of it (94 px for 3,000, 188 px for
-    6,000). With `small_faces` it is always in original pixels."""
+    """Shorter side of the smallest face to detect, pixels, once larger photographs are shrunk to `max_side_px`.
+    In original pixels, the smallest face is larger there: by default, 1/32 of the longer side (94 px for 3,000, 188 px
+    for 6,000). With `small_faces`, nothing is shrunk."""
     min_score: Fraction = 0.95
     """`mtcnn` only: minimum probability of a face; detections below it are dropped."""
     max_side_px: PositiveInt = 1280
     """Photographs are shrunk to this longer side before detection, pixels; boxes stay in original pixels."""
     small_faces: bool = False
-    """Detect faces at full size, so that `min_face_px` is in original pixels; cannot be combined with `max_side_px`.
+    """Detect faces without shrinking photographs, so that `min_face_px` is in original pixels; excludes `max_side_px`.
     A 24-megapixel photograph takes about seven times as long (4.4 s instead of 0.6 s) and 200 MiB more memory."""
     try_rotations: bool = False
-    """If no face is found, also try the photograph rotated by 90, 180 and 270 degrees; for sideways photographs
-    without EXIF. A photograph without a face takes three times as long; others do not. Column: `rotation_degrees`."""
+    """If no face is found, also try the photograph rotated by 90, 180 and 270 degrees; for sideways photographs without
+    an EXIF orientation. A photograph without a face takes three times as long; others do not. Column:
+    `rotation_degrees`."""
     max_pixels: PositiveInt = 180_000_000
     """Images that decode to more pixels get the status too_large. A baseline JPEG is shrunk to near `max_side_px` while
     it is decoded, and only the shrunk size counts (200 megapixels take 22 MiB). At the limit, decoding takes 0.8 GiB

@@ -123,8 +123,8 @@ def test_short_help_shows_one_sentence_also_if_a_line_ends_after_it(capsys: pyte
     _, shown, _ = outcome(capsys, "score", "--help")
 
     words = " ".join(shown.split())
-    assert "no larger than `max_side_px` (default: 40)" in words
-    assert "In larger photographs" not in words
+    assert "shrunk to `max_side_px` (default: 40)" in words
+    assert "In original pixels" not in words
 
 
 @pytest.mark.parametrize("job", [PrepareJob, TrainJob, TuneJob, EvaluateJob, ScoreJob])

@@ -70,3 +70,16 @@ def test_an_empty_table_has_empty_bars() -> None:
     lengths, _ = _lengths(DEMOGRAPHICS.empty_table())
 
     assert lengths == [0] * (2 * len(UTKFACE.age_groups))
+
+
+def test_the_legend_covers_no_bar_and_no_number() -> None:
+    rows = [_row(group, gender, "white", 10) for group in UTKFACE.age_groups for gender in UTKFACE.genders]
+    figure = population_pyramid(pa.Table.from_pylist(rows, DEMOGRAPHICS), UTKFACE).draw()
+    figure.draw_without_rendering()
+
+    axes = figure.axes[0]
+    legend = axes.get_legend()
+    assert legend is not None
+    drawn = [bar for container in axes.containers for bar in container] + axes.texts
+    assert len(drawn) == 4 * len(UTKFACE.age_groups)
+    assert not any(legend.get_window_extent().overlaps(each.get_window_extent()) for each in drawn)
