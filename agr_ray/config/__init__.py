@@ -12,18 +12,15 @@ from agr_ray.config.infrastructure import ClusterConfig, StorageConfig
 from agr_ray.config.jobs import (
     SECTIONS,
     ClusterJob,
-    CompareJob,
-    CrossValidateJob,
     EvaluateJob,
     ImportJob,
     Job,
     PredictJob,
     PrepareJob,
+    QuantizeJob,
     RenderJob,
     ReportJob,
     ScoreJob,
-    TrainJob,
-    TuneJob,
 )
 from agr_ray.config.label_space import LabelsConfig
 from agr_ray.config.parsing import built_in_recipes, load, parse, read_local
@@ -32,6 +29,7 @@ from agr_ray.config.scoring import GatesConfig, ScoreConfig
 from agr_ray.config.section import PositiveFloat, Section, digest, other_settings
 from agr_ray.config.source import MISSING_VALUES, SourceConfig, SplitConfig
 from agr_ray.config.training import AugmentConfig, LossConfig, TrainConfig
+from agr_ray.config.training_jobs import CompareJob, CrossValidateJob, TrainJob, TuneJob
 from agr_ray.config.tuning import PAPER_POINT, ParameterConfig, Scalar, TrialError, TuneConfig
 from agr_ray.config.vision import PrepareConfig, VisionConfig
 
@@ -60,6 +58,7 @@ __all__ = [
     "PredictJob",
     "PrepareConfig",
     "PrepareJob",
+    "QuantizeJob",
     "RenderConfig",
     "RenderJob",
     "ReportJob",

@@ -95,5 +95,6 @@ class PredictConfig(Section):
 
     flip_average: bool = False
     """Average the predictions of a crop and its mirror image: slightly more accurate, but takes twice the time."""
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Data type of the forward pass (autocast); auto: bfloat16 if the device supports it natively, else float32."""
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "float32"
+    """Data type of the forward pass (autocast); auto: bfloat16 if the device supports it natively, else float32; int8:
+    on CPUs, with a checkpoint of agr-ray quantize and the package openvino."""

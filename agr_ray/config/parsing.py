@@ -20,9 +20,10 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 
 from agr_ray.config.command_line import CommandParser, did_you_mean, fail
 from agr_ray.config.infrastructure import StorageConfig
-from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob, TuneJob
+from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob
 from agr_ray.config.presets import with_chosen_preset
 from agr_ray.config.section import first_message
+from agr_ray.config.training_jobs import TuneJob
 from agr_ray.config.tuning import ParameterConfig
 from agr_ray.errors import ConfigError
 from agr_ray.redact import redacted, shown

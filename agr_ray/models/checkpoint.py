@@ -10,6 +10,7 @@
         predict             how outputs become predictions: every setting of [predict]
         data, metrics, config, git_commit, created, versions    where it comes from
       weights.safetensors   the weights that predict: the moving average, if the run keeps one
+      int8.xml, int8.bin    the network in int8, if `agr-ray quantize` wrote the checkpoint
       calibration.json      intervals, temperatures and abstention; agr-ray evaluate --calibrate writes it
       model_card.md         intended uses, training data and errors; agr-ray evaluate adds what it measures
       train_state.pt        optimiser, raw weights, loss weights, epoch, best, history, train_images; resumes a run
@@ -43,6 +44,7 @@ from agr_ray.config.section import check_keys, rebuilt
 from agr_ray.errors import ConfigError
 from agr_ray.labels import LabelSpace
 from agr_ray.models.card import model_card
+from agr_ray.models.int8 import Int8Files, read_int8, write_int8
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.pretrained import mismatch
 from agr_ray.models.transform import Transform
@@ -84,6 +86,8 @@ class Checkpoint:
     """The settings it was trained with; calibration.json may have been fitted under others."""
     meta: Mapping[str, Any]
     """Contents of meta.json."""
+    int8: Int8Files | None
+    """The same network in int8; None: it has not been quantised."""
 
     @cached_property
     def digest(self) -> str:
@@ -110,6 +114,7 @@ def save_checkpoint(
     config: Mapping[str, Any] | None = None,
     git_commit: str = "",
     created: str = "",
+    int8_files: Int8Files | None = None,
 ) -> None:
     """Write a checkpoint into a new or empty directory.
 
@@ -126,6 +131,7 @@ def save_checkpoint(
         config: configuration of the training run.
         git_commit: of the code; empty: unknown.
         created: UTC time, ISO 8601.
+        int8_files: the network in int8; None: there is none.
 
     Raises:
         ValueError: a value for meta.json is NaN or infinite; nothing is written.
@@ -152,6 +158,8 @@ def save_checkpoint(
     if train_state is not None or train_images is not None:
         images = {} if train_images is None else {"train_images": train_images}
         torch.save({**(train_state or {}), **images}, directory / TRAIN_STATE)
+    if int8_files is not None:
+        write_int8(directory, int8_files)
     (directory / CARD).write_text(model_card(meta), encoding="utf-8")
     unfinished = directory / f"{META}.part"
     unfinished.write_text(text, encoding="utf-8")
@@ -176,7 +184,7 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
     if problem:
         raise CheckpointError(f"{directory / WEIGHTS}: {problem}")
     model.load_state_dict(weights)
-    return Checkpoint(directory, model.to(device).eval(), transform, pipeline, meta)
+    return Checkpoint(directory, model.to(device).eval(), transform, pipeline, meta, read_int8(directory))
 
 
 def load_train_state(directory: Path) -> dict[str, Any]:
@@ -240,11 +248,11 @@ def model_digest(directory: Path) -> str:
     decisive = {"model": network, "transform": meta["transform"], "label_space": meta["label_space"]}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     try:
-        with open(directory / WEIGHTS, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        digest.update((directory / WEIGHTS).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{directory / WEIGHTS}: expected weights, found no such file") from None
+    for body in read_int8(directory) or ():
+        digest.update(body)
     return digest.hexdigest()
 
 

@@ -24,6 +24,7 @@ from agr_ray.models.checkpoint import (
     load_checkpoint,
     model_digest,
 )
+from agr_ray.models.int8 import INT8_FILES
 from agr_ray.schema import TEMPLATE
 from agr_ray.storage import ChangedObject, MissingObject, Storage, StorageError, StorageFailed, StorageUnavailable
 from agr_ray.storage.scratch import scratch_folder
@@ -107,7 +108,7 @@ def publish_checkpoint(storage: Storage, directory: Path, uri: str, *, replace: 
     """
     with scratch_folder() as temporary:
         earlier = Path(temporary)
-        for name in (META, WEIGHTS, CALIBRATION):
+        for name in (META, WEIGHTS, *INT8_FILES, CALIBRATION):
             with contextlib.suppress(MissingObject):
                 (earlier / name).write_bytes(storage.read(storage.join(uri, name)))
         try:
@@ -135,7 +136,8 @@ def calibration_hint(uri: str) -> str:
 
 def portable_checkpoint(directory: Path) -> dict[str, bytes]:
     """Return the files that a network is loaded from, by name, to be sent to other machines."""
-    return {name: (directory / name).read_bytes() for name in (WEIGHTS, META)}
+    names = (WEIGHTS, META, *INT8_FILES)
+    return {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
 
 
 @contextmanager

@@ -102,15 +102,7 @@ class MultiTaskNet(nn.Module):
         """
         features = self.features(images_nchw)
         with in_float32(features.device):
-            features = self.dropout(features.float())
-            if self.config.head_pose:
-                features = torch.cat([features, pose_features(pose_degrees, features)], dim=1)
-            outputs = {task: head(features) for task, head in self.heads.items() if not isinstance(head, RoutedAge)}
-            for task, head in self.heads.items():
-                if isinstance(head, RoutedAge):
-                    gender = self.heads_by_task["gender"].read_out(outputs["gender"])
-                    outputs = {task: head(features, gender), **outputs}
-            return outputs
+            return head_outputs(self.heads, self.config, self.dropout(features.float()), pose_degrees)
 
     def _attend(self, index: int, feature_map_nchw: Tensor) -> Tensor:
         """Apply the attention block after a stage, if there is one."""
@@ -130,6 +122,27 @@ class MultiTaskNet(nn.Module):
         if task == "age" and self.config.age_routing != "none":
             return RoutedAge(build, is_hard=self.config.age_routing == "hard")
         return build()
+
+
+def head_outputs(
+    heads: nn.ModuleDict, config: ModelConfig, features: Tensor, pose_degrees: Tensor | None = None
+) -> dict[str, Any]:
+    """Return the raw outputs by task of a network's heads.
+
+    Args:
+        heads: of the network.
+        config: of the network.
+        features: as `MultiTaskNet.features`, float32.
+        pose_degrees: as in `MultiTaskNet.forward`.
+    """
+    if config.head_pose:
+        features = torch.cat([features, pose_features(pose_degrees, features)], dim=1)
+    outputs = {task: head(features) for task, head in heads.items() if not isinstance(head, RoutedAge)}
+    for task, head in heads.items():
+        if isinstance(head, RoutedAge):
+            gender = cast(Head, heads["gender"]).read_out(outputs["gender"])
+            outputs = {task: head(features, gender), **outputs}
+    return outputs
 
 
 def preset_config(preset: str, image_size: int | None = None) -> ModelConfig:

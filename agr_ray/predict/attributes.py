@@ -16,6 +16,7 @@ from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration
 from agr_ray.evaluation.terms import predicted_gender
 from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint import load_checkpoint
+from agr_ray.models.int8 import Int8Files, Int8Net
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import compute_dtype
 from agr_ray.models.predictions import Predictions, class_probs_column
@@ -40,6 +41,7 @@ class AttributePredictor:
         transform: the model's.
         config: how outputs become predictions.
         calibration: fitted under `config`; None: predictions are not calibrated.
+        int8: the network in int8, for precision `int8`.
     """
 
     def __init__(
@@ -48,12 +50,19 @@ class AttributePredictor:
         transform: Transform,
         config: PredictConfig,
         calibration: Calibration | None = None,
+        int8: Int8Files | None = None,
     ) -> None:
         self.space = model.space
         device = next(model.parameters()).device
-        self.precision = str(compute_dtype(device, config.precision)).removeprefix("torch.")
+        is_int8 = config.precision == "int8"
+        self.precision = "int8" if is_int8 else str(compute_dtype(device, config.precision)).removeprefix("torch.")
         """Data type that the network computes in; with `auto` it depends on the device."""
-        self._model = for_inference(model, config.precision)
+        self._model: MultiTaskNet | Int8Net
+        if is_int8:
+            assert int8 is not None
+            self._model = Int8Net(model, int8)
+        else:
+            self._model = for_inference(model, config.precision)
         self._batch_size = BATCH_SIZE["cpu" if device.type == "cpu" else "cuda"]
         self._transform = transform
         self._config = config
@@ -78,7 +87,7 @@ class AttributePredictor:
             CheckpointError: as `load_checkpoint`.
         """
         loaded = load_checkpoint(directory, device=device)
-        return cls(loaded.model, loaded.transform, config, calibration)
+        return cls(loaded.model, loaded.transform, config, calibration, loaded.int8)
 
     def predict(self, crops_u8: NDArray[np.uint8], pose_degrees: NDArray[np.float32] | None = None) -> Predictions:
         """Return uncalibrated predictions.

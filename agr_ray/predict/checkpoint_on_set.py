@@ -15,13 +15,13 @@ from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 
 
-def check_compatible(transform: Transform, prepared: PreparedSet, config: EvaluateConfig, name: str) -> None:
+def check_compatible(transform: Transform, prepared: PreparedSet, checkpoint: str, name: str) -> None:
     """Check that the crops of a set fit a checkpoint's transform.
 
     Args:
         transform: of the checkpoint.
         prepared: the set.
-        config: names the checkpoint.
+        checkpoint: its path or URI, for the message.
         name: of the setting that names the set.
 
     Raises:
@@ -33,7 +33,7 @@ def check_compatible(transform: Transform, prepared: PreparedSet, config: Evalua
     ):
         if needed != found:
             raise ConfigError(
-                f"{name} {prepared.uri}: its crops have {key} {found}; the checkpoint {config.checkpoint} "
+                f"{name} {prepared.uri}: its crops have {key} {found}; the checkpoint {checkpoint} "
                 f"needs {needed}: prepare the source again with that"
             )
 

@@ -97,11 +97,14 @@ class FaceModel:
         """
         storage, uri = storage or Storage(), os.fspath(uri)
         with local_checkpoint(storage, uri, "checkpoint") as checkpoint:
-            resolved = resolve(checkpoint, overrides, key="checkpoint", allow_uncalibrated=allow_uncalibrated)
+            on_gpu = torch.device(device).type != "cpu"
+            resolved = resolve(
+                checkpoint, overrides, key="checkpoint", on_gpu=on_gpu, allow_uncalibrated=allow_uncalibrated
+            )
         pipeline, transform = resolved.pipeline, checkpoint.transform
         finder = FaceFinder(pipeline.vision, transform.crop_side_px, transform.margin)
         model = checkpoint.model.to(device)
-        predictor = AttributePredictor(model, transform, pipeline.predict, resolved.calibration)
+        predictor = AttributePredictor(model, transform, pipeline.predict, resolved.calibration, checkpoint.int8)
         calibration = resolved.calibration
         rounding = "" if calibration is None else calibration.precision_warning([predictor.precision])
         for warning in (checkpoint.untrained, rounding):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agr_ray.config import PredictConfig
 from agr_ray.models.heads.base import Head
+from agr_ray.models.int8 import Int8Net
 from agr_ray.models.network import MultiTaskNet, Outputs
 from agr_ray.models.precision import autocast
 from agr_ray.models.predictions import Predictions
@@ -21,7 +22,7 @@ Pose: TypeAlias = NDArray[np.float32] | Tensor | None
 
 
 def predict(
-    model: MultiTaskNet,
+    model: MultiTaskNet | Int8Net,
     images_u8: NDArray[np.uint8] | Tensor,
     transform: Transform,
     config: PredictConfig,
@@ -42,7 +43,7 @@ def predict(
 
 @torch.inference_mode()
 def infer(
-    model: MultiTaskNet,
+    model: MultiTaskNet | Int8Net,
     images_u8: Tensor,
     transform: Transform,
     config: PredictConfig,

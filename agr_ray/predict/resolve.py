@@ -12,6 +12,7 @@ from agr_ray.config.section import first_message
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.models.checkpoint import CALIBRATION, Checkpoint, CheckpointError, read_calibration_json
+from agr_ray.models.int8 import check_int8
 
 
 class Resolved(NamedTuple):
@@ -24,7 +25,13 @@ class Resolved(NamedTuple):
 
 
 def resolve(
-    checkpoint: Checkpoint, given: Pipeline, *, key: str, allow_uncalibrated: bool = False, recalibrate: bool = False
+    checkpoint: Checkpoint,
+    given: Pipeline,
+    *,
+    key: str,
+    on_gpu: bool = False,
+    allow_uncalibrated: bool = False,
+    recalibrate: bool = False,
 ) -> Resolved:
     """Return a checkpoint's settings (those of its calibration, else of its training), overridden by the explicit ones.
 
@@ -32,13 +39,28 @@ def resolve(
         checkpoint: gives the settings and calibration.json.
         given: the user's settings. Only the fields in each section's `model_fields_set` count.
         key: configuration key that names the checkpoint; errors begin with it.
+        on_gpu: whether the network will run on a GPU.
         allow_uncalibrated: whether settings that the calibration depends on may be overridden, which discards it.
         recalibrate: ignore the checkpoint's calibration, because it will be replaced.
 
     Raises:
         ConfigError: calibration.json is damaged, an explicit setting can't be combined with a stored one, or one that
-            the calibration depends on is overridden and `allow_uncalibrated` is False.
+            the calibration depends on is overridden and `allow_uncalibrated` is False; or int8 is not possible.
     """
+    resolved = _resolve(checkpoint, given, key, allow_uncalibrated, recalibrate)
+    if resolved.pipeline.predict.precision == "int8":
+        if on_gpu:
+            raise ConfigError(
+                f"{key}: predict.precision int8 is for CPUs; leave out use_gpu, or the checkpoint of before quantize"
+            )
+        check_int8(checkpoint.int8, key)
+    return resolved
+
+
+def _resolve(
+    checkpoint: Checkpoint, given: Pipeline, key: str, allow_uncalibrated: bool, recalibrate: bool
+) -> Resolved:
+    """Return the settings and the calibration, without a check of whether they are possible here."""
     try:
         calibration, reason = (None, "") if recalibrate else _read_calibration(checkpoint)
     except CheckpointError as error:

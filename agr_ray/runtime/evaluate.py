@@ -125,9 +125,9 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
     checkpoint = storage.absolute(config.checkpoint).rstrip("/")
     with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as loaded:
         directory, meta, digest, space = loaded.directory, loaded.meta, loaded.digest, loaded.model.space
-        check_compatible(loaded.transform, prepared, config, "evaluate.data")
+        check_compatible(loaded.transform, prepared, config.checkpoint, "evaluate.data")
         if trained_on is not prepared:
-            check_compatible(loaded.transform, trained_on, config, "evaluate.explain_train_data")
+            check_compatible(loaded.transform, trained_on, config.checkpoint, "evaluate.explain_train_data")
         if config.correct_age and loaded.model.config.age_head == "groups":
             raise ConfigError(
                 "evaluate.correct_age: the age head groups predicts an age for each group, which the correction could "
@@ -138,6 +138,7 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
             loaded,
             Pipeline(predict=job.predict),
             key="evaluate.checkpoint",
+            on_gpu=config.use_gpu,
             allow_uncalibrated=config.allow_uncalibrated,
             recalibrate=config.calibrate,
         )

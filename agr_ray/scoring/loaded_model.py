@@ -48,6 +48,7 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
         checkpoint,
         Pipeline(vision=job.vision, predict=job.predict),
         key="score.checkpoint",
+        on_gpu=job.score.use_gpu,
         allow_uncalibrated=job.score.allow_uncalibrated,
     )
     if checkpoint.untrained:

@@ -98,7 +98,7 @@ def test_vision_and_predict_settings_are_restored(saved: Path) -> None:
     [
         (lambda meta: meta["vision"].pop("min_score"), r"vision: keys do not match: missing min_score$"),
         (lambda meta: meta["predict"].update(a=1), r"predict: keys do not match: unknown a$"),
-        (lambda meta: meta["predict"].update(precision="int8"), r"predict\.precision: .*found 'int8'"),
+        (lambda meta: meta["predict"].update(precision="int4"), r"predict\.precision: .*found 'int4'"),
         (lambda meta: meta["model"].pop("neck"), r"model: keys do not match: missing neck$"),
         (lambda meta: meta["model"].update(neck_size=1), r"model: keys do not match: unknown neck_size$"),
         (lambda meta: meta["model"].update(attention="se"), r"model\.attention: there is no attention block 'se'"),

@@ -293,7 +293,7 @@ def test_a_network_survives_being_written_down_and_read(preset: str) -> None:
             ["--train.precision", "float16"],
             "train: precision float16 requires use_gpu; on a CPU: auto, float32, bfloat16",
         ),
-        (["--predict.precision", "float16"], "'auto', 'float32' or 'bfloat16'"),
+        (["--predict.precision", "float16"], "'auto', 'float32', 'bfloat16' or 'int8'"),
         (["--train.sync_batch_norm", "true"], "train: sync_batch_norm true requires use_gpu"),
         (["--train.data", '["a"'], "train.data: '[\"a\"' is not JSON"),
         (["--train.data", '["a", ""]'], "train.data: ['a', ''] must be a list of non-empty strings"),

@@ -27,8 +27,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, feature_map_nchw: Tensor) -> Tensor:
         """Return the map, of the same shape."""
-        tokens = feature_map_nchw.flatten(2).mT
+        tokens = feature_map_nchw.flatten(2).transpose(1, 2)
         queries = self.norm(tokens)
         attended, _ = self.attention(queries, queries, queries, need_weights=False)
-        changed: Tensor = (tokens + attended).mT
+        changed: Tensor = (tokens + attended).transpose(1, 2)
         return changed.reshape(feature_map_nchw.shape)

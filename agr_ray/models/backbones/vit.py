@@ -39,7 +39,7 @@ class ViT(TorchvisionBackbone):
         """Return the class token after the last layer, (n, num_channels, 1, 1)."""
         patches = self.conv_proj(images_nchw)
         positions = self.positions(patches.shape[2], patches.shape[3])
-        tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches.flatten(2).mT], dim=1)
+        tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
         encoder = self.encoder
         encoded = encoder.ln(encoder.layers(encoder.dropout(tokens + positions)))
         return [after(0, encoded[:, 0, :, None, None])]
@@ -58,6 +58,6 @@ class ViT(TorchvisionBackbone):
         side = int((positions.shape[1] - 1) ** 0.5)
         if (height, width) == (side, side):
             return positions
-        grid = positions[:, 1:].mT.reshape(1, -1, side, side).float()
+        grid = positions[:, 1:].transpose(1, 2).reshape(1, -1, side, side).float()
         resized = functional.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-        return torch.cat([positions[:, :1], resized.flatten(2).mT.to(positions.dtype)], dim=1)
+        return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
