@@ -328,17 +328,20 @@ COMPARISON: Final = pa.schema(
         pa.field("side_px", pa.int32(), nullable=False),  # of the network's input
         pa.field("parameters", pa.int64(), nullable=False),
         pa.field("multiply_adds", pa.int64(), nullable=False),  # for one image
-        pa.field("train_samples_per_s", pa.float64()),  # median over epochs and runs
         pa.field("score_images_per_s", pa.float64()),  # network and read-out on this machine's CPU
         *(
             pa.field(f"{metric}{part}", pa.float64())
             for metric in COMPARED_METRICS
-            for part in ("", "_low", "_high", "_difference", "_difference_low", "_difference_high", "_cited")
+            for part in (
+                *("", "_low", "_high", "_difference", "_difference_low", "_difference_high"),
+                *("_adjusted_low", "_adjusted_high", "_cited"),
+            )
         ),
     ]
 )
 """One row for each preset. Differences are from `paper` or, without it, the first preset, on the same images;
-`_cited` is what the paper cites, from other data and protocols."""
+`_adjusted_low` to `_adjusted_high` is the interval of the difference, corrected for the number of presets; `_cited` is
+what the paper cites, from other data and protocols."""
 
 FOLD_METRICS: Final = (
     *("age_mae_years", "age_within_5", "age_exact_group", "age_one_off"),

@@ -14,8 +14,9 @@ ResNet18 at 64 px from random weights on the same number of samples each time:
 
 Each is measured on the test split of the set that it is meant for, which no training saw. The unlabelled images reach
 only the batch norms and the domain head, so the runs of a pair have the same labels in the same steps. Differences are
-paired by image; their 95 % intervals hold the variance between seeds.
-Every step is kept in --work, so the same command resumes after a kill.
+paired by image; their 95 % intervals hold the variance between seeds. Rendered faces that are mixed into training are
+not in validation, which chooses the best epoch.
+Every step is kept in --work, so the same command resumes after a kill; other arguments need another folder.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.runtime.prepare import prepare
 from agr_ray.runtime.render import render
+from agr_ray.runtime.run_matrix import check_record
 from agr_ray.runtime.train import train
 from agr_ray.storage import Storage
 
@@ -83,7 +85,7 @@ class Variant(NamedTuple):
 
 VARIANTS: Final = (
     Variant("real", ["real"]),
-    Variant("real + rendered", ["real", "rendered"], [3.0, 1.0]),
+    Variant("real + rendered", ["real", "rendered-training"], [3.0, 1.0]),
     Variant("rendered, beside real", ["rendered", "real-unlabelled"]),
     Variant("rendered, adapted to real", ["rendered", "real-unlabelled"], tasks=(*TASKS, "domain")),
     Variant("real, beside rendered", ["real", "rendered-unlabelled"]),
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="runs of each variant (2)")
     arguments = parser.parse_args()
     console = make_console()
+    check_arguments(arguments)
     with cluster(ClusterConfig()):
         num_rows = prepare_sets(arguments.chips.resolve(), arguments.work.resolve(), arguments.sample)
         for seed in range(arguments.seeds):
@@ -115,12 +118,25 @@ def main() -> None:
     report(arguments.work.resolve(), arguments.seeds, num_rows, console)
 
 
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Store the arguments in --work, or check that it was made with the same ones; more seeds add runs.
+
+    Raises:
+        ConfigError: it was made with other ones.
+    """
+    decisive = {"chips": str(arguments.chips.resolve()), "sample": arguments.sample, "epochs": arguments.epochs}
+    uri = str(arguments.work.resolve() / "arguments.json")
+    check_record(STORAGE, uri, {"arguments": decisive}, f"--work {arguments.work}", "measurements")
+
+
 def prepare_sets(chips: Path, work: Path, sample: int) -> dict[str, int]:
-    """Make the four sets; return the number of training images of each."""
+    """Make the sets; return the number of training images of each."""
     render(RenderJob(render=RenderConfig(out=str(work / "faces"), num_chips=sample // 3, num_photographs=0)))
     drawn = work / "faces" / "chips"
     prepare_set(work / "real", SourceConfig(kind="utkface", uri=str(chips)), SplitConfig(**SPLIT, sample=sample))
-    prepare_set(work / "rendered", SourceConfig(uri=str(drawn), name="rendered"), SplitConfig(**SPLIT))
+    faces = SourceConfig(uri=str(drawn), name="rendered")
+    prepare_set(work / "rendered", faces, SplitConfig(**SPLIT))
+    prepare_set(work / "rendered-training", faces, SplitConfig(val=0.0, test=0.0, sample=sample // 4))
     for name, folder in (("real", chips), ("rendered", drawn)):
         copy_without_labels(work / name, folder, work / "unlabelled" / name)
         source = SourceConfig(uri=str(work / "unlabelled" / name), name=f"{name}, unlabelled")
@@ -151,7 +167,7 @@ def copy_without_labels(prepared: Path, images: Path, folder: Path) -> None:
 def run(work: Path, variant: Variant, seed: int, epochs: int, num_rows: dict[str, int], console: Console) -> None:
     """Train a variant and evaluate it on the test splits that it is compared on, unless that is done."""
     name = run_name(variant.name, seed)
-    num_samples = epochs * (num_rows["real"] + num_rows["rendered"])
+    num_samples = epochs * (num_rows["real"] + num_rows["rendered-training"])
     job = TrainJob(
         model=ModelConfig(backbone="resnet18", image_size=SIDE_PX, tasks=tuple(variant.tasks)),
         loss=LossConfig(age_scale_years=10, race_weight=1.0),

@@ -20,8 +20,9 @@ class CompareConfig(Section):
     already holds are kept, so the same command resumes, and a command with other presets or more seeds adds runs. Must
     be shared storage if there are several nodes."""
     presets: Annotated[tuple[Annotated[str, AfterValidator(check_preset)], ...], Field(min_length=1)] = _DEFAULT
-    """Presets to compare; `agr-ray models` describes them. By default all but `domain_adapt`, which needs two sets, and
-    those that the data, the settings or the installation does not allow: the reason is printed."""
+    """Presets to compare; `agr-ray models` describes them. Differences are relative to `paper` or, without it, to the
+    first preset of the first command. By default all but `domain_adapt`, which needs two sets, and those that the data,
+    the settings or the installation does not allow: the reason is printed."""
     seeds: PositiveInt = 1
     """Number of runs of each preset; each run has its own seed, from `train.seed` upwards."""
     image_size: Annotated[int, Field(ge=32, le=512)] | None = None

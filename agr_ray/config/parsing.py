@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -21,7 +22,7 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 from agr_ray.config.command_line import CommandParser, did_you_mean, fail
 from agr_ray.config.infrastructure import StorageConfig
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob
-from agr_ray.config.presets import with_chosen_preset
+from agr_ray.config.presets import dropped_weights, with_chosen_preset
 from agr_ray.config.section import first_message
 from agr_ray.config.training_jobs import TuneJob
 from agr_ray.config.tuning import ParameterConfig
@@ -106,7 +107,9 @@ def parse(
         from_environment = _read_environment(environ, job)
         overrides = _merged(from_environment, from_command_line)
         storage = StorageConfig(**overrides.get("storage", {})) if recipe else StorageConfig()
-        built = job(**_merged(with_chosen_preset(_read_recipe(recipe, job, storage, read), overrides), overrides))
+        values = _read_recipe(recipe, job, storage, read)
+        replaced = with_chosen_preset(values, overrides)
+        built = job(**_merged(replaced, overrides))
     except ValidationError as error:
         raise ConfigError(redacted(_describe(error, job), environ=environ)) from None
     for key in built.needed():
@@ -114,6 +117,12 @@ def parse(
             if key in job.positional:
                 raise ConfigError(f"{key} missing: {_help_of(job, key)} For example: {job.example}")
             raise ConfigError(f"{key} is needed: {_help_of(job, key)} Give {job.option(key)} or set it in the recipe.")
+    dropped = dropped_weights(values, replaced, overrides)
+    if dropped is not None:
+        warning = (
+            "warning: model.pretrained {} of the recipe does not fit the preset {}, which starts from random weights"
+        )
+        print(redacted(warning.format(*dropped), environ=environ), file=sys.stderr)
     return built
 
 

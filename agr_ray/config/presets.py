@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from agr_ray.config.section import MAX_INT, Section
-from agr_ray.registry import check_name
+from agr_ray.registry import BACKBONES, check_name
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Preset:
 
 _KEPT: Final = ("image_size", "tasks", "dropout")
 """Keys of a recipe's `[model]` that remain when the command line names a preset: its data, its schedule and its
-regularisation go with them. So do pretrained weights if the backbone stays the same."""
+regularisation go with them. So do pretrained weights that fit."""
 
 _RESNET: Final = {"backbone": "resnet50", "image_size": 224}
 _FROZEN: Final = {"freeze_epochs": MAX_INT}
@@ -185,8 +185,8 @@ def _given(section: object) -> Mapping[str, Any]:
 def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe with the network of the preset that `overrides` names, and the preset's values of `[train]`.
 
-    Of the recipe's `[model]`, only `_KEPT` and pretrained weights of the same backbone remain, so that the network is
-    the preset's as a whole.
+    Of the recipe's `[model]`, only `_KEPT` and pretrained weights remain, so that the network is the preset's as a
+    whole. Weights that do not fit it are dropped (`dropped_weights`).
 
     Args:
         recipe: sections of a recipe.
@@ -197,11 +197,34 @@ def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) 
     if preset is None:
         return dict(recipe)
     kept = {key: value for key, value in model.items() if key in _KEPT}
-    if "pretrained" in model and _backbone(model) == _backbone(preset.model):
-        kept["pretrained"] = model["pretrained"]
+    weights, backbone = model.get("pretrained"), _backbone(chosen)
+    if weights is not None and (backbone == _backbone(model) or weights in _published(backbone)):
+        kept["pretrained"] = weights
     own = {key: value for key, value in preset.model.items() if key != "image_size" or "image_size" not in kept}
     train = preset.training(is_pretrained=_is_pretrained({**kept, **own, **chosen}))
     return {**recipe, "model": {**kept, **own}, "train": {**recipe.get("train", {}), **train}}
+
+
+def dropped_weights(
+    recipe: Mapping[str, Any], replaced: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """Return the recipe's pretrained weights and the preset that do not fit each other; None: nothing was dropped.
+
+    Args:
+        recipe: as in `with_chosen_preset`.
+        replaced: what that returned.
+        overrides: as in `with_chosen_preset`.
+    """
+    before, after, chosen = (each.get("model", {}) for each in (recipe, replaced, overrides))
+    if not _is_pretrained(before) or _is_pretrained(after) or "pretrained" in chosen:
+        return None
+    return before["pretrained"], chosen["preset"]
+
+
+def _published(backbone: object) -> Sequence[str]:
+    """Return the names of a backbone's published weights."""
+    published: Sequence[str] = getattr(BACKBONES[str(backbone)], "published", ()) if backbone in BACKBONES.names else ()
+    return published
 
 
 def _backbone(model: Mapping[str, Any]) -> object:

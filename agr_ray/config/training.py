@@ -32,7 +32,7 @@ class LossConfig(Section):
     race_weight: NonNegativeFloat = 0.5
     """Weight of the race loss."""
     domain_weight: NonNegativeFloat = 0.1
-    """Weight of the domain loss, and so of the reversed gradient (task `domain`)."""
+    """Task `domain` only: factor of the reversed gradient that reaches the features. The domain loss has weight 1."""
     weighting: Literal["fixed", "uncertainty"] = "fixed"
     """`fixed`: the weights above, as in the paper; `uncertainty`: learnable weights, initialised to those above
     (Kendall et al. 2018). Reported losses always use the weights above."""

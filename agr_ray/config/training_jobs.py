@@ -67,8 +67,8 @@ class NetworkJob(TrainingJob):
     def _fits_its_parts(self) -> Self:
         if self.loss.weighting == "uncertainty" and "domain" in self.model.tasks:
             raise ValueError(
-                "loss.weighting uncertainty learns the weights of all tasks, and that of the task domain must stay "
-                "loss.domain_weight; allowed with it: fixed"
+                "loss.weighting uncertainty learns the weights of all tasks, and that of the task domain must stay 1; "
+                "allowed with it: fixed"
             )
         if self.model.head_pose and (self.augment.mixup_alpha or self.augment.cutmix_alpha):
             raise ValueError(
@@ -145,6 +145,13 @@ class CompareJob(TrainingJob):
                 f"train.image_sizes {list(self.train.image_sizes)}: a comparison has no progressive resizing, because "
                 "its networks have different input sizes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_fixed_number_of_workers(self) -> Self:
+        if self.train.min_workers != self.train.max_workers:
+            asked = [self.train.min_workers, self.train.max_workers]
+            raise ValueError(f"train.num_workers {asked}: the runs of a comparison need a fixed number")
         return self
 
 

@@ -108,6 +108,9 @@ def compare(
     networks with one run, too. This assumes that all networks vary alike. The quantile is Student's t. If no network
     that has the metric has several runs, its intervals hold the variance over persons only.
 
+    The adjusted intervals make up for the number of differences from the reference (Bonferroni). So if all networks are
+    equally good, one of them differs from the reference in 5 % of comparisons at most, in each metric.
+
     Args:
         runs: predictions of each network's runs for the same n images, in the same order.
         labels: of the images.
@@ -119,7 +122,8 @@ def compare(
     units = units_of(np.unique(clusters, return_inverse=True)[1], len(labels), seed)
     sums = term_sums(units, labels, [each for of_network in runs.values() for each in of_network], _TERMS)
     weights = resample_weights(units.num, num_resamples, seed)
-    return _estimates(sums, weights, {name: len(each) for name, each in runs.items()}, reference)
+    num_runs = {name: len(each) for name, each in runs.items()}
+    return _estimates(sums, weights, num_runs, reference, max(len(runs) - 1, 1))
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,7 @@ def resample_weights(num_units: int, num_resamples: int, seed: int) -> FloatArra
 
 
 def _estimates(
-    sums: FloatArray, weights: FloatArray, num_runs: Mapping[str, int], reference: str, num_comparisons: int = 1
+    sums: FloatArray, weights: FloatArray, num_runs: Mapping[str, int], reference: str, num_comparisons: int
 ) -> dict[str, dict[str, Estimate]]:
     """Return the estimates of each network, by metric; see `compare`.
 

@@ -55,15 +55,14 @@ def label_counts(heads: Heads, targets: Targets, mix: Mix | None = None) -> Tens
     return torch.stack(counts).sum(dim=0)
 
 
-def loss_weights(config: LossConfig, tasks: Iterable[str]) -> list[float]:
-    """Return the weight of each task: the configuration's `TASK_weight`, or else 1."""
-    return [float(getattr(config, f"{task}_weight", 1.0)) for task in tasks]
+def loss_weights(config: LossConfig, heads: Heads) -> list[float]:
+    """Return the weight of each task."""
+    return [head.weight(config, task) for task, head in heads.items()]
 
 
-def weighted_loss(config: LossConfig, tasks: Iterable[str], sums: Iterable[float], counts: Iterable[float]) -> float:
+def weighted_loss(config: LossConfig, heads: Heads, sums: Iterable[float], counts: Iterable[float]) -> float:
     """Return the weighted sum of the tasks' means; a task without a label adds nothing."""
-    tasks = tuple(tasks)
-    parts = zip(loss_weights(config, tasks), sums, counts, strict=True)
+    parts = zip(loss_weights(config, heads), sums, counts, strict=True)
     return sum(weight * total / count for weight, total, count in parts if count)
 
 

@@ -44,6 +44,8 @@ class Stepper:
         self.model = model
         self.job = job
         self.heads = model.heads_by_task
+        for head in self.heads.values():
+            head.configure(job.loss)
         decay = job.train.ema_decay
         # The checkpoint's weights are the moving average; the raw ones are in the state.
         self.ema = Ema(model, decay, int(state.get("ema_updates", 0))) if decay else None

@@ -199,5 +199,5 @@ def check_tasks(config: ModelConfig, space: LabelSpace) -> None:
         ConfigError: there is such a task; the message names it.
     """
     if "race" in config.tasks and not space.races:
-        allowed = ", ".join(task for task in config.tasks if task != "race") or "others"
+        allowed = ", ".join(task for task in config.tasks if task != "race") or "age, gender"
         raise ConfigError(f"model.tasks: the label space {space.name} has no races; allowed: {allowed}")

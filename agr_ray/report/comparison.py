@@ -27,7 +27,7 @@ from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.models.network import MultiTaskNet, preset_config
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.prediction_rows import read_predictions
-from agr_ray.report.comparison_page import MEASURED, TABLE, Measurement, comparison_report
+from agr_ray.report.comparison_page import MEASURED, RECORD, TABLE, Measurement, comparison_report
 from agr_ray.report.comparison_rows import LABELS, estimates_of, metric_columns, text
 from agr_ray.report.model_list import network_size
 from agr_ray.report.page_files import write_page
@@ -36,7 +36,6 @@ from agr_ray.storage import Storage
 from agr_ray.vision.align import stored_side_px
 
 _REFERENCE: Final = "paper"
-"""The preset to which differences are relative; if it was not measured, the first one that was."""
 _NUM_TIMED: Final = 32
 
 
@@ -65,8 +64,9 @@ def write_comparison(
             by_preset[_preset_of(name)].append(name)
     presets = [preset for preset in PRESETS if preset in by_preset]
     measured = [preset for preset in presets if any(_preset_of(name) == preset for name in names)]
-    reference = _REFERENCE if _REFERENCE in measured or not measured else measured[0]
-    estimates, num_images = _estimates(storage, out, names, reference, prepared)
+    reference = reference_preset([*json.loads(storage.read(storage.join(out, RECORD)))["presets"]], measured)
+    metas = {name: json.loads(storage.read(storage.join(out, "runs", name, "best", META))) for name in names}
+    estimates, num_images = _estimates(storage, out, metas, reference, prepared)
     rows = []
     for preset in presets:
         runs = [name for name in by_preset[preset] if name in names]
@@ -74,12 +74,29 @@ def write_comparison(
         rows.append(_row(storage, out, config, runs, failures, estimates.get(preset, {})))
     table = pa.Table.from_pylist(rows, COMPARISON)
     storage.write_table(table, storage.join(out, TABLE))
-    measurement = Measurement(prepared.uri, prepared.split_manifest_sha256, num_images, reference, cpu_name())
+    measurement = Measurement(
+        data=prepared.uri,
+        split_manifest_sha256=prepared.split_manifest_sha256,
+        num_images=num_images,
+        reference=reference,
+        machine=cpu_name(),
+        commits={name: meta["git_commit"] for name, meta in metas.items()},
+    )
     storage.write(storage.join(out, MEASURED), json.dumps(asdict(measurement), indent=1).encode())
     page = write_page(storage, out, comparison_report(storage, out))
     _print(table.to_pylist(), console)
     console.print(page)
     return page
+
+
+def reference_preset(asked: Sequence[str], measured: Sequence[str]) -> str:
+    """Return the preset to which differences are relative: `paper` or, if it was not measured, the first that was.
+
+    Args:
+        asked: all presets of the comparison, in the order in which the user named them.
+        measured: those with a complete run.
+    """
+    return next((preset for preset in (_REFERENCE, *asked) if preset in measured), _REFERENCE)
 
 
 def _finished(storage: Storage, out: str) -> list[str]:
@@ -96,16 +113,23 @@ def _preset_of(name: str) -> str:
 
 
 def _estimates(
-    storage: Storage, out: str, names: Sequence[str], reference: str, prepared: PreparedSet
+    storage: Storage, out: str, metas: Mapping[str, Mapping[str, Any]], reference: str, prepared: PreparedSet
 ) -> tuple[dict[str, dict[str, Estimate]], int]:
-    """Return the estimates of each preset, from the runs' predictions for the same images, and the number of these."""
-    if not names:
+    """Return the estimates of each preset, from the runs' predictions for the same images, and the number of these.
+
+    Args:
+        storage: of the folder.
+        out: the comparison's folder.
+        metas: meta.json of each run's checkpoint, by the run's name.
+        reference: the preset to which differences are relative.
+        prepared: the data.
+    """
+    if not metas:
         return {}, 0
     runs = defaultdict(list)
     labels: Labels | None = None
     first: pa.Table | None = None
-    for name in names:
-        meta = json.loads(storage.read(storage.join(out, "runs", name, "best", META)))
+    for name, meta in metas.items():
         tasks, space = meta["model"]["tasks"], LabelSpace.from_json(meta["label_space"])
         uri = storage.join(out, "evaluations", name, "predictions.parquet")
         table = storage.read_table(uri).sort_by("image_id")
@@ -129,8 +153,6 @@ def _row(
     estimates: Mapping[str, Estimate],
 ) -> dict[str, Any]:
     """Return a preset's row of schema.COMPARISON."""
-    histories = [storage.read_table(storage.join(out, "runs", name, "history.parquet")) for name in runs]
-    rates = [rate for history in histories for rate in history["samples_per_s"].to_pylist()]
     preset, images_per_s = config.preset, None
     if runs:
         with local_checkpoint(storage, storage.join(out, "runs", runs[0], "best"), "compare.out") as loaded:
@@ -146,7 +168,6 @@ def _row(
         "side_px": network.config.image_size,
         "parameters": num_parameters,
         "multiply_adds": num_multiply_adds,
-        "train_samples_per_s": float(np.median(rates)) if rates else None,
         "score_images_per_s": images_per_s,
         **metric_columns(preset, estimates),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -36,7 +37,12 @@ MEASURED: Final = "measured.json"
 """The images on which runs were measured, the reference, and the machine on which scoring was timed."""
 
 _AGE: Final = "age_mae_years"
-_YEARS: Final = Scale("age MAE, years", interval_title=INTERVAL)
+_ONE_OFF: Final = "age_one_off"
+_SCALES: Final = {
+    _AGE: Scale("age MAE, years", interval_title=INTERVAL),
+    _ONE_OFF: Scale("one-off accuracy, %", 100.0, 1, interval_title=INTERVAL),
+}
+_TITLES: Final = {_AGE: "Age MAE", _ONE_OFF: "One-off accuracy"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Measurement:
     """The preset to which differences are relative."""
     machine: str
     """On which scoring was timed."""
+    commits: Mapping[str, str]
+    """Git commit of each run's code, by its name PRESET-SEED; empty: unknown."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +81,25 @@ class ComparedPresets:
         return self.measured.reference
 
     @property
+    def num_differences(self) -> int:
+        """For which the adjusted intervals make up: that of each other measured preset from the reference."""
+        return sum(bool(row["seeds"]) for row in self.rows) - 1
+
+    @property
+    def ranking(self) -> str:
+        """The metric that ranks presets: the age MAE or, if no image has an exact age, one-off."""
+        return _AGE if any(row[_AGE] is not None for row in self.rows) else _ONE_OFF
+
+    @property
     def estimates(self) -> dict[str, dict[str, Estimate]]:
-        """The estimates of each measured preset, by metric, the lowest age error first."""
+        """The estimates of each measured preset, by metric, the best by `ranking` first."""
         several = [row for row in self.rows if len(row["seeds"]) > 1]
         # One preset with several runs tells the variance between seeds for all.
         with_seeds = frozenset(m for m in COMPARED_METRICS if any(row[m] is not None for row in several))
         every = {row["preset"]: estimates_of(row, with_seeds) for row in self.rows}
         measured = [(preset, estimates) for preset, estimates in every.items() if estimates]
-        return dict(sorted(measured, key=lambda item: item[1][_AGE].value if _AGE in item[1] else float("inf")))
+        rank, sign = self.ranking, 1.0 if self.ranking == _AGE else -1.0
+        return dict(sorted(measured, key=lambda item: sign * item[1][rank].value if rank in item[1] else float("inf")))
 
 
 def comparison_report(storage: Storage, uri: str) -> Page:
@@ -144,6 +163,13 @@ def _lead(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estima
     if failures:
         runs = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
         blocks.append(Paragraph(f"{runs} failed; the reasons are below the results.", "warning"))
+    by_commit = defaultdict(list)
+    for name, commit in measured.commits.items():
+        by_commit[commit].append(name)
+    if len(by_commit) > 1:
+        listed = "; ".join(f"{commit or 'unknown'} ({', '.join(names)})" for commit, names in by_commit.items())
+        warning = f"The runs were trained by different versions of the code, which may explain a difference: {listed}."
+        blocks.append(Paragraph(warning, "warning"))
     with_seeds = _metrics_of(estimates, includes_seeds=True)
     without_seeds = _metrics_of(estimates, includes_seeds=False)
     over_seeds = (
@@ -160,7 +186,7 @@ def _lead(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estima
         ),
         Paragraph(
             f"Intervals are 95 % intervals over persons (over images if persons are unknown){over_seeds}. A difference "
-            "is significant if its interval excludes 0."
+            f"is significant if its interval excludes 0. {_correction(compared.num_differences)}".rstrip()
         ),
     ]
     if without_seeds:
@@ -178,24 +204,40 @@ def _lead(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estima
     return [*blocks, Paragraph(remark)]
 
 
+def _correction(num_differences: int) -> str:
+    """Return how intervals of differences are corrected; empty: they are not, because there is one at most."""
+    if num_differences < 2:
+        return ""
+    return (
+        f"Intervals of differences are corrected for {num_differences} differences (Bonferroni): with a probability of "
+        "95 %, all of those in one metric hold the truth."
+    )
+
+
 def _verdict(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
     """Return the result in one or two sentences."""
-    ranked = [preset for preset in estimates if _AGE in estimates[preset]]
+    rank = compared.ranking
+    ranked = [preset for preset in estimates if rank in estimates[preset]]
     if not estimates:
         return "No network was measured."
     if not ranked:
-        return "No network predicts age; the tables have the other tasks."
+        return (
+            "Age was not measured, because no network predicts it or no image is labelled with it; the tables have the "
+            "other tasks."
+        )
     best, reference = ranked[0], compared.reference
-    lowest = estimates[best][_AGE]
+    first, scale = estimates[best][rank], _SCALES[rank]
+    shown = f"{scale.text(first.value)} {'years' if rank == _AGE else '%'}"
+    why = "" if rank == _AGE else "No image has an exact age, so one-off accuracy ranks the networks. "
     if len(ranked) == 1:
-        return f"{best} has an age MAE of {lowest.value:.2f} years."
-    verdict = f"{best} has the lowest age MAE, {lowest.value:.2f} years"
+        return f"{why}{best} has {'an age MAE' if rank == _AGE else 'a one-off accuracy'} of {shown}."
+    verdict = f"{why}{best} has the {'lowest age MAE' if rank == _AGE else 'highest one-off accuracy'}, {shown}"
     if best == reference:
         return f"{verdict}; differences from it are below."
     if reference not in ranked:
         return f"{verdict}."
-    share = "which is a significant difference" if lowest.differs else "but the difference is not significant"
-    return f"{verdict}. {reference} has {estimates[reference][_AGE].value:.2f}, {share}."
+    share = "which is a significant difference" if first.differs else "but the difference is not significant"
+    return f"{verdict}. {reference} has {scale.text(estimates[reference][rank].value)}, {share}."
 
 
 def _metrics_of(estimates: Mapping[str, Mapping[str, Estimate]], *, includes_seeds: bool) -> list[str]:
@@ -210,12 +252,11 @@ def _metrics_of(estimates: Mapping[str, Mapping[str, Estimate]], *, includes_see
 
 
 def _results(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:
-    columns = ["preset", "runs", *LABELS.values(), "input, px", "parameters", "multiply-adds"]
-    columns += ["training, samples/s", "scoring, images/s, CPU"]
+    columns = ["preset", "runs", *LABELS.values(), "input, px", "parameters", "multiply-adds", "scoring, images/s, CPU"]
     rows = []
     for row in compared.rows:
         own, preset = estimates.get(row["preset"], {}), row["preset"]
-        rates = [row["train_samples_per_s"], row["score_images_per_s"]]
+        rate = row["score_images_per_s"]
         rows.append(
             [
                 f"{preset} (reference)" if preset == compared.reference else preset,
@@ -224,10 +265,12 @@ def _results(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Est
                 Cell(str(row["side_px"]), key=row["side_px"]),
                 Cell(f"{row['parameters'] / 1e6:.1f} M", key=row["parameters"]),
                 Cell(f"{row['multiply_adds'] / 1e6:,.0f} M", key=row["multiply_adds"]),
-                *(Cell("" if rate is None else f"{rate:.0f}", key="" if rate is None else rate) for rate in rates),
+                Cell("" if rate is None else f"{rate:.0f}", key="" if rate is None else rate),
             ]
         )
     note = "Accuracies are in percent. One-off: the predicted age group is the true one or next to it."
+    if any(row["preset"] == "faceage" for row in compared.rows):
+        note += " faceage is measured without the calibration of ages that belongs to its method."
     blocks: list[Block] = [Table(columns, rows, note=note, is_sortable=True)]
     failures = [failure.partition(": ") for row in compared.rows for failure in row["failures"]]
     if failures:
@@ -240,9 +283,9 @@ def _results(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Est
                 last_is_text=True,
             )
         )
-    ranked = {preset: each for preset, each in estimates.items() if _AGE in each}
+    ranked = {preset: each[compared.ranking] for preset, each in estimates.items() if compared.ranking in each}
     if ranked:
-        blocks.append(Drawings([_ages(ranked, compared.reference), _sizes(compared, ranked)]))
+        blocks.append(Drawings([_ages(compared, ranked), _sizes(compared, ranked)]))
     return blocks
 
 
@@ -260,40 +303,31 @@ def _differences(compared: ComparedPresets, estimates: Mapping[str, Mapping[str,
             rows.append([row["preset"], *cells])
     if not rows:
         return []
-    by_chance = (
-        ""
-        if _metrics_of(estimates, includes_seeds=False)
-        else f": even if no network differed from {compared.reference}, about one difference in twenty would be bold"
-    )
-    note = (
-        "On the same images. Bold: the interval excludes 0. Accuracies are in percentage points. The intervals are not "
-        f"corrected for multiple comparisons{by_chance}."
-    )
-    return [Table(["preset", *LABELS.values()], rows, note=note)]
+    note = "On the same images. Bold: the interval excludes 0. Accuracies are in percentage points."
+    return [Table(["preset", *LABELS.values()], rows, note=f"{note} {_correction(compared.num_differences)}".rstrip())]
 
 
-def _ages(ranked: Mapping[str, Mapping[str, Estimate]], reference: str) -> Drawing:
-    """Return each preset's age MAE with its interval, best above."""
+def _ages(compared: ComparedPresets, ranked: Mapping[str, Estimate]) -> Drawing:
+    """Return each preset's estimate of `ranking` with its interval, best above."""
+    reference = compared.reference
 
     def note(preset: str) -> str:
-        return "(reference)" if preset == reference else "(differs)" if ranked[preset][_AGE].differs else ""
+        return "(reference)" if preset == reference else "(differs)" if ranked[preset].differs else ""
 
-    dots = [Dot(preset, each[_AGE].value, each[_AGE].interval, note(preset)) for preset, each in ranked.items()]
-    middle = ranked[reference][_AGE].value if reference in ranked else None
-    caption = f"Age MAE with 95 % intervals. Dotted: {reference}. “differs”: the interval of the "
-    return dot_drawing(
-        "ages",
-        f"{caption}difference from it on the same images excludes 0, even if the bars overlap.",
-        dots,
-        _YEARS,
-        reference=middle,
+    dots = [Dot(preset, each.value, each.interval, note(preset)) for preset, each in ranked.items()]
+    middle = ranked[reference].value if reference in ranked else None
+    caption = (
+        f"{_TITLES[compared.ranking]} with 95 % intervals. Dotted: {reference}. “differs”: the interval of the "
+        "difference from it on the same images excludes 0, even if the bars overlap."
     )
+    return dot_drawing("ages", caption, dots, _SCALES[compared.ranking], reference=middle)
 
 
-def _sizes(compared: ComparedPresets, ranked: Mapping[str, Mapping[str, Estimate]]) -> Drawing:
-    """Return the age MAE against the work for one image."""
+def _sizes(compared: ComparedPresets, ranked: Mapping[str, Estimate]) -> Drawing:
+    """Return `ranking` against the work for one image."""
+    scale = _SCALES[compared.ranking]
     points = [
-        (row["preset"], row["multiply_adds"] / 1e6, ranked[row["preset"]][_AGE].value)
+        (row["preset"], row["multiply_adds"] / 1e6, ranked[row["preset"]].value * scale.factor)
         for row in compared.rows
         if row["preset"] in ranked
     ]
@@ -305,18 +339,19 @@ def _sizes(compared: ComparedPresets, ranked: Mapping[str, Mapping[str, Estimate
             axes.plot([x], [y], "s" if is_reference else "o", color=COLOURS["red" if is_reference else "blue"])
             axes.annotate(shortened(preset), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
         axes.margins(x=0.2, y=0.1)
-        axes.set(xlabel="multiply-adds for one image, millions", ylabel=_YEARS.label)
+        axes.set(xlabel="multiply-adds for one image, millions", ylabel=scale.label)
         scale_logarithmically(axes, is_x=True)
         return figure
 
-    rows = [(preset, f"{x:,.0f}", f"{y:.2f}") for preset, x, y in points]
-    numbers = Table(("preset", "multiply-adds, millions", _YEARS.label), rows)
-    caption = f"Age MAE against multiply-adds for one image. The square is {compared.reference}."
+    rows = [(preset, f"{x:,.0f}", f"{y:.{scale.digits}f}") for preset, x, y in points]
+    numbers = Table(("preset", "multiply-adds, millions", scale.label), rows)
+    title = _TITLES[compared.ranking]
+    caption = f"{title} against multiply-adds for one image. The square is {compared.reference}."
     return Drawing("sizes", caption, draw, numbers)
 
 
 def _training(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:
-    """Return validation after each epoch: charts of a few runs, in the order of their age MAE."""
+    """Return validation after each epoch: charts of a few runs, in the order of `ranking`."""
     num_runs = {row["preset"]: len(row["seeds"]) for row in compared.rows}
     lines = {}
     for preset in estimates:
@@ -355,7 +390,7 @@ def _cited(compared: ComparedPresets) -> list[Block]:
         "other data sets, splits and protocols: do not use them as targets, and do not rank them against each other or "
         "against the figures above."
     )
-    columns = ("preset", "method", _YEARS.label, "one-off, %", "gender, %", "race, %")
+    columns = ("preset", "method", LABELS[_AGE], "one-off, %", "gender, %", "race, %")
     return [Paragraph(remark), Table(columns, rows, num_text_columns=2)]
 
 

@@ -33,8 +33,12 @@ def metric_columns(preset: str, estimates: Mapping[str, Estimate]) -> dict[str, 
             columns[metric] = estimate.value
             columns[f"{metric}_low"], columns[f"{metric}_high"] = estimate.interval
             columns[f"{metric}_difference"] = estimate.difference
-            if estimate.difference_interval is not None:
-                columns[f"{metric}_difference_low"], columns[f"{metric}_difference_high"] = estimate.difference_interval
+            for part, interval in (
+                ("difference", estimate.difference_interval),
+                ("adjusted", estimate.adjusted_interval),
+            ):
+                if interval is not None:
+                    columns[f"{metric}_{part}_low"], columns[f"{metric}_{part}_high"] = interval
         columns[f"{metric}_cited"] = cited(preset, metric)
     return columns
 
@@ -43,12 +47,20 @@ def estimates_of(row: Mapping[str, Any], with_seeds: frozenset[str] = frozenset(
     """Return the estimates in a row, by metric; those of `with_seeds` hold the variance between seeds."""
     estimates = {}
     for metric in COMPARED_METRICS:
-        value, low, high = (row[f"{metric}{part}"] for part in ("", "_low", "_high"))
-        difference, *ends = (row[f"{metric}_difference{part}"] for part in ("", "_low", "_high"))
-        apart = None if difference is None else (ends[0], ends[1])
-        if value is not None:
-            # One difference is judged by its own interval, so the adjusted one is the same.
-            estimates[metric] = Estimate(value, (low, high), difference, apart, apart, metric in with_seeds)
+        if row[metric] is None:
+            continue
+        own, apart, adjusted = (
+            (row[f"{metric}{part}_low"], row[f"{metric}{part}_high"]) for part in ("", "_difference", "_adjusted")
+        )
+        difference = row[f"{metric}_difference"]
+        estimates[metric] = Estimate(
+            row[metric],
+            own,
+            difference,
+            None if difference is None else apart,
+            None if difference is None else adjusted,
+            metric in with_seeds,
+        )
     return estimates
 
 
@@ -68,11 +80,11 @@ def text(metric: str, estimate: Estimate | None) -> str:
 
 
 def difference_text(metric: str, estimate: Estimate | None) -> str:
-    """Return the difference from the reference with its interval: `+0.31 (0.05 to 0.58)`; percentage points."""
-    if estimate is None or estimate.difference is None or estimate.difference_interval is None:
+    """Return the difference from the reference with its adjusted interval: `+0.31 (+0.05 to +0.58)`; in points of %."""
+    if estimate is None or estimate.difference is None or estimate.adjusted_interval is None:
         return ""
     factor, digits = _unit(metric)
-    low, high = (end * factor for end in estimate.difference_interval)
+    low, high = (end * factor for end in estimate.adjusted_interval)
     return f"{estimate.difference * factor:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 

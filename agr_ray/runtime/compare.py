@@ -4,6 +4,7 @@
       report.html, report.md, report-figures/               the page (`report.comparison_page`)
       comparison.parquet, measured.json                     the result (`report.comparison`)
       comparison.json                                       the settings that all runs share, and those of each preset
+      failures.json                                         why runs failed, by name; some may be complete since
       runs/PRESET-SEED/, evaluations/PRESET-SEED/           each run
 
 `runtime.run_matrix` makes and resumes the runs.
@@ -11,9 +12,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import ray
 from pydantic import ValidationError
@@ -22,10 +24,11 @@ from agr_ray.config import CompareJob, EvaluateJob, ModelConfig, TrainConfig, Tr
 from agr_ray.config.presets import with_preset
 from agr_ray.config.section import first_message
 from agr_ray.console import make_console
-from agr_ray.data.crops import select_crops, usable_statuses
+from agr_ray.data.crops import map_races, select_crops, usable_statuses
 from agr_ray.data.guards import training_space
 from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.labels import LabelSpace, race_mapping
 from agr_ray.models.network import preset_config
 from agr_ray.report.comparison import write_comparison
 from agr_ray.report.comparison_page import RECORD
@@ -42,8 +45,10 @@ from agr_ray.runtime.run_matrix import (
 from agr_ray.runtime.train import WITHOUT_EFFECT, check_network
 from agr_ray.runtime.tune import room
 from agr_ray.schema import LABEL_COLUMNS
-from agr_ray.storage import Storage
+from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import run_lock
+
+FAILURES: Final = "failures.json"
 
 
 def compare(job: CompareJob) -> str:
@@ -72,7 +77,7 @@ def compare(job: CompareJob) -> str:
     lock_uri = storage.join(out, "lock.json")
     with run_lock(storage, lock_uri, f"comparison {out}", expiry_s=expiry_s, console=console) as lock:
         store_settings(job, storage, out, prepared, runs)
-        failures: dict[str, str] = {}
+        failures = read_failures(storage, out)
         todo = {name: run for name, run in runs.items() if not is_measured(storage, out, name)}
         console.print(f"comparison {out}: {len(runs)} runs, {len(runs) - len(todo)} already complete")
         if todo:
@@ -86,22 +91,34 @@ def compare(job: CompareJob) -> str:
                 for name, problem in run_all(starts, at_once.num_trials, lock, console):
                     if problem:
                         failures[name] = problem
+                        storage.write(storage.join(out, FAILURES), json.dumps(failures, indent=1).encode())
         lock.check()
+        failures = read_failures(storage, out)
         page = write_comparison(storage, out, prepared, failures, job.compare.image_size, console)
-    if failures:
-        reasons = "; ".join(f"{name}: {problem}" for name, problem in failures.items())
-        raise JobError(f"{len(failures)} of {len(runs)} runs failed: {reasons}")
+    failed = [f"{name}: {failures[name]}" for name in runs if name in failures]
+    if failed:
+        raise JobError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
     return page
+
+
+def read_failures(storage: Storage, out: str) -> dict[str, str]:
+    """Return why runs failed that are not complete, by name: those of earlier commands, too."""
+    try:
+        stored = json.loads(storage.read(storage.join(out, FAILURES)))
+    except MissingObject:
+        return {}
+    return {name: problem for name, problem in stored.items() if not is_measured(storage, out, name)}
 
 
 def _evaluation(job: CompareJob, run: TrainJob, out: str) -> EvaluateJob:
     return evaluation_of(job, job.predict, run, out, job.compare.split)
 
 
-def _labelled_tasks(prepared: PreparedSet, storage: Storage, job: CompareJob) -> list[str]:
-    """Return the tasks of which training has a label."""
+def _labelled_tasks(prepared: PreparedSet, storage: Storage, job: CompareJob, space: LabelSpace) -> list[str]:
+    """Return the tasks of which training has a label in a label space."""
     columns = ["split", "status", *LABEL_COLUMNS]
     table = storage.read_table(prepared.crops(storage), columns=columns)
+    table = map_races(table, race_mapping(prepared.label_space, space))
     rows = select_crops(table, "train", usable_statuses(use_fallback=job.train.use_fallback))
     labels = {"age": ("age", "age_low"), "gender": ("gender",), "race": ("race",)}
     return [task for task, names in labels.items() if any(rows[name].null_count < rows.num_rows for name in names)]
@@ -119,7 +136,7 @@ def plan_runs(
         ConfigError: a preset that the user chose can't be trained, or none can.
     """
     space = training_space([prepared], job.labels)
-    labelled = _labelled_tasks(prepared, storage, job)
+    labelled = _labelled_tasks(prepared, storage, job, space)
     is_chosen = "presets" in job.compare.model_fields_set
     runs: dict[str, TrainJob] = {}
     skipped: dict[str, str] = {}
@@ -152,8 +169,7 @@ def _run(job: CompareJob, storage: Storage, out: str, preset: str, seed: int, la
     needs = {"age", "gender"} if model.age_routing != "none" else set()
     if not tasks or not needs <= set(tasks):
         raise ConfigError(
-            f"it predicts {', '.join(model.tasks)}, and the training images are labelled with "
-            f"{', '.join(labelled) or 'nothing'}"
+            f"it predicts {', '.join(model.tasks)}, and training has labels of {' and '.join(labelled) or 'nothing'}"
         )
     shared = job.train.model_dump(exclude_unset=True) | {"data": storage.absolute(job.train.data_uris[0])}
     own = with_preset({"model": {"preset": preset}})["train"]
@@ -175,7 +191,9 @@ def _run(job: CompareJob, storage: Storage, out: str, preset: str, seed: int, la
 
 def _settings(job: CompareJob) -> dict[str, Any]:
     """Return the settings that all runs share and that affect the result."""
-    ignored = {*WITHOUT_EFFECT, "data", "seed"} - {"tf32", "compile"}  # these two change the measured speed
+    ignored = {*WITHOUT_EFFECT, "data", "seed"}
+    if not job.train.sync_batch_norm:  # then a batch norm sees batch_size / num_workers images
+        ignored -= {"num_workers"}
     return {
         "labels": job.labels.model_dump(mode="json"),
         "loss": job.loss.model_dump(mode="json"),

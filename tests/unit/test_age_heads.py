@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agr_ray.config import LossConfig
 from agr_ray.labels import UTKFACE
+from agr_ray.learn.losses import multi_task_loss
 from agr_ray.models.heads.base import Head
 from agr_ray.models.heads.routed_age import RoutedAge, RoutedOutputs
 from agr_ray.models.heads.year_bins import AgeDistribution
@@ -120,6 +121,23 @@ def test_a_corn_loss_of_a_range_is_the_probability_of_being_in_it() -> None:
 
     # Above 0 to 29 years: 30 halves. Not above all of 30 to 39 years: ten halves less than 1.
     assert float(losses[0]) == pytest.approx(30 * math.log(2) - math.log(1 - 0.5**10), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first", "last"),
+    [(3.0, 9.0, 3, 9), (110.0, 116.0, 110, 116), (30.2, 30.4, 30, 31), (8.0, 8.0, 8, 8), (115.2, 115.5, 115, 116)],
+)
+def test_corn_learns_a_range_by_the_probability_inside(low: float, high: float, first: int, last: int) -> None:
+    head, logits = head_of("corn"), torch.randn(1, NUM_THRESHOLDS, requires_grad=True)
+    losses = head.losses(logits, targets([NAN], [low], [high]), LossConfig())
+    losses.sum().backward()
+
+    distribution = head.distribution(logits)
+    assert distribution is not None
+    assert losses.item() == pytest.approx(-math.log(distribution[0, first : last + 1].sum().item()), rel=1e-4)
+    assert logits.grad is not None
+    assert logits.grad[0].isfinite().all()
+    assert [int(k) for k in logits.grad[0].nonzero()] == list(range(first if last == NUM_THRESHOLDS else last + 1))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("groups", "linear")])
@@ -258,6 +276,20 @@ def test_initial_predictions_are_typical(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_DISTRIBUTION)
+@pytest.mark.parametrize("mean_years", [30.0, 50.0, 65.0, 80.0])
+def test_the_initial_distribution_is_that_of_the_training_ages(name: str, mean_years: float) -> None:
+    head = head_of(name, num_features=512)
+    head.initialise({"age": np.asarray([mean_years - 8.0, mean_years + 8.0])})
+
+    probabilities = head.distribution(forward(head, torch.zeros(1, 512)))
+    assert probabilities is not None
+    p, years = probabilities[0].detach().double().numpy(), np.arange(NUM_YEARS)
+    mean = p @ years
+    assert mean == pytest.approx(mean_years, abs=0.3)
+    assert math.sqrt(p @ (years - mean) ** 2) == pytest.approx(8.0, abs=0.3)
+
+
+@pytest.mark.parametrize("name", WITH_DISTRIBUTION)
 def test_a_distribution_sums_to_one(name: str) -> None:
     head = head_of(name)
     probabilities = head.distribution(head(torch.randn(5, 4)))
@@ -312,3 +344,26 @@ def test_the_domain_head_reverses_its_gradient() -> None:
     assert losses[4] == 0.0
     assert head.losses(head(step), truth, LossConfig()).sum() > losses.sum()
     assert float(head.score(torch.tensor([-1.0, 1.0, 1.0, 1.0, 1.0, -1.0]), truth).total) == 3.0
+
+
+def test_the_factor_of_the_reversal_scales_only_the_gradient_of_the_features() -> None:
+    """Ganin and Lempitsky, equation 4."""
+    truth = {"set_index": torch.tensor([0, 1, 1, 0])}
+    features = torch.randn(4, 4, requires_grad=True)
+    config = LossConfig(domain_weight=0.25)
+    torch.manual_seed(0)
+    head: Head = HEADS["domain"]["reversal"](4, "domain", UTKFACE)
+    head.configure(config)
+    assert head.weight(config, "domain") == 1.0
+    loss, _ = multi_task_loss({"domain": head}, {"domain": head(features)}, truth, config, torch.tensor([4.0]))
+    loss.backward()
+    reversed_gradient, own = features.grad, [parameter.grad for parameter in head.parameters()]
+
+    features.grad = None
+    head.zero_grad()
+    logits = head.layers(features).squeeze(1)  # type: ignore[operator]
+    torch.nn.functional.binary_cross_entropy_with_logits(logits, truth["set_index"].float()).backward()
+    assert features.grad is not None
+    torch.testing.assert_close(reversed_gradient, -0.25 * features.grad)
+    for gradient, parameter in zip(own, head.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)

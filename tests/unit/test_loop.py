@@ -138,6 +138,18 @@ def test_flip_average_is_the_mean_of_both_views() -> None:
         np.testing.assert_allclose(mean, (plain[task] + mirrored[task]) / 2, rtol=1e-5)
 
 
+def test_a_domain_head_whose_gradient_is_not_reversed_learns_alone() -> None:
+    data = faces(8) | {"set_index": np.arange(8) % 2}
+    values = {"epochs": 1, "optimizer": "sgd", "lr": 0.1}
+    _, _, plain = run(job(values, {"tasks": ("gender",)}), data)
+    adapted = job(values, {"tasks": ("gender", "domain")}, loss=LossConfig(domain_weight=0.0))
+    _, _, model = run(adapted, data)
+
+    torch.testing.assert_close(weights(model.backbone), weights(plain.backbone), rtol=0.0, atol=0.0)
+    first = network(adapted)
+    assert (weights(model.heads["domain"]) - weights(first.heads["domain"])).abs().max() > 1e-3
+
+
 def test_predicting_no_images_gives_no_rows() -> None:
     predictions = predict(network(job({})).eval(), faces(0)["crop"], TRANSFORM, PredictConfig())
     assert predictions["race"].shape == (0, 5)

@@ -147,7 +147,7 @@ def test_a_preset_on_the_command_line_is_the_same_network_with_any_recipe(recipe
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--preset", "domain_adapt", "--loss.weighting", "uncertainty"], "domain must stay loss.domain_weight"),
+        (["--preset", "domain_adapt", "--loss.weighting", "uncertainty"], "that of the task domain must stay 1"),
         (["--preset", "head_pose", "--augment.mixup_alpha", "0.2"], "model.head_pose: images mixed by"),
         (["--preset", "head_pose", "--augment.cutmix_alpha", "1"], "model.head_pose: images mixed by"),
     ],
@@ -172,6 +172,33 @@ def test_pretrained_layers_do_not_read_shuffled_channels() -> None:
 def test_a_preset_takes_the_next_side_that_its_backbone_takes(preset: str, side: int) -> None:
     assert preset_config(preset, 100).image_size == side
     assert preset_config("facenet_bias", 64).image_size == 80
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_keeps_imagenet_weights_if_its_backbone_has_them(
+    preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = parse(TrainJob, ["--config", "paper", "--data", "d", "--preset", preset], {})
+
+    fits = preset not in ("sa_net", "plain_cnn", "facenet_bias", "faceage")
+    assert job.model.pretrained == ("imagenet" if fits else "none")
+    assert fits or job.train.freeze_epochs == 0
+    warning = f"model.pretrained imagenet of the recipe does not fit the preset {preset}, which starts from random"
+    assert (warning in capsys.readouterr().err) is not fits
+
+
+def test_weights_of_a_file_are_kept_for_the_same_backbone_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('[model]\npreset = "paper"\npretrained = "own.pth"\n')
+    given = ["--config", str(recipe), "--data", "d"]
+
+    assert parse(TrainJob, [*given, "--preset", "cbam"], {}).model.pretrained == "own.pth"
+    assert parse(TrainJob, [*given, "--preset", "vit", "--model.pretrained", "none"], {}).model.pretrained == "none"
+    assert capsys.readouterr().err == ""
+    assert parse(TrainJob, [*given, "--preset", "vit"], {}).model.pretrained == "none"
+    assert "model.pretrained own.pth of the recipe does not fit the preset vit" in capsys.readouterr().err
 
 
 def test_a_backbone_is_frozen_only_with_pretrained_weights() -> None:

@@ -110,6 +110,13 @@ class Head(nn.Module):
         """Return the number of labelled rows, or the sum of their weights; a float32 scalar."""
         return weighted_sum(self.labelled(targets), share).float()
 
+    def weight(self, config: LossConfig, task: str) -> float:
+        """Return the weight of the task's loss: the configuration's `TASK_weight`, or else 1."""
+        return float(getattr(config, f"{task}_weight", 1.0))
+
+    def configure(self, config: LossConfig) -> None:  # most heads need nothing
+        """Take the settings that act in the backward pass; called before training."""
+
     def likelihood(self, config: LossConfig) -> tuple[float, float]:  # noqa: ARG002  # for subclasses
         """Return a and b of the table in `learn.losses`."""
         return 1.0, 0.5

@@ -14,7 +14,7 @@ from agr_ray.config import LossConfig
 from agr_ray.labels import LabelSpace
 from agr_ray.models.heads import ages
 from agr_ray.models.heads.base import Targets, linear
-from agr_ray.models.heads.thresholds import THRESHOLDS_YEARS, Thresholds, known_answers, share_above
+from agr_ray.models.heads.thresholds import THRESHOLDS_YEARS, Thresholds, share_above
 
 
 class CoralAge(Thresholds):
@@ -38,7 +38,9 @@ class CoralAge(Thresholds):
 
     def losses(self, outputs: Tensor, targets: Targets, config: LossConfig) -> Tensor:  # noqa: ARG002  # no settings
         """Return the sum of the binary cross-entropies of each row's thresholds."""
-        is_above, is_known = known_answers(ages.age_truth(targets), self.thresholds_years)
+        truth = ages.age_truth(targets)
+        is_above = truth.low_years[:, None] > self.thresholds_years
+        is_known = truth.is_labelled[:, None] & (is_above | (truth.high_years[:, None] <= self.thresholds_years))
         finite = torch.where(is_known, outputs, 0.0)
         losses = F.binary_cross_entropy_with_logits(finite, is_above.to(finite.dtype), reduction="none")
         return torch.where(is_known, losses, 0.0).sum(dim=1)

@@ -21,8 +21,9 @@ class Domain(Head):
     """Predicts whether a row comes from the first prepared set, while the backbone learns features that do not show it.
 
     Source: Ganin and Lempitsky, "Unsupervised Domain Adaptation by Backpropagation", ICML 2015, equations 1 to 8. The
-    reversed gradient has the weight `loss.domain_weight` throughout; the publication lets it grow from 0 to 1. Every
-    training row has a domain, so rows without another label adapt the features, too.
+    classifier learns with weight 1. The reversed gradient has the factor `loss.domain_weight` (lambda in equation 4)
+    throughout; the publication lets it grow from 0 to 1. Every training row has a domain, so rows without another label
+    adapt the features, too.
 
     Outputs: (n,) logits of "not the first set".
     """
@@ -33,10 +34,19 @@ class Domain(Head):
     def __init__(self, num_features: int, task: str, space: LabelSpace) -> None:  # noqa: ARG002  # as all heads
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(num_features, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 1))
+        self.reversal = 1.0
+
+    def configure(self, config: LossConfig) -> None:
+        """Set the factor of the reversed gradient."""
+        self.reversal = config.domain_weight
+
+    def weight(self, config: LossConfig, task: str) -> float:  # noqa: ARG002  # the configured one is the factor
+        """Return 1."""
+        return 1.0
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the logits. The gradient of the features has the opposite sign."""
-        logits: Tensor = self.layers(_Reversal.apply(features)).squeeze(1)
+        """Return the logits. The gradient of the features has the opposite sign and the factor."""
+        logits: Tensor = self.layers(_Reversal.apply(features, self.reversal)).squeeze(1)
         return logits
 
     def labelled(self, targets: Targets) -> Tensor:
@@ -62,12 +72,13 @@ class Domain(Head):
 
 
 class _Reversal(torch.autograd.Function):
-    """The identity, with the negative gradient."""
+    """The identity, with the gradient multiplied by minus a factor."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:  # noqa: ARG004  # torch's signature
+    def forward(ctx: Any, features: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
         return features.view_as(features)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return -gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return -ctx.factor * gradient, None

@@ -60,14 +60,3 @@ def share_above(mean_years: float, std_years: float, thresholds_years: Tensor) -
     """Return the share of a Gaussian of ages in whole years that passes each threshold, (thresholds,)."""
     share: Tensor = torch.special.ndtr((mean_years - thresholds_years - 0.5) / std_years)
     return share
-
-
-def known_answers(truth: ages.AgeTruth, thresholds_years: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whether each age is above each threshold, and where that is known, (n, thresholds) bool each.
-
-    An age range leaves open whether the thresholds inside it are passed.
-    """
-    low, high = truth.low_years[:, None], truth.high_years[:, None]
-    is_above = low > thresholds_years
-    is_known = truth.is_labelled[:, None] & (is_above | (high <= thresholds_years))
-    return is_above, is_known
