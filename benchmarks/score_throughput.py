@@ -1,8 +1,10 @@
 """Compare the speed of `jobs/score.py` on this machine's CPUs with a loop that a user would write.
 
-    python benchmarks/score_throughput.py --photographs FOLDER [--seconds 300] [--workers 2] [--checkpoint FOLDER]
+    python benchmarks/score_throughput.py --photographs FOLDER [--seconds 300] [--workers 2] [--int8]
+                                          [--checkpoint FOLDER]
 
-Both process the same photographs with the same network: ResNet50 at 224 px with random weights.
+Both process the same photographs with the same network: ResNet50 at 224 px with random weights. With --int8, (b) has an
+int8 network of it. With --checkpoint, (b) scores with that checkpoint, whatever its network is; (a) stays the same.
 
 (a) facenet-pytorch's MTCNN(keep_all=True) with its defaults, then torchvision's ResNet50 in float32 on each face,
     one photograph at a time, on all cores. It runs before and after (b), because the machine's speed may drift.
@@ -10,8 +12,8 @@ Both process the same photographs with the same network: ResNet50 at 224 px with
     names until it runs for --seconds. Its start-up, until the first batch has been read, is reported separately.
 
 Also prints (b)'s time by stage, its peak memory (proportional set sizes of all processes, summed), how its attributes
-agree with plain float32 on the same crops, and how its faces agree with those of (a). --checkpoint adds the agreement
-for a trained network: random weights, whose outputs are spread out, exaggerate differences.
+agree with plain float32 on the same crops, and how its faces agree with those of (a). Random weights, whose outputs
+are spread out, exaggerate differences of attributes.
 """
 
 from __future__ import annotations
@@ -43,14 +45,16 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from agr_ray.config import ClusterConfig, ModelConfig, PredictConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
 from agr_ray.labels import UTKFACE
 from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
+from agr_ray.models.int8 import quantize
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform, prepare_eval, to_nchw
-from agr_ray.predict.forward import average, predict
-from agr_ray.predict.inference import for_inference
+from agr_ray.predict.attributes import BATCH_SIZE, AttributePredictor
+from agr_ray.predict.forward import average
 from agr_ray.runtime.score import score
 from agr_ray.vision.align import align
 from agr_ray.vision.decode import decode_image
@@ -59,7 +63,6 @@ from agr_ray.vision.detect import make_detector
 T = TypeVar("T")
 
 TRANSFORM: Final = Transform(image_size=224, crop_side_px=224)
-PREDICT: Final = PredictConfig(precision="auto")
 STAGES: Final = ("decode", "detect", "align", "predict")
 ROWS_PER_PART: Final = 64
 """Small, so that the workers end together."""
@@ -91,23 +94,24 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--seconds", type=float, default=300.0, help="approximate duration of (b)")
     parser.add_argument("--workers", type=int, default=2, help="processes of (b)")
-    parser.add_argument("--checkpoint", type=Path, help="folder of a trained checkpoint, for the agreement only")
+    parser.add_argument("--int8", action="store_true", help="let (b) score with an int8 network")
+    parser.add_argument("--checkpoint", type=Path, help="folder of the checkpoint of (b), with its own precision")
     arguments = parser.parse_args()
     paths = sorted(path for path in arguments.photographs.iterdir() if path.is_file())
     console = make_console()
     with tempfile.TemporaryDirectory(prefix="score-") as temporary:
         folder = Path(temporary)
-        in_new_process(make_checkpoint, paths, folder / "checkpoint")
-        agreement, one_thread_s = in_new_process(attribute_agreement, paths, folder / "checkpoint", "random weights")
+        checkpoint = arguments.checkpoint or folder / "checkpoint"
+        if not arguments.checkpoint:
+            in_new_process(make_checkpoint, paths, checkpoint, arguments.int8)
+        agreement, one_thread_s = in_new_process(attribute_agreement, paths, checkpoint)
         reference = in_new_process(user_loop, paths)
         num_copies = max(1, round(arguments.seconds * arguments.workers / one_thread_s / len(paths)))
         repeat(paths, num_copies, folder / "photographs")
         job = ScoreJob(
             cluster=ClusterConfig(address="local", include_dashboard=False),
-            vision=VisionConfig(),
-            predict=PREDICT,
             score=ScoreConfig(
-                checkpoint=str(folder / "checkpoint"),
+                checkpoint=str(checkpoint),
                 input=str(folder / "photographs"),
                 out=str(folder / "scored"),
                 num_workers=arguments.workers,
@@ -133,8 +137,6 @@ def main() -> None:
     )
     console.print(f"peak memory of (b), {described(peak(samples_mib))}")
     console.print(agreement)
-    if arguments.checkpoint:
-        console.print(in_new_process(attribute_agreement, paths, arguments.checkpoint, "trained")[0])
     show_faces(console, reference, images)
 
 
@@ -184,7 +186,7 @@ def cut_faces(paths: list[Path], transform: Transform) -> NDArray[np.uint8]:
     return np.stack(crops)
 
 
-def make_checkpoint(paths: list[Path], directory: Path) -> None:
+def make_checkpoint(paths: list[Path], directory: Path, int8: bool) -> None:
     """Save a network of random weights whose outputs spread over these faces as a trained one's would.
 
     Otherwise, all faces would get the same age and race, and agreement would mean nothing.
@@ -207,35 +209,39 @@ def make_checkpoint(paths: list[Path], directory: Path) -> None:
             logits = head(features)
             head.weight.mul_(std / logits.std(dim=0)[:, None])
             head.bias.copy_(mean - (features @ head.weight.T).mean(dim=0))
-    save_checkpoint(directory, model, TRANSFORM)
+    size = BATCH_SIZE["cpu"]
+    batches = [chunk.contiguous().numpy() for chunk in images.split(size) if len(chunk) == size]
+    files = quantize(model, batches) if int8 else None
+    pipeline = Pipeline(predict=PredictConfig(precision="int8" if int8 else "auto"))
+    save_checkpoint(directory, model, TRANSFORM, pipeline=pipeline, int8_files=files)
 
 
-def attribute_agreement(paths: list[Path], directory: Path, name: str) -> tuple[Table, float]:
+def attribute_agreement(paths: list[Path], directory: Path) -> tuple[Table, float]:
     """Compare our predictions with plain float32 torch on the same crops.
 
     Returns:
         A table, and the seconds that a photograph takes on one thread, model loading apart.
     """
     loaded = load_checkpoint(directory)
-    model = for_inference(loaded.model, PREDICT.precision)
-    predict(model, cut_faces(paths[:8], loaded.transform), loaded.transform, PREDICT)  # the first takes longer
+    predictor = AttributePredictor.load(directory, loaded.pipeline.predict)
+    predictor.predict(cut_faces(paths[:8], loaded.transform))  # the first takes longer
     started = time.perf_counter()
     crops = cut_faces(paths, loaded.transform)
-    ours = predict(model, crops, loaded.transform, PREDICT)
+    ours = predictor.predict(crops)
     seconds = (time.perf_counter() - started) / len(paths)
     with torch.inference_mode():
         plain = average(
             loaded.model.heads_by_task,
             [loaded.model(prepare_eval(to_nchw(crops, torch.device("cpu")), loaded.transform))],
         )
-    return agreement_table(ours, plain, name), seconds
+    return agreement_table(ours, plain, predictor.precision), seconds
 
 
-def agreement_table(ours: Predictions, plain: Predictions, name: str) -> Table:
+def agreement_table(ours: Predictions, plain: Predictions, precision: str) -> Table:
     """Return a table of the differences between two predictions for the same faces."""
     num_faces = len(ours["age"])
     table = Table(
-        "attribute", "mean difference", "largest", title=f"(b) against plain float32, {name}, {num_faces} faces"
+        "attribute", "mean difference", "largest", title=f"(b), {precision}, against plain float32, {num_faces} faces"
     )
     for attribute, task in (("age, years", "age"), ("p_male", "gender")):
         difference = np.abs(ours[task] - plain[task])

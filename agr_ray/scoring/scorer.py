@@ -34,8 +34,9 @@ from agr_ray.storage.parts import Parts
 from agr_ray.vision.align import stored_side_px
 from agr_ray.vision.face_hash import face_hash
 
-MAX_CROPS: Final = 256
-"""Maximum faces in a batch, unless one photograph has more: 56 MB of 224-pixel crops with margins."""
+MAX_CROPS: Final = 128
+"""Faces that are predicted together, unless one photograph has more: 28 MB of 224-pixel crops with margins. The network
+takes them in batches of one size, the last of which is padded, so few faces at a time would waste its time."""
 MAX_PENDING: Final = 2
 """Maximum batches of faces that wait for a prediction while a worker detects the next, which keeps a GPU busy."""
 
@@ -171,32 +172,37 @@ class PartFinder:
         self._finder = FaceFinder(scoring.vision, transform.crop_side_px, transform.margin, self.stopwatch)
 
     def find(self, part: int) -> Iterator[Found]:
-        """Find the faces of all images of a part, a batch at a time; an image that kills its worker is given up.
+        """Find the faces of all images of a part, `MAX_CROPS` or few more at a time; killers of workers are given up.
 
         Each row of the part is yielded once, mostly in manifest order; rows that storage refuses at first come last.
         If a worker dies before an image's attributes are predicted, the image counts as the cause.
         """
         parts = self._scoring.parts
         rows = parts.rows(part).select(SCORE_MANIFEST.names).to_pylist()
-        for batch in self._downloads.read(rows, parts.begin(part)):
-            yield from self._find_batch(rows, batch)
-
-    def _find_batch(self, rows: Sequence[dict[str, Any]], batch: Sequence[Download]) -> Iterator[Found]:
-        """Find the faces of a batch, in pieces of about `MAX_CROPS` faces."""
-        common = self._common()
+        attempts = parts.begin(part)
         images: list[_Row] = []
         crops: list[NDArray[np.uint8]] = []
-        for (place, _), each in zip(batch, self._finder.find([body for _, body in batch]), strict=True):
-            if isinstance(each, Reject):
-                columns = _rejected(each)
-            else:
-                columns, aligned = self._faces(each)
+        for batch in self._downloads.read(rows, attempts):
+            for row, aligned in self._find_batch(rows, batch):
+                images.append(row)
                 crops += aligned
-            images.append((place, rows[place] | common | columns))
-            if len(crops) >= MAX_CROPS:
+                if len(crops) >= MAX_CROPS:
+                    yield self._found(images, crops)
+                    images, crops = [], []
+            if images and attempts.has_died:  # the batch is one image, which is suspected until it is predicted
                 yield self._found(images, crops)
                 images, crops = [], []
-        yield self._found(images, crops)
+        if images:
+            yield self._found(images, crops)
+
+    def _find_batch(
+        self, rows: Sequence[dict[str, Any]], batch: Sequence[Download]
+    ) -> Iterator[tuple[_Row, list[NDArray[np.uint8]]]]:
+        """Yield the row of each image of a batch, and the crops of its faces."""
+        common = self._common()
+        for (place, _), each in zip(batch, self._finder.find([body for _, body in batch]), strict=True):
+            columns, aligned = (_rejected(each), []) if isinstance(each, Reject) else self._faces(each)
+            yield (place, rows[place] | common | columns), aligned
 
     def _found(self, rows: Sequence[_Row], crops: Sequence[NDArray[np.uint8]]) -> Found:
         side_px = self._scoring.stored_side_px

@@ -287,6 +287,21 @@ def test_few_crops_are_held_however_many_faces_a_part_has(scoring: Scoring, monk
     assert max(pending for _, pending in predictor.sizes) == scorer.MAX_PENDING + 1
 
 
+def test_faces_of_all_batches_are_predicted_together_unless_a_worker_died(scoring: Scoring) -> None:
+    scoring = dataclasses.replace(chips_for(scoring), batch_size=2)
+    together, alone = Deferred(scoring), Deferred(scoring)
+
+    PartScorer(scoring, together).score(0)
+    rows = scoring.storage.read_table(scoring.parts.uri(0)).to_pylist()
+    scoring.parts.begin(0)  # an attempt that never ended
+    PartScorer(scoring, alone).score(0)
+
+    assert [size for size, _ in together.sizes] == [sum(len(row["faces"]) for row in rows)]
+    assert [size for size, _ in alone.sizes] == [len(row["faces"]) for row in rows]  # each image while it is suspected
+    again = scoring.storage.read_table(scoring.parts.uri(0)).drop(["scored_at"]).to_pylist()
+    assert again == [{key: value for key, value in row.items() if key != "scored_at"} for row in rows]
+
+
 def test_a_pseudonym_hides_every_name_of_an_image() -> None:
     rows = [image_row("a", []) | {"etag": "e", "size_bytes": 7, "status": "missing", "error": "s3://bucket/a is gone"}]
     images = pa.Table.from_pylist([*rows, image_row("b", [])], schema=IMAGES)
