@@ -1,31 +1,34 @@
 """Score photographs: a Parquet row for each, with all its faces, and demographic tables. Each is scored only once.
 
-`scoring.driver` defines the steps; Ray's workers, in this module, carry them out.
+`scoring.driver` defines the steps. Workers carry them out: those of a Ray cluster, or one process if there are few
+photographs. Ray, which takes seconds to import, is imported only if it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from itertools import cycle, islice
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
-
-import pyarrow as pa
-import ray
-from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy
 
 from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
-from agr_ray.runtime.cluster import check_fits, cluster, worker_count
-from agr_ray.runtime.part_runner import run_parts
-from agr_ray.scoring.driver import score_input
+from agr_ray.scoring.driver import Workers, score_input
+from agr_ray.scoring.local_worker import LocalWorker
 from agr_ray.scoring.publish import Counts, Publication
-from agr_ray.scoring.scorer import Found, PartScorer, RowPredictor, Scoring
+from agr_ray.scoring.scorer import Scoring
+
+_MOST_WITHOUT_RAY: Final = 250
+"""Most photographs for which no Ray is started. One process takes some 20 s for them, about as long as Ray takes to
+start and to end."""
 
 
 def score(job: ScoreJob) -> dict[str, Any]:
-    """Score all new photographs on a Ray cluster, publish, and return the run's record, `_SUCCESS/run=ID.json`.
+    """Score all new photographs, publish, and return the run's record, `_SUCCESS/run=ID.json`.
+
+    Few photographs are scored in one process without Ray, unless the job names a cluster, workers or GPUs, or this
+    process is connected to a cluster.
 
     Raises:
         ConfigError: the checkpoint or the input does not exist, the input has no photographs, most of them are
@@ -33,82 +36,51 @@ def score(job: ScoreJob) -> dict[str, Any]:
         LockLost: another job has taken over the output.
         StorageUnavailable: input or output can't be reached.
     """
-    return score_input(job, RayWorkers(job), make_console())
+    return score_input(job, _ChosenWorkers(job), make_console())
 
 
-class RayWorkers:
-    """Workers of a Ray cluster: a pool of Ray Data actors detects faces and, without GPUs, also predicts."""
+class _ChosenWorkers:
+    """The workers that suit the number of photographs."""
 
     def __init__(self, job: ScoreJob) -> None:
         self._job = job
-        self.num_workers = 0
+        self._chosen: Workers = LocalWorker()
 
-    def session(self) -> AbstractContextManager[None]:
-        """Join or start a cluster for the duration of the block."""
-        return cluster(self._job.cluster)
+    @contextmanager
+    def session(self, num_photographs: int) -> Iterator[None]:
+        """Choose the workers, and keep them running until the block ends."""
+        if not _needs_no_ray(self._job, num_photographs):
+            from agr_ray.runtime.score_on_ray import RayWorkers
+
+            self._chosen = RayWorkers(self._job)
+        with self._chosen.session(num_photographs):
+            yield
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         """Score the parts in any order; yield the `scorer.SUMMARY` row of each part."""
-        num_gpus = worker_count(None, use_gpu=True) if scoring.use_gpu else 0
-        self.num_workers = worker_count(self._job.score.num_workers, besides=num_gpus)
-        check_fits("score.num_workers", self.num_workers, 1.0, spare_cpus=1.0 + num_gpus)
-        check_fits("score.use_gpu", num_gpus, 0.0, 1.0)
-        with remote_predictors(scoring, num_gpus, gpus_each=1.0) as predictors:
-            worker = RemotelyPredicted if predictors else PartScorer
-            arguments = (scoring, *([predictors] if predictors else []))
-            for table in run_parts(worker, arguments, parts, ActorPoolStrategy(size=self.num_workers)):
-                yield from table.to_pylist(maps_as_pydicts="strict")
+        return self._chosen.score(scoring, parts)
 
     def stage(self, publication: Publication) -> Iterator[Counts]:
         """Write the files of all parts; yield the counts of each."""
-        task = ray.remote(num_cpus=1)(Publication.stage_file)
-        at_once = worker_count(self._job.score.num_workers)  # each holds one file's rows in memory
-        files = iter(range(publication.num_files))
-        waiting = [task.remote(publication, file) for file in islice(files, at_once)]
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            yield from ray.get(ready)
-            waiting += [task.remote(publication, file) for file in islice(files, len(ready))]
+        return self._chosen.stage(publication)
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers that score in parallel."""
+        return self._chosen.num_workers
 
 
-_MAX_BATCH_DEATHS: Final = 10
-"""Deaths of its predictor after which a batch is retried, such as those of preempted nodes."""
+def _needs_no_ray(job: ScoreJob, num_photographs: int) -> bool:
+    """Return whether one process should score so many photographs."""
+    names_workers = job.score.num_workers is not None or job.score.use_gpu
+    names_cluster = bool(job.cluster.address or os.environ.get("RAY_ADDRESS"))
+    return num_photographs <= _MOST_WITHOUT_RAY and not (names_workers or names_cluster or _is_connected())
 
 
-@contextmanager
-def remote_predictors(scoring: Scoring, number: int, *, gpus_each: float) -> Iterator[list[ActorHandle[Any]]]:
-    """Run this many predictors, each in its own process, until the block ends.
+def _is_connected() -> bool:
+    """Return whether this process is connected to a Ray cluster."""
+    if "ray" not in sys.modules:
+        return False
+    import ray
 
-    Ray restarts predictors that die. A batch that kills its predictor every time ends the job.
-    """
-    actor: Any = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=-1, max_task_retries=_MAX_BATCH_DEATHS)(
-        RowPredictor
-    )
-    actors = [actor.remote(scoring) for _ in range(number)]
-    try:
-        yield actors
-    finally:
-        for each in actors:
-            ray.kill(each)
-
-
-class RemotelyPredicted(PartScorer):
-    """Detects faces in this process and sends them to other processes for prediction; used with GPUs."""
-
-    def __init__(self, scoring: Scoring, predictors: Sequence[ActorHandle[Any]]) -> None:
-        super().__init__(scoring, _Remote(predictors))
-
-
-class _Remote:
-    """Distributes batches of faces over several predictors, round-robin."""
-
-    def __init__(self, predictors: Sequence[ActorHandle[Any]]) -> None:
-        self._next = cycle(predictors)
-
-    def submit(self, found: Found) -> Callable[[], pa.Table]:
-        """Start predicting; return a function that waits for the image rows."""
-        if not len(found.crops):
-            return lambda: found.images
-        predictor: Any = next(self._next)
-        answer = predictor.fill.remote(found)
-        return lambda: ray.get(answer)
+    return bool(ray.is_initialized())

@@ -81,8 +81,8 @@ _PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
 class Workers(Protocol):
     """Scores parts and writes the files to publish, in Ray workers or in this process."""
 
-    def session(self) -> AbstractContextManager[None]:
-        """Keep the workers running until the block ends."""
+    def session(self, num_photographs: int) -> AbstractContextManager[None]:
+        """Keep workers for so many photographs running until the block ends."""
         ...
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
@@ -183,7 +183,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             reference=None if model.calibration is None else model.calibration.reference,
             near_duplicates=job.score.near_duplicates,
         )
-        with workers.session() if planned.plan.num_parts else nullcontext():
+        with workers.session(planned.plan.num_to_do) if planned.plan.num_parts else nullcontext():
             try:
                 timings, precisions = _score_parts(job, scoring, planned, workers, check, console)
             except TooManyRefused as error:

@@ -22,7 +22,8 @@ from agr_ray.data.rendered import RenderedPhotograph, render_photograph
 from agr_ray.errors import ConfigError
 from agr_ray.labels import GENDERS, UTKFACE
 from agr_ray.runtime.part_runner import run_parts
-from agr_ray.runtime.score import RemotelyPredicted, remote_predictors, score
+from agr_ray.runtime.score import score
+from agr_ray.runtime.score_on_ray import RemotelyPredicted, remote_predictors
 from agr_ray.schema import IMAGES, SCHEMA_VERSION
 from agr_ray.scoring.planning import plan
 from agr_ray.storage import Storage

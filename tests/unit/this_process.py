@@ -29,7 +29,7 @@ class ThisProcess:
         """Without a predictor, load the network for every call of `score`."""
         self._predictor = predictor
 
-    def session(self) -> AbstractContextManager[None]:
+    def session(self, num_photographs: int) -> AbstractContextManager[None]:
         return nullcontext()
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:

@@ -1,0 +1,111 @@
+"""Score parts in one other process on this machine, without Ray.
+
+Another process, because a photograph may kill the one that decodes it. It is started again then, and the attempts
+record of the part (`storage.parts`) finds the photograph.
+
+    python -m agr_ray.scoring.local_worker DESCRIPTOR     the other process; the descriptor is of its end of a pipe
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+from agr_ray.errors import JobError
+from agr_ray.scoring.publish import Counts, Publication
+from agr_ray.scoring.scorer import PartScorer, Scoring
+
+_MAX_DEATHS: Final = 100
+"""Deaths of the process after which a job is given up: several photographs of a part may kill it, a few times each."""
+
+
+class LocalWorker:
+    """The only worker of a small scoring run (`driver.Workers`)."""
+
+    num_workers: Final = 1
+
+    def session(self, num_photographs: int) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Do nothing: there is no cluster."""
+        return nullcontext()
+
+    def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+        """Score the parts; yield the `scorer.SUMMARY` row of each part.
+
+        Raises:
+            JobError: the process keeps being killed, or ends by itself.
+            Exception: that scoring raised in the process.
+        """
+        left = list(parts)
+        for _ in range(_MAX_DEATHS):
+            for summary in _summaries(scoring, tuple(left)):
+                left.remove(summary["part"])
+                yield summary
+            if not left:
+                return
+        raise JobError(f"the process that scores was killed {_MAX_DEATHS} times; is this machine out of memory?")
+
+    def stage(self, publication: Publication) -> Iterator[Counts]:
+        """Write the files of all parts in this process; yield the counts of each."""
+        return map(publication.stage_file, range(publication.num_files))
+
+
+def _summaries(scoring: Scoring, parts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield the summaries of parts that a new process scores, until it is done or dies."""
+    ours, theirs = Pipe()
+    with ours:
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        try:
+            ours.send((scoring, parts))
+            while (answer := ours.recv()) is not None:
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+        except (EOFError, ConnectionError):
+            status = process.wait()
+            if status >= 0:  # it was not killed, so another one would end, too
+                raise JobError(
+                    f"the process that scores ended with status {status}; what it printed says why"
+                ) from None
+        finally:
+            process.kill()
+            process.wait()
+
+
+def main(descriptor: int) -> None:
+    """Score the parts that the pipe names, and send each part's summary, then None; or the exception that ended it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the other process ends this one
+    with Connection(descriptor) as pipe:
+        scoring, parts = pipe.recv()
+        threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
+        try:
+            scorer = PartScorer(scoring)
+            for part in parts:
+                pipe.send(scorer.score(part))
+            pipe.send(None)
+        except Exception as error:
+            error.add_note("".join(traceback.format_exception(error)))  # of this process; shown if it is a bug
+            pipe.send(error)
+
+
+def _end_with(pipe: Connection) -> None:
+    """End this process when the other one ends."""
+    pipe.poll(None)  # nothing more is sent, so this returns at the end of the pipe
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
