@@ -23,7 +23,7 @@ class SourceConfig(Section):
     uri: str = ""
     """Folder or bucket prefix of the images, read with its subfolders."""
     name: str = ""
-    """Name of the source in tables and reports; empty: its kind."""
+    """Name of the source in tables and reports; empty: its kind, or, for `folder`, the name of the prepared set."""
     labels: str = ""
     """`folder`: URI of the label table, .csv, .tsv or .parquet; empty: the one labels.csv, labels.tsv or labels.parquet
     in the folder. `morph2`: URI of its CSV file; empty: morph_2008_nonCommercial.csv in the folder. `utkface`: folder

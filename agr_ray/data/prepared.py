@@ -76,8 +76,9 @@ class PreparedSet(BaseModel):
 
     @property
     def source(self) -> str:
-        """Return the name of the source."""
-        return str(self.settings["source"]["name"] or self.settings["source"]["kind"])
+        """Return the name of the source: `source.name`, else its kind, or, for a plain folder, the set's name."""
+        name, kind = self.settings["source"]["name"], self.settings["source"]["kind"]
+        return str(name or (self.uri.rpartition("/")[2] if kind == "folder" else "") or kind)
 
     @property
     def vision(self) -> VisionConfig:

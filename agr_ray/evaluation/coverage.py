@@ -12,6 +12,7 @@ from agr_ray.evaluation.calibration import Calibration, gender_probs
 from agr_ray.evaluation.cells import Cells
 from agr_ray.evaluation.reliability import expected_calibration_error
 from agr_ray.evaluation.selection import CONFIDENCE, logits_of
+from agr_ray.evaluation.terms import FloatArray
 from agr_ray.labels import IntArray, Labels
 from agr_ray.models.predictions import Predictions
 
@@ -26,7 +27,8 @@ def coverage_report(labels: Labels, predictions: Predictions, calibration: Calib
       group of true labels, by each of `cells.BREAKDOWNS`; mae_years, bias_years, and both without the correction,
       mae_years_before and bias_years_before;
     - `gender` and `race`: n, risk, abstained (share of all images), accepted, error (share of the accepted), interval,
-      nll, nll_before, ece, ece_before (`before`: without calibration).
+      nll, nll_before, ece, ece_before (`before`: without calibration), and nll_change_interval, the 95 % interval of
+      the mean change of nll (None: one image).
 
     `interval` is the exact 95 % interval (Clopper and Pearson 1934) of the share before it. Parts that are not
     calibrated, or have no labelled image, are None.
@@ -101,6 +103,7 @@ def _selection(
     num, num_accepted = len(truth), int(accept.sum())
     num_wrong = int((after.argmax(axis=1) != truth)[accept].sum())
     rows = np.arange(num)
+    nll, nll_before = (-logits_of(probs)[rows, truth] for probs in (after, before))
     return {
         "n": num,
         "risk": risk,
@@ -108,11 +111,19 @@ def _selection(
         "accepted": num_accepted,
         "error": num_wrong / num_accepted if num_accepted else None,
         "interval": _interval(num_wrong, num_accepted) if num_accepted else None,
-        "nll": -float(logits_of(after)[rows, truth].mean()),
-        "nll_before": -float(logits_of(before)[rows, truth].mean()),
+        "nll": float(nll.mean()),
+        "nll_before": float(nll_before.mean()),
+        "nll_change_interval": _change_interval(nll - nll_before),
         "ece": expected_calibration_error(after, truth),
         "ece_before": expected_calibration_error(before, truth),
     }
+
+
+def _change_interval(changes: FloatArray) -> list[float] | None:
+    if len(changes) < 2:
+        return None
+    reach = 1.96 * float(changes.std(ddof=1)) / len(changes) ** 0.5
+    return [float(changes.mean()) - reach, float(changes.mean()) + reach]
 
 
 def _interval(num_true: int, num: int) -> list[float]:

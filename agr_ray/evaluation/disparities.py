@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agr_ray.evaluation.estimates import CONFIDENCE, Estimates
 
@@ -24,10 +25,11 @@ MIN_ROWS: Final = 30
 def disparity(names: Sequence[str], estimates: Estimates, *, lower_is_better: bool) -> dict[str, Any] | None:
     """Compare the worst and the best of several groups; None if fewer than two are large enough.
 
-    Keys: `num_groups` (compared), `num_small` (left out: they have some rows, but too few); `worst` and `best`: `name`,
-    `value`, `n`; `gap` (worst - best, in absolute value) and `gap_interval`; `ratio` (larger / smaller; None if the
-    smaller is 0) and `ratio_interval`; `differs`: whether the interval of the gap excludes 0, which means that the data
-    show a difference between groups.
+    Keys: `num_groups` (compared), `num_small` (left out: they have some rows, but too few) and `worst_small`, the worst
+    of these (None: there are none); `worst` and `best`; each of the three has `name`, `value` and `n`; `gap` (worst -
+    best, in absolute value) and `gap_interval`; `ratio` (larger / smaller; None if the smaller is 0) and
+    `ratio_interval`; `differs`: whether the interval of the gap excludes 0, which means that the data show a difference
+    between groups.
 
     Args:
         names: of the groups.
@@ -36,7 +38,8 @@ def disparity(names: Sequence[str], estimates: Estimates, *, lower_is_better: bo
         lower_is_better: whether it is an error.
     """
     has_value = np.isfinite(estimates.value)
-    large = np.flatnonzero(has_value & (np.minimum(estimates.num_rows, estimates.num_units) >= MIN_ROWS))
+    is_large = np.minimum(estimates.num_rows, estimates.num_units) >= MIN_ROWS
+    large, small = np.flatnonzero(has_value & is_large), np.flatnonzero(has_value & ~is_large)
     if len(large) < 2:
         return None
     num_pairs = len(large) * (len(large) - 1) // 2
@@ -60,7 +63,8 @@ def disparity(names: Sequence[str], estimates: Estimates, *, lower_is_better: bo
     is_ratio = estimates.kind != "signed" and small_value > 0.0
     return {
         "num_groups": len(large),
-        "num_small": int(has_value.sum()) - len(large),
+        "num_small": len(small),
+        "worst_small": _side(names, estimates, _worst(estimates, small, lower_is_better)) if len(small) else None,
         "worst": _side(names, estimates, worst),
         "best": _side(names, estimates, best),
         "gap": gap,
@@ -71,6 +75,12 @@ def disparity(names: Sequence[str], estimates: Estimates, *, lower_is_better: bo
         else None,
         "differs": gap_interval[0] > 0.0,
     }
+
+
+def _worst(estimates: Estimates, groups: NDArray[np.int64], lower_is_better: bool) -> int:
+    values = estimates.value[groups]
+    badness = np.abs(values) if estimates.kind == "signed" else values if lower_is_better else -values
+    return int(groups[badness.argmax()])
 
 
 def _side(names: Sequence[str], estimates: Estimates, index: int) -> dict[str, Any]:

@@ -79,9 +79,11 @@ def fit_classes(
     wrong = calibrated.argmax(axis=1) != truth
     abstain_below = _fit_threshold(calibrated.max(axis=1), wrong, risk)
     if abstain_below == NEVER_SURE:
+        example = ", such as 0.4 (up to 40 % wrong is accepted)" if risk < 0.4 else ""
         notes.append(
-            f"{task}: always abstains: with {len(truth)} labelled images, {wrong.mean():.1%} of them wrong, no "
-            f"threshold guarantees a risk of {risk}"
+            f"{task}: always abstains: with {len(truth)} labelled images, {100 * wrong.mean():.1f} % of them wrong, no "
+            f"probability guarantees that at most {100 * risk:g} % of its answers are wrong; more validation images or "
+            f"a better model help, or a higher --abstain_risk{example}"
         )
     return ClassCalibration(len(truth), temperature, abstain_below)
 

@@ -18,7 +18,7 @@ has a mix of ages of its own, and the alarm says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Final, Literal, Self
@@ -41,6 +41,10 @@ MIN_FACES: Final = 100
 """Fewer faces, on either side, are not compared."""
 MIN_SHIFT: Final = 0.1
 """Population stability index up to which a shift is accepted."""
+TOO_FEW: Final = (
+    f"fewer than {MIN_FACES} faces: it is not known whether these photographs are like those that the model was "
+    "calibrated on"
+)
 FALSE_ALARM: Final = 1e-4
 """Probability of a false alarm for one quantity with few faces; with many, `MIN_SHIFT` makes it far smaller."""
 MAX_CHIP_SPREAD: Final = 2.0
@@ -197,6 +201,7 @@ class QuantityShift:
     quantity: str
     verdict: QuantityVerdict
     sentence: str
+    """Where the shares differ most; why it was not compared, if so."""
     statistic: float | None = None
     """Population stability index; None, like the others, if the quantity was not compared."""
     threshold: float | None = None
@@ -242,6 +247,15 @@ class Shift:
         return {"verdict": self.verdict, "sentence": self.sentence, "quantities": quantities}
 
 
+def not_compared_lines(quantities: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each reason why quantities were not compared, from `Shift.to_json`."""
+    by_reason: dict[str, list[str]] = {}
+    for each in quantities:
+        if each["verdict"] == "not_compared":
+            by_reason.setdefault(each["sentence"], []).append(_QUANTITY[each["quantity"]].words)
+    return [f"not compared: {', '.join(names)}, because {reason}" for reason, names in by_reason.items()]
+
+
 _QUANTITY: Final = {quantity.name: quantity for quantity in QUANTITIES}
 
 
@@ -255,12 +269,14 @@ def compare(reference: Reference | None, counts: Mapping[str, IntArray], because
     """
     if reference is None:
         return Shift("not_compared", f"not compared with the calibration images: {because}", ())
+    if max((int(found.sum()) for found in counts.values()), default=0) < MIN_FACES:
+        return Shift("not_compared", TOO_FEW, ())
     return _conclusion([_compare(quantity, reference, counts) for quantity in QUANTITIES])
 
 
 def _compare(quantity: Quantity, reference: Reference, counts: Mapping[str, IntArray]) -> QuantityShift:
     def not_compared(why: str) -> QuantityShift:
-        return QuantityShift(quantity.name, "not_compared", f"{quantity.words} was not compared: {why}")
+        return QuantityShift(quantity.name, "not_compared", why)
 
     histogram = reference.histograms.get(quantity.name)
     if histogram is None:
@@ -268,12 +284,9 @@ def _compare(quantity: Quantity, reference: Reference, counts: Mapping[str, IntA
     expected, found = np.asarray(histogram.counts), counts[quantity.name]
     num_expected, num_found = int(expected.sum()), int(found.sum())
     if quantity.needs_photographs and reference.are_chips:
-        return not_compared(
-            "the model was calibrated on chips, images cut to one size around a face, and photographs differ from "
-            "these in any case"
-        )
+        return not_compared("the calibration images are chips, cut to one size around a face")
     if num_expected < MIN_FACES:
-        return not_compared(f"only {num_expected:,} calibration faces have a value; at least {MIN_FACES} are needed")
+        return not_compared(f"only {num_expected:,} calibration faces have a value; {MIN_FACES} are needed")
     if not num_found:
         return not_compared("no scored face has a value")
     if num_found < MIN_FACES:

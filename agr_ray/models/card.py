@@ -58,6 +58,11 @@ An outline, not legal advice. Ask a lawyer before you use this model on photogra
 - Publishing only aggregated tables (`score.aggregate_only`) lowers these risks. It does not remove them: each face is
   still processed."""
 
+_CALIBRATION: Final = "Calibration"
+_NOT_CALIBRATED: Final = (
+    "Not calibrated: no age intervals and no abstention. `agr-ray evaluate --split val --calibrate` calibrates it."
+)
+
 _LIMITS: Final = """\
 - Attributes are *perceived*: the labels are judgements of a picture by an annotator or another algorithm. The model
   repeats their judgements and their mistakes, and its accuracy is measured against them.
@@ -79,6 +84,7 @@ def model_card(meta: Mapping[str, Any]) -> str:
         ("Training data", _data(data, tasks)),
         ("Training", _training(meta, config)),
         ("Validation", _validation(metrics)),
+        (_CALIBRATION, _NOT_CALIBRATED),
         ("Intended uses", _INTENDED),
         ("Excluded uses", _EXCLUDED),
         ("The law, in outline", _LAW),
@@ -123,9 +129,52 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
     ]
     section = "\n".join(lines).rstrip() + "\n"
     earlier = re.compile(rf"^{re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    card = _with_calibration(card, metrics.get("calibration"))
     if earlier.search(card):
         return earlier.sub(lambda found: section + ("\n" if found.end() < len(card) else ""), card)
     return card.rstrip() + "\n\n" + section
+
+
+def measured_in(card: str, titles: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what `with_measured` added for data other than the splits train and val: `data` and `rows`.
+
+    Args:
+        card: of a checkpoint.
+        titles: of the headline metrics to return, such as `age MAE`. A row has the cells that `headline_rows` gave it:
+            title, value, interval, baseline, images.
+    """
+    section = re.compile(
+        r"^## Measured on ([^\n]*, split (\w+)), [0-9a-f]{8}\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL
+    )
+    measured = []
+    for data, split, text in section.findall(card):
+        lines = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| "))
+        rows = [cells for cells in lines if cells[0] in titles and len(cells) == _NUM_HEADLINE_CELLS]
+        if rows and split not in ("train", "val"):
+            measured.append({"data": data, "rows": rows})
+    return measured
+
+
+_NUM_HEADLINE_CELLS: Final = 5
+
+
+def _with_calibration(card: str, calibration: Mapping[str, Any] | None) -> str:
+    """Return the card with what the checkpoint is calibrated on; unchanged if it was evaluated uncalibrated."""
+    if calibration is None:
+        return card
+    parts = []
+    if calibration["age"] is not None:
+        parts.append(f"intervals that should hold {100 * calibration['age']['nominal']:g} % of true ages")
+    for task in ("gender", "race"):
+        if calibration[task] is not None:
+            risk = 100 * calibration[task]["risk"]
+            parts.append(f"an abstention from {task} that should leave at most {risk:g} % wrong")
+    lines = [
+        f"Calibrated on {calibration['num_calibrated_on']:,} images: {listed(parts) or 'nothing could be fitted'}."
+    ]
+    lines += [f"- {note}" for note in calibration["notes"]]
+    earlier = re.compile(rf"^## {_CALIBRATION}\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
+    return earlier.sub(lambda _: f"## {_CALIBRATION}\n\n" + "\n".join(lines) + "\n\n", card)
 
 
 def ranges_note(age: Mapping[str, Any]) -> str:
@@ -328,10 +377,10 @@ def _under_represented(data: Mapping[str, Any]) -> list[str]:
                 for name, n in of.items()
                 if n < max(_SCARCE * equal, _FEW)
             ]
-    rule = f"fewer than half of an equal share, or than {_FEW}, of the labelled training images"
+    rule = f"fewer than {_FEW} training images, or fewer than half as many as if all classes had equally many"
     if not scarce:
         return [f"- No class has {rule}."]
-    return [f"- Under-represented, with {rule}: {', '.join(scarce)}. Expect larger errors for them."]
+    return [f"- Under-represented ({rule}): {', '.join(scarce)}. Expect larger errors for them."]
 
 
 def _detector_limit(data: Mapping[str, Any]) -> list[str]:

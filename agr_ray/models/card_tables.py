@@ -19,8 +19,8 @@ class Rows(NamedTuple):
 HEADLINES: Final = (
     ("age", "mae_years", "age MAE", 1.0, " years"),
     ("age", "within_5", "age within 5 years", 100.0, " %"),
-    ("age", "exact_group", "age group", 100.0, " %"),
-    ("age", "one_off", "age group or the next", 100.0, " %"),
+    ("age", "exact_group", "in the right age group", 100.0, " %"),
+    ("age", "one_off", "in the right age group or the next", 100.0, " %"),
     ("age", "bias_years", "age bias", 1.0, " years"),
     ("age", "cell_mae_years", "age MAE, mean over cells of gender, race and age group", 1.0, " years"),
     ("gender", "accuracy", "gender accuracy", 100.0, " %"),
@@ -111,8 +111,8 @@ def group_rows(groups: Mapping[str, Any]) -> Rows:
         for name, of in (groups.get(attribute) or {}).items()
         if of["n"]
     ]
-    header = ["by true", "", "images", "age MAE, years", "age bias, years", "age group, %", "gender, %", "race, %"]
-    header.append("no face found, %")
+    header = ["by true", "", "images", "age MAE, years", "age bias, years"]
+    header += ["in the right age group, %", "gender, %", "race, %", "no face found, %"]
     width = len(header) if any(row[-1] for row in rows) else len(header) - 1  # validation does not count these
     return Rows(header[:width], [row[:width] for row in rows])
 
@@ -124,7 +124,13 @@ def disparity_table(disparities: Mapping[str, Any]) -> list[str]:
         return []
     if not found.rows:
         return [NO_DISPARITY, ""]
-    return [DISPARITY_NOTE, "", *table(*found), ""]
+    return [
+        DISPARITY_NOTE,
+        "",
+        *table(*found),
+        "",
+        *(each for line in no_differences(disparities) for each in (line, "")),
+    ]
 
 
 def disparity_rows(disparities: Mapping[str, Any]) -> Rows | None:
@@ -143,8 +149,37 @@ def disparity_rows(disparities: Mapping[str, Any]) -> Rows | None:
                     f"{found[side]['name']}: {figure(found[side]['value'], scale, unit)}" for side in ("worst", "best")
                 )
                 gap = f"{number(found['gap'], scale, '')} ({between(found['gap_interval'], scale, unit)})"
-                rows.append((words(breakdown), label, worst, best, gap))
-    return Rows(("groups by", "metric", "worst", "best", "gap (95 % interval)"), rows) if num_compared else None
+                rows.append((words(breakdown), label, worst, best, gap, small_groups(found, scale, unit)))
+    header = ("groups by", "metric", "worst", "best", "gap (95 % interval)", "left out")
+    return Rows(header, rows) if num_compared else None
+
+
+def no_differences(disparities: Mapping[str, Any]) -> list[str]:
+    """Return a sentence about the breakdowns and metrics that do not differ significantly; empty: there are none."""
+    texts = []
+    for task, key, label, _, _ in _COMPARED:
+        compared = {breakdown: tasks[task][key] for breakdown, tasks in disparities.items() if tasks[task][key]}
+        same = [words(breakdown) for breakdown, found in compared.items() if not found["differs"]]
+        if same:
+            texts.append(f"{label} by {listed(same)}")
+    return [f"No significant difference: {'; '.join(texts)}. That does not prove that there is none."] if texts else []
+
+
+def small_groups(found: Mapping[str, Any], scale: float, unit: str) -> str:
+    """Return how many groups were too small to be compared, and the worst of them; empty: none.
+
+    Args:
+        found: result of `evaluation.disparities.disparity`.
+        scale: of the metric.
+        unit: of the metric.
+    """
+    if not found["num_small"]:
+        return ""
+    groups = f"{found['num_small']} {'group' if found['num_small'] == 1 else 'groups'} of fewer than 30 images"
+    worst = found.get("worst_small")
+    return groups + (
+        f"; worst: {worst['name']}, {figure(worst['value'], scale, unit)}, n={worst['n']}" if worst else ""
+    )
 
 
 def threshold_table(thresholds: Sequence[Mapping[str, Any]]) -> list[str]:

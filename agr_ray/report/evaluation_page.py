@@ -15,7 +15,9 @@ from agr_ray.models.card_tables import (
     disparity_rows,
     headline_rows,
     listed,
+    no_differences,
     num_measured,
+    small_groups,
     words,
 )
 from agr_ray.report.evaluation_charts import (
@@ -27,6 +29,7 @@ from agr_ray.report.evaluation_charts import (
     selective,
     thresholds,
 )
+from agr_ray.report.evaluation_summary import calibration_gain
 from agr_ray.report.evaluation_tables import confusion, group_tables, rows_table, threshold_table
 from agr_ray.report.model_description import architecture, settings_of, split_of_data
 from agr_ray.report.page import Block, Drawings, Fold, Page, Paragraph, Photograph, Section, Table, Values
@@ -52,6 +55,8 @@ class MeasuredModel:
     """Rows of schema.STRESS; empty: no stress test."""
     sheets: Mapping[str, bytes] = field(default_factory=dict)
     """Pictures of faces by name, PNG."""
+    calibrated_since: bool = False
+    """Whether the checkpoint was calibrated, or calibrated again, since the evaluation."""
     others: Sequence[Mapping[str, Any]] = ()
     """Content of metrics.json of the same model's evaluations on other data."""
 
@@ -80,7 +85,7 @@ def evaluation_page(measured: MeasuredModel) -> Page:
     ]
     return Page(
         f"Evaluation of {_short(record['checkpoint'])} on {record['source']}",
-        [Paragraph(verdict(metrics), "verdict"), *_warnings(metrics), *_scope(metrics)],
+        [Paragraph(verdict(metrics), "verdict"), *_warnings(measured), *_scope(metrics)],
         sections,
         MEASURED,
     )
@@ -121,16 +126,24 @@ def _worst_group(metrics: Mapping[str, Any]) -> str:
     shown = {name: gap for name, gap in gaps.items() if gap["differs"]}
     if not shown:
         return ""
-    _, gap = max(shown.items(), key=lambda item: item[1]["gap"])
+    breakdown, gap = max(shown.items(), key=lambda item: item[1]["gap"])
     worst, best = gap["worst"], gap["best"]
+    left_out = small_groups(gap, 1.0, " years")
     return (
-        f"The age error is {worst['value']:.1f} years for {worst['name'].replace('_', ' ')} and {best['value']:.1f} "
-        f"for {best['name'].replace('_', ' ')}."
+        f"By {words(breakdown).replace('gender race', 'gender and race')}, the age error is worst for {worst['name']} "
+        f"({worst['value']:.1f} years) and best for {best['name']} ({best['value']:.1f} years)"
+        + (f"; left out: {left_out}." if left_out else ".")
     )
 
 
-def _warnings(metrics: Mapping[str, Any]) -> list[Block]:
-    record, texts = metrics["evaluation"], []
+def _warnings(measured: MeasuredModel) -> list[Block]:
+    metrics, record = measured.metrics, measured.metrics["evaluation"]
+    texts = []
+    if measured.calibrated_since:
+        texts.append(
+            "The checkpoint was calibrated after this evaluation, so the figures of uncertainty here are not those of "
+            "its present calibration. Run agr-ray evaluate again."
+        )
     if record["num_seen_in_training"]:
         texts.append(
             f"{record['num_seen_in_training']:,} of these images are training images, so all metrics are optimistic."
@@ -215,7 +228,8 @@ def _groups(metrics: Mapping[str, Any]) -> list[Block]:
     elif not found.rows:
         blocks.append(Paragraph(NO_DISPARITY))
     else:
-        blocks += [Paragraph(DISPARITY_NOTE), rows_table(found, num_text_columns=5)]
+        blocks += [Paragraph(DISPARITY_NOTE), rows_table(found, num_text_columns=6)]
+        blocks += [Paragraph(line, "note") for line in no_differences(metrics["disparities"])]
     drawings = by_group(metrics)
     if drawings:
         blocks.append(Drawings(drawings))
@@ -283,7 +297,8 @@ def _uncertainty_remarks(calibration: Mapping[str, Any]) -> list[Block]:
         if part is not None:
             remarks.append(
                 f"The model abstains on {task} for {100 * part['abstained']:.1f} % of the images. Its calibration "
-                f"error is {100 * part['ece']:.1f} % ({100 * part['ece_before']:.1f} % before calibration)."
+                f"error is {100 * part['ece']:.1f} %, and {100 * part['ece_before']:.1f} % without calibration"
+                f"{calibration_gain(part)}."
             )
     return [Paragraph(remark) for remark in remarks]
 

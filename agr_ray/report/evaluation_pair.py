@@ -28,7 +28,7 @@ FORMAT_VERSION: Final = 1
 _TITLES: Final = {
     "age_mae_years": ("age MAE", 1.0, " years"),
     "age_within_5": ("age within 5 years", 100.0, " %"),
-    "age_one_off": ("age group or the next", 100.0, " %"),
+    "age_one_off": ("in the right age group or the next", 100.0, " %"),
     "gender_accuracy": ("gender accuracy", 100.0, " %"),
     "race_accuracy": ("race accuracy", 100.0, " %"),
 }

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.age_bands import AgeBand, age_bands
+from agr_ray.models.checkpoint import CALIBRATION
 from agr_ray.report.evaluation_folder import PREDICTIONS_FILE, read_metrics
 from agr_ray.report.evaluation_page import MeasuredModel, evaluation_page
 from agr_ray.report.page import Page
-from agr_ray.storage import Storage
+from agr_ray.storage import Storage, StorageError, StorageUnavailable
 
 _STRESS_FILE: Final = "stress.parquet"
 _SHEETS: Final = "explain"
@@ -48,9 +51,22 @@ def evaluation_report(storage: Storage, uri: str, others: Sequence[str], *, with
             if "stress" in metrics and storage.exists(stress_file)
             else [],
             sheets=_sheets(storage, uri) if with_faces else {},
+            calibrated_since=_calibrated_since(storage, metrics),
             others=other_metrics,
         )
     )
+
+
+def _calibrated_since(storage: Storage, metrics: Mapping[str, Any]) -> bool:
+    """Return whether the evaluated checkpoint now has another calibration; False if that can't be found out."""
+    record = metrics["evaluation"]
+    try:
+        measured = record["calibration_sha256"]
+        text = storage.read(storage.join(record["checkpoint"], CALIBRATION))
+        is_of_model = json.loads(text)["model_digest"] == record["model_digest"]
+    except (StorageError, StorageUnavailable, ValueError, KeyError, TypeError):
+        return False
+    return bool(is_of_model) and hashlib.sha256(text).hexdigest() != measured
 
 
 def _age_bands(storage: Storage, uri: str) -> list[AgeBand]:

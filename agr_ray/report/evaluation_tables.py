@@ -17,7 +17,7 @@ _BREAKDOWN_WORDS: Final = {
 _GROUP_COLUMNS: Final = (
     ("age", "mae_years", "age MAE, years", 1.0, ".2f"),
     ("age", "bias_years", "age bias, years", 1.0, "+.2f"),
-    ("age", "exact_group", "age group, %", 100.0, ".1f"),
+    ("age", "exact_group", "in the right age group, %", 100.0, ".1f"),
     ("gender", "accuracy", "gender, %", 100.0, ".1f"),
     ("race", "accuracy", "race, %", 100.0, ".1f"),
     ("detector", "fallback_share", "no face found, %", 100.0, ".1f"),

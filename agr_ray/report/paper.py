@@ -16,7 +16,7 @@ from agr_ray.report.page import Block, Drawing, Drawings, Paragraph, Table
 _COLUMNS: Final[Sequence[tuple[str, str, str, float, str]]] = (
     ("age", "mae_years", "age MAE, years", 1.0, ".2f"),
     ("age", "within_5", "within 5 years, %", 100.0, ".1f"),
-    ("age", "one_off", "age group or the next, %", 100.0, ".1f"),
+    ("age", "one_off", "in the right age group or the next, %", 100.0, ".1f"),
     ("gender", "accuracy", "gender, %", 100.0, ".1f"),
     ("race", "accuracy", "race, %", 100.0, ".1f"),
 )

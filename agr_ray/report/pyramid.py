@@ -7,6 +7,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from agr_ray.labels import LabelSpace
 from agr_ray.report.figure import COLOURS, new_figure
@@ -17,8 +18,8 @@ _WIDTH_INCHES: Final = 6.5
 _ROW_INCHES: Final = 0.36
 
 
-def population_pyramid(demographics: pa.Table, space: LabelSpace) -> Drawing:
-    """Draw how many faces of all groups together have each age group and gender.
+def population_pyramid(demographics: pa.Table, space: LabelSpace) -> Drawing | None:
+    """Draw how many faces of all groups together have each age group and gender; None: it would show none.
 
     A bar of which `score.min_cell` hides a cell is left out, and says `hidden`.
 
@@ -35,6 +36,8 @@ def population_pyramid(demographics: pa.Table, space: LabelSpace) -> Drawing:
         (row["age_group"], row["gender"]): None if row["suppressed_any"] else row["n_sum"] or 0
         for row in summed.to_pylist()
     }
+    if all(count == 0 for count in counts.values()):
+        return None
     abstained = pc.max(cells["num_abstained"]).as_py() or 0
     notes = [f"{abstained:,} more are left out, because the model abstained on an attribute."] if abstained else []
     notes += ["Bars with counts that score.min_cell hides are left out."] if None in counts.values() else []
@@ -65,6 +68,7 @@ def _draw(counts: dict[tuple[str, str], int | None], space: LabelSpace) -> Figur
         bars = axes.barh(space.age_groups, widths, color=COLOURS[colour], label=gender, height=0.8)
         axes.bar_label(bars, ["" if length == 0 else _text(length) for length in lengths], padding=3)
     axes.set_xlim(-1.2 * longest, 1.2 * longest)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(lambda count, _: f"{abs(count):,.0f}")
     axes.set(xlabel="faces", ylabel="perceived age, years")
     axes.tick_params(length=0)

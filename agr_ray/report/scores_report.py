@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.shift import QUANTITIES, quality_values
@@ -14,6 +15,7 @@ from agr_ray.report.page import Page
 from agr_ray.report.scores_page import ScoredBucket, scores_page
 from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES
 from agr_ray.scoring.publish import published_runs
+from agr_ray.scoring.scores import open_scores
 from agr_ray.storage import Storage
 
 MAX_RUNS: Final = 100
@@ -47,6 +49,8 @@ def scores_report(storage: Storage, uri: str, run_id: str = "") -> Page:
             demographics=storage.read_table(_demographics(storage, uri, record)),
             runs=records,
             over_time=_over_time(storage, uri, record, records),
+            num_photographs=_num_photographs(storage, uri, records),
+            mean_width_years=_mean_width_years(storage, uri, record["run_id"]) if has_rows else None,
             quality=_quality(storage, uri, record["run_id"]) if has_rows else [],
             examples=_examples(storage, uri, record["run_id"]) if has_rows else {},
         )
@@ -70,14 +74,38 @@ def _demographics(storage: Storage, uri: str, record: dict[str, Any]) -> str:
 
 
 def _over_time(storage: Storage, uri: str, shown: dict[str, Any], records: Sequence[dict[str, Any]]) -> pa.Table:
-    """Return the shares over all groups in the latest runs of the shown run's model that have faces."""
+    """Return the shares over all groups in the latest runs of the shown run's model and settings."""
     names = ["is_total", "breakdown", *DEMOGRAPHIC_ATTRIBUTES, *_SHARES]
     tables = []
-    for record in [record for record in records if record["model_digest"] == shown["model_digest"]][-MAX_RUNS:]:
+    keys = ("model_digest", "config_digest")
+    for record in [record for record in records if all(record[key] == shown[key] for key in keys)][-MAX_RUNS:]:
         totals = storage.read_table(_demographics(storage, uri, record), columns=names)
         totals = totals.filter(totals["is_total"])
         tables.append(totals.append_column("run", pa.array([record["run_id"]] * totals.num_rows, pa.string())))
     return pa.concat_tables(tables)
+
+
+def _num_photographs(storage: Storage, uri: str, records: Sequence[dict[str, Any]]) -> int | None:
+    """Return the number of distinct photographs of all runs; None if runs without image rows or counts are among them.
+
+    Each run of a model and its settings scores other photographs, so only several of these need a look at the rows.
+    """
+    if any(record["aggregate_only"] or record["min_cell"] for record in records):
+        return None
+    ((number,),) = open_scores(uri, storage=storage).query("SELECT count(*) FROM images").fetchall()
+    return int(number)
+
+
+def _mean_width_years(storage: Storage, uri: str, run_id: str) -> float | None:
+    """Return the mean width of the age intervals of the run's faces; None if they have none."""
+    widths, num_faces = 0.0, 0
+    for batch in _batches(storage, storage.join(uri, "faces", f"run={run_id}"), ("age_low", "age_high")):
+        own = pc.drop_null(pc.subtract(batch["age_high"], batch["age_low"]))
+        widths += pc.sum(own).as_py() or 0.0
+        num_faces += len(own)
+        if num_faces >= MAX_FACES:
+            break
+    return widths / num_faces if num_faces else None
 
 
 def _quality(storage: Storage, uri: str, run_id: str) -> list[dict[str, Any]]:

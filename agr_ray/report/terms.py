@@ -41,7 +41,8 @@ MEASURED: Final = {
 
 COUNTED: Final = {
     "perceived": "What the model reads from a picture. It is not a person's identity, origin or true age.",
-    "share of faces": "Fraction of the faces with a predicted class. It includes the model's errors.",
+    "counted faces": "All detected faces that are not flagged, with or without a predicted class.",
+    "undecided": "The model abstained: it gives no class, because it is too uncertain.",
     "corrected share": "Fraction of all counted faces, estimated with the model's error rates on its calibration "
     "images.",
     "calibration images": "Labelled images on which the model's error rates and age intervals were measured.",

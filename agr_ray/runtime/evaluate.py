@@ -9,6 +9,7 @@ With `--explain`, `runtime.explain` draws sheets of faces.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections import Counter
@@ -53,7 +54,13 @@ from agr_ray.report.evaluation_folder import (
     out_folder,
 )
 from agr_ray.report.evaluation_pair import write_pair
-from agr_ray.report.evaluation_summary import print_calibration, print_fitted, print_summary, vision_differences
+from agr_ray.report.evaluation_summary import (
+    print_calibration,
+    print_fitted,
+    print_following,
+    print_summary,
+    vision_differences,
+)
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.evaluation_workers import fitting_workers, map_parts, predicts_here
 from agr_ray.runtime.explain import Explanation, explain
@@ -191,6 +198,7 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                 text = json.dumps(calibration.to_json(), allow_nan=False) + "\n"
                 _check(locks)
                 storage.write(storage.join(checkpoint, CALIBRATION), text.encode())
+                (directory / CALIBRATION).write_text(text)
             metrics = _measure(rows, calibration, config, training_baseline(meta, space), console)
             if calibration is not None:
                 warning = calibration.precision_warning(precisions)
@@ -209,6 +217,7 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                 "precisions": list(precisions),
                 "num_seen_in_training": num_seen,
                 "statuses": statuses,
+                "calibration_sha256": _sha256(directory / CALIBRATION),
             }
             _check(locks)
             storage.write_table(table, storage.join(out, PREDICTIONS_FILE))
@@ -219,7 +228,7 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
             if config.calibrate and calibration is not None:
                 print_fitted(console, calibration, storage.join(checkpoint, CALIBRATION))
             if calibration is not None:
-                print_calibration(console, metrics["calibration"])
+                print_calibration(console, metrics)
             if config.explain:
                 explanation = Explanation(
                     storage=storage,
@@ -257,7 +266,13 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                 _write_metrics(storage, out, metrics, locks)
                 _check(locks)
                 add_to_card(storage, checkpoint, metrics, console)
+            print_following(console, config, checkpoint, prepared.uri, out)
     return metrics, out
+
+
+def _sha256(path: Path) -> str | None:
+    """Return the SHA-256 of a file, in hex; None if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def _write_metrics(storage: Storage, out: str, metrics: Mapping[str, Any], locks: Sequence[RunLock]) -> None:

@@ -30,6 +30,8 @@ def score(job: ScoreJob) -> dict[str, Any]:
     Few photographs are scored in one process without Ray, unless the job names a cluster, workers or GPUs, or this
     process is connected to a cluster.
 
+    If none is new, publish nothing, and return the record of the latest run with the same model and settings.
+
     Raises:
         ConfigError: the checkpoint or the input does not exist, the input has no photographs, most of them are
             rejected for the same reason, another run is active, or the cluster is too small for the plan.

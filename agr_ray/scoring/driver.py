@@ -35,8 +35,7 @@ from agr_ray.progress_bar import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
 from agr_ray.scoring.grouping import check_grouping
 from agr_ray.scoring.loaded_model import ModelFiles, read_model, short_digest, written_attributes
-from agr_ray.scoring.messages import print_plan, print_shift, print_summary, print_timings
-from agr_ray.scoring.planning import Plan
+from agr_ray.scoring.messages import print_nothing_new, print_plan, print_shift, print_summary, print_timings
 from agr_ray.scoring.publish import (
     MAX_FACES,
     Counts,
@@ -102,6 +101,8 @@ class Workers(Protocol):
 def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, Any]:
     """Score all new photographs, publish, and return the run's record, `_SUCCESS/run=ID.json`.
 
+    If none is new, publish nothing, and return the record of the latest run with the same model and settings.
+
     Raises:
         ConfigError: the checkpoint or the input does not exist, the input has no photographs, most of them are
             rejected for the same reason, another job holds the lock, or the cluster is too small.
@@ -138,10 +139,16 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             console.print(f"warning: unpublished files of a killed job in {out} can't be deleted: {error}")
         if left:
             console.print(f"deleted unpublished files of killed jobs: {', '.join(left)}")
-        skipped = _scored_folders(storage, out, job, model, config_digest, key)
+        earlier = _scored_runs(storage, out, job, model, config_digest, key)
+        skipped = list(earlier)
         planned = resume(storage, plans, skipped, job.score.max_refused, console)
         if planned is None:
             planned = replan(job, storage, plans, skipped, key, check, console)
+        if planned.plan.num_scored and not planned.plan.num_to_do:
+            latest = list(earlier.values())[-1]
+            print_nothing_new(job.score, planned.plan, latest["run_id"], console)
+            _delete_plans(storage, plans, lock, console)
+            return latest
         print_plan(job.score, planned.plan, console)
         run_id = new_id(now())
         work = storage.join(plans, planned.plan_id)
@@ -202,12 +209,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         timings |= {"plan_s": planned.plan_s, "publish_s": time.perf_counter() - started}
         record = run_record(job, publication, model, config_digest, precisions, timings, totals, shift)
         retry.call(lambda: publish(publication, record, lock.check))
-        try:
-            lock.check()
-            storage.delete_tree(plans)
-        except (LockLost, StorageError, StorageUnavailable) as error:
-            # The run is published anyway, and later runs do not need this folder to be gone.
-            console.print(f"warning: the run's work folder {plans} can't be deleted: {error}")
+        _delete_plans(storage, plans, lock, console)
     title = f"{out} run={run_id}"
     if job.score.min_cell:
         console.print(f"published {title}; score.min_cell withholds its totals")
@@ -218,6 +220,15 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     print_timings(console, timings)
     print_next(console, "see who is in the photographs", "report", out)
     return record
+
+
+def _delete_plans(storage: Storage, plans: str, lock: RunLock, console: Console) -> None:
+    """Delete the work folder; a failure is a warning, because later runs do not need it to be gone."""
+    try:
+        lock.check()
+        storage.delete_tree(plans)
+    except (LockLost, StorageError, StorageUnavailable) as error:
+        console.print(f"warning: the run's work folder {plans} can't be deleted: {error}")
 
 
 @contextmanager
@@ -309,12 +320,15 @@ def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
     return selection | paths
 
 
-def _scored_folders(
+def _scored_runs(
     storage: Storage, out: str, job: ScoreJob, model: ModelFiles, config_digest: str, key: bytes
-) -> list[str]:
-    """Return the folders of runs with the same model, configuration and key, whose images need not be scored again."""
+) -> dict[str, dict[str, Any]]:
+    """Return the runs with the same model, configuration and key, whose images need not be scored again.
+
+    They are in order: folder of the scored images -> record.
+    """
     wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": key_id(key)}
-    folders = []
+    runs = {}
     for record in published_runs(storage, out):
         if all(record[name] == value for name, value in wanted.items()):
             if record["aggregate_only"] and not job.score.aggregate_only:
@@ -329,8 +343,8 @@ def _scored_folders(
                     f"score.ledger {job.score.ledger}: has no run={record['run_id']}, which is published in {out}; "
                     "without it, its photographs would be scored and counted again"
                 )
-            folders.append(folder)
-    return folders
+            runs[folder] = record
+    return runs
 
 
 # The run
@@ -359,7 +373,7 @@ def _score_parts(
     stopwatch = Stopwatch()
     num_faces = 0
     started = time.perf_counter()
-    total = sum(_rows_of(part, planned.plan) for part in todo)
+    total = sum(planned.plan.rows_of(part) for part in todo)
     hides_totals = bool(job.score.min_cell)  # a suppressed cell could be computed from them
     num_parts = 0
     with progress(console, "scoring", len(todo) if hides_totals else total) as update:
@@ -398,11 +412,6 @@ def _finished_parts(scoring: Scoring, refusals: Refusals, precisions: set[str], 
             precisions.update(images["precision"].drop_null().to_pylist())
             done.add(number)
     return done
-
-
-def _rows_of(part: int, plan: Plan) -> int:
-    """Return the number of rows of a part."""
-    return min(plan.rows_per_part, plan.num_to_do - part * plan.rows_per_part)
 
 
 def _stage_files(publication: Publication, workers: Workers, check: Callable[[], None], console: Console) -> Counts:

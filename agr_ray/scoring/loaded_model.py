@@ -15,7 +15,7 @@ from agr_ray.config.pipeline import Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import LabelSpace
-from agr_ray.models.checkpoint import Checkpoint
+from agr_ray.models.checkpoint import CARD, Checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import ATTRIBUTES
@@ -28,6 +28,10 @@ class ModelFiles:
 
     checkpoint: Mapping[str, bytes]
     digest: str
+    meta: Mapping[str, Any]
+    """Contents of meta.json."""
+    card: str
+    """The model card; empty: the checkpoint has none."""
     tasks: tuple[str, ...]
     space: LabelSpace
     transform: Transform
@@ -72,9 +76,12 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
         console.print(f"warning: no age intervals, no abstention, no corrected shares: {reason}")
     elif calibration.overlap_warning:
         console.print(f"warning: {calibration.overlap_warning}")
+    card = checkpoint.directory / CARD
     return ModelFiles(
         checkpoint=portable_checkpoint(checkpoint.directory),
         digest=checkpoint.digest,
+        meta=checkpoint.meta,
+        card=card.read_text(encoding="utf-8") if card.exists() else "",
         tasks=checkpoint.model.tasks,
         space=checkpoint.model.space,
         transform=checkpoint.transform,

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from agr_ray.config import ScoreConfig
 from agr_ray.console import make_table
+from agr_ray.evaluation.shift import not_compared_lines
 from agr_ray.progress_bar import print_failed
 from agr_ray.scoring.planning import Plan
 
@@ -45,6 +46,12 @@ def print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
             console.print(f"warning: score.group_by {name}: only {of} photographs have a value; {source}")
 
 
+def print_nothing_new(config: ScoreConfig, plan: Plan, run_id: str, console: Console) -> None:
+    """Print that all photographs were scored before; with score.min_cell, without their number."""
+    photographs = "all photographs" if config.min_cell else f"{plan.num_scored:,} photographs"
+    console.print(f"nothing new since run {run_id}: {photographs} are scored already")
+
+
 def print_summary(console: Console, totals: Mapping[str, Any], title: str) -> None:
     """Print the run's totals."""
     console.print(title)
@@ -66,8 +73,10 @@ def print_shift(console: Console, shift: Mapping[str, Any]) -> None:
     differs = shift["verdict"] in ("photographs_differ", "predictions_differ")
     console.print(f"{'warning: ' if differs else ''}{shift['sentence']}")
     for each in shift["quantities"]:
-        if each["sentence"] and each["verdict"] != "similar":
+        if each["sentence"] and each["verdict"] == "shifted":
             console.print(f"  {each['sentence']}")
+    for line in not_compared_lines(shift["quantities"]):
+        console.print(f"  {line}")
 
 
 def print_timings(console: Console, timings: Mapping[str, Any]) -> None:

@@ -70,6 +70,10 @@ class Plan:
     num_grouped: dict[str, int]
     """Rows of the manifest with a value, by column of score.group_by."""
 
+    def rows_of(self, part: int) -> int:
+        """Return the number of rows of a part."""
+        return min(self.rows_per_part, self.num_to_do - part * self.rows_per_part)
+
 
 def plan(
     storage: Storage,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from agr_ray.config import ScoreJob
+from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.shift import compare
+from agr_ray.models.card import measured_in
 from agr_ray.schema import SCHEMA_VERSION
 from agr_ray.scoring.loaded_model import ModelFiles
 from agr_ray.scoring.planning import Plan
@@ -35,6 +37,7 @@ def run_record(
         "started_at": publication.started_at.isoformat(timespec="milliseconds"),
         **({} if publication.key else {"input": publication.storage.absolute(job.score.input)}),
         "model_digest": model.digest,
+        "model": described_model(model.meta, model.calibration, model.card),
         "config_digest": config_digest,
         "key_id": key_id(publication.key),
         "schema_version": SCHEMA_VERSION,
@@ -52,6 +55,66 @@ def run_record(
         "shift": shift,
         "timings": timings,
         "published_at": now().isoformat(timespec="milliseconds"),
+    }
+
+
+_MEASURED: Final = (
+    ("age", "mae_years"),
+    ("age", "exact_group"),
+    ("gender", "accuracy"),
+    ("race", "accuracy"),
+)
+
+
+_TITLES: Final = ("age MAE", "in the right age group", "gender accuracy", "race accuracy")
+
+
+def described_model(meta: Mapping[str, Any], calibration: Calibration | None, card: str = "") -> dict[str, Any]:
+    """Return what is known of a model's errors, as plain values. A key is missing if nothing is known.
+
+    Keys: `trained_on`: `source`, and `num_images`; `measured`: evaluations on other images, see `card.measured_in`;
+    `validation`: for each metric `value`, `baseline` (the constant baseline's) and `num_images`; `calibration`:
+    `num_images`, and for gender and race the shares `abstained` (of the labelled calibration images) and `error` (of
+    those on which the model does not abstain; None: there are none).
+
+    Args:
+        meta: content of the checkpoint's meta.json.
+        calibration: of the run.
+        card: the checkpoint's model card.
+    """
+    described: dict[str, Any] = {}
+    data, val = meta["data"], meta["metrics"].get("val") or {}
+    if data.get("source"):
+        described["trained_on"] = {"source": data["source"], "num_images": data.get("num_train_rows")}
+    measured = {
+        f"{task}_{key}": {
+            "value": val[task][key],
+            "baseline": ((val.get("baseline") or {}).get(task) or {}).get(key),
+            "num_images": val[task]["n"],
+        }
+        for task, key in _MEASURED
+        if (val.get(task) or {}).get(key) is not None
+    }
+    if measured:
+        described["validation"] = measured
+    evaluations = measured_in(card, _TITLES)
+    if evaluations:
+        described["measured"] = evaluations
+    if calibration is not None:
+        described["calibration"] = {
+            "num_images": calibration.n,
+            **{task: _abstention(calibration, task) for task in ("gender", "race") if getattr(calibration, task)},
+        }
+    return described
+
+
+def _abstention(calibration: Calibration, task: str) -> dict[str, Any]:
+    truth, predicted = (calibration.rows[name][calibration.rows[task] >= 0] for name in (task, f"{task}_pred"))
+    accepted = predicted >= 0
+    wrong = (predicted != truth)[accepted]
+    return {
+        "abstained": float(1.0 - accepted.mean()),
+        "error": float(wrong.mean()) if len(wrong) else None,
     }
 
 

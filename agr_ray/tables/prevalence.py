@@ -112,8 +112,28 @@ def why_not(confusion: IntArray, names: Sequence[str]) -> str | None:
         return f"{names[rarest]}: {num_rows[rarest]} calibration images, {MIN_CALIBRATION_ROWS} are needed"
     condition = _condition(confusion)
     if condition > MAX_CONDITION:
-        return f"confusion matrix too ill-conditioned: {condition:,.1f}, at most {MAX_CONDITION:g} is allowed"
+        return (
+            f"the model cannot tell the classes apart well enough{_never_predicted(confusion, names)} (confusion "
+            f"matrix {_condition_text(condition)}, at most {MAX_CONDITION:g} is allowed)"
+        )
     return None
+
+
+def _never_predicted(confusion: IntArray, names: Sequence[str]) -> str:
+    """Return which classes of one attribute are never predicted, as part of a sentence."""
+    if confusion.shape[1] != len(names) + 1:  # several attributes: outcomes are no classes
+        return ""
+    never = [name for name, number in zip(names, confusion.sum(axis=0), strict=False) if not number]
+    if len(never) == len(names):
+        return ": it abstained on all calibration images"
+    return f": it never predicted {', '.join(never)} for a calibration image" if never else ""
+
+
+def _condition_text(condition: float) -> str:
+    """Return a condition number in words; above 1 / (the precision of float64), the matrix is singular."""
+    if condition > 1e15:
+        return "singular"
+    return f"of condition number {condition:.1f}" if condition < 1000 else f"of condition number {condition:.0e}"
 
 
 def why_not_together(confusions: Sequence[IntArray]) -> str | None:
@@ -122,10 +142,10 @@ def why_not_together(confusions: Sequence[IntArray]) -> str | None:
     condition = math.prod(conditions)
     if condition <= MAX_CONDITION:
         return None
-    product = " x ".join(f"{each:,.1f}" for each in conditions)
+    product = " x ".join(f"{each:.1f}" for each in conditions)
     return (
-        f"confusion matrices too ill-conditioned together: {product} = {condition:,.1f}, at most {MAX_CONDITION:g} is "
-        "allowed"
+        "the model cannot tell the combinations of classes apart well enough (confusion matrices of condition number "
+        f"{product} = {condition:.1f}, at most {MAX_CONDITION:g} is allowed)"
     )
 
 

@@ -234,7 +234,7 @@ def test_later_runs_score_only_what_was_added_or_replaced(
         task.put(key, photograph(1000 + number))
     succeed(task.command(three_nodes), three_nodes.environment)
 
-    assert [record["num_images"] for record in task.records()] == [len(before), 0, 5]
+    assert [record["num_images"] for record in task.records()] == [len(before), 5]
     with task.published(tmp_path) as database:
         rows = database.sql("SELECT uri FROM rows").fetchall()
         seen = database.sql("SELECT uri, status FROM images").fetchall()

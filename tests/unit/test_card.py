@@ -98,6 +98,7 @@ def test_the_card_has_every_section_once() -> None:
                 "Training data",
                 "Training",
                 "Validation",
+                "Calibration",
                 "Intended uses",
                 "Excluded uses",
                 "The law, in outline",
@@ -198,10 +199,29 @@ def test_an_evaluation_adds_intervals_and_groups_to_the_card() -> None:
     measured = section(card, "Measured on utkface, split test, abcdef01")
 
     assert card.startswith(model_card(meta()).rstrip())
+    assert section(card, "Calibration").strip().startswith("Not calibrated: no age intervals and no abstention.")
     assert "None is a training image." in measured
     assert "| gender accuracy | 96.00 % |" in measured
     assert " to " in measured
     assert "| age group | 21-30 |" in measured
+
+
+def test_the_card_says_what_the_checkpoint_is_calibrated_on() -> None:
+    part = {"risk": 0.05}
+    calibration = {"age": {"nominal": 0.9}, "gender": part, "race": None, "num_calibrated_on": 520, "warning": ""}
+    metrics = evaluation() | {"calibration": calibration | {"notes": ["race: no labelled image"]}}
+    metrics["calibration"]["age"] |= {"mae_years": 5.0, "mae_years_before": 5.0}
+
+    card = with_measured(with_measured(model_card(meta()), metrics), metrics)
+
+    assert section(card, "Calibration").strip().splitlines() == [
+        "Calibrated on 520 images: intervals that should hold 90 % of true ages and an abstention from gender that "
+        "should leave at most 5 % wrong.",
+        "- race: no labelled image",
+    ]
+    assert card.count("## Calibration") == 1
+    uncalibrated = evaluation("val")
+    assert section(with_measured(card, uncalibrated), "Calibration") == section(card, "Calibration")
 
 
 def test_the_same_evaluation_replaces_itself_and_no_other() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -137,6 +138,21 @@ def test_the_page_describes_the_measured_network(tmp_path: Path) -> None:
     assert "15,000" in text
     assert "c0ffee" in text
     assert "of another model" not in text
+
+
+@pytest.mark.parametrize("change", ["none", "calibrated again", "calibrated", "another model"])
+def test_a_calibration_after_the_evaluation_has_a_warning(tmp_path: Path, change: str) -> None:
+    text = json.dumps({"model_digest": ("ef" if change == "another model" else "ab") * 32, "n": 520})
+    measured = text if change == "none" else f"{text} "
+    sha256 = None if change == "calibrated" else hashlib.sha256(measured.encode()).hexdigest()
+    metrics = write_evaluation(tmp_path / "eval", changes={"calibration_sha256": sha256})
+    best = Path(metrics["evaluation"]["checkpoint"])
+    best.mkdir(parents=True)
+    (best / "calibration.json").write_text(text)
+
+    is_shown = "The checkpoint was calibrated after this evaluation" in page_of(tmp_path / "eval")
+
+    assert is_shown == (change in ("calibrated", "calibrated again"))
 
 
 def test_images_without_a_label_are_not_counted_for_its_task(tmp_path: Path) -> None:

@@ -216,6 +216,7 @@ def test_the_worst_and_best_group_with_gap_and_ratio() -> None:
 
     assert found is not None
     assert (found["num_groups"], found["num_small"]) == (3, 1)
+    assert found["worst_small"] == {"name": "d", "value": 0.5, "n": 4}
     assert found["worst"] == {"name": "b", "value": 0.6, "n": 100}
     assert found["best"] == {"name": "a", "value": 0.9, "n": 100}
     assert found["gap"] == pytest.approx(0.3)
@@ -249,6 +250,7 @@ def test_the_worst_bias_is_the_farthest_from_zero() -> None:
     found = disparity(["old", "b", "young"], biases, lower_is_better=True)
     assert found is not None
     assert (found["worst"]["name"], found["best"]["name"]) == ("old", "young")
+    assert found["worst_small"] is None
     assert (found["gap"], found["ratio"]) == (8.0, None)
 
 

@@ -158,8 +158,20 @@ def test_shares_of_a_group_reveal_nothing_about_other_groups() -> None:
 @pytest.mark.parametrize(
     ("confusion", "reason"),
     [
-        ([[500, 480, 20], [480, 500, 20]], "confusion matrix too ill-conditioned"),
-        ([[0, 0, 900], [0, 0, 90]], "confusion matrix too ill-conditioned"),  # always abstains
+        (
+            [[500, 480, 20], [480, 500, 20]],
+            "the model cannot tell the classes apart well enough (confusion matrix of condition number 49.0, ",
+        ),
+        (
+            [[0, 0, 900], [0, 0, 90]],
+            "the model cannot tell the classes apart well enough: it abstained on all calibration images (confusion "
+            "matrix of condition number",
+        ),
+        (
+            [[900, 0, 0], [900, 0, 0]],
+            "the model cannot tell the classes apart well enough: it never predicted male for a calibration image "
+            "(confusion matrix singular, at most 30 is allowed)",
+        ),
         ([[900, 50, 50], [5, MIN_CALIBRATION_ROWS - 6, 0]], "male: 19 calibration images, 20 are needed"),
     ],
 )
@@ -194,8 +206,8 @@ def test_matrices_usable_alone_are_rejected_if_their_product_is_ill_conditioned(
         raw_error.append(np.abs(seen_shares(counts, (9, 10)) - shares).mean())
         assert (said is None) == is_allowed
         if said is not None:
-            assert said.startswith("confusion matrices too ill-conditioned together: ")
-            assert said.endswith(", at most 30 is allowed")
+            assert said.startswith("the model cannot tell the combinations of classes apart well enough (")
+            assert said.endswith(", at most 30 is allowed)")
 
     assert (np.mean(error) < np.mean(raw_error)) == is_allowed
 

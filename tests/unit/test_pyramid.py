@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from agr_ray.labels import UTKFACE
+from agr_ray.report.page import Drawing
 from agr_ray.report.pyramid import population_pyramid
 from agr_ray.schema import DEMOGRAPHICS
 
@@ -17,8 +19,14 @@ def _row(group: str, gender: str, race: str, n: int | None, **changes: Any) -> d
     return counts | cell | {"n": n, "suppressed": n is None} | changes
 
 
-def _lengths(table: pa.Table) -> tuple[list[float], str]:
+def _pyramid(table: pa.Table) -> Drawing:
     drawing = population_pyramid(table, UTKFACE)
+    assert drawing is not None
+    return drawing
+
+
+def _lengths(table: pa.Table) -> tuple[list[float], str]:
+    drawing = _pyramid(table)
     axes = drawing.draw().axes[0]
     return [bar.get_width() for container in axes.containers for bar in container], drawing.caption
 
@@ -46,7 +54,7 @@ def test_hidden_cells_are_mentioned() -> None:
 
     assert sum(lengths) == 0  # the bar would be too short
     assert "score.min_cell" in caption
-    numbers = population_pyramid(pa.Table.from_pylist(rows, DEMOGRAPHICS), UTKFACE).numbers
+    numbers = _pyramid(pa.Table.from_pylist(rows, DEMOGRAPHICS)).numbers
     assert numbers is not None
     assert next(iter(numbers.rows)) == ("0-10", "hidden", "0")
 
@@ -66,15 +74,25 @@ def test_a_model_without_race_has_its_bars() -> None:
     assert sum(_lengths(pa.Table.from_pylist(rows, DEMOGRAPHICS))[0]) == -3
 
 
-def test_an_empty_table_has_empty_bars() -> None:
-    lengths, _ = _lengths(DEMOGRAPHICS.empty_table())
+@pytest.mark.parametrize("rows", [[], [_row("0-10", "female", "white", 0, num_abstained=9)]])
+def test_without_a_face_there_is_no_pyramid(rows: list[dict[str, Any]]) -> None:
+    assert population_pyramid(pa.Table.from_pylist(rows, DEMOGRAPHICS), UTKFACE) is None
 
-    assert lengths == [0] * (2 * len(UTKFACE.age_groups))
+
+@pytest.mark.parametrize("longest", [1, 3, 9, 14, 75, 1234])
+def test_ticks_are_whole_numbers(longest: int) -> None:
+    rows = [_row("0-10", "female", "white", longest)]
+
+    axes = _pyramid(pa.Table.from_pylist(rows, DEMOGRAPHICS)).draw().axes[0]
+
+    ticks = axes.get_xticks()
+    assert [tick for tick in ticks if tick != round(tick)] == []
+    assert len(ticks) >= 3
 
 
 def test_the_legend_covers_no_bar_and_no_number() -> None:
     rows = [_row(group, gender, "white", 10) for group in UTKFACE.age_groups for gender in UTKFACE.genders]
-    figure = population_pyramid(pa.Table.from_pylist(rows, DEMOGRAPHICS), UTKFACE).draw()
+    figure = _pyramid(pa.Table.from_pylist(rows, DEMOGRAPHICS)).draw()
     figure.draw_without_rendering()
 
     axes = figure.axes[0]

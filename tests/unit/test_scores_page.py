@@ -62,7 +62,7 @@ def score(model: Path, photographs: Path, out: Path, **changes: Any) -> dict[str
 def scored(
     model: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Two runs, the second of the days that the first did not see, and one with nothing new."""
+    """Two runs, the second of the days that the first did not see."""
     out = tmp_path_factory.mktemp("scored") / "out"
     include = (tuple(f"{day}/*" for day in days) for days in (DAYS[:2], DAYS))
     return out, [score(model, photographs, out, include=each) for each in include]
@@ -83,10 +83,11 @@ def test_the_latest_run_is_shown_and_all_are_listed(scored: tuple[Path, list[dic
     out, records = scored
     text = page_of(out)
 
-    assert f"This page shows run {records[1]['run_id']}, one of 2 runs, which scored 27 images in total" in text
+    assert f"This page shows run {records[1]['run_id']}, one of 2 runs, which scored 27 photographs" in text
+    assert "may have scored the same photographs again" not in text
     rows = list(rows_of(out, "All runs"))[2:]
     assert [row[0] for row in rows] == [record["run_id"] for record in records]
-    assert [row[3] for row in rows] == ["18", "9"]
+    assert [row[4] for row in rows] == ["18", "9"]
 
 
 def test_counts_are_those_of_the_tables(scored: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -133,8 +134,8 @@ def test_a_page_in_the_results_folder_is_no_result(
     out, records = scored
     page_of(out)
 
-    assert score(model, photographs, out)["num_images"] == 0
-    assert f"run {records[1]['run_id']}" in page_of(out)  # a run without an image is not the one to look at
+    assert score(model, photographs, out) == records[1]
+    assert f"run {records[1]['run_id']}" in page_of(out)
 
 
 def test_hidden_counts_stay_hidden(model: Path, photographs: Path, tmp_path: Path) -> None:
@@ -171,6 +172,11 @@ def test_a_run_whose_images_were_scored_again_keeps_its_rows(model: Path, photog
     with_limit = GatesConfig(min_side_px=500.0)
     second = score(model, photographs, tmp_path / "out", gates=with_limit)
     assert first["num_images"] == second["num_images"]
+    number = f"{first['num_images']} photographs"
+    text = page_of(tmp_path / "out")
+    assert f"one of 2 runs, which scored {number}" in text
+    assert "may have scored the same photographs again" in text
+    assert not list((tmp_path / "out" / "report-figures").glob("time-*"))  # the runs have other settings
 
     page_of(tmp_path / "out", run=first["run_id"])
 

@@ -281,6 +281,15 @@ def test_drawing_by_shares_needs_the_crops_in_memory(one: Path, two: Path) -> No
 # Records
 
 
+def test_a_folder_without_a_name_is_called_by_the_folder_of_its_set(tmp_path: Path) -> None:
+    (prepared,) = opened(prepared_set(tmp_path / "mine"))
+    settings = prepared.settings | {"source": {"kind": "folder", "name": ""}}
+
+    assert prepared.model_copy(update={"settings": settings}).source == "mine"
+    named = prepared.settings | {"source": {"kind": "utkface", "name": ""}}
+    assert prepared.model_copy(update={"settings": named}).source == "utkface"
+
+
 def test_the_record_of_several_sets_has_joint_and_separate_entries(one: Path, two: Path) -> None:
     sets = opened(one, two)
     sets[1] = sets[1].model_copy(update={"split_manifest_sha256": "1" * 64})
