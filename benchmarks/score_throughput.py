@@ -39,21 +39,17 @@ from facenet_pytorch import MTCNN
 from memory import described, peak, watched_memory
 from numpy.typing import NDArray
 from PIL import Image
+from random_network import save_random_network
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
-from torch import nn
 
-from agr_ray.config import ClusterConfig, ModelConfig, PredictConfig, ScoreConfig, ScoreJob, VisionConfig
-from agr_ray.config.pipeline import Pipeline
+from agr_ray.config import ClusterConfig, ModelConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
-from agr_ray.labels import UTKFACE
-from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
-from agr_ray.models.int8 import quantize
-from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform, prepare_eval, to_nchw
-from agr_ray.predict.attributes import BATCH_SIZE, AttributePredictor
+from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.forward import average
 from agr_ray.runtime.score import score
 from agr_ray.vision.align import align
@@ -103,7 +99,7 @@ def main() -> None:
         folder = Path(temporary)
         checkpoint = arguments.checkpoint or folder / "checkpoint"
         if not arguments.checkpoint:
-            in_new_process(make_checkpoint, paths, checkpoint, arguments.int8)
+            in_new_process(make_checkpoint, paths, checkpoint, "int8" if arguments.int8 else "auto")
         agreement, one_thread_s = in_new_process(attribute_agreement, paths, checkpoint)
         reference = in_new_process(user_loop, paths)
         num_copies = max(1, round(arguments.seconds * arguments.workers / one_thread_s / len(paths)))
@@ -186,34 +182,10 @@ def cut_faces(paths: list[Path], transform: Transform) -> NDArray[np.uint8]:
     return np.stack(crops)
 
 
-def make_checkpoint(paths: list[Path], directory: Path, int8: bool) -> None:
-    """Save a network of random weights whose outputs spread over these faces as a trained one's would.
-
-    Otherwise, all faces would get the same age and race, and agreement would mean nothing.
-    """
-    torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(preset="paper"), UTKFACE)
-    images = prepare_eval(to_nchw(cut_faces(paths, TRANSFORM), torch.device("cpu")), TRANSFORM)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # running statistics are the mean of all batches
-    with torch.inference_mode():
-        model.train()
-        for chunk in images.split(16):
-            model.features(chunk)
-        model.eval()
-        features = torch.cat([model.features(chunk) for chunk in images.split(16)])
-    for task, mean, std in (("age", 40.0, 15.0), ("gender", 0.0, 2.0), ("race", 0.0, 2.0)):
-        head: Any = model.heads[task].layer
-        with torch.no_grad():
-            logits = head(features)
-            head.weight.mul_(std / logits.std(dim=0)[:, None])
-            head.bias.copy_(mean - (features @ head.weight.T).mean(dim=0))
-    size = BATCH_SIZE["cpu"]
-    batches = [chunk.contiguous().numpy() for chunk in images.split(size) if len(chunk) == size]
-    files = quantize(model, batches) if int8 else None
-    pipeline = Pipeline(predict=PredictConfig(precision="int8" if int8 else "auto"))
-    save_checkpoint(directory, model, TRANSFORM, pipeline=pipeline, int8_files=files)
+def make_checkpoint(paths: list[Path], directory: Path, precision: str) -> None:
+    """Save a network of random weights, fitted to the faces of these photographs."""
+    crops = cut_faces(paths, TRANSFORM)
+    save_random_network(ModelConfig(preset="paper"), crops, TRANSFORM, directory, precision=precision)
 
 
 def attribute_agreement(paths: list[Path], directory: Path) -> tuple[Table, float]:

@@ -56,6 +56,7 @@ from agr_ray.models.precision import autocast, compute_dtype
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.ray_compat import machine_cpus
 from agr_ray.runtime.train import train
+from agr_ray.schema import LABEL_COLUMNS
 from agr_ray.storage import Storage
 from agr_ray.vision.align import DEFAULT_MARGIN
 
@@ -97,11 +98,11 @@ def main() -> None:
                 use_gpu=arguments.use_gpu,
             ),
         )
-        device_speeds = [in_new_process(one_batch, job, arguments.steps)]
-        user_speeds = [in_new_process(user_loop, job, arguments.steps)]
+        device_speeds = [in_new_process(one_batch, job, arguments.steps).samples_per_s]
+        user_speeds = [in_new_process(user_loop, job, arguments.steps).samples_per_s]
         ours = in_new_process(our_path, job)
-        user_speeds.append(in_new_process(user_loop, job, arguments.steps))
-        device_speeds.append(in_new_process(one_batch, job, arguments.steps))
+        user_speeds.append(in_new_process(user_loop, job, arguments.steps).samples_per_s)
+        device_speeds.append(in_new_process(one_batch, job, arguments.steps).samples_per_s)
     device_speed, user_speed = float(np.mean(device_speeds)), float(np.mean(user_speeds))
     table = Table("", "samples/s", "of (a)", "of (c)", title=title(job), title_justify="left")
     for label, speed in (
@@ -138,6 +139,15 @@ def title(job: TrainJob) -> str:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Result of (a) or (c)."""
+
+    samples_per_s: float
+    wait_share: float
+    """Share of time spent waiting for data."""
+
+
+@dataclass(frozen=True)
 class Setup:
     """A prepared set's training rows, and the network and settings."""
 
@@ -159,7 +169,7 @@ def set_up(job: TrainJob) -> Setup:
     torch.set_num_threads(machine_cpus())
     storage = Storage()
     prepared = open_prepared(storage, job.train.data, "--data")
-    columns = ["crop", "split", "status", "age", "gender", "race"]
+    columns = ["crop", "split", "status", *LABEL_COLUMNS]
     rows = storage.read_table(prepared.crops(storage), columns=columns)
     rows = select_crops(rows, "train", usable_statuses(use_fallback=True))
     first = rows.slice(0, job.train.batch_size)
@@ -182,8 +192,8 @@ class SameBatch(LocalContext):
             yield self.train
 
 
-def one_batch(job: TrainJob, num_steps: int) -> float:
-    """Return the samples per second of (a), in its second epoch."""
+def one_batch(job: TrainJob, num_steps: int) -> Speed:
+    """Return the speed of (a), in its second epoch."""
     setup = set_up(job)
     nothing = {name: values[:0] for name, values in setup.batch.items()}
     batch = {**setup.batch, "crop": torch.from_numpy(setup.batch["crop"]).to(setup.device)}
@@ -193,7 +203,7 @@ def one_batch(job: TrainJob, num_steps: int) -> float:
     baseline = Baseline.fit(setup.labels)
     num_rows = num_steps * job.train.batch_size
     rows = train_loop(context, MultiTaskNet(job.model, setup.labels.space), setup.transform, job, baseline, num_rows)
-    return float(rows[-1]["samples_per_s"])
+    return Speed(rows[-1]["samples_per_s"], rows[-1]["data_wait_share"])
 
 
 # (b)
@@ -265,8 +275,8 @@ class Crops(Dataset[tuple[Any, ...]]):
         return self.transform(image), *(getattr(self.setup.labels, name)[index] for name in LABELS)
 
 
-def user_loop(job: TrainJob, num_steps: int) -> float:
-    """Return the samples per second of (c), in the epochs after the first."""
+def user_loop(job: TrainJob, num_steps: int) -> Speed:
+    """Return the speed of (c), in the epochs after the first."""
     setup = set_up(job)
     device = setup.device
     crops = Crops(setup, job.augment)
@@ -281,14 +291,18 @@ def user_loop(job: TrainJob, num_steps: int) -> float:
         drop_last=True,
     )
     model = MultiTaskNet(job.model, setup.labels.space).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    if job.train.compile:
+        model.compile()
     heads = model.heads_by_task
     optimizer = build_optimizer(model, job.train)
-    started, num_samples = 0.0, 0
+    started, num_samples, wait_s = 0.0, 0, 0.0
     for epoch in range(1 + TIMED_EPOCHS):
         if epoch == 1:
-            started, num_samples = now(device), 0
+            started, num_samples, wait_s = now(device), 0, 0.0
         total_loss = torch.zeros((), device=device)
+        asked = time.perf_counter()
         for images, *labels in loader:
+            wait_s += time.perf_counter() - asked
             images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
             targets = {name: values.to(device, non_blocking=True) for name, values in zip(LABELS, labels, strict=True)}
             with autocast(device, job.train.precision):
@@ -299,8 +313,10 @@ def user_loop(job: TrainJob, num_steps: int) -> float:
             optimizer.step()
             total_loss += loss.detach()
             num_samples += len(images)
+            asked = time.perf_counter()
         float(total_loss)
-    return num_samples / (now(device) - started)
+    seconds = now(device) - started
+    return Speed(num_samples / seconds, wait_s / seconds)
 
 
 def now(device: torch.device) -> float:

@@ -13,7 +13,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-CLUSTER_FILES = ("autoscaling", "jobs_s3", "local_cluster", "resume", "score_s3", "train_s3", "tune_s3")
+CLUSTER_FILES = ("autoscaling", "gpu_smoke", "jobs_s3", "local_cluster", "resume", "score_s3", "train_s3", "tune_s3")
 """Files of tests/system that run a cluster; all of tests/ray do."""
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # else the tests beside the cluster take its cores
