@@ -61,7 +61,7 @@ MAX_FACES: Final = 20_000_000
 """Maximum faces of a run among which near-duplicates are looked for."""
 INCONCLUSIVE: Final = (str(Status.CHANGED), str(Status.FAILED), str(Status.ARCHIVED))
 """Statuses that say nothing about an image's content: an earlier row of the image stays valid."""
-_NUM_READS: Final = 8
+NUM_READS: Final = 8
 
 
 class Counts(NamedTuple):
@@ -172,7 +172,7 @@ class Publication:
         if not numbers:
             grouping = [pa.field(name, pa.string()) for name in self.group_by]
             return pa.schema([*IMAGES, *grouping]).empty_table()
-        with ThreadPoolExecutor(_NUM_READS) as pool:
+        with ThreadPoolExecutor(NUM_READS) as pool:
             parts = Parts(self.storage, self.work)  # the caller retries
             images = pa.concat_tables(pool.map(self.storage.read_table, map(parts.uri, numbers)))
             manifest = pa.concat_tables(pool.map(parts.rows, numbers))

@@ -23,7 +23,7 @@ from agr_ray.storage.temporary import OLD, in_folder, temporary_folder_beside
 
 DEFAULT_MARKER: Final = "meta.json"
 """The file of a tree that is written last; its presence shows that the tree is complete."""
-_NUM_COPIES: Final = 16
+NUM_COPIES: Final = 16
 """Number of parallel copy requests to a server."""
 
 
@@ -137,7 +137,7 @@ def copy_objects(backend: Backend, source: str, target: str, copy: Callable[[str
     """Copy every object below `source` to `target`, several at a time. A `source` that does not exist is ignored."""
     if not backend.exists(source):
         return
-    with ThreadPoolExecutor(_NUM_COPIES) as pool:
+    with ThreadPoolExecutor(NUM_COPIES) as pool:
         infos = backend.list(source, on_unreadable=None)
         copies = [pool.submit(copy, info.uri, uris.join(target, info.key)) for info in infos]
         for each in copies:
