@@ -57,7 +57,7 @@ PLANNING_BYTES: Final = 2**30
 """Memory limit of DuckDB while planning (`scoring.planning.MEMORY_LIMIT`)."""
 COPIED_TABLES: Final = 3
 KEYS_PER_REQUEST: Final = 1000
-"""Of LIST, and of a bulk DELETE."""
+"""Of LIST."""
 MAX_ERROR: Final = 0.2
 TABLE_NODES: Final = (1, 10, 100, 1000)
 FIGURE_NODES: Final = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000)
@@ -214,7 +214,7 @@ def predict(costs: Costs, load: Load, cluster: Cluster) -> Prediction:
 
 
 def _waves_s(costs: Costs, load: Load, cluster: Cluster) -> tuple[float, float]:
-    """Return the seconds in which workers start and score. Each wave of parts has new workers, most one part each."""
+    """Return the seconds in which workers start and score. Each wave of parts has new workers."""
     image_s = max(sum(costs.stages_s.values()), cluster.latency_s / NUM_DOWNLOADS)
     part_s = load.rows_per_part * image_s + costs.part_s + _latency_s(costs.part_requests, cluster)
     start_s = score_s = 0.0
@@ -266,10 +266,11 @@ def main() -> None:
     runs = argparse.ArgumentParser(add_help=False)
     runs.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
     runs.add_argument("--photographs", type=Path, required=True, help="folder of photographs or face chips")
-    runs.add_argument("--num", type=int, default=3000, help="objects in the bucket (%(default)s)")
     runs.add_argument("--rows-per-part", type=int, default=64, help="photographs in a part (%(default)s)")
-    commands.add_parser("measure", parents=[common, runs], help="write the costs")
+    measure = commands.add_parser("measure", parents=[common, runs], help="write the costs")
+    measure.add_argument("--num", type=int, default=1500, help="objects in the bucket (%(default)s)")
     check = commands.add_parser("check", parents=[common, runs], help="compare predictions with runs")
+    check.add_argument("--num", type=int, default=3000, help="objects in the bucket (%(default)s)")
     check.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4], help="numbers of nodes (1 2 4)")
     table = commands.add_parser("table", parents=[common], help="print the predictions for large clusters")
     table.add_argument("--node-cpus", type=int, default=16, help="CPUs of a node, each a core (%(default)s)")
