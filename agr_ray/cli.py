@@ -5,11 +5,15 @@ Nothing heavy is imported before the command line is read, so `--help` and mista
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pkgutil import resolve_name
-from typing import NamedTuple, TypeVar
+from types import FrameType
+from typing import NamedTuple, NoReturn, TypeVar
 
 from agr_ray import __version__
 from agr_ray.config import (
@@ -140,11 +144,12 @@ def run(
 def one_line_errors() -> Iterator[None]:
     """If the block fails, end the process with one line on stderr: status 1 for `JobError` and `LockLost`, else 2.
 
-    Ctrl-C ends it with status 130, as shells do. If Ray's memory monitor killed a process, the line says what helps.
-    Errors that are not ours, which are bugs, keep their traceback.
+    Ctrl-C is confirmed at once, and ends it with status 130, as shells do. If Ray's memory monitor killed a process,
+    the line says what helps. Errors that are not ours, which are bugs, keep their traceback.
     """
     try:
-        yield
+        with _confirmed_interrupts():
+            yield
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to resume it", status=130)
     except Exception as error:
@@ -165,6 +170,26 @@ def one_line_errors() -> Iterator[None]:
         if not isinstance(cause, ConfigError | StorageUnavailable | StorageError | JobError | LockLost):
             raise
         fail(str(cause), status=1 if isinstance(cause, JobError | LockLost) else 2)
+
+
+@contextmanager
+def _confirmed_interrupts() -> Iterator[None]:
+    """Print a line as soon as the user presses Ctrl-C in this block, because Ray's processes take seconds to end."""
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        os.write(2, b"stopping\n")  # not by print, which may be interrupted itself
+        signal.default_int_handler(signum, frame)
+        raise AssertionError
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read_recipe(path: str, storage: StorageConfig) -> bytes:

@@ -6,6 +6,7 @@ The README gives the same as separate commands. Here all of them share one small
 import math
 import shlex
 import time
+import warnings
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -56,8 +57,11 @@ def demo(out: str) -> None:
         step("evaluate", *measured, "--split", "val", "--calibrate")
         metrics = step("evaluate", *measured)
         photographs = ("--input", f"{out}/faces/photographs", "--out", f"{out}/scored")
+        console.print("These photographs are drawings, too, and differ from the chips: expect a warning of each kind.")
         scored = step("score", "--checkpoint", checkpoint, *photographs)
-    model = FaceModel.load(checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the same warning again
+        model = FaceModel.load(checkpoint)
     evaluation = str(next(Path(checkpoint).parent.glob("*-eval-test-*")))
     images = f"{out}/scored/images/run={scored['run_id']}"
     console.print("--- result")

@@ -1,7 +1,8 @@
-"""Progress of a long job: a bar on a terminal, a line every ten seconds in a log."""
+"""Progress of a long job: a bar on a terminal; in a log, a line every ten seconds, or minute if nothing happens."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from agr_ray.console import text_column
 from agr_ray.schema import Status
 
 LOG_EVERY_S = 10.0
+LOG_AT_LEAST_EVERY_S = 60.0
 
 Update = Callable[[int, str], None]
 """Called with the total done so far, and a short remark."""
@@ -29,7 +32,9 @@ Update = Callable[[int, str], None]
 def progress(console: Console, label: str, total: int | None) -> Iterator[Update]:
     """Show progress until the block ends; `total` is None if it is not known in advance."""
     if not console.is_terminal:
-        yield _log_lines(console, label, total)
+        lines = _LogLines(console, label, total)
+        with _repeated(lines.show_if_silent):
+            yield lines.update
         return
     columns = (
         SpinnerColumn(),
@@ -51,19 +56,77 @@ def print_failed(console: Console, counts: Mapping[str, int]) -> None:
         console.print(f"{counts[Status.FAILED]:,} failed: the same command retries them")
 
 
-def _log_lines(console: Console, label: str, total: int | None) -> Update:
-    started = last = time.monotonic()
+class StatusLine:
+    """The terminal's last line; in a log, a line every `LOG_AT_LEAST_EVERY_S`."""
 
-    def update(done: int, remark: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < LOG_EVERY_S:
-            return
-        last = now
-        of_total = f" of {total:,}" if total else ""
-        rate = done / (now - started)
-        pace = f"{rate:.1f}/s" if rate >= 1.0 or not done else f"{1.0 / rate:.1f} s each"
-        line = f"{label}: {done:,}{of_total}, {pace} {remark}".rstrip()
-        console.print(line)
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
 
-    return update
+    def update(self, text: str) -> None:
+        """Replace the line."""
+        self._show(text)
+
+
+@contextmanager
+def status_line(console: Console) -> Iterator[StatusLine]:
+    """Show the status of several tasks until the block ends."""
+    if not console.is_terminal:
+        latest = ""
+
+        def note(text: str) -> None:
+            nonlocal latest
+            latest = text
+
+        with _repeated(lambda: console.print(latest) if latest else None):
+            yield StatusLine(note)
+        return
+    with console.status("") as status:
+        yield StatusLine(lambda text: status.update(Text(text)))  # rich parses a str as markup, even with markup off
+
+
+@contextmanager
+def _repeated(show: Callable[[], None]) -> Iterator[None]:
+    """Call `show` every `LOG_AT_LEAST_EVERY_S` in another thread until the block ends."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(LOG_AT_LEAST_EVERY_S):
+            show()
+
+    thread = threading.Thread(target=repeat, name="status", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+class _LogLines:
+    """Prints progress every `LOG_EVERY_S` if there is any, and at least every `LOG_AT_LEAST_EVERY_S`."""
+
+    def __init__(self, console: Console, label: str, total: int | None) -> None:
+        self._console, self._label, self._total = console, label, total
+        self._started = self._last = time.monotonic()
+        self._latest = (0, "")
+
+    def update(self, done: int, remark: str) -> None:
+        """Note the progress."""
+        self._latest = done, remark
+        if time.monotonic() - self._last >= LOG_EVERY_S:
+            self.show()
+
+    def show_if_silent(self) -> None:
+        """Print a line if there was none for a while."""
+        if time.monotonic() - self._last >= LOG_AT_LEAST_EVERY_S - LOG_EVERY_S:
+            self.show()
+
+    def show(self) -> None:
+        """Print a line."""
+        done, remark = self._latest
+        self._last = time.monotonic()
+        elapsed_s = self._last - self._started
+        of_total = f" of {self._total:,}" if self._total else ""
+        rate = done / elapsed_s if elapsed_s else 0.0
+        pace = f"{rate:.1f}/s" if rate >= 1.0 else f"{1.0 / rate:.1f} s each" if done and rate else f"{elapsed_s:.0f} s"
+        self._console.print(", ".join(filter(None, [f"{self._label}: {done:,}{of_total}", pace, remark])))

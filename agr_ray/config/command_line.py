@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import json
 import re
@@ -38,6 +39,7 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
         )
         self._job = job
+        self._argv: Sequence[str] = ()
         general = self.add_argument_group("general")
         general.add_argument("--help", "-h", action=_ShowHelp, nargs=0, help="show the most important options")
         general.add_argument("--help_all", action=_ShowHelp, nargs=0, help="show every option")
@@ -56,6 +58,8 @@ class CommandParser(argparse.ArgumentParser):
             cli_implicit_flags=False,
             cli_shortcuts={key: name for name, key in job.shortcuts().items()},
         )
+        for action in self._actions:
+            action.help = _with_plain_default(action.help)
 
     def read(self, argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         """Return the recipe and the values that a command line sets.
@@ -66,6 +70,7 @@ class CommandParser(argparse.ArgumentParser):
             SettingsError: a list or table is malformed.
         """
         end = argv.index("--") if "--" in argv else len(argv)
+        self._argv = argv[:end]
         options = self._with_true([_underscored(argument) for argument in argv[:end]])
         options = _joined(options, self._job)
         arguments = self.parse_intermixed_args([*options, *argv[end:]])
@@ -106,10 +111,22 @@ class CommandParser(argparse.ArgumentParser):
         """Print one line and exit with status 2."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            flag = (unknown.split() or ["''"])[0].partition("=")[0]
-            message = f"{flag}: there is no such option{did_you_mean(flag, list(self._option_string_actions))}"
+            message = self._describe_unknown((unknown.split() or ["''"])[0].partition("=")[0])
         message = re.sub(r"^argument (\S+): ", lambda match: f"{min(match[1].split('/'), key=len)}: ", message)
         fail(f"{message} (--help-all lists every option)")
+
+    def _describe_unknown(self, word: str) -> str:
+        """Return the message about the first word that is no option and no value of one."""
+        if word.startswith("-"):
+            flags = list(self._option_string_actions)
+            same = [flag for flag in flags if flag.rpartition(".")[2] == word.lstrip("-")]
+            meant = f"; did you mean {' or '.join(same[:_NUM_MEANT])}?" if same else did_you_mean(word, flags)
+            return f"{word}: there is no such option{meant}"
+        before = self._argv[: self._argv.index(word)] if word in self._argv else ()
+        option = next((each for each in reversed(before) if each.startswith("--")), "").partition("=")[0]
+        takes_several = _underscored(option) in _path_options(self._job)
+        remedy = f"; repeat {option} for several: {option} A {option} B" if takes_several else ""
+        return f"{word}: is no option{remedy}"
 
     def format_short_help(self) -> str:
         """Return the help of the most important options, one sentence each."""
@@ -141,14 +158,29 @@ _LISTS: Final = (
     "Give a list as --model.tasks age,gender, or repeat the option. In names of options, - and _ are the same. "
     "Paths are local, file:// or s3://."
 )
+_NUM_MEANT: Final = 3
+"""Most options that an error suggests."""
 _DEFAULT: Final = re.compile(r" \(((?:default|recipe): (.*))\)$", re.DOTALL)
+
+
+def _with_plain_default(text: str | None) -> str | None:
+    """Return an option's help with a tuple or list of words without its quotes: `a, b`."""
+    match = _DEFAULT.search(text or "")
+    if text is None or match is None or match[2][:1] not in "([":
+        return text
+    try:
+        values = ast.literal_eval(match[2])
+    except (ValueError, SyntaxError):
+        return text
+    plain = ", ".join(map(str, values)).replace("%", "%%")
+    return f"{text[: match.start()]} (default: {plain})" if values else text
 
 
 def _first_sentence(text: str) -> str:
     """Return the first sentence of an option's help, and its default unless it is empty."""
     match = _DEFAULT.search(text)
     body = text[: match.start()] if match else text
-    first = re.split(r"\.\s", body, maxsplit=1)[0].rstrip(".")
+    first = re.split(r"(?<!\.)\.\s", body, maxsplit=1)[0].rstrip(".")
     default = "" if match is None or match[2] in ("", "None", "()", "[]", "{}", "False") else f" ({match[1]})"
     return first + default
 
@@ -188,7 +220,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         if action.nargs == 0:
             return name.replace("help_all", "help-all")
         metavar = self._format_args(action, action.dest.upper())
-        return f"{name} {_METAVARS.get(metavar, metavar)}"
+        plain = "KEY=VALUE,..." if metavar.startswith("dict[") and metavar.endswith("str]") else metavar
+        return f"{name} {_METAVARS.get(plain, plain)}"
 
 
 def _underscored(argument: str) -> str:
@@ -206,7 +239,7 @@ def _joined(argv: Sequence[str], job: type[Job]) -> list[str]:
     A path option may be repeated, and some take several words (`FollowingWords`). Commas do not separate paths, because
     a path may contain one.
     """
-    keys = {flag: key for key in _paths(job) for flag in (f"--{key}", job.option(key))}
+    keys = _path_options(job)
     others: list[str] = []
     values: dict[str, list[str]] = {}
     words = list(argv)
@@ -222,6 +255,11 @@ def _joined(argv: Sequence[str], job: type[Job]) -> list[str]:
             own.append(words.pop(0))
     joined = {key: each[0] if len(each) == 1 else json.dumps(each) for key, each in values.items()}
     return [*others, *(f"--{key}={value}" for key, value in joined.items())]
+
+
+def _path_options(job: type[Job]) -> dict[str, str]:
+    """Return the dotted key of each option that takes one or several paths."""
+    return {flag: key for key in _paths(job) for flag in (f"--{key}", job.option(key))}
 
 
 def _paths(job: type[Job]) -> dict[str, bool]:

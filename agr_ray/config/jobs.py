@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PrivateAttr
 from pydantic_settings import (
     BaseSettings,
     CliImplicitFlag,
@@ -77,6 +77,12 @@ class Job(BaseSettings):
     """An example command."""
 
     storage: StorageConfig = StorageConfig()
+    _recipe: str = PrivateAttr("")
+
+    @property
+    def recipe(self) -> str:
+        """Return the recipe as the command line named it; empty: none was given. It is no setting."""
+        return self._recipe
 
     @classmethod
     def summary(cls) -> str:
@@ -240,9 +246,9 @@ class PrepareJob(ClusterJob):
     required = ("source.uri", "prepare.out")
     example = "agr-ray prepare --config utkface_lite --source.uri UTKFACE --out data/utkface"
     essentials = (
-        *("source.kind", "source.uri", "source.labels", "labels.space", "split.val", "split.test", "split.sample"),
-        "split.near_duplicates",
-        *("vision.detector", "vision.min_face_px", "prepare.out", "prepare.crop_side_px", "prepare.num_workers"),
+        *("source.kind", "source.uri", "source.labels", "source.columns", "source.gender_codes", "source.race_codes"),
+        *("source.missing_values", "labels.space", "split.val", "split.test", "split.sample", "split.near_duplicates"),
+        *("vision.detector", "prepare.out", "prepare.crop_side_px", "prepare.num_workers"),
     )
     source: SourceConfig = SourceConfig()
     labels: LabelsConfig = LabelsConfig()

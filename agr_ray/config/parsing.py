@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import EnvSettingsSource, SettingsError
@@ -24,6 +24,7 @@ from agr_ray.config.infrastructure import StorageConfig
 from agr_ray.config.jobs import SECTIONS, EvaluateJob, Job, PrepareJob, RenderJob, ScoreJob
 from agr_ray.config.presets import dropped_weights, with_chosen_preset
 from agr_ray.config.section import first_message
+from agr_ray.config.source import COLUMN_WORDS, LabelColumn
 from agr_ray.config.training_jobs import TuneJob
 from agr_ray.config.tuning import ParameterConfig
 from agr_ray.errors import ConfigError
@@ -117,6 +118,7 @@ def parse(
             if key in job.positional:
                 raise ConfigError(f"{key} missing: {_help_of(job, key)} For example: {job.example}")
             raise ConfigError(f"{key} is needed: {_help_of(job, key)} Give {job.option(key)} or set it in the recipe.")
+    built._recipe = redacted(recipe or "")
     dropped = dropped_weights(values, replaced, overrides)
     if dropped is not None:
         warning = (
@@ -229,6 +231,8 @@ def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") 
     first = error.errors(include_url=False)[0]
     path = [part for part in ([prefix] if prefix else []) + [str(part) for part in first["loc"]] if part]
     key = ".".join(path)
+    if path[-1:] == ["[key]"] and path[:2] == ["source", "columns"]:
+        return _describe_column(path[2])
     if first["type"] == "extra_forbidden":
         owner = SECTIONS[path[0]] if len(path) > 1 and path[0] in SECTIONS else model
         owner = ParameterConfig if path[:2] == ["tune", "space"] else owner
@@ -239,6 +243,15 @@ def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         return f"{key}: {message}" if key else message
     message = message[:1].lower() + message[1:]
     return f"{key}: {shown(first['input'])} is not allowed: {message}"
+
+
+def _describe_column(word: str) -> str:
+    """Return the message for a key of `source.columns` that is no column of ours."""
+    known = get_args(LabelColumn)
+    others = COLUMN_WORDS | dict.fromkeys(("file", "path", "image"), "key") | {"id": "subject"}
+    column = others.get(word.casefold())
+    meant = f"; did you mean {column}?" if column else did_you_mean(word, known)
+    return f"source.columns: there is no column {word!r}{meant}; allowed: {', '.join(known)}"
 
 
 def _help_of(job: type[Job], key: str) -> str:

@@ -13,6 +13,18 @@ MISSING_VALUES: Final = ("nan", "none", "na", "n/a", "#n/a", "<na>", "null", "-1
 
 LabelColumn = Literal["key", "age", "age_low", "age_high", "gender", "race", "subject", "split", "fold"]
 
+COLUMN_WORDS: Final = {
+    "sex": "gender",
+    "ethnicity": "race",
+    "ethnic": "race",
+    "years": "age",
+    "person": "subject",
+    "identity": "subject",
+    "subset": "split",
+    "partition": "split",
+}
+"""Other words for a column, which may be a part of a name."""
+
 
 class SourceConfig(Section):
     """The labelled photographs."""
@@ -25,10 +37,10 @@ class SourceConfig(Section):
     name: str = ""
     """Name of the source in tables and reports; empty: its kind, or, for `folder`, the name of the prepared set."""
     labels: str = ""
-    """`folder`: URI of the label table, .csv, .tsv or .parquet; empty: the one labels.csv, labels.tsv or labels.parquet
-    in the folder. `morph2`: URI of its CSV file; empty: morph_2008_nonCommercial.csv in the folder. `utkface`: folder
-    of CORAL's lists utk_train.csv and utk_test.csv: only images in them are used, 21 to 60 years old, and get the split
-    of their list; empty: all images."""
+    """`folder`: label table, .csv, .tsv or .parquet: its URI, or its path below the folder; empty: the one
+    labels.csv, labels.tsv or labels.parquet in the folder. `morph2`: URI of its CSV file; empty:
+    morph_2008_nonCommercial.csv in the folder. `utkface`: folder of CORAL's lists utk_train.csv and utk_test.csv: only
+    images in them are used, 21 to 60 years old, and get the split of their list; empty: all images."""
     columns: dict[LabelColumn, str] = {}
     """`folder` only: column names in the table, where they differ from the expected ones: key=file,gender=sex means
     that the column `file` holds the key; subject= means that there is no subject. Expected are key (the image's path
@@ -56,7 +68,8 @@ class SplitConfig(Section):
     seed: Seed = 0
     """Seed of the split."""
     sample: PositiveInt | None = None
-    """Size of a stratified sample of the images to use (the paper: 20000); none: all."""
+    """Size of a stratified sample of the images to use (Bosco and Chi, 2025: 20000); none: all. All images are
+    cropped nonetheless, because the sample is drawn by content and subject; the others have no split."""
     near_duplicates: Literal["count", "exclude"] = "count"
     """`count`: images with a near-duplicate (a re-encoded, resized or slightly cropped copy) in a split that is held
     out from theirs are counted, and listed in near_duplicates.parquet; `exclude`: they also get no split. Train then

@@ -144,8 +144,8 @@ class TrainConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay: L2 for adam and sgd, decoupled for adamw."""
     schedule: Literal["step", "one_cycle", "cosine", "plateau", "constant"] = "step"
-    """`step` is the paper's (eq. 20); `one_cycle` warms up and anneals over all epochs; `cosine` anneals; `plateau`
-    reduces the rate when validation stops improving."""
+    """`step` is that of Bosco and Chi (2025, eq. 20); `one_cycle` warms up and anneals over all epochs; `cosine`
+    anneals; `plateau` reduces the rate when validation stops improving."""
     step_size_epochs: PositiveInt = 20
     """`step` only: epochs between two reductions of the learning rate."""
     plateau_epochs: PositiveInt = 5

@@ -118,7 +118,8 @@ class TuneConfig(Section):
     reduction: Annotated[int, Field(ge=2, le=MAX_INT)] = 3
     """`asha` only: 1 in this many trials continues."""
     paper_first: bool = True
-    """Give the searched keys the paper's values in the first trial (loss weights 1, 0.5, 0.5; train.lr 1e-4)."""
+    """Give the searched keys the values of Bosco and Chi (2025) in the first trial (loss weights 1, 0.5, 0.5; train.lr
+    1e-4)."""
     points_to_evaluate: tuple[dict[str, Scalar | tuple[Scalar, ...]], ...] = ()
     """Values of searched keys for the next trials: [[tune.points_to_evaluate]] tables such as "train.lr" = 3e-3. Keys
     that are left out are sampled."""

@@ -173,6 +173,18 @@ def vision_warnings(sets: Sequence[PreparedSet]) -> list[str]:
     return warnings
 
 
+def size_warnings(sets: Sequence[PreparedSet], image_size: int) -> list[str]:
+    """Return a warning if the network's input, `image_size` pixels, is larger than the crops."""
+    first = sets[0]
+    if image_size <= first.crop_side_px:
+        return []
+    recipe = f"; --config {first.recipe}, with which the set was prepared, may fit" if first.recipe else ""
+    return [
+        f"the crops of train.data {_uris(sets)} are {first.crop_side_px} px, and model.image_size {image_size} is "
+        f"larger: it takes more time, but shows no more detail{recipe}"
+    ]
+
+
 def _listed(column: pa.ChunkedArray) -> str:
     return " and ".join(sorted(pc.unique(column).to_pylist()))
 

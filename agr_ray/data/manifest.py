@@ -24,6 +24,8 @@ IMAGE_SUFFIXES: Final = (
 )
 """Suffixes, in upper or lower case, of the files of a source that become rows."""
 
+SUBJECT_PREFIX: Final = "subject:"
+"""Prefix of the group_id of a subject."""
 CONFLICT_PREFIX: Final = "conflict:"
 """Prefix of the group_id of a subject with two copies of one image under different labels."""
 
@@ -193,7 +195,9 @@ def group_ids(labels: Sequence[ParsedLabel], digests: Sequence[str | None]) -> l
             content = root(f"sha256:{digest}")
             if label.subject is not None:
                 # The smallest subject must name the group, but "subject:" sorts after "sha256:".
-                ends = sorted((content, root(f"subject:{label.subject}")), key=lambda each: (each[:3] != "sub", each))
+                ends = sorted(
+                    (content, root(f"{SUBJECT_PREFIX}{label.subject}")), key=lambda each: (each[:3] != "sub", each)
+                )
                 parent[ends[1]] = ends[0]
 
     # Within a group named after its content, every difference is a conflict, which splits.py detects. The ages of one
@@ -204,7 +208,7 @@ def group_ids(labels: Sequence[ParsedLabel], digests: Sequence[str | None]) -> l
     names: list[str | None] = []
     for digest in digests:
         name = None if digest is None else root(f"sha256:{digest}")
-        if name in conflicting and name.startswith("subject:"):
+        if name in conflicting and name.startswith(SUBJECT_PREFIX):
             name = CONFLICT_PREFIX + name
         names.append(name)
     return names

@@ -36,8 +36,8 @@ from agr_ray.data.prepared import FORMAT_VERSION, NEAR_DUPLICATES_FILE, Prepared
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.data.set_splits import Splits, assigned_splits, remember, remembered
 from agr_ray.data.sources.label_table import LabelTableError
-from agr_ray.data.sources.registry import label_space, source_rows
-from agr_ray.data.splits import SplitLeakError, split_digest, split_manifest_text
+from agr_ray.data.sources.registry import check_codes, label_space, source_rows
+from agr_ray.data.splits import SplitLeakError, contradicting_subjects, split_digest, split_manifest_text
 from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_crop_rows
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.progress_bar import print_failed, progress
@@ -86,6 +86,7 @@ def prepare_set(job: PrepareJob, workers: Workers, console: Console) -> Prepared
     storage.probe(out, "prepare.out", write=True)
     lock_uri = storage.join(out, LOCK)
     owner = f"agr-ray prepare from {job.source.uri}"
+    check_codes(job.source, job.labels)  # first: whoever is told to delete a set must not find out later
     _check_out(storage, out, _settings(job))  # before the lock file is created there
     try:
         with run_lock(storage, lock_uri, owner, expiry_s=job.prepare.lock_expiry_s, console=console) as lock:
@@ -222,6 +223,7 @@ class _Preparation:
         prepared = self._earlier.model_copy(
             update={
                 "finished": False,
+                "recipe": self._job.recipe,
                 "split_manifest_sha256": split_digest(split_text),
                 "labels_sha256": labels_digest(manifest),
                 "splits": {name: manifest.filter(pc.equal(manifest["split"], name)).num_rows for name in SPLITS},
@@ -268,7 +270,7 @@ class _Preparation:
             self._check()
             self._retry.call(lambda: finished.write(storage))
         self._retry.call(lambda: storage.delete_tree(self._work))
-        _print_summary(self._console, finished, rows, splits.crossings)
+        _print_summary(self._console, finished, rows, splits, self._job.recipe)
         return finished
 
     def _check_usable(self, rows: pa.Table, usable: Sequence[str]) -> None:
@@ -354,7 +356,7 @@ def _check_not_another_source(job: PrepareJob, before: pa.Table, table: pa.Table
         )
 
 
-def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table, crossings: pa.Table) -> None:
+def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table, splits: Splits, recipe: str) -> None:
     console.print(prepared.uri)
     summary = make_table("status", "images", "most frequent reasons")
     for status, count in prepared.counts.items():
@@ -376,16 +378,38 @@ def _print_summary(console: Console, prepared: PreparedSet, rows: pa.Table, cros
         classes = Counter(rows[name].drop_null().to_pylist())
         counts = ", ".join(f"{label} {count:,}" for label, count in sorted(classes.items()))
         console.print(f"{name} labels: {classes.total():,}" + (f" ({counts})" if counts else ""))
-    shares = ", ".join(f"{name} {count:,}" for name, count in prepared.splits.items())
-    console.print(f"splits: {shares}; split manifest SHA-256 {prepared.split_manifest_sha256}")
+    _print_contradictions(console, splits.final)
+    num_crops = Counter(rows["split"].to_pylist())
+    shares = ", ".join(f"{name} {num_crops[name]:,}" for name in prepared.splits)
+    console.print(f"crops by split: {shares}; split manifest SHA-256 {prepared.split_manifest_sha256}")
+    num_without = sum(prepared.splits.values()) - num_crops.total()
+    if num_without:
+        console.print(f"images with a split but no crop: {num_without:,}; nothing uses them")
+    _print_crossings(console, prepared, splits.crossings)
+    words = ("--config", recipe) if recipe else ()
+    print_next(console, "train on it", "train", *words, "--data", prepared.uri)
+
+
+def _print_contradictions(console: Console, manifest: pa.Table) -> None:
+    """Print how many subjects have images that differ in gender or race, if there are any."""
+    subjects = contradicting_subjects(manifest)
+    if subjects:
+        (name, keys), *_ = subjects
+        console.print(
+            f"warning: subjects whose images differ in gender or race: {len(subjects):,}, such as {name!r} in "
+            f"{' and '.join(keys)}; check these labels and the column subject"
+        )
+
+
+def _print_crossings(console: Console, prepared: PreparedSet, crossings: pa.Table) -> None:
+    """Print how many images have a near-duplicate in a split that is held out from theirs, if there are any."""
     if crossings.num_rows:
         excluded = prepared.settings["split"]["near_duplicates"] == "exclude"
-        counts = ", ".join(f"{split} {count:,}" for split, count in prepared.near_duplicates.items())
+        names = {"train": "training", "val": "validation"}
+        counts = " and ".join(f"{num:,} {names[split]}" for split, num in prepared.near_duplicates.items() if num)
         first = crossings.slice(0, 1).to_pylist()[0]
-        action = "are left out" if excluded else "are kept; --split.near_duplicates exclude leaves them out"
+        action = "left out" if excluded else "kept; --split.near_duplicates exclude leaves them out"
         console.print(
-            f"near-duplicates of images in a split that is held out: {counts}; such as {first['key']} in "
-            f"{first['split']} of {first['near_key']} in {first['near_split']}; they {action}; all are in "
-            f"{NEAR_DUPLICATES_FILE}"
+            f"{counts} images are near-copies of held-out images, such as {first['key']} ({first['split']}) and "
+            f"{first['near_key']} ({first['near_split']}); they are {action}; {NEAR_DUPLICATES_FILE} lists all"
         )
-    print_next(console, "train on it with the same recipe", "train", "--config", "RECIPE", "--data", prepared.uri)

@@ -56,6 +56,8 @@ class PreparedSet(BaseModel):
     near_duplicates: dict[str, int] = {}
     """Images by split that have a near-duplicate in a split that is held out from it; with `split.near_duplicates`
     `exclude`, these images have no split."""
+    recipe: str = ""
+    """The recipe that its command named, if any."""
     uri: str = ""
 
     @property

@@ -14,11 +14,13 @@ from typing import Final
 
 import pyarrow as pa
 
-from agr_ray.data.manifest import CONFLICT_PREFIX, labels_conflict
+from agr_ray.data.manifest import CONFLICT_PREFIX, SUBJECT_PREFIX, labels_conflict
 from agr_ray.schema import LABEL_COLUMNS, MANIFEST, SPLITS, Status
 
 TRAIN: Final = "train"
 DECADE_YEARS: Final = 10
+_MOST: Final = 0.8
+"""Largest part of train's fraction that subjects with contradictory labels may fill."""
 
 Stratum = tuple[int, str, str]
 """Age decade, gender and race; -1 or "" if the label is missing."""
@@ -53,7 +55,9 @@ def assign_splits(
     the split that is furthest behind its fraction. The surplus or deficit of a stratum is carried into the next, so
     that the totals are right however small the strata are.
 
-    - Groups with equal images under different labels go to train, or to no split if train has no fraction.
+    - Groups with equal images under different labels go to train, or to no split if train has no fraction. So do
+      subjects whose images differ in gender or race, unless these are most of train's fraction: then the labels, not
+      single mistakes, contradict the subjects, and they are assigned like all others.
     - A split that the source assigned is kept and counts towards its fraction; the rest of the group joins it. Only a
       conflicting group that the source assigned to val or test is left out.
     - With `sample`, a stratified sample of that many images is drawn first, and the rest has no split. If there
@@ -155,6 +159,22 @@ def _given_splits(rows: Iterable[tuple[str | None, str, str | None]]) -> dict[st
     return {group: split for group, (_, split) in first.items()}
 
 
+def contradicting_subjects(manifest: pa.Table) -> list[tuple[str, list[str]]]:
+    """Return the subjects whose images in the splits differ in gender or race, and the keys of two such images each."""
+    seen: dict[str, list[tuple[str, str | None, str | None]]] = defaultdict(list)
+    columns = (manifest.column(name).to_pylist() for name in ("group_id", "split", "key", "gender", "race"))
+    for group, split, key, gender, race in zip(*columns, strict=True):
+        if split is not None and group is not None and group.startswith(SUBJECT_PREFIX):
+            seen[group].append((key, gender, race))
+    found = []
+    for group, images in sorted(seen.items()):
+        first, *rest = images
+        other = next((each for each in rest if labels_conflict([first[1:], each[1:]])), None)
+        if other is not None:
+            found.append((group.removeprefix(SUBJECT_PREFIX), [first[0], other[0]]))
+    return found
+
+
 def split_manifest_text(manifest: pa.Table) -> str:
     """Return the split manifest: sorted lines of group, key and split, separated by tabs.
 
@@ -204,7 +224,12 @@ def _conflicts(group: str, labels: list[tuple[float | None, str | None, str | No
     if group.startswith(CONFLICT_PREFIX):
         return True
     # One person's photographs may differ in age.
-    return labels_conflict([label[1:] if group.startswith("subject:") else label for label in labels])
+    return labels_conflict([label[1:] if group.startswith(SUBJECT_PREFIX) else label for label in labels])
+
+
+def _is_contradicting_subject(group: _Group) -> bool:
+    """Return whether a subject's images differ in gender or race, but no two of them are equal."""
+    return group.conflicting and group.group_id.startswith(SUBJECT_PREFIX)
 
 
 def _order(*parts: object) -> bytes:
@@ -250,6 +275,13 @@ def _deal(groups: list[_Group], fractions: Mapping[str, float], seed: int) -> di
     """Return the split of each group."""
     dealer = _Dealer({split: fractions.get(split, 0.0) for split in SPLITS})
     conflict_split = TRAIN if fractions.get(TRAIN, 0.0) > 0 else None
+    num_contradicting = sum(group.num_images for group in groups if _is_contradicting_subject(group))
+    too_many = num_contradicting > _MOST * fractions.get(TRAIN, 0.0) * sum(group.num_images for group in groups)
+    is_apart = {
+        group.group_id
+        for group in groups
+        if group.conflicting and not (too_many and conflict_split and _is_contradicting_subject(group))
+    }
     by_stratum: dict[Stratum, list[_Group]] = defaultdict(list)
     for group in _shuffled(groups, seed, "split"):
         by_stratum[group.stratum].append(group)
@@ -257,7 +289,7 @@ def _deal(groups: list[_Group], fractions: Mapping[str, float], seed: int) -> di
     for members in by_stratum.values():
         # Groups with a fixed split come first, so that the rest of their stratum makes up for them.
         for group in members:
-            if group.conflicting:
+            if group.group_id in is_apart:
                 splits[group.group_id] = conflict_split if group.given in (None, TRAIN) else None
             elif group.given is not None:
                 splits[group.group_id] = group.given

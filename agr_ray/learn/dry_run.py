@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -75,8 +75,8 @@ class Speed:
     """Time to validate one image."""
 
 
-def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus: int, console: Console) -> None:
-    """Print the plan of a run, and the memory and time that it is likely to need.
+def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus: int, console: Console) -> float:
+    """Print the plan of a run, and the memory and time that it is likely to need; return the seconds.
 
     Args:
         run: the run, as its workers would get it.
@@ -104,7 +104,8 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus
             console.print(line)
         speeds = {}
         for side in _sides(job):
-            with progress(console, f"timing steps at {side} px", _WARM_UP_STEPS + NUM_STEPS) as update:
+            at_most = _WARM_UP_STEPS + NUM_STEPS
+            with progress(console, f"timing at most {at_most} steps at {side} px, done", None) as update:
                 speeds[side] = time_steps(run, model, crops, side, device, update)
     except NonFiniteLossError as error:
         raise JobError(f"dry run: {error}; train.grad_clip_norm or a lower train.lr may help") from None
@@ -113,6 +114,7 @@ def dry_run(run: Run, sets: Sequence[PreparedSet], model: MultiTaskNet, num_cpus
     for line in time_lines(run, speeds, device):
         console.print(line)
     console.print("dry run: nothing was written")
+    return run_s(run, speeds)
 
 
 def plan_lines(run: Run, model: MultiTaskNet) -> list[str]:
@@ -170,24 +172,37 @@ def memory_lines(run: Run, memory: Memory, num_images: int, side_px: int, device
     ]
 
 
+def run_s(run: Run, speeds: Mapping[int, Speed]) -> float:
+    """Return the estimated time of the run, seconds, from the times at each image size."""
+    epochs = _num_epochs(run)
+    return sum(epochs[side] * _epoch_s(run, speed) for side, speed in speeds.items())
+
+
+def _num_epochs(run: Run) -> Counter[int]:
+    """Return the number of epochs at each image size."""
+    config = run.job.train
+    return Counter(epoch_side_px(epoch, config, run.job.model.image_size) for epoch in range(1, config.epochs + 1))
+
+
+def _epoch_s(run: Run, speed: Speed) -> float:
+    config = run.job.train
+    steps = steps_per_epoch(run.num_train_rows, config)
+    return steps * speed.step_s + run.num_val_rows / config.min_workers * speed.val_row_s
+
+
 def time_lines(run: Run, speeds: dict[int, Speed], device: torch.device) -> list[str]:
     """Return the estimated times of epochs and of the run, from the times at each image size."""
-    job, config = run.job, run.job.train
-    steps = steps_per_epoch(run.num_train_rows, config)
-    epochs = Counter(epoch_side_px(epoch, config, job.model.image_size) for epoch in range(1, config.epochs + 1))
-    lines, total_s = [], 0.0
+    config, epochs, lines = run.job.train, _num_epochs(run), []
     for side, speed in speeds.items():
-        epoch_s = steps * speed.step_s + run.num_val_rows / config.min_workers * speed.val_row_s
-        total_s += epochs[side] * epoch_s
         lines.append(
             f"time at {side} px: {speed.step_s * 1000:.0f} ms per step, "
-            f"{config.batch_size / speed.step_s:.0f} samples/s of all workers; {_duration(epoch_s)} per epoch with "
-            f"validation, epochs: {epochs[side]}"
+            f"{config.batch_size / speed.step_s:.0f} samples/s of all workers; {duration_text(_epoch_s(run, speed))} "
+            f"per epoch with validation, epochs: {epochs[side]}"
         )
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
     lines.append(
-        f"total time: {_duration(total_s)}, estimated from at most {NUM_STEPS} steps on {on}; without reading and "
-        "decoding in the first epoch, exchange of gradients, and checkpoints"
+        f"total time: {duration_text(run_s(run, speeds))}, estimated from at most {NUM_STEPS} steps on {on}; without "
+        "reading and decoding in the first epoch, exchange of gradients, and checkpoints"
     )
     if config.use_gpu and device.type == "cpu":
         lines.append("warning: train.use_gpu is set, but this machine has no GPU: the times are those of its CPU")
@@ -266,7 +281,7 @@ def time_steps(
         }
     )
     context = _Timed(crops, crops, batch_size, device=device)
-    context.on_progress = lambda now: update(now.num_samples // batch_size, "steps")
+    context.on_progress = lambda now: update(now.num_samples // batch_size, "")
     transform = dataclasses.replace(run.transform, image_size=side_px)
     num_rows = batch_size * (_WARM_UP_STEPS + NUM_STEPS)
     train_loop(context, copy.deepcopy(model), transform, job, run.baseline, num_rows)
@@ -346,7 +361,8 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / _MIB:,.0f} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     if seconds < 100 * 60:

@@ -309,6 +309,8 @@ class _Loop:
         self, epoch: _Epoch, totals: Tensor, running: Tensor, elapsed_s: float, steady_rate: float | None
     ) -> Progress:
         """Return the progress of the epoch; waits for the device."""
+        config, largest = self.job.train, self.transform.image_size
+        pixels = [epoch_side_px(each, config, largest) ** 2 for each in range(self.epoch, config.epochs + 1)]
         return Progress(
             epoch=self.epoch,
             num_epochs=self.job.train.epochs,
@@ -318,6 +320,7 @@ class _Loop:
             running=running_metrics(self.heads, running.tolist()),
             samples_per_s=epoch.num_rows / elapsed_s,
             data_wait_share=epoch.wait_s / elapsed_s,
+            num_later_samples=sum(pixels[1:]) / pixels[0] * self.num_train_rows,
             steady_samples_per_s=steady_rate,
         )
 

@@ -32,6 +32,9 @@ class Progress:
     data_wait_share: float
     """Fraction of the time since the epoch began in which this rank waited for its next batch; 0 to 1."""
 
+    num_later_samples: float
+    """Images of all ranks in the later epochs; one with fewer or more pixels than those of this epoch counts as that
+    part of one."""
     steady_samples_per_s: float | None
     """Of all ranks, since the first step that this process took in this epoch: without the wait for its first batch.
     None: there was only one step."""
@@ -44,10 +47,9 @@ class Progress:
     @property
     def run_left(self) -> str:
         """Return the same until the run's last step, without validation and early stopping."""
-        later = (self.num_epochs - self.epoch) * self.num_samples_total
-        return self._left(max(self.num_samples_total - self.num_samples, 0) + later)
+        return self._left(max(self.num_samples_total - self.num_samples, 0) + self.num_later_samples)
 
-    def _left(self, num_samples: int) -> str:
+    def _left(self, num_samples: float) -> str:
         rate = self.steady_samples_per_s
         return f"{duration(num_samples / rate)} left" if rate else ""
 
@@ -64,10 +66,10 @@ class Progress:
 
     def line(self) -> str:
         """Return everything as one line."""
-        left = f", {self.epoch_left} in this epoch, {self.run_left} in this run" if self.steady_samples_per_s else ""
+        left = f"{self.epoch_left} in this epoch, {self.run_left} in this run, " if self.steady_samples_per_s else ""
         return (
             f"epoch {self.epoch}/{self.num_epochs}: {self.num_samples:,} of {self.num_samples_total:,}, "
-            f"{self.figures()}{left}"
+            f"{left}{self.figures()}"
         )
 
 

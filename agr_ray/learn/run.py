@@ -27,6 +27,7 @@ from agr_ray.storage import MissingObject, Storage
 CHECKPOINTS: Final = "checkpoints"
 FAILURE: Final = "failure.txt"
 OBJECTIVE: Final = "val_objective"
+OBJECTIVE_MEANING: Final = "objective: mean over the tasks of error / constant baseline's error; lower is better"
 _SECTIONS: Final = ("labels", "model", "loss", "augment", "train", "predict")
 
 

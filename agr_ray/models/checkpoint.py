@@ -70,6 +70,11 @@ _UNTRAINED: Final = (
 )
 
 
+RENDERED: Final = "rendered"
+"""`source.name` of rendered faces, as in the recipe demo."""
+_RENDERED: Final = "this model was trained on rendered faces only, so its estimates for real people mean nothing"
+
+
 class CheckpointError(Exception):
     """The directory is not a checkpoint of this format. The message names the file, and what was expected and found."""
 
@@ -99,6 +104,11 @@ class Checkpoint:
         """Return a warning if these are the initial weights of a training run; else nothing."""
         is_initial = "num_train_rows" in self.meta["data"] and not self.meta["config"]
         return _UNTRAINED if is_initial else ""
+
+    @property
+    def rendered(self) -> str:
+        """Return a warning if all its training images were rendered; else nothing."""
+        return _RENDERED if self.meta["data"].get("source") == RENDERED else ""
 
 
 def save_checkpoint(

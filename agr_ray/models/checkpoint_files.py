@@ -47,9 +47,7 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Checkpoin
             _download(storage, storage.absolute(uri), directory)
             checkpoint = load_checkpoint(directory)
         except MissingObject:
-            best = storage.join(storage.absolute(uri), "best")
-            meant = f"; did you mean {uri.rstrip('/')}/best?" if storage.exists(storage.join(best, META)) else ""
-            raise ConfigError(f"{key} {uri}: there is no checkpoint there (a folder with {META}){meant}") from None
+            raise ConfigError(f"{key} {uri}: {_why_missing(storage, uri)}") from None
         except CheckpointError as error:
             raise ConfigError(f"{key} {uri}: {error}") from None
         except OSError as error:
@@ -60,6 +58,17 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Checkpoin
                 f"{key} {uri}: was trained on crops aligned to template {template}; this version aligns to {TEMPLATE}"
             )
         yield checkpoint
+
+
+def _why_missing(storage: Storage, uri: str) -> str:
+    """Return why there is no checkpoint at a URI: it is in the folder `best`, or its training run has not finished."""
+    missing = f"there is no checkpoint there (a folder with {META})"
+    if storage.exists(storage.join(storage.absolute(uri), "best", META)):
+        return f"{missing}; did you mean {uri.rstrip('/')}/best?"
+    for run in (uri.rstrip("/"), uri.rstrip("/").rpartition("/")[0]):
+        if run and storage.exists(storage.join(storage.absolute(run), "run.json")):
+            return f"{missing}, because the training run {run} has not finished; the same agr-ray train resumes it"
+    return missing
 
 
 def _download(storage: Storage, uri: str, directory: Path) -> None:

@@ -66,7 +66,9 @@ def import_fairface(job: ImportJob) -> None:
     try:
         state = stored_state(storage, job.weights)
         model, transform = fairface_network(state, SPACES[races], job.weights)
-    except (MissingObject, WeightsError) as error:
+    except MissingObject as error:
+        raise ConfigError(f"{error}; FairFace's README links to its files: https://github.com/joojs/fairface") from None
+    except WeightsError as error:
         raise ConfigError(str(error)) from None
     data = {
         "source": "FairFace, published weights",

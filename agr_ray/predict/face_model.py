@@ -107,7 +107,7 @@ class FaceModel:
         predictor = AttributePredictor(model, transform, pipeline.predict, resolved.calibration, checkpoint.int8)
         calibration = resolved.calibration
         rounding = "" if calibration is None else calibration.precision_warning([predictor.precision])
-        for warning in (checkpoint.untrained, rounding):
+        for warning in (checkpoint.untrained, checkpoint.rendered, rounding):
             if warning:
                 warnings.warn(f"checkpoint {uri}: {warning}", stacklevel=2)
         return cls(finder, predictor, resolved, gates or GatesConfig(), storage)

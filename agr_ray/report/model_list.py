@@ -36,7 +36,7 @@ def models() -> None:
             missing.append(str(error))
             sizes = ["", ""]
         presets.add_row(name, preset.row, config.backbone, str(config.image_size), *sizes)
-    console.print("agr-ray train --preset NAME trains one of these networks, which stand for systems in the paper:")
+    console.print("agr-ray train --preset NAME trains a network, which stands for a system in Bosco and Chi (2025):")
     console.print(presets)
     parts = make_table("part", "name", "parameters", "source")
     for kind, registry in kinds().items():

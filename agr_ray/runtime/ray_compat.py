@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import ray
@@ -29,6 +30,8 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.experimental.internal_kv import _internal_kv_get
+from ray.train import Result
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal import constants
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -181,13 +184,44 @@ def pace_ray_data(context: DataContext) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+# Ray Tune
+
+
+@contextmanager
+def graceful_interrupts() -> Iterator[Callable[[], bool]]:
+    """Around `Tuner.fit`: on the first SIGINT, print a line and let Tune end its trials; on the second, end at once.
+
+    Tune does that on SIGUSR1, silently. Its own handler of SIGINT must be disabled. Yields a function that returns
+    whether there was a SIGINT.
+    """
+    count = 0
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if count > 1 and callable(before):
+            before(signum, frame)
+        os.write(_STDERR, b"stopping the trials; press Ctrl-C again to end at once\n")
+        signal.raise_signal(signal.SIGUSR1)
+
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # Ray Train
 
 SNAPSHOT: Final = constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 """File in which Ray Train names its complete checkpoints. What it does not name was being uploaded when its worker was
 killed, and Ray Train never deletes that."""
 _ADDRESS: Final = "RAY_ADDRESS"
-_STOP_S: Final = 10.0
 
 
 def limit_worker_start(timeout_s: float) -> None:
@@ -221,16 +255,27 @@ def named_cluster() -> Iterator[None]:
             os.environ[_ADDRESS] = before
 
 
-def interrupt_training(has_ended: threading.Event) -> None:
-    """Make `TorchTrainer.fit` in this process end, which no public function does.
+class InterruptibleTrainer(TorchTrainer):
+    """A trainer whose `fit` raises KeyboardInterrupt on SIGINT, as Python does.
 
-    The first SIGINT asks the controller to stop cleanly. A controller that is waiting for nodes never does. After the
-    third SIGINT, Ray Train exits without it.
+    Ray's own waits until the controller has stopped, which takes half a minute on a busy machine, or forever while the
+    controller waits for nodes. Then it exits with status 1 and no message.
     """
-    for _ in range(3):
-        signal.raise_signal(signal.SIGINT)
-        if has_ended.wait(_STOP_S):
-            return
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Install no handler, but keep the controller, an actor."""
+        self._controller = controller
+
+    def fit(self) -> Result:
+        """Train to the end. On KeyboardInterrupt, ask the controller to stop, for it may outlive this process."""
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            if self._controller is not None:
+                abort_training(self._controller)
+            raise
 
 
 def abort_training(controller: Any) -> None:

@@ -23,6 +23,7 @@ from agr_ray.config import ClusterJob, EvaluateConfig, EvaluateJob, PredictConfi
 from agr_ray.config.section import first_difference
 from agr_ray.errors import ConfigError
 from agr_ray.learn.run import is_finished
+from agr_ray.progress_bar import status_line
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.runtime.train import train
 from agr_ray.storage import MissingObject, Storage, StorageUnavailable
@@ -110,12 +111,13 @@ def run_all(
     """
     waiting = list(starts)
     running: dict[Any, tuple[str, float]] = {}
-    with console.status("") as status:
+    with status_line(console) as status:
         while waiting or running:
             while waiting and len(running) < max_concurrent:
                 name = waiting.pop(0)
                 running[starts[name]()] = name, time.monotonic()
-            names = ", ".join(name for name, _ in running.values())
+            now = time.monotonic()
+            names = ", ".join(f"{name} ({(now - started) / 60:.0f} minutes)" for name, started in running.values())
             num_ended = len(starts) - len(waiting) - len(running)
             status.update(f"{num_ended} of {len(starts)} runs ended; running: {names}")
             ended, _ = ray.wait(list(running), timeout=_LOOK_EVERY_S)

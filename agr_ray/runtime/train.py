@@ -43,6 +43,7 @@ from agr_ray.data.guards import (
     check_sets,
     class_warnings,
     copies_warnings,
+    size_warnings,
     training_space,
     vision_warnings,
 )
@@ -54,7 +55,16 @@ from agr_ray.labels import IntArray, Labels, LabelSpace, race_mapping
 from agr_ray.learn.dry_run import dry_run
 from agr_ray.learn.history import best_row
 from agr_ray.learn.resources import max_kept_rows
-from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, tracked, tracked_again, write_history
+from agr_ray.learn.run import (
+    CHECKPOINTS,
+    FAILURE,
+    OBJECTIVE,
+    OBJECTIVE_MEANING,
+    Run,
+    tracked,
+    tracked_again,
+    write_history,
+)
 from agr_ray.learn.sampling import Sampler
 from agr_ray.learn.tracking import check_mlflow
 from agr_ray.models.backbones.base import WeightsError
@@ -236,6 +246,7 @@ def plan(
     set_index = np.repeat(np.arange(len(sets)), [table.num_rows for table in trained])
     baseline, counts = Baseline.fit(labels), class_counts(labels)
     warnings = class_warnings(counts, job.model.tasks, sets) + vision_warnings(sets) + copies_warnings(trained, sets)
+    warnings += size_warnings(sets, job.model.image_size)
     for warning in warnings:
         console.print(f"warning: {warning}")
     run = Run(
@@ -416,6 +427,6 @@ def _print_history(console: Console, storage: Storage, uri: str) -> None:
         shown = [row["val_age_mae_years"], row["val_gender_accuracy"], row["val_race_accuracy"], row[OBJECTIVE]]
         table.add_row(label, str(row["epoch"]), *("" if value is None else f"{value:.3f}" for value in shown))
     console.print(table)
-    console.print("objective: mean over the tasks of error / constant baseline's error; lower is better")
+    console.print(OBJECTIVE_MEANING)
     total_s = sum(row["epoch_s"] for row in history)
     console.print(f"{len(history)} epochs in {total_s / 60:.1f} minutes; checkpoint: {uri}/best")

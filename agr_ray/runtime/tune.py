@@ -21,11 +21,12 @@ from agr_ray.console import make_console
 from agr_ray.data.crops import select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.learn.dry_run import dry_run
+from agr_ray.learn.dry_run import dry_run, duration_text
 from agr_ray.learn.run import Run
+from agr_ray.progress_bar import status_line
 from agr_ray.report.sweep_results import print_trials, write_results
 from agr_ray.runtime.cluster import cluster, nodes, wait_for_nodes
-from agr_ray.runtime.ray_compat import machine_cpus
+from agr_ray.runtime.ray_compat import graceful_interrupts, machine_cpus
 from agr_ray.runtime.train import NOT_IN_DIGEST, open_sets, plan, settings_digest
 from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher
 from agr_ray.runtime.tuning.trial import trainable
@@ -79,7 +80,7 @@ def tune(job: TuneJob) -> str:
     if job.dry_run:
         _dry_run(job, planned, run, console)
         if first is not None:
-            dry_run(run, sets, first, machine_cpus(), console)
+            _print_sweep_time(job, planned, dry_run(run, sets, first, machine_cpus(), console), console)
         return storage.join(planned.uri, "best")
     lock_uri, retry = storage.join(planned.uri, "lock.json"), Retry(job.train.outage_s)
     owner = f"sweep {planned.uri}"
@@ -90,8 +91,9 @@ def tune(job: TuneJob) -> str:
             sweep.begin()
             at_once = min(capacity.num_trials, max(sweep.num_left, 1))
             console.print(f"{at_once} {'trials' if at_once > 1 else 'trial'} at a time; {_budget(job)}")
+            is_stopped = False
             if sweep.num_left and not sweep.spent:
-                _run_trials(
+                is_stopped = _run_trials(
                     sweep,
                     lock,
                     _trial_job(base, sweep, capacity.threads_per_worker),
@@ -105,6 +107,8 @@ def tune(job: TuneJob) -> str:
         write_results(sweep, run, console)
         sweep.write_record(finished)
     print_trials(sweep, console)
+    if is_stopped and not finished:
+        raise KeyboardInterrupt
     if not finished:
         why = f"{sweep.spent} is spent" if sweep.spent else "it was interrupted"
         console.print(f"the sweep is not finished: {why}; the same command resumes it")
@@ -189,14 +193,15 @@ def _trial_job(base: TrainJob, sweep: Sweep, threads_per_worker: int | None) -> 
 
 def _run_trials(
     sweep: Sweep, lock: RunLock, base: TrainJob, max_concurrent: int, folder: str, console: Console
-) -> None:
-    """Run trials until none is left, a budget is spent, or the user interrupts.
+) -> bool:
+    """Run trials until none is left, a budget is spent, or the user interrupts; return whether the user did.
 
     An error in one of the sweep's callbacks is raised when Tune has ended.
     """
     # The driver prints progress itself, and the records hold what these loggers would write.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it prints nothing
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
     # A trial ends without a result if it diverges in its first epoch, or had finished before its process died.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
@@ -207,7 +212,7 @@ def _run_trials(
     sweep.storage.delete_tree(sweep.join(TUNE_FOLDER))
     filesystem, path = sweep.storage.arrow_filesystem(sweep.plan.uri)
     scheduler = Halving(sweep) if sweep.config.asha and sweep.config.mode == "scalar" else None
-    with console.status("") as status:
+    with status_line(console) as status:
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(trainable(base), {"CPU": TRIAL_CPUS}),
             tune_config=ray_tune.TuneConfig(
@@ -226,11 +231,13 @@ def _run_trials(
                 verbose=0,
             ),
         )
-        tuner.fit()
+        with graceful_interrupts() as is_stopped:
+            tuner.fit()
     if sweep.problem is not None:
         raise sweep.problem
     lock.check()
     sweep.storage.delete_tree(sweep.join(TUNE_FOLDER))
+    return is_stopped()
 
 
 def _budget(job: TuneJob) -> str:
@@ -240,6 +247,15 @@ def _budget(job: TuneJob) -> str:
     halving = f"ASHA stops all but 1 in {config.reduction} from epoch {config.grace_epochs}"
     parts.append(halving if config.asha and config.mode == "scalar" else "no trial is stopped early")
     return ", ".join(parts)
+
+
+def _print_sweep_time(job: TuneJob, planned: Plan, trial_s: float, console: Console) -> None:
+    """Print the estimated time of all trials, given that of the first."""
+    total_s, at_once = planned.num_trials * trial_s, job.tune.max_concurrent or 1
+    text = f"whole sweep: {planned.num_trials} trials x {duration_text(trial_s)} = {duration_text(total_s)}"
+    if at_once > 1:
+        text += f"; {duration_text(total_s / at_once)} if {at_once} trials at a time are each as fast as one alone"
+    console.print(f"{text}; less if trials are stopped early")
 
 
 def _dry_run(job: TuneJob, planned: Plan, run: Run, console: Console) -> None:

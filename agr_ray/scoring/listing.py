@@ -106,6 +106,8 @@ def _list_prefix(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
             f"score.input {uri} is a file; give a folder, a bucket prefix, a .parquet manifest or the manifest.json "
             "of an S3 Inventory (score.input_kind)"
         )
+    if "://" not in uri and not os.path.lexists(uri):
+        raise ConfigError(f"score.input {uri}: there is no such folder")
     listed = storage.list_readable(uri)
     while infos := [*islice(listed, _LISTED_ROWS)]:
         columns = {name: [getattr(info, name) for info in infos] for name in LISTED.names}

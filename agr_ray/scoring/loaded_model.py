@@ -55,8 +55,8 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
         on_gpu=job.score.use_gpu,
         allow_uncalibrated=job.score.allow_uncalibrated,
     )
-    if checkpoint.untrained:
-        console.print(f"warning: score.checkpoint {job.score.checkpoint}: {checkpoint.untrained}")
+    for warning in filter(None, (checkpoint.untrained, checkpoint.rendered)):
+        console.print(f"warning: score.checkpoint {job.score.checkpoint}: {warning}")
     trained, chosen = checkpoint.pipeline.vision.detector, pipeline.vision.detector
     if chosen == "none":
         if calibration is None:

@@ -87,6 +87,8 @@ def open_scores(uri: str | os.PathLike[str], *, storage: Storage | None = None) 
     storage = storage or Storage()
     out = storage.absolute(os.fspath(uri)).rstrip("/")
     if next(published_runs(storage, out), None) is None:
+        if not storage.exists(out):
+            raise ConfigError(f"{uri}: there is no such folder")
         raise ConfigError(f"{uri}: there is no published scoring run (a file _SUCCESS/run=ID.json)")
     has_images = storage.exists(storage.join(out, "images"))
     connection = duckdb.connect()

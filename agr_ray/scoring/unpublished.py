@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -127,7 +128,9 @@ def _check_input(config: ScoreConfig, storage: Storage, plan: Plan) -> None:
         return
     where = f"score.input {storage.absolute(config.input)}"
     if not plan.num_listed:
-        raise ConfigError(f"{where}: nothing is there; check the spelling, or allow it with --allow-empty true")
+        is_folder = os.path.isdir(storage.absolute(config.input))  # never true of an s3:// URI
+        problem = "there is no image in this folder" if is_folder else "nothing is there; check the spelling"
+        raise ConfigError(f"{where}: {problem}; --allow-empty true allows that")
     raise ConfigError(
         f"{where}: none of its {plan.num_listed:,} keys is read as a photograph: {endings(plan)}; score.include "
         "selects the keys to read, such as --include '**' for all"

@@ -19,7 +19,7 @@ from agr_ray.runtime.training.board import progress_board
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 RUNNING = {"age_mae_years": 5.012, "gender_accuracy": 0.928, "race_accuracy": 0.8199}
-PROGRESS = Progress(3, 24, 1024, 13000, 2.803, RUNNING, 137.7, 0.004, 137.7)
+PROGRESS = Progress(3, 24, 1024, 13000, 2.803, RUNNING, 137.7, 0.004, 21 * 13000, 137.7)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_the_terminal_shows_progress_after_the_board_was_killed(terminal: Consol
         os.kill(board_pid(), signal.SIGKILL)
 
         def left_again() -> bool:
-            ray.get(leave_in_a_worker.remote(board, Progress(4, 24, 64, 13000, 1.5, {}, 100.0, 0.0, 100.0)))
+            ray.get(leave_in_a_worker.remote(board, Progress(4, 24, 64, 13000, 1.5, {}, 100.0, 0.0, 20 * 13000, 100.0)))
             return "loss 1.500" in shown(terminal)
 
         wait_until(left_again)

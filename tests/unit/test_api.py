@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import shutil
 import subprocess
@@ -185,6 +186,28 @@ def test_the_folder_of_a_run_names_its_best_checkpoint(checkpoint: Path, tmp_pat
     shutil.copytree(checkpoint, tmp_path / "run" / "best")
     with pytest.raises(ConfigError, match=r"meta\.json\); did you mean .*/run/best\?$"):
         agr_ray.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["", "best"])
+def test_an_unfinished_run_has_no_checkpoint_yet(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text("{}")
+
+    with pytest.raises(ConfigError, match=r"because the training run .*/mine has not finished; the same agr-ray train"):
+        agr_ray.load(tmp_path / "mine" / name)
+
+
+def test_a_model_trained_on_rendered_faces_warns_once(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "rendered")
+    meta = json.loads((tmp_path / "rendered" / "meta.json").read_text())
+    (tmp_path / "rendered" / "meta.json").write_text(json.dumps(meta | {"data": {"source": "rendered"}}))
+
+    with pytest.warns(
+        UserWarning, match="was trained on rendered faces only, so its estimates for real people mean"
+    ) as w:
+        agr_ray.load(tmp_path / "rendered")
+
+    assert len(w) == 1
 
 
 def test_a_pickled_photo_does_not_contain_the_model(model: agr_ray.FaceModel, photograph: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_short_help_shows_the_options_that_matter_and_an_example_that_works(
     for key in job.essentials:
         assert (key.upper() if key in job.positional else job.option(key)) in words
     assert set(job.required) - {"tune.space"} <= set(job.essentials)
-    assert 4 <= len(job.essentials) <= 15
+    assert 4 <= len(job.essentials) <= 16
     assert "--storage.endpoint_url" not in words
     assert "--help-all" in words
     prog, command, *argv = job.example.split()
@@ -243,6 +244,16 @@ def test_an_interrupted_command_ends_with_one_line(capsys: pytest.CaptureFixture
 
     assert ended.value.code == 130
     assert capsys.readouterr().err == "error: interrupted; run the same command again to resume it\n"
+
+
+def test_ctrl_c_is_confirmed_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        signal.raise_signal(signal.SIGINT)
+
+    assert ended.value.code == 130
+    shown = capfd.readouterr().err
+    assert shown == "stopping\nerror: interrupted; run the same command again to resume it\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_predictions_of_initial_weights_are_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from agr_ray.config import (
     SECTIONS,
+    CompareJob,
     EvaluateJob,
     Job,
     ModelConfig,
@@ -584,3 +585,62 @@ def test_a_section_built_in_code_rejects_unknown_keys() -> None:
 def test_training_gets_the_rest_of_validation_and_test() -> None:
     assert SplitConfig(val=0.25, test=0.5).fractions == {"train": 0.25, "val": 0.25, "test": 0.5}
     assert SplitConfig(val=0.0, test=1.0).fractions["train"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("person", "subject"), ("Id", "subject"), ("file", "key"), ("path", "key"), ("sex", "gender"), ("rase", "race")],
+)
+def test_another_word_for_a_column_names_the_column(word: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(PrepareJob, [*needed(PrepareJob), "--source.columns", f"age=alter,{word}=x"], {})
+
+    assert str(caught.value) == (
+        f"source.columns: there is no column {word!r}; did you mean {meant}?; "
+        "allowed: key, age, age_low, age_high, gender, race, subject, split, fold"
+    )
+
+
+def test_a_job_knows_the_recipe_of_its_command_line(recipe: Path) -> None:
+    assert train_job("--config", str(recipe)).recipe == str(recipe)
+    assert train_job().recipe == ""
+
+
+def test_the_help_of_prepare_shows_how_to_read_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(PrepareJob, ["--help"], {})
+
+    shown = capsys.readouterr().out
+    assert all(f"--source.{name} " in shown for name in ("columns", "gender_codes", "race_codes", "missing_values"))
+
+
+@pytest.mark.parametrize("option", ["--data", "--train.data"])
+def test_a_second_word_after_a_path_option_says_to_repeat_it(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(TrainJob, [option, "data/one", "data/two", "--epochs", "3"], {})
+
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: data/two: is no option; repeat {option} for several: {option} A {option} B (")
+
+
+def test_a_stray_word_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(TrainJob, ["--data", "data/one", "--epochs", "3", "4"], {})
+
+    assert capsys.readouterr().err.startswith("error: 4: is no option (")
+
+
+def test_an_option_without_its_section_names_the_full_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(PrepareJob, ["--uri", "faces"], {})
+
+    assert "--uri: there is no such option; did you mean --source.uri?" in capsys.readouterr().err
+
+
+def test_the_help_shows_a_list_without_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(CompareJob, ["--help"], {})
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: paper, single_task_age," in shown
+    assert "('" not in shown

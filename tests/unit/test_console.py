@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,9 +16,10 @@ from agr_ray import progress_bar as log_progress
 from agr_ray.console import make_console, make_table
 from agr_ray.data import preparation
 from agr_ray.data.prepared import PreparedSet
-from agr_ray.progress_bar import progress
+from agr_ray.data.set_splits import Splits
+from agr_ray.progress_bar import progress, status_line
 from agr_ray.runtime.training.board import TrainingBars
-from agr_ray.schema import CROPS, NEAR_DUPLICATES, Status
+from agr_ray.schema import CROPS, MANIFEST, NEAR_DUPLICATES, Status
 from agr_ray.scoring import messages
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +129,7 @@ def test_the_summary_of_prepare_has_its_folder_and_reasons() -> None:
         labels_sha256="0" * 64,
         splits={"train": 1},
         counts={"ok": 1, "bad_label": 1},
+        near_duplicates={"train": 1},
         uri=ODD,
     )
     rows = pa.Table.from_pylist(
@@ -139,11 +142,12 @@ def test_the_summary_of_prepare_has_its_folder_and_reasons() -> None:
 
     crossing = {"key": ODD, "split": "train", "near_key": "b", "near_split": "test"}
     crossings = pa.Table.from_pylist([crossing | {"distance_bits": 2, "likeness": 0.99}], NEAR_DUPLICATES)
-    preparation._print_summary(make_console(out), prepared, rows, crossings)
+    manifest = pa.Table.from_pylist([], MANIFEST)
+    preparation._print_summary(make_console(out), prepared, rows, Splits(manifest, manifest, crossings), "")
 
     assert ODD in out.getvalue().splitlines()
     assert f"1 x age {ODD} is not a number" in out.getvalue()
-    assert f"such as {ODD} in train of b in test" in out.getvalue()
+    assert f"such as {ODD} (train) and b (test)" in out.getvalue()
     assert "gender labels: 1 (male 1)" in out.getvalue()  # of the images in the set
 
 
@@ -169,6 +173,19 @@ def test_progress_in_a_log_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = out.getvalue().splitlines()
     assert line.startswith(f"reading {ODD}: 2 of 4, ")
     assert line.endswith("[/nope]")
+
+
+def test_a_log_has_a_line_a_minute_though_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_progress, "LOG_AT_LEAST_EVERY_S", 0.01)
+    monkeypatch.setattr(log_progress, "LOG_EVERY_S", 0.009)
+    steps, runs = io.StringIO(), io.StringIO()
+
+    with progress(make_console(steps), "scoring", 4), status_line(make_console(runs)) as status:
+        status.update("1 of 2 runs ended")
+        time.sleep(0.2)
+
+    assert set(steps.getvalue().splitlines()) == {"scoring: 0 of 4, 0 s"}
+    assert set(runs.getvalue().splitlines()) == {"1 of 2 runs ended"}
 
 
 def test_training_bars_show_texts_verbatim() -> None:

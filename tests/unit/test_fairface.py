@@ -166,6 +166,7 @@ def test_an_import_does_not_replace_another_checkpoint(files: Path, capsys: pyte
     ("name", "make", "message"),
     [
         ("multi_7.pt", None, "multi_7.pt"),
+        ("multi_7.pt", None, "FairFace's README links to its files: https://github.com/joojs/fairface"),
         ("fairface.pt", lambda: torchvision.models.resnet34(num_classes=18), "give the number of races: --races 7 or"),
         ("multi_7.pt", lambda: torchvision.models.resnet34(), "fc.weight: expected shape [18, 512], found [1000, 512]"),
         ("multi_7.pt", lambda: torchvision.models.resnet18(num_classes=18), "layer1.2.conv1.weight"),

@@ -11,7 +11,7 @@ from manifests import read_manifest
 
 from agr_ray.data.manifest import ParsedLabel, group_ids
 from agr_ray.data.sources.folder import source_rows
-from agr_ray.data.sources.label_table import LabelTableError, find_labels
+from agr_ray.data.sources.label_table import LabelTableError, find_labels, given_labels
 from agr_ray.labels import UTKFACE
 from agr_ray.storage import Storage
 
@@ -126,7 +126,8 @@ def test_only_an_unreadable_value_is_dropped(folder: Path, values: str, kept: tu
     ]
     column = error.partition(" ")[0]
     text = values.split(",")[("age", "gender", "race").index(column)]
-    assert notes == [f"labels.csv: invalid values of {column}, dropped: 1 ({text!r})"]
+    remedy = "" if column == "age" else f"; --source.{column}_codes says what they mean"
+    assert notes == [f"labels.csv: invalid values of {column}, dropped: 1 ({text!r}){remedy}"]
 
 
 def test_a_row_without_a_readable_label_is_a_bad_label(folder: Path) -> None:
@@ -146,7 +147,7 @@ def test_dropped_values_are_counted_by_column_with_the_first_examples(folder: Pa
     _, notes = rows_and_notes(folder, "\n".join(["key,age,gender", *lines]))
 
     assert notes == [
-        "labels.csv: invalid values of gender, dropped: 1 ('x')",
+        "labels.csv: invalid values of gender, dropped: 1 ('x'); --source.gender_codes says what they mean",
         "labels.csv: invalid values of age, dropped: 5 ('old0', 'old1', 'old2', ...)",
     ]
 
@@ -501,7 +502,9 @@ def test_an_empty_folder_with_labels_is_rejected(tmp_path: Path) -> None:
 
 
 def test_a_folder_must_have_exactly_one_label_table(folder: Path) -> None:
-    with pytest.raises(LabelTableError, match=r"source\.labels: there is no label table at .*parquet, .*csv, .*tsv"):
+    with pytest.raises(
+        LabelTableError, match=r"there is no labels\.parquet, labels\.csv or labels\.tsv in .*; add one, or name"
+    ):
         find_labels(Storage(), str(folder))
 
     (folder / "labels.csv").write_text("key,age\na.jpg,3\n")
@@ -608,3 +611,41 @@ def test_a_subject_with_one_image_under_two_labels_is_marked() -> None:
 
     assert group_ids(people, ["1", "2", "3"]) == ["subject:bo"] * 3
     assert group_ids(people, ["1", "1", "3"]) == ["conflict:subject:bo"] * 3
+
+
+def test_a_table_of_another_name_is_named_with_its_option(folder: Path) -> None:
+    (folder / "export.csv").write_text("key,age\na.jpg,3\n")
+
+    with pytest.raises(
+        LabelTableError, match=r"; the folder has export\.csv; name it, such as --source\.labels export\.cs"
+    ):
+        find_labels(Storage(), str(folder))
+
+
+def test_a_table_is_also_looked_up_in_the_folder_of_the_images(folder: Path) -> None:
+    (folder / "export.csv").write_text("key,age\na.jpg,3\n")
+
+    assert given_labels(Storage(), str(folder), "export.csv") == str(folder / "export.csv")
+    assert given_labels(Storage(), str(folder), "gone.csv") == str(Path("gone.csv").absolute())
+
+
+@pytest.mark.parametrize("column", ["gender", "race"])
+def test_a_column_of_mostly_invalid_values_is_an_error_that_names_the_option(folder: Path, column: str) -> None:
+    valid = {"gender": "male", "race": "white"}[column]
+    lines = ["a.jpg," + ("weiss" if number < 7 else valid) for number in range(12)]
+
+    error = refusal(folder, "\n".join([f"key,{column}", *lines]))
+
+    assert f"labels.csv: 7 of 12 values of {column} are not understood ('weiss'): expected" in error
+    assert f"--source.{column}_codes weiss=" in error
+    assert f"ignore the column with --source.columns {column}=" in error
+
+
+def test_half_of_the_values_may_be_invalid(folder: Path) -> None:
+    lines = ["a.jpg," + ("weiss" if number < 6 else "white") for number in range(12)]
+
+    _, notes = rows_and_notes(folder, "\n".join(["key,race", *lines, "sub/b.png,white"]))
+
+    assert notes == [
+        "labels.csv: invalid values of race, dropped: 6 ('weiss'); --source.race_codes says what they mean"
+    ]

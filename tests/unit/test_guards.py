@@ -17,6 +17,7 @@ from agr_ray.data.guards import (
     check_sets,
     class_warnings,
     copies_warnings,
+    size_warnings,
     training_space,
     vision_warnings,
 )
@@ -102,6 +103,17 @@ def test_crops_made_without_a_detector_trigger_a_warning() -> None:
     (warning,) = vision_warnings([prepared("data", "none")])
 
     assert "train.data data: its crops were made with vision.detector none, which scoring can't use" in warning
+
+
+def test_an_input_larger_than_the_crops_triggers_a_warning_that_names_the_recipe() -> None:
+    data = prepared("data").model_copy(update={"recipe": "utkface_lite"})
+    side = data.crop_side_px
+
+    (warning,) = size_warnings([data], 2 * side)
+
+    assert f"the crops of train.data data are {side} px, and model.image_size {2 * side} is larger" in warning
+    assert warning.endswith("; --config utkface_lite, with which the set was prepared, may fit")
+    assert size_warnings([data], side) == []
 
 
 def test_crops_of_any_detector_trigger_no_warning() -> None:

@@ -86,7 +86,10 @@ def test_a_re_encoded_slightly_cropped_copy_is_counted_and_listed(planted: Plant
     splits, shown = planted.prepare()
 
     assert splits == planted.splits
-    assert "near-duplicates of images in a split that is held out: train 1, val 0; such as 04.jpg in train of " in shown
+    assert (
+        "1 training images are near-copies of held-out images, such as 04.jpg (train) and 08.jpg (test); they are kept"
+        in shown
+    )
     (row,) = pq.read_table(planted.folder.parent / "out" / "near_duplicates.parquet").to_pylist()
     assert (row["key"], row["split"], row["near_key"], row["near_split"]) == ("04.jpg", "train", "08.jpg", "test")
     assert row["distance_bits"] <= 8
@@ -101,10 +104,39 @@ def test_excluded_copies_get_no_split_and_test_stays_as_it_is(planted: Planted) 
     splits, shown = planted.prepare(near_duplicates="exclude")
 
     assert splits == planted.splits | {"04.jpg": None, "02.jpg": None}
-    assert "they are left out" in shown
+    assert "they are left out; near_duplicates.parquet lists all" in shown
     again, shown = planted.prepare(near_duplicates="exclude")
     assert again == splits
     assert "12 done before, 0 to do" in shown
+
+
+def test_a_code_without_meaning_is_reported_before_the_set_must_be_deleted(planted: Planted) -> None:
+    planted.prepare()
+    job = planted.job()
+    wrong, other = (job.source.model_copy(update={"gender_codes": {"0": word}}) for word in ("man", "male"))
+
+    with pytest.raises(ConfigError, match=r"^source: gender code '0' means 'man': expected one of female, male$"):
+        prepare_set(job.model_copy(update={"source": wrong}), CroppingHere(job), make_console(io.StringIO()))
+    with pytest.raises(ConfigError, match="choose another folder, or delete this one"):
+        prepare_set(job.model_copy(update={"source": other}), CroppingHere(job), make_console(io.StringIO()))
+
+
+def test_the_summary_names_contradicting_subjects_counts_crops_and_names_the_recipe(planted: Planted) -> None:
+    planted.subjects["01.jpg"] = planted.subjects["00.jpg"]
+    (planted.folder / "11.jpg").write_bytes(b"no image")
+    job = planted.job()
+    labels = planted.folder / "labels.csv"
+    labels.write_text(labels.read_text().replace("01.jpg,30,male", "01.jpg,30,female"))
+    job._recipe = "demo"
+    shown = io.StringIO()
+
+    prepare_set(job, CroppingHere(job), make_console(shown))
+
+    lines = shown.getvalue()
+    assert "warning: subjects whose images differ in gender or race: 1, such as '00.jpg' in 00.jpg and 01.jpg" in lines
+    assert "crops by split: train 6, val 0, test 5; split" in lines
+    assert "\nimages with a split but no crop: 1; nothing uses them\n" in lines
+    assert "next, train on it: agr-ray train --config demo --data " in lines
 
 
 def test_the_fingerprint_is_of_the_face_without_its_margin(planted: Planted) -> None:

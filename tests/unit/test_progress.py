@@ -31,7 +31,7 @@ from agr_ray.runtime.training.board import TrainingBars, progress_board
 SIDE = 32
 NUM = 21
 RUNNING = {"age_mae_years": 5.012, "gender_accuracy": 0.928, "race_accuracy": 0.8199}
-PROGRESS = Progress(3, 24, 1024, 13000, 2.803, RUNNING, 130.0, 0.004, 137.7)
+PROGRESS = Progress(3, 24, 1024, 13000, 2.803, RUNNING, 130.0, 0.004, 21 * 13000, 137.7)
 
 
 def faces() -> dict[str, Any]:
@@ -124,8 +124,8 @@ def test_without_a_head_its_figure_is_not_shown(monkeypatch: pytest.MonkeyPatch)
 
 def test_progress_is_a_line() -> None:
     assert PROGRESS.line() == (
-        "epoch 3/24: 1,024 of 13,000, loss 2.803, age MAE 5.01 years, gender 92.8 %, race 82.0 %, 130 samples/s, "
-        "0% waiting for data, 0:01:27 left in this epoch, 0:34:30 left in this run"
+        "epoch 3/24: 1,024 of 13,000, 0:01:27 left in this epoch, 0:34:30 left in this run, loss 2.803, "
+        "age MAE 5.01 years, gender 92.8 %, race 82.0 %, 130 samples/s, 0% waiting for data"
     )
 
 
@@ -140,7 +140,7 @@ def test_the_remaining_time_is_never_negative() -> None:
 def test_after_one_step_no_time_is_estimated() -> None:
     first = dataclasses.replace(PROGRESS, steady_samples_per_s=None)
 
-    assert first.line().endswith("0% waiting for data")
+    assert "left" not in first.line()
     assert first.epoch_left == first.run_left == ""
 
 
@@ -173,6 +173,36 @@ def test_the_bars_show_the_same_values_as_the_line() -> None:
     assert epoch.startswith("epoch 3")
     assert " 1024/13000 " in epoch
     assert figures.strip() == PROGRESS.figures()
+
+
+def test_the_figures_wrap_in_a_narrow_terminal() -> None:
+    bars = TrainingBars()
+    bars.show(PROGRESS)
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None, soft_wrap=True)
+
+    lines = console.render_lines(bars, console.options.update(no_wrap=True))
+
+    texts = ["".join(segment.text for segment in line) for line in lines]
+    assert all(len(text) <= 60 for text in texts)
+    assert " ".join(" ".join(texts[2:]).split()) == PROGRESS.figures()
+
+
+def test_epochs_of_larger_images_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_PROGRESS_S", 0.0)
+    data = faces()
+    job = TrainJob(
+        model=ModelConfig(preset="lightweight", image_size=64),
+        train=TrainConfig(epochs=3, batch_size=21, image_sizes=(32, 48, 64)),
+    )
+    network = MultiTaskNet(job.model, UTKFACE)
+    network.initialise({"age": np.array([30.0, 70.0])})
+    shown: list[Progress] = []
+
+    context = LocalContext(data, data, 21, on_progress=shown.append)
+    train(context, network, Transform(64, SIDE), job, Baseline.fit(Labels.from_arrays(UTKFACE, data)), NUM)
+
+    later = [((48 / 32) ** 2 + 4) * NUM, (64 / 48) ** 2 * NUM, 0]
+    assert [progress.num_later_samples for progress in shown] == pytest.approx(later)
 
 
 def test_the_bars_go_back_when_a_run_is_resumed() -> None:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import pkgutil
-import threading
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import ray.data._internal.execution.streaming_executor as streaming_executor
 from ray._private import worker as ray_worker
 from ray.data import DataContext
 from ray.train import ControllerError
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal import constants, exceptions
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.controller import TrainController
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.tune import tune as tune_module
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from agr_ray.runtime import ray_compat
@@ -111,19 +112,43 @@ def test_ray_train_gets_the_clusters_address(monkeypatch: pytest.MonkeyPatch) ->
     assert "RAY_ADDRESS" not in os.environ
 
 
-def test_ray_train_ends_after_three_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
-    raised: list[int] = []
-    monkeypatch.setattr(ray_compat.signal, "raise_signal", raised.append)
-    monkeypatch.setattr(ray_compat, "_STOP_S", 0.0)
-    ray_compat.interrupt_training(threading.Event())
-    assert raised == [2, 2, 2]
-    has_ended = threading.Event()
-    has_ended.set()
+def test_an_interrupted_fit_raises_and_aborts_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    aborted: list[Any] = []
+    monkeypatch.setattr(ray_compat, "abort_training", aborted.append)
+    trainer = ray_compat.InterruptibleTrainer(print)
+    before = signal.getsignal(signal.SIGINT)
 
-    ray_compat.interrupt_training(has_ended)
+    def fit(self: Any) -> None:
+        self._register_sigint_handler("controller")
+        assert signal.getsignal(signal.SIGINT) is before
+        signal.raise_signal(signal.SIGINT)
 
-    assert raised == [2, 2, 2, 2]
-    assert "Received SIGINT at least 3 times" in inspect.getsource(DataParallelTrainer)
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+    assert aborted == ["controller"]
+    assert "_register_sigint_handler" in inspect.getsource(TorchTrainer._initialize_and_run_controller)
+
+
+def test_tune_ends_its_trials_after_one_interrupt_and_at_once_after_two(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "SIGUSR1, signal_interrupt_tune_run" in inspect.getsource(tune_module._setup_signal_catching)
+    assert "TUNE_DISABLE_SIGINT_HANDLER" in inspect.getsource(tune_module._setup_signal_catching)
+    ended: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda signum, _: ended.append(signum))
+    try:
+        with ray_compat.graceful_interrupts() as is_stopped:
+            assert not is_stopped()
+            signal.raise_signal(signal.SIGINT)
+            assert is_stopped()
+            assert ended == [signal.SIGUSR1]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert capfd.readouterr().err == "stopping the trials; press Ctrl-C again to end at once\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(

@@ -364,8 +364,10 @@ def test_a_run_with_nothing_new_and_hidden_counts_gives_no_number(bucket: Bucket
 def test_an_empty_input_is_rejected_unless_allowed(bucket: Bucket) -> None:
     empty = bucket.folder / "empty"
     empty.mkdir()
-    with pytest.raises(ConfigError, match=r"^score\.input .*empty: nothing is there; .*--allow-empty true"):
+    with pytest.raises(ConfigError, match=r"^score\.input .*empty: there is no image in this folder; --allow-em"):
         bucket.score(input=str(empty))
+    with pytest.raises(ConfigError, match=r"nowhere: there is no such folder$"):
+        bucket.score(input=str(bucket.folder / "nowhere"))
     assert not bucket.out.exists()
     assert not (bucket.folder / "out-work").exists()
 

@@ -12,6 +12,7 @@ from agr_ray.data.splits import (
     SplitLeakError,
     assign_splits,
     check_no_leak,
+    contradicting_subjects,
     split_digest,
     split_manifest_text,
 )
@@ -105,6 +106,40 @@ def test_the_fractions_hold_in_each_stratum_to_within_a_few_images(assigned: lis
     assert len(large) >= 5
     for each in large:
         assert each["test"] / each.total() == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0], ids=lambda share: f"{share:g} contradict")
+@pytest.mark.parametrize("fractions", [(0.65, 0.2, 0.15), (0.55, 0.3, 0.15), (0.8, 0.1, 0.1), (0.1, 0.1, 0.8)], ids=str)
+def test_the_fractions_hold_for_subjects_even_if_their_labels_contradict(
+    fractions: tuple[float, float, float], share: float, size: int
+) -> None:
+    rng = np.random.default_rng(size)
+    rows = []
+    for number in range(1400 // size):
+        labels = {"gender": GENDERS[rng.integers(2)], "race": UTKFACE.races[rng.integers(4)]}
+        contradicts = rng.random() < share
+        for each in range(size):
+            other = {"race": "others"} if contradicts and each else {}
+            rows.append(make_row(f"{number}-{each}", f"subject:{number}", float(rng.integers(90)), **labels | other))
+
+    wanted = dict(zip(("train", "val", "test"), fractions, strict=True))
+    counts = Counter(assign_splits(make_manifest(rows), wanted, seed=1)["split"].to_pylist())
+
+    for split, fraction in wanted.items():
+        assert counts[split] == pytest.approx(fraction * len(rows), abs=max(size, 0.01 * len(rows)))
+
+
+def test_a_few_subjects_with_contradicting_labels_go_to_train_and_are_named() -> None:
+    rows = [make_row(f"{number}-{each}", f"subject:{number}") for number in range(40) for each in "ab"]
+    rows[0]["race"] = rows[5]["gender"] = None
+    rows[2]["race"], rows[7]["gender"] = "asian", "male"
+
+    table = assign_splits(make_manifest(rows), FRACTIONS, seed=1)
+
+    splits = dict(zip(table["key"].to_pylist(), table["split"].to_pylist(), strict=True))
+    assert [splits[key] for key in ("1-a", "1-b", "3-a", "3-b")] == ["train"] * 4
+    assert contradicting_subjects(table) == [("1", ["1-a", "1-b"]), ("3", ["3-a", "3-b"])]
 
 
 def test_strata_of_one_image_each_still_give_the_right_total() -> None:

@@ -95,5 +95,8 @@ def test_scores_without_rows_or_runs_say_so(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / name)
     with pytest.raises(ConfigError, match=r"there are no faces: every run was scored with score\.aggregate_only"):
         agr_ray.open_scores(str(tmp_path)).faces  # noqa: B018
+    with pytest.raises(ConfigError, match=r"elsewhere: there is no such folder$"):
+        agr_ray.open_scores(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
     with pytest.raises(ConfigError, match="there is no published scoring run"):
         agr_ray.open_scores(tmp_path / "elsewhere")

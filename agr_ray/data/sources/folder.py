@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import unicodedata
 from collections import defaultdict
@@ -15,6 +16,8 @@ from agr_ray.labels import LabelSpace
 from agr_ray.storage import Storage
 
 NUM_EXAMPLES = 3
+_MIN_VALUES = 10
+"""Fewest values of a column of which most may not be invalid; a smaller table is easily looked through."""
 
 
 def print_note(text: str) -> None:
@@ -63,11 +66,18 @@ def source_rows(
         raise LabelTableError(f"{labels_uri} has no rows")
     if table.other_columns:
         note(f"{name}: ignoring the columns {_examples(table.other_columns, len(table.other_columns))}")
-    yield from labelled_images(storage, uri, name, by_key, note)
+    _check_words(name, by_key, space, columns or {})
+    yield from labelled_images(storage, uri, name, by_key, note, options=True)
 
 
 def labelled_images(
-    storage: Storage, uri: str, name: str, by_key: Mapping[str, Sequence[RowLabels]], note: Callable[[str], None]
+    storage: Storage,
+    uri: str,
+    name: str,
+    by_key: Mapping[str, Sequence[RowLabels]],
+    note: Callable[[str], None],
+    *,
+    options: bool = False,
 ) -> Iterator[SourceRow]:
     """Yield a row for each image below `uri`, and one for each labelled image that does not exist; see `source_rows`.
 
@@ -77,12 +87,13 @@ def labelled_images(
         name: of the label table, in notes and errors.
         by_key: labels of each image, by its path below `uri`.
         note: called with a line for each kind of thing that is dropped or ignored.
+        options: whether the notes may name options of the kind `folder`.
 
     Raises:
         LabelTableError: no key matches an image.
         StorageUnavailable: the folder or bucket can't be listed.
     """
-    _note_dropped(name, (row for rows in by_key.values() for row in rows), note)
+    _note_dropped(name, (row for rows in by_key.values() for row in rows), note, options)
     keys = by_key.keys() | {_plain_key(key) for key in by_key}
     files = {
         info.key: info
@@ -176,7 +187,29 @@ def _fold(key: str) -> str:
     return unicodedata.normalize("NFC", key).casefold()
 
 
-def _note_dropped(name: str, rows: Iterable[RowLabels], note: Callable[[str], None]) -> None:
+def _check_words(
+    name: str, by_key: Mapping[str, Sequence[RowLabels]], space: LabelSpace, columns: Mapping[str, str]
+) -> None:
+    """Reject a table with values of gender or race that are mostly invalid.
+
+    Raises:
+        LabelTableError: most are; the message names the options that help.
+    """
+    rows = [row for each in by_key.values() for row in each]
+    for column, words in (("gender", space.genders), ("race", space.races)):
+        invalid = [dropped.text for row in rows for dropped in row.dropped if dropped.column == column]
+        num_given = len(invalid) + sum(getattr(row, column) is not None for row in rows)
+        if num_given >= _MIN_VALUES and 2 * len(invalid) > num_given:
+            texts = list(dict.fromkeys(invalid))
+            code = shlex.quote(f"{texts[0]}={words[0]}")
+            raise LabelTableError(
+                f"{name}: {len(invalid):,} of {num_given:,} values of {columns.get(column) or column} are not "
+                f"understood ({_examples(texts)}): expected {', '.join(words)}; say what they mean, such as "
+                f"--source.{column}_codes {code}, or ignore the column with --source.columns {column}="
+            )
+
+
+def _note_dropped(name: str, rows: Iterable[RowLabels], note: Callable[[str], None], options: bool) -> None:
     """Report how many values of each column were dropped."""
     texts: dict[str, list[str]] = defaultdict(list)
     for row in rows:
@@ -184,7 +217,9 @@ def _note_dropped(name: str, rows: Iterable[RowLabels], note: Callable[[str], No
             texts[dropped.column].append(dropped.text)
     for column, values in texts.items():
         examples = _examples(list(dict.fromkeys(values)))
-        note(f"{name}: invalid values of {column}, dropped: {len(values):,} ({examples})")
+        has_codes = options and column in ("gender", "race")
+        remedy = f"; --source.{column}_codes says what they mean" if has_codes else ""
+        note(f"{name}: invalid values of {column}, dropped: {len(values):,} ({examples}){remedy}")
 
 
 def _examples(values: Sequence[str], num: int = NUM_EXAMPLES) -> str:

@@ -14,6 +14,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from agr_ray.config.source import COLUMN_WORDS
 from agr_ray.schema import LABEL_COLUMNS
 from agr_ray.storage import MissingObject, Storage, StorageError
 
@@ -23,24 +24,14 @@ TABLE_NAMES: Final = ("labels.parquet", "labels.csv", "labels.tsv")
 """Names of label tables that are searched for in the folder of the images."""
 
 _SEPARATORS: Final = (",", "\t", ";")
-_MEANT: Final = {
-    "sex": "gender",
-    "ethnicity": "race",
-    "ethnic": "race",
-    "years": "age",
-    "person": "subject",
-    "identity": "subject",
-    "subset": "split",
-    "partition": "split",
-}
-"""Other words for a column, which may be a part of a name."""
-
 _LIMIT_WORDS: Final = {
     **dict.fromkeys(("low", "lower", "min", "from"), "age_low"),
     **dict.fromkeys(("high", "upper", "max", "to"), "age_high"),
 }
 _CLOSE: Final = 0.8
 """Minimum similarity (`difflib`) of a misspelt name."""
+_NUM_SHOWN: Final = 3
+"""Most tables that an error names."""
 _LONG: Final = 5
 """Minimum length of a column's name that is recognised within another name."""
 
@@ -77,10 +68,24 @@ def find_labels(storage: Storage, uri: str) -> str:
     if not tables and not storage.exists(uri):
         raise LabelTableError(f"source.uri: there is no folder {uri}")
     if not tables:
+        suffixes = tuple(f".{name.rpartition('.')[2]}" for name in TABLE_NAMES)
+        others = [info.key for info in storage.list(uri, suffixes) if "/" not in info.key][:_NUM_SHOWN]
+        remedy = f"; name it, such as --source.labels {shlex.quote(others[0])}" if others else ""
+        found = f"; the folder has {', '.join(others)}" if others else ""
         raise LabelTableError(
-            f"source.labels: there is no label table at {', '.join(candidates)}; add one, or set source.labels"
+            f"source.labels: there is no {', '.join(TABLE_NAMES[:-1])} or {TABLE_NAMES[-1]} in {uri}{found}"
+            f"{remedy or '; add one, or name another with --source.labels FILE'}"
         )
     return tables[0]
+
+
+def given_labels(storage: Storage, uri: str, labels: str) -> str:
+    """Return the URI of the label table that `source.labels` names: as it is, or below the folder of the images."""
+    given = storage.absolute(labels)
+    if "://" in labels or labels.startswith("/") or storage.exists(given):
+        return given
+    below = storage.join(uri, labels)
+    return below if storage.exists(below) else given
 
 
 def read_labels(storage: Storage, uri: str, columns: Mapping[str, str]) -> LabelTable:
@@ -237,7 +242,7 @@ def _column_meant(name: str, lacking: Sequence[str]) -> str | None:
     guesses = []
     if "age" in words:
         guesses += [_LIMIT_WORDS[word] for word in words if word in _LIMIT_WORDS] or ["age"]
-    guesses += [_MEANT.get(word, word) for word in words]
+    guesses += [COLUMN_WORDS.get(word, word) for word in words]
     guesses += [each for each in lacking if len(each) >= _LONG and each in joined]
     guesses += [each for each in lacking if each.replace("_", "") == joined]
     guesses += difflib.get_close_matches(joined, lacking, n=1, cutoff=_CLOSE)

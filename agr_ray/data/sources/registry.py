@@ -8,7 +8,8 @@ from typing import Final
 from agr_ray.config import LabelsConfig, SourceConfig, SplitConfig
 from agr_ray.data.manifest import SourceRow
 from agr_ray.data.sources import adience, fairface, fgnet, folder, morph2, utkface, utkface_lists
-from agr_ray.data.sources.label_table import find_labels
+from agr_ray.data.sources.label_table import find_labels, given_labels
+from agr_ray.data.sources.label_values import LabelCodeError, LabelParser
 from agr_ray.errors import ConfigError
 from agr_ray.labels import ADIENCE, FAIRFACE, FGNET, MORPH2, UTKFACE, LabelSpace
 from agr_ray.storage import Storage
@@ -36,6 +37,18 @@ def label_space(source: SourceConfig, labels: LabelsConfig) -> LabelSpace:
             "another one, set labels.space for agr-ray train"
         )
     return own or configured or UTKFACE
+
+
+def check_codes(source: SourceConfig, labels: LabelsConfig) -> None:
+    """Check the codes of genders and races.
+
+    Raises:
+        ConfigError: one stands for a word that the label space does not have, or for two words.
+    """
+    try:
+        LabelParser(label_space(source, labels), source.gender_codes, source.race_codes)
+    except LabelCodeError as error:
+        raise ConfigError(f"source: {error}") from None
 
 
 def split_fractions(source: SourceConfig, split: SplitConfig) -> dict[str, float]:
@@ -76,7 +89,7 @@ def source_rows(
     return folder.source_rows(
         storage,
         uri,
-        storage.absolute(source.labels) if source.labels else find_labels(storage, uri),
+        given_labels(storage, uri, source.labels) if source.labels else find_labels(storage, uri),
         space=space,
         columns={str(name): theirs for name, theirs in source.columns.items()},
         gender_codes=source.gender_codes,

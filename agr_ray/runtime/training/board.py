@@ -68,7 +68,7 @@ class TrainingBars:
             completed=min(progress.num_samples, progress.num_samples_total),
             left=progress.epoch_left,
         )
-        self._figures = Text(progress.figures())
+        self._figures = Text(progress.figures(), no_wrap=False)  # else the console, which wraps nothing, cuts it
 
     def __rich__(self) -> Group:
         return Group(self._bars, self._figures) if self._tasks else Group(self._figures)

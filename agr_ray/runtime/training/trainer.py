@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,8 @@ from agr_ray.runtime.cluster import check_fits, refuse_misfit
 from agr_ray.runtime.crop_stream import SplitShares, training_dataset
 from agr_ray.runtime.ray_compat import (
     SNAPSHOT,
+    InterruptibleTrainer,
     could_not_start,
-    interrupt_training,
     limit_worker_start,
     named_cluster,
 )
@@ -134,7 +135,7 @@ def _delete_unknown_checkpoints(run: Run, lock: RunLock) -> None:
 
 def _trainer(
     run: Run, sets: Sequence[PreparedSet], fence: Fence, board: Any, callbacks: Sequence[UserCallback]
-) -> ray.train.torch.TorchTrainer:
+) -> InterruptibleTrainer:
     """Return the trainer, which resumes where an earlier one ended."""
     storage, config = run.storage, run.job.train
 
@@ -150,7 +151,7 @@ def _trainer(
         )
 
     filesystem, path = storage.arrow_filesystem(run.uri)
-    return ray.train.torch.TorchTrainer(
+    return InterruptibleTrainer(
         work,
         train_loop_config={"run": run, "fence": fence, "board": board},
         torch_config=ray.train.torch.TorchConfig(timeout_s=int(collective_timeout_s(config))),
@@ -229,14 +230,14 @@ def _enough_workers(run: Run) -> Iterator[None]:
                 small_since = now if small_since is None else small_since
                 if now - small_since > config.outage_s:
                     problem = str(error)
-                    interrupt_training(ended)
+                    signal.raise_signal(signal.SIGINT)  # ends `fit`, which no public function does
                     return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
-    except (SystemExit, ray.exceptions.RayActorError):
+    except (KeyboardInterrupt, ray.exceptions.RayActorError):
         if not problem:
             raise
         raise _failed(run, problem) from None

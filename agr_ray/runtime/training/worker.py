@@ -28,7 +28,16 @@ from agr_ray.learn.loop import train as train_loop
 from agr_ray.learn.monitor import NonFiniteLossError
 from agr_ray.learn.progress import Progress
 from agr_ray.learn.resources import MIN_VAL_BATCH, max_kept_rows
-from agr_ray.learn.run import CHECKPOINTS, FAILURE, OBJECTIVE, Run, settings, tracked_again, write_history
+from agr_ray.learn.run import (
+    CHECKPOINTS,
+    FAILURE,
+    OBJECTIVE,
+    OBJECTIVE_MEANING,
+    Run,
+    settings,
+    tracked_again,
+    write_history,
+)
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.runtime.ray_compat import machine_cpus, print_for_user
@@ -67,6 +76,8 @@ def work(config: dict[str, Any]) -> None:
             steps = f" and {resume['partial_epoch']['num_steps']} steps" if "partial_epoch" in resume else ""
             event = f"resuming after epoch {resume['epoch']}{steps}"
         context.say(f"{event}, {_workers(context.world_size)}")
+        if run.num_val_rows:
+            context.say(f"{OBJECTIVE_MEANING}; * after an epoch: the best so far")
     try:
         train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
     except NonFiniteLossError as error:

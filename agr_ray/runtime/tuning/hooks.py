@@ -16,10 +16,9 @@ from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from rich.status import Status
-from rich.text import Text
 
 from agr_ray.config import TuneJob
+from agr_ray.progress_bar import StatusLine
 from agr_ray.redact import redacted
 from agr_ray.storage.lock import RunLock
 from agr_ray.tuning.sweep import Sweep
@@ -159,7 +158,7 @@ class Watcher(NotPickled, ray_tune.Callback):
         folder: the current folder when the command began.
     """
 
-    def __init__(self, sweep: Sweep, scheduler: Halving | None, status: Status, folder: str) -> None:
+    def __init__(self, sweep: Sweep, scheduler: Halving | None, status: StatusLine, folder: str) -> None:
         self._sweep = sweep
         self._scheduler = scheduler
         self._status = status
@@ -215,7 +214,7 @@ class Watcher(NotPickled, ray_tune.Callback):
                 running.append(f"trial {trial.number}: epoch {len(trial.epochs)} of {whole}")
         best = f"; best: trial {sweep.best.number}, {sweep.best.objective:.4f}" if sweep.best else ""
         line = f"{sweep.num_ended} of {sweep.plan.num_trials} trials ended{best}; {', '.join(running)}"
-        self._status.update(Text(line))  # rich parses a str as markup here, even with markup off
+        self._status.update(line)
 
 
 def last_epoch(job: TuneJob, values: Mapping[str, Any]) -> int:
