@@ -6,7 +6,7 @@
 Both process the same photographs with the same network: ResNet50 at 224 px with random weights. With --int8, (b) has an
 int8 network of it. With --checkpoint, (b) scores with that checkpoint, whatever its network is; (a) stays the same.
 
-(a) facenet-pytorch's MTCNN(keep_all=True) with its defaults, then torchvision's ResNet50 in float32 on each face,
+(a) facenet-pytorch's MTCNN(keep_all=True) with its defaults, then torchvision's ResNet50 in float32 on its faces,
     one photograph at a time, on all cores. It runs before and after (b), because the machine's speed may drift.
 (b) `runtime.score.score` with the preset `paper` on an embedded local cluster; photographs are repeated under other
     names until it runs for --seconds. Its start-up, until the first batch has been read, is reported separately.
@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import torch
 import torchvision
-from facenet_pytorch import MTCNN
+from facenet_scorer import FacenetScorer
 from memory import described, peak, watched_memory
 from numpy.typing import NDArray
 from PIL import Image
@@ -43,6 +43,7 @@ from random_network import save_random_network
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
+from torch import nn
 
 from agr_ray.config import ClusterConfig, ModelConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
@@ -144,22 +145,15 @@ def in_new_process(work: Callable[..., T], *arguments: Any) -> T:
 
 def user_loop(paths: list[Path]) -> Reference:
     """Run (a)."""
-    detector = MTCNN(keep_all=True)
-    cutter = MTCNN(keep_all=True, image_size=TRANSFORM.image_size)
-    network = torchvision.models.resnet50().eval()
+    standardise = torchvision.transforms.Normalize([127.5] * 3, [128.0] * 3)
+    scorer = FacenetScorer(nn.Sequential(standardise, torchvision.models.resnet50()).eval(), TRANSFORM.image_size)
     faces, sides = {}, {}
 
     def score_one(path: Path) -> None:
         image = Image.open(path).convert("RGB")
-        boxes, scores, _ = detector.detect(image, landmarks=True)
         sides[path.name] = min(image.size)
-        if boxes is None:
-            faces[path.name] = (np.empty((0, 4)), np.empty(0))
-            return
-        with torch.inference_mode():
-            for crop in cutter.extract(image, boxes, None):
-                network(crop[None])
-        faces[path.name] = (np.asarray(boxes, np.float64), np.asarray(scores, np.float64))
+        boxes, scores, _ = scorer(image)
+        faces[path.name] = (boxes, scores)
 
     score_one(paths[0])  # the first takes longer
     started = time.perf_counter()
