@@ -20,7 +20,7 @@ from typing import Any
 from agr_ray.cli import run
 from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
-from agr_ray.runtime.score import RayWorkers
+from agr_ray.runtime.score_on_ray import RayWorkers
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.publish import Counts, Publication
 from agr_ray.scoring.scorer import Scoring

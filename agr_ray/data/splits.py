@@ -168,10 +168,11 @@ def contradicting_subjects(manifest: pa.Table) -> list[tuple[str, list[str]]]:
             seen[group].append((key, gender, race))
     found = []
     for group, images in sorted(seen.items()):
-        first, *rest = images
-        other = next((each for each in rest if labels_conflict([first[1:], each[1:]])), None)
-        if other is not None:
-            found.append((group.removeprefix(SUBJECT_PREFIX), [first[0], other[0]]))
+        for index in (1, 2):  # gender, race
+            known = {image[index]: image[0] for image in reversed(images) if image[index] is not None}
+            if len(known) > 1:
+                found.append((group.removeprefix(SUBJECT_PREFIX), list(known.values())[:-3:-1]))
+                break
     return found
 
 

@@ -103,11 +103,7 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
     record = metrics["evaluation"]
     heading = f"## Measured on {record['source']}, split {record['split']}, {record['split_manifest_sha256'][:8]}"
     seen = record["num_seen_in_training"]
-    overlap = (
-        f"**{seen:,} of them are training images, so the metrics are optimistic.**"
-        if seen
-        else "None is a training image."
-    )
+    overlap = f"**{seen:,} of them are training images, so the metrics are optimistic.**" if seen else _UNSEEN
     if seen is None:
         overlap = "**It is not known which of them were trained on.**"
     lines = [
@@ -136,7 +132,7 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
 
 
 def measured_in(card: str, titles: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what `with_measured` added for data other than the splits train and val: `data` and `rows`.
+    """Return what `with_measured` added for images that training certainly never saw: `data` and `rows`.
 
     Args:
         card: of a checkpoint.
@@ -150,12 +146,13 @@ def measured_in(card: str, titles: Sequence[str]) -> list[dict[str, Any]]:
     for data, split, text in section.findall(card):
         lines = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| "))
         rows = [cells for cells in lines if cells[0] in titles and len(cells) == _NUM_HEADLINE_CELLS]
-        if rows and split not in ("train", "val"):
+        if rows and split not in ("train", "val") and _UNSEEN in text:
             measured.append({"data": data, "rows": rows})
     return measured
 
 
 _NUM_HEADLINE_CELLS: Final = 5
+_UNSEEN: Final = "None is a training image."
 
 
 def _with_calibration(card: str, calibration: Mapping[str, Any] | None) -> str:

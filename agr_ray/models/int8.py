@@ -111,6 +111,8 @@ class Int8Net(nn.Module):
             "ENABLE_CPU_PINNING": False,
         }
         graph = core.read_model(model=files.graph, weights=files.weights)
+        self.batch_size = int(graph.input(0).shape[0])
+        """Images that `forward` takes at a time: as many as when the network was quantised."""
         self._request: Any = core.compile_model(graph, "CPU", settings).create_infer_request()
         self.eval()
 
@@ -120,7 +122,7 @@ class Int8Net(nn.Module):
         return cast(Mapping[str, Head], dict(self.heads.items()))
 
     def forward(self, images_nchw: Tensor, pose_degrees: Tensor | None = None) -> dict[str, Any]:
-        """Return the raw outputs by task, as `MultiTaskNet.forward`; the batch has the size of the int8 network."""
+        """Return the raw outputs by task, as `MultiTaskNet.forward`; a batch has `batch_size` images."""
         images = np.ascontiguousarray(images_nchw.numpy())
         features = self._request.infer([images], share_inputs=True)[0]
         return head_outputs(self.heads, self._config, torch.from_numpy(np.array(features)), pose_degrees)

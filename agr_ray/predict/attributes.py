@@ -61,9 +61,10 @@ class AttributePredictor:
         if is_int8:
             assert int8 is not None
             self._model = Int8Net(model, int8)
+            self._batch_size = self._model.batch_size
         else:
             self._model = for_inference(model, config.precision)
-        self._batch_size = BATCH_SIZE["cpu" if device.type == "cpu" else "cuda"]
+            self._batch_size = BATCH_SIZE["cpu" if device.type == "cpu" else "cuda"]
         self._transform = transform
         self._config = config
         self._calibration = calibration

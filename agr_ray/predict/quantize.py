@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from agr_ray.config import PredictConfig, QuantizeJob
-from agr_ray.config.pipeline import Pipeline
+from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
 from agr_ray.console import make_console, make_table, print_next
 from agr_ray.data.crops import decoded_crops, read_pose, select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet, open_prepared
@@ -28,6 +28,7 @@ from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import prepare_eval, to_nchw
 from agr_ray.predict.attributes import BATCH_SIZE, AttributePredictor
 from agr_ray.predict.checkpoint_on_set import check_compatible
+from agr_ray.predict.resolve import resolve
 from agr_ray.storage import Storage
 from agr_ray.storage.scratch import scratch_folder
 
@@ -49,7 +50,11 @@ def quantize(job: QuantizeJob) -> None:
     prepared = open_prepared(storage, job.data, "data")
     out = job.out or f"{job.checkpoint.rstrip('/')}-int8"
     storage.probe(out, "out", write=True)
+    if storage.exists(storage.absolute(out)):
+        raise ConfigError(f"out {out}: exists; give a new folder or prefix")
     with local_checkpoint(storage, job.checkpoint, "checkpoint") as checkpoint, scratch_folder() as folder:
+        if checkpoint.int8 is not None:
+            raise ConfigError(f"checkpoint {job.checkpoint}: has an int8 network already; give the one of before")
         check_compatible(checkpoint.transform, prepared, job.checkpoint, "data")
         images = _read(storage, prepared, "train", job.images)
         batch_size = BATCH_SIZE["cpu"]
@@ -129,8 +134,8 @@ def _compare(checkpoint: Checkpoint, files: Int8Files, rows: pa.Table, side_px: 
 
 
 def _save(checkpoint: Checkpoint, files: Int8Files, folder: Path) -> None:
-    """Write the new checkpoint: the same with other [predict] settings, without calibration and optimiser."""
-    pipeline = checkpoint.pipeline
+    """Write the new checkpoint: the same with other [predict] settings, without calibration, optimiser and errors."""
+    pipeline = resolve(checkpoint, DEFAULT_PIPELINE, key="checkpoint").pipeline
     predict = PredictConfig(**pipeline.predict.model_dump() | {"precision": "int8"})
     meta, train_images = checkpoint.meta, None
     with contextlib.suppress(CheckpointError):
@@ -142,7 +147,6 @@ def _save(checkpoint: Checkpoint, files: Int8Files, folder: Path) -> None:
         pipeline=Pipeline(vision=pipeline.vision, predict=predict),
         train_images=train_images,
         data=meta["data"],
-        metrics=meta["metrics"],
         config=meta["config"],
         git_commit=meta["git_commit"],
         created=meta["created"],

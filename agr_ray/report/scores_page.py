@@ -55,8 +55,6 @@ class ScoredBucket:
     """Records of all published runs, oldest first."""
     over_time: pa.Table
     """Shares over all groups of the runs of the same model and settings, with the column `run`."""
-    num_photographs: int | None = None
-    """Distinct photographs of all runs; None: not known."""
     mean_width_years: float | None = None
     """Mean width of the age intervals of the run's faces; None: they have none, or it published no rows."""
     quality: Sequence[Mapping[str, Any]] = ()
@@ -120,8 +118,7 @@ def _scope(bucket: ScoredBucket) -> list[Block]:
         f"This page shows run {record['run_id']}"
     )
     if len(bucket.runs) > 1:
-        number = "" if bucket.num_photographs is None else f", which scored {bucket.num_photographs:,} photographs"
-        text += f", one of {len(bucket.runs):,} runs{number}. A run scores only images that are new or changed"
+        text += f", one of {len(bucket.runs):,} runs. A run scores only images that are new or changed"
         if any(_scored_by(each) != _scored_by(record) for each in bucket.runs):
             text += ". Runs with another model, calibration or setting may have scored the same photographs again"
     return [Paragraph(f"{text}.")]

@@ -15,7 +15,6 @@ from agr_ray.report.page import Page
 from agr_ray.report.scores_page import ScoredBucket, scores_page
 from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES
 from agr_ray.scoring.publish import published_runs
-from agr_ray.scoring.scores import open_scores
 from agr_ray.storage import Storage
 
 MAX_RUNS: Final = 100
@@ -49,7 +48,6 @@ def scores_report(storage: Storage, uri: str, run_id: str = "") -> Page:
             demographics=storage.read_table(_demographics(storage, uri, record)),
             runs=records,
             over_time=_over_time(storage, uri, record, records),
-            num_photographs=_num_photographs(storage, uri, records),
             mean_width_years=_mean_width_years(storage, uri, record["run_id"]) if has_rows else None,
             quality=_quality(storage, uri, record["run_id"]) if has_rows else [],
             examples=_examples(storage, uri, record["run_id"]) if has_rows else {},
@@ -83,17 +81,6 @@ def _over_time(storage: Storage, uri: str, shown: dict[str, Any], records: Seque
         totals = totals.filter(totals["is_total"])
         tables.append(totals.append_column("run", pa.array([record["run_id"]] * totals.num_rows, pa.string())))
     return pa.concat_tables(tables)
-
-
-def _num_photographs(storage: Storage, uri: str, records: Sequence[dict[str, Any]]) -> int | None:
-    """Return the number of distinct photographs of all runs; None if runs without image rows or counts are among them.
-
-    Each run of a model and its settings scores other photographs, so only several of these need a look at the rows.
-    """
-    if any(record["aggregate_only"] or record["min_cell"] for record in records):
-        return None
-    ((number,),) = open_scores(uri, storage=storage).query("SELECT count(*) FROM images").fetchall()
-    return int(number)
 
 
 def _mean_width_years(storage: Storage, uri: str, run_id: str) -> float | None:

@@ -54,7 +54,8 @@ def _most_frequent(attribute: str, rows: Sequence[Row]) -> str:
             f"{100 * row['share_high']:.0f} %)"
             for row in ranked[:2]
         ]
-        if len(texts) > 1 and ranked[0]["share_low"] <= ranked[1]["share_high"]:
+        others_high = max((row["share_high"] for row in ranked[1:]), default=-1.0)
+        if ranked[0]["share_low"] <= others_high:
             shown = f"no class is clearly the most frequent; {', '.join(texts)}"
         else:
             shown = texts[0]

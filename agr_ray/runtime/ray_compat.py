@@ -30,8 +30,6 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.experimental.internal_kv import _internal_kv_get
-from ray.train import Result
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal import constants
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -198,7 +196,7 @@ def graceful_interrupts() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.getsignal(signal.SIGINT)
+    before, before_usr1 = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGUSR1)
 
     def stop(signum: int, frame: FrameType | None) -> None:
         nonlocal count
@@ -208,12 +206,14 @@ def graceful_interrupts() -> Iterator[Callable[[], bool]]:
         os.write(_STDERR, b"stopping the trials; press Ctrl-C again to end at once\n")
         signal.raise_signal(signal.SIGUSR1)
 
+    signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until Tune installs its own, while it starts
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, stop)
     try:
         yield lambda: count > 0
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGUSR1, before_usr1)
 
 
 # Ray Train
@@ -253,29 +253,6 @@ def named_cluster() -> Iterator[None]:
             del os.environ[_ADDRESS]
         else:
             os.environ[_ADDRESS] = before
-
-
-class InterruptibleTrainer(TorchTrainer):
-    """A trainer whose `fit` raises KeyboardInterrupt on SIGINT, as Python does.
-
-    Ray's own waits until the controller has stopped, which takes half a minute on a busy machine, or forever while the
-    controller waits for nodes. Then it exits with status 1 and no message.
-    """
-
-    _controller: Any = None
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Install no handler, but keep the controller, an actor."""
-        self._controller = controller
-
-    def fit(self) -> Result:
-        """Train to the end. On KeyboardInterrupt, ask the controller to stop, for it may outlive this process."""
-        try:
-            return super().fit()
-        except KeyboardInterrupt:
-            if self._controller is not None:
-                abort_training(self._controller)
-            raise
 
 
 def abort_training(controller: Any) -> None:

@@ -9,13 +9,12 @@ record of the part (`storage.parts`) finds the photograph.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Final
@@ -24,8 +23,9 @@ from agr_ray.errors import JobError
 from agr_ray.scoring.publish import Counts, Publication
 from agr_ray.scoring.scorer import PartScorer, Scoring
 
-_MAX_DEATHS: Final = 100
-"""Deaths of the process after which a job is given up: several photographs of a part may kill it, a few times each."""
+_MAX_DEATHS: Final = 30
+"""Deaths of the process without a finished part after which a job is given up. A photograph that kills it is given up
+after three, so that the same command can go on."""
 
 
 class LocalWorker:
@@ -44,14 +44,18 @@ class LocalWorker:
             JobError: the process keeps being killed, or ends by itself.
             Exception: that scoring raised in the process.
         """
-        left = list(parts)
-        for _ in range(_MAX_DEATHS):
+        left, num_deaths = list(parts), 0
+        while left:
             for summary in _summaries(scoring, tuple(left)):
                 left.remove(summary["part"])
+                num_deaths = 0
                 yield summary
-            if not left:
-                return
-        raise JobError(f"the process that scores was killed {_MAX_DEATHS} times; is this machine out of memory?")
+            num_deaths += bool(left)
+            if num_deaths == _MAX_DEATHS:
+                raise JobError(
+                    f"the process that scores was killed {num_deaths} times: by photographs, or because this machine "
+                    "is out of memory; the same command resumes"
+                )
 
     def stage(self, publication: Publication) -> Iterator[Counts]:
         """Write the files of all parts in this process; yield the counts of each."""
@@ -64,30 +68,40 @@ def _summaries(scoring: Scoring, parts: Sequence[int]) -> Iterator[dict[str, Any
     with ours:
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # so that Ctrl-C reaches only this process, which ends the other
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         try:
-            ours.send((scoring, parts))
-            while (answer := ours.recv()) is not None:
+            with suppress(ConnectionError):  # it has died, which `_answer` finds out
+                ours.send((scoring, parts))
+            while (answer := _answer(ours, process)) is not None:
                 if isinstance(answer, Exception):
                     raise answer
                 yield answer
-        except (EOFError, ConnectionError):
-            status = process.wait()
-            if status >= 0:  # it was not killed, so another one would end, too
-                raise JobError(
-                    f"the process that scores ended with status {status}; what it printed says why"
-                ) from None
         finally:
             process.kill()
             process.wait()
 
 
+def _answer(pipe: Connection, process: subprocess.Popen[bytes]) -> Any:
+    """Return what the process sends next; None if it is done, or was killed.
+
+    Raises:
+        JobError: it ended by itself, so another one would end, too.
+    """
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        status = process.wait()
+        if status >= 0:
+            raise JobError(f"the process that scores ended with status {status}; what it printed says why") from None
+        return None
+
+
 def main(descriptor: int) -> None:
     """Score the parts that the pipe names, and send each part's summary, then None; or the exception that ended it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the other process ends this one
     with Connection(descriptor) as pipe:
         scoring, parts = pipe.recv()
         threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()

@@ -50,6 +50,10 @@ def print_nothing_new(config: ScoreConfig, plan: Plan, run_id: str, console: Con
     """Print that all photographs were scored before; with score.min_cell, without their number."""
     photographs = "all photographs" if config.min_cell else f"{plan.num_scored:,} photographs"
     console.print(f"nothing new since run {run_id}: {photographs} are scored already")
+    console.print(
+        "new options of demographic tables, such as group_by, only apply to photographs scored from now on; to apply "
+        "them to all, give another --out"
+    )
 
 
 def print_summary(console: Console, totals: Mapping[str, Any], title: str) -> None:

@@ -82,7 +82,7 @@ def test_the_demo_and_the_first_screen(here: Path, capsys: pytest.CaptureFixture
     run_python("I want to score a bucket every night")
     assert "faces" in capsys.readouterr().out
 
-    assert (here / "faces.png").is_file()
+    assert (here / "demo-out" / "faces.png").is_file()
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from ray.tune import tune as tune_module
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from agr_ray.runtime import ray_compat
+from agr_ray.runtime.training import interruptible
 
 
 def test_ray_has_the_tested_version() -> None:
@@ -114,8 +115,8 @@ def test_ray_train_gets_the_clusters_address(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_interrupted_fit_raises_and_aborts_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
     aborted: list[Any] = []
-    monkeypatch.setattr(ray_compat, "abort_training", aborted.append)
-    trainer = ray_compat.InterruptibleTrainer(print)
+    monkeypatch.setattr(interruptible, "abort_training", aborted.append)
+    trainer = interruptible.InterruptibleTrainer(print)
     before = signal.getsignal(signal.SIGINT)
 
     def fit(self: Any) -> None:

@@ -344,7 +344,7 @@ def test_a_run_with_nothing_new_publishes_nothing_and_says_so(bucket: Bucket) ->
 
     assert again == first
     said = f"nothing new since run {first['run_id']}: {len(NAMES)} photographs are scored already"
-    assert bucket.printed.splitlines()[-1] == said
+    assert bucket.printed.splitlines()[-2] == said
     assert sorted(bucket.out.rglob("*")) == files
     assert not (bucket.folder / "out-work").exists()
     bucket.score(allow_empty=True)
@@ -356,7 +356,7 @@ def test_a_run_with_nothing_new_and_hidden_counts_gives_no_number(bucket: Bucket
 
     bucket.score(min_cell=3)
 
-    assert bucket.printed.splitlines()[-1] == (
+    assert bucket.printed.splitlines()[-2] == (
         f"nothing new since run {first['run_id']}: all photographs are scored already"
     )
 

@@ -192,7 +192,7 @@ def test_a_recipe_gives_the_same_job_again(tmp_path: Path) -> None:
     sections = {name: getattr(job, name) for name in ("model", "loss", "augment", "train", "predict")}
     path.write_text(recipe_toml({"vision": VisionConfig(), **sections}, ["a head"], ["train.mlflow_uri"]))
 
-    assert parse(TrainJob, ["--config", str(path)], {}) == job
+    assert parse(TrainJob, ["--config", str(path)], {}).model_dump() == job.model_dump()
     assert "mlflow_uri" not in tomllib.loads(path.read_text())["train"]
     assert path.read_text().startswith("# a head\n\n[vision]\n")
 

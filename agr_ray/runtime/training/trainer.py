@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +25,12 @@ from agr_ray.runtime.cluster import check_fits, refuse_misfit
 from agr_ray.runtime.crop_stream import SplitShares, training_dataset
 from agr_ray.runtime.ray_compat import (
     SNAPSHOT,
-    InterruptibleTrainer,
     could_not_start,
     limit_worker_start,
     named_cluster,
 )
 from agr_ray.runtime.training.fence import Fence, StopWhenLost
+from agr_ray.runtime.training.interruptible import InterruptibleTrainer
 from agr_ray.runtime.training.worker import collective_timeout_s, work
 from agr_ray.storage.lock import RunLock
 from agr_ray.storage.retry import Retry
@@ -73,8 +72,9 @@ def fit(
     attempts_left, epochs_done = CONTROLLER_FAILURES, retry.call(lambda: _epochs_done(run))
     while True:
         try:
-            with _enough_workers(run), named_cluster():
-                result = _trainer(run, sets, fence, board, callbacks).fit()
+            trainer = _trainer(run, sets, fence, board, callbacks)
+            with _enough_workers(run, trainer), named_cluster():
+                result = trainer.fit()
             retry.call(lambda: _delete_unknown_checkpoints(run, lock))
             return result
         except ray.train.WorkerGroupError as error:  # more often than train.max_failures
@@ -204,8 +204,8 @@ def _failed(run: Run, why: str) -> JobError:
 
 
 @contextmanager
-def _enough_workers(run: Run) -> Iterator[None]:
-    """End the training in this block if the cluster stays too small for it.
+def _enough_workers(run: Run, trainer: InterruptibleTrainer) -> Iterator[None]:
+    """End the training of the trainer in this block if the cluster stays too small for it.
 
     A fixed number of workers has a limited time to start; for an elastic number, Ray waits forever.
 
@@ -230,14 +230,14 @@ def _enough_workers(run: Run) -> Iterator[None]:
                 small_since = now if small_since is None else small_since
                 if now - small_since > config.outage_s:
                     problem = str(error)
-                    signal.raise_signal(signal.SIGINT)  # ends `fit`, which no public function does
+                    trainer.end()
                     return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
-    except (KeyboardInterrupt, ray.exceptions.RayActorError):
+    except ray.exceptions.RayActorError:
         if not problem:
             raise
         raise _failed(run, problem) from None
