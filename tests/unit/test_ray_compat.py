@@ -137,17 +137,18 @@ def test_tune_ends_its_trials_after_one_interrupt_and_at_once_after_two(capfd: p
     assert "SIGUSR1, signal_interrupt_tune_run" in inspect.getsource(tune_module._setup_signal_catching)
     assert "TUNE_DISABLE_SIGINT_HANDLER" in inspect.getsource(tune_module._setup_signal_catching)
     ended: list[int] = []
-    before = signal.signal(signal.SIGUSR1, lambda signum, _: ended.append(signum))
-    try:
-        with ray_compat.graceful_interrupts() as is_stopped:
-            assert not is_stopped()
+    before = signal.getsignal(signal.SIGUSR1)
+    with ray_compat.graceful_interrupts() as is_stopped:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGUSR1)  # Tune has no handler yet
+        signal.signal(signal.SIGUSR1, lambda signum, _: ended.append(signum))  # as Tune does
+        assert not is_stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert is_stopped()
+        assert ended == [signal.SIGUSR1]
+        with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-            assert is_stopped()
-            assert ended == [signal.SIGUSR1]
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    assert signal.getsignal(signal.SIGUSR1) is before
     assert capfd.readouterr().err == "stopping the trials; press Ctrl-C again to end at once\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
