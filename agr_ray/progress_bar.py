@@ -26,6 +26,8 @@ LOG_AT_LEAST_EVERY_S = 60.0
 
 Update = Callable[[int, str], None]
 """Called with the total done so far, and a short remark."""
+ShowStatus = Callable[[str], None]
+"""Replaces the terminal's last line; in a log, the line that is printed every `LOG_AT_LEAST_EVERY_S`."""
 
 
 @contextmanager
@@ -56,19 +58,8 @@ def print_failed(console: Console, counts: Mapping[str, int]) -> None:
         console.print(f"{counts[Status.FAILED]:,} failed: the same command retries them")
 
 
-class StatusLine:
-    """The terminal's last line; in a log, a line every `LOG_AT_LEAST_EVERY_S`."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
-
-    def update(self, text: str) -> None:
-        """Replace the line."""
-        self._show(text)
-
-
 @contextmanager
-def status_line(console: Console) -> Iterator[StatusLine]:
+def status_line(console: Console) -> Iterator[ShowStatus]:
     """Show the status of several tasks until the block ends."""
     if not console.is_terminal:
         latest = ""
@@ -78,10 +69,10 @@ def status_line(console: Console) -> Iterator[StatusLine]:
             latest = text
 
         with _repeated(lambda: console.print(latest) if latest else None):
-            yield StatusLine(note)
+            yield note
         return
     with console.status("") as status:
-        yield StatusLine(lambda text: status.update(Text(text)))  # rich parses a str as markup, even with markup off
+        yield lambda text: status.update(Text(text))  # rich parses a str as markup, even with markup off
 
 
 @contextmanager

@@ -58,6 +58,7 @@ from rich import box
 from score_throughput import ROWS_PER_PART, repeat
 
 from agr_ray.console import make_console, make_table
+from agr_ray.device import cpu_name
 from agr_ray.schema import SCORED_STATUSES
 
 HERE: Final = Path(__file__).parent
@@ -150,7 +151,7 @@ def main() -> None:
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
         "num_photographs": len(sound),
         "num_broken": len(broken),
-        "cpus": f"{os.cpu_count()} x {cpu_model()}",
+        "cpus": f"{os.cpu_count()} x {cpu_name()}",
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "peers": results,
     }
@@ -387,12 +388,6 @@ def show(results: Mapping[str, Mapping[str, Any]]) -> None:
             console.print(f"{name} crashes on broken files, so its other figures are without any: {result['crash']}")
         if result["second_run_error"]:
             console.print(f"{name} fails after a kill: {result['second_run_error']}")
-
-
-def cpu_model() -> str:
-    """Return the name of the CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -48,10 +48,10 @@ from torch import nn
 from agr_ray.config import ClusterConfig, ModelConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
 from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform, prepare_eval, to_nchw
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.forward import average
+from agr_ray.predict.quantize import difference_rows
 from agr_ray.runtime.score import score
 from agr_ray.vision.align import align
 from agr_ray.vision.decode import decode_image
@@ -200,21 +200,11 @@ def attribute_agreement(paths: list[Path], directory: Path) -> tuple[Table, floa
             loaded.model.heads_by_task,
             [loaded.model(prepare_eval(to_nchw(crops, torch.device("cpu")), loaded.transform))],
         )
-    return agreement_table(ours, plain, predictor.precision), seconds
-
-
-def agreement_table(ours: Predictions, plain: Predictions, precision: str) -> Table:
-    """Return a table of the differences between two predictions for the same faces."""
-    num_faces = len(ours["age"])
-    table = Table(
-        "attribute", "mean difference", "largest", title=f"(b), {precision}, against plain float32, {num_faces} faces"
-    )
-    for attribute, task in (("age, years", "age"), ("p_male", "gender")):
-        difference = np.abs(ours[task] - plain[task])
-        table.add_row(attribute, f"{difference.mean():.4f}", f"{difference.max():.4f}")
-    same = (ours["race"].argmax(axis=1) == plain["race"].argmax(axis=1)).mean()
-    table.add_row("race, same class", f"{same:.1%}", "")
-    return table
+    title = f"(b), {predictor.precision}, against plain float32, {len(crops)} faces"
+    table = Table("attribute", "mean difference", "largest", "same class", title=title)
+    for row in difference_rows(plain, ours):
+        table.add_row(*row)
+    return table, seconds
 
 
 def repeat(paths: list[Path], num_copies: int, folder: Path) -> None:

@@ -27,6 +27,9 @@ from agr_ray.storage import MissingObject, Storage
 FORMAT_VERSION: Final = 4
 NEAR_DUPLICATES_FILE: Final = "near_duplicates.parquet"
 
+RENDERED: Final = "rendered"
+"""`source.name` of rendered faces, as in the recipe demo."""
+
 TERMS: Final = {
     "utkface": "UTKFace: for non-commercial research only; copyright belongs to the images' owners",
     "fairface": "FairFace: CC BY 4.0; its images come from YFCC100M and have their own licences",

@@ -41,6 +41,7 @@ import agr_ray
 from agr_ray.config import ModelConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
 from agr_ray.config.section import check_keys, rebuilt
+from agr_ray.data.prepared import RENDERED
 from agr_ray.errors import ConfigError
 from agr_ray.labels import LabelSpace
 from agr_ray.models.card import model_card
@@ -68,10 +69,6 @@ _UNTRAINED: Final = (
     "this checkpoint holds the initial weights of a training run, so its predictions are meaningless; use the folder "
     "best of the finished run"
 )
-
-
-RENDERED: Final = "rendered"
-"""`source.name` of rendered faces, as in the recipe demo."""
 _RENDERED: Final = "this model was trained on rendered faces only, so its estimates for real people mean nothing"
 
 

@@ -55,6 +55,7 @@ def quantize(job: QuantizeJob) -> None:
     with local_checkpoint(storage, job.checkpoint, "checkpoint") as checkpoint, scratch_folder() as folder:
         if checkpoint.int8 is not None:
             raise ConfigError(f"checkpoint {job.checkpoint}: has an int8 network already; give the one of before")
+        pipeline = resolve(checkpoint, DEFAULT_PIPELINE, key="checkpoint").pipeline
         check_compatible(checkpoint.transform, prepared, job.checkpoint, "data")
         images = _read(storage, prepared, "train", job.images)
         batch_size = BATCH_SIZE["cpu"]
@@ -65,8 +66,8 @@ def quantize(job: QuantizeJob) -> None:
         files = quantize_network(checkpoint.model, _batches(checkpoint, crops, batch_size))
         compared = _read(storage, prepared, "val", _NUM_COMPARED)
         if compared.num_rows:
-            _compare(checkpoint, files, compared, prepared.crop_side_px, console)
-        _save(checkpoint, files, Path(folder))
+            _compare(checkpoint, pipeline.predict, files, compared, prepared.crop_side_px, console)
+        _save(checkpoint, pipeline, files, Path(folder))
         try:
             publish_checkpoint(storage, Path(folder), storage.absolute(out), replace=False)
         except FileExistsError as error:
@@ -97,35 +98,26 @@ def _batches(checkpoint: Checkpoint, crops_u8: NDArray[np.uint8], batch_size: in
         yield prepare_eval(images, checkpoint.transform).contiguous().numpy()
 
 
-def _compare(checkpoint: Checkpoint, files: Int8Files, rows: pa.Table, side_px: int, console: Console) -> None:
+def _compare(
+    checkpoint: Checkpoint, before: PredictConfig, files: Int8Files, rows: pa.Table, side_px: int, console: Console
+) -> None:
     """Print how far the predictions are from the original's, and the speed of both."""
     torch.set_num_threads(1)  # as each worker of scoring
     crops, pose = decoded_crops(rows, side_px), read_pose(rows)
     predicted: dict[str, Predictions] = {}
     speeds: dict[str, float] = {}
-    for precision in (checkpoint.pipeline.predict.precision, "int8"):
-        config = checkpoint.pipeline.predict.model_copy(update={"precision": precision})
+    for precision in (before.precision, "int8"):
+        config = before.model_copy(update={"precision": precision})
         predictor = AttributePredictor(checkpoint.model, checkpoint.transform, config, None, files)
         predictor.predict(crops[:1])  # compiles kernels
         started = time.perf_counter()
         predicted[predictor.precision] = predictor.predict(crops, pose)
         speeds[predictor.precision] = len(crops) / (time.perf_counter() - started)
-    (first, before), (_, after) = predicted.items()
-    table = make_table("", "mean difference", "largest", "same class")
-    for task in before:
-        difference = np.abs(after[task] - before[task])
-        match task:
-            case "age":
-                table.add_row("age, years", f"{difference.mean():.3f}", f"{difference.max():.2f}", "")
-            case "gender":
-                same = np.mean((after[task] > 0.5) == (before[task] > 0.5))
-                table.add_row(
-                    "gender, probability", f"{difference.mean():.4f}", f"{difference.max():.3f}", f"{same:.1%}"
-                )
-            case "race":
-                same = np.mean(after[task].argmax(axis=1) == before[task].argmax(axis=1))
-                table.add_row("race, probability", f"{difference.mean():.4f}", f"{difference.max():.3f}", f"{same:.1%}")
+    first = next(iter(predicted))
     console.print(f"int8 against {first} on {len(crops):,} validation images:")
+    table = make_table("", "mean difference", "largest", "same class")
+    for row in difference_rows(predicted[first], predicted["int8"]):
+        table.add_row(*row)
     console.print(table)
     times = speeds["int8"] / speeds[first]
     console.print(
@@ -133,9 +125,29 @@ def _compare(checkpoint: Checkpoint, files: Int8Files, rows: pa.Table, side_px: 
     )
 
 
-def _save(checkpoint: Checkpoint, files: Int8Files, folder: Path) -> None:
+def difference_rows(before: Predictions, after: Predictions) -> list[tuple[str, str, str, str]]:
+    """Return, for each task, how far two networks' predictions for the same faces are apart.
+
+    The texts are: the quantity, the mean and the largest absolute difference, and the share with the same class.
+    """
+    rows = []
+    for task in before:
+        difference = np.abs(after[task] - before[task])
+        mean, largest = f"{difference.mean():.4f}", f"{difference.max():.3f}"
+        match task:
+            case "age":
+                rows.append(("age, years", mean, largest, ""))
+            case "gender":
+                same = np.mean((after[task] > 0.5) == (before[task] > 0.5))
+                rows.append(("gender, probability", mean, largest, f"{same:.1%}"))
+            case "race":
+                same = np.mean(after[task].argmax(axis=1) == before[task].argmax(axis=1))
+                rows.append(("race, probability", mean, largest, f"{same:.1%}"))
+    return rows
+
+
+def _save(checkpoint: Checkpoint, pipeline: Pipeline, files: Int8Files, folder: Path) -> None:
     """Write the new checkpoint: the same with other [predict] settings, without calibration, optimiser and errors."""
-    pipeline = resolve(checkpoint, DEFAULT_PIPELINE, key="checkpoint").pipeline
     predict = PredictConfig(**pipeline.predict.model_dump() | {"precision": "int8"})
     meta, train_images = checkpoint.meta, None
     with contextlib.suppress(CheckpointError):

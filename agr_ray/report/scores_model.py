@@ -7,12 +7,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from agr_ray.data.prepared import RENDERED
 from agr_ray.models.card_tables import figure
 from agr_ray.report.page import Block, Paragraph, Table
 from agr_ray.report.scores_shares import attributes, num_counted, total_rows
-
-_RENDERED: Final = "rendered"
-"""`source.name` of the recipe `demo`."""
 
 _OTHERS: Final = "On other photographs, errors can be larger."
 _MEASURED: Final = {
@@ -26,9 +24,9 @@ _MEASURED: Final = {
 def model_warnings(record: Mapping[str, Any]) -> list[str]:
     """Return warnings about what the model was trained on."""
     source = ((record.get("model") or {}).get("trained_on") or {}).get("source") or ""
-    if _RENDERED not in source.split(" + "):
+    if RENDERED not in source.split(" + "):
         return []
-    if source != _RENDERED:
+    if source != RENDERED:
         return [f"The model was partly trained on drawings ({source})."]
     return ["The model was trained on drawings of faces only. Its predictions for photographs of people mean nothing."]
 

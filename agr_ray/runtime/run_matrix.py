@@ -111,7 +111,7 @@ def run_all(
     """
     waiting = list(starts)
     running: dict[Any, tuple[str, float]] = {}
-    with status_line(console) as status:
+    with status_line(console) as show_status:
         while waiting or running:
             while waiting and len(running) < max_concurrent:
                 name = waiting.pop(0)
@@ -119,7 +119,7 @@ def run_all(
             now = time.monotonic()
             names = ", ".join(f"{name} ({(now - started) / 60:.0f} minutes)" for name, started in running.values())
             num_ended = len(starts) - len(waiting) - len(running)
-            status.update(f"{num_ended} of {len(starts)} runs ended; running: {names}")
+            show_status(f"{num_ended} of {len(starts)} runs ended; running: {names}")
             ended, _ = ray.wait(list(running), timeout=_LOOK_EVERY_S)
             lock.check()
             for each in ended:

@@ -212,7 +212,7 @@ def _run_trials(
     sweep.storage.delete_tree(sweep.join(TUNE_FOLDER))
     filesystem, path = sweep.storage.arrow_filesystem(sweep.plan.uri)
     scheduler = Halving(sweep) if sweep.config.asha and sweep.config.mode == "scalar" else None
-    with status_line(console) as status:
+    with status_line(console) as show_status:
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(trainable(base), {"CPU": TRIAL_CPUS}),
             tune_config=ray_tune.TuneConfig(
@@ -227,7 +227,7 @@ def _run_trials(
                 storage_filesystem=filesystem,
                 failure_config=ray_tune.FailureConfig(max_failures=sweep.config.max_failures),
                 stop=Budget(sweep, lock),
-                callbacks=[Watcher(sweep, scheduler, status, folder)],
+                callbacks=[Watcher(sweep, scheduler, show_status, folder)],
                 verbose=0,
             ),
         )

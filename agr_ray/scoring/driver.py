@@ -78,7 +78,7 @@ _PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
 
 
 class Workers(Protocol):
-    """Scores parts and writes the files to publish, in Ray workers or in this process."""
+    """Scores parts and writes the files to publish, in Ray workers or in other processes of this machine."""
 
     def session(self, num_photographs: int) -> AbstractContextManager[None]:
         """Keep workers for so many photographs running until the block ends."""

@@ -180,8 +180,8 @@ def test_a_log_has_a_line_a_minute_though_nothing_happens(monkeypatch: pytest.Mo
     monkeypatch.setattr(log_progress, "LOG_EVERY_S", 0.009)
     steps, runs = io.StringIO(), io.StringIO()
 
-    with progress(make_console(steps), "scoring", 4), status_line(make_console(runs)) as status:
-        status.update("1 of 2 runs ended")
+    with progress(make_console(steps), "scoring", 4), status_line(make_console(runs)) as show_status:
+        show_status("1 of 2 runs ended")
         time.sleep(0.2)
 
     assert set(steps.getvalue().splitlines()) == {"scoring: 0 of 4, 0 s"}

@@ -13,7 +13,6 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
-from rich.console import Console
 from sweeps import complete, opened, row, train, tune_job
 
 from agr_ray.config import TuneJob
@@ -124,7 +123,7 @@ def test_an_exhausted_budget_ends_the_sweep(tmp_path: Path) -> None:
 
 
 def watcher(sweep: Sweep) -> Watcher:
-    return Watcher(sweep, None, Console(quiet=True).status(""), str(Path.cwd()))
+    return Watcher(sweep, None, lambda text: None, str(Path.cwd()))
 
 
 def budget(sweep: Sweep, *, is_lost: bool = False) -> Budget:

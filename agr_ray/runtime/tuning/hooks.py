@@ -18,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from agr_ray.config import TuneJob
-from agr_ray.progress_bar import StatusLine
+from agr_ray.progress_bar import ShowStatus
 from agr_ray.redact import redacted
 from agr_ray.storage.lock import RunLock
 from agr_ray.tuning.sweep import Sweep
@@ -154,14 +154,14 @@ class Watcher(NotPickled, ray_tune.Callback):
     Args:
         sweep: that the trials belong to.
         scheduler: ASHA; None: no trial is stopped early.
-        status: the terminal's last line.
+        show_status: shows the state of the sweep.
         folder: the current folder when the command began.
     """
 
-    def __init__(self, sweep: Sweep, scheduler: Halving | None, status: StatusLine, folder: str) -> None:
+    def __init__(self, sweep: Sweep, scheduler: Halving | None, show_status: ShowStatus, folder: str) -> None:
         self._sweep = sweep
         self._scheduler = scheduler
-        self._status = status
+        self._show_status = show_status
         self._folder = folder
 
     def on_experiment_end(self, trials: list[RayTrial], **info: Any) -> None:
@@ -214,7 +214,7 @@ class Watcher(NotPickled, ray_tune.Callback):
                 running.append(f"trial {trial.number}: epoch {len(trial.epochs)} of {whole}")
         best = f"; best: trial {sweep.best.number}, {sweep.best.objective:.4f}" if sweep.best else ""
         line = f"{sweep.num_ended} of {sweep.plan.num_trials} trials ended{best}; {', '.join(running)}"
-        self._status.update(line)
+        self._show_status(line)
 
 
 def last_epoch(job: TuneJob, values: Mapping[str, Any]) -> int:
