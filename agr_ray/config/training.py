@@ -77,6 +77,11 @@ class AugmentConfig(Section):
     """Contrast factor drawn from 1 - this to 1 + this; 0: none."""
     saturation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Saturation factor drawn from 1 - this to 1 + this; 0: none."""
+    low_resolution_probability: Fraction = 0.0
+    """Chance that an image is shrunk, to 25 % of its side at the least, and enlarged again, as if its face were small
+    in the photograph; 0: none."""
+    noise_probability: Fraction = 0.0
+    """Chance of sensor noise: Gaussian, with a standard deviation of up to 20 % of white; 0: none."""
     erasing_probability: Fraction = 0.0
     """Chance that a random rectangle of 2 to 20 % of the image is filled with the image's mean colour; 0: none."""
     randaugment_ops: Annotated[int, Field(ge=0, le=8)] = 0

@@ -15,6 +15,8 @@ from agr_ray.config import AugmentConfig
 from agr_ray.learn.randaugment import rand_augment
 from agr_ray.models.transform import LUMA, Transform, centre, equalize_luminance, normalise, resize
 
+_LEAST_RESOLUTION = 0.25
+_MOST_NOISE = 0.2
 _ERASED_SHARE = (0.02, 0.20)
 _ERASED_ASPECT = (0.3, 3.3)
 
@@ -45,6 +47,10 @@ def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, gene
         images = torch.where(flip[:, None, None, None], plain.flip(-1), plain)
     if config.brightness or config.contrast or config.saturation:
         images = _jitter(images, config, generator)
+    if config.low_resolution_probability:
+        images = _lower_resolution(images, config.low_resolution_probability, generator)
+    if config.noise_probability:
+        images = _add_noise(images, config.noise_probability, generator)
     images = normalise(images, transform)
     if config.erasing_probability:
         images = _erase(images, config.erasing_probability, generator)
@@ -100,6 +106,34 @@ def _jitter(images: Tensor, config: AugmentConfig, generator: torch.Generator) -
     offset = brightness * (1.0 - contrast) * mean_grey
     changed = torch.baddbmm(offset[:, None, None].expand(-1, 3, 1), matrix, images.flatten(2))
     return changed.clamp_(0.0, 255.0).view(images.shape)
+
+
+def _lower_resolution(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Shrink some images with a filter, and enlarge them again; one factor for the whole batch."""
+    chosen = _draw_rows(images, probability, generator)
+    factor = torch.empty(1, device=generator.device).uniform_(_LEAST_RESOLUTION, 1.0, generator=generator).item()
+    side = images.shape[-1]
+    few_pixels = resize(images[chosen], max(1, round(side * factor)))
+    enlarged = F.interpolate(few_pixels, size=(side, side), mode="bilinear", align_corners=False)
+    return images.float().index_copy(0, chosen, enlarged)
+
+
+def _add_noise(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Add Gaussian noise to some images, in each pixel and channel, with a standard deviation drawn for each image."""
+    chosen = _draw_rows(images, probability, generator)
+    sigma = 255.0 * _uniform(images, 0.0, _MOST_NOISE, generator)[chosen]
+    # Millions of numbers: drawn where the images are.
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    on_device = torch.Generator(images.device).manual_seed(seed)
+    clean = images.float()[chosen]
+    noise = torch.randn(clean.shape, generator=on_device, device=images.device)
+    return images.float().index_copy(0, chosen, (clean + sigma[:, None, None, None] * noise).clamp_(0.0, 255.0))
+
+
+def _draw_rows(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Return the indices of the images that a draw chooses; their number is known without waiting for a GPU."""
+    draws = torch.rand(len(images), generator=generator, device=generator.device)
+    return (draws < probability).nonzero()[:, 0].to(images.device)
 
 
 def _erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:

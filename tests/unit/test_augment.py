@@ -194,9 +194,47 @@ def test_erasing_leaves_the_others_alone() -> None:
     assert 32 < int(is_plain.sum()) < 62
 
 
+def test_low_resolution_keeps_the_mean_and_loses_detail() -> None:
+    noisy = torch.randint(0, 256, (64, 3, STORED, STORED), dtype=torch.uint8, generator=generator())
+    plain = denormalised(prepare_eval(noisy, SAME))
+    config = PLAIN.model_copy(update={"low_resolution_probability": 0.5})
+    shrunk = denormalised(augment(noisy, SAME, config, generator()))
+    deviation = shrunk.std(dim=(1, 2, 3))
+    is_plain = ((shrunk - plain).abs() < 1e-2).flatten(1).all(dim=1)
+    assert 20 < int(is_plain.sum()) < 44
+    assert deviation[~is_plain].max() < 0.9 * deviation[is_plain].min()
+    torch.testing.assert_close(shrunk.mean(dim=(2, 3)), plain.mean(dim=(2, 3)), rtol=0.03, atol=0)
+
+
+def test_noise_has_a_deviation_of_its_own_in_each_image() -> None:
+    grey = torch.full((256, 3, STORED, STORED), 128, dtype=torch.uint8)
+    config = PLAIN.model_copy(update={"noise_probability": 0.5})
+    noisy = denormalised(augment(grey, SAME, config, generator())) / 255
+    deviation = noisy.std(dim=(1, 2, 3))
+    is_noisy = deviation > 1e-6
+    assert 100 < int(is_noisy.sum()) < 156
+    assert deviation.max() < 0.21
+    torch.testing.assert_close(deviation[is_noisy].mean().item(), 0.1, rtol=0.2, atol=0)
+    channels = noisy[is_noisy][0].flatten(1)
+    assert torch.corrcoef(channels)[0, 1].abs() < 0.1
+
+
+@pytest.mark.parametrize("name", ["low_resolution_probability", "noise_probability"])
+def test_a_batch_in_which_no_image_is_chosen_does_not_change(name: str) -> None:
+    changed = augment(crops(), SAME, PLAIN.model_copy(update={name: 1e-9}), generator())
+    torch.testing.assert_close(changed, prepare_eval(crops(), SAME))
+
+
 def test_same_generator_state_gives_the_same_images() -> None:
     config = AugmentConfig(
-        scale=0.1, brightness=0.2, contrast=0.2, saturation=0.2, erasing_probability=0.5, randaugment_ops=2
+        scale=0.1,
+        brightness=0.2,
+        contrast=0.2,
+        saturation=0.2,
+        low_resolution_probability=0.5,
+        noise_probability=0.5,
+        erasing_probability=0.5,
+        randaugment_ops=2,
     )
     first, again, other = (augment(crops(), SAME, config, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
