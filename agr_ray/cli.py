@@ -144,14 +144,17 @@ def run(
 def one_line_errors() -> Iterator[None]:
     """If the block fails, end the process with one line on stderr: status 1 for `JobError` and `LockLost`, else 2.
 
-    Ctrl-C is confirmed at once, and ends it with status 130, as shells do. If Ray's memory monitor killed a process,
-    the line says what helps. Errors that are not ours, which are bugs, keep their traceback.
+    Ctrl-C and SIGTERM are confirmed at once, and end it with status 130 and 143, as shells report them. If Ray's memory
+    monitor killed a process, the line says what helps. Errors that are not ours, which are bugs, keep their traceback.
     """
+    stopped_by: list[int] = []
     try:
-        with _confirmed_interrupts():
+        with _confirmed_signals(stopped_by):
             yield
     except KeyboardInterrupt:
-        fail("interrupted; run the same command again to resume it", status=130)
+        signum = stopped_by[0] if stopped_by else signal.SIGINT
+        event = "interrupted" if signum == signal.SIGINT else "stopped by SIGTERM"
+        fail(f"{event}; run the same command again to resume it", status=128 + signum)
     except Exception as error:
         from agr_ray.storage import StorageError, StorageUnavailable
         from agr_ray.storage.lock import LockLost
@@ -173,23 +176,33 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _confirmed_interrupts() -> Iterator[None]:
-    """Print a line as soon as the user presses Ctrl-C in this block, because Ray's processes take seconds to end."""
+def _confirmed_signals(stopped_by: list[int]) -> Iterator[None]:
+    """In this block, print a line at SIGINT and SIGTERM, because Ray's processes take seconds to end, and append which.
+
+    SIGTERM, by which Kubernetes, Ray and systemd stop a process, then acts as SIGINT does.
+    """
     is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_ours or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        stopped_by.append(signum)
         os.write(2, b"stopping\n")  # not by print, which may be interrupted itself
         signal.default_int_handler(signum, frame)
         raise AssertionError
 
-    signal.signal(signal.SIGINT, stop)
+    def terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001  # signal's signature
+        stopped_by.append(signum)
+        signal.raise_signal(signal.SIGINT)  # its handler may be another one by now, such as that of a sweep
+
+    signal.signal(signal.SIGINT, interrupt)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, before)
 
 
 def read_recipe(path: str, storage: StorageConfig) -> bytes:

@@ -90,7 +90,7 @@ class Context(Protocol):
         """Save a checkpoint and log the row."""
 
     def must_save(self) -> bool:
-        """Return whether a machine is about to be preempted, so that a checkpoint must be saved at once.
+        """Return whether the run or a machine is about to be stopped, so that a checkpoint must be saved at once.
 
         Called on all ranks at the same step, every few seconds; returns the same on all.
         """
@@ -146,7 +146,7 @@ class LocalContext:
             self.on_report(report)
 
     def must_save(self) -> bool:
-        """Return False: this process gets no preemption notice."""
+        """Return False: nobody gives this process notice."""
         return False
 
     def save(self, snapshot: Snapshot) -> None:

@@ -256,7 +256,7 @@ class _Loop:
         return dataclasses.replace(epoch, task_totals=task_totals, wait_s=wait_s, loss=self._weighted(task_totals))
 
     def _save_if_needed(self, epoch: _Epoch, totals: Tensor, monitor: Monitor) -> None:
-        """Save a checkpoint, once, if a machine is about to be preempted. Called on all ranks."""
+        """Save a checkpoint, once, if the run or a machine is about to be stopped. Called on all ranks."""
         if self.has_saved or not self.context.must_save():
             return
         monitor.flush()

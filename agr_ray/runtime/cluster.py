@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +60,7 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
         return
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if config.verbose else logging.ERROR
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address == "local":
             make_console().print("starting Ray on this machine")
@@ -79,6 +82,8 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
             f"Ray did not start at cluster.address {address}: {' '.join(str(error).split())}; if the machine is busy "
             "or short of memory, free some and run the command again"
         ) from error
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has installed its own, which exits without a word
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.experimental.internal_kv import _internal_kv_get
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.train.v2._internal import constants
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -72,6 +72,16 @@ def has_autoscaler() -> bool:
         types = list((report or {}).get("active_nodes", {}))
     made_up = {format_readonly_node_type(node["NodeID"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]  # Ray leaves it bare
     return any(name and name not in made_up for name in types)
+
+
+def set_flag(name: str) -> None:
+    """Set a flag that all processes of the cluster can read. With public functions, that needs another process."""
+    _internal_kv_put(name, b"1")
+
+
+def has_flag(name: str) -> bool:
+    """Return whether a process of the cluster has set the flag."""
+    return _internal_kv_get(name) is not None
 
 
 # Console

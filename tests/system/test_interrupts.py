@@ -1,8 +1,9 @@
-"""Ctrl-C during a job: confirmed at once, ended soon, and resumable."""
+"""Ctrl-C and SIGTERM during a job: confirmed at once, ended soon, and resumable."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, job_environment, short_folder
+
+from agr_ray.learn.run import CHECKPOINTS
+from agr_ray.models.checkpoint import load_train_state
+from agr_ray.runtime.ray_compat import SNAPSHOT
 
 sys.path.append(str(ROOT / "tests" / "ray"))
 from sets import prepared_set
@@ -24,8 +29,10 @@ TRAINING = (
 )
 
 
-def interrupted(command: list[str], folder: Path, ray_folder: Path) -> tuple[int, str, str, float]:
-    """Run a command, send it SIGINT once an epoch is done, and return status, stdout, stderr and seconds to the
+def interrupted(
+    command: list[str], folder: Path, ray_folder: Path, signum: int = signal.SIGINT
+) -> tuple[int, str, str, float]:
+    """Run a command, send it a signal once an epoch is done, and return status, stdout, stderr and seconds to the
     first line that it prints then."""
     out, errors = folder / "stdout", folder / "stderr"
     with out.open("wb") as stdout, errors.open("wb") as stderr:
@@ -42,7 +49,7 @@ def interrupted(command: list[str], folder: Path, ray_folder: Path) -> tuple[int
                 assert process.poll() is None, errors.read_text()
                 time.sleep(0.2)
             sent = time.monotonic()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signum)
             while "stopping" not in errors.read_text() and process.poll() is None:
                 time.sleep(0.05)
             confirmed_s = time.monotonic() - sent
@@ -75,3 +82,25 @@ def test_ctrl_c_is_confirmed_and_ends_the_job_with_one_line(
     assert confirmed_s < 5
     assert errors.splitlines()[0].startswith("stopping")
     assert errors.splitlines()[-1] == "error: interrupted; run the same command again to resume it"
+
+
+def test_sigterm_saves_a_checkpoint_within_the_epoch_and_releases_the_lock(tmp_path: Path) -> None:
+    data = prepared_set(tmp_path / "data", {"train": 40, "val": 12})
+    words = ["train", "--train.data", data, "--train.out", tmp_path / "out", "--train.name", "run", *TRAINING]
+    command = [sys.executable, "-c", "from agr_ray.cli import main; main()", *map(str, words)]
+
+    with short_folder() as ray_folder:
+        status, out, errors, confirmed_s = interrupted(command, tmp_path, ray_folder, signal.SIGTERM)
+
+    assert status == 143, errors
+    assert confirmed_s < 5
+    saved = re.search(r"saved a checkpoint of epoch (\d+) after (\d+) steps", out)
+    assert saved, out
+    assert errors.splitlines()[-1] == "error: stopped by SIGTERM; run the same command again to resume it"
+    run = tmp_path / "out" / "run"
+    assert not (run / "lock.json").exists()
+    known = (run / CHECKPOINTS / SNAPSHOT).read_text()
+    states = [load_train_state(folder) for folder in (run / CHECKPOINTS).iterdir() if f'"{folder.name}"' in known]
+    partial = [state for state in states if "partial_epoch" in state]
+    epochs_and_steps = [(state["epoch"] + 1, state["partial_epoch"]["num_steps"]) for state in partial]
+    assert epochs_and_steps == [tuple(map(int, saved.groups()))]

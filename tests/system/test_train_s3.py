@@ -275,7 +275,7 @@ def test_a_preemption_notice_triggers_a_checkpoint_within_an_epoch(
 ) -> None:
     # Epochs that take longer than it takes to notice, to save and to go away.
     run = Run(bucket, "notice", epochs=3, backbone="resnet18", image_size=6 * SIDE_PX)
-    notice = "preemption notice: checkpoint of epoch"
+    notice = "saved a checkpoint of epoch"
 
     def give_notice_and_kill() -> None:
         node = working_node(three_nodes)

@@ -256,6 +256,17 @@ def test_ctrl_c_is_confirmed_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does_with_its_own_status(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        signal.raise_signal(signal.SIGTERM)
+
+    assert ended.value.code == 143
+    shown = capfd.readouterr().err
+    assert shown == "stopping\nerror: stopped by SIGTERM; run the same command again to resume it\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_predictions_of_initial_weights_are_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     meta = json.loads((folder / "model" / "meta.json").read_text())
     (folder / "model" / "meta.json").write_text(json.dumps(meta | {"data": {"num_train_rows": 7}}))

@@ -113,10 +113,35 @@ def test_ray_train_gets_the_clusters_address(monkeypatch: pytest.MonkeyPatch) ->
     assert "RAY_ADDRESS" not in os.environ
 
 
-def test_an_interrupted_fit_raises_and_aborts_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Flags(dict[str, bool]):
+    """The cluster's flags, and which flag the workers answer with."""
+
+    def __init__(self, *answers: str) -> None:
+        self._answers = answers
+
+    def set(self, name: str) -> None:
+        self[name] = True
+        self.update((f"run/{answer}", True) for answer in self._answers)
+
+
+@pytest.mark.parametrize("num_interrupts", [1, 2])
+def test_an_interrupted_fit_lets_the_workers_save_and_aborts_the_controller(
+    monkeypatch: pytest.MonkeyPatch, num_interrupts: int
+) -> None:
     aborted: list[Any] = []
+    flags = _Flags("saving", "saved") if num_interrupts == 1 else _Flags()
     monkeypatch.setattr(interruptible, "abort_training", aborted.append)
-    trainer = interruptible.InterruptibleTrainer(print)
+    monkeypatch.setattr(interruptible, "set_flag", flags.set)
+    seen: list[str] = []
+
+    def has_flag(name: str) -> bool:
+        seen.append(name)
+        if not flags.keys() & {"run/saving"}:
+            signal.raise_signal(signal.SIGINT)  # the second one, while the driver waits
+        return name in flags
+
+    monkeypatch.setattr(interruptible, "has_flag", has_flag)
+    trainer = interruptible.InterruptibleTrainer(print, stop_request=interruptible.StopRequest("run"))
     before = signal.getsignal(signal.SIGINT)
 
     def fit(self: Any) -> None:
@@ -129,8 +154,26 @@ def test_an_interrupted_fit_raises_and_aborts_the_controller(monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
 
+    assert "run/stop" in flags
+    assert seen == ["run/saving", "run/saved"][: 3 - num_interrupts]
     assert aborted == ["controller"]
     assert "_register_sigint_handler" in inspect.getsource(TorchTrainer._initialize_and_run_controller)
+
+
+def test_a_request_to_stop_that_nobody_answers_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags: set[str] = set()
+    monkeypatch.setattr(interruptible, "set_flag", flags.add)
+    monkeypatch.setattr(interruptible, "has_flag", flags.__contains__)
+    monkeypatch.setattr(interruptible, "ANSWER_TIMEOUT_S", 0.5)
+    request = interruptible.StopRequest("run")
+    assert not request.is_made()
+
+    request.make()
+
+    assert flags == {"run/stop"}
+    assert request.is_made()
+    request.is_met()
+    assert flags == {"run/stop", "run/saving", "run/saved"}
 
 
 def test_tune_ends_its_trials_after_one_interrupt_and_at_once_after_two(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,23 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import os
+import time
+from typing import Any, Final
 
 import ray
 from ray.train import Result
 from ray.train.torch import TorchTrainer
 
-from agr_ray.runtime.ray_compat import abort_training
+from agr_ray.runtime.ray_compat import abort_training, has_flag, set_flag
+
+ANSWER_TIMEOUT_S: Final = 8.0
+"""For the workers to begin the last checkpoint. They look every five seconds, if they train."""
+SAVE_TIMEOUT_S: Final = 17.0
+"""For the checkpoint to be in storage. With `ANSWER_TIMEOUT_S`, less than the 30 s that Kubernetes grants."""
+_LOOK_EVERY_S: Final = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class StopRequest:
+    """The driver's request that the workers save a checkpoint, because it is about to stop them, and their answers."""
+
+    name: str
+    """Of the driver's run, and of no other."""
+
+    def make(self) -> None:
+        """Make the request, and wait for a limited time until the checkpoint is saved. Called by the driver."""
+        set_flag(f"{self.name}/stop")
+        if _wait_for(f"{self.name}/saving", ANSWER_TIMEOUT_S):
+            _wait_for(f"{self.name}/saved", SAVE_TIMEOUT_S)
+
+    def is_made(self) -> bool:
+        """Return whether the workers must save a checkpoint; if so, tell the driver to wait. Called by one worker."""
+        if not has_flag(f"{self.name}/stop"):
+            return False
+        set_flag(f"{self.name}/saving")
+        return True
+
+    def is_met(self) -> None:
+        """Tell the driver that the checkpoint is saved. Called by one worker."""
+        set_flag(f"{self.name}/saved")
+
+
+def _wait_for(flag: str, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not has_flag(flag):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_EVERY_S)
+    return True
 
 
 class InterruptibleTrainer(TorchTrainer):
-    """A trainer whose `fit` raises KeyboardInterrupt on SIGINT, as Python does.
+    """A trainer whose `fit` raises KeyboardInterrupt on SIGINT, as Python does, after a last checkpoint.
 
     Ray's own waits until the controller has stopped, which takes half a minute on a busy machine, or forever while the
     controller waits for nodes. Then it exits with status 1 and no message.
+
+    Args:
+        stop_request: to the workers.
+        arguments: of `TorchTrainer`.
+        options: of `TorchTrainer`.
     """
 
     _controller: Any = None
+
+    def __init__(self, *arguments: Any, stop_request: StopRequest, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._stop_request = stop_request
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Install no handler, but keep the controller, an actor."""
@@ -30,10 +82,17 @@ class InterruptibleTrainer(TorchTrainer):
             ray.kill(self._controller)
 
     def fit(self) -> Result:
-        """Train to the end. On KeyboardInterrupt, ask the controller to stop, for it may outlive this process."""
+        """Train to the end. On KeyboardInterrupt, let the workers save, and end the controller, which may outlive us.
+
+        A second KeyboardInterrupt ends the wait.
+        """
         try:
             return super().fit()
         except KeyboardInterrupt:
             if self._controller is not None:
-                abort_training(self._controller)
+                try:
+                    os.write(2, b"saving a checkpoint; press Ctrl-C again to end at once\n")
+                    self._stop_request.make()
+                finally:
+                    abort_training(self._controller)
             raise

@@ -30,7 +30,7 @@ from agr_ray.runtime.ray_compat import (
     named_cluster,
 )
 from agr_ray.runtime.training.fence import Fence, StopWhenLost
-from agr_ray.runtime.training.interruptible import InterruptibleTrainer
+from agr_ray.runtime.training.interruptible import InterruptibleTrainer, StopRequest
 from agr_ray.runtime.training.worker import collective_timeout_s, work
 from agr_ray.storage.lock import RunLock
 from agr_ray.storage.retry import Retry
@@ -151,9 +151,11 @@ def _trainer(
         )
 
     filesystem, path = storage.arrow_filesystem(run.uri)
+    stop_request = StopRequest(fence.token)
     return InterruptibleTrainer(
         work,
-        train_loop_config={"run": run, "fence": fence, "board": board},
+        stop_request=stop_request,
+        train_loop_config={"run": run, "fence": fence, "board": board, "stop_request": stop_request},
         torch_config=ray.train.torch.TorchConfig(timeout_s=int(collective_timeout_s(config))),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]  # typed as Train V1's

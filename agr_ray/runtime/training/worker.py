@@ -16,7 +16,7 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from torch import Tensor, nn
 
 from agr_ray.config import TrainConfig
@@ -42,6 +42,7 @@ from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_ch
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.runtime.ray_compat import machine_cpus, print_for_user
 from agr_ray.runtime.training.fence import Fence
+from agr_ray.runtime.training.interruptible import StopRequest
 from agr_ray.runtime.training.shard_batches import ShardBatches
 from agr_ray.storage.outgoing import delete_leftovers, outgoing_folder
 from agr_ray.storage.retry import Retry
@@ -68,7 +69,8 @@ def work(config: dict[str, Any]) -> None:
         retry.call(lambda: run.storage.download_tree(uri, str(directory)))
         model = load_checkpoint(directory).model
         resume = None if checkpoint is None else load_train_state(directory)
-    context = RayContext(run, fence, config["board"], retry, epochs_done=resume["epoch"] if resume else 0)
+    epochs_done = resume["epoch"] if resume else 0
+    context = RayContext(run, fence, config["stop_request"], config["board"], retry, epochs_done)
     torch.set_num_threads(context.num_threads)
     if context.rank == 0:
         event = "starting"
@@ -100,14 +102,18 @@ class RayContext:
     Args:
         run: what is trained.
         fence: checks that the driver still holds the run's lock.
+        stop_request: that the driver may make.
         board: handle of the `Board` that the driver's terminal shows; None: there is no terminal, so lines are printed.
         retry: for requests to storage.
         epochs_done: epochs finished before this process started.
     """
 
-    def __init__(self, run: Run, fence: Fence, board: Any, retry: Retry, epochs_done: int) -> None:
+    def __init__(
+        self, run: Run, fence: Fence, stop_request: StopRequest, board: Any, retry: Retry, epochs_done: int
+    ) -> None:
         self._run = run
         self._fence = fence
+        self._stop_request = stop_request
         self._board = board
         train = run.job.train
         context = ray.train.get_context()
@@ -190,8 +196,10 @@ class RayContext:
         self.say(_epoch_line(report, self._run.job.train.epochs))
 
     def must_save(self) -> bool:
-        """Ask Ray whether the machine of a worker is about to be preempted."""
-        return ray.train.get_preemption_info() is not None
+        """Ask whether the driver is about to stop the workers, or the machine of one is about to be preempted."""
+        is_stopping = torch.tensor([float(self.rank == 0 and self._stop_request.is_made())])
+        # Ray's question is a barrier, so all workers must come to it or none.
+        return bool(self.all_reduce_sum(is_stopping)[0] > 0) or ray.train.get_preemption_info() is not None
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint that is only for resuming, and return once it is uploaded."""
@@ -200,7 +208,10 @@ class RayContext:
             ray.train.report(row)
             return
         self._keep(snapshot, row, {}, CheckpointUploadMode.SYNC)
-        self.say(f"preemption notice: checkpoint of epoch {snapshot.epoch} after {snapshot.num_steps} steps")
+        # Once Ray's list of checkpoints has it; a run resumes only from those.
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        self._stop_request.is_met()
+        self.say(f"saved a checkpoint of epoch {snapshot.epoch} after {snapshot.num_steps} steps")
 
     def _keep(
         self, state: EpochReport | Snapshot, row: Row, metrics: Mapping[str, Any], mode: CheckpointUploadMode
