@@ -181,8 +181,7 @@ def _confirmed_signals(stopped_by: list[int]) -> Iterator[None]:
 
     SIGTERM, by which Kubernetes, Ray and systemd stop a process, then acts as SIGINT does.
     """
-    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_ours or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -192,17 +191,19 @@ def _confirmed_signals(stopped_by: list[int]) -> Iterator[None]:
         signal.default_int_handler(signum, frame)
         raise AssertionError
 
-    def terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001  # signal's signature
+    def terminate(signum: int, frame: FrameType | None) -> None:
         stopped_by.append(signum)
-        signal.raise_signal(signal.SIGINT)  # its handler may be another one by now, such as that of a sweep
+        on_sigint = signal.getsignal(signal.SIGINT)  # by now, it may be another one, such as that of a sweep
+        (on_sigint if callable(on_sigint) else interrupt)(signum, frame)
 
-    signal.signal(signal.SIGINT, interrupt)
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, terminate)
+    if before[0] is signal.default_int_handler:  # a shell's background jobs ignore SIGINT
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(signum, handler)
 
 
 def read_recipe(path: str, storage: StorageConfig) -> bytes:

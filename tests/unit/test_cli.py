@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -247,24 +248,34 @@ def test_an_interrupted_command_ends_with_one_line(capsys: pytest.CaptureFixture
 
 
 def test_ctrl_c_is_confirmed_at_once(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, one_line_errors():
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
+    try:
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
     assert ended.value.code == 130
-    shown = capfd.readouterr().err
-    assert shown == "stopping\nerror: interrupted; run the same command again to resume it\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert capfd.readouterr().err == "stopping\nerror: interrupted; run the same command again to resume it\n"
 
 
-def test_sigterm_ends_a_command_as_ctrl_c_does_with_its_own_status(capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended, one_line_errors():
-        signal.raise_signal(signal.SIGTERM)
+@pytest.mark.parametrize("on_sigint", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_ends_a_command_as_ctrl_c_does_with_its_own_status(
+    capfd: pytest.CaptureFixture[str], on_sigint: Any
+) -> None:
+    before = signal.signal(signal.SIGINT, on_sigint), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is on_sigint
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
     assert ended.value.code == 143
-    shown = capfd.readouterr().err
-    assert shown == "stopping\nerror: stopped by SIGTERM; run the same command again to resume it\n"
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert capfd.readouterr().err == "stopping\nerror: stopped by SIGTERM; run the same command again to resume it\n"
 
 
 def test_predictions_of_initial_weights_are_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
