@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# Two processes: one for all tests that run a Ray cluster, one for the rest (tests/conftest.py).
+# Two processes; tests/conftest.py shares the files between them.
 TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all lint types layers unit format lock clean
@@ -34,8 +34,8 @@ test: $(READY) lint types layers  ## lint, types, layers and every test but the 
 test-all: $(READY) lint types layers  ## every test
 	$(TESTS)
 
-unit: $(READY)  ## the tests that need no Ray, a few minutes
-	$(TESTS) tests/unit -m "not slow"
+unit: $(READY)  ## the quick tests that need no Ray, about a minute
+	$(TESTS) tests/unit -m "not slow and not long"
 
 lint: $(READY)  ## style, spelling and vocabulary
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
-"""How `pytest -n 2` shares the tests between two processes.
+"""How `pytest -n 2` shares the tests between two processes, and which unit tests take long.
 
-All files that run a Ray cluster stay in one process, because two clusters crowd a small machine. It gets them first.
-The other process runs the remaining files, one after another.
+All files of tests/ray share one cluster, so one process gets them, first. Files of tests/system that run a cluster come
+last, one at a time in whichever process is free, because two clusters crowd a small machine. Between them, each file of
+the others goes to the process that is free.
 """
 
 from __future__ import annotations
@@ -13,19 +14,85 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-CLUSTER_FILES = ("autoscaling", "gpu_smoke", "jobs_s3", "local_cluster", "resume", "score_s3", "train_s3", "tune_s3")
-"""Files of tests/system that run a cluster; all of tests/ray do."""
+CLUSTER_FILES = (
+    "autoscaling",
+    "gpu_smoke",
+    "hosts",
+    "jobs_s3",
+    "local_cluster",
+    "resume",
+    "score_s3",
+    "train_s3",
+    "tune_s3",
+)
+"""Files of tests/system that run a cluster."""
+LONG_FILES = (
+    "absurd_values",
+    "atomic",
+    "audit",
+    "backbones",
+    "benchmarks",
+    "bucket_audit",
+    "calibration",
+    "card",
+    "checkpoint_alone",
+    "cli",
+    "comparison",
+    "config",
+    "data_parallel",
+    "decode",
+    "detect",
+    "dry_run",
+    "evaluation_page",
+    "exactly_once",
+    "explanations",
+    "face_model",
+    "fairface",
+    "fast_steps",
+    "gpu_benchmark",
+    "images",
+    "imports",
+    "jobs_errors",
+    "local_worker",
+    "lock",
+    "loop",
+    "near_duplicates",
+    "parts",
+    "planning",
+    "prepare_again",
+    "presets",
+    "rendered",
+    "rendered_cues",
+    "report",
+    "score_driver",
+    "scorer",
+    "scores_page",
+    "splits",
+    "suppression",
+    "sweep_page",
+    "sweep_results",
+    "training_output",
+    "tune_command",
+)
+"""Files of tests/unit that take several seconds each: `make unit` leaves them out, `make test` does not."""
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # else the tests beside the cluster take its cores
 
 
 class ByFile(LoadScopeScheduling):
-    """Gives a process all tests of a file, and one of them all files that run a cluster."""
+    """Gives a process all tests of a file, and one of them all files of tests/ray."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = PurePath(nodeid.partition("::")[0])
-        is_cluster = file.parent.name == "ray" or file.stem.removeprefix("test_") in CLUSTER_FILES
-        return "clusters" if is_cluster else str(file)
+        return "ray" if file.parent.name == "ray" else str(file)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "unit" and item.path.stem.removeprefix("test_") in LONG_FILES:
+            item.add_marker("long")
+    # The sort is stable.
+    items.sort(key=lambda item: item.path.parent.name == "system" and item.path.stem[5:] in CLUSTER_FILES)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ def extremes(section: str, field: str) -> list[Any]:
 
 
 class Reached(BaseException):
-    """The job got as far as starting its cluster."""
+    """The job got as far as starting its cluster, or the process that scores a few photographs."""
 
 
 KNOBS = [
@@ -103,15 +104,16 @@ def test_the_extremes_of_every_kind_of_number_are_known() -> None:
 
 
 def prepared_for(monkeypatch: pytest.MonkeyPatch, job: str, inputs: Path, tmp: Path) -> tuple[str, ...]:
-    """Make starting the cluster end the job, and return the arguments to get that far."""
+    """Make starting the cluster, or another process, end the job, and return the arguments to get that far."""
 
-    def reached(**_: Any) -> None:
+    def reached(*_: Any, **__: Any) -> None:
         raise Reached
 
     for name in [name for name in os.environ if name.startswith("AGR_RAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp)
     monkeypatch.setattr(ray, "init", reached)
+    monkeypatch.setattr(subprocess, "Popen", reached)
     arguments: dict[str, tuple[str, ...]] = {
         "render": (),
         "prepare": ("--source.uri", f"{inputs}/faces"),
