@@ -7,7 +7,7 @@ READY := .venv/.ready
 # Two processes; tests/conftest.py shares the files between them.
 TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all lint types layers unit format lock clean
+.PHONY: help setup demo test test-all lint types layers unit format lock lock-cpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,12 @@ format: $(READY)  ## let ruff fix what it can
 lock: $(BIN)/uv  ## pin and hash the newest set that fits pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --upgrade --group dev \
 		--custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	echo uv | $(BIN)/uv pip compile --quiet --universal --generate-hashes --upgrade \
+		--custom-compile-command "make lock" - -o cluster/docker/uv.lock
+
+lock-cpu: $(BIN)/uv  ## pin and hash PyTorch's builds without CUDA, for the CPU variant of the container image
+	grep -E '^torch(vision)?==' requirements.lock | tr -d '\\' | $(BIN)/uv pip compile --quiet --no-deps \
+		--generate-hashes --torch-backend cpu --custom-compile-command "make lock-cpu" - -o cluster/docker/torch-cpu.lock
 
 clean:  ## remove what the targets made
 	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
