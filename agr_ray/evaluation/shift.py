@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from agr_ray.evaluation.terms import FloatArray
 from agr_ray.labels import IntArray
@@ -322,7 +322,7 @@ def stability_index(expected: NDArray[Any], found: NDArray[Any]) -> float:
 
 def alarm_threshold(num_bins: int, num_expected: int, num_found: int) -> float:
     """Return the index above which samples of these sizes differ by more than chance, and by more than `MIN_SHIFT`."""
-    chance = (1.0 / num_expected + 1.0 / num_found) * chi2.isf(FALSE_ALARM, num_bins - 1)
+    chance = (1.0 / num_expected + 1.0 / num_found) * chdtri(num_bins - 1, FALSE_ALARM)
     return float(max(MIN_SHIFT, chance))
 
 

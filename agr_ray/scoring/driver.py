@@ -117,6 +117,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as checkpoint:
         model = read_model(checkpoint, job, console)
+    del checkpoint  # its network, which only the workers need
     attributes = written_attributes(job.score, model.tasks)
     settings = digest(model.pipeline, job.gates)
     config_digest = short_digest([settings, attributes, model.calibration_digest])

@@ -6,6 +6,7 @@ each `PartScorer` sends its crops to a predictor in another process, at most `MA
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,8 +114,8 @@ class PartScorer:
 
     def __init__(self, scoring: Scoring, predictor: Predictor | None = None) -> None:
         """If `predictor` is None, predict attributes in this process."""
-        self._scoring = scoring
-        self._finder = PartFinder(scoring)
+        self._scoring = dataclasses.replace(scoring, checkpoint={})  # frees the memory once the network is loaded
+        self._finder = PartFinder(self._scoring)
         self._predictor = predictor or RowPredictor(scoring, self._finder.stopwatch)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
