@@ -7,7 +7,7 @@ READY := .venv/.ready
 # Two processes; tests/conftest.py shares the files between them.
 TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all lint types layers unit format lock lock-cpu clean
+.PHONY: help setup demo test test-all lint types layers unit format lock lock-cpu audit fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,12 @@ lock: $(BIN)/uv  ## pin and hash the newest set that fits pyproject.toml
 lock-cpu: $(BIN)/uv  ## pin and hash PyTorch's builds without CUDA, for the CPU variant of the container image
 	grep -E '^torch(vision)?==' requirements.lock | tr -d '\\' | $(BIN)/uv pip compile --quiet --no-deps \
 		--generate-hashes --torch-backend cpu --custom-compile-command "make lock-cpu" - -o cluster/docker/torch-cpu.lock
+
+audit: $(BIN)/uv  ## look up the known vulnerabilities of all locked dependencies; asks a service on the internet
+	$(BIN)/uv tool run pip-audit --require-hashes --disable-pip --requirement requirements.lock
+
+fuzz: $(READY)  ## feed a million hostile inputs to the parsers: about an hour of one core
+	$(BIN)/python benchmarks/fuzz.py --inputs 1000000
 
 clean:  ## remove what the targets made
 	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""Remove secrets from text that people will read: messages, logs, records."""
+"""Make text safe to read, in messages, logs and records: without secrets, and without control characters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from urllib.parse import unquote
 
 HIDDEN: Final = "***"
 
-_URL: Final = re.compile(r"(?i)\b(?!s3://|file://)([a-z][a-z0-9+.-]*://)(?!/)([^\s'\"<>]*)@")
+_URL: Final = re.compile(r"(?i)\b(s3://(?=[^\s'\"<>/]*[:@])|(?!s3://|file://)[a-z][a-z0-9+.-]*://)(?!/)([^\s'\"<>]*)@")
 _NAMES: Final = r"[\w.-]*(?:password|passwd|passwort|pwd|secret|token|credential|signature|api_?key|access_?key)[\w.-]*"
+_CONTROL: Final = re.compile("[\0-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _ASSIGNED: Final = re.compile(rf"(?i)({_NAMES}(?:=['\"]?|['\"]\s*:\s*['\"]?))([^\s&'\",;}}]+)")
 _SECRET_VARIABLE: Final = re.compile(r"(?i)password|passwd|secret|token|credential|api_?key|access_?key")
 _SHORTEST: Final = 3
@@ -20,6 +21,14 @@ _LONGEST_SHOWN: Final = 100
 """Maximum length of a rejected value in a message, in characters."""
 _SHORTEST_VARIABLE: Final = 8
 """Minimum length of an environment variable's secret: shorter values, such as MAX_TOKENS, are not secrets."""
+
+
+def printable(text: str) -> str:
+    """Return text with control characters escaped, newlines too, so that a name can't steer a terminal or forge a line.
+
+    Characters that change the direction of text are escaped as well; tabs stay.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def shown(value: Any) -> str:
@@ -34,7 +43,7 @@ def redacted(text: str, *uris: str, environ: Mapping[str, str] = os.environ) -> 
     """Return the text with `***` in place of passwords and tokens.
 
     It hides passwords in URLs (and a user name without a password, which may be a token), values of parameters with
-    secret-looking names, and values of environment variables with such names.
+    secret-looking names, values of environment variables with such names, and passwords in URLs of the environment.
 
     Args:
         text: the text to show.
@@ -44,7 +53,8 @@ def redacted(text: str, *uris: str, environ: Mapping[str, str] = os.environ) -> 
     secrets = [
         value for name, value in environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_VARIABLE
     ]
-    secrets += [part for uri in uris for part in _secret_parts(uri)]
+    servers = [value for value in environ.values() if "://" in value]  # proxies and endpoints
+    secrets += [part for uri in (*uris, *servers) for part in _secret_parts(uri)]
     text = _URL.sub(_without_password, text)
     text = _ASSIGNED.sub(rf"\g<1>{HIDDEN}", text)
     return _without(text, secrets)

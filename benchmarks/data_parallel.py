@@ -119,7 +119,7 @@ def measure(size: int, config: ModelConfig, batch: int, num_steps: int) -> Measu
     """Train in this many processes, and return the time of the slowest."""
     with tempfile.TemporaryDirectory(prefix="data-parallel-") as folder:
         torch.multiprocessing.spawn(work, (size, folder, config, batch, num_steps), nprocs=size)
-        each_rank = [Measured(**torch.load(Path(folder, f"{rank}.pt"))) for rank in range(size)]
+        each_rank = [Measured(**torch.load(Path(folder, f"{rank}.pt"), weights_only=True)) for rank in range(size)]
     return Measured(
         step_s=max(each.step_s for each in each_rank),
         alone_step_s=max(each.alone_step_s for each in each_rank),

@@ -15,7 +15,7 @@ from pydantic_settings import CliSettingsSource
 
 from agr_ray.config.jobs import Job
 from agr_ray.config.section import ONE_OR_SEVERAL, FollowingWords
-from agr_ray.redact import redacted
+from agr_ray.redact import printable, redacted
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -273,8 +273,8 @@ def _paths(job: type[Job]) -> dict[str, bool]:
 
 
 def one_line(text: str) -> str:
-    """Return a message on one line, with passwords redacted."""
-    return redacted(" ".join(text.split()))
+    """Return a message on one line, with passwords redacted and control characters escaped."""
+    return printable(redacted(" ".join(text.split())))
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -107,6 +107,9 @@ def parse(
             raise ConfigError(redacted(str(error).splitlines()[0], environ=environ)) from None
         from_environment = _read_environment(environ, job)
         overrides = _merged(from_environment, from_command_line)
+        for name in overrides.keys() & SECTIONS.keys():
+            if not isinstance(overrides[name], Mapping):
+                raise ConfigError(f"{name}: {shown(overrides[name])} is not allowed: --{name}.KEY sets one of its keys")
         storage = StorageConfig(**overrides.get("storage", {})) if recipe else StorageConfig()
         values = _read_recipe(recipe, job, storage, read)
         replaced = with_chosen_preset(values, overrides)

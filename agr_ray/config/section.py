@@ -50,6 +50,8 @@ def _without_login(value: str | None) -> str | None:
 
 Name = Annotated[str, AfterValidator(_plain_name)]
 Address = Annotated[str | None, AfterValidator(_without_login)]
+Private = Annotated[str, Field(repr=False)]
+"""May hold a password, so it is not in the section's `repr`, which Ray's dashboard shows of a training run."""
 ONE_OR_SEVERAL: Final = BeforeValidator(_one_or_several)
 OneOrSeveral = Annotated[str, ONE_OR_SEVERAL]
 """A plain string, because pydantic-settings would split a union type at commas and parse 7 as a number."""

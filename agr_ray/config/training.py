@@ -16,6 +16,7 @@ from agr_ray.config.section import (
     OneOrSeveral,
     PositiveFloat,
     PositiveInt,
+    Private,
     Section,
     Seed,
     Timeout,
@@ -205,7 +206,7 @@ class TrainConfig(Section):
     If they fit, epochs from the second on read crops from there."""
     shuffle_rows: PositiveInt = 2048
     """Rows in each worker's shuffle buffer while crops are streamed. In memory, its whole share is shuffled."""
-    mlflow_uri: str = ""
+    mlflow_uri: Private = ""
     """MLflow tracking server for the run, such as http://HOST:5000; empty: none. Needs the package mlflow on every
     node."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from agr_ray.config.section import MAX_INT, AnyInt, Name, PositiveFloat, PositiveInt, Section, Seed
+from agr_ray.config.section import MAX_INT, AnyInt, Name, PositiveFloat, PositiveInt, Private, Section, Seed
 from agr_ray.redact import shown
 
 Scalar = bool | int | float | str
@@ -132,7 +132,7 @@ class TuneConfig(Section):
     max_failures: Annotated[int, Field(ge=0, le=MAX_INT)] = 1
     """Retries of a trial that raises or loses a process, from its last checkpoint. A non-finite loss is not retried. In
     a sweep, this replaces train.max_failures."""
-    study: str = ""
+    study: Private = ""
     """Storage of the Optuna study: a local file that ends in .journal, or sqlite:///FILE or
     postgresql://USER:PASSWORD@HOST/DB; empty: study.journal in the sweep's folder. Sweeps with the same study and
     study_name learn from each other's trials."""

@@ -96,8 +96,9 @@ def read_inventory(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
         body = _read_data_file(storage, storage.join(root, file.key), file)
         try:
             for rows in read(body, manifest.csv_fields):
+                rows.validate(full=True)  # text that is not UTF-8
                 yield _objects(rows, manifest.source_bucket)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise InventoryError(f"data file {file.key} can't be read as {manifest.file_format}: {reason}") from error
 
@@ -105,7 +106,7 @@ def read_inventory(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
 def _parse_manifest(data: bytes) -> _Manifest:
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InventoryError(f"not an S3 Inventory: not valid JSON: {error}") from None
     needed = ("sourceBucket", "fileFormat", "fileSchema", "files")
     lacking = [name for name in needed if not isinstance(fields, dict) or name not in fields]
@@ -114,9 +115,12 @@ def _parse_manifest(data: bytes) -> _Manifest:
     if fields["fileFormat"] not in ("CSV", "Parquet"):
         raise InventoryError(f"the inventory's fileFormat is {fields['fileFormat']!r}: allowed are CSV, Parquet")
     try:
-        files = tuple(_DataFile(file["key"], file.get("MD5checksum")) for file in fields["files"])
+        files = tuple(_DataFile(str(file["key"]), file.get("MD5checksum")) for file in fields["files"])
     except (KeyError, TypeError, AttributeError):
         raise InventoryError("not an S3 Inventory: files must be a list of tables with a key") from None
+    for file in files:
+        if file.key.startswith("/") or "\0" in file.key or ".." in file.key.split("/"):
+            raise InventoryError(f"data file {file.key!r} would be read outside the inventory's folder")
     csv_fields = tuple(_CSV_NAMES.get(name.strip(), name.strip()) for name in str(fields["fileSchema"]).split(","))
     if fields["fileFormat"] == "CSV":
         _check_fields(csv_fields)

@@ -22,6 +22,9 @@ DECADE_YEARS: Final = 10
 _MOST: Final = 0.8
 """Largest part of train's fraction that subjects with contradictory labels may fill."""
 
+_FORMULA: Final = ("=", "+", "-", "@", '"')
+"""First characters of a formula in a spreadsheet, and of a quoted one; others, such as a tab, are escaped anyway."""
+
 Stratum = tuple[int, str, str]
 """Age decade, gender and race; -1 or "" if the label is missing."""
 
@@ -179,7 +182,8 @@ def contradicting_subjects(manifest: pa.Table) -> list[tuple[str, list[str]]]:
 def split_manifest_text(manifest: pa.Table) -> str:
     """Return the split manifest: sorted lines of group, key and split, separated by tabs.
 
-    Rows without a split are left out. Backslash, tab and line breaks in a key are escaped as in C.
+    Rows without a split are left out. Backslash, tab and line breaks in a key are escaped as in C. So is a first
+    character with which a spreadsheet would take the key for a formula.
     """
     columns = [manifest.column(name).to_pylist() for name in ("group_id", "key", "split")]
     lines = [
@@ -343,4 +347,5 @@ def _check_fractions(fractions: Mapping[str, float]) -> None:
 
 
 def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    text = text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    return f"\\{text}" if text.startswith(_FORMULA) else text

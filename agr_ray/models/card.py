@@ -13,12 +13,14 @@ from agr_ray.labels import AGE_MAX_YEARS, AGE_MIN_YEARS
 from agr_ray.models.card_tables import (
     GROUPS,
     disparity_table,
+    escaped,
     group_table,
     headline_table,
     listed,
     stress_table,
     table,
     threshold_table,
+    unescaped,
     words,
 )
 
@@ -101,7 +103,8 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
         metrics: content of the evaluation's `metrics.json`.
     """
     record = metrics["evaluation"]
-    heading = f"## Measured on {record['source']}, split {record['split']}, {record['split_manifest_sha256'][:8]}"
+    heading = f"## Measured on {escaped(record['source'])}, split {record['split']}, "
+    heading += record["split_manifest_sha256"][:8]
     seen = record["num_seen_in_training"]
     overlap = f"**{seen:,} of them are training images, so the metrics are optimistic.**" if seen else _UNSEEN
     if seen is None:
@@ -109,10 +112,11 @@ def with_measured(card: str, metrics: Mapping[str, Any]) -> str:
     lines = [
         heading,
         "",
-        f"{metrics['n']:,} labelled images of {record['data']}, {metrics['n_fallback']:,} without a detected face. "
+        f"{metrics['n']:,} labelled images of {escaped(record['data'])}, "
+        f"{metrics['n_fallback']:,} without a detected face. "
         + overlap
         + ranges_note(metrics["age"])
-        + mapping_note(record),
+        + (f" {escaped(mapping)}" if (mapping := mapping_note(record)) else ""),
         "",
         *_calibration_lines(metrics),
         *headline_table(metrics),
@@ -144,10 +148,10 @@ def measured_in(card: str, titles: Sequence[str]) -> list[dict[str, Any]]:
     )
     measured = []
     for data, split, text in section.findall(card):
-        lines = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| "))
+        lines = (unescaped(line).strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| "))
         rows = [cells for cells in lines if cells[0] in titles and len(cells) == _NUM_HEADLINE_CELLS]
         if rows and split not in ("train", "val") and _UNSEEN in text:
-            measured.append({"data": data, "rows": rows})
+            measured.append({"data": unescaped(data), "rows": rows})
     return measured
 
 
@@ -169,7 +173,7 @@ def _with_calibration(card: str, calibration: Mapping[str, Any] | None) -> str:
     lines = [
         f"Calibrated on {calibration['num_calibrated_on']:,} images: {listed(parts) or 'nothing could be fitted'}."
     ]
-    lines += [f"- {note}" for note in calibration["notes"]]
+    lines += [f"- {escaped(note)}" for note in calibration["notes"]]
     earlier = re.compile(rf"^## {_CALIBRATION}\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
     return earlier.sub(lambda _: f"## {_CALIBRATION}\n\n" + "\n".join(lines) + "\n\n", card)
 
@@ -198,7 +202,7 @@ def _calibration_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Return a warning about the calibration, and the errors of corrected ages, if there are any."""
     calibration = metrics.get("calibration") or {}
     warning = calibration.get("warning")
-    lines = [f"**Calibration: {warning}.**", ""] if warning else []
+    lines = [f"**Calibration: {escaped(warning)}.**", ""] if warning else []
     note = correction_note(metrics)
     return [*lines, note, ""] if note else lines
 
@@ -224,7 +228,7 @@ def _head(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
             f"# Model card: perceived {listed(tasks)} from a face",
             "",
             f"A {model['backbone']} with {'a head' if len(tasks) == 1 else 'heads'} for {listed(tasks)}."
-            + (f" Created with {', '.join(origin)}." if origin else ""),
+            + (f" Created with {escaped(', '.join(origin))}." if origin else ""),
         ]
     )
 
@@ -235,7 +239,7 @@ def _interface(meta: Mapping[str, Any], tasks: Sequence[str]) -> str:
         "age": f"age: years, {AGE_MIN_YEARS:g} to {AGE_MAX_YEARS:g}{_AGE_OUTPUTS.get(meta['model']['age_head'], '')}",
         "gender": f"gender: the probability of *{space['genders'][1]}*, which is predicted above 0.5, else "
         f"*{space['genders'][0]}*",
-        "race": f"race: probabilities of *{'*, *'.join(space['races'])}*; the most probable is predicted",
+        "race": f"race: probabilities of *{'*, *'.join(map(escaped, space['races']))}*; the most probable is predicted",
     }
     side = transform["image_size"]
     return "\n".join(
@@ -370,7 +374,7 @@ def _under_represented(data: Mapping[str, Any]) -> list[str]:
         if total:
             equal = total / len(of)
             scarce += [
-                f"{words(attribute)} {name} ({n:,}, {_share(n, total)})"
+                f"{words(attribute)} {escaped(name)} ({n:,}, {_share(n, total)})"
                 for name, n in of.items()
                 if n < max(_SCARCE * equal, _FEW)
             ]
@@ -383,7 +387,7 @@ def _under_represented(data: Mapping[str, Any]) -> list[str]:
 def _detector_limit(data: Mapping[str, Any]) -> list[str]:
     detector = data.get("detector")
     return (
-        [f"- It was trained on crops made with the detector {detector}; errors differ with another detector."]
+        [f"- It was trained on crops made with the detector {escaped(detector)}; errors differ with another detector."]
         if detector
         else []
     )

@@ -5,6 +5,7 @@ A function `*_rows` returns the table, which pages show too; `*_table` returns i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -215,7 +216,21 @@ def threshold_rows(thresholds: Sequence[Mapping[str, Any]]) -> Rows:
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """Return the lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(escaped(str(cell)) for cell in line) + " |" for line in lines]
+
+
+def escaped(text: str) -> str:
+    """Return text without special meaning in Markdown, on one line. `unescaped` reverses it."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def unescaped(text: str) -> str:
+    """Return the text that `escaped` was given."""
+    return re.sub(r"\\(.)", r"\1", text)
+
+
+_SPECIAL: Final = re.compile(r"([\\`*{}\[\]<>#|~]|(?<![^\W_])_|_(?![^\W_]))")
+"""Characters with a meaning in Markdown; an underscore within a word has none."""
 
 
 def figure(value: float | None, scale: float, unit: str) -> str:

@@ -73,7 +73,7 @@ def faces_sheet(rows: Sequence[Row], title: str, columns: int) -> bytes:
         _hide(axes)
     for number, (heading, faces) in enumerate(lines):
         first_line = grid[tall * number]
-        first_line[0].set_ylabel(heading, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
+        first_line[0].set_ylabel(heading, fontsize=8, rotation=0, ha="right", va="center", labelpad=6, parse_math=False)
         if not faces:
             first_line[0].text(0.5, 0.5, "none", transform=first_line[0].transAxes, ha="center", color="0.5")
         for axes, below, face in zip(first_line, grid[tall * number + tall - 1], faces, strict=False):

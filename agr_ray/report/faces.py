@@ -22,6 +22,7 @@ from agr_ray.errors import ConfigError, JobError
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.predict.photo import Photo
 from agr_ray.progress_bar import progress
+from agr_ray.redact import printable
 from agr_ray.schema import Status
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import ImageError
@@ -49,7 +50,7 @@ def predict(job: PredictJob) -> list[Photo]:
         )
     for each in raised:
         if issubclass(each.category, UserWarning):
-            sys.stderr.write(f"warning: {each.message}\n")
+            sys.stderr.write(f"warning: {printable(str(each.message))}\n")
     console = make_console()
     photos: list[Photo] = []
     names: set[str] = set()
@@ -129,7 +130,7 @@ def _write_copies(photos: Sequence[Photo], out: str, storage: Storage, names: se
             try:
                 photo.draw().save(body, "JPEG", quality=90)
             except ImageError as error:
-                sys.stderr.write(f"warning: {photo.source} can't be drawn: {error}\n")
+                sys.stderr.write(f"warning: {printable(photo.source)} can't be drawn: {error}\n")
                 continue
             storage.write(storage.join(storage.absolute(out), name), body.getvalue())
         names.add(name)

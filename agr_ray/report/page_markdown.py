@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from agr_ray.models.card_tables import escaped
 from agr_ray.report.page import Block, Cell, Code, Drawing, Drawings, Fold, Page, Paragraph, Photograph, Table, Values
-
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
 
 def page_markdown(page: Page, pictures: str) -> str:
@@ -23,11 +22,6 @@ def page_markdown(page: Page, pictures: str) -> str:
     if page.terms:
         lines += ["## Terms", "", *(f"- **{escaped(term)}**: {escaped(text)}" for term, text in page.terms.items()), ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def escaped(text: str) -> str:
-    """Return text without special meaning in Markdown, on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
 def _blocks(blocks: Sequence[Block], pictures: str) -> Iterator[str]:

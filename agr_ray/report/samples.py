@@ -42,7 +42,7 @@ def samples_page(crops_nhwc: NDArray[np.uint8], labels: Labels, predictions: Pre
         if index < num_rows:
             truth, prediction, is_wrong = describe(labels, predictions, index)
             axes.imshow(crops_nhwc[index])
-            axes.set_title(f"{truth}\n{prediction}", fontsize=8, color="red" if is_wrong else "black")
+            axes.set_title(f"{truth}\n{prediction}", fontsize=8, color="red" if is_wrong else "black", parse_math=False)
     canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib does not annotate it, nor the next call
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
 

@@ -35,6 +35,8 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 
+from agr_ray.redact import printable
+
 __all__ = ["ControllerCallback", "TrainRunContext"]
 # ControllerCallback: no public callback runs in Ray Train's controller, where a run that has lost its lock must end.
 # TrainRunContext: the type of an argument of Ray's public callbacks.
@@ -97,7 +99,7 @@ _RESOURCE_RAN_OUT: Final = re.compile(r"due to memory pressure|out of disk|disk 
 
 def print_for_user(line: str) -> None:
     """Print a line in a worker that the driver shows its user. `print` would print it twice in Ray Train's workers."""
-    sys.stdout.write(f"agr_ray {time.time_ns()}.{os.getpid()}: {line}\n")
+    sys.stdout.write(f"agr_ray {time.time_ns()}.{os.getpid()}: {printable(line)}\n")
     sys.stdout.flush()
 
 

@@ -118,6 +118,7 @@ def _copy_metadata(storage: Storage, uri: str, names: list[str], path: str) -> N
             raise ConfigError(f"score.metadata {uri}: there is no column {missing[0]}; it has {has}")
         with pq.ParquetWriter(path, schema) as writer:
             for batch in metadata.to_batches(columns=schema.names, batch_size=_BATCH_ROWS):
+                batch.validate(full=True)  # text that is not UTF-8
                 columns = [batch.column(name).cast(pa.string()) for name in schema.names]
                 columns[0] = pa.array([_canonical(storage, each) for each in columns[0].to_pylist()], pa.string())
                 rows = pa.record_batch(columns, schema=schema)

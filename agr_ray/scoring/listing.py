@@ -134,7 +134,7 @@ def _read_manifest(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
     for each in uris:
         try:
             yield from _manifest_rows(storage, each)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, BadUri) as error:
+        except (pa.ArrowException, UnicodeDecodeError, BadUri) as error:
             raise ConfigError(f"score.input {each}: {one_line(error)}") from error
         except OSError as error:
             raise StorageUnavailable(f"{each} can't be read: {one_line(error)}") from error
@@ -150,6 +150,7 @@ def _manifest_rows(storage: Storage, uri: str) -> Iterator[pa.RecordBatch]:
             raise ConfigError(f"score.input {uri}: a manifest needs the column uri and has {', '.join(names)}")
         given = [name for name in ("uri", "etag", "size_bytes", "storage_class") if name in names]
         for batch in file.iter_batches(_BATCH_ROWS, columns=given):
+            batch.validate(full=True)  # text that is not UTF-8
             columns = {field.name: pa.nulls(batch.num_rows, field.type) for field in LISTED}
             columns |= {name: batch.column(name).cast(LISTED.field(name).type) for name in given}
             if columns["uri"].null_count:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from agr_ray.redact import redacted
 from agr_ray.storage.errors import StorageUnavailable
 
 if TYPE_CHECKING:
@@ -74,9 +75,15 @@ class Connection:
             session = botocore.session.Session()
             arguments = self._prepare(session)
             config = Config(**self._config(session))
-            return boto3.Session(botocore_session=session).client("s3", config=config, **arguments)
+            client = boto3.Session(botocore_session=session).client("s3", config=config, **arguments)
         except (BotoCoreError, ValueError) as error:
-            raise StorageUnavailable(f"S3 can't be used as configured: {error}") from error
+            raise StorageUnavailable(f"S3 can't be used as configured: {redacted(str(error))}") from error
+        if "@" in client.meta.endpoint_url:  # it would appear in messages and in views.sql
+            raise StorageUnavailable(
+                f"the S3 endpoint {redacted(client.meta.endpoint_url)} must be a URL without user and password; keys "
+                "come from the usual AWS variables"
+            )
+        return client
 
     def s3fs_filesystem(self) -> Any:
         """Return a new `s3fs.S3FileSystem`.
@@ -103,7 +110,7 @@ class Connection:
                 use_listings_cache=False,
             )
         except (BotoCoreError, ValueError) as error:
-            raise StorageUnavailable(f"S3 can't be used as configured: {error}") from error
+            raise StorageUnavailable(f"S3 can't be used as configured: {redacted(str(error))}") from error
 
     def _prepare(self, session: Any) -> dict[str, Any]:
         """Prepare a botocore session, and return the arguments for creating its S3 client, except `config`."""

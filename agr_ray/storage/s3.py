@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from agr_ray.redact import redacted
 from agr_ray.storage import trees
 from agr_ray.storage.backend import ObjectInfo, S3Address
 from agr_ray.storage.connection import Clients, Connection
@@ -254,7 +255,7 @@ class S3Backend:
             raise MissingObject(f"{uri} does not exist") from error
         except (OSError, BotoCoreError) as error:
             self._check_available(uri)
-            raise StorageFailed(f"{uri}: {error}") from error
+            raise StorageFailed(f"{uri}: {redacted(str(error))}") from error
 
     def _check_available(self, uri: str) -> None:
         """Raise StorageUnavailable if the bucket of `uri` can't even be listed there."""

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
+from agr_ray.redact import redacted
 from agr_ray.storage.errors import (
     ArchivedObject,
     ChangedObject,
@@ -67,9 +68,9 @@ def s3_errors(uri: str, endpoint_url: str, action: Action) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        _raise_for_answer(uri, endpoint_url, action, error)
+        _raise_for_answer(uri, redacted(endpoint_url), action, error)
     except BotoCoreError as error:
-        _raise_without_answer(uri, endpoint_url, error)
+        _raise_without_answer(uri, redacted(endpoint_url), error)
 
 
 def code_and_status(error: ClientError) -> tuple[str, int]:
@@ -112,7 +113,7 @@ def _raise_for_answer(uri: str, endpoint_url: str, action: Action, error: Client
     if is_writing and http == 403:
         raise StorageUnavailable(f"bucket {bucket!r} {where} can't be written with these keys: {code}") from error
     failed = ServerFailed if http >= 500 or http == 429 else StorageFailed
-    raise failed(f"{uri}: {code or http}: {error}") from error
+    raise failed(f"{uri}: {code or http}: {redacted(str(error))}") from error
 
 
 def _raise_without_answer(uri: str, endpoint_url: str, error: BotoCoreError) -> NoReturn:
@@ -130,13 +131,14 @@ def _raise_without_answer(uri: str, endpoint_url: str, error: BotoCoreError) -> 
     )
 
     bucket, _ = bucket_and_key(uri, key_needed=False)
+    reason = redacted(" ".join(str(error).split()))
     if isinstance(error, (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError, SSLError)):
-        raise StorageUnavailable(f"bucket {bucket!r}: S3 endpoint {endpoint_url} can't be reached: {error}") from error
+        raise StorageUnavailable(f"bucket {bucket!r}: S3 endpoint {endpoint_url} can't be reached: {reason}") from error
     if isinstance(error, (NoCredentialsError, PartialCredentialsError, TokenRetrievalError, UnauthorizedSSOTokenError)):
         raise StorageUnavailable(
-            f"bucket {bucket!r} at {endpoint_url}: no usable keys ({error}); set AWS_ACCESS_KEY_ID and "
+            f"bucket {bucket!r} at {endpoint_url}: no usable keys ({reason}); set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or an instance role"
         ) from error
     if isinstance(error, (ParamValidationError, InvalidRegionError)):
-        raise StorageUnavailable(f"bucket {bucket!r} at {endpoint_url}: {' '.join(str(error).split())}") from error
-    raise ServerFailed(f"{uri}: {error}") from error
+        raise StorageUnavailable(f"bucket {bucket!r} at {endpoint_url}: {reason}") from error
+    raise ServerFailed(f"{uri}: {reason}") from error

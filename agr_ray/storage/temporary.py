@@ -133,7 +133,7 @@ def _delete_stale(folder: str) -> None:
 def _put_back(temporary: str) -> None:
     """Move the old tree back if its writer died after moving it away and before moving the new one into place."""
     old = os.path.join(temporary, OLD)
-    for name in os.listdir(old) if os.path.isdir(old) else []:
+    for name in os.listdir(old) if os.path.isdir(old) and not os.path.islink(old) else []:
         target = os.path.join(os.path.dirname(temporary), name)
         if not os.path.lexists(target):
             os.rename(os.path.join(old, name), target)

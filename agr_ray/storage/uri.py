@@ -14,6 +14,7 @@ import re
 import urllib.parse
 from typing import Final
 
+from agr_ray.redact import redacted
 from agr_ray.storage.errors import BadUri
 
 ALLOWED_FORMS: Final = "a local path, file:///path or s3://bucket/key"
@@ -41,7 +42,7 @@ def absolute(uri: str) -> str:
         return local_path(uri)
     rest = uri.partition("://")[2]
     if not rest.strip("/") or rest.startswith("/"):
-        raise BadUri(f"{uri!r} names no bucket: expected s3://bucket/key")
+        raise BadUri(f"{redacted(uri)!r} names no bucket: expected s3://bucket/key")
     return f"s3://{rest}"
 
 
@@ -85,12 +86,12 @@ def local_path(uri: str, *, absolute: bool = True) -> str:
     """
     scheme = _scheme(uri)
     if scheme == "s3":
-        raise BadUri(f"{uri!r} is not local")
+        raise BadUri(f"{redacted(uri)!r} is not local")
     path = uri
     if scheme == "file":
         host, slash, rest = uri[len("file:") :].removeprefix("//").partition("/")
         if not slash or host not in ("", "localhost"):
-            raise BadUri(f"{uri!r} is not a file on this machine: expected file:///path")
+            raise BadUri(f"{redacted(uri)!r} is not a file on this machine: expected file:///path")
         path = os.fsdecode(urllib.parse.unquote_to_bytes("/" + rest))
     return os.path.abspath(path) if absolute else path
 
@@ -113,9 +114,9 @@ def bucket_and_key(uri: str, *, key_needed: bool = True) -> tuple[str, str]:
     """
     bucket, _, key = uri[len("s3://") :].partition("/")
     if not bucket:
-        raise BadUri(f"{uri!r} names no bucket: expected s3://bucket/key")
+        raise BadUri(f"{redacted(uri)!r} names no bucket: expected s3://bucket/key")
     if key_needed and not key:
-        raise BadUri(f"{uri!r} names no key: expected s3://bucket/key")
+        raise BadUri(f"{redacted(uri)!r} names no key: expected s3://bucket/key")
     return bucket, key
 
 
@@ -135,15 +136,19 @@ def _scheme(uri: str) -> str:
     if not uri:
         raise BadUri(f"the URI is empty: expected {ALLOWED_FORMS}")
     if "\0" in uri:
-        raise BadUri(f"{uri!r} holds a null character")
+        raise BadUri(f"{redacted(uri)!r} holds a null character")
     match = _SCHEME.match(uri)
     if match is None:
         return ""
     scheme = match.group(1).lower()
     if scheme == "s3" and not uri[match.end() :].startswith("/"):
-        raise BadUri(f"{uri!r} lacks a slash (did pathlib.Path remove it?): expected {ALLOWED_FORMS}")
+        raise BadUri(f"{redacted(uri)!r} lacks a slash (did pathlib.Path remove it?): expected {ALLOWED_FORMS}")
+    if scheme == "s3" and re.match("[^/]*[:@]", uri[match.end() + 1 :]):
+        raise BadUri(
+            f"{redacted(uri)!r} has a user or password before its bucket; keys come from the usual AWS variables"
+        )
     if scheme not in ("s3", "file"):
-        raise BadUri(f"{uri!r} has the scheme {scheme!r}: expected {ALLOWED_FORMS}")
+        raise BadUri(f"{redacted(uri)!r} has the scheme {scheme!r}: expected {ALLOWED_FORMS}")
     return scheme
 
 

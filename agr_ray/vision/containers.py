@@ -19,6 +19,8 @@ ORIENTATION_TAG: Final = 0x0112
 _MAX_TEXT_BYTES: Final = 2**20  # limit for metadata that may hold an orientation
 _XMP_ORIENTATION: Final = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
+_HUFFMAN_CODED: Final = (0xC0, 0xC1, 0xC2)
+"""Markers of JPEG frames with Huffman codes, whose shortest code has one bit."""
 _MAX_SCANS: Final = 200
 """Maximum scans of a progressive JPEG, which usually has ten: each scan, however short, takes time for all pixels."""
 
@@ -112,7 +114,11 @@ def exif_orientation(exif: bytes, xmp: bytes = b"") -> int:
 
 
 def _jpeg(data: bytes) -> Pixels:
-    """Drop application segments and comments, except the two that define the colours."""
+    """Drop application segments and comments, except the two that define the colours.
+
+    Each block of 8 x 8 pixels takes at least one bit, so a small file that claims to be huge lacks most of them.
+    libjpeg would make them up.
+    """
     pieces, exif, xmp = [data[:2]], [], b""
     position, num_components, is_progressive, is_whole = 2, 0, False, True
     while data[position : position + 1] == b"\xff":
@@ -131,6 +137,9 @@ def _jpeg(data: bytes) -> Pixels:
         if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
             is_progressive = code not in (0xC0, 0xC1)
             num_components = body[5] if len(body) > 5 else 0
+            height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+            if code in _HUFFMAN_CODED and 8 * len(data) < -(-height // 8) * -(-width // 8):
+                raise BrokenFileError("truncated")
         position = end
         if code == 0xDA:
             is_whole = is_progressive or not body or body[0] < num_components

@@ -51,6 +51,7 @@ DECODING_ERRORS: Final = (
     KeyError,
     TypeError,
     AttributeError,
+    AssertionError,
     OverflowError,
     ZeroDivisionError,
     MemoryError,

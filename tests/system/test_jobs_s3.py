@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import requests
 from commands import ROOT, Cluster, job_command, job_environment, run_command, submit_command, succeed
 from seaweedfs import Bucket, S3Server
 from servers import free_ports
@@ -180,6 +181,54 @@ def test_workers_without_access_to_the_bucket_end_the_job_with_one_line(
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert cluster.environment["AWS_ENDPOINT_URL"] in last
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64], ids=["no token", "wrong token"])
+def test_nobody_without_the_token_submits_or_reads(cluster: Cluster, token: str | None) -> None:
+    jobs = f"{cluster.dashboard}/api/jobs/"
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    known = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
+    entrypoint = f"echo {uuid.uuid4().hex}"
+
+    answers = [
+        requests.post(jobs, json={"entrypoint": entrypoint}, headers=headers, timeout=30),
+        requests.put(f"{cluster.dashboard}/api/packages/gcs/x.zip", data=b"x", headers=headers, timeout=30),
+        *(
+            requests.get(f"{cluster.dashboard}{path}", headers=headers, timeout=30)
+            for path in ("/api/jobs/", "/nodes?view=summary", "/api/v0/actors", "/api/v0/logs", "/api/cluster_status")
+        ),
+    ]
+
+    assert [answer.status_code for answer in answers] == [401 if token is None else 403] * len(answers)
+    submitted = requests.get(jobs, headers=known, timeout=30)
+    assert submitted.status_code == 200
+    assert entrypoint not in submitted.text
+
+
+def test_ray_shows_no_secret_of_a_training_run(trained: str, bucket: Bucket, cluster: Cluster) -> None:
+    token = cluster.environment["RAY_AUTH_TOKEN"]
+    paths = ("/api/train/v2/runs/v1", "/api/jobs/", "/api/v0/jobs", "/api/v0/actors?detail=1", "/api/v0/runtime_envs")
+
+    shown = {
+        path: requests.get(f"{cluster.dashboard}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        for path in paths
+    }
+
+    assert {path: answer.status_code for path, answer in shown.items()} == dict.fromkeys(paths, 200)
+    assert trained.rpartition("/")[2] in shown["/api/train/v2/runs/v1"].text
+    secrets = (bucket.server.secret_key, token)
+    assert [path for path, answer in shown.items() if any(each in answer.text for each in secrets)] == []
+
+
+def test_a_driver_with_a_wrong_token_does_not_join(cluster: Cluster) -> None:
+    join = f"import ray; ray.init({cluster.address!r}, logging_level='ERROR'); print('joined', len(ray.nodes()))"
+    command = [sys.executable, "-c", join]
+
+    wrong = run_command(command, cluster.environment | {"RAY_AUTH_TOKEN": "0" * 64})
+
+    assert wrong.returncode != 0
+    assert "joined" not in wrong.stdout
+    assert "joined 1" in succeed(command, cluster.environment)
 
 
 FAULTS = ["wrong keys", "no bucket", "no endpoint"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
+import subprocess
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -34,3 +36,17 @@ def test_every_dependency_is_imported() -> None:
     }
 
     assert sorted(names - used) == sorted(NEEDED_BY)
+
+
+def test_the_audit_reads_the_whole_lock_and_every_pin_has_a_hash() -> None:
+    # The audit itself asks a service on the internet. `pip-audit --dry-run` accepts this command.
+    printed = subprocess.run(["make", "-n", "audit"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    words = shlex.split(printed.splitlines()[-1])
+
+    assert words[1:] == [
+        *("tool", "run", "pip-audit", "--require-hashes", "--disable-pip", "--requirement", "requirements.lock")
+    ]
+    pins = re.split(r"\n(?=\S)", (ROOT / words[-1]).read_text())
+    pins = [pin for pin in pins if not pin.startswith("#")]
+    assert len(pins) > 100
+    assert [pin for pin in pins if not re.match(r"\S+==\S+[^\n]*\\\n    --hash=sha256:", pin)] == []

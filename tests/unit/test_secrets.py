@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.train.v2._internal.state.schema import RunSettings
 from rich.console import Console
 from sweeps import STORAGE, complete, opened, tune_job
 
@@ -131,6 +133,18 @@ def test_an_error_that_ends_a_job_shows_no_secret(
     assert said.count("\n") == 1
 
 
+def test_what_ray_shows_of_a_run_contains_no_secret() -> None:
+    job = TrainJob(train=TrainConfig(data="d", mlflow_uri=SECRETS["AGR_RAY_TRAIN__MLFLOW_URI"]))
+    fields = {field.name: None for field in dataclasses.fields(Run)} | {"job": job}
+
+    shown = RunSettings._sanitize_train_loop_config({"run": Run(**fields), "job": job})
+
+    assert "Run(job=TrainJob(" in str(shown)
+    assert SECRET not in str(shown)
+    space = {"train.lr": {"choice": [0.1, 0.2]}}
+    assert SECRET not in repr(TuneJob(tune={"study": SECRETS["AGR_RAY_TUNE__STUDY"], "space": space}))
+
+
 def test_the_tracking_server_is_named_without_its_password() -> None:
     with pytest.raises(ConfigError, match=r"train\.mlflow_uri http://me:\*\*\*@tracking:5000: needs"):
         check_mlflow(f"http://me:{SECRET}@tracking:5000")
@@ -139,7 +153,7 @@ def test_the_tracking_server_is_named_without_its_password() -> None:
 def test_the_reason_of_a_failed_trial_contains_no_secret(tmp_path: Path) -> None:
     error = tmp_path / "error.txt"
     error.write_text(f"Traceback\nagr_ray.config.ConfigError: http://me:{SECRET}@tracking:5000 refuses\n")
-    trial = cast(Any, SimpleNamespace(pickled_error_file=None, error_file=str(error)))
+    trial = cast(Any, SimpleNamespace(error_file=str(error)))
 
     assert why_failed(trial) == "raised: http://me:***@tracking:5000 refuses"
 

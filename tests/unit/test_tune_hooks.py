@@ -8,15 +8,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from ray import cloudpickle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from sweeps import complete, opened, row, train, tune_job
 
 from agr_ray.config import TuneJob
-from agr_ray.errors import JobError
 from agr_ray.runtime.tune import with_absolute_paths
 from agr_ray.runtime.tuning.hooks import Budget, Halving, NextTrials, Watcher, last_epoch, why_failed
 from agr_ray.storage import Storage
@@ -210,31 +208,30 @@ def test_a_trial_resolves_paths_relative_to_the_driver(tmp_path: Path, monkeypat
 
 # Why a trial failed
 
+DIED = "RayActorError: The actor died unexpectedly before finishing this task.\n\tclass_name: A\n\tpid: 7"
+
 
 @pytest.mark.parametrize(
-    ("error", "why"),
+    ("text", "why"),
     [
-        (RayActorError(), "killed: its process died"),
-        (RayTaskError("f", "traceback\nValueError: x is no y\n", ValueError("x")), "raised: ValueError: x is no y"),
-        (
-            RayTaskError("f", "traceback\nagr_ray.runtime.command.JobError: what is wrong\n", JobError("x")),
-            "raised: what is wrong",
-        ),
+        (str(RayActorError()), "killed: its process died"),
+        (str(ActorDiedError()), "killed: its process died"),
+        (str(ActorUnavailableError("restarting", None)), "killed: its process died"),
+        (f"traceback\nray.exceptions.{DIED}\n", "killed: its process died"),
+        ("traceback\nValueError: x is no y\n", "raised: ValueError: x is no y"),
+        ("traceback\nagr_ray.runtime.command.JobError: what is wrong\n", "raised: what is wrong"),
+        ("TuneError: y\n\n", "raised: TuneError: y"),
     ],
 )
-def test_the_reason_for_a_trials_end_is_one_line(tmp_path: Path, error: Exception, why: str) -> None:
-    path = tmp_path / "error.pkl"
-    path.write_bytes(cloudpickle.dumps(error))
-
-    assert why_failed(SimpleNamespace(pickled_error_file=str(path), error_file=None)) == why
-
-
-def test_an_unpickled_error_is_read_as_text(tmp_path: Path) -> None:
+def test_the_reason_for_a_trials_end_is_one_line(tmp_path: Path, text: str, why: str) -> None:
     path = tmp_path / "error.txt"
-    path.write_text("Failure # 1\nTuneError: y\n\n")
+    path.write_text(f"Failure # 1 (occurred at noon)\n{text}\n")
 
-    assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=str(path))) == "raised: TuneError: y"
-    assert why_failed(SimpleNamespace(pickled_error_file=None, error_file=None)) == "raised an unknown error"
+    assert why_failed(SimpleNamespace(error_file=str(path))) == why
+
+
+def test_a_trial_without_an_error_file_ended_for_an_unknown_reason() -> None:
+    assert why_failed(SimpleNamespace(error_file=None)) == "raised an unknown error"
 
 
 def test_a_replaced_working_directory_is_entered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

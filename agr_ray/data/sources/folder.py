@@ -13,6 +13,7 @@ from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow
 from agr_ray.data.sources.label_table import KEY_COLUMN, LabelTable, LabelTableError, read_labels
 from agr_ray.data.sources.label_values import LabelCodeError, LabelParser, RowLabels, merge_labels
 from agr_ray.labels import LabelSpace
+from agr_ray.redact import printable
 from agr_ray.storage import Storage
 
 NUM_EXAMPLES = 3
@@ -22,7 +23,7 @@ _MIN_VALUES = 10
 
 def print_note(text: str) -> None:
     """Write a note on the labels to standard error."""
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable(text)}\n")
 
 
 def source_rows(

@@ -121,13 +121,18 @@ def read_labels(storage: Storage, uri: str, columns: Mapping[str, str]) -> Label
 
 def _columns_of_parquet(table: pa.Table, uri: str, theirs: Mapping[str, str]) -> tuple[_Columns, list[str]]:
     """Return the columns that are known, and the names of the others."""
-    names = table.column_names
+    try:
+        names = table.column_names
+    except UnicodeDecodeError:
+        raise LabelTableError(f"{uri}: the name of a column is not UTF-8") from None
     columns: _Columns = {}
     indices = _find_columns(names, uri, theirs)
     for column, index in indices.items():
         try:
-            columns[column] = _without_nan(table.column(index)).cast(pa.string()).to_pylist()
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            values = _without_nan(table.column(index)).cast(pa.string())
+            values.validate(full=True)  # not UTF-8
+            columns[column] = values.to_pylist()
+        except pa.ArrowException as error:
             reason = " ".join(str(error).split())
             raise LabelTableError(f"{uri}: column {names[index]!r} is neither text nor numbers: {reason}") from error
     return columns, [name for index, name in enumerate(names) if index not in indices.values()]

@@ -106,7 +106,9 @@ class TorchvisionBackbone(StagedBackbone):
             WeightsError: the download failed.
         """
         weights: Any = torchvision.models.get_model_weights(self._name).DEFAULT
-        return download(weights.url, lambda: dict(weights.get_state_dict(progress=False, check_hash=True)))
+        return download(
+            weights.url, lambda: dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+        )
 
 
 def fold_batch_norms(module: nn.Module) -> None:

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ray import cloudpickle
 from ray import tune as ray_tune
-from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -223,11 +221,13 @@ def last_epoch(job: TuneJob, values: Mapping[str, Any]) -> int:
 
 
 def why_failed(trial: RayTrial) -> str:
-    """Return one line that says why a trial ended, from Tune's files."""
-    error = _error(trial)
-    if isinstance(error, RayActorError):
+    """Return one line that says why a trial ended, from the text that Tune wrote.
+
+    Tune also pickles the error, but a pickle may hold code, and others can write to Ray's folders.
+    """
+    text = Path(trial.error_file or os.devnull).read_text(errors="replace")
+    if _ACTOR_DIED.search(text):
         return "killed: its process died"
-    text = str(error) if error is not None else Path(trial.error_file or os.devnull).read_text()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Messages of our own errors need no class name.
     return (
@@ -235,10 +235,7 @@ def why_failed(trial: RayTrial) -> str:
     )
 
 
-def _error(trial: RayTrial) -> BaseException | None:
-    path = trial.pickled_error_file
-    if not path or not Path(path).exists():
-        return None
-    error = cloudpickle.loads(Path(path).read_bytes())
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, RayActorError) else error
+_ACTOR_DIED: Final = re.compile(
+    r"^(?:[\w.]+Error: )?The actor (?:died|experienced an error|\S+ is unavailable)", re.MULTILINE
+)
+"""Matches the message of Ray's `RayActorError`."""
