@@ -88,6 +88,9 @@ ROTATION_DEGREES: Final = pa.field("rotation_degrees", pa.int32())
 """Clockwise rotation (0, 90, 180 or 270) in which the faces were found; always 0 without `vision.try_rotations`.
 Boxes and landmarks are in pixels of the image before this rotation. Null if the image was not decoded."""
 
+RUN_ID: Final = pa.field("run_id", pa.string(), nullable=False)
+"""The scoring run that wrote a row; in every table that it publishes."""
+
 LABEL_FIELDS: Final = (
     pa.field("age", pa.float32()),  # years
     pa.field("gender", pa.string()),  # a class of the label space
@@ -232,7 +235,7 @@ IMAGES: Final = pa.schema(
         pa.field("height_px", pa.int32()),
         ROTATION_DEGREES,
         pa.field("faces", pa.list_(FACE)),  # left to right; empty unless status is ok
-        pa.field("run_id", pa.string(), nullable=False),
+        RUN_ID,
         pa.field("model_digest", pa.string(), nullable=False),
         pa.field("config_digest", pa.string(), nullable=False),
         pa.field("calibrated", pa.bool_(), nullable=False),  # false: no intervals, raw probabilities, no abstention
@@ -290,7 +293,8 @@ DEMOGRAPHICS: Final = pa.schema(
         pa.field("num_unique", pa.int64()),  # of the group: distinct faces that passed the gates; null likewise
     ]
 )
-"""One row for each cell of a breakdown of a group; the grouping columns, strings, come first."""
+"""One row for each cell of a breakdown of a group; the grouping columns, strings, come first. RUN_ID comes last in
+published files."""
 
 HISTORY: Final = pa.schema(
     [

@@ -112,7 +112,7 @@ def read(table: Path) -> PredictionRows:
     """Read in batches."""
     storage = Storage()
     batches = storage.read_batches(str(table), MEASURED_COLUMNS)
-    return read_rows(batches, storage.count_rows(str(table)), TASKS, UTKFACE, UTKFACE)
+    return read_rows(batches, storage.read_footer(str(table)).num_rows, TASKS, UTKFACE, UTKFACE)
 
 
 def read_whole(table: Path) -> PredictionRows:

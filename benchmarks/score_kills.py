@@ -19,6 +19,7 @@ from pathlib import Path
 import duckdb
 import pyarrow.dataset
 from botocore.exceptions import BotoCoreError, ClientError
+from deltalake import DeltaTable
 from rich.console import Console
 from score_bucket import BUCKET, ROOT, TABLES, filled_server, make_pictures, parse_arguments
 
@@ -75,7 +76,7 @@ class Disturbance:
         self._started = time.monotonic()
 
     def run(self) -> None:
-        """Start the command three times; the third time it runs to its end."""
+        """Start the command four times; the fourth time it runs to its end."""
         self._say("started")
         kill_command(
             self._command(self._server.endpoint_url),
@@ -85,15 +86,23 @@ class Disturbance:
             timeout_s=TIMEOUT_S,
         )
         self._say("driver killed")
-        faults = Faults(share=REFUSED_SHARE, held="/_SUCCESS/")
-        with run_fault_proxy(self._server.endpoint_url, faults) as endpoint_url:
-            command = self._command(endpoint_url)
-            kill_command(command, self._cluster, self._log, when=faults.holding.is_set, timeout_s=TIMEOUT_S)
-            faults.held = ""
-            faults.let_go.set()
-            self._say("driver killed before its last step of publishing")
-            disturb_command(command, self._cluster, self._log, when=lambda: True, then=lambda: None)
-        self._say(f"ended; {faults.num_drawn:,} of {faults.num_requests:,} requests were refused meanwhile")
+        num_drawn = num_requests = 0
+        for held, when in (
+            ("/_SUCCESS/", "before its last step of publishing"),
+            ("/_delta_log/", "before its first commit"),
+            ("", ""),
+        ):
+            faults = Faults(share=REFUSED_SHARE, held=held)
+            with run_fault_proxy(self._server.endpoint_url, faults) as endpoint_url:
+                command = self._command(endpoint_url)
+                if held:
+                    is_held = faults.holding.is_set
+                    kill_command(command, self._cluster, self._log, when=is_held, timeout_s=TIMEOUT_S)
+                    self._say(f"driver killed {when}")
+                else:
+                    disturb_command(command, self._cluster, self._log, when=lambda: True, then=lambda: None)
+            num_drawn, num_requests = num_drawn + faults.num_drawn, num_requests + faults.num_requests
+        self._say(f"ended; {num_drawn:,} of {num_requests:,} requests were refused meanwhile")
 
     def _command(self, endpoint_url: str) -> list[str]:
         options = {
@@ -105,6 +114,7 @@ class Disturbance:
             "--score.num_workers": 2,
             "--score.rows_per_file": 128,
             "--score.lock_expiry_s": 10,
+            "--score.table": "delta",
         }
         return job_command("score", *(word for option in options.items() for word in option))
 
@@ -152,7 +162,7 @@ class Disturbance:
 
 
 def check(console: Console, num_objects: int) -> None:
-    """Count the published rows with DuckDB."""
+    """Count the published rows, and those of the Delta table, with DuckDB."""
     (record,) = published_runs(Storage(), f"s3://{TABLES}/all")
     fs, path = Storage().arrow_filesystem(f"s3://{TABLES}/all/images")
     images = pyarrow.dataset.dataset(path, filesystem=fs, format="parquet")  # noqa: F841  # DuckDB finds it by name
@@ -166,6 +176,11 @@ def check(console: Console, num_objects: int) -> None:
         raise SystemExit("a photograph was lost, duplicated, or failed for another reason")
     if Counter(record["counts"]) != Counter(statuses):
         raise SystemExit(f"_SUCCESS says {record['counts']}")
+    uri = f"s3://{TABLES}/all/images"
+    delta = DeltaTable(uri, storage_options=Storage().delta_options(uri)).to_pyarrow_dataset()  # noqa: F841
+    keys = "SELECT image_id, run_id FROM {} ORDER BY ALL"
+    if duckdb.sql(keys.format("delta")).fetchall() != duckdb.sql(keys.format("images")).fetchall():
+        raise SystemExit("the Delta table has other rows than the published files")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,15 @@ class ScoreConfig(Section):
     out: str = ""
     """Folder or prefix of the results: images/, faces/, rejects/ and demographics/, each with a folder run=ID for each
     run."""
+    table: Literal["none", "delta", "iceberg"] = "none"
+    """`delta`: also commit each published run to Delta Lake tables, whose logs are in images/_delta_log/, and so on.
+    `iceberg`: to tables of an Iceberg catalogue. No file is copied. Runs that were published before are committed, too.
+    Requires the package deltalake or pyiceberg on the machine that runs this command."""
+    iceberg_catalog: str = "default"
+    """`iceberg` only: name of the catalogue in pyiceberg's configuration: .pyiceberg.yaml, or variables such as
+    PYICEBERG_CATALOG__DEFAULT__URI."""
+    iceberg_namespace: str = ""
+    """`iceberg` only: namespace of the tables images, faces, rejects and demographics. It is created if necessary."""
     num_workers: PositiveInt | None = None
     """Number of processes that decode, detect, align and, without use_gpu, predict; by default one for each spare
     CPU."""

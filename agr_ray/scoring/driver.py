@@ -15,7 +15,6 @@ run id, so a suspended job that wakes up after losing its lock cannot touch anot
 from __future__ import annotations
 
 import datetime
-import os
 import random
 import time
 from collections import Counter
@@ -33,7 +32,8 @@ from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.progress_bar import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
-from agr_ray.scoring.grouping import check_grouping
+from agr_ray.scoring.checks import checked_key, probe
+from agr_ray.scoring.lakehouse import commit_runs
 from agr_ray.scoring.loaded_model import ModelFiles, read_model, short_digest, written_attributes
 from agr_ray.scoring.messages import print_nothing_new, print_plan, print_shift, print_summary, print_timings
 from agr_ray.scoring.publish import (
@@ -53,14 +53,12 @@ from agr_ray.scoring.refusals import Refusals, TooManyRefused
 from agr_ray.scoring.scorer import Scoring
 from agr_ray.scoring.unpublished import Planned, keep_for_later, new_id, now, replan, resume
 from agr_ray.stopwatch import Stopwatch
-from agr_ray.storage import MissingObject, Storage, StorageError, StorageUnavailable
+from agr_ray.storage import Storage, StorageError, StorageUnavailable
 from agr_ray.storage.lock import LockLost, RunLock, run_lock
 from agr_ray.storage.parts import KILLED_ITS_WORKER
 from agr_ray.storage.retry import Retry
-from agr_ray.storage.uri import is_bucket
 from agr_ray.tables.duplicates import DistinctFaces
 
-MIN_KEY_BYTES: Final = 32
 _RESOURCE_KNOBS: Final = {
     "checkpoint",  # the model's digest identifies it better
     "num_workers",
@@ -73,6 +71,9 @@ _RESOURCE_KNOBS: Final = {
     "allow_empty",
     "allow_uncalibrated",  # the settings and the calibration show its effect
     "attributes",  # config_digest includes them
+    "table",
+    "iceberg_catalog",
+    "iceberg_namespace",
 }
 _PATHS: Final = ("input", "out", "metadata", "ledger", "pseudonymise")
 
@@ -111,8 +112,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     """
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.score.out).rstrip("/")
-    key = _checked_key(job, storage, out)
-    _probe(job.score, storage, out)
+    key = checked_key(job, storage, out)
+    probe(job.score, storage, out)
     if job.score.min_cell and not job.score.aggregate_only:
         console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as checkpoint:
@@ -140,6 +141,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             console.print(f"warning: unpublished files of a killed job in {out} can't be deleted: {error}")
         if left:
             console.print(f"deleted unpublished files of killed jobs: {', '.join(left)}")
+        # Runs of a job that was killed between publishing and this step, or of earlier jobs without score.table.
+        retry.call(lambda: commit_runs(storage, job.score, out, lock.check, console))
         earlier = _scored_runs(storage, out, job, model, config_digest, key)
         skipped = list(earlier)
         planned = resume(storage, plans, skipped, job.score.max_refused, console)
@@ -211,6 +214,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         record = run_record(job, publication, model, config_digest, precisions, timings, totals, shift)
         retry.call(lambda: publish(publication, record, lock.check))
         _delete_plans(storage, plans, lock, console)
+        retry.call(lambda: commit_runs(storage, job.score, out, lock.check, console))
     title = f"{out} run={run_id}"
     if job.score.min_cell:
         console.print(f"published {title}; score.min_cell withholds its totals")
@@ -250,68 +254,6 @@ def _lost_lock_first(lock: RunLock) -> Iterator[None]:
         with suppress(StorageError, StorageUnavailable):
             lock.check()
         raise
-
-
-# Before any work
-
-
-def _checked_key(job: ScoreJob, storage: Storage, out: str) -> bytes:
-    """Reject settings that can't work; return the secret key, empty if none is configured."""
-    config = job.score
-    if is_bucket(out):
-        raise ConfigError(
-            f"score.out {config.out}: is a whole bucket; give a prefix in it, such as {out}/scores, because unfinished "
-            "work is stored beside it, at PREFIX-work"
-        )
-    if "://" not in out and os.path.ismount(out):
-        raise ConfigError(
-            f"score.out {config.out}: is a mount point; give a folder in it, such as {out}/scores, because unfinished "
-            "work is stored beside it, at FOLDER-work, on the same disk"
-        )
-    key = b""
-    if config.pseudonymise:
-        try:
-            key = storage.read(config.pseudonymise)
-        except MissingObject:
-            raise ConfigError(f"score.pseudonymise {config.pseudonymise}: there is no such file") from None
-        if len(key) < MIN_KEY_BYTES:
-            raise ConfigError(
-                f"score.pseudonymise {config.pseudonymise}: holds {len(key)} bytes; a key needs at least "
-                f"{MIN_KEY_BYTES}; `head -c 32 /dev/urandom > FILE` makes one"
-            )
-    if config.near_duplicates == "publish" and config.pseudonymise:
-        raise ConfigError(
-            "score.near_duplicates publish: with score.pseudonymise, anyone who has a photograph could find its row by "
-            "the hash; use count"
-        )
-    if config.aggregate_only:
-        for name in ("pseudonymise", "ledger"):
-            if not getattr(config, name):
-                raise ConfigError(
-                    f"score.aggregate_only needs score.{name}, so that the next run can skip scored images"
-                )
-        if f"{storage.absolute(config.ledger).rstrip('/')}/".startswith(f"{out}/"):
-            raise ConfigError(f"score.ledger {config.ledger}: is inside score.out {out}, which others may read")
-    elif config.ledger:
-        raise ConfigError(f"score.ledger {config.ledger}: is only used with score.aggregate_only")
-    check_grouping(config)
-    return key
-
-
-def _probe(config: ScoreConfig, storage: Storage, out: str) -> None:
-    """Make one cheap request to each location that the job reads or writes, to fail before any work.
-
-    Raises:
-        ConfigError: a request is refused.
-        StorageUnavailable: a location can't be reached.
-    """
-    storage.probe(config.input, "score.input")
-    storage.probe(config.checkpoint, "score.checkpoint")
-    storage.probe(out, "score.out", write=True)
-    if config.ledger:
-        storage.probe(config.ledger, "score.ledger", write=True)
-    if config.metadata:
-        storage.probe(config.metadata, "score.metadata")
 
 
 def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from agr_ray.config.scoring import NearDuplicates
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.evaluation.shift import Reference
 from agr_ray.labels import IntArray, LabelSpace
-from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES, IMAGES, REJECTS, Status
+from agr_ray.schema import DEMOGRAPHIC_ATTRIBUTES, IMAGES, REJECTS, RUN_ID, Status
 from agr_ray.storage import MissingObject, Storage, StorageFailed
 from agr_ray.storage.lock import LockLost
 from agr_ray.storage.parts import PARTS_PER_FILE, Parts
@@ -180,7 +180,7 @@ class Publication:
         if images["image_id"].combine_chunks() != manifest["image_id"].combine_chunks():
             raise RuntimeError(f"{self.work}: the parts of manifest file {file} do not hold its rows")
         run_ids = pa.array([self.run_id] * images.num_rows, pa.string())
-        images = images.set_column(IMAGES.get_field_index("run_id"), IMAGES.field("run_id"), run_ids)
+        images = images.set_column(IMAGES.get_field_index(RUN_ID.name), RUN_ID, run_ids)
         for name in self.group_by:
             images = images.append_column(name, manifest[name])
         return images
@@ -255,6 +255,8 @@ def stage_demographics(
     )
     if min_cell:
         table = suppress(table, min_cell)
+    run_ids = pa.array([publication.run_id] * table.num_rows, pa.string())
+    table = table.append_column(RUN_ID, run_ids)
     uri = publication.storage.join(publication.staged("demographics"), "demographics.parquet")
     publication.storage.write_table(table, uri)
 
@@ -352,11 +354,9 @@ def views_sql(storage: Storage, out: str, *, has_images: bool) -> str:
 {_secret_sql(storage, out)}CREATE OR REPLACE VIEW runs AS
     SELECT * FROM read_json('{quoted}/{SUCCESS}/run=*.json', union_by_name = true, hive_partitioning = false);
 CREATE OR REPLACE VIEW demographics AS
-    SELECT * EXCLUDE (filename), regexp_extract(filename, '.*/run=([^/]+)/', 1) AS run
-    FROM read_parquet(
-        '{quoted}/demographics/run=*/*.parquet', union_by_name = true, hive_partitioning = false, filename = true
-    )
-    WHERE run IN (SELECT run_id FROM runs);
+    SELECT d.*
+    FROM read_parquet('{quoted}/demographics/run=*/*.parquet', union_by_name = true, hive_partitioning = false) AS d
+    SEMI JOIN runs USING (run_id);
 """
     if not has_images:
         return sql

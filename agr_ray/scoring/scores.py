@@ -39,7 +39,7 @@ class Scores:
 
     @property
     def demographics(self) -> DuckDBPyRelation:
-        """Return schema.DEMOGRAPHICS of all runs, each with its `run`."""
+        """Return schema.DEMOGRAPHICS of all runs, each row with its `run_id`."""
         return self.connection.view("demographics")
 
     @property

@@ -4,6 +4,9 @@ boto3 lists, reads and writes S3, also for pyarrow and Ray (`s3_filesystem.py`);
 built on botocore. Both are made from the same kind of botocore session, which resolves everything that is not set
 here: credentials and their renewal, assumed roles, endpoints, proxies, certificates, FIPS and dual-stack endpoints.
 botocore also follows S3's redirects to buckets in other regions.
+
+deltalake and pyiceberg bring clients of their own, for the few small requests of a commit. They get the credentials
+that botocore found, and the address that boto3 found.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from agr_ray.storage.errors import StorageUnavailable
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
+
+    from agr_ray.storage.backend import S3Address
 
 T = TypeVar("T")
 
@@ -111,6 +116,51 @@ class Connection:
             )
         except (BotoCoreError, ValueError) as error:
             raise StorageUnavailable(f"S3 can't be used as configured: {redacted(str(error))}") from error
+
+    def delta_options(self, address: S3Address) -> dict[str, str]:
+        """Return deltalake's `storage_options`; raises StorageUnavailable as `boto3_client`."""
+        return {
+            "aws_region": address.region,
+            "aws_virtual_hosted_style_request": str(address.addressing_style == "virtual").lower(),
+            "aws_skip_signature": str(self.anonymous).lower(),
+            "aws_request_payer": str(self.requester_pays).lower(),
+            "aws_conditional_put": "etag",
+            "allow_http": "true",  # as boto3: the endpoint decides
+            "connect_timeout": f"{self.timeout_s:g}s",
+            "timeout": f"{self.timeout_s:g}s",
+            "max_retries": str(self.max_attempts - 1),
+            **self._keys("aws_access_key_id", "aws_secret_access_key", "aws_session_token"),
+            **({"aws_endpoint_url": address.endpoint_url} if address.endpoint_url else {}),
+        }
+
+    def iceberg_properties(self, address: S3Address) -> dict[str, str]:
+        """Return pyiceberg's properties for S3; raises StorageUnavailable as `boto3_client`."""
+        return {
+            "s3.region": address.region,
+            "s3.force-virtual-addressing": str(address.addressing_style == "virtual").lower(),
+            "s3.anonymous": str(self.anonymous).lower(),
+            "s3.connect-timeout": f"{self.timeout_s:g}",
+            "s3.request-timeout": f"{self.timeout_s:g}",
+            **self._keys("s3.access-key-id", "s3.secret-access-key", "s3.session-token"),
+            **({"s3.endpoint": address.endpoint_url} if address.endpoint_url else {}),
+        }
+
+    def _keys(self, key_id: str, key: str, token: str) -> dict[str, str]:
+        """Return the credentials that botocore finds, under these names."""
+        import botocore.session
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            session = botocore.session.Session()
+            self._prepare(session)
+            credentials = None if self.anonymous else session.get_credentials()
+            if credentials is None:
+                return {}
+            found = credentials.get_frozen_credentials()
+        except (BotoCoreError, ValueError) as error:
+            raise StorageUnavailable(f"S3 can't be used as configured: {error}") from error
+        keys = {key_id: found.access_key, key: found.secret_key, token: found.token}
+        return {name: value for name, value in keys.items() if value}
 
     def _prepare(self, session: Any) -> dict[str, Any]:
         """Prepare a botocore session, and return the arguments for creating its S3 client, except `config`."""

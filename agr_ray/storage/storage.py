@@ -20,6 +20,7 @@ from agr_ray.storage.trees import DEFAULT_MARKER
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.fs
+    import pyarrow.parquet as pq
 
     from agr_ray.config import StorageConfig
 
@@ -264,9 +265,9 @@ class Storage:
         """
         yield from tables.read_batches(self._backend(uri), uri, columns, num_rows)
 
-    def count_rows(self, uri: str) -> int:
-        """Return the number of rows of one Parquet file; raises the same errors as `read_batches`."""
-        return tables.count_rows(self._backend(uri), uri)
+    def read_footer(self, uri: str) -> pq.FileMetaData:
+        """Return the footer of one Parquet file: number of rows, schema; raises the same errors as `read_batches`."""
+        return tables.read_footer(self._backend(uri), uri)
 
     def write_table(self, table: pa.Table, uri: str) -> None:
         """Write a table as one Parquet file, whole or not at all, replacing what is there."""
@@ -285,3 +286,13 @@ class Storage:
     def arrow_filesystem(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         """Return pyarrow's filesystem for `uri`, for Parquet and for Ray, and the path of `uri` in it."""
         return self._backend(uri).arrow_filesystem(uri)
+
+    def delta_options(self, uri: str) -> dict[str, str]:
+        """Return deltalake's `storage_options` for a table at `uri`; raises the same errors as `s3_address`."""
+        address = self.s3_address(uri)
+        return {} if address is None else self.connection.delta_options(address)
+
+    def iceberg_properties(self, uri: str) -> dict[str, str]:
+        """Return the properties with which pyiceberg reads files at `uri`; raises the same errors as `s3_address`."""
+        address = self.s3_address(uri)
+        return {} if address is None else self.connection.iceberg_properties(address)

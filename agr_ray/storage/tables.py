@@ -10,6 +10,7 @@ from agr_ray.storage.errors import NotParquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 def read_table(backend: Backend, uri: str, columns: Sequence[str] | None) -> pa.Table:
@@ -45,15 +46,15 @@ def read_batches(backend: Backend, uri: str, columns: Sequence[str], num_rows: i
             raise NotParquet(f"{uri} can't be read as Parquet: {error}") from error
 
 
-def count_rows(backend: Backend, uri: str) -> int:
-    """Return the number of rows of a Parquet file; see `Storage.count_rows`."""
+def read_footer(backend: Backend, uri: str) -> pq.FileMetaData:
+    """Return a Parquet file's footer; see `Storage.read_footer`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     fs, path = backend.arrow_filesystem(uri)
     with backend.library_errors(uri):
         try:
-            return int(pq.read_metadata(path, filesystem=fs).num_rows)
+            return pq.read_metadata(path, filesystem=fs)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise NotParquet(f"{uri} can't be read as Parquet: {error}") from error
 

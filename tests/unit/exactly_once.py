@@ -2,7 +2,8 @@
 
 Hypothesis draws sequences of disturbances; real processes run the real driver on a small folder, without Ray, and are
 killed by SIGKILL or stopped by SIGSTOP at any change that they make to the disk. After each sequence the same command
-must finish, and the whole folder, read as any reader would, must hold each image once.
+must finish, and the whole folder, read as any reader would, must hold each image once. So must the tables of Delta Lake
+or Iceberg; at any time, they hold no other rows than those of published runs.
 
 `test_exactly_once.py` runs this file in a fresh interpreter: a process that is forked while another thread holds a lock
 waits for that lock for ever.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,14 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow.parquet as pq
+import pyiceberg.catalog
 import pytest
+from deltalake import DeltaTable
+from deltalake.table import TableAlterer
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.utils.config import Config
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
 from sets import checkpoint
@@ -40,6 +47,7 @@ from agr_ray.console import make_console
 from agr_ray.errors import ConfigError
 from agr_ray.schema import RETRIED_STATUSES
 from agr_ray.scoring.driver import score_input
+from agr_ray.scoring.publish import TABLES
 from agr_ray.storage import ServerFailed, Storage, StorageUnavailable, atomic
 from agr_ray.storage.lock import LockLost
 from agr_ray.vision.decode import encode_jpeg
@@ -58,6 +66,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 """The first four produce equal rows, so each skips images that another has scored; the last produces different rows."""
 FINISHED, REFUSED, LOST, KILLED = 0, 3, 4, -signal.SIGKILL
+DISK = tuple((os, name) for name in ("replace", "rename", "link", "unlink", "rmdir", "mkdir"))
+"""The functions with which our code changes the disk."""
+COMMITS = (
+    *((DeltaTable, name) for name in ("create", "create_write_transaction", "update_incremental")),
+    (TableAlterer, "add_columns"),
+    *((SqlCatalog, name) for name in ("create_namespace", "create_table", "commit_table")),
+)
+"""The functions of the libraries that commit to tables. `update_incremental` follows a commit."""
 MAX_COMMAND_S = 120
 """A command that takes longer hangs: SIGALRM ends it, and the test fails."""
 
@@ -68,11 +84,13 @@ class Run:
 
     recipe: str
     strike_at: int | None = None
-    """The change to the disk, from 1, before which it is killed or stopped; None: never."""
+    """The change, from 1, before which it is killed or stopped; None: never."""
     refused: str = ""
     """Names of the images that storage refuses, each time."""
     refused_once: str = ""
     """Those that it rejects once."""
+    in_commits: bool = False
+    """Whether changes are counted in COMMITS rather than in DISK."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,10 @@ class Stall:
 names = st.sampled_from(NAMES)
 some_names = st.text(names, max_size=3)
 undisturbed = st.builds(Run, st.sampled_from(list(RECIPES)), st.none(), some_names, some_names)
-struck = st.builds(Run, st.sampled_from(list(RECIPES)), st.integers(1, 80), some_names, some_names)
+struck = st.one_of(
+    st.builds(Run, st.sampled_from(list(RECIPES)), st.integers(1, 80), some_names, some_names),
+    st.builds(Run, st.sampled_from(list(RECIPES)), st.integers(1, 12), in_commits=st.just(True)),
+)
 steps = st.one_of(
     struck,
     undisturbed,
@@ -119,6 +140,8 @@ class World:
     folder: Path
     model: Path
     workers: ThisProcess
+    table: str
+    """`score.table`."""
     num_puts: int = 0
     processes: list[int] = field(default_factory=list)
 
@@ -133,6 +156,7 @@ class World:
         gates = knobs.pop("gates", GatesConfig())
         score = {"rows_per_file": 2, "batch_size": 2, "lock_expiry_s": EXPIRY_S, "outage_s": 0.0, "max_refused": 1.0}
         paths = {name: str(self.folder / name) for name in ("in", "out")}
+        score |= {"table": self.table} | ({"iceberg_namespace": "scores"} if self.table == "iceberg" else {})
         return ScoreJob(
             vision=VisionConfig(detector="haar"),
             gates=gates,
@@ -152,7 +176,7 @@ class World:
         try:
             signal.alarm(MAX_COMMAND_S)
             atomic._MAX_FLOCK_S = 1.0
-            strike_before(run.strike_at, strike)
+            strike_before(run.strike_at, strike, COMMITS if run.in_commits else DISK)
             refuse(run.refused, run.refused_once)
             score_input(self.job(run.recipe), self.workers, make_console(log))
             status = FINISHED
@@ -212,13 +236,57 @@ class World:
             database.execute((self.folder / "out" / "views.sql").read_text())
             return database.sql(sql).fetchall()
 
+    def check_tables(self, *, have_all: bool) -> None:
+        """Check that the tables hold the rows of published runs, each once; those of all runs with `have_all`."""
+        out = self.folder / "out"
+        published = {path.stem for path in (out / "_SUCCESS").glob("*.json")}
+        for name, seen in self.in_fork(self.committed).items():
+            files = {run: (out / name / run).glob("*.parquet") for run in published}
+            num_rows = {run: sum(pq.read_metadata(file).num_rows for file in files[run]) for run in published}
+            expected = {run.removeprefix("run="): number for run, number in num_rows.items() if number}
+            assert {run: expected.get(run) for run in seen} == seen
+            assert not have_all or seen == expected
+
+    def committed(self) -> dict[str, dict[str, int]]:
+        """Return the number of rows of each run in each table, as the library reads them."""
+        tables = {}
+        for name in TABLES:
+            if self.table == "delta":
+                uri = str(self.folder / "out" / name)
+                rows = DeltaTable(uri).to_pyarrow_table(columns=["run_id"]) if DeltaTable.is_deltatable(uri) else None
+            else:
+                catalog, identifier = pyiceberg.catalog.load_catalog("default"), f"scores.{name}"
+                exists = catalog.table_exists(identifier)
+                rows = catalog.load_table(identifier).scan(selected_fields=("run_id",)).to_arrow() if exists else None
+            tables[name] = Counter([] if rows is None else rows["run_id"].to_pylist())
+        return tables
+
+    def in_fork(self, read: Callable[[], Any]) -> Any:
+        """Return the result of a function that starts threads, so that this process has none and can fork."""
+        results, to_write = os.pipe()
+        process = os.fork()
+        if not process:
+            status = 1
+            try:
+                os.write(to_write, json.dumps(read()).encode())
+                status = FINISHED
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+        os.close(to_write)
+        self.processes.append(process)
+        with open(results, "rb") as pipe:
+            result = json.load(pipe)
+        assert self.end(process) == FINISHED
+        return result
+
     def check_published(self) -> None:
         """Check that readers see the published runs, whole, and nothing else, and no image twice."""
         out, rows = self.folder / "out", self.rows()
         runs = self.query("SELECT run_id, num_images FROM runs ORDER BY run_id")
         assert sorted(Counter(row["run_id"] for row in rows).items()) == [each for each in runs if each[1]]
         for table in ("images", "faces", "rejects", "demographics"):
-            folders = {path.parent.name for path in (out / table).glob("*/*")}  # an empty one is nothing to a reader
+            folders = {path.parent.name for path in (out / table).glob("run=*/*")}
             assert sorted(folders) == [f"run={run_id}" for run_id, _ in runs]
         conclusive = [
             (row["config_digest"], row["uri"], row["etag"]) for row in rows if row["status"] not in RETRIED_STATUSES
@@ -245,13 +313,11 @@ class World:
         assert sorted(uri for uri, _ in seen) == sorted({row["uri"] for row in self.rows()})
 
 
-def strike_before(change: int | None, strike: signal.Signals) -> None:
-    """Send this process a signal just before its n-th change to the disk, made by any thread."""
+def strike_before(change: int | None, strike: signal.Signals, functions: Sequence[tuple[Any, str]]) -> None:
+    """Send this process a signal just before its n-th call of any of these functions, in any thread."""
     num_changes = 0
 
-    def counted(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
-
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
         def make_change(*args: Any, **kwargs: Any) -> Any:
             nonlocal num_changes
             num_changes += 1
@@ -261,8 +327,8 @@ def strike_before(change: int | None, strike: signal.Signals) -> None:
 
         return make_change
 
-    for name in ("replace", "rename", "link", "unlink", "rmdir", "mkdir"):
-        setattr(os, name, counted(name))
+    for owner, name in functions:
+        setattr(owner, name, counted(getattr(owner, name)))
 
 
 def refuse(always: str, once: str) -> None:
@@ -299,22 +365,32 @@ def workers(model: Path) -> ThisProcess:
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
-@given(sequence=st.lists(steps, min_size=1, max_size=5), recipe=st.sampled_from(list(RECIPES)))
+@given(
+    sequence=st.lists(steps, min_size=1, max_size=5),
+    recipe=st.sampled_from(list(RECIPES)),
+    table=st.sampled_from(["delta", "iceberg"]),
+)
 def test_after_any_sequence_the_same_command_finishes_and_each_image_is_published_once(
-    model: Path, workers: ThisProcess, sequence: list[Any], recipe: str
+    model: Path, workers: ThisProcess, sequence: list[Any], recipe: str, table: str
 ) -> None:
     folder = Path(tempfile.mkdtemp(prefix="agr-ray-once-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-    world = World(folder, model, workers)
+    world = World(folder, model, workers, table)
+    os.environ["PYICEBERG_CATALOG__DEFAULT__URI"] = f"sqlite:///{folder}/catalog.db"
+    os.environ["PYICEBERG_CATALOG__DEFAULT__WAREHOUSE"] = f"file://{folder}/warehouse"
+    pyiceberg.catalog._ENV_CONFIG = Config()
+    world.in_fork(world.committed)  # makes the tables of the catalogue itself, which two commands can't do at once
     try:
         (folder / "in").mkdir()
         for name in NAMES[:5]:
             world.put(name)
         for step in sequence:
             world.take(step)
+            world.check_tables(have_all=False)
         # The first ends a run that was planned before the last changes; the second scores what it could not know.
         for _ in range(2):
             assert world.end(world.start(Run(recipe))) == FINISHED
             world.check_published()
+            world.check_tables(have_all=True)
         world.check_complete(recipe)
     finally:
         for process in world.processes:  # what a failed check has left stopped

@@ -40,7 +40,7 @@ def test_rows_are_the_same_in_batches_of_any_size(batch_rows: int, tmp_path: Pat
     uri, storage = str(tmp_path / "predictions.parquet"), Storage()
     storage.write_table(table([f"person-{number // 2}" for number in range(NUM)]), uri)
     batches = storage.read_batches(uri, MEASURED_COLUMNS, batch_rows)
-    rows = read_rows(batches, storage.count_rows(uri), ("age", "race"), UTKFACE, UTKFACE)
+    rows = read_rows(batches, storage.read_footer(uri).num_rows, ("age", "race"), UTKFACE, UTKFACE)
 
     assert list(rows.predictions) == ["age", "race"]
     assert rows.predictions["age"].tolist() == list(range(NUM))
@@ -77,7 +77,7 @@ def test_files_that_are_no_table_of_predictions_are_named(tmp_path: Path) -> Non
     with pytest.raises(NotParquet, match=r"some\.parquet has no column group_id, status$"):
         list(storage.read_batches(uri, ("age", "group_id", "status")))
     (tmp_path / "text.parquet").write_text("no table")
-    for call in (storage.count_rows, lambda uri: list(storage.read_batches(uri, ("age",)))):
+    for call in (storage.read_footer, lambda uri: list(storage.read_batches(uri, ("age",)))):
         with pytest.raises(NotParquet, match=r"text\.parquet can't be read as Parquet"):
             call(str(tmp_path / "text.parquet"))
         with pytest.raises(MissingObject):

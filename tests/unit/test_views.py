@@ -14,7 +14,7 @@ import pytest
 
 import agr_ray
 from agr_ray.errors import ConfigError
-from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES
+from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, RUN_ID
 from agr_ray.scoring.publish import views_sql
 from agr_ray.storage import Storage
 
@@ -37,8 +37,9 @@ def published(out: Path, run_id: str, *, finished: bool) -> None:
         "schema_version": 1,
     }
     face = {name: value for name, value in image.items() if name in FACES.names} | {"face_index": 0}
-    cell = {"is_total": True, "breakdown": "gender", "gender": "male", "n": 1, "suppressed": False}
-    for name, row, schema in (("images", image, IMAGES), ("faces", face, FACES), ("demographics", cell, DEMOGRAPHICS)):
+    cell = {"is_total": True, "breakdown": "gender", "gender": "male", "n": 1, "suppressed": False, "run_id": run_id}
+    cells = pa.schema([*DEMOGRAPHICS, RUN_ID])
+    for name, row, schema in (("images", image, IMAGES), ("faces", face, FACES), ("demographics", cell, cells)):
         folder = out / name / f"run={run_id}"
         folder.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist([row], schema=schema), folder / f"{name}-00000.parquet")
@@ -59,7 +60,7 @@ def test_views_read_the_runs_of_a_folder_of_any_name(tmp_path: Path, name: str) 
         database.execute(views_sql(Storage(), str(out), has_images=True))
 
         runs = database.sql("SELECT run_id FROM runs").fetchall()
-        cells = database.sql("SELECT run, gender, n FROM demographics").fetchall()
+        cells = database.sql("SELECT run_id, gender, n FROM demographics").fetchall()
         images = database.sql("SELECT run_id, status FROM images").fetchall()
         faces = database.sql("SELECT run_id, gender FROM faces").fetchall()
         columns = [row[0] for row in database.sql("DESCRIBE images").fetchall()]
@@ -85,7 +86,7 @@ def test_published_scores_are_opened_as_relations_also_from_a_copy(tmp_path: Pat
     assert scores.images.select("uri").fetchall() == [(f"s3://bucket/{RUNS[0]}",)]
     assert scores.faces.select("run_id, face_index").fetchall() == [(RUNS[0], 0)]
     assert scores.rejects.fetchall() == []
-    assert scores.demographics.select("run, n").fetchall() == [(RUNS[0], 1)]
+    assert scores.demographics.select("run_id, n").fetchall() == [(RUNS[0], 1)]
     assert scores.query("SELECT count(*) FROM images JOIN faces USING (image_id)").fetchall() == [(1,)]
 
 
