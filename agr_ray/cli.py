@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pkgutil import resolve_name
 from types import FrameType
 from typing import NamedTuple, NoReturn, TypeVar
@@ -28,6 +28,7 @@ from agr_ray.config import (
     RenderJob,
     ReportJob,
     ScoreJob,
+    StatusJob,
     StorageConfig,
     TrainJob,
     TuneJob,
@@ -38,6 +39,7 @@ from agr_ray.config import (
     read_local,
 )
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.json_log import json_log
 
 J = TypeVar("J", bound=Job)
 
@@ -77,6 +79,9 @@ COMMANDS = {
     "predict": Command("a few photographs -> a table and annotated copies", PredictJob, "agr_ray.report.faces:predict"),
     "report": Command(
         "results of evaluate, train, compare, tune or score -> a report", ReportJob, "agr_ray.report.report:report"
+    ),
+    "status": Command(
+        "say what is published, running and stuck in an output", StatusJob, "agr_ray.report.status:status"
     ),
     "import": Command(
         "FairFace's published weights -> a checkpoint", ImportJob, "agr_ray.models.fairface:import_fairface"
@@ -136,7 +141,8 @@ def run(
         prog: the command's name in its help; None: that of the script.
     """
     job = load(job_class, sys.argv[1:] if argv is None else argv, read=read_recipe, prog=prog)
-    with one_line_errors():
+    log = json_log((prog or "").rpartition(" ")[2]) if job.log_format == "json" else nullcontext()
+    with log, one_line_errors():
         work(job)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import IO, Any, Final
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import ProgressColumn, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from agr_ray.json_log import JsonLog, current_log
 from agr_ray.redact import printable
 
 LOG_WIDTH: Final = 10_000
@@ -26,8 +28,12 @@ LOG_WIDTH: Final = 10_000
 def make_console(file: IO[str] | None = None, *, quiet: bool = False) -> Console:
     """Return a console that prints text verbatim to a file (None: standard output); with `quiet` it prints nothing.
 
-    From this call on, the file escapes characters that its encoding lacks, instead of raising an error.
+    If the log is JSON, it takes the place of standard output. From this call on, the file escapes characters that its
+    encoding lacks, instead of raising an error.
     """
+    log = current_log()
+    if file is None and log is not None:
+        return _JsonConsole(file=log, quiet=quiet, markup=False, emoji=False, width=LOG_WIDTH)
     stream = sys.stdout if file is None else file
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
@@ -41,6 +47,28 @@ class _PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Return text as rich shows it, in table cells, too, with its control characters escaped."""
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
+class _JsonConsole(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print a table as a line for each row: `status ok, images 1,234`."""
+        for each in objects:
+            if not isinstance(each, Table):
+                super().print(each, **options | {"soft_wrap": True})
+                continue
+            headings = [str(column.header) for column in each.columns]
+            for row in zip(*(column.cells for column in each.columns), strict=True):
+                cells = (f"{heading} {cell}".split() for heading, cell in zip(headings, row, strict=True))
+                super().print(", ".join(map(" ".join, cells)), soft_wrap=True)
+
+
+def print_counts(console: Console, line: str, counts: Mapping[str, Any]) -> None:
+    """Print a line; a JSON log also has its counts as numbers."""
+    if isinstance(console.file, JsonLog):
+        if not console.quiet:
+            console.file.log(line, counts)
+    else:
+        console.print(line)
 
 
 def make_table(*headings: str) -> Table:

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from agr_ray.console import text_column
+from agr_ray.console import print_counts, text_column
 from agr_ray.schema import Status
 
 LOG_EVERY_S = 10.0
@@ -120,4 +120,5 @@ class _LogLines:
         of_total = f" of {self._total:,}" if self._total else ""
         rate = done / elapsed_s if elapsed_s else 0.0
         pace = f"{rate:.1f}/s" if rate >= 1.0 else f"{1.0 / rate:.1f} s each" if done and rate else f"{elapsed_s:.0f} s"
-        self._console.print(", ".join(filter(None, [f"{self._label}: {done:,}{of_total}", pace, remark])))
+        line = ", ".join(filter(None, [f"{self._label}: {done:,}{of_total}", pace, remark]))
+        print_counts(self._console, line, {"done": done, "total": self._total})

@@ -21,6 +21,7 @@ from agr_ray.config.jobs import (
     RenderJob,
     ReportJob,
     ScoreJob,
+    StatusJob,
 )
 from agr_ray.config.label_space import LabelsConfig
 from agr_ray.config.parsing import built_in_recipes, load, parse, read_local
@@ -69,6 +70,7 @@ __all__ = [
     "SourceConfig",
     "Split",
     "SplitConfig",
+    "StatusJob",
     "StorageConfig",
     "TrainConfig",
     "TrainJob",

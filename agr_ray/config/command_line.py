@@ -7,7 +7,6 @@ import ast
 import difflib
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
@@ -15,6 +14,7 @@ from pydantic_settings import CliSettingsSource
 
 from agr_ray.config.jobs import Job
 from agr_ray.config.section import ONE_OR_SEVERAL, FollowingWords
+from agr_ray.json_log import print_to_stderr
 from agr_ray.redact import printable, redacted
 
 
@@ -279,7 +279,7 @@ def one_line(text: str) -> str:
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Print an error on one line of stderr, and exit."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    print_to_stderr(f"error: {one_line(message)}")
     raise SystemExit(status)
 
 

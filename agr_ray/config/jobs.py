@@ -77,6 +77,9 @@ class Job(BaseSettings):
     """An example command."""
 
     storage: StorageConfig = StorageConfig()
+    log_format: Literal["text", "json"] = "text"
+    """`json`: print everything that people would read as JSON, an object for each line, on stderr: time, level, job,
+    run, message, counts."""
     _recipe: str = PrivateAttr("")
 
     @property
@@ -171,6 +174,24 @@ class ReportJob(Job):
     of these people."""
     run: str = ""
     """Scoring results only: id of the run to show in detail; default: the latest run that scored an image."""
+
+
+class StatusJob(Job):
+    """Say what is published, running and stuck in the output of score, train, tune or prepare. Nothing is written.
+
+    The exit status is 0 if nothing is stuck, 3 if something is, and 2 if FOLDER can't be read or is none of these. A
+    lock counts as expired if its last heartbeat is older, by this machine's clock, than its holder allows.
+    """
+
+    required = ("folder",)
+    positional = ("folder",)
+    also: ClassVar[Mapping[str, str]] = {"json": "as_json"}
+    example = "agr-ray status s3://results/uploads"
+    essentials = ("folder", "as_json")
+    folder: CliPositionalArg[str] = ""
+    """OUT of score or prepare, or OUT/NAME of train or tune."""
+    as_json: CliImplicitFlag[bool] = False
+    """Print one JSON object on standard output."""
 
 
 def _check_kind(kind: str) -> str:

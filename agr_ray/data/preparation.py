@@ -40,6 +40,7 @@ from agr_ray.data.sources.registry import check_codes, label_space, source_rows
 from agr_ray.data.splits import SplitLeakError, contradicting_subjects, split_digest, split_manifest_text
 from agr_ray.data.standing import StandingPart, contents, find_standing, standing_rows, write_crop_rows
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.json_log import name_run
 from agr_ray.progress_bar import print_failed, progress
 from agr_ray.schema import CROP_STATUSES, LABEL_COLUMNS, MANIFEST, SPLITS, TEMPLATE, Status
 from agr_ray.storage import Storage
@@ -84,6 +85,7 @@ def prepare_set(job: PrepareJob, workers: Workers, console: Console) -> Prepared
     out = storage.absolute(job.prepare.out).rstrip("/")
     storage.probe(job.source.uri, "source.uri")
     storage.probe(out, "prepare.out", write=True)
+    name_run(out)
     lock_uri = storage.join(out, LOCK)
     owner = f"agr-ray prepare from {job.source.uri}"
     check_codes(job.source, job.labels)  # first: whoever is told to delete a set must not find out later

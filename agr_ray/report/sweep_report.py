@@ -14,8 +14,7 @@ from agr_ray.report.trial_rows import TrialRow
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.tuning.plan import BEST_RECIPE, PROVENANCE, RECORD
 from agr_ray.tuning.space import distribution_of, is_papers
-from agr_ray.tuning.sweep import read_trials
-from agr_ray.tuning.trials import Trial, best_trial, front, is_feasible
+from agr_ray.tuning.trials import Trial, best_trial, front, is_feasible, read_trials
 
 _UNITS: Final[dict[TrialError, str]] = {"age_mae_years": " years", "worst_group_age_mae_years": " years"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +14,9 @@ from agr_ray.data.preparation import prepare_set
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.predict.crop_maker import CropMaker
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
+from agr_ray.runtime.metrics import Metrics
 from agr_ray.runtime.part_runner import run_parts
+from agr_ray.storage import Storage
 from agr_ray.storage.parts import Parts
 
 
@@ -32,6 +35,7 @@ class RayWorkers:
     def __init__(self, job: PrepareJob) -> None:
         self._job = job
         self._num_workers = 0
+        self._metrics = Metrics("prepare", Storage.absolute(job.prepare.out))
 
     @contextmanager
     def session(self) -> Iterator[int]:
@@ -39,10 +43,16 @@ class RayWorkers:
         with cluster(self._job.cluster):
             self._num_workers = worker_count(self._job.prepare.num_workers)
             check_fits("prepare.num_workers", self._num_workers, 1.0)
-            yield self._num_workers
+            with self._metrics.kept():
+                yield self._num_workers
 
     def crop(self, parts: Parts, numbers: Sequence[int]) -> Iterator[list[str]]:
         """Make the crop rows of parts, in any order; yield the statuses of their rows."""
         arguments = (parts, self._job.vision, self._job.prepare)
-        for table in run_parts(CropMaker, arguments, numbers, ActorPoolStrategy(size=self._num_workers)):
-            yield table["status"].to_pylist()
+        self._metrics.parts_left(len(numbers), self._num_workers)
+        tables = run_parts(CropMaker, arguments, numbers, ActorPoolStrategy(size=self._num_workers))
+        for num_done, table in enumerate(tables, 1):
+            statuses = table["status"].to_pylist()
+            self._metrics.images(Counter(statuses))
+            self._metrics.parts_left(len(numbers) - num_done, self._num_workers)
+            yield statuses

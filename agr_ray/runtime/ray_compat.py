@@ -35,6 +35,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 
+from agr_ray.console import make_console
 from agr_ray.redact import printable
 
 __all__ = ["ControllerCallback", "TrainRunContext"]
@@ -153,8 +154,7 @@ def quiet_console() -> Iterator[None]:
                 match = FOR_USER.fullmatch(line)
                 if match and match[1] not in printed:
                     printed.append(match[1])
-                    sys.stdout.write(f"{match[2]}\n")
-            sys.stdout.flush()
+                    make_console().print(match[2])
             return
         if lines:
             ray_prints(data | {"lines": lines}, ignore_prefix)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Final
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
-from agr_ray.scoring.driver import Workers, score_input
+from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.local_worker import LocalWorker
 from agr_ray.scoring.publish import Counts, Publication
 from agr_ray.scoring.scorer import Scoring
+
+if TYPE_CHECKING:
+    from agr_ray.runtime.score_on_ray import RayWorkers
 
 _MOST_WITHOUT_RAY: Final = 250
 """Most photographs for which no Ray is started. One process takes some 20 s for them, about as long as Ray takes to
@@ -38,25 +41,35 @@ def score(job: ScoreJob) -> dict[str, Any]:
         LockLost: another job has taken over the output.
         StorageUnavailable: input or output can't be reached.
     """
-    return score_input(job, _ChosenWorkers(job), make_console())
+    with ExitStack() as until_published:
+        workers = _ChosenWorkers(job, until_published)
+        record = score_input(job, workers, make_console())
+        workers.published(record)
+        return record
 
 
 class _ChosenWorkers:
-    """The workers that suit the number of photographs."""
+    """The workers that suit the number of photographs.
 
-    def __init__(self, job: ScoreJob) -> None:
+    Args:
+        job: what is scored.
+        until_published: keeps the connection to a cluster, for the metrics of the publication.
+    """
+
+    def __init__(self, job: ScoreJob, until_published: ExitStack) -> None:
         self._job = job
-        self._chosen: Workers = LocalWorker()
+        self._until_published = until_published
+        self._chosen: LocalWorker | RayWorkers = LocalWorker()
 
     @contextmanager
     def session(self, num_photographs: int) -> Iterator[None]:
-        """Choose the workers, and keep them running until the block ends."""
+        """Choose the workers, and keep them running at least until the block ends."""
         if not _needs_no_ray(self._job, num_photographs):
             from agr_ray.runtime.score_on_ray import RayWorkers
 
             self._chosen = RayWorkers(self._job)
-        with self._chosen.session(num_photographs):
-            yield
+        self._until_published.enter_context(self._chosen.session(num_photographs))
+        yield
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         """Score the parts in any order; yield the `scorer.SUMMARY` row of each part."""
@@ -70,6 +83,11 @@ class _ChosenWorkers:
     def num_workers(self) -> int:
         """Number of workers that score in parallel."""
         return self._chosen.num_workers
+
+    def published(self, record: Mapping[str, Any]) -> None:
+        """Show on the cluster, if there is one, when the run was published."""
+        if not isinstance(self._chosen, LocalWorker):
+            self._chosen.metrics.published(record)
 
 
 def _needs_no_ray(job: ScoreJob, num_photographs: int) -> bool:

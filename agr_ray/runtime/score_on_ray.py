@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import cycle, islice
 from typing import Any, Final
 
@@ -14,9 +14,11 @@ from ray.data import ActorPoolStrategy
 
 from agr_ray.config import ScoreJob
 from agr_ray.runtime.cluster import check_fits, cluster, worker_count
+from agr_ray.runtime.metrics import Metrics
 from agr_ray.runtime.part_runner import run_parts
 from agr_ray.scoring.publish import Counts, Publication
 from agr_ray.scoring.scorer import Found, PartScorer, RowPredictor, Scoring
+from agr_ray.storage import Storage
 
 
 class RayWorkers:
@@ -25,10 +27,13 @@ class RayWorkers:
     def __init__(self, job: ScoreJob) -> None:
         self._job = job
         self.num_workers = 0
+        self.metrics = Metrics("score", Storage.absolute(job.score.out))
 
-    def session(self, num_photographs: int) -> AbstractContextManager[None]:  # noqa: ARG002
+    @contextmanager
+    def session(self, num_photographs: int) -> Iterator[None]:  # noqa: ARG002
         """Join or start a cluster for the duration of the block."""
-        return cluster(self._job.cluster)
+        with cluster(self._job.cluster), self.metrics.kept():
+            yield
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         """Score the parts in any order; yield the `scorer.SUMMARY` row of each part."""
@@ -39,8 +44,14 @@ class RayWorkers:
         with remote_predictors(scoring, num_gpus, gpus_each=1.0) as predictors:
             worker = RemotelyPredicted if predictors else PartScorer
             arguments = (scoring, *([predictors] if predictors else []))
+            num_left = len(parts)
+            self.metrics.parts_left(num_left, self.num_workers)
             for table in run_parts(worker, arguments, parts, ActorPoolStrategy(size=self.num_workers)):
-                yield from table.to_pylist(maps_as_pydicts="strict")
+                for summary in table.to_pylist(maps_as_pydicts="strict"):
+                    num_left -= 1
+                    self.metrics.scored(summary, hides_totals=bool(self._job.score.min_cell))
+                    self.metrics.parts_left(num_left, self.num_workers)
+                    yield summary
 
     def stage(self, publication: Publication) -> Iterator[Counts]:
         """Write the files of all parts; yield the counts of each."""

@@ -51,6 +51,7 @@ from agr_ray.data.prepared import PreparedSet, describe_sets, open_prepared
 from agr_ray.errors import ConfigError, JobError
 from agr_ray.evaluation.groups import class_counts
 from agr_ray.evaluation.metrics import Baseline
+from agr_ray.json_log import name_run
 from agr_ray.labels import IntArray, Labels, LabelSpace, race_mapping
 from agr_ray.learn.dry_run import dry_run
 from agr_ray.learn.history import best_row
@@ -74,6 +75,7 @@ from agr_ray.models.network import MultiTaskNet, backbone_class, check_side, che
 from agr_ray.models.pretrained import load_backbone, pretrained_weights
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.cluster import cluster
+from agr_ray.runtime.metrics import Metrics
 from agr_ray.runtime.ray_compat import machine_cpus
 from agr_ray.runtime.training.board import progress_board
 from agr_ray.runtime.training.trainer import check_workers_fit, fit
@@ -120,6 +122,7 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
     uri = _run_uri(storage, job, settings)
     run, first = plan(job, storage, sets, uri, settings, console)
     run = dataclasses.replace(run, quiet=quiet)
+    name_run(uri)
     console.print(f"run {uri}")
     if job.dry_run:
         dry_run(run, sets, first or MultiTaskNet(job.model, run.baseline.space), machine_cpus(), console)
@@ -305,6 +308,7 @@ def _check_finite(run: Run) -> None:
     """
     failure = run.storage.join(run.uri, FAILURE)
     if run.storage.exists(failure):
+        Metrics("train", run.uri).not_finite()
         reason, _, image_ids = run.storage.read(failure).decode().partition("\n")
         where = f"; all of them are in {failure}" if image_ids else ""
         raise JobError(f"{run.uri}: {reason}{where}; train.grad_clip_norm or a lower train.lr may help")
@@ -405,7 +409,9 @@ def _write_record(run: Run, finished: str) -> None:
 
 def _recorded(job: TrainJob) -> dict[str, Any]:
     """Return the configuration as run.json holds it: without addresses, which may hold passwords."""
-    return job.model_dump(mode="json", exclude={"new_run": True, "dry_run": True, "train": {"mlflow_uri"}})
+    return job.model_dump(
+        mode="json", exclude={"new_run": True, "dry_run": True, "log_format": True, "train": {"mlflow_uri"}}
+    )
 
 
 def _git_commit() -> str:

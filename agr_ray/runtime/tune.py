@@ -21,6 +21,7 @@ from agr_ray.console import make_console
 from agr_ray.data.crops import select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.json_log import name_run
 from agr_ray.learn.dry_run import dry_run, duration_text
 from agr_ray.learn.run import Run
 from agr_ray.progress_bar import status_line
@@ -73,6 +74,7 @@ def tune(job: TuneJob) -> str:
             f"train.data {run.data['uri']}: a sweep needs validation, and there is no crop in its val split"
         )
     _check_labels(job, sets, storage)
+    name_run(planned.uri)
     console.print(f"sweep {planned.uri}")
     if unlike_papers(job) and paper_point(job.tune.space):
         keys = ", ".join(f"{key} {recipes_value(job, key):g} (not {PAPER_POINT[key]:g})" for key in unlike_papers(job))

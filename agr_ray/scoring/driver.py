@@ -153,8 +153,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             print_nothing_new(job.score, planned.plan, latest["run_id"], console)
             _delete_plans(storage, plans, lock, console)
             return latest
-        print_plan(job.score, planned.plan, console)
         run_id = new_id(now())
+        print_plan(job.score, planned.plan, run_id, console)
         work = storage.join(plans, planned.plan_id)
         scoring = Scoring(
             storage=storage,

@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from agr_ray.config import ScoreConfig
-from agr_ray.console import make_table
+from agr_ray.console import make_table, print_counts
 from agr_ray.evaluation.shift import not_compared_lines
+from agr_ray.json_log import name_run
 from agr_ray.progress_bar import print_failed
 from agr_ray.scoring.planning import Plan
 
@@ -26,8 +27,9 @@ def endings(plan: Plan, *, hides: bool = False) -> str:
     )
 
 
-def print_plan(config: ScoreConfig, plan: Plan, console: Console) -> None:
-    """Print the plan and warn of likely mistakes; with score.min_cell, without counts."""
+def print_plan(config: ScoreConfig, plan: Plan, run_id: str, console: Console) -> None:
+    """Print the plan and warn of likely mistakes; with score.min_cell, without counts. A JSON log names the run."""
+    name_run(run_id)
     if not config.min_cell:
         left_out = f"{plan.num_excluded:,} left out by name or size, " if plan.num_excluded else ""
         console.print(
@@ -58,7 +60,7 @@ def print_nothing_new(config: ScoreConfig, plan: Plan, run_id: str, console: Con
 
 def print_summary(console: Console, totals: Mapping[str, Any], title: str) -> None:
     """Print the run's totals."""
-    console.print(title)
+    print_counts(console, title, totals["counts"] | {"faces": totals["num_faces"], "images": totals["num_images"]})
     table = make_table("", "number")
     rows = [("photographs", totals["num_images"])]
     rows += [(f"  {status}", count) for status, count in totals["counts"].items()]

@@ -77,6 +77,12 @@ class LockRecord(BaseModel):
             pass
         return False
 
+    @property
+    def is_expired(self) -> bool:
+        """Whether the holder is gone, or has sent no heartbeat for its expiry by this machine's clock: for display."""
+        silent_s = (datetime.datetime.now(datetime.UTC) - self.heartbeat_at).total_seconds()
+        return self.is_dead or silent_s > self.expires_after_s
+
     def __str__(self) -> str:
         since, last = (f"{at:%Y-%m-%dT%H:%M:%SZ}" for at in (self.acquired_at, self.heartbeat_at))
         return f"{self.owner} (process {self.pid} on {self.host}) since {since}, last heartbeat {last}"
@@ -197,6 +203,19 @@ def run_lock(storage: Storage, uri: str, owner: str, *, expiry_s: float, console
             lock.release()
         except (StorageError, StorageUnavailable) as error:
             console.out(f"warning: the lock {uri} was not deleted and will expire: {error}", highlight=False)
+
+
+def lock_holder(storage: Storage, uri: str) -> LockRecord | None:
+    """Return the record of a lock, whether its holder is alive or not; None: there is no lock.
+
+    Raises:
+        ConfigError: the object is not a lock.
+        StorageFailed, StorageUnavailable: it can't be read.
+    """
+    try:
+        return _read(storage, uri)[0]
+    except MissingObject:
+        return None
 
 
 def _record(owner: str, expiry_s: float) -> LockRecord:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from agr_ray.json_log import print_to_stderr
 from agr_ray.storage.errors import StorageFailed, StorageUnavailable
 
 _RETRY_S: Final = 2.0
@@ -40,5 +40,5 @@ class Retry:
                     raise
                 if is_first:
                     # Without the error, which may name a photograph whose name must stay private.
-                    sys.stderr.write(f"warning: storage is unavailable; retrying for up to {self._outage_s:g} s\n")
+                    print_to_stderr(f"warning: storage is unavailable; retrying for up to {self._outage_s:g} s")
                 time.sleep(_RETRY_S)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING
 
-from agr_ray.redact import printable
+from agr_ray.json_log import print_to_stderr
 from agr_ray.storage import tables, trees
 from agr_ray.storage import uri as uris
 from agr_ray.storage.backend import Backend, ObjectInfo, S3Address
@@ -108,11 +107,11 @@ class Storage:
         def skip(path: str) -> None:
             nonlocal num_skipped
             num_skipped += 1
-            sys.stderr.write(f"warning: skipping {printable(path)}: this user may not list it\n")
+            print_to_stderr(f"warning: skipping {path}: this user may not list it")
 
         yield from self.list(uri, suffixes, on_unreadable=skip)
         if num_skipped > 1:
-            sys.stderr.write(f"warning: {num_skipped} folders and links below {printable(uri)} were skipped\n")
+            print_to_stderr(f"warning: {num_skipped} folders and links below {uri} were skipped")
 
     def read(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> bytes:
         """Return the object's bytes; with `etag`, only if it is still the object that was listed with it.

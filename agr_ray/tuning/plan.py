@@ -84,7 +84,11 @@ def plan_sweep(storage: Storage, job: TuneJob, training_digest: str, without_eff
 
 def recorded(job: TuneJob) -> dict[str, Any]:
     """Return the configuration as sweep.json holds it: without addresses, which may hold passwords."""
-    exclude: Any = {"new_run": True, "dry_run": True, "add": True, "train": {"mlflow_uri"}, "tune": {"study"}}
+    exclude: Any = {
+        **dict.fromkeys(("new_run", "dry_run", "log_format", "add"), True),
+        "train": {"mlflow_uri"},
+        "tune": {"study"},
+    }
     return job.model_dump(mode="json", exclude=exclude)
 
 

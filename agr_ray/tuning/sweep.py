@@ -37,7 +37,7 @@ from agr_ray.storage.retry import Retry
 from agr_ray.tuning.plan import RECORD, Plan, recorded
 from agr_ray.tuning.space import base_job, values_of, with_values
 from agr_ray.tuning.study import Study
-from agr_ray.tuning.trials import DIVERGED, REFUSED, Trial, best_trial, front
+from agr_ray.tuning.trials import DIVERGED, REFUSED, Trial, best_trial, front, read_trials
 
 _WEIGHTS: Final = (CHECKPOINTS, "best", "last", "initial")
 """Parts of a trial's run that are deleted unless the trial is the best."""
@@ -321,14 +321,6 @@ class Sweep:
 
     def _say(self, line: str) -> None:
         self._console.print(line)
-
-
-def read_trials(storage: Storage, uri: str) -> list[Trial]:
-    """Return the records of the trials of the sweep in a folder, by number."""
-    records = storage.join(uri, "records")
-    files = storage.list(records, (".json",)) if storage.exists(records) else ()
-    trials = [Trial.from_json(json.loads(storage.read(info.uri))) for info in files]
-    return sorted(trials, key=lambda trial: trial.number)
 
 
 def trial_name(number: int) -> str:

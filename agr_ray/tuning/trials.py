@@ -5,6 +5,7 @@ A trial is judged by the checkpoint that it leaves: by the epoch with the lowest
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from agr_ray.config import ParameterConfig, Scalar, TrialError
 from agr_ray.schema import TRIALS, TrialState
+from agr_ray.storage import Storage
 
 EPOCH_COLUMNS: Final = (
     "epoch",
@@ -107,6 +109,14 @@ class Trial:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from the result of `to_json`."""
         return cls(**{**values, "epochs": tuple(values["epochs"]), "failures": tuple(values["failures"])})
+
+
+def read_trials(storage: Storage, uri: str) -> list[Trial]:
+    """Return the records of the trials of the sweep in a folder, by number."""
+    records = storage.join(uri, "records")
+    files = storage.list(records, (".json",)) if storage.exists(records) else ()
+    trials = [Trial.from_json(json.loads(storage.read(info.uri))) for info in files]
+    return sorted(trials, key=lambda trial: trial.number)
 
 
 def excesses(trial: Trial, constraints: Mapping[TrialError, float]) -> dict[str, float]:

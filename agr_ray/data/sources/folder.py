@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,8 +11,8 @@ from agr_ray.config import MISSING_VALUES
 from agr_ray.data.manifest import IMAGE_SUFFIXES, ParsedLabel, SourceRow
 from agr_ray.data.sources.label_table import KEY_COLUMN, LabelTable, LabelTableError, read_labels
 from agr_ray.data.sources.label_values import LabelCodeError, LabelParser, RowLabels, merge_labels
+from agr_ray.json_log import print_to_stderr
 from agr_ray.labels import LabelSpace
-from agr_ray.redact import printable
 from agr_ray.storage import Storage
 
 NUM_EXAMPLES = 3
@@ -23,7 +22,7 @@ _MIN_VALUES = 10
 
 def print_note(text: str) -> None:
     """Write a note on the labels to standard error."""
-    sys.stderr.write(f"{printable(text)}\n")
+    print_to_stderr(text)
 
 
 def source_rows(

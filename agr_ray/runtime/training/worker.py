@@ -40,6 +40,7 @@ from agr_ray.learn.run import (
 )
 from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
 from agr_ray.predict.attributes import AttributePredictor
+from agr_ray.runtime.metrics import Metrics
 from agr_ray.runtime.ray_compat import machine_cpus, print_for_user
 from agr_ray.runtime.training.fence import Fence
 from agr_ray.runtime.training.interruptible import StopRequest
@@ -73,6 +74,7 @@ def work(config: dict[str, Any]) -> None:
     context = RayContext(run, fence, config["stop_request"], config["board"], retry, epochs_done)
     torch.set_num_threads(context.num_threads)
     if context.rank == 0:
+        context.metrics.training_begins()
         event = "starting"
         if resume is not None:
             steps = f" and {resume['partial_epoch']['num_steps']} steps" if "partial_epoch" in resume else ""
@@ -81,7 +83,8 @@ def work(config: dict[str, Any]) -> None:
         if run.num_val_rows:
             context.say(f"{OBJECTIVE_MEANING}; * after an epoch: the best so far")
     try:
-        train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
+        with context.metrics.kept():
+            train_loop(context, model, run.transform, run.job, run.baseline, run.num_train_rows, resume)
     except NonFiniteLossError as error:
         # Not a failure to Ray, because a restart would only fail again. The worker whose batch it was knows the rows.
         if error.image_ids is not None:
@@ -115,6 +118,7 @@ class RayContext:
         self._fence = fence
         self._stop_request = stop_request
         self._board = board
+        self.metrics = Metrics("train", run.uri)
         train = run.job.train
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
@@ -193,6 +197,7 @@ class RayContext:
         self._logs.write(report.row, report.train_state()["history"])
         if report.finished and self._samples is not None:
             self._logs.show(self._samples, report)
+        self.metrics.epoch(report.row)
         self.say(_epoch_line(report, self._run.job.train.epochs))
 
     def must_save(self) -> bool:
@@ -255,6 +260,7 @@ class RayContext:
         """Put the progress on the board, or print a line every `PROGRESS_EVERY_S`."""
         if self.rank:
             return
+        self.metrics.training(progress)
         if self._board is not None:
             self._board.put.remote(progress)  # nobody waits for it, so it may fail
             return

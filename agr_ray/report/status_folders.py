@@ -1,0 +1,287 @@
+"""What is published, running and stuck in a folder of results, from the records, locks and work files in it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+from agr_ray.data.prepared import find_prepared
+from agr_ray.learn.history import best_row
+from agr_ray.redact import redacted
+from agr_ray.schema import SCORED_STATUSES
+from agr_ray.scoring.planning import read_counts
+from agr_ray.scoring.publish import TABLES, published_runs
+from agr_ray.storage import MissingObject, Storage
+from agr_ray.storage.lock import LockRecord, lock_holder
+from agr_ray.tuning.trials import best_trial, read_trials
+
+LOCK: Final = "lock.json"
+_RESUMES: Final = "the same command resumes it"
+_PLAN: Final = "plan.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Unfinished work, of a job that is running or has ended."""
+
+    what: str
+    done: int
+    total: int
+    unit: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> str:
+        """Return how much is done, without the details."""
+        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit} done"
+
+    def __str__(self) -> str:
+        details = (f", {key.replace('_', ' ')} {value}" for key, value in self.details.items() if value is not None)
+        return self.progress + "".join(details)
+
+
+@dataclass
+class Status:
+    """What is known about a folder of results. `agr-ray status --json` prints these fields."""
+
+    kind: str
+    """`scores`, `training run`, `sweep` or `prepared set`."""
+    uri: str
+    published: list[dict[str, Any]] = field(default_factory=list)
+    """Finished results, oldest first."""
+    running: dict[str, Any] | None = None
+    """The holder of the lock, if it is alive."""
+    unfinished: list[Work] = field(default_factory=list)
+    stuck: list[str] = field(default_factory=list)
+    """What needs a person or another run of the command, a sentence each."""
+
+    def add_lock(self, lock: LockRecord | None) -> None:
+        """Add the holder of a lock: it is running or, if the lock has expired, stuck."""
+        if lock is None:
+            return
+        if lock.is_expired:
+            self.stuck.append(
+                f"its lock has expired: {redacted(str(lock))}; the next command takes it over after watching it"
+            )
+            return
+        self.running = {
+            "owner": redacted(lock.owner),
+            "host": lock.host,
+            "pid": lock.pid,
+            "since": lock.acquired_at.isoformat(timespec="seconds"),
+            "last_heartbeat": lock.heartbeat_at.isoformat(timespec="seconds"),
+        }
+
+    def add_work(self, work: Work, *, is_running: bool) -> None:
+        """Add unfinished work, which is stuck unless a job is working on it."""
+        self.unfinished.append(work)
+        if not is_running:
+            self.stuck.append(f"{work.progress}, and nothing works on it; {_RESUMES}")
+
+
+def read_status(storage: Storage, uri: str) -> Status | None:
+    """Return the status of a folder; None: it holds no results of score, train, tune or prepare.
+
+    Raises:
+        ConfigError: a lock or a prepared set's record is damaged.
+        StorageFailed, StorageUnavailable: the folder can't be read.
+    """
+    for marker, read in (("sweep.json", _sweep), ("run.json", _training), ("prepare.json", _prepared)):
+        if storage.exists(storage.join(uri, marker)):
+            return read(storage, uri)
+    if storage.exists(storage.join(uri, "_SUCCESS")) or storage.exists(f"{uri}-work"):
+        return _scores(storage, uri)
+    lock = lock_holder(storage, storage.join(uri, LOCK))
+    if lock is None:
+        return None
+    # A job that is starting, or died while it was.
+    owners = {"sweep ": "sweep", "training run ": "training run", "agr-ray prepare ": "prepared set"}
+    status = Status(next((kind for owner, kind in owners.items() if lock.owner.startswith(owner)), "unknown"), uri)
+    status.add_lock(lock)
+    return status
+
+
+# Scores
+
+
+def _scores(storage: Storage, out: str) -> Status:
+    records = list(published_runs(storage, out))
+    status = Status("scores", out, [_run(record) for record in records])
+    work = f"{out}-work"
+    lock = lock_holder(storage, storage.join(work, LOCK))
+    status.add_lock(lock)
+    # A job works on the plan that its lock names.
+    running = lock.owner if lock is not None and status.running else ""
+    hides = any(record["min_cell"] for record in records)
+    files = _files_by_folder(storage, work)
+    for identity in sorted({folder.partition("/")[0] for folder in files} - {"", "publishing"}):
+        if _PLAN in files[identity]:
+            _add_plan(storage, status, work, identity, files, hides=hides, is_running=identity == running)
+        elif identity != running:
+            status.stuck.append(f"{work}/{identity}: a job was stopped while it planned; the same command plans again")
+    if not running:
+        left = sorted(_unpublished(storage, out, {record["run_id"] for record in records}))
+        if left or files["publishing"]:
+            names = f" ({', '.join(left)})" if left else ""
+            status.stuck.append(
+                f"a job was stopped while it published{names}; {_RESUMES}, and views.sql hides its files"
+            )
+    return status
+
+
+def _run(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a published run's record says; numbers are None if score.min_cell withholds them."""
+    counts = record.get("counts")
+    return {
+        "run": record["run_id"],
+        "published_at": record["published_at"],
+        "images": record.get("num_images"),
+        "faces": record.get("num_faces"),
+        "rejects": None
+        if counts is None
+        else sum(counts.values()) - sum(counts.get(each, 0) for each in SCORED_STATUSES),
+        "model": record["model_digest"],
+    }
+
+
+def _add_plan(
+    storage: Storage,
+    status: Status,
+    work: str,
+    identity: str,
+    files: dict[str, list[str]],
+    *,
+    hides: bool,
+    is_running: bool,
+) -> None:
+    """Add the plan of a configuration; with `hides`, without the number of its photographs."""
+    try:
+        record = json.loads(storage.read(storage.join(work, identity, _PLAN)))
+        folder = f"{identity}/{record['plan_id']}"
+        plan = read_counts(storage, storage.join(work, folder, "manifest"))
+    except MissingObject:  # it was published meanwhile
+        return
+    if plan is None:
+        return
+    done = [int(PurePosixPath(name).stem.removeprefix("part-")) for name in files[f"{folder}/parts"]]
+    details = {
+        "started": record["started_at"],
+        "photographs_done": None if hides else sum(map(plan.rows_of, done)),
+        "photographs": None if hides else plan.num_to_do,
+        "parts_begun": len(files[f"{folder}/attempts"]),
+    }
+    status.add_work(
+        Work(f"scoring with configuration {identity}", len(done), plan.num_parts, "parts", details),
+        is_running=is_running,
+    )
+    if "rejected_above" in record:
+        status.stuck.append(
+            f"configuration {identity}: most photographs were rejected for the same reason, more than "
+            f"score.max_refused {record['rejected_above']:g} allows"
+        )
+
+
+def _unpublished(storage: Storage, out: str, run_ids: Collection[str]) -> Iterator[str]:
+    """Yield the runs with files in `out` that are not published."""
+    for table in TABLES:
+        for folder in _files_by_folder(storage, storage.join(out, table)):
+            run_id = folder.partition("/")[0].removeprefix("run=")
+            if folder.startswith("run=") and run_id not in run_ids:
+                yield run_id
+
+
+def _files_by_folder(storage: Storage, uri: str) -> dict[str, list[str]]:
+    """Return the names of all files by their folder below `uri`, which need not exist; "" is `uri` itself."""
+    files: dict[str, list[str]] = defaultdict(list)
+    if storage.exists(uri):
+        for info in storage.list(uri):
+            folder, _, name = info.key.rpartition("/")
+            files[folder].append(name)
+    return files
+
+
+# Training
+
+
+def _training(storage: Storage, uri: str) -> Status:
+    status = Status("training run", uri)
+    status.add_lock(lock_holder(storage, storage.join(uri, LOCK)))
+    record = json.loads(storage.read(storage.join(uri, "run.json")))
+    history = storage.join(uri, "history.parquet")
+    rows = storage.read_table(history).to_pylist() if storage.exists(history) else []
+    best = best_row(rows)
+    epochs = {
+        "best_epoch": None if best is None else best["epoch"],
+        "best_objective": None if best is None else best["val_objective"],
+        "last_train_loss": rows[-1]["train_loss"] if rows else None,
+    }
+    if record["finished"]:
+        checkpoint = storage.join(uri, "best")
+        status.published.append(
+            {"checkpoint": checkpoint, "ended_by": record["finished"], "epochs": len(rows)} | epochs
+        )
+        return status
+    total = record["config"]["train"]["epochs"]
+    status.add_work(Work("training", len(rows), total, "epochs", epochs), is_running=status.running is not None)
+    failure = storage.join(uri, "failure.txt")
+    if storage.exists(failure):
+        reason = storage.read(failure).decode().partition("\n")[0]
+        status.stuck.append(f"the loss was not finite: {redacted(reason)}; change train.grad_clip_norm or train.lr")
+    return status
+
+
+def _sweep(storage: Storage, uri: str) -> Status:
+    status = Status("sweep", uri)
+    status.add_lock(lock_holder(storage, storage.join(uri, LOCK)))
+    record = json.loads(storage.read(storage.join(uri, "sweep.json")))
+    trials = read_trials(storage, uri)
+    best = best_trial(trials, record["config"]["tune"]["constraints"])
+    states = dict(Counter(trial.state for trial in trials))
+    results = {
+        "best_trial": None if best is None else best.number,
+        "best_objective": None if best is None else best.objective,
+    }
+    if record["finished"]:
+        checkpoint = storage.join(uri, "best")
+        status.published.append({"checkpoint": checkpoint, "trials": len(trials)} | states | results)
+    else:
+        ended = len(trials) - states.get("unfinished", 0)
+        work = Work("sweep", ended, record["trials"], "trials", states | results)
+        status.add_work(work, is_running=status.running is not None)
+    return status
+
+
+# Prepared sets
+
+
+def _prepared(storage: Storage, uri: str) -> Status:
+    status = Status("prepared set", uri)
+    status.add_lock(lock_holder(storage, storage.join(uri, LOCK)))
+    prepared = find_prepared(storage, uri, "folder")
+    assert prepared is not None
+    if prepared.finished:
+        images = {"images": sum(prepared.counts.values())}
+        status.published.append({"source": prepared.source} | images | prepared.counts | {"splits": prepared.splits})
+    work = storage.join(uri, "work")
+    files = _files_by_folder(storage, work)
+    is_running = status.running is not None
+    plans = sorted({folder.partition("/")[0] for folder in files} - {""})
+    for plan in plans:
+        folders = [f"{plan}/{name}" for name in ("parts", "manifest")]
+        done, total = (
+            sum(
+                storage.read_footer(storage.join(work, folder, name)).num_rows
+                for name in files[folder]
+                if name != _PLAN
+            )
+            for folder in folders
+        )
+        begun = {"parts_begun": len(files[f"{plan}/attempts"])}
+        status.add_work(Work(f"preparation {plan}", done, total, "images", begun), is_running=is_running)
+    if not prepared.finished and not plans and not is_running:
+        status.stuck.append(f"its preparation was stopped; {_RESUMES}")
+    return status

@@ -1,0 +1,145 @@
+"""With `--log-format json`, everything that a command prints is one JSON object a line on stderr."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import threading
+from typing import Any
+
+import pytest
+
+from agr_ray import progress_bar
+from agr_ray.cli import COMMANDS, main, run
+from agr_ray.config import ReportJob, ScoreJob, parse
+from agr_ray.console import make_console, make_table, print_counts
+from agr_ray.errors import ConfigError, JobError
+from agr_ray.json_log import json_log, name_run, print_to_stderr
+from agr_ray.progress_bar import progress
+from agr_ray.scoring.messages import print_summary
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    return [json.loads(line) for line in shown.err.splitlines()]
+
+
+def messages(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
+    return [(line["level"], line["message"]) for line in lines(capsys)]
+
+
+def test_a_line_has_its_time_level_job_run_and_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with json_log("score"):
+        console = make_console()
+        console.print("[bold]40 photographs[/]")
+        name_run("20260301T020012.345Z-1a2b3c4d")
+        console.print("warning: no calibration:\n  2 faces")
+
+    first, second, third = lines(capsys)
+    assert list(first) == ["time", "level", "job", "run", "message"]
+    assert datetime.datetime.fromisoformat(first["time"]).utcoffset() == datetime.timedelta(0)
+    assert {**first, "time": ""} == {
+        "time": "",
+        "level": "info",
+        "job": "score",
+        "run": None,
+        "message": "[bold]40 photographs[/]",
+    }
+    assert (second["level"], second["message"]) == ("warning", "no calibration:")
+    assert second["run"] == third["run"] == "20260301T020012.345Z-1a2b3c4d"
+    assert (third["level"], third["message"]) == ("info", "2 faces")
+
+
+def test_counts_are_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_bar, "LOG_EVERY_S", 0.0)
+    totals = {"num_images": 3, "num_faces": 2, "num_flagged": 0, "num_abstained": 0, "num_unique": 1}
+    with json_log("score"):
+        with progress(make_console(), "scoring", 10) as update:
+            update(4, "ok 4")
+        print_summary(make_console(), totals | {"counts": {"ok": 2, "unreadable": 1}}, "out run=5")
+        print_counts(make_console(quiet=True), "hidden", {"x": 1})
+
+    first, second, *_ = lines(capsys)
+    assert first["counts"] == {"done": 4, "total": 10}
+    assert first["message"].startswith("scoring: 4 of 10, ")
+    assert second["counts"] == {"ok": 2, "unreadable": 1, "faces": 2, "images": 3}
+
+
+def test_without_it_counts_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    print_counts(make_console(), "scoring: 4 of 10", {"done": 4})
+    name_run("no log")
+    print_to_stderr("warning: x")
+
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("scoring: 4 of 10\n", "warning: x\n")
+
+
+def test_a_row_of_a_table_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    table = make_table("status", "images", "most frequent reasons")
+    table.add_row("ok", "1,234", "")
+    table.add_row("unreadable", "2", "1 x a\n1 x b")
+    with json_log("prepare"):
+        make_console().print(table)
+
+    assert messages(capsys) == [
+        ("info", "status ok, images 1,234, most frequent reasons"),
+        ("info", "status unreadable, images 2, most frequent reasons 1 x a 1 x b"),
+    ]
+
+
+def test_secrets_are_redacted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
+    with json_log("score"):
+        name_run("https://user:hunter3@host/run")
+        make_console().print("refused: hunter2hunter2, https://user:hunter3@host/, password=hunter4")
+
+    (line,) = lines(capsys)
+    assert "hunter" not in json.dumps(line)
+
+
+@pytest.mark.parametrize(("error", "status"), [(ConfigError("no such folder"), 2), (JobError("it failed"), 1)])
+def test_an_error_is_the_last_line(error: Exception, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(job: ReportJob) -> None:
+        make_console().print("begins")
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(ReportJob, fail, ["folder", "--log-format", "json"], prog="agr-ray report")
+
+    assert ended.value.code == status
+    logged = lines(capsys)
+    assert [(line["job"], line["level"], line["message"]) for line in logged] == [
+        ("report", "info", "begins"),
+        ("report", "error", str(error)),
+    ]
+    make_console().print("text again")
+    assert capsys.readouterr().out == "text again\n"
+
+
+def test_lines_of_several_threads_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with json_log("score"):
+        threads = [
+            threading.Thread(target=lambda: [make_console().print("x" * 500) for _ in range(50)]) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert messages(capsys) == [("info", "x" * 500)] * 200
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_the_option_in_its_full_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help-all"])
+    assert "--log_format" in capsys.readouterr().out
+
+
+def test_the_environment_sets_it_and_other_values_are_rejected() -> None:
+    argv = ["--checkpoint", "c", "--input", "i", "--out", "o"]
+    assert parse(ScoreJob, argv, {"AGR_RAY_LOG_FORMAT": "json"}).log_format == "json"
+    assert parse(ScoreJob, argv, {}).log_format == "text"
+    with pytest.raises(ConfigError, match=r"^log_format: 'xml' is not allowed: .*'text' or 'json'"):
+        parse(ScoreJob, [*argv, "--log-format", "xml"], {})
