@@ -7,7 +7,7 @@ READY := .venv/.ready
 # Two processes; tests/conftest.py shares the files between them.
 TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all lint types layers unit format lock lock-cpu audit fuzz clean
+.PHONY: help setup demo test test-all lint types layers unit docs format lock lock-cpu audit fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ test-all: $(READY) lint types layers  ## every test
 
 unit: $(READY)  ## the quick tests that need no Ray, about a minute
 	$(TESTS) tests/unit -m "not slow and not long"
+
+docs: $(READY)  ## build the documentation site: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 lint: $(READY)  ## style, spelling and vocabulary
 	$(BIN)/ruff check .
@@ -70,4 +73,4 @@ fuzz: $(READY)  ## feed a million hostile inputs to the parsers: about an hour o
 	$(BIN)/python benchmarks/fuzz.py --inputs 1000000
 
 clean:  ## remove what the targets made
-	rm -rf .venv demo-out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv demo-out site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

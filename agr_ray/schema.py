@@ -108,11 +108,11 @@ LABEL_COLUMNS: Final = ("age", "age_low", "age_high", "gender", "race")
 MANIFEST: Final = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),  # hash of the URI; in scoring, of the URI and the etag
-        pa.field("uri", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),  # path or s3:// URI
         pa.field("key", pa.string(), nullable=False),  # path below the source's root: the same on every machine
-        pa.field("etag", pa.string()),
-        pa.field("size_bytes", pa.int64()),
-        pa.field("source", pa.string(), nullable=False),
+        pa.field("etag", pa.string()),  # S3's; of a local file, size-mtime_ns; null: unknown
+        pa.field("size_bytes", pa.int64()),  # of the file
+        pa.field("source", pa.string(), nullable=False),  # name of the data set: source.name
         pa.field("content_hash", pa.string()),  # SHA-256 of the bytes, hex; null where they were not read
         pa.field("group_id", pa.string()),  # subject where known, else content hash; one group, one split
         pa.field("split", pa.string()),  # one of SPLITS; null: in none (rejected, or left out)
@@ -151,8 +151,8 @@ CROPS: Final = pa.schema(
         *MANIFEST,
         pa.field("crop", pa.binary()),  # JPEG, square, aligned, with margin; null unless in CROP_STATUSES
         pa.field("template", pa.string()),  # name and version of the alignment template
-        pa.field("detector", pa.string()),
-        pa.field("detector_score", pa.float32()),
+        pa.field("detector", pa.string()),  # vision.detector
+        pa.field("detector_score", pa.float32()),  # mtcnn: probability of a face; haar: the cascade's weight
         pa.field("num_faces", pa.int32()),  # faces found, of which the one nearest the centre is the labelled one
         ROTATION_DEGREES,
         pa.field("box", BOX),
@@ -180,11 +180,11 @@ CLASS_PROBS: Final = pa.map_(pa.string(), pa.float32())
 """Class -> probability, in the order of the label space. A map names its classes, so it fits every label space."""
 
 PREDICTION_FIELDS: Final = (
-    pa.field("age_pred", pa.float32()),
+    pa.field("age_pred", pa.float32()),  # years
     pa.field("age_spread", pa.float32()),  # standard deviation of the predicted ages, years; null: no distribution
-    pa.field("p_male", pa.float32()),
-    pa.field("gender_pred", pa.string()),
-    pa.field("race_pred", pa.string()),
+    pa.field("p_male", pa.float32()),  # probability of "male"
+    pa.field("gender_pred", pa.string()),  # the likelier class
+    pa.field("race_pred", pa.string()),  # the likeliest class
     pa.field("race_probs", CLASS_PROBS),
     pa.field("precision", pa.string()),  # data type that the network computed in: float32 or bfloat16
 )
@@ -195,7 +195,7 @@ PREDICTIONS: Final = pa.schema(
         *LABEL_FIELDS,
         *AGE_RANGE_FIELDS,
         pa.field("status", pa.string(), nullable=False),  # one of CROP_STATUSES
-        pa.field("num_faces", pa.int32()),
+        pa.field("num_faces", pa.int32()),  # faces found in the image
         *QUALITY_FIELDS,
         *PREDICTION_FIELDS,
         pa.field("detector_score", pa.float32()),  # null, like box, if no face was detected
@@ -210,15 +210,15 @@ FLAGS: Final = ("small", "blurred", "turned", "unsure")
 FACE: Final = pa.struct(
     [
         pa.field("box", BOX),
-        pa.field("detector_score", pa.float32()),
+        pa.field("detector_score", pa.float32()),  # mtcnn: probability of a face; haar: the cascade's weight
         pa.field("landmarks", LANDMARKS),
         *QUALITY_FIELDS,
-        pa.field("age", pa.float32()),
-        pa.field("age_low", pa.float32()),
-        pa.field("age_high", pa.float32()),
-        pa.field("p_male", pa.float32()),
-        pa.field("gender", pa.string()),
-        pa.field("race", pa.string()),
+        pa.field("age", pa.float32()),  # years; null, like gender and race, if the model does not predict it
+        pa.field("age_low", pa.float32()),  # years: the true age is in age_low to age_high as often as calibrated
+        pa.field("age_high", pa.float32()),  # years; null, like age_low, if the model is not calibrated in age
+        pa.field("p_male", pa.float32()),  # probability of "male", calibrated if the model is
+        pa.field("gender", pa.string()),  # the likelier class, even if `abstain` names it
+        pa.field("race", pa.string()),  # the likeliest class, even if `abstain` names it
         pa.field("race_probs", CLASS_PROBS),  # like p_male, calibrated if the model is
         pa.field("abstain", pa.list_(pa.string())),  # those of gender and race that are too uncertain to be counted
         pa.field("flags", pa.list_(pa.string())),  # of FLAGS: reasons not to count this face at all
@@ -230,19 +230,19 @@ IMAGES: Final = pa.schema(
     [
         *SCORE_MANIFEST,
         pa.field("status", pa.string(), nullable=False),  # one of IMAGE_STATUSES
-        pa.field("error", pa.string()),
-        pa.field("width_px", pa.int32()),
-        pa.field("height_px", pa.int32()),
+        pa.field("error", pa.string()),  # why it could not be scored, in one line
+        pa.field("width_px", pa.int32()),  # of the original image, upright (after EXIF orientation)
+        pa.field("height_px", pa.int32()),  # likewise
         ROTATION_DEGREES,
         pa.field("faces", pa.list_(FACE)),  # left to right; empty unless status is ok
         RUN_ID,
-        pa.field("model_digest", pa.string(), nullable=False),
-        pa.field("config_digest", pa.string(), nullable=False),
+        pa.field("model_digest", pa.string(), nullable=False),  # names the network
+        pa.field("config_digest", pa.string(), nullable=False),  # names the settings and the calibration
         pa.field("calibrated", pa.bool_(), nullable=False),  # false: no intervals, raw probabilities, no abstention
         pa.field("precision", pa.string()),  # data type that the network computed in; null: no face to predict
-        pa.field("detector", pa.string(), nullable=False),
-        pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
-        pa.field("schema_version", pa.int32(), nullable=False),
+        pa.field("detector", pa.string(), nullable=False),  # vision.detector
+        pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),  # pseudonymised: start of the run
+        pa.field("schema_version", pa.int32(), nullable=False),  # SCHEMA_VERSION
     ]
 )
 """One row for each input image of a scoring run, whatever happened to it."""
@@ -262,33 +262,36 @@ FACES: Final = pa.schema(
 REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in (*PHOTOGRAPH_COLUMNS, "faces", "precision")])
 """One row for each input image of a scoring run that could not be scored."""
 
-DEMOGRAPHIC_ATTRIBUTES: Final = ("age_group", "gender", "race")
+DEMOGRAPHIC_ATTRIBUTES: Final = (
+    "age_group",  # a class of the label space; null: not broken down by it
+    "gender",  # likewise
+    "race",  # likewise
+)
 """Attributes by which faces are counted: the keys of `LabelSpace.classes`."""
 
 DEMOGRAPHIC_COUNTS: Final = (
-    "num_images",
-    "num_no_face",
-    "num_rejected",
-    "num_faces",
-    "num_flagged",
-    "num_abstained",
+    "num_images",  # images of the group
+    "num_no_face",  # readable images of the group without a face
+    "num_rejected",  # images of the group that could not be scored
+    "num_faces",  # faces of the group, flagged ones included
+    "num_flagged",  # faces of the group beyond a limit of [gates], which count in no cell
+    "num_abstained",  # other faces of the group without a class in an attribute of this breakdown
 )
 """The group's counts in DEMOGRAPHICS."""
 
 DEMOGRAPHICS: Final = pa.schema(
     [
-        # Marks the total over all groups. Its grouping columns are null, but a group's may be null, too.
-        pa.field("is_total", pa.bool_(), nullable=False),
+        pa.field("is_total", pa.bool_(), nullable=False),  # over all groups; a group's own columns may be null, too
         pa.field("breakdown", pa.string(), nullable=False),  # of DEMOGRAPHIC_ATTRIBUTES, separated by commas
-        *(pa.field(name, pa.string()) for name in DEMOGRAPHIC_ATTRIBUTES),  # null: not broken down by it
+        *(pa.field(name, pa.string()) for name in DEMOGRAPHIC_ATTRIBUTES),
         pa.field("n", pa.int64()),  # faces predicted to be in the cell; null: suppressed, as for each count below
         pa.field("share", pa.float64()),  # of the faces that got a class in this breakdown; null: none did
         pa.field("share_corrected", pa.float64()),  # of all faces that passed the gates, estimated
         pa.field("share_low", pa.float64()),  # 90 % interval of share_corrected
-        pa.field("share_high", pa.float64()),
+        pa.field("share_high", pa.float64()),  # the upper end
         pa.field("correction", pa.string()),  # why share_corrected is null
         pa.field("suppressed", pa.bool_(), nullable=False),  # n is hidden
-        *(pa.field(name, pa.int64()) for name in DEMOGRAPHIC_COUNTS),  # of the group; abstained: of the breakdown
+        *(pa.field(name, pa.int64()) for name in DEMOGRAPHIC_COUNTS),
         pa.field("n_unique", pa.int64()),  # n, but near-duplicates count once; null: not counted, or suppressed
         pa.field("num_unique", pa.int64()),  # of the group: distinct faces that passed the gates; null likewise
     ]

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
     *sorted((ROOT / "agr_ray" / "recipes").glob("*.toml")),
 ]
 _COMMAND = re.compile(rf"(?:agr-ray |python jobs/)({'|'.join(COMMANDS)})(?:\.py)?((?: [^`\n]*)?)")
@@ -55,7 +56,7 @@ def test_the_parser_accepts_each_command(
     words = [word for word in words if word not in ("--help", "--help-all", "--dry-run")]
     if "--config" in words:
         recipe = words[words.index("--config") + 1]
-        if "/" in recipe or recipe.isupper():  # a recipe of the reader's own
+        if recipe.endswith(".toml") or recipe.isupper():  # a recipe of the reader's own
             searched = '[tune.space]\n"train.lr" = { log_uniform = [1e-4, 1e-2] }\n'
             Path("recipe.toml").write_text(searched if job is TuneJob else "")
             words[words.index("--config") + 1] = "./recipe.toml"
@@ -89,5 +90,6 @@ def test_the_parser_accepts_each_recipe(path: Path, text: str, tmp_path: Path) -
         )
 
 
-def test_there_are_recipes_on_two_pages() -> None:
-    assert [path.name for path, _ in RECIPES] == ["labels.md", "operations.md"]
+def test_there_are_recipes_on_four_pages() -> None:
+    names = ["labels.md", "operations.md", "better_settings.md", "nightly_scoring.md"]
+    assert [path.name for path, _ in RECIPES] == names
