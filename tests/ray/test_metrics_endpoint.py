@@ -40,10 +40,12 @@ def samples(output: str) -> Samples:
 
 
 def wait_for(output: str, is_there: Callable[[Samples], bool]) -> Samples:
-    """Return the samples as soon as the node has received them; processes send theirs every 10 s."""
+    """Return the latest samples as soon as the node has the wanted ones; processes send theirs every 10 s."""
     until_s = time.monotonic() + TIMEOUT_S
+    latest: dict[tuple[Any, ...], tuple[str, dict[str, str], float]] = {}  # a node drops a gauge after 20 s
     while True:
-        found = samples(output)
+        latest |= {(name, *sorted(labels.items())): (name, labels, number) for name, labels, number in samples(output)}
+        found = [*latest.values()]
         if is_there(found) or time.monotonic() > until_s:
             return found
         time.sleep(1.0)
