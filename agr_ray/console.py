@@ -33,7 +33,10 @@ def make_console(file: IO[str] | None = None, *, quiet: bool = False) -> Console
     """
     log = current_log()
     if file is None and log is not None:
-        return _JsonConsole(file=log, quiet=quiet, markup=False, emoji=False, width=LOG_WIDTH)
+        # Never a terminal, whatever FORCE_COLOR says: rich's live display would print through the log into itself.
+        return _JsonConsole(
+            file=log, quiet=quiet, markup=False, emoji=False, width=LOG_WIDTH, force_terminal=False, color_system=None
+        )
     stream = sys.stdout if file is None else file
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")

@@ -53,8 +53,10 @@ def redacted(text: str, *uris: str, environ: Mapping[str, str] = os.environ) -> 
     secrets = [
         value for name, value in environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_VARIABLE
     ]
+    secrets += [part for uri in uris for part in _secret_parts(uri)]
     servers = [value for value in environ.values() if "://" in value]  # proxies and endpoints
-    secrets += [part for uri in (*uris, *servers) for part in _secret_parts(uri)]
+    # A short one, such as `app`, would hide that word everywhere.
+    secrets += [part for uri in servers for part in _secret_parts(uri) if len(part) >= _SHORTEST_VARIABLE]
     text = _URL.sub(_without_password, text)
     text = _ASSIGNED.sub(rf"\g<1>{HIDDEN}", text)
     return _without(text, secrets)

@@ -30,7 +30,7 @@ def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, gene
         images_u8: (n, 3, stored, stored) uint8, RGB.
         transform: of the network.
         config: kinds and strengths of the changes.
-        generator: on any device; the same state gives the same images.
+        generator: on any device; the same state gives the same images. Noise also depends on the images' device.
 
     Returns:
         (n, 3, image_size, image_size) float32.

@@ -148,7 +148,8 @@ def measured_in(card: str, titles: Sequence[str]) -> list[dict[str, Any]]:
     )
     measured = []
     for data, split, text in section.findall(card):
-        lines = (unescaped(line).strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| "))
+        table = (re.split(r"(?<!\\) \| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| "))
+        lines = ([unescaped(cell) for cell in cells] for cells in table)
         rows = [cells for cells in lines if cells[0] in titles and len(cells) == _NUM_HEADLINE_CELLS]
         if rows and split not in ("train", "val") and _UNSEEN in text:
             measured.append({"data": unescaped(data), "rows": rows})

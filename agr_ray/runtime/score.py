@@ -63,13 +63,17 @@ class _ChosenWorkers:
 
     @contextmanager
     def session(self, num_photographs: int) -> Iterator[None]:
-        """Choose the workers, and keep them running at least until the block ends."""
+        """Choose the workers, and keep them running until the run is published, or the block fails."""
         if not _needs_no_ray(self._job, num_photographs):
             from agr_ray.runtime.score_on_ray import RayWorkers
 
             self._chosen = RayWorkers(self._job)
         self._until_published.enter_context(self._chosen.session(num_photographs))
-        yield
+        try:
+            yield
+        except BaseException:
+            self._until_published.close()  # so that the workers end before the lock is released
+            raise
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         """Score the parts in any order; yield the `scorer.SUMMARY` row of each part."""

@@ -115,6 +115,8 @@ def commit_runs(storage: Storage, config: ScoreConfig, out: str, check: Callable
 def _read_run(storage: Storage, folder: str, record: dict[str, Any]) -> _Run:
     """Return one table's files of a published run."""
     infos = list(storage.list(storage.join(folder, f"run={record['run_id']}"), (".parquet",)))
+    if not infos:
+        raise StorageError(f"{folder}/run={record['run_id']}: the files of this published run are gone")
     footers = [storage.read_footer(info.uri) for info in infos]
     return _Run(
         run_id=record["run_id"],
@@ -204,13 +206,18 @@ class _IcebergTable:
             )
         if not self.missing([run.run_id]):  # added since
             return
+        wrong = {key: value for key, value in _ICEBERG_PROPERTIES.items() if self._table.properties.get(key) != value}
+        if wrong:  # somebody else made the table, or changed it
+            with self._table.transaction() as transaction:
+                transaction.set_properties(wrong)
         with self._table.transaction() as transaction:
             with transaction.update_schema() as update:
                 update.union_by_name(run.schema)
             transaction.set_properties({_property(run.run_id): run.published_at.isoformat()})
             # Without empty files: pyiceberg warns of each column of theirs.
             if uris := [info.uri for info, num_rows in run.num_rows.items() if num_rows]:
-                transaction.add_files(uris, {"agr-ray.run": run.run_id})
+                # The property guards against a second commit. pyiceberg's own check reads all manifests.
+                transaction.add_files(uris, {"agr-ray.run": run.run_id}, check_duplicate_files=False)
 
 
 def _property(run_id: str) -> str:
@@ -219,10 +226,10 @@ def _property(run_id: str) -> str:
 
 def _open_catalog(storage: Storage, config: ScoreConfig, out: str) -> Catalog:
     """Open the catalogue that pyiceberg's configuration describes, and make one request to it."""
-    from pyiceberg.catalog import load_catalog
-
     properties = storage.iceberg_properties(out)
     with _one_line_errors(f"score.iceberg_catalog {config.iceberg_catalog}"):
+        from pyiceberg.catalog import load_catalog  # which reads its configuration
+
         catalog = load_catalog(config.iceberg_catalog, **properties)
         catalog.namespace_exists(config.iceberg_namespace)
     return catalog

@@ -158,7 +158,7 @@ class Connection:
                 return {}
             found = credentials.get_frozen_credentials()
         except (BotoCoreError, ValueError) as error:
-            raise StorageUnavailable(f"S3 can't be used as configured: {error}") from error
+            raise StorageUnavailable(f"S3 can't be used as configured: {redacted(str(error))}") from error
         keys = {key_id: found.access_key, key: found.secret_key, token: found.token}
         return {name: value for name, value in keys.items() if value}
 

@@ -143,3 +143,11 @@ def test_the_environment_sets_it_and_other_values_are_rejected() -> None:
     assert parse(ScoreJob, argv, {}).log_format == "text"
     with pytest.raises(ConfigError, match=r"^log_format: 'xml' is not allowed: .*'text' or 'json'"):
         parse(ScoreJob, [*argv, "--log-format", "xml"], {})
+
+
+def test_a_json_log_is_no_terminal_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+
+    with json_log("score"):
+        assert not make_console().is_terminal  # else bars would print through the log into themselves

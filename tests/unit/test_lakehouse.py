@@ -262,6 +262,21 @@ def test_maintenance_of_a_table_deletes_no_published_file(lake: Lake) -> None:
     lake.assert_has(RUNS[0])
 
 
+def test_a_table_that_somebody_else_changed_gets_its_settings_back(lake: Lake) -> None:
+    if lake.kind != "iceberg":
+        pytest.skip("Delta rejects a second commit itself")
+    lake.publish(RUNS[0])
+    lake.commit()
+    with lake.iceberg("images").transaction() as transaction:
+        transaction.set_properties({"commit.retry.num-retries": "4", "gc.enabled": "true"})
+    lake.publish(RUNS[1])
+    lake.commit()
+
+    properties = lake.iceberg("images").properties
+    assert (properties["commit.retry.num-retries"], properties["gc.enabled"]) == ("0", "false")
+    lake.assert_has(*RUNS[:2])
+
+
 # Once, whatever happens
 
 

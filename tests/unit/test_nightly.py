@@ -47,6 +47,8 @@ class Kubernetes(ThreadingHTTPServer):
         """What each GET of a RayJob answers: a status, an HTTP code, or a function that returns one. The last one is
         repeated."""
         self.requests: list[str] = []
+        self.is_cut = False
+        """Whether a POST gets no answer."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kubernetes")])
         now = datetime.datetime.now(datetime.UTC)
@@ -104,6 +106,9 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer(200, self.server.rayjobs[name] | {"status": state})
 
     def do_POST(self) -> None:
+        if self.server.is_cut:
+            self.close_connection = True  # no answer
+            return
         rayjob = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = rayjob["metadata"]["name"]
         if self._path() != "rayjobs" or name in self.server.rayjobs:
@@ -155,11 +160,11 @@ def test_a_rayjob_is_created_from_the_template_and_waited_for(
 
     assert kubernetes.run() == 0
     assert kubernetes.rayjobs == {
-        "score-nightly-1": {
+        "score-nightly-1-ray": {
             "apiVersion": "ray.io/v1",
             "kind": "RayJob",
             "metadata": {
-                "name": "score-nightly-1",
+                "name": "score-nightly-1-ray",  # KubeRay makes a Job of this name
                 "labels": {"agr-ray": "nightly"},
                 "ownerReferences": [
                     {"apiVersion": "batch/v1", "kind": "Job", "name": "score-nightly-1", "uid": "uid-1"}
@@ -171,14 +176,14 @@ def test_a_rayjob_is_created_from_the_template_and_waited_for(
     assert kubernetes.requests == [
         "GET raycronjobs/score-nightly",
         "POST rayjobs",
-        *["GET rayjobs/score-nightly-1"] * 5,
+        *["GET rayjobs/score-nightly-1-ray"] * 5,
     ]
     assert capsys.readouterr().out.splitlines() == [
-        "created RayJob score-nightly-1",
-        "RayJob score-nightly-1: New, job not submitted yet",
-        "RayJob score-nightly-1: Initializing, job not submitted yet",
-        "RayJob score-nightly-1: Running, job RUNNING",
-        "RayJob score-nightly-1: Complete, job SUCCEEDED",
+        "created RayJob score-nightly-1-ray",
+        "RayJob score-nightly-1-ray: New, job not submitted yet",
+        "RayJob score-nightly-1-ray: Initializing, job not submitted yet",
+        "RayJob score-nightly-1-ray: Running, job RUNNING",
+        "RayJob score-nightly-1-ray: Complete, job SUCCEEDED",
     ]
 
 
@@ -192,14 +197,14 @@ def test_the_pod_fails_with_the_rayjob(
     kubernetes.states = [RUNNING, state("Retrying", "FAILED"), RUNNING, end]
 
     assert kubernetes.run() == 1
-    assert f"error: RayJob score-nightly-1 failed:  {end['message']}" in capsys.readouterr().err
+    assert f"error: RayJob score-nightly-1-ray failed:  {end['message']}" in capsys.readouterr().err
 
 
 def test_a_second_pod_of_the_same_job_waits_for_the_same_rayjob(kubernetes: Kubernetes) -> None:
     kubernetes.states = [DONE]
 
     assert [kubernetes.run(), kubernetes.run()] == [0, 0]
-    assert list(kubernetes.rayjobs) == ["score-nightly-1"]
+    assert list(kubernetes.rayjobs) == ["score-nightly-1-ray"]
     assert kubernetes.requests.count("POST rayjobs") == 2
 
 
@@ -207,6 +212,15 @@ def test_outages_of_the_server_are_waited_out(kubernetes: Kubernetes) -> None:
     kubernetes.states = [RUNNING, 500, 503, 429, RUNNING, DONE]
 
     assert kubernetes.run() == 0
+
+
+def test_a_request_without_an_answer_is_left_to_the_next_pod(
+    kubernetes: Kubernetes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kubernetes.is_cut = True
+
+    assert kubernetes.run() == 2
+    assert capsys.readouterr().err.startswith("error: Kubernetes does not answer: ")
 
 
 def test_a_renewed_token_is_read(kubernetes: Kubernetes) -> None:

@@ -178,3 +178,9 @@ def test_files_of_a_run_and_a_sweep_contain_no_secret(tmp_path: Path) -> None:
     assert {"sweep.json", "report.html", "best.toml", "trials.parquet"} <= {path.name for path in files}
     assert [path.name for path in files if SECRET.encode() in path.read_bytes()] == []
     assert STORAGE.exists(sweep.join("best.toml"))
+
+
+def test_a_short_password_of_the_environment_hides_no_other_words() -> None:
+    environ = {"DATABASE_URL": "postgresql://app:app@db/app", "PROXY": "http://me:correct-horse@proxy"}
+
+    assert redacted("/srv/app/out, correct-horse", environ=environ) == "/srv/app/out, ***"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 import ray
@@ -27,11 +28,10 @@ class StopRequest:
     name: str
     """Of the driver's run, and of no other."""
 
-    def make(self) -> None:
-        """Make the request, and wait for a limited time until the checkpoint is saved. Called by the driver."""
+    def make(self) -> bool:
+        """Make the request, wait for a limited time, and return whether the checkpoint is saved. For the driver."""
         set_flag(f"{self.name}/stop")
-        if _wait_for(f"{self.name}/saving", ANSWER_TIMEOUT_S):
-            _wait_for(f"{self.name}/saved", SAVE_TIMEOUT_S)
+        return _wait_for(f"{self.name}/saving", ANSWER_TIMEOUT_S) and _wait_for(f"{self.name}/saved", SAVE_TIMEOUT_S)
 
     def is_made(self) -> bool:
         """Return whether the workers must save a checkpoint; if so, tell the driver to wait. Called by one worker."""
@@ -90,9 +90,13 @@ class InterruptibleTrainer(TorchTrainer):
             return super().fit()
         except KeyboardInterrupt:
             if self._controller is not None:
+                is_saved = False
                 try:
                     os.write(2, b"saving a checkpoint; press Ctrl-C again to end at once\n")
-                    self._stop_request.make()
+                    with suppress(Exception):  # Ray's head may be unreachable; the interrupt must end this process
+                        is_saved = self._stop_request.make()
                 finally:
+                    if not is_saved:  # between the steps of an epoch alone, the workers look for the request
+                        os.write(2, b"no checkpoint was saved in time: the run resumes from the one before\n")
                     abort_training(self._controller)
             raise

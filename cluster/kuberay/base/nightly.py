@@ -2,9 +2,9 @@
 
     python nightly.py TEMPLATE
 
-TEMPLATE is a RayCronJob whose `jobTemplate` becomes the RayJob. The RayJob has the name of the pod's own Job. So a pod
-that replaces another (its node was drained) waits for the same RayJob instead of creating a second one. The Job owns
-the RayJob: Kubernetes deletes both together.
+TEMPLATE is a RayCronJob whose `jobTemplate` becomes the RayJob. Its name follows from that of the pod's own Job. So a
+pod that replaces another (its node was drained) waits for the same RayJob instead of creating a second one. The Job
+owns the RayJob: Kubernetes deletes both together.
 
 Exit status: 0, the RayJob succeeded; 1, it failed or cannot be created; anything else: try again. Needs only Python.
 """
@@ -17,9 +17,10 @@ import ssl
 import sys
 import time
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -28,6 +29,8 @@ ENDED: Final = ("Complete", "Failed", "ValidationFailed")
 HOPELESS: Final = (400, 403, 404, 422)
 """HTTP codes that another attempt would get, too: bad request, no right, no such object, invalid object."""
 CONFLICT: Final = 409
+TRANSIENT: Final = (OSError, HTTPException, ValueError)
+"""Errors of a request that another attempt may not get: no connection, an answer that is cut short."""
 
 
 class Api:
@@ -55,26 +58,36 @@ class Api:
             return content
 
 
-def rayjob(template: Mapping[str, Any], name: str, uid: str) -> dict[str, Any]:
+def rayjob_name(job: str) -> str:
+    """Return the name of a Job's RayJob. Not the Job's own: KubeRay submits a RayJob by a Job of the RayJob's name."""
+    return f"{job}-ray"
+
+
+def rayjob(template: Mapping[str, Any], job: str, uid: str) -> dict[str, Any]:
     """Return the RayJob of a Job, made from the `jobTemplate` and the labels of a RayCronJob."""
-    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid}
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": uid}
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
-        "metadata": {"name": name, "labels": template["metadata"].get("labels", {}), "ownerReferences": [owner]},
+        "metadata": {
+            "name": rayjob_name(job),
+            "labels": template["metadata"].get("labels", {}),
+            "ownerReferences": [owner],
+        },
         "spec": template["spec"]["jobTemplate"],
     }
 
 
-def start(api: Api, template: str, name: str, uid: str) -> None:
+def start(api: Api, template: str, job: str, uid: str) -> None:
     """Create the RayJob, unless an earlier pod of the same Job has created it.
 
     Raises:
         HTTPError: the template does not exist, or the RayJob is rejected.
-        OSError: the server cannot be reached.
+        OSError, HTTPException, ValueError: the server cannot be reached, or its answer is cut short.
     """
+    name = rayjob_name(job)
     try:
-        api.request("rayjobs", rayjob(api.request(f"raycronjobs/{template}"), name, uid))
+        api.request("rayjobs", rayjob(api.request(f"raycronjobs/{template}"), job, uid))
         print(f"created RayJob {name}", flush=True)
     except HTTPError as error:
         if error.code != CONFLICT:
@@ -92,7 +105,7 @@ def wait(api: Api, name: str, poll_s: float) -> dict[str, Any]:
     while True:
         try:
             status: dict[str, Any] = api.request(f"rayjobs/{name}").get("status") or {}
-        except OSError as error:
+        except TRANSIENT as error:
             if isinstance(error, HTTPError) and error.code in HOPELESS:
                 raise
             print(f"Kubernetes does not answer, trying again: {error}", flush=True)
@@ -108,16 +121,17 @@ def wait(api: Api, name: str, poll_s: float) -> dict[str, Any]:
 
 def main(template: str, environ: Mapping[str, str], account: Path = ACCOUNT, poll_s: float = 10.0) -> int:
     """Run the RayJob and return the exit status."""
-    name = environ["JOB_NAME"]
+    job = environ["JOB_NAME"]
     try:
         api = Api(environ, account)
-        start(api, template, name, environ["JOB_UID"])
+        start(api, template, job, environ["JOB_UID"])
+        name = rayjob_name(job)
         status = wait(api, name, poll_s)
     except HTTPError as error:
         print(f"error: {error.url}: {error.code} {error.read().decode(errors='replace')}", file=sys.stderr)
         return 1 if error.code in HOPELESS else 2
-    except URLError as error:
-        print(f"error: Kubernetes does not answer: {error.reason}", file=sys.stderr)
+    except TRANSIENT as error:
+        print(f"error: Kubernetes does not answer: {getattr(error, 'reason', error)}", file=sys.stderr)
         return 2
     if status["jobDeploymentStatus"] == "Complete" and status.get("jobStatus") == "SUCCEEDED":
         return 0
