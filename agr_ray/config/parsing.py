@@ -115,7 +115,8 @@ def parse(
         replaced = with_chosen_preset(values, overrides)
         built = job(**_merged(replaced, overrides))
     except ValidationError as error:
-        raise ConfigError(redacted(_describe(error, job), environ=environ)) from None
+        section = "storage" if error.title == StorageConfig.__name__ else ""
+        raise ConfigError(redacted(_describe(error, job, section), environ=environ)) from None
     for key in built.needed():
         if not reduce(getattr, key.split("."), built):
             if key in job.positional:
@@ -232,7 +233,7 @@ def _read_recipe(path: str | None, job: type[Job], storage: StorageConfig, read:
 def _describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """Return the first of pydantic's errors as one line: the key, the value and what is allowed."""
     first = error.errors(include_url=False)[0]
-    path = [part for part in ([prefix] if prefix else []) + [str(part) for part in first["loc"]] if part]
+    path = [*([prefix] if prefix else []), *map(str, first["loc"])]
     key = ".".join(path)
     if path[-1:] == ["[key]"] and path[:2] == ["source", "columns"]:
         return _describe_column(path[2])

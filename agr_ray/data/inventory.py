@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _BATCH_ROWS = 65_536
 _NEEDED: Final = {"key": pa.string(), "size": pa.int64(), "e_tag": pa.string()}
 _OPTIONAL: Final = {"is_latest": pa.bool_(), "is_delete_marker": pa.bool_(), "storage_class": pa.string()}
 """The first two exist only in inventories of all versions."""
+_BUCKET: Final = re.compile(r"[\w.-]+", re.ASCII)
 _CSV_NAMES: Final = {
     "Key": "key",
     "Size": "size",
@@ -118,13 +120,16 @@ def _parse_manifest(data: bytes) -> _Manifest:
         files = tuple(_DataFile(str(file["key"]), file.get("MD5checksum")) for file in fields["files"])
     except (KeyError, TypeError, AttributeError):
         raise InventoryError("not an S3 Inventory: files must be a list of tables with a key") from None
+    bucket = fields["sourceBucket"]
+    if not isinstance(bucket, str) or not _BUCKET.fullmatch(bucket):
+        raise InventoryError(f"not an S3 Inventory: its sourceBucket is {bucket!r}, which is no bucket's name")
     for file in files:
         if file.key.startswith("/") or "\0" in file.key or ".." in file.key.split("/"):
             raise InventoryError(f"data file {file.key!r} would be read outside the inventory's folder")
     csv_fields = tuple(_CSV_NAMES.get(name.strip(), name.strip()) for name in str(fields["fileSchema"]).split(","))
     if fields["fileFormat"] == "CSV":
         _check_fields(csv_fields)
-    return _Manifest(str(fields["sourceBucket"]), fields["fileFormat"], csv_fields, files)
+    return _Manifest(bucket, fields["fileFormat"], csv_fields, files)
 
 
 def _check_fields(names: tuple[str, ...]) -> None:

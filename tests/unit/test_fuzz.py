@@ -158,3 +158,20 @@ def test_a_section_that_is_no_table_is_one_line(words: list[str]) -> None:
         ConfigError, match=rf"^{words[0][2:]}: .* is not allowed: {words[0]}\.KEY sets one of its keys$"
     ):
         parse(TrainJob, [*words, "--config", "utkface_lite", "--data", "set"], {})
+
+
+@pytest.mark.parametrize("key", ["", "`"])
+def test_an_unknown_key_of_a_whole_section_is_one_line(key: str) -> None:
+    environ = {"AGR_RAY_STORAGE": json.dumps({key: 1})}
+
+    with pytest.raises(ConfigError, match=rf"^storage\.{key}: there is no such key; allowed: endpoint_url, "):
+        parse(TrainJob, ["--config", "utkface_lite", "--data", "set"], environ)
+
+
+@pytest.mark.parametrize("bucket", ["\ud800", "a/b", "me:key@b", "", 7, None])
+def test_the_bucket_of_an_inventory_has_a_bucket_s_name(bucket: object, tmp_path: Path) -> None:
+    manifest = {"sourceBucket": bucket, "fileFormat": "Parquet", "fileSchema": "", "files": [{"key": "data"}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+
+    with pytest.raises(InventoryError, match=r"^not an S3 Inventory: its sourceBucket is "):
+        objects(str(tmp_path / "manifest.json"))
