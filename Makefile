@@ -60,7 +60,7 @@ lock: $(BIN)/uv  ## pin and hash the newest set that fits pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --upgrade --group dev \
 		--custom-compile-command "make lock" pyproject.toml -o requirements.lock
 	echo uv | $(BIN)/uv pip compile --quiet --universal --generate-hashes --upgrade \
-		--custom-compile-command "make lock" - -o cluster/docker/uv.lock
+		--custom-compile-command "make lock" - -o cluster/docker/installer.lock
 
 lock-cpu: $(BIN)/uv  ## pin and hash PyTorch's builds without CUDA, for the CPU variant of the container image
 	grep -E '^torch(vision)?==' requirements.lock | tr -d '\\' | $(BIN)/uv pip compile --quiet --no-deps \

@@ -134,7 +134,7 @@ def seaweedfs_command(
     for name in S3_FOLDERS:
         (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     known = json.dumps({"identities": [_seaweedfs_identity(identity) for identity in identities]})
-    certificate, key = _certificate(address)
+    certificate, key = self_signed_certificate("seaweedfs", address)
     for name, text in (
         ("identities.json", known),
         ("certificate.pem", certificate),
@@ -169,10 +169,13 @@ def _seaweedfs_identity(identity: Identity) -> dict[str, Any]:
     return {"name": identity.access_key, "credentials": [keys], "actions": list(identity.actions)}
 
 
-def _certificate(address: str) -> tuple[str, str]:
-    """Make a self-signed certificate and its key. SeaweedFS's components present it to each other and trust only it."""
+def self_signed_certificate(common_name: str, address: str) -> tuple[str, str]:
+    """Make a certificate of a server at an address, and its key, both PEM.
+
+    SeaweedFS's components present theirs to each other and trust only it.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "seaweedfs")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder(issuer_name=name, subject_name=name)

@@ -26,7 +26,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from agr_ray.storage import MissingObject, Storage
-from agr_ray.storage.uri import ancestors
+from agr_ray.storage.uri import ancestors, leaves_folder
 
 LISTED: Final = pa.schema(
     [
@@ -124,7 +124,7 @@ def _parse_manifest(data: bytes) -> _Manifest:
     if not isinstance(bucket, str) or not _BUCKET.fullmatch(bucket):
         raise InventoryError(f"not an S3 Inventory: its sourceBucket is {bucket!r}, which is no bucket's name")
     for file in files:
-        if file.key.startswith("/") or "\0" in file.key or ".." in file.key.split("/"):
+        if leaves_folder(file.key):
             raise InventoryError(f"data file {file.key!r} would be read outside the inventory's folder")
     csv_fields = tuple(_CSV_NAMES.get(name.strip(), name.strip()) for name in str(fields["fileSchema"]).split(","))
     if fields["fileFormat"] == "CSV":

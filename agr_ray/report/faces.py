@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -19,10 +18,10 @@ from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
 from agr_ray.data.manifest import IMAGE_SUFFIXES
 from agr_ray.errors import ConfigError, JobError
+from agr_ray.json_log import print_to_stderr
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.predict.photo import Photo
 from agr_ray.progress_bar import progress
-from agr_ray.redact import printable
 from agr_ray.schema import Status
 from agr_ray.storage import Storage
 from agr_ray.vision.decode import ImageError
@@ -50,7 +49,7 @@ def predict(job: PredictJob) -> list[Photo]:
         )
     for each in raised:
         if issubclass(each.category, UserWarning):
-            sys.stderr.write(f"warning: {printable(str(each.message))}\n")
+            print_to_stderr(f"warning: {each.message}")
     console = make_console()
     photos: list[Photo] = []
     names: set[str] = set()
@@ -130,7 +129,7 @@ def _write_copies(photos: Sequence[Photo], out: str, storage: Storage, names: se
             try:
                 photo.draw().save(body, "JPEG", quality=90)
             except ImageError as error:
-                sys.stderr.write(f"warning: {printable(photo.source)} can't be drawn: {error}\n")
+                print_to_stderr(f"warning: {photo.source} can't be drawn: {error}")
                 continue
             storage.write(storage.join(storage.absolute(out), name), body.getvalue())
         names.add(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -14,7 +13,7 @@ from agr_ray.learn.history import best_row
 from agr_ray.redact import redacted
 from agr_ray.schema import SCORED_STATUSES
 from agr_ray.scoring.planning import read_counts
-from agr_ray.scoring.publish import TABLES, published_runs
+from agr_ray.scoring.publish import TABLES, published_runs, run_folders
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import LockRecord, lock_holder
 from agr_ray.tuning.trials import best_trial, read_trials
@@ -124,7 +123,8 @@ def _scores(storage: Storage, out: str) -> Status:
         elif identity != running:
             status.stuck.append(f"{work}/{identity}: a job was stopped while it planned; the same command plans again")
     if not running:
-        left = sorted(_unpublished(storage, out, {record["run_id"] for record in records}))
+        found = {run_id for table in TABLES for run_id in run_folders(storage, out, table)}
+        left = sorted(found - {record["run_id"] for record in records})
         if left or files["publishing"]:
             names = f" ({', '.join(left)})" if left else ""
             status.stuck.append(
@@ -183,15 +183,6 @@ def _add_plan(
             f"configuration {identity}: most photographs were rejected for the same reason, more than "
             f"score.max_refused {record['rejected_above']:g} allows"
         )
-
-
-def _unpublished(storage: Storage, out: str, run_ids: Collection[str]) -> Iterator[str]:
-    """Yield the runs with files in `out` that are not published."""
-    for table in TABLES:
-        for folder in _files_by_folder(storage, storage.join(out, table)):
-            run_id = folder.partition("/")[0].removeprefix("run=")
-            if folder.startswith("run=") and run_id not in run_ids:
-                yield run_id
 
 
 def _files_by_folder(storage: Storage, uri: str) -> dict[str, list[str]]:

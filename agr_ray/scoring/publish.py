@@ -318,14 +318,20 @@ def delete_unpublished(storage: Storage, out: str) -> list[str]:
     left: list[str] = []
     for table in TABLES:
         folder = storage.join(out, table)
+        for run_id in run_folders(storage, out, table):
+            if not is_published(storage, out, run_id):
+                storage.delete_tree(storage.join(folder, f"run={run_id}"))
+                left.append(run_id)
         if storage.exists(folder):
-            named = (_RUN_FOLDER.match(info.key) for info in storage.list(folder))
-            for run_id in dict.fromkeys(match[1] for match in named if match):
-                if not is_published(storage, out, run_id):
-                    storage.delete_tree(storage.join(folder, f"run={run_id}"))
-                    left.append(run_id)
             storage.delete_if_empty(folder)
     return list(dict.fromkeys(left))
+
+
+def run_folders(storage: Storage, out: str, table: str) -> list[str]:
+    """Return the ids of the runs that have files in a table's folder, published or not."""
+    folder = storage.join(out, table)
+    keys = (info.key for info in storage.list(folder)) if storage.exists(folder) else ()
+    return list(dict.fromkeys(match[1] for match in map(_RUN_FOLDER.match, keys) if match))
 
 
 def is_published(storage: Storage, out: str, run_id: str) -> bool:

@@ -125,7 +125,7 @@ def download_objects(infos: Iterable[ObjectInfo], target: str, fetch: Callable[[
         fresh = os.path.join(temporary, "fresh")
         os.mkdir(fresh)
         for info in infos:
-            if info.key.startswith("/") or "\0" in info.key or ".." in info.key.split("/"):
+            if uris.leaves_folder(info.key):
                 raise StorageFailed(f"{info.uri} would be written outside {target}")
             path = Path(fresh, info.key)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,11 @@ def join(uri: str, *parts: str) -> str:
     return joined
 
 
+def leaves_folder(key: str) -> bool:
+    """Return whether a key below a folder could name a file outside it, or is cut short by a null character."""
+    return key.startswith("/") or "\0" in key or ".." in key.split("/")
+
+
 def ancestors(uri: str) -> list[str]:
     """Return the canonical URIs of all folders or prefixes that hold `uri`: the bucket or `/` first, its own last."""
     parts = absolute(uri).split("/")

@@ -157,7 +157,7 @@ TYPOS = [
     ("ray-up/aws.yaml", "min_workers", "minworkers"),
     ("ray-up/aws.yaml", "HttpTokens", "HttpToken"),
     ("ray-up/aws.yaml", "cache_stopped_nodes", "cache_stoped_nodes"),
-    ("ray-up/aws.yaml", "cluster/docker/uv.lock", "cluster/docker/uvv.lock"),
+    ("ray-up/aws.yaml", "cluster/docker/installer.lock", "cluster/docker/installers.lock"),
     ("ray-up/aws.yaml", "--dashboard-host", "--dashboards-host"),
     ("ray-up/gcp.yaml", "instanceTerminationAction", "instanceTerminateAction"),
     ("ray-up/gcp.yaml", "file_mounts", "file_mount"),

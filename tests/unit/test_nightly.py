@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import json
 import ssl
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+
+sys.path.append(str(Path(__file__).parents[2] / "cluster"))
+from servers import self_signed_certificate
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "kuberay" / "base" / "nightly.py"
 TEMPLATE = {"metadata": {"labels": {"agr-ray": "nightly"}}, "spec": {"jobTemplate": {"entrypoint": "agr-ray score"}}}
@@ -49,28 +47,13 @@ class Kubernetes(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.is_cut = False
         """Whether a POST gets no answer."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kubernetes")])
-        now = datetime.datetime.now(datetime.UTC)
-        certificate = (
-            x509.CertificateBuilder(issuer_name=name, subject_name=name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-            .sign(key, hashes.SHA256())
-        )
+        certificate, key = self_signed_certificate("kubernetes", "127.0.0.1")
         self.account = folder / "account"
         self.account.mkdir()
-        (self.account / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        (self.account / "ca.crt").write_text(certificate)
         (self.account / "namespace").write_text("agr-ray")
         (self.account / "token").write_text(self.token)
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        (folder / "key.pem").write_bytes(pem)
+        (folder / "key.pem").write_text(key)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.account / "ca.crt", folder / "key.pem")
         self.socket = context.wrap_socket(self.socket, server_side=True)
