@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# `make test` lints, checks types and checks layers two at a time.
+MAKEFLAGS += --jobs=2
 # Two processes; tests/conftest.py shares the files between them.
 TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 

@@ -41,6 +41,7 @@ import ray  # noqa: F401  # puts its own copy of psutil on the path
 import psutil  # type: ignore[import-untyped]
 from claims import Claims
 from servers import (
+    NO_PRESTART,
     S3_FOLDERS,
     Identity,
     S3Server,
@@ -169,12 +170,8 @@ class LocalCluster:
         token = ray_environment()
         options, address, dashboard = head_options(short)
         variables = s3.environment() | token
-        environment = variables | {
-            "PATH": f"{programs()}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-            "RAY_TMPDIR": str(short),
-            # Ray would start a process for each CPU in advance, which keeps a small machine busy for half a minute.
-            "RAY_prestart_worker_first_driver": "0",
-        }
+        path = f"{programs()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        environment = variables | NO_PRESTART | {"PATH": path, "RAY_TMPDIR": str(short)}
 
         def has_nodes(count: int) -> bool:
             return nodes_alive(dashboard, token["RAY_AUTH_TOKEN"]) == count

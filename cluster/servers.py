@@ -202,6 +202,10 @@ def write_private(path: Path, text: str) -> None:
 # Ray
 
 
+NO_PRESTART: Final = {"RAY_prestart_worker_first_driver": "0"}
+"""Environment of a node, which would start a process for each CPU in advance: half a minute of a small machine."""
+
+
 def ray_environment() -> dict[str, str]:
     """Draw a token, and return the variables that nodes and commands of one cluster on 127.0.0.1 share.
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from agr_ray.evaluation.calibration import Calibration, gender_probs
 from agr_ray.evaluation.cells import Cells
+from agr_ray.evaluation.estimates import CONFIDENCE, exact_ends
 from agr_ray.evaluation.reliability import expected_calibration_error
-from agr_ray.evaluation.selection import CONFIDENCE, logits_of
+from agr_ray.evaluation.selection import logits_of
 from agr_ray.evaluation.terms import FloatArray
 from agr_ray.labels import IntArray, Labels
 from agr_ray.models.predictions import Predictions
@@ -127,5 +127,5 @@ def _change_interval(changes: FloatArray) -> list[float] | None:
 
 
 def _interval(num_true: int, num: int) -> list[float]:
-    interval = binomtest(num_true, num).proportion_ci(CONFIDENCE, method="exact")
-    return [float(interval.low), float(interval.high)]
+    low, high = exact_ends(num_true, num - num_true, tail=(1.0 - CONFIDENCE) / 2.0)
+    return [float(low), float(high)]

@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
 from agr_ray.evaluation.conformal import MIN_ROWS
+from agr_ray.evaluation.estimates import CONFIDENCE, exact_ends
 from agr_ray.evaluation.terms import FloatArray
 from agr_ray.labels import IntArray
 
 TEMPERATURES: Final = (0.2, 5.0)
 """Lowest and highest temperature tried. Without any errors, the best temperature would be 0, which means certainty."""
-
-CONFIDENCE: Final = 0.95
-"""Confidence of the intervals of measured shares, and of the bound on the risk among accepted images."""
 
 NEVER_SURE: Final = 2.0
 """The `abstain_below` that no probability reaches."""
@@ -110,18 +108,17 @@ def _fit_threshold(confidence: FloatArray, wrong: NDArray[np.bool_], risk: float
     sequence tests at its part of the 5 %. There are several starts, because a few confident mistakes or a small sample
     would fail the first test of one.
     """
-    from scipy.stats import binomtest  # takes long to import; only fitting needs it
-
     highest_first = np.sort(confidence)[::-1]
-    level = 1.0 - (1.0 - CONFIDENCE) / len(_STARTS)
+    tail = (1.0 - CONFIDENCE) / len(_STARTS)
     lowest = NEVER_SURE
     for start in _STARTS:
         for share in range(start, _NUM_SHARES + 1):
             last = math.ceil(share / _NUM_SHARES * len(confidence)) - 1
             threshold = 0.0 if share == _NUM_SHARES else float(highest_first[last])
             accepted = confidence >= threshold
-            test = binomtest(int(wrong[accepted].sum()), int(accepted.sum()), alternative="less")
-            if test.proportion_ci(confidence_level=level, method="exact").high > risk:
+            num_wrong = wrong[accepted].sum()
+            _, highest_error = exact_ends(num_wrong, accepted.sum() - num_wrong, tail)
+            if highest_error > risk:
                 break
             lowest = min(lowest, threshold)
     return lowest

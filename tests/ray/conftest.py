@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import ray
 
+from agr_ray.runtime.ray_compat import NO_PRESTART
+
 HERE = Path(__file__).parent
 UNIT = str(HERE.parent / "unit")
 sys.path.insert(0, UNIT)  # bad_images
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ[NO_PRESTART] = "0"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [UNIT, os.environ.get("PYTHONPATH")]))  # toy_registry
 
 

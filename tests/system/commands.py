@@ -22,7 +22,7 @@ import ray  # noqa: F401  # brings psutil, of which it carries a copy
 import psutil
 
 sys.path.append(str(Path(__file__).parents[2] / "cluster"))
-from servers import head_options, node_command, nodes_alive, ray_environment
+from servers import NO_PRESTART, head_options, node_command, nodes_alive, ray_environment
 
 ROOT = Path(__file__).parents[2]
 COMMAND_TIMEOUT_S = 400.0
@@ -202,7 +202,7 @@ def run_cluster(more: Mapping[str, str] | None = None, num_cpus: Sequence[int] =
     """
     with short_folder() as folder:
         options, address, dashboard = head_options(folder)
-        environment = job_environment(folder, ray_environment() | dict(more or {}))
+        environment = job_environment(folder, ray_environment() | NO_PRESTART | dict(more or {}))
         cluster = Cluster(address, dashboard, environment, folder, nodes=[])
         try:
             _start_node(cluster, num_cpus[0], options)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from commands import CLUSTER_READY_TIMEOUT_S, OBJECT_STORE_MIB, Node, job_environment, wait_until
-from servers import nodes_alive, ray_environment
+from servers import NO_PRESTART, nodes_alive, ray_environment
 
 PORT, DASHBOARD_PORT = 6379, 8265
 """Of the first host. Each host has all ports to itself."""
@@ -152,7 +152,7 @@ def run_hosts(network: Network, num_cpus: Mapping[int, int], more: Mapping[str, 
     """Run a cluster of a node on each host, with `more` in their environment; `num_cpus` are logical."""
     folder = Path("/tmp", network.name)  # short, because the paths of Ray's sockets may have 107 bytes
     folder.mkdir()
-    environment = job_environment(folder, ray_environment() | dict(more))
+    environment = job_environment(folder, ray_environment() | NO_PRESTART | dict(more))
     del environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # only for several nodes of one host
     hosts = Hosts(network, environment, folder)
     try:

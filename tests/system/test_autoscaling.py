@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from commands import Cluster, _start_node, job_environment, kill_group, run_cluster, run_command, short_folder
-from servers import head_options, ray_environment
+from servers import NO_PRESTART, head_options, ray_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -74,7 +74,7 @@ def autoscaling_cluster() -> Iterator[Cluster]:
         }
         (folder / "autoscaling.json").write_text(json.dumps(config))
         more = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-        environment = job_environment(folder, ray_environment() | more)
+        environment = job_environment(folder, ray_environment() | NO_PRESTART | more)
         cluster = Cluster(address, dashboard, environment, folder, nodes=[])
         try:
             _start_node(cluster, 0, [*options, f"--autoscaling-config={folder}/autoscaling.json"])

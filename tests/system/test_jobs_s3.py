@@ -6,6 +6,7 @@ import itertools
 import runpy
 import subprocess
 import sys
+import time
 import uuid
 from collections import Counter
 from contextlib import suppress
@@ -14,11 +15,22 @@ from pathlib import Path
 
 import pytest
 import requests
-from commands import ROOT, Cluster, job_command, job_environment, run_command, submit_command, succeed
+from commands import (
+    ROOT,
+    Cluster,
+    job_command,
+    job_environment,
+    kill_command,
+    run_command,
+    submit_command,
+    succeed,
+)
 from seaweedfs import Bucket, S3Server
 from servers import free_ports
 
 from agr_ray.data.rendered import render_chip
+from agr_ray.learn.run import CHECKPOINTS
+from agr_ray.runtime.ray_compat import SNAPSHOT
 from agr_ray.vision.decode import encode_jpeg
 
 sys.path.append(str(ROOT / "tests" / "unit"))
@@ -28,7 +40,9 @@ pytestmark = pytest.mark.timeout(900)
 
 BUCKET = "jobs"
 NUM_CHIPS = 60
-EPOCHS = 2
+EPOCHS = 8
+EPOCHS_BEFORE_KILL = 2
+RUN = "runs/tiny"
 BAD_CHIPS = {
     "empty.jpg": (bad_images.empty, "not_an_image"),
     "text.jpg": (bad_images.text, "not_an_image"),
@@ -78,19 +92,32 @@ def prepared(filled: Bucket, cluster: Cluster, here: tuple[str, ...]) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(prepared: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ...]) -> str:
-    """Train on the set and return the key of the run."""
-    succeed(
-        job_command(
-            "train",
-            *(*here, "--train.data", f"{bucket.uri}/{prepared}", "--train.out", f"{bucket.uri}/runs"),
-            *("--train.name", "tiny", "--train.epochs", EPOCHS, "--train.batch_size", 16),
-            *("--train.num_workers", 1, "--train.threads_per_worker", 1),
-            *("--model.preset", "lightweight", "--model.image_size", 32),
-        ),
-        cluster.environment,
+def trained(
+    prepared: str,
+    bucket: Bucket,
+    cluster: Cluster,
+    here: tuple[str, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """Train on the set, SIGKILL the command after some epochs, run it again, and return what the second one printed."""
+    command = job_command(
+        "train",
+        *(*here, "--train.data", f"{bucket.uri}/{prepared}", "--train.out", f"{bucket.uri}/runs"),
+        *("--train.name", "tiny", "--train.epochs", EPOCHS, "--train.batch_size", 16),
+        *("--train.num_workers", 1, "--train.threads_per_worker", 1, "--train.early_stopping_patience", 0),
+        *("--model.preset", "lightweight", "--model.image_size", 32),
     )
-    return "runs/tiny"
+    history, snapshot = f"{RUN}/history.parquet", f"{RUN}/{CHECKPOINTS}/{SNAPSHOT}"
+
+    def has_come_so_far() -> bool:
+        """Return whether Ray has noted a checkpoint, which it does seconds later. It resumes only from those."""
+        if not {history, snapshot} <= set(bucket.keys(f"{RUN}/")):
+            return False
+        return b"checkpoint_dir_name" in bucket.get(snapshot) and len(bucket.table(history)) >= EPOCHS_BEFORE_KILL
+
+    kill_command(command, cluster, tmp_path_factory.mktemp("train") / "log", when=has_come_so_far)
+    assert len(bucket.table(history)) < EPOCHS
+    return succeed(command, cluster.environment)
 
 
 def test_prepare_accounts_for_every_object(prepared: str, bucket: Bucket) -> None:
@@ -118,24 +145,39 @@ def test_a_prepared_set_is_not_prepared_again(
     assert bucket.keys(f"{prepared}/crops/") == before
 
 
+def test_a_killed_training_resumes_after_its_last_epoch(trained: str) -> None:
+    (line,) = [line for line in trained.splitlines() if "resuming after epoch" in line]
+
+    # An epoch whose checkpoint Ray had not noted yet when it was killed is trained again.
+    assert int(line.partition("after epoch ")[2].partition(",")[0]) >= 1
+
+
+@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("name", ["best", "last"])
-def test_training_leaves_complete_checkpoints(trained: str, bucket: Bucket, name: str) -> None:
-    names = {key.removeprefix(f"{trained}/{name}/") for key in bucket.keys(f"{trained}/{name}/")}
+def test_training_leaves_complete_checkpoints(bucket: Bucket, name: str) -> None:
+    names = {key.removeprefix(f"{RUN}/{name}/") for key in bucket.keys(f"{RUN}/{name}/")}
 
     assert {"weights.safetensors", "train_state.pt", "meta.json"} <= names
-    assert bucket.json(f"{trained}/{name}/meta.json")["metrics"]["epoch"] in range(1, EPOCHS + 1)
+    epoch = bucket.json(f"{RUN}/{name}/meta.json")["metrics"]["epoch"]
+    assert epoch in (range(1, EPOCHS + 1) if name == "best" else [EPOCHS])
 
 
-def test_training_writes_its_history_and_records_that_it_finished(trained: str, bucket: Bucket) -> None:
-    assert bucket.table(f"{trained}/history.parquet")["epoch"].to_pylist() == list(range(1, EPOCHS + 1))
-    assert bucket.json(f"{trained}/run.json")["finished"]
-    assert bucket.keys(f"{trained}/tensorboard/")
+@pytest.mark.usefixtures("trained")
+def test_a_resumed_training_has_each_epoch_once_and_records_that_it_finished(bucket: Bucket) -> None:
+    history = bucket.table(f"{RUN}/history.parquet")
+    steps = history["step"].to_pylist()
+
+    assert history["epoch"].to_pylist() == list(range(1, EPOCHS + 1))
+    assert steps == [steps[0] * epoch for epoch in range(1, EPOCHS + 1)]
+    assert bucket.json(f"{RUN}/run.json")["finished"]
+    assert bucket.keys(f"{RUN}/tensorboard/")
 
 
+@pytest.mark.usefixtures("trained")
 def test_evaluate_measures_every_row_of_the_split(
-    trained: str, prepared: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ...]
+    prepared: str, bucket: Bucket, cluster: Cluster, here: tuple[str, ...]
 ) -> None:
-    where = ("--evaluate.checkpoint", f"{bucket.uri}/{trained}/best", "--evaluate.data", f"{bucket.uri}/{prepared}")
+    where = ("--evaluate.checkpoint", f"{bucket.uri}/{RUN}/best", "--evaluate.data", f"{bucket.uri}/{prepared}")
 
     succeed(job_command("evaluate", *here, *where, "--evaluate.out", f"{bucket.uri}/measured"), cluster.environment)
 
@@ -225,14 +267,16 @@ def test_ray_shows_no_secret_of_a_training_run(bucket: Bucket, cluster: Cluster)
 def test_a_driver_with_a_wrong_token_does_not_join(cluster: Cluster) -> None:
     script = f"import ray; print('joining', flush=True); ray.init({cluster.address!r}); print('joined', flush=True)"
     command = [sys.executable, "-c", script]
+    began = time.monotonic()
     assert succeed(command, cluster.environment).splitlines()[-1] == "joined"
+    took_s = time.monotonic() - began
 
     environment = cluster.environment | {"RAY_AUTH_TOKEN": "0" * 64}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "joining\n"
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)  # Ray may retry for minutes
+            process.wait(timeout=took_s)  # and its imports before; Ray may retry for minutes
         process.kill()
         assert process.stdout.read() == ""
 

@@ -22,9 +22,9 @@ from agr_ray.runtime.ray_compat import SNAPSHOT
 from agr_ray.vision.decode import encode_jpeg
 
 sys.path.append(str(ROOT / "tests" / "ray"))
-from sets import prepared_set
+from sets import checkpoint, prepared_set
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NUM_PHOTOGRAPHS = 64
 EPOCHS = 8
@@ -99,12 +99,19 @@ def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Kille
 
 
 @pytest.fixture(scope="module")
-def scored(photographs: Path, trained: Killed, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+def scored(photographs: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     folder = tmp_path_factory.mktemp("score")
     command = job_command(
         "score",
-        *("--score.checkpoint", trained.out / "best", "--score.input", photographs, "--score.out", folder / "out"),
-        *("--cluster.address", cluster.address),
+        *(
+            "--score.checkpoint",
+            checkpoint(folder / "model"),
+            "--score.input",
+            photographs,
+            "--score.out",
+            folder / "out",
+        ),
+        *("--score.out", folder / "out", "--cluster.address", cluster.address),
         *("--score.num_workers", 2, "--score.rows_per_file", ROWS_PER_PART, "--score.batch_size", 4),
         *("--score.lock_expiry_s", 8, "--vision.detector", "haar"),
     )
@@ -125,7 +132,6 @@ def rows_before(killed: Killed) -> list[dict[str, Any]]:
     return [row for _, body in killed.before.values() for row in pq.read_table(pa.BufferReader(body)).to_pylist()]
 
 
-@pytest.mark.slow
 def test_a_resumed_prepare_does_only_the_remaining_work(prepared: Killed) -> None:
     done = len(rows_before(prepared))
 
@@ -133,7 +139,6 @@ def test_a_resumed_prepare_does_only_the_remaining_work(prepared: Killed) -> Non
     assert f"{done} done before, {NUM_PHOTOGRAPHS - done} to do" in prepared.printed
 
 
-@pytest.mark.slow
 def test_a_resumed_prepare_has_each_image_once(prepared: Killed) -> None:
     rows = pq.read_table(prepared.out / "crops")
 
@@ -159,7 +164,6 @@ def test_a_resumed_training_has_each_epoch_once(trained: Killed) -> None:
     assert json.loads((trained.out / "last" / "meta.json").read_text())["metrics"]["epoch"] == EPOCHS
 
 
-@pytest.mark.slow
 def test_a_resumed_scoring_run_does_only_the_remaining_work(scored: Killed) -> None:
     num_parts = NUM_PHOTOGRAPHS // ROWS_PER_PART
 
@@ -170,7 +174,6 @@ def test_a_resumed_scoring_run_does_only_the_remaining_work(scored: Killed) -> N
     assert all(scored_at[row["uri"]] == row["scored_at"] for row in rows_before(scored))
 
 
-@pytest.mark.slow
 def test_a_resumed_scoring_run_has_each_photograph_once(scored: Killed) -> None:
     (success,) = (scored.out / "_SUCCESS").iterdir()
     rows = pq.read_table(scored.out / "images")

@@ -186,7 +186,6 @@ def three_nodes(s3_server: S3Server) -> Iterator[Cluster]:
     environment = s3_server.environment() | {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_ports(1)[0]}",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(DEADLY_IMAGES), os.environ.get("PYTHONPATH")))),
-        "RAY_prestart_worker_first_driver": "0",  # nine processes in advance would keep a small machine busy
     }
     with run_cluster(environment, num_cpus=(1, 4, 4)) as running:
         yield running

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 
 
-def test_every_benchmark_can_be_imported() -> None:
-    names = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
-    assert len(names) > 5
-
-    subprocess.run([sys.executable, "-c", f"import {', '.join(names)}"], cwd=BENCHMARKS, check=True)
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_a_benchmark_can_be_imported(name: str) -> None:
+    import_module(name)

@@ -12,7 +12,7 @@ from sklearn import metrics as reference
 from agr_ray.evaluation.auc import group_auc
 from agr_ray.evaluation.audit import metrics_report
 from agr_ray.evaluation.disparities import MIN_ROWS, disparity
-from agr_ray.evaluation.estimates import Estimates, from_influence, ratios
+from agr_ray.evaluation.estimates import Estimates, exact_ends, from_influence, ratios
 from agr_ray.evaluation.units import MAX_UNITS, Units, unit_sums, units_of
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.predictions import Predictions
@@ -61,6 +61,18 @@ def test_unit_sums_leave_out_rows_without_a_code() -> None:
 
 
 # Single intervals
+
+
+@pytest.mark.parametrize(("hits", "num"), [(0, 5), (5, 5), (3, 10), (900, 1000), (1, 100_000)])
+@pytest.mark.parametrize("tail", [0.025, 0.01])
+def test_exact_ends_are_those_of_scipy(hits: int, num: int, tail: float) -> None:
+    two_sided = binomtest(hits, num).proportion_ci(1.0 - 2.0 * tail, method="exact")
+    one_sided = binomtest(hits, num, alternative="less").proportion_ci(1.0 - tail, method="exact")
+
+    low, high = exact_ends(hits, num - hits, tail)
+
+    assert (low, high) == pytest.approx((two_sided.low, two_sided.high), rel=1e-9)
+    assert high == pytest.approx(one_sided.high, rel=1e-9)
 
 
 @pytest.mark.parametrize("num_right", [0, 3, 50, 99, 100])
