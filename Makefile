@@ -4,12 +4,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# `make test` lints, checks types and checks layers two at a time.
-MAKEFLAGS += --jobs=2
 # Two processes; tests/conftest.py shares the files between them.
 TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all lint types layers unit docs format lock lock-cpu audit fuzz clean
+.PHONY: help setup demo test test-all checks lint types layers unit docs format lock lock-cpu audit fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,14 +28,17 @@ setup: $(READY)  ## make .venv with everything in it
 demo: $(READY)  ## render faces, prepare, train, evaluate, calibrate and score: under five minutes on two cores
 	$(BIN)/python jobs/demo.py
 
-test: $(READY) lint types layers  ## lint, types, layers and every test but the slow ones
+test: $(READY) checks  ## lint, types, layers and every test but the slow ones
 	$(TESTS) -m "not slow"
 
-test-all: $(READY) lint types layers  ## every test
+test-all: $(READY) checks  ## every test
 	$(TESTS)
 
 unit: $(READY)  ## the quick tests that need no Ray, about a minute
 	$(TESTS) tests/unit -m "not slow and not long"
+
+checks: $(READY)
+	@$(MAKE) --no-print-directory --jobs=2 types lint layers
 
 docs: $(READY)  ## build the documentation site: open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
