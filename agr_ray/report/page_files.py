@@ -29,6 +29,7 @@ def write_page(storage: Storage, folder: str, page: Page) -> str:
             with figure_style():
                 figure = picture.draw()
             drawn[picture.name] = figure_svg(figure, picture.name)
+            figure.set_layout_engine("none")  # the layout is done; the PNG has the same
             files = {
                 f"{picture.name}.png": figure_png(figure),
                 f"{picture.name}.svg": _encoded(drawn[picture.name]),
