@@ -335,6 +335,7 @@ COMPARISON: Final = pa.schema(
         pa.field("side_px", pa.int32(), nullable=False),  # of the network's input
         pa.field("parameters", pa.int64(), nullable=False),
         pa.field("multiply_adds", pa.int64(), nullable=False),  # for one image
+        pa.field("train_samples_per_s", pa.float64()),  # in the median epoch of its runs
         pa.field("score_images_per_s", pa.float64()),  # network and read-out on this machine's CPU
         *(
             pa.field(f"{metric}{part}", pa.float64())

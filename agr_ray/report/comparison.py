@@ -168,9 +168,17 @@ def _row(
         "side_px": network.config.image_size,
         "parameters": num_parameters,
         "multiply_adds": num_multiply_adds,
+        "train_samples_per_s": _samples_per_s(storage, out, runs),
         "score_images_per_s": images_per_s,
         **metric_columns(preset, estimates),
     }
+
+
+def _samples_per_s(storage: Storage, out: str, runs: Sequence[str]) -> float | None:
+    """Return the median speed of all epochs of the runs."""
+    uris = [storage.join(out, "runs", name, "history.parquet") for name in runs]
+    speeds = [speed for uri in uris for speed in storage.read_table(uri)["samples_per_s"].to_pylist()]
+    return float(np.median(speeds)) if speeds else None
 
 
 def _images_per_s(loaded: Checkpoint) -> float:

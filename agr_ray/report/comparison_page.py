@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,10 @@ _SCALES: Final = {
     _AGE: Scale("age MAE, years", interval_title=INTERVAL),
     _ONE_OFF: Scale("one-off accuracy, %", 100.0, 1, interval_title=INTERVAL),
 }
+_LABEL_GAP: Final = 0.055
+"""Distance between labels, as a part of the range of the y axis."""
+_SAME_COLUMN: Final = 2.0
+"""Points with less than this ratio of their work have their labels in one column."""
 _TITLES: Final = {_AGE: "Age MAE", _ONE_OFF: "One-off accuracy"}
 
 
@@ -252,11 +257,11 @@ def _metrics_of(estimates: Mapping[str, Mapping[str, Estimate]], *, includes_see
 
 
 def _results(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:
-    columns = ["preset", "runs", *LABELS.values(), "input, px", "parameters", "multiply-adds", "scoring, images/s, CPU"]
+    columns = ["preset", "runs", *LABELS.values(), "input, px", "parameters", "multiply-adds"]
+    columns += ["training, samples/s", "scoring, images/s, CPU"]
     rows = []
     for row in compared.rows:
         own, preset = estimates.get(row["preset"], {}), row["preset"]
-        rate = row["score_images_per_s"]
         rows.append(
             [
                 f"{preset} (reference)" if preset == compared.reference else preset,
@@ -265,10 +270,14 @@ def _results(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Est
                 Cell(str(row["side_px"]), key=row["side_px"]),
                 Cell(f"{row['parameters'] / 1e6:.1f} M", key=row["parameters"]),
                 Cell(f"{row['multiply_adds'] / 1e6:,.0f} M", key=row["multiply_adds"]),
-                Cell("" if rate is None else f"{rate:.0f}", key="" if rate is None else rate),
+                _rate_cell(row["train_samples_per_s"]),
+                _rate_cell(row["score_images_per_s"]),
             ]
         )
-    note = "Accuracies are in percent. One-off: the predicted age group is the true one or next to it."
+    note = (
+        "Accuracies are in percent. One-off: the predicted age group is the true one or next to it. Training: speed of "
+        "the median epoch, without validation; several runs may have shared the machine."
+    )
     if any(row["preset"] == "faceage" for row in compared.rows):
         note += " faceage is measured without the calibration of ages that belongs to its method."
     blocks: list[Block] = [Table(columns, rows, note=note, is_sortable=True)]
@@ -287,6 +296,10 @@ def _results(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Est
     if ranked:
         blocks.append(Drawings([_ages(compared, ranked), _sizes(compared, ranked)]))
     return blocks
+
+
+def _rate_cell(rate: float | None) -> Cell:
+    return Cell("" if rate is None else f"{rate:,.0f}", key="" if rate is None else rate)
 
 
 def _figure_cell(metric: str, estimate: Estimate | None) -> Cell:
@@ -334,10 +347,19 @@ def _sizes(compared: ComparedPresets, ranked: Mapping[str, Estimate]) -> Drawing
 
     def draw() -> Figure:
         figure, axes = new_figure(4.4, 3.4)
-        for preset, x, y in points:
+        heights = _label_heights([(x, y) for _, x, y in points])
+        for (preset, x, y), height in zip(points, heights, strict=True):
             is_reference = preset == compared.reference
             axes.plot([x], [y], "s" if is_reference else "o", color=COLOURS["red" if is_reference else "blue"])
-            axes.annotate(shortened(preset), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                shortened(preset),
+                (x, y),
+                xytext=(12, height),
+                textcoords=("offset points", "data"),
+                fontsize=8,
+                verticalalignment="center",
+                arrowprops={"arrowstyle": "-", "color": COLOURS["faint"], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2},
+            )
         axes.margins(x=0.2, y=0.1)
         axes.set(xlabel="multiply-adds for one image, millions", ylabel=scale.label)
         scale_logarithmically(axes, is_x=True)
@@ -348,6 +370,28 @@ def _sizes(compared: ComparedPresets, ranked: Mapping[str, Estimate]) -> Drawing
     title = _TITLES[compared.ranking]
     caption = f"{title} against multiply-adds for one image. The square is {compared.reference}."
     return Drawing("sizes", caption, draw, numbers)
+
+
+def _label_heights(points: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the y of each point's label, so that labels of points with nearly the same work do not overlap."""
+    ys = [y for _, y in points]
+    gap = _LABEL_GAP * ((max(ys) - min(ys)) or 1.0)
+    heights = list(ys)
+    by_work = sorted(range(len(points)), key=lambda place: points[place][0])
+    columns: list[list[int]] = []
+    for before, place in zip([None, *by_work], by_work, strict=False):
+        if before is None or points[place][0] > _SAME_COLUMN * points[before][0]:
+            columns.append([])
+        columns[-1].append(place)
+    for column in columns:
+        column.sort(key=lambda place: ys[place])
+        lowest = -math.inf
+        for place in column:
+            heights[place] = lowest = max(ys[place], lowest + gap)
+        too_high = (heights[column[-1]] - ys[column[-1]]) / 2.0
+        for place in column:
+            heights[place] -= too_high
+    return heights
 
 
 def _training(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:

@@ -53,6 +53,7 @@ def test_every_preset_has_a_row(compared: Path) -> None:
         assert (row["seeds"], row["failures"], row["side_px"]) == ([0], [], SIDE_PX)
         assert row["age_mae_years_low"] <= row["age_mae_years"] <= row["age_mae_years_high"]
         assert row["score_images_per_s"] > 0
+        assert row["train_samples_per_s"] > 0
     assert rows["paper"]["age_mae_years_difference"] is None
     assert rows["lightweight"]["age_mae_years_difference"] == pytest.approx(
         rows["lightweight"]["age_mae_years"] - rows["paper"]["age_mae_years"]
