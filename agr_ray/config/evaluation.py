@@ -27,7 +27,7 @@ class EvaluateConfig(Section):
     allow_overlap: bool = False
     """Evaluate even if the checkpoint was trained on images of this split; the metrics then say so."""
     num_workers: PositiveInt | None = None
-    """Number of processes that predict; none: the number of GPUs or spare CPUs, or no other process for 200 images or
+    """Number of processes that predict; none: the number of GPUs or spare CPUs, or no other process for 250 images or
     fewer."""
     use_gpu: bool = False
     """Use one GPU for each process that predicts."""
