@@ -26,7 +26,7 @@ setup: $(READY)  ## make .venv with everything in it
 	@echo 'ready: source .venv/bin/activate, then agr-ray --help'
 
 demo: $(READY)  ## render faces, prepare, train, evaluate, calibrate and score: under five minutes on two cores
-	$(BIN)/python jobs/demo.py
+	$(BIN)/agr-ray demo
 
 test: $(READY) checks  ## lint, types, layers and every test but the slow ones
 	$(TESTS) -m "not slow"

@@ -1,10 +1,10 @@
-"""`cluster/local.sh`: a cluster that a user starts, and `ray job submit` with nothing but its environment file."""
+"""`cluster/local.sh`: a cluster that a user starts, and every job submitted with nothing but its environment file."""
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -28,11 +28,27 @@ from seaweedfs import Bucket  # makes the modules of cluster/ known
 import local as local_cluster
 from servers import S3Server
 
+sys.path.append(str(ROOT / "tests" / "unit"))
+from submit_lines import submit_lines
+
 pytestmark = pytest.mark.timeout(900)
 
 NUM_NODES = 3
 NUM_CHIPS = 80
+NUM_PHOTOGRAPHS = 4
 EPOCHS = 2
+LESS_WORK = {
+    "render": f"--num_chips {NUM_CHIPS} --num_photographs {NUM_PHOTOGRAPHS}",
+    "prepare": "--num_workers 2",
+    "train": f"--epochs {EPOCHS} --batch_size 16",
+    "evaluate": "--num_workers 2",  # so few images would not need the cluster
+    "score": "--num_workers 2",
+    "report": "",
+    "tune": "--trials 2 --train.epochs 1 --train.batch_size 16",
+    "compare": "--train.epochs 1 --train.batch_size 16",
+    "cross_validate": "--folds 2 --train.epochs 1 --train.batch_size 16 --train.num_workers 1",
+}
+"""Options that the test adds to the documented line of each job."""
 ELSEWHERE = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "RAY_ADDRESS": "127.0.0.1:1",
@@ -68,11 +84,8 @@ def in_sourced_shell(folder: Path, *command: object) -> str:
     return succeed(["bash", "-c", script, "bash", *map(str, command)], environment)
 
 
-def guide() -> list[str]:
-    """Return the commands of docs/operations.md that render, prepare and train on the cluster."""
-    page = (ROOT / "docs" / "operations.md").read_text()
-    (block,) = re.findall(r"^```\n(agr-ray render.*?)^```", page, re.DOTALL | re.MULTILINE)
-    return re.sub(r"\\\n\s*", "", block).splitlines()
+def is_checkpoint(bucket: Bucket, key: str) -> bool:
+    return {"weights.safetensors", "meta.json"} <= {each.removeprefix(f"{key}/") for each in bucket.keys(f"{key}/")}
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -103,17 +116,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def bucket(folder: Path) -> Bucket:
     return bucket_of(folder)
-
-
-@pytest.fixture(scope="module")
-def trained(folder: Path) -> str:
-    """Run the guide's commands, with less work, and return what the training printed."""
-    render, prepare, train = guide()
-    in_sourced_shell(folder, "bash", "-c", f"{render} --num_chips {NUM_CHIPS} --num_photographs 1")
-    in_sourced_shell(folder, "bash", "-c", prepare)
-    return in_sourced_shell(
-        folder, "bash", "-c", train.replace(" --no-wait", "") + f" --epochs {EPOCHS} --batch_size 16"
-    )
 
 
 @pytest.mark.slow
@@ -156,13 +158,69 @@ def test_a_second_up_is_rejected_and_changes_nothing(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_submitted_training_leaves_its_run_in_the_bucket(trained: str, bucket: Bucket) -> None:
-    assert "succeeded" in trained
-    names = {key.removeprefix("runs/first/best/") for key in bucket.keys("runs/first/best/")}
-    assert {"weights.safetensors", "train_state.pt", "meta.json"} <= names
-    assert bucket.json("runs/first/best/meta.json")["metrics"]["epoch"] in range(1, EPOCHS + 1)
+@pytest.mark.timeout(1800)
+def test_the_documented_line_of_every_job_succeeds(folder: Path, bucket: Bucket) -> None:
+    lines = submit_lines()
+    for line in lines:
+        started = time.monotonic()
+        printed = in_sourced_shell(folder, "bash", "-c", f"{line.text} {LESS_WORK[line.job]}")
+        print(f"{line.job}: {time.monotonic() - started:.0f} s")
+        assert "succeeded" in printed
+
+    variables = exported(folder)
+    jobs = requests.get(
+        f"{variables['RAY_API_SERVER_ADDRESS']}/api/jobs/",
+        headers={"Authorization": f"Bearer {variables['RAY_AUTH_TOKEN']}"},
+        timeout=30,
+    ).json()
+    assert [job["status"] for job in jobs if job["type"] == "SUBMISSION"] == ["SUCCEEDED"] * len(lines)
+
+    chips = [f"chip-{index:06d}.jpg" for index in range(NUM_CHIPS)]
+    photographs = [f"photograph-{index:06d}.jpg" for index in range(NUM_PHOTOGRAPHS)]
+    assert bucket.keys("faces/chips/") == [f"faces/chips/{name}" for name in [*chips, "labels.parquet"]]
+    assert bucket.table("faces/chips/")["key"].to_pylist() == chips
+    drawn = bucket.table("faces/photographs/")["key"].to_pylist()
+    assert sorted({*drawn}) == photographs
+
+    assert bucket.json("prepared/prepare.json")["finished"]
+    crops = bucket.table("prepared/crops/").to_pylist()
+    assert sorted(row["key"] for row in crops) == chips
+    assert all(row["crop"] for row in crops)
+    keys = {name: sorted(row["key"] for row in crops if row["split"] == name) for name in ("train", "val", "test")}
+    assert sorted(itertools.chain(*keys.values())) == chips
+
     assert bucket.table("runs/first/history.parquet")["epoch"].to_pylist() == list(range(1, EPOCHS + 1))
-    assert bucket.json("runs/first/run.json")["finished"]
+    assert bucket.json("runs/first/run.json")["finished"] == "epochs"
+    for name in ("best", "last"):
+        assert is_checkpoint(bucket, f"runs/first/{name}")
+
+    assert bucket.keys("runs/first/best/calibration.json")
+    for name, split in (("calibration", "val"), ("evaluation", "test")):
+        assert sorted(bucket.table(f"{name}/predictions.parquet")["key"].to_pylist()) == keys[split]
+        assert bucket.json(f"{name}/metrics.json")["n"] == len(keys[split])
+
+    images = bucket.table("scored/images/").sort_by("uri").to_pylist()
+    assert [row["uri"] for row in images] == [f"{bucket.uri}/faces/photographs/{name}" for name in photographs]
+    assert [row["status"] for row in images] == ["ok"] * NUM_PHOTOGRAPHS
+    found = sorted(row["uri"] for row in images for _ in row["faces"])
+    assert sorted(bucket.table("scored/faces/")["uri"].to_pylist()) == found
+    assert len(found) <= len(drawn)
+    assert len(bucket.keys("scored/_SUCCESS/")) == 1
+
+    assert bucket.table("sweeps/lite/trials.parquet")["state"].to_pylist() == ["complete"] * 2
+    assert is_checkpoint(bucket, "sweeps/lite/best")
+    assert "[model]" in bucket.get("sweeps/lite/best.toml").decode()
+
+    compared = bucket.table("comparison/comparison.parquet").to_pylist()
+    assert [(row["preset"], row["seeds"]) for row in compared] == [("lightweight", [0]), ("plain_cnn", [0])]
+
+    assert sorted(bucket.table("cross-validation/predictions.parquet")["key"].to_pylist()) == chips
+    folds = bucket.table("cross-validation/folds.parquet").to_pylist()
+    assert [row["fold"] for row in folds] == ["fold-0", "fold-1"]
+    assert sum(row["num_test"] for row in folds) == NUM_CHIPS
+
+    for name in ("scored", "sweeps/lite", "comparison"):
+        assert bucket.get(f"{name}/report.html").lower().startswith(b"<!doctype html>")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from submit_lines import submit_lines
 
 from agr_ray.cli import COMMANDS
 from agr_ray.config import PrepareJob, TuneJob, parse
@@ -18,7 +19,8 @@ PAGES = [
     *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
     *sorted((ROOT / "agr_ray" / "recipes").glob("*.toml")),
 ]
-_COMMAND = re.compile(rf"(?:agr-ray |python jobs/)({'|'.join(COMMANDS)})(?:\.py)?((?: [^`\n]*)?)")
+_NAMES = "|".join(COMMANDS).replace("-", "[-_]")  # cross-validate, cross_validate.py
+_COMMAND = re.compile(rf"(?:agr-ray |python jobs/)({_NAMES})(?:\.py)?((?: [^`\n]*)?)")
 _CODE = re.compile(r"```.*?\n(.*?)```|`([^`]+)`", re.DOTALL)
 
 
@@ -35,7 +37,7 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
             for name, options in _COMMAND.findall(line):
                 words = shlex.split(options, comments=True)
                 if any(word.startswith("--") for word in words) and "..." not in words[-1:]:
-                    found.append((name, words))
+                    found.append((name.replace("_", "-"), words))
     return found
 
 
@@ -45,6 +47,13 @@ EVERY = [(path, *command) for path in PAGES for command in commands(path)]
 def test_there_are_commands_on_most_pages() -> None:
     assert len(EVERY) > 25
     assert len({path for path, _, _ in EVERY}) > 6
+
+
+def test_every_job_has_a_line_that_submits_it() -> None:
+    scripts = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+
+    assert sorted({line.job for line in submit_lines()}) == scripts
+    assert {script.replace("_", "-") for script in scripts} <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize(("path", "name", "words"), EVERY, ids=lambda each: str(each)[-60:])
