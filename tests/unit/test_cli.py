@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -61,14 +60,15 @@ def test_help_and_mistakes_import_nothing_heavy(argv: list[str]) -> None:
 
 @pytest.mark.parametrize("argv", SHORT_TIMED, ids=" ".join)
 def test_help_and_mistakes_answer_within_a_second(argv: list[str]) -> None:
-    times_s = []
-    for _ in range(5):
+    times_s: list[float] = []
+    # Three of at most five, so the median of five is below a second.
+    while sum(time_s < 1.0 for time_s in times_s) < 3:
+        assert len(times_s) < 5, times_s
         before = os.times()
         subprocess.run([*AGR_RAY, *argv], capture_output=True, check=False)
         after = os.times()
         # CPU time, because a busy machine makes everybody wait.
         times_s.append(sum(after[2:4]) - sum(before[2:4]))
-    assert statistics.median(times_s) < 1.0
 
 
 def test_mistakes_give_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
