@@ -5,7 +5,6 @@ Nothing heavy is imported before the command line is read, so `--help` and mista
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -37,9 +36,10 @@ from agr_ray.config import (
     fail,
     load,
     read_local,
+    wants_json,
 )
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.json_log import json_log
+from agr_ray.json_log import json_log, print_at_once
 
 J = TypeVar("J", bound=Job)
 
@@ -140,10 +140,13 @@ def run(
         argv: the options; None: those of this process.
         prog: the command's name in its help; None: that of the script.
     """
-    job = load(job_class, sys.argv[1:] if argv is None else argv, read=read_recipe, prog=prog)
-    log = json_log((prog or "").rpartition(" ")[2]) if job.log_format == "json" else nullcontext()
-    with log, one_line_errors():
-        work(job)
+    words = sys.argv[1:] if argv is None else argv
+    name = (prog or "").rpartition(" ")[2]
+    # Before the command line is read, so that its mistakes are logged, too.
+    with json_log(name) if wants_json(words) else nullcontext():
+        job = load(job_class, words, read=read_recipe, prog=prog)
+        with one_line_errors():
+            work(job)
 
 
 @contextmanager
@@ -193,7 +196,7 @@ def _confirmed_signals(stopped_by: list[int]) -> Iterator[None]:
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         stopped_by.append(signum)
-        os.write(2, b"stopping\n")  # not by print, which may be interrupted itself
+        print_at_once("stopping")
         signal.default_int_handler(signum, frame)
         raise AssertionError
 
@@ -274,7 +277,7 @@ def _demo(argv: Sequence[str]) -> None:
             pass
         case _:
             fail(f"demo {' '.join(argv)}: the only option is --out FOLDER, a local folder")
-    with one_line_errors():
+    with json_log("demo") if wants_json([]) else nullcontext(), one_line_errors():
         resolve_name("agr_ray.demo:demo")(out)
 
 

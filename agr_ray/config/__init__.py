@@ -24,7 +24,7 @@ from agr_ray.config.jobs import (
     StatusJob,
 )
 from agr_ray.config.label_space import LabelsConfig
-from agr_ray.config.parsing import built_in_recipes, load, parse, read_local
+from agr_ray.config.parsing import built_in_recipes, load, parse, read_local, wants_json
 from agr_ray.config.rendering import RenderConfig
 from agr_ray.config.scoring import GatesConfig, ScoreConfig
 from agr_ray.config.section import PositiveFloat, Section, digest, other_settings
@@ -87,4 +87,5 @@ __all__ = [
     "other_settings",
     "parse",
     "read_local",
+    "wants_json",
 ]

@@ -14,7 +14,7 @@ from pydantic_settings import CliSettingsSource
 
 from agr_ray.config.jobs import Job
 from agr_ray.config.section import ONE_OR_SEVERAL, FollowingWords
-from agr_ray.json_log import print_to_stderr
+from agr_ray.json_log import print_result, print_to_stderr
 from agr_ray.redact import printable, redacted
 
 
@@ -188,7 +188,7 @@ def _first_sentence(text: str) -> str:
 class _ShowHelp(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         assert isinstance(parser, CommandParser)
-        print(parser.format_help() if self.dest == "help_all" else parser.format_short_help(), end="")
+        print_result((parser.format_help() if self.dest == "help_all" else parser.format_short_help()).rstrip("\n"))
         raise SystemExit(0)
 
 

@@ -79,7 +79,7 @@ class Job(BaseSettings):
     storage: StorageConfig = StorageConfig()
     log_format: Literal["text", "json"] = "text"
     """`json`: print everything that people would read as JSON, an object for each line, on stderr: time, level, job,
-    run, message, counts."""
+    run, message, counts. Standard output then has only results for other programs, such as `--json-lines`."""
     _recipe: str = PrivateAttr("")
 
     @property

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ValidationError, create_model
@@ -28,6 +28,7 @@ from agr_ray.config.source import COLUMN_WORDS, LabelColumn
 from agr_ray.config.training_jobs import TuneJob
 from agr_ray.config.tuning import ParameterConfig
 from agr_ray.errors import ConfigError
+from agr_ray.json_log import print_to_stderr
 from agr_ray.redact import redacted, shown
 
 J = TypeVar("J", bound=Job)
@@ -128,8 +129,16 @@ def parse(
         warning = (
             "warning: model.pretrained {} of the recipe does not fit the preset {}, which starts from random weights"
         )
-        print(redacted(warning.format(*dropped), environ=environ), file=sys.stderr)
+        print_to_stderr(redacted(warning.format(*dropped), environ=environ))
     return built
+
+
+def wants_json(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the command line, or else the environment, asks for a JSON log, before they are checked."""
+    words = [word for each in argv for word in each.split("=", 1)]
+    given = [value for option, value in pairwise(words) if option.replace("_", "-") == "--log-format"]
+    variable = next((value for name, value in environ.items() if name.lower() == "agr_ray_log_format"), "")
+    return (given[-1] if given else variable) == "json"
 
 
 _EVERY_SECTION = create_model(

@@ -193,7 +193,8 @@ class _Preparation:
         part_rows = max(1, min(config.rows_per_file, -(-todo.num_rows // (4 * num_workers))))
         num_parts = -(-todo.num_rows // part_rows)
         parts = Parts(storage, storage.join(self._work, uuid.uuid4().hex[:12]), config.outage_s)
-        write_manifest(storage, parts.manifest, todo.to_batches(), MANIFEST, part_rows, {"num_parts": num_parts})
+        record = {"num_parts": num_parts, "part_rows": part_rows, "num_rows": todo.num_rows}
+        write_manifest(storage, parts.manifest, todo.to_batches(), MANIFEST, part_rows, record)
         return parts, list(range(num_parts))
 
     def _with_splits(self, manifest: pa.Table, standing: Sequence[StandingPart]) -> Splits:

@@ -18,7 +18,7 @@ from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
 from agr_ray.data.manifest import IMAGE_SUFFIXES
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.json_log import print_to_stderr
+from agr_ray.json_log import print_result, print_to_stderr
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.predict.photo import Photo
 from agr_ray.progress_bar import progress
@@ -59,7 +59,7 @@ def predict(job: PredictJob) -> list[Photo]:
             batch = model.predict(photographs[start : start + _BATCH_SIZE])
             if job.json_lines:
                 for photo in batch:
-                    console.print(json.dumps(photo.to_json()))
+                    print_result(json.dumps(photo.to_json()))
             if job.out:
                 _write_copies(batch, job.out, storage, names)
             photos += batch

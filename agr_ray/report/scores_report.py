@@ -36,7 +36,7 @@ def scores_report(storage: Storage, uri: str, run_id: str = "") -> Page:
     Raises:
         ConfigError: there is no published run, or not this one.
     """
-    records = list(published_runs(storage, uri))
+    records = published_runs(storage, uri)
     if not records:
         raise ConfigError(f"{uri}: there is no published scoring run")
     record = _chosen(records, uri, run_id)

@@ -9,6 +9,7 @@ from typing import Any, Final
 from agr_ray.config import StatusJob
 from agr_ray.console import make_console, make_table
 from agr_ray.errors import ConfigError
+from agr_ray.json_log import print_result
 from agr_ray.report.status_folders import Status, read_status
 from agr_ray.storage import Storage
 
@@ -41,7 +42,7 @@ def status(job: StatusJob) -> Status:
         )
         raise ConfigError(f"folder {uri}: {problem}; give OUT of score or prepare, or OUT/NAME of train or tune")
     if job.as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        print_result(json.dumps(dataclasses.asdict(found), indent=2))
     else:
         _print(found)
     if found.stuck:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -16,6 +17,7 @@ from agr_ray.scoring.planning import read_counts
 from agr_ray.scoring.publish import TABLES, published_runs, run_folders
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import LockRecord, lock_holder
+from agr_ray.storage.parts import read_plan
 from agr_ray.tuning.trials import best_trial, read_trials
 
 LOCK: Final = "lock.json"
@@ -85,10 +87,24 @@ class Status:
 def read_status(storage: Storage, uri: str) -> Status | None:
     """Return the status of a folder; None: it holds no results of score, train, tune or prepare.
 
+    While the files are read one after another, a job may begin, progress or end, so that they do not fit each other.
+    So what looks stuck is read again, and is stuck only if it looks the same then.
+
     Raises:
         ConfigError: a lock or a prepared set's record is damaged.
         StorageFailed, StorageUnavailable: the folder can't be read.
     """
+    status = _read(storage, uri)
+    if status is None or not status.stuck:
+        return status
+    again = _read(storage, uri)
+    if again is not None:
+        again.stuck = [sentence for sentence in again.stuck if sentence in status.stuck]
+    return again
+
+
+def _read(storage: Storage, uri: str) -> Status | None:
+    """Return the status as it looks in one pass over the files."""
     for marker, read in (("sweep.json", _sweep), ("run.json", _training), ("prepare.json", _prepared)):
         if storage.exists(storage.join(uri, marker)):
             return read(storage, uri)
@@ -108,7 +124,7 @@ def read_status(storage: Storage, uri: str) -> Status | None:
 
 
 def _scores(storage: Storage, out: str) -> Status:
-    records = list(published_runs(storage, out))
+    records = published_runs(storage, out)
     status = Status("scores", out, [_run(record) for record in records])
     work = f"{out}-work"
     lock = lock_holder(storage, storage.join(work, LOCK))
@@ -158,16 +174,17 @@ def _add_plan(
     hides: bool,
     is_running: bool,
 ) -> None:
-    """Add the plan of a configuration; with `hides`, without the number of its photographs."""
+    """Add the plan of a configuration; with `hides` or its own score.min_cell, without the number of photographs."""
     try:
         record = json.loads(storage.read(storage.join(work, identity, _PLAN)))
+        hides = hides or bool(record["min_cell"])
         folder = f"{identity}/{record['plan_id']}"
         plan = read_counts(storage, storage.join(work, folder, "manifest"))
     except MissingObject:  # it was published meanwhile
         return
     if plan is None:
         return
-    done = [int(PurePosixPath(name).stem.removeprefix("part-")) for name in files[f"{folder}/parts"]]
+    done = _numbers(files[f"{folder}/parts"])
     details = {
         "started": record["started_at"],
         "photographs_done": None if hides else sum(map(plan.rows_of, done)),
@@ -183,6 +200,11 @@ def _add_plan(
             f"configuration {identity}: most photographs were rejected for the same reason, more than "
             f"score.max_refused {record['rejected_above']:g} allows"
         )
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Return the numbers of parts, given the names of their files."""
+    return [int(PurePosixPath(name).stem.removeprefix("part-")) for name in names]
 
 
 def _files_by_folder(storage: Storage, uri: str) -> dict[str, list[str]]:
@@ -262,17 +284,14 @@ def _prepared(storage: Storage, uri: str) -> Status:
     is_running = status.running is not None
     plans = sorted({folder.partition("/")[0] for folder in files} - {""})
     for plan in plans:
-        folders = [f"{plan}/{name}" for name in ("parts", "manifest")]
-        done, total = (
-            sum(
-                storage.read_footer(storage.join(work, folder, name)).num_rows
-                for name in files[folder]
-                if name != _PLAN
-            )
-            for folder in folders
-        )
-        begun = {"parts_begun": len(files[f"{plan}/attempts"])}
-        status.add_work(Work(f"preparation {plan}", done, total, "images", begun), is_running=is_running)
+        record = read_plan(storage, storage.join(work, plan, "manifest"))
+        if record is not None:
+            part_rows, num_rows = record["part_rows"], record["num_rows"]
+            done = sum(min(part_rows, num_rows - part * part_rows) for part in _numbers(files[f"{plan}/parts"]))
+            begun = {"parts_begun": len(files[f"{plan}/attempts"])}
+            status.add_work(Work(f"preparation {plan}", done, num_rows, "images", begun), is_running=is_running)
+        elif not is_running:
+            status.stuck.append(f"{work}/{plan}: a job was stopped while it planned; the same command plans again")
     if not prepared.finished and not plans and not is_running:
         status.stuck.append(f"its preparation was stopped; {_RESUMES}")
     return status

@@ -50,6 +50,9 @@ DEFINITIONS: Final[Mapping[str, Definition]] = {
     "agr_ray_parts": Definition(
         Gauge, "Parts that are not finished: in_flight (at most one for each worker) or waiting", ("state",)
     ),
+    "agr_ray_last_finished_timestamp_seconds": Definition(
+        Gauge, "Time at which a job last found all photographs scored: it published them, or nothing was new"
+    ),
     "agr_ray_last_published_timestamp_seconds": Definition(Gauge, "Time at which the last run was published"),
     "agr_ray_train_epoch": Definition(Gauge, "Epoch in progress, from 1"),
     "agr_ray_train_loss": Definition(Gauge, "Mean training loss of the first worker since the epoch began"),
@@ -147,8 +150,9 @@ class Metrics:
             if summary["num_faces"]:
                 _metric("agr_ray_faces_total").inc(summary["num_faces"], self._labels)
 
-    def published(self, record: Mapping[str, Any]) -> None:
-        """Note the record of the run that was published last."""
+    def finished(self, record: Mapping[str, Any]) -> None:
+        """Note that all photographs are scored, and the record of the run that was published last."""
+        self._set("agr_ray_last_finished_timestamp_seconds", time())
         self._set(
             "agr_ray_last_published_timestamp_seconds", datetime.fromisoformat(record["published_at"]).timestamp()
         )

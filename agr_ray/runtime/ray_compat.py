@@ -36,6 +36,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 
 from agr_ray.console import make_console
+from agr_ray.json_log import print_at_once
 from agr_ray.redact import printable
 
 __all__ = ["ControllerCallback", "TrainRunContext"]
@@ -215,7 +216,7 @@ def graceful_interrupts() -> Iterator[Callable[[], bool]]:
         count += 1
         if count > 1 and callable(before):
             before(signum, frame)
-        os.write(_STDERR, b"stopping the trials; press Ctrl-C again to end at once\n")
+        print_at_once("stopping the trials; press Ctrl-C again to end at once")
         signal.raise_signal(signal.SIGUSR1)
 
     signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until Tune installs its own, while it starts

@@ -12,8 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from rich.console import Console
+
 from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
+from agr_ray.errors import ConfigError, JobError
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.local_worker import LocalWorker
 from agr_ray.scoring.publish import Counts, Publication
@@ -41,11 +44,9 @@ def score(job: ScoreJob) -> dict[str, Any]:
         LockLost: another job has taken over the output.
         StorageUnavailable: input or output can't be reached.
     """
-    with ExitStack() as until_published:
-        workers = _ChosenWorkers(job, until_published)
-        record = score_input(job, workers, make_console())
-        workers.published(record)
-        return record
+    with ExitStack() as until_finished:
+        console = make_console()
+        return score_input(job, _ChosenWorkers(job, until_finished, console), console)
 
 
 class _ChosenWorkers:
@@ -53,27 +54,33 @@ class _ChosenWorkers:
 
     Args:
         job: what is scored.
-        until_published: keeps the connection to a cluster, for the metrics of the publication.
+        until_finished: keeps the connection to a cluster, for the metrics of the publication.
+        console: for warnings.
     """
 
-    def __init__(self, job: ScoreJob, until_published: ExitStack) -> None:
+    def __init__(self, job: ScoreJob, until_finished: ExitStack, console: Console) -> None:
         self._job = job
-        self._until_published = until_published
+        self._until_finished = until_finished
+        self._console = console
         self._chosen: LocalWorker | RayWorkers = LocalWorker()
 
     @contextmanager
     def session(self, num_photographs: int) -> Iterator[None]:
         """Choose the workers, and keep them running until the run is published, or the block fails."""
         if not _needs_no_ray(self._job, num_photographs):
-            from agr_ray.runtime.score_on_ray import RayWorkers
-
-            self._chosen = RayWorkers(self._job)
-        self._until_published.enter_context(self._chosen.session(num_photographs))
+            self._join(num_photographs)
         try:
             yield
         except BaseException:
-            self._until_published.close()  # so that the workers end before the lock is released
+            self._until_finished.close()  # so that the workers end before the lock is released
             raise
+
+    def _join(self, num_photographs: int) -> None:
+        from agr_ray.runtime.score_on_ray import RayWorkers
+
+        workers = RayWorkers(self._job)
+        self._until_finished.enter_context(workers.session(num_photographs))
+        self._chosen = workers
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         """Score the parts in any order; yield the `scorer.SUMMARY` row of each part."""
@@ -88,23 +95,27 @@ class _ChosenWorkers:
         """Number of workers that score in parallel."""
         return self._chosen.num_workers
 
-    def published(self, record: Mapping[str, Any]) -> None:
-        """Show on the cluster, if there is one, when the run was published."""
-        if not isinstance(self._chosen, LocalWorker):
-            self._chosen.metrics.published(record)
+    def finished(self, record: Mapping[str, Any]) -> None:
+        """Show on the cluster, if there is one, when the last run was published and that this job is done."""
+        if isinstance(self._chosen, LocalWorker) and _has_cluster(self._job):  # nothing was new
+            try:
+                self._join(0)
+            except (ConfigError, JobError) as error:
+                self._console.print(f"warning: the cluster's metrics do not show that nothing was new: {error}")
+        self._chosen.finished(record)
 
 
 def _needs_no_ray(job: ScoreJob, num_photographs: int) -> bool:
     """Return whether one process should score so many photographs."""
     names_workers = job.score.num_workers is not None or job.score.use_gpu
-    names_cluster = bool(job.cluster.address or os.environ.get("RAY_ADDRESS"))
-    return num_photographs <= _MOST_WITHOUT_RAY and not (names_workers or names_cluster or _is_connected())
+    return num_photographs <= _MOST_WITHOUT_RAY and not (names_workers or _has_cluster(job))
 
 
-def _is_connected() -> bool:
-    """Return whether this process is connected to a Ray cluster."""
-    if "ray" not in sys.modules:
-        return False
-    import ray
+def _has_cluster(job: ScoreJob) -> bool:
+    """Return whether the job names a cluster, or this process is connected to one."""
+    is_connected = False
+    if "ray" in sys.modules:
+        import ray
 
-    return bool(ray.is_initialized())
+        is_connected = ray.is_initialized()
+    return bool(job.cluster.address or os.environ.get("RAY_ADDRESS")) or is_connected

@@ -27,12 +27,12 @@ class RayWorkers:
     def __init__(self, job: ScoreJob) -> None:
         self._job = job
         self.num_workers = 0
-        self.metrics = Metrics("score", Storage.absolute(job.score.out))
+        self._metrics = Metrics("score", Storage.absolute(job.score.out))
 
     @contextmanager
     def session(self, num_photographs: int) -> Iterator[None]:  # noqa: ARG002
         """Join or start a cluster for the duration of the block."""
-        with cluster(self._job.cluster), self.metrics.kept():
+        with cluster(self._job.cluster), self._metrics.kept():
             yield
 
     def score(self, scoring: Scoring, parts: Sequence[int]) -> Iterator[Mapping[str, Any]]:
@@ -45,12 +45,12 @@ class RayWorkers:
             worker = RemotelyPredicted if predictors else PartScorer
             arguments = (scoring, *([predictors] if predictors else []))
             num_left = len(parts)
-            self.metrics.parts_left(num_left, self.num_workers)
+            self._metrics.parts_left(num_left, self.num_workers)
             for table in run_parts(worker, arguments, parts, ActorPoolStrategy(size=self.num_workers)):
                 for summary in table.to_pylist(maps_as_pydicts="strict"):
                     num_left -= 1
-                    self.metrics.scored(summary, hides_totals=bool(self._job.score.min_cell))
-                    self.metrics.parts_left(num_left, self.num_workers)
+                    self._metrics.scored(summary, hides_totals=bool(self._job.score.min_cell))
+                    self._metrics.parts_left(num_left, self.num_workers)
                     yield summary
 
     def stage(self, publication: Publication) -> Iterator[Counts]:
@@ -63,6 +63,10 @@ class RayWorkers:
             ready, waiting = ray.wait(waiting)
             yield from ray.get(ready)
             waiting += [task.remote(publication, file) for file in islice(files, len(ready))]
+
+    def finished(self, record: Mapping[str, Any]) -> None:
+        """Show when the last run was published, and that all photographs are scored."""
+        self._metrics.finished(record)
 
 
 _MAX_BATCH_DEATHS: Final = 10

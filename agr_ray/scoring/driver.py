@@ -98,6 +98,10 @@ class Workers(Protocol):
         """Number of workers that score in parallel."""
         ...
 
+    def finished(self, record: Mapping[str, Any]) -> None:
+        """Note that all photographs are scored. `record` is of the last published run, which may be an earlier one."""
+        ...
+
 
 def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, Any]:
     """Score all new photographs, publish, and return the run's record, `_SUCCESS/run=ID.json`.
@@ -108,6 +112,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         ConfigError: the checkpoint or the input does not exist, the input has no photographs, most of them are
             rejected for the same reason, another job holds the lock, or the cluster is too small.
         LockLost: another job has taken over the output.
+        StorageError: a table (`score.table`) can't be used.
         StorageUnavailable: input or output can't be reached.
     """
     storage = Storage.from_config(job.storage)
@@ -141,9 +146,10 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
             console.print(f"warning: unpublished files of a killed job in {out} can't be deleted: {error}")
         if left:
             console.print(f"deleted unpublished files of killed jobs: {', '.join(left)}")
-        # Runs of a job that was killed between publishing and this step, or of earlier jobs without score.table.
-        retry.call(lambda: commit_runs(storage, job.score, out, lock.check, console))
-        earlier = _scored_runs(storage, out, job, model, config_digest, key)
+        records = published_runs(storage, out)
+        # Runs of a job that was killed between publishing and its commit, or of earlier jobs without score.table.
+        retry.call(lambda: commit_runs(storage, job.score, out, records, lock.check, console))
+        earlier = _scored_runs(records, storage, out, job, model, config_digest, key)
         skipped = list(earlier)
         planned = resume(storage, plans, skipped, job.score.max_refused, console)
         if planned is None:
@@ -151,6 +157,7 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         if planned.plan.num_scored and not planned.plan.num_to_do:
             latest = list(earlier.values())[-1]
             print_nothing_new(job.score, planned.plan, latest["run_id"], console)
+            workers.finished(records[-1])
             _delete_plans(storage, plans, lock, console)
             return latest
         run_id = new_id(now())
@@ -214,16 +221,22 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
         record = run_record(job, publication, model, config_digest, precisions, timings, totals, shift)
         retry.call(lambda: publish(publication, record, lock.check))
         _delete_plans(storage, plans, lock, console)
-        retry.call(lambda: commit_runs(storage, job.score, out, lock.check, console))
-    title = f"{out} run={run_id}"
-    if job.score.min_cell:
-        console.print(f"published {title}; score.min_cell withholds its totals")
-    else:
-        print_summary(console, totals, title)
-    if model.calibration is not None:
-        print_shift(console, shift)
-    print_timings(console, timings)
-    print_next(console, "see who is in the photographs", "report", out)
+        workers.finished(record)
+        title = f"{out} run={run_id}"
+        if job.score.min_cell:
+            console.print(f"published {title}; score.min_cell withholds its totals")
+        else:
+            print_summary(console, totals, title)
+        if model.calibration is not None:
+            print_shift(console, shift)
+        print_timings(console, timings)
+        try:
+            retry.call(lambda: commit_runs(storage, job.score, out, [record], lock.check, console))
+        except (StorageError, StorageUnavailable) as error:
+            raise type(error)(
+                f"{error}; run={run_id} is published, and the same command commits it to the {job.score.table} tables"
+            ) from None
+        print_next(console, "see who is in the photographs", "report", out)
     return record
 
 
@@ -264,7 +277,13 @@ def _selection(config: ScoreConfig, storage: Storage) -> dict[str, Any]:
 
 
 def _scored_runs(
-    storage: Storage, out: str, job: ScoreJob, model: ModelFiles, config_digest: str, key: bytes
+    records: Sequence[dict[str, Any]],
+    storage: Storage,
+    out: str,
+    job: ScoreJob,
+    model: ModelFiles,
+    config_digest: str,
+    key: bytes,
 ) -> dict[str, dict[str, Any]]:
     """Return the runs with the same model, configuration and key, whose images need not be scored again.
 
@@ -272,7 +291,7 @@ def _scored_runs(
     """
     wanted = {"model_digest": model.digest, "config_digest": config_digest, "key_id": key_id(key)}
     runs = {}
-    for record in published_runs(storage, out):
+    for record in records:
         if all(record[name] == value for name, value in wanted.items()):
             if record["aggregate_only"] and not job.score.aggregate_only:
                 raise ConfigError(

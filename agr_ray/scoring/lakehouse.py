@@ -11,8 +11,8 @@ import datetime
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,7 +23,7 @@ from agr_ray.config import ScoreConfig
 from agr_ray.errors import ConfigError
 from agr_ray.redact import redacted
 from agr_ray.schema import RUN_ID
-from agr_ray.scoring.publish import TABLES, published_runs
+from agr_ray.scoring.publish import TABLES
 from agr_ray.storage import ObjectInfo, Storage, StorageError, StorageUnavailable
 
 if TYPE_CHECKING:
@@ -35,10 +35,35 @@ _DELTA_CONFIGURATION: Final = {"delta.appendOnly": "true", "delta.deletedFileRet
 _ICEBERG_PROPERTIES: Final = {"gc.enabled": "false", "commit.retry.num-retries": "0"}
 """Published files stay. And pyiceberg does not repeat a commit that another process has overtaken, which would add a
 run twice."""
-_COLOURS: Final = re.compile(r"\x1b\[[\d;]*m|↳")
-"""What deltalake adds to its messages for terminals."""
+_NOISE: Final = re.compile(r"\x1b\[[\d;]*m|↳|^ +(?:\d+: |at ).*$|\(Background on this error at: .*\)", re.MULTILINE)
+"""What the libraries add to their messages: colours and arrows, backtraces, links."""
 _MAX_REASON: Final = 500
 """Maximum length of a library's error in a message, in characters."""
+_OUTAGES: Final = {
+    "builtins.ConnectionError",
+    "builtins.TimeoutError",
+    "requests.exceptions.ConnectionError",
+    "requests.exceptions.Timeout",
+    "pyiceberg.exceptions.AuthorizationExpiredError",  # the next attempt signs in again
+    "pyiceberg.exceptions.CommitFailedException",
+    "pyiceberg.exceptions.CommitStateUnknownException",
+    "pyiceberg.exceptions.ServerError",
+    "pyiceberg.exceptions.ServiceUnavailableError",
+    "pyiceberg.exceptions.TooManyRequestsError",
+    "pyiceberg.exceptions.WaitingForLockException",
+    "sqlalchemy.exc.IntegrityError",  # another process made the same namespace or table
+    "sqlalchemy.exc.OperationalError",
+}
+"""Classes of errors after which another attempt may succeed: outages, and commits that another process overtook."""
+_OUTAGE_TEXT: Final = re.compile(
+    "Failed to commit transaction|table already exists|existing table version"  # deltalake: overtaken
+    "|HTTP error|non-2xx status code:? (?:429|5[0-9]{2})"  # deltalake, which has no classes for errors of S3
+    "|HTTP status (?:429|5[0-9]{2})"  # pyarrow, by which pyiceberg reads
+    "|AWS Error (?:INTERNAL_FAILURE|NETWORK_CONNECTION|REQUEST_TIMEOUT|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING)"
+)
+"""Matches messages of such errors in other classes."""
+_NO_DATABASE: Final = "unable to open database file"
+"""SQLite's message for a missing folder. Its class is also that of "database is locked"."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +82,8 @@ def check_table(storage: Storage, config: ScoreConfig, out: str) -> None:
 
     Raises:
         ConfigError: the library is not installed, or a setting is missing or not allowed.
-        StorageUnavailable: the library can't reach the tables or the catalogue.
+        StorageError: the first table or the catalogue can't be used.
+        StorageUnavailable: it can't be reached.
     """
     if config.table != "iceberg" and config.iceberg_namespace:
         raise ConfigError(f"score.iceberg_namespace {config.iceberg_namespace}: is only used with score.table iceberg")
@@ -79,23 +105,32 @@ def check_table(storage: Storage, config: ScoreConfig, out: str) -> None:
         _open_catalog(storage, config, out)
 
 
-def commit_runs(storage: Storage, config: ScoreConfig, out: str, check: Callable[[], None], console: Console) -> None:
-    """Add all published runs that a table lacks, oldest first.
+def commit_runs(
+    storage: Storage,
+    config: ScoreConfig,
+    out: str,
+    records: Sequence[Mapping[str, Any]],
+    check: Callable[[], None],
+    console: Console,
+) -> None:
+    """Add the runs that a table lacks, in their order.
 
     Args:
         storage: holds the runs.
         config: says which tables.
         out: folder of the results.
+        records: of published runs.
         check: called before each transaction; raises if this job may no longer write.
         console: prints the runs that were added.
 
     Raises:
-        StorageUnavailable: a table can't be read or written, or another process has written to it meanwhile.
+        StorageError: a table is not one of ours, or can't be used; a retry would not help.
+        StorageUnavailable: a table can't be reached, or another process has written to it meanwhile.
     """
     if config.table == "none":
         return
     catalog = _open_catalog(storage, config, out) if config.table == "iceberg" else None
-    records, added = list(published_runs(storage, out)), set()
+    added: set[str] = set()
     for name in TABLES:
         folder = storage.join(out, name)
         having = [each for each in records if name == "demographics" or not each["aggregate_only"]]
@@ -112,7 +147,7 @@ def commit_runs(storage: Storage, config: ScoreConfig, out: str, check: Callable
         console.print(f"committed to the {config.table} tables: {', '.join(sorted(added))}")
 
 
-def _read_run(storage: Storage, folder: str, record: dict[str, Any]) -> _Run:
+def _read_run(storage: Storage, folder: str, record: Mapping[str, Any]) -> _Run:
     """Return one table's files of a published run."""
     infos = list(storage.list(storage.join(folder, f"run={record['run_id']}"), (".parquet",)))
     if not infos:
@@ -131,10 +166,15 @@ class _DeltaTable:
 
     def __init__(self, storage: Storage, folder: str) -> None:
         from deltalake import DeltaTable
+        from deltalake.exceptions import TableNotFoundError
 
         self._uri, self._options = folder, storage.delta_options(folder)
-        exists = DeltaTable.is_deltatable(folder, self._options)
-        self._table = DeltaTable(folder, storage_options=self._options) if exists else None
+        self._table: DeltaTable | None = None
+        with suppress(TableNotFoundError):  # `is_deltatable` would stop all threads of this process while it waits
+            self._table = DeltaTable(folder, storage_options=self._options)
+        if self._table is not None:
+            columns = [field.name for field in self._table.schema().fields]
+            _check_ours(folder, columns, self._table.metadata().partition_columns)
 
     def missing(self, run_ids: Iterable[str]) -> set[str]:
         """Return the runs that the table lacks, as this process has read it."""
@@ -191,6 +231,8 @@ class _IcebergTable:
         self._catalog, self._namespace = catalog, config.iceberg_namespace
         self._name = f"{self._namespace}.{name}"
         self._table = catalog.load_table(self._name) if catalog.table_exists(self._name) else None
+        if self._table is not None:
+            _check_ours(self._name, self._table.schema().column_names)
 
     def missing(self, run_ids: Iterable[str]) -> set[str]:
         """Return the runs that the table lacks, as this process has read it."""
@@ -235,13 +277,38 @@ def _open_catalog(storage: Storage, config: ScoreConfig, out: str) -> Catalog:
     return catalog
 
 
+def _check_ours(name: str, columns: Collection[str], partitioned_by: Sequence[str] = ()) -> None:
+    """Reject a table of another program, to which both libraries would add our columns.
+
+    Raises:
+        StorageError: it is one.
+    """
+    problems = [] if RUN_ID.name in columns else [f"has no column {RUN_ID.name}"]
+    problems += [f"is partitioned by {column}" for column in partitioned_by]
+    if problems:
+        raise StorageError(f"{name}: there is a table that is not one of agr-ray's: it {' and '.join(problems)}")
+
+
 @contextmanager
 def _one_line_errors(what: str) -> Iterator[None]:
-    """Turn the errors of deltalake and pyiceberg, which have no class in common, into StorageUnavailable."""
+    """Turn the errors of deltalake and pyiceberg, which have no class in common, into one line.
+
+    Raises:
+        StorageError: a retry would not help.
+        StorageUnavailable: it may.
+    """
     try:
         yield
     except (StorageError, StorageUnavailable):
         raise
     except Exception as error:
-        reason = redacted(" ".join(_COLOURS.sub("", f"{type(error).__name__}: {error}").split()))[:_MAX_REASON]
-        raise StorageUnavailable(f"{what}: can't be read or written: {reason}") from None
+        reason = redacted(" ".join(_NOISE.sub("", f"{type(error).__name__}: {error}").split()))[:_MAX_REASON]
+        problem = StorageUnavailable if _may_pass(error) else StorageError
+        raise problem(f"{what}: can't be read or written: {reason}") from None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt may succeed. By names, because the classes are of libraries that are optional."""
+    text = " ".join(_NOISE.sub("", str(error)).split())
+    names = {f"{each.__module__}.{each.__qualname__}" for each in type(error).__mro__}
+    return (bool(names & _OUTAGES) or bool(_OUTAGE_TEXT.search(text))) and _NO_DATABASE not in text

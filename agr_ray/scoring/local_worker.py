@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Final
 
 from agr_ray.errors import JobError
+from agr_ray.json_log import child_stderr
 from agr_ray.scoring.publish import Counts, Publication
 from agr_ray.scoring.scorer import PartScorer, Scoring
 
@@ -61,15 +62,19 @@ class LocalWorker:
         """Write the files of all parts in this process; yield the counts of each."""
         return map(publication.stage_file, range(publication.num_files))
 
+    def finished(self, record: Mapping[str, Any]) -> None:
+        """Do nothing: without a cluster there are no metrics."""
+
 
 def _summaries(scoring: Scoring, parts: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yield the summaries of parts that a new process scores, until it is done or dies."""
     ours, theirs = Pipe()
-    with ours:
+    with ours, child_stderr() as stderr:
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
+                stderr=stderr,
                 start_new_session=True,  # so that Ctrl-C reaches only this process, which ends the other
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )

@@ -18,7 +18,7 @@ import json
 import re
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -261,12 +261,12 @@ def stage_demographics(
     publication.storage.write_table(table, uri)
 
 
-def published_runs(storage: Storage, out: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of all published runs, oldest first."""
+def published_runs(storage: Storage, out: str) -> list[dict[str, Any]]:
+    """Return the records of all published runs, oldest first."""
     folder = storage.join(out, SUCCESS)
-    if storage.exists(folder):
-        for info in storage.list(folder, (".json",)):
-            yield json.loads(storage.read(info.uri))
+    uris = [info.uri for info in storage.list(folder, (".json",))] if storage.exists(folder) else []
+    with ThreadPoolExecutor(NUM_READS) as pool:
+        return [json.loads(body) for body in pool.map(storage.read, uris)]
 
 
 def publish(publication: Publication, record: dict[str, Any], check: Callable[[], None]) -> None:

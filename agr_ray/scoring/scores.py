@@ -86,7 +86,7 @@ def open_scores(uri: str | os.PathLike[str], *, storage: Storage | None = None) 
 
     storage = storage or Storage()
     out = storage.absolute(os.fspath(uri)).rstrip("/")
-    if next(published_runs(storage, out), None) is None:
+    if not published_runs(storage, out):
         if not storage.exists(out):
             raise ConfigError(f"{uri}: there is no such folder")
         raise ConfigError(f"{uri}: there is no published scoring run (a file _SUCCESS/run=ID.json)")

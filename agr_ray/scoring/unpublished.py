@@ -112,7 +112,13 @@ def replan(
         storage.delete_tree(plans)
         raise
     planned = Planned(plan_id, started_at.isoformat(timespec="milliseconds"), time.perf_counter() - started, made)
-    record = {"plan_id": plan_id, "started_at": planned.started_at, "plan_s": planned.plan_s, "skipped": skipped}
+    record = {
+        "plan_id": plan_id,
+        "started_at": planned.started_at,
+        "plan_s": planned.plan_s,
+        "skipped": skipped,
+        "min_cell": job.score.min_cell,  # for `agr-ray status`, which withholds counts then
+    }
     check()
     storage.write(_plan_uri(storage, plans), json.dumps(record, indent=2).encode())
     return planned

@@ -82,4 +82,13 @@ def test_the_endpoint_has_the_counts_of_a_scoring_run(tmp_path: Path) -> None:
         assert value(found, "image_stage_seconds_count", stage=stage) == [2]  # parts
     assert value(found, "parts", state="waiting") == value(found, "parts", state="in_flight") == [0]
     (published_s,) = value(found, "last_published_timestamp_seconds")
-    assert began_s < published_s < time.time()
+    (finished_s,) = value(found, "last_finished_timestamp_seconds")
+    assert began_s < published_s < finished_s < time.time()
+
+    assert score(job) == record  # nothing is new
+    found = wait_for(
+        job.score.out, lambda each: value(each, "last_finished_timestamp_seconds") not in ([], [finished_s])
+    )
+
+    assert value(found, "last_published_timestamp_seconds") == [published_s]
+    assert finished_s < value(found, "last_finished_timestamp_seconds")[0] < time.time()

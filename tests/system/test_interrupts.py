@@ -17,8 +17,9 @@ from agr_ray.learn.run import CHECKPOINTS
 from agr_ray.models.checkpoint import load_train_state
 from agr_ray.runtime.ray_compat import SNAPSHOT
 
-sys.path.append(str(ROOT / "tests" / "ray"))
+sys.path += [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "ray")]
 from sets import prepared_set
+from test_json_log import logged
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -87,17 +88,26 @@ def test_ctrl_c_is_confirmed_and_ends_the_job_with_one_line(
 def test_sigterm_saves_a_checkpoint_within_the_epoch_and_releases_the_lock(tmp_path: Path) -> None:
     data = prepared_set(tmp_path / "data", {"train": 40, "val": 12})
     words = ["train", "--train.data", data, "--train.out", tmp_path / "out", "--train.name", "run", *TRAINING]
-    command = [sys.executable, "-c", "from agr_ray.cli import main; main()", *map(str, words)]
+    command = [sys.executable, "-c", "from agr_ray.cli import main; main()", *map(str, words), "--log-format", "json"]
 
     with short_folder() as ray_folder:
         status, out, errors, confirmed_s = interrupted(command, tmp_path, ray_folder, signal.SIGTERM)
 
     assert status == 143, errors
     assert confirmed_s < 5
-    saved = re.search(r"saved a checkpoint of epoch (\d+) after (\d+) steps", out)
-    assert saved, out
-    assert errors.splitlines()[-1] == "error: stopped by SIGTERM; run the same command again to resume it"
     run = tmp_path / "out" / "run"
+    lines = logged(errors)
+    assert out == ""
+    begins = next(number for number, line in enumerate(lines) if line["run"])
+    assert {line["run"] for line in lines[begins:]} == {str(run)}
+    messages = [line["message"] for line in lines]
+    assert "saving a checkpoint; press Ctrl-C again to end at once" in messages
+    saved = re.search(r"saved a checkpoint of epoch (\d+) after (\d+) steps", "\n".join(messages))
+    assert saved, messages
+    assert (lines[-1]["level"], messages[-1]) == (
+        "error",
+        "stopped by SIGTERM; run the same command again to resume it",
+    )
     assert not (run / "lock.json").exists()
     known = (run / CHECKPOINTS / SNAPSHOT).read_text()
     states = [load_train_state(folder) for folder in (run / CHECKPOINTS).iterdir() if f'"{folder.name}"' in known]

@@ -16,8 +16,7 @@ from deltalake import DeltaTable
 from pyiceberg.utils.config import Config
 
 sys.path += [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "ray")]
-from sets import checkpoint
-from this_process import ThisProcess
+from this_process import ThisProcess, model, workers
 
 from agr_ray.config import ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
@@ -25,10 +24,11 @@ from agr_ray.data.rendered import render_chip
 from agr_ray.scoring import driver
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.lakehouse import commit_runs
-from agr_ray.scoring.publish import TABLES
+from agr_ray.scoring.publish import TABLES, published_runs
 from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.vision.decode import encode_jpeg
 
+__all__ = ["model", "workers"]  # fixtures
 KEYS = ("run_id", "image_id", "face_index", "breakdown", "age_group", "gender", "race")
 
 
@@ -59,7 +59,8 @@ class Lake:
             self.printed = log.getvalue()
 
     def commit(self, check: Callable[[], None] = lambda: None) -> None:
-        commit_runs(self.storage, self.config(self.kind), self.out, check, make_console(io.StringIO()))
+        records = published_runs(self.storage, self.out)
+        commit_runs(self.storage, self.config(self.kind), self.out, records, check, make_console(io.StringIO()))
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of a table through DuckDB, whose own extensions for these tables are downloads."""
@@ -87,16 +88,6 @@ class Lake:
 
 def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: [str(row.get(name)) for name in KEYS])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture(scope="module")
-def workers(model: Path) -> ThisProcess:
-    return ThisProcess.of(model)
 
 
 @pytest.fixture(params=["delta", "iceberg"])

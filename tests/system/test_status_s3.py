@@ -36,7 +36,7 @@ def test_scores_and_their_unpublished_work(s3_root: str, capsys: pytest.CaptureF
     write(storage, f"{out}/_SUCCESS/run=r.json", record | {"model_digest": "m", "min_cell": 0})
     storage.write(f"{out}/images/run=r/images-00000.parquet", b"rows")
     plan = f"{out}-work/abc"
-    write(storage, f"{plan}/plan.json", {"plan_id": "p", "started_at": "t"})
+    write(storage, f"{plan}/plan.json", {"plan_id": "p", "started_at": "t", "min_cell": 0})
     write(storage, f"{plan}/p/manifest/plan.json", PLAN)
     for number in (0, 2):
         storage.write(f"{plan}/p/parts/part-{number:08d}.parquet", b"rows")

@@ -39,8 +39,7 @@ from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.utils.config import Config
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
-from sets import checkpoint
-from this_process import ThisProcess
+from this_process import ThisProcess, model, workers
 
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
@@ -52,6 +51,7 @@ from agr_ray.storage import ServerFailed, Storage, StorageUnavailable, atomic
 from agr_ray.storage.lock import LockLost
 from agr_ray.vision.decode import encode_jpeg
 
+__all__ = ["model", "workers"]  # fixtures
 NUM_SEQUENCES = int(os.environ.get("AGR_TEST_SEQUENCES", "15"))
 IS_SEEDED = "AGR_TEST_SEED" in os.environ
 """Another seed draws other sequences, so a large number can be run in several commands; without one they are fixed."""
@@ -343,16 +343,6 @@ def refuse(always: str, once: str) -> None:
         return read(self, uri, **kwargs)
 
     Storage.read = read_or_refuse  # type: ignore[method-assign]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture(scope="module")
-def workers(model: Path) -> ThisProcess:
-    return ThisProcess.of(model)
 
 
 @pytest.mark.timeout(0)

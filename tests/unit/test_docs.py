@@ -11,6 +11,7 @@ from submit_lines import submit_lines
 
 from agr_ray.cli import COMMANDS
 from agr_ray.config import PrepareJob, TuneJob, parse
+from agr_ray.schema import SCHEMA_VERSION
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -42,6 +43,13 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
 
 
 EVERY = [(path, *command) for path in PAGES for command in commands(path)]
+
+
+def test_the_changelog_names_the_schema_version_of_each_release() -> None:
+    releases = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1:]
+    versions = [re.findall(r"^`schema_version` (\d+)\.$", release, re.MULTILINE) for release in releases]
+    assert versions[0] == [str(SCHEMA_VERSION)]
+    assert [len(found) for found in versions] == [1] * len(releases)
 
 
 def test_there_are_commands_on_most_pages() -> None:

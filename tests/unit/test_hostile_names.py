@@ -19,15 +19,13 @@ import pytest
 from markdown_it import MarkdownIt
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
-from sets import checkpoint
 from test_card import evaluation, meta
 from test_inventory import objects
 from test_splits import make_manifest, make_row
+from this_process import model
 
 from agr_ray import cli
-from agr_ray.config import VisionConfig
 from agr_ray.config.command_line import fail
-from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console, make_table
 from agr_ray.data.inventory import InventoryError
 from agr_ray.data.rendered import render_chip
@@ -39,6 +37,7 @@ from agr_ray.storage import ObjectInfo, Storage, StorageFailed
 from agr_ray.storage.trees import download_objects
 from agr_ray.vision.decode import encode_jpeg
 
+__all__ = ["model"]  # a fixture
 ROOT = Path(__file__).parents[2]
 NAMES = (
     "\x1b[2J\x1b]0;owned\x07.jpg",
@@ -70,12 +69,6 @@ def test_no_name_steers_the_terminal(name: str, capsys: pytest.CaptureFixture[st
     assert CONTROL.search(out.getvalue()) is None
     said = capsys.readouterr().err
     assert (CONTROL.search(said), said.count("\n")) == (None, 1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    stored = Pipeline(vision=VisionConfig(detector="haar"))
-    return checkpoint(tmp_path_factory.mktemp("model") / "model", pipeline=stored)
 
 
 def test_predict_prints_and_writes_nothing_that_a_name_chose(

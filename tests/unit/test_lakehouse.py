@@ -6,12 +6,17 @@ DuckDB's own extensions for both are downloads, so DuckDB reads them through del
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import http.server
 import io
 import json
 import multiprocessing
+import re
+import sqlite3
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyiceberg.catalog
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 from deltalake.table import TableAlterer
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.utils.config import Config
@@ -31,8 +36,8 @@ from agr_ray.console import make_console
 from agr_ray.errors import ConfigError
 from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, REJECTS, RUN_ID
 from agr_ray.scoring.lakehouse import check_table, commit_runs
-from agr_ray.scoring.publish import TABLES, delete_unpublished, views_sql
-from agr_ray.storage import Connection, S3Address, Storage, StorageUnavailable
+from agr_ray.scoring.publish import TABLES, delete_unpublished, published_runs, views_sql
+from agr_ray.storage import Connection, ObjectInfo, S3Address, Storage, StorageError, StorageUnavailable
 from agr_ray.storage.lock import LockLost
 
 KINDS = ("delta", "iceberg")
@@ -98,7 +103,8 @@ class Lake:
 
     def commit(self, check: Callable[[], None] = lambda: None) -> None:
         log = io.StringIO()
-        commit_runs(Storage(), self.config, str(self.out), check, make_console(log))
+        records = published_runs(Storage(), str(self.out))
+        commit_runs(Storage(), self.config, str(self.out), records, check, make_console(log))
         self.printed = log.getvalue()
 
     def delta(self, name: str) -> DeltaTable:
@@ -462,7 +468,7 @@ def test_a_job_that_may_no_longer_write_adds_nothing(lake: Lake) -> None:
 )
 def test_settings_that_cannot_work_are_rejected(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     config = ScoreConfig(**{"out": str(tmp_path / "out")} | settings)
-    with pytest.raises((ConfigError, StorageUnavailable), match=f"^{message}"):
+    with pytest.raises((ConfigError, StorageError), match=f"^{message}"):
         check_table(Storage(), config, config.out)
 
 
@@ -494,7 +500,8 @@ def test_a_catalogue_that_cannot_be_opened_is_named_without_its_secrets(
 ) -> None:
     set_catalog(monkeypatch, **properties)
     lake = Lake(tmp_path, "iceberg")
-    with pytest.raises(StorageUnavailable, match=r"^score\.iceberg_catalog lake: can't be read or written: ") as caught:
+    kind = StorageUnavailable if properties.get("TYPE") == "rest" else StorageError
+    with pytest.raises(kind, match=r"^score\.iceberg_catalog lake: can't be read or written: ") as caught:
         check_table(Storage(), lake.config, str(lake.out))
     assert "\n" not in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -504,19 +511,196 @@ def test_a_catalogue_that_cannot_be_opened_is_named_without_its_secrets(
 def test_an_error_of_a_library_becomes_one_plain_line(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
 
-    def fail(*args: object) -> bool:
+    def fail(*args: object, **options: object) -> bool:
         raise OSError(
-            f"Generic S3 error\n   \x1b[31m↳\x1b[0m Error performing GET\n\twith {SECRET}" + " and more" * 100
+            "Generic S3 error\n   \x1b[31m↳\x1b[0m Error performing GET\n\twith "
+            f"{SECRET}\n   0: <unknown>\n  13: clone3\n             at ./misc/clone3.S:81:0\n" + " and more" * 100
         )
 
-    monkeypatch.setattr(DeltaTable, "is_deltatable", fail)
+    monkeypatch.setattr(DeltaTable, "__init__", fail)
     monkeypatch.setattr(SqlCatalog, "namespace_exists", fail)
-    with pytest.raises(StorageUnavailable) as caught:
+    with pytest.raises(StorageError) as caught:
         check_table(Storage(), lake.config, str(lake.out))
-    where = str(lake.out) if lake.kind == "delta" else "score.iceberg_catalog lake"
+    where = f"{lake.out}" if lake.kind == "delta" else "score.iceberg_catalog lake"
     start = f"{where}: can't be read or written: OSError: Generic S3 error Error performing GET with *** and more"
     assert str(caught.value).startswith(start)
     assert len(str(caught.value)) < 700
+
+
+# Outages pass, other problems do not
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A server that answers each request with the same status."""
+
+    status: int
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(self.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815  # names of the base class
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def refusing(status: int) -> Iterator[str]:
+    """Run a server that answers with this status, or nobody's port if it is 0; yield its URL."""
+    handler = type("Handler", (Refusing,), {"status": status})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        if status:
+            threading.Thread(target=server.serve_forever).start()
+        else:
+            server.server_close()
+        try:
+            yield url
+        finally:
+            if status:
+                server.shutdown()
+
+
+STATUSES = {0: StorageUnavailable, 403: StorageError, 404: StorageError, 429: StorageUnavailable}
+STATUSES |= {500: StorageUnavailable, 503: StorageUnavailable}
+"""What an answer means: outages pass."""
+
+
+@pytest.mark.parametrize(("status", "kind"), STATUSES.items())
+def test_outages_of_s3_are_retried_and_refusals_are_not(
+    status: int, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refusing(status) as url:
+        address = S3Address(url, "us-east-1", "path", anonymous=True)
+        options = Connection(anonymous=True, timeout_s=5.0, max_attempts=1).delta_options(address)
+        monkeypatch.setattr(Storage, "delta_options", lambda *_: options)
+        with pytest.raises((StorageError, StorageUnavailable)) as caught:
+            check_table(Storage(), ScoreConfig(table="delta"), "s3://bucket/out")
+    assert (type(caught.value), "\n" in str(caught.value)) == (kind, False)
+
+
+@pytest.mark.parametrize(("status", "kind"), STATUSES.items())
+def test_outages_of_a_catalogue_are_retried_and_refusals_are_not(
+    status: int, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with refusing(status) as url:
+        set_catalog(monkeypatch, URI=url, TYPE="rest")
+        with pytest.raises((StorageError, StorageUnavailable)) as caught:
+            check_table(Storage(), Lake(tmp_path, "iceberg").config, str(tmp_path))
+    assert (type(caught.value), "\n" in str(caught.value)) == (kind, False)
+
+
+@pytest.mark.parametrize(("status", "kind"), STATUSES.items())
+def test_outages_of_files_are_retried_and_refusals_are_not(
+    status: int, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_catalog(monkeypatch, URI=f"sqlite:///{tmp_path}/catalog.db", WAREHOUSE=f"file://{tmp_path}/warehouse")
+    lake = Lake(tmp_path, "iceberg")
+    lake.publish(RUNS[0], aggregate_only=True)
+    listed = Storage.list
+
+    def in_a_bucket(storage: Storage, uri: str, *args: Any) -> Iterator[ObjectInfo]:
+        for info in listed(storage, uri, *args):
+            yield dataclasses.replace(info, uri=f"s3://bucket/{info.key}") if ".parquet" in info.key else info
+
+    with refusing(status) as url, monkeypatch.context() as patch:
+        address = S3Address(url, "us-east-1", "path", anonymous=True)
+        properties = Connection(anonymous=True, timeout_s=1.0).iceberg_properties(address)
+        patch.setattr(Storage, "iceberg_properties", lambda *_: properties)
+        patch.setattr(Storage, "list", in_a_bucket)
+        read_footer = Storage.read_footer
+        path = next(lake.out.glob("demographics/*/*.parquet"))
+        patch.setattr(Storage, "read_footer", lambda storage, _: read_footer(storage, str(path)))
+        with pytest.raises((StorageError, StorageUnavailable)) as caught:
+            lake.commit()
+    assert (type(caught.value), "\n" in str(caught.value)) == (kind, False)
+    lake.commit()
+    assert lake.runs("demographics") == [RUNS[0]]
+
+
+def test_a_database_that_another_process_has_locked_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = sqlite3.connect(tmp_path / "catalog.db", isolation_level=None)
+    database.execute("BEGIN EXCLUSIVE")
+    set_catalog(monkeypatch, URI=f"sqlite:///{tmp_path}/catalog.db?timeout=0.1", WAREHOUSE=f"file://{tmp_path}")
+    with pytest.raises(StorageUnavailable, match="database is locked"):
+        check_table(Storage(), Lake(tmp_path, "iceberg").config, str(tmp_path))
+    database.close()
+
+
+def foreign_table(lake: Lake, schema: pa.Schema, partitioned_by: str | None = None) -> None:
+    """Make the first table as another program would."""
+    if lake.kind == "delta":
+        write_deltalake(lake.out / "demographics", schema.empty_table(), partition_by=partitioned_by)
+    else:
+        catalog = pyiceberg.catalog.load_catalog("lake")
+        catalog.create_namespace("scores")
+        catalog.create_table("scores.demographics", schema)
+
+
+def broken_log(lake: Lake, pattern: str, replacement: str) -> None:
+    """Commit a run, and then change the beginning of the first table's log."""
+    lake.commit()
+    lake.publish(RUNS[1], aggregate_only=True)
+    first = lake.out / "demographics" / "_delta_log" / "00000000000000000000.json"
+    first.write_text(re.sub(pattern, replacement, first.read_text(), count=1, flags=re.DOTALL))
+
+
+def with_features(lake: Lake, readers: str, writers: str) -> None:
+    features = f'"minReaderVersion":3,"minWriterVersion":7,"readerFeatures":{readers},"writerFeatures":{writers}}}'
+    broken_log(lake, '"minReaderVersion":.*?}', features)
+
+
+PROBLEMS: dict[str, tuple[str, Callable[[Lake], None], str]] = {
+    "of another program": (
+        "both",
+        lambda lake: foreign_table(lake, pa.schema([("gender", pa.string())])),
+        r"demographics: there is a table that is not one of agr-ray's: it has no column run_id$",
+    ),
+    "partitioned": (
+        "delta",
+        lambda lake: foreign_table(lake, pa.schema([RUN_ID, ("day", pa.string())]), "day"),
+        r"demographics: there is a table that is not one of agr-ray's: it is partitioned by day$",
+    ),
+    "other types": (
+        "both",
+        lambda lake: foreign_table(lake, pa.schema([RUN_ID, ("n", pa.string())])),
+        r"demographics: can't be read or written: (SchemaMismatchError: .*Cannot merge types|ValueError: Incompatible)",
+    ),
+    "damaged log": ("delta", lambda lake: broken_log(lake, ".*", "{no json"), "DeltaError: Kernel error: Json error"),
+    "cut log": ("delta", lambda lake: broken_log(lake, ".*", ""), "No table metadata or protocol found"),
+    "of a later version": (
+        "delta",
+        lambda lake: with_features(lake, '["x"]', '["x"]'),
+        "DeltaError: Kernel error: Unsupported: Feature 'x' is not supported",
+    ),
+    "read-only": (
+        "delta",
+        lambda lake: with_features(lake, "[]", '["rowTracking","domainMetadata"]'),
+        "CommitFailedError: Unsupported table features required",
+    ),
+}
+"""Tables that runs can't be added to: of which kind, how they come about, and the message."""
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_table_that_cannot_be_used_is_one_line_that_is_not_retried(lake: Lake, problem: str) -> None:
+    kind, make, message = PROBLEMS[problem]
+    if kind not in ("both", lake.kind):
+        pytest.skip("of Delta Lake")
+    lake.publish(RUNS[0], aggregate_only=True)
+    make(lake)
+    before = {path: path.read_bytes() for path in sorted(lake.folder.rglob("*")) if path.is_file()}
+
+    with pytest.raises(StorageError, match=message) as caught:
+        lake.commit()
+
+    assert type(caught.value) is StorageError  # its subclass StorageFailed is retried
+    assert "\n" not in str(caught.value)
+    if "not one of agr-ray's" in message:
+        assert {path: path.read_bytes() for path in sorted(lake.folder.rglob("*")) if path.is_file()} == before
 
 
 # S3's settings

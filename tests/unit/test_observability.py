@@ -120,7 +120,13 @@ def test_each_alert_uses_defined_metrics_and_says_what_to_do(rule: dict[str, Any
 
 def test_there_is_an_alert_for_each_thing_to_watch() -> None:
     assert [rule["alert"].removeprefix("AgrRay") for rule in RULES] == [
-        *("NothingPublished", "TooManyRejects", "TrainingStalled", "LossNotFinite", "NodeMemory")
+        *("ScoringOverdue", "TooManyRejects", "TrainingStalled", "LossNotFinite", "NodeMemory")
+    ]
+
+
+def test_a_night_without_new_photographs_is_not_overdue() -> None:
+    assert [name for name, *_ in parse(RULES[0]["expr"]).selectors] == [
+        f"{EXPORTED}agr_ray_last_finished_timestamp_seconds"
     ]
 
 
@@ -267,10 +273,16 @@ def test_secrets_of_the_output_are_redacted(recorded: Any) -> None:
     assert "hunter2" not in str(recorded)
 
 
-def test_a_publication_has_its_time(recorded: Any) -> None:
-    Metrics("score", "out").published({"published_at": "2026-03-01T00:00:00.500+00:00"})
+def test_a_job_that_is_done_has_its_time_and_that_of_the_last_publication(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "time", lambda: 1772409600.0)
+    Metrics("score", "out").finished({"published_at": "2026-03-01T00:00:00.500+00:00"})
 
-    assert plain(recorded) == [("last_published_timestamp_seconds", 1772323200.5)]
+    assert plain(recorded) == [
+        ("last_finished_timestamp_seconds", 1772409600.0),
+        ("last_published_timestamp_seconds", 1772323200.5),
+    ]
 
 
 def test_training_shows_its_progress_and_validation(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,18 +10,17 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
 from prepared_sets import prepared_set
-from sets import checkpoint
+from this_process import model
 
 import agr_ray
 from agr_ray import cli
-from agr_ray.config import VisionConfig
-from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.storage import Storage, StorageError, StorageUnavailable
 from agr_ray.storage.connection import Connection
 from agr_ray.vision.decode import encode_jpeg
 
+__all__ = ["model"]  # a fixture
 SECRET = "hunter2-sword/fish"
 LOGIN = f"http://me:{SECRET}@host:9"
 VARIABLES = {
@@ -36,12 +35,6 @@ VARIABLES = {
 }
 PARTS = ("hunter2", "sword/fish")
 """Parts of the secret, each of which gives too much away."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    stored = Pipeline(vision=VisionConfig(detector="haar"))
-    return checkpoint(tmp_path_factory.mktemp("model") / "model", pipeline=stored)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import SchemaMismatchError
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
-from sets import checkpoint
-from this_process import ThisProcess
+from this_process import ThisProcess, model, workers
 
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.config.pipeline import Pipeline
@@ -37,23 +39,13 @@ from agr_ray.scoring import publish as publishing
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.planning import Plan
 from agr_ray.scoring.refusals import Refusals, TooManyRefused
-from agr_ray.storage import ArchivedObject, ServerFailed, Storage, StorageFailed
+from agr_ray.storage import ArchivedObject, ServerFailed, Storage, StorageError, StorageFailed
 from agr_ray.storage.lock import LockLost
 from agr_ray.storage.parts import Parts
 from agr_ray.vision.decode import decode_image, encode_jpeg
 
+__all__ = ["model", "workers"]  # fixtures
 NAMES = [f"{number}.jpg" for number in range(6)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    stored = Pipeline(vision=VisionConfig(detector="haar"))
-    return checkpoint(tmp_path_factory.mktemp("model") / "model", pipeline=stored)
-
-
-@pytest.fixture(scope="module")
-def workers(model: Path) -> ThisProcess:
-    return ThisProcess.of(model)
 
 
 class Bucket:
@@ -229,6 +221,92 @@ def test_a_job_that_loses_its_lock_while_it_plans_stops_and_leaves_no_plan(
     with pytest.raises(LockLost):
         bucket.score(lock_expiry_s=0.4)
     assert not list((bucket.folder / "out-work").rglob("plan.json"))
+
+
+# Lakehouse tables
+
+
+def test_a_run_whose_table_fails_is_reported_and_committed_by_the_same_command(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agr_ray.storage.retry._RETRY_S", 0.01)
+    bucket.score(table="delta")
+    bucket.put("new.jpg", seed=1)
+    num_attempts, finished = 0, []
+    create = DeltaTable.create_write_transaction
+
+    def refuse_commits(*args: Any, **kwargs: Any) -> None:
+        nonlocal num_attempts
+        num_attempts += 1
+        raise SchemaMismatchError("Cannot merge types long and string")
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", refuse_commits)
+    monkeypatch.setattr(ThisProcess, "finished", lambda _, record: finished.append(record["run_id"]))
+
+    with pytest.raises(StorageError, match=r"demographics: can't be read or written: SchemaMismatchError: ") as caught:
+        bucket.score(table="delta", outage_s=60.0)
+
+    (run_id,) = finished
+    assert num_attempts == 1  # not retried, though outages are
+    assert str(caught.value).endswith(
+        f"; run={run_id} is published, and the same command commits it to the delta tables"
+    )
+    assert "\n" not in str(caught.value)
+    assert f"{bucket.out} run={run_id}" in bucket.printed.splitlines()  # of the summary
+    assert "workers' time: " in bucket.printed
+    assert [row["run_id"] for row in bucket.rows()].count(run_id) == 1
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", create)
+    assert bucket.score(table="delta")["run_id"] == run_id
+    assert f"committed to the delta tables: {run_id}" in bucket.printed
+    assert "nothing new since" in bucket.printed
+    assert DeltaTable(bucket.out / "images").to_pyarrow_table()["run_id"].to_pylist().count(run_id) == 1
+
+
+def test_an_outage_of_a_table_is_waited_for(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agr_ray.storage.retry._RETRY_S", 0.01)
+    create, num_attempts = DeltaTable.create_write_transaction, 0
+
+    def fail_twice(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_attempts
+        num_attempts += 1
+        if num_attempts <= 2:
+            raise OSError("Generic S3 error: Server returned non-2xx status code: 503 Service Unavailable")
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", fail_twice)
+
+    record = bucket.score(table="delta", outage_s=60.0)
+
+    assert num_attempts == 2 + 4  # one for each table
+    assert f"committed to the delta tables: {record['run_id']}" in bucket.printed
+
+
+def test_the_records_of_published_runs_are_read_once(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(2):
+        bucket.put("new.jpg", seed=seed)
+        bucket.score(table="delta")
+    bucket.put("new.jpg", seed=2)
+    read, num_reads = Storage.read, Counter[str]()
+
+    def counted(storage: Storage, uri: str, **kwargs: Any) -> bytes:
+        num_reads[uri] += 1
+        return read(storage, uri, **kwargs)
+
+    monkeypatch.setattr(Storage, "read", counted)
+
+    bucket.score(table="delta")
+
+    assert [number for uri, number in num_reads.items() if "/_SUCCESS/" in uri] == [1, 1]
+
+
+def test_workers_learn_that_nothing_was_new(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[str] = []
+    monkeypatch.setattr(ThisProcess, "finished", lambda _, record: finished.append(record["run_id"]))
+
+    records = [bucket.score() for _ in range(2)]
+
+    assert finished == [record["run_id"] for record in records]
 
 
 def test_a_published_run_leaves_no_work_folder(bucket: Bucket) -> None:

@@ -15,11 +15,9 @@ import pytest
 from outlines import words
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
-from sets import checkpoint
-from this_process import ThisProcess
+from this_process import ThisProcess, model
 
 from agr_ray.config import GatesConfig, ReportJob, ScoreConfig, ScoreJob, VisionConfig
-from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
@@ -27,14 +25,9 @@ from agr_ray.report.report import report
 from agr_ray.scoring.driver import score_input
 from agr_ray.vision.decode import encode_jpeg
 
+__all__ = ["model"]  # a fixture
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
 NUM_A_DAY = 8
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    stored = Pipeline(vision=VisionConfig(detector="haar"))
-    return checkpoint(tmp_path_factory.mktemp("model") / "model", pipeline=stored)
 
 
 @pytest.fixture(scope="module")

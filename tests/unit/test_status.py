@@ -16,8 +16,8 @@ import pytest
 import sweeps
 from cropping_here import CroppingHere
 from prepared_sets import prepared_set
-from test_score_driver import NAMES, Bucket, bucket, model, workers
-from this_process import ThisProcess
+from test_score_driver import NAMES, Bucket, bucket
+from this_process import ThisProcess, model, workers
 
 from agr_ray.cli import main
 from agr_ray.config import PrepareConfig, PrepareJob, SourceConfig, SplitConfig, VisionConfig
@@ -25,12 +25,13 @@ from agr_ray.console import make_console
 from agr_ray.data.preparation import prepare_set
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import JobError
+from agr_ray.report import status_folders
 from agr_ray.report.status_folders import Status, read_status
 from agr_ray.schema import HISTORY
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.scorer import Scoring
 from agr_ray.storage import Storage
-from agr_ray.storage.lock import LockRecord, run_lock
+from agr_ray.storage.lock import LockRecord, lock_holder, run_lock
 from agr_ray.storage.parts import Parts
 from agr_ray.vision.decode import encode_jpeg
 
@@ -63,10 +64,10 @@ class Stops(ThisProcess):
         raise JobError("stopped")
 
 
-def stop(bucket: Bucket) -> str:
+def stop(bucket: Bucket, **changes: Any) -> str:
     """Score one part of three, and return the configuration's identity."""
     with pytest.raises(JobError, match="stopped"):
-        score_input(bucket.job(), Stops(bucket._workers._predictor), make_console(io.StringIO()))
+        score_input(bucket.job(**changes), Stops(bucket._workers._predictor), make_console(io.StringIO()))
     (folder,) = (each for each in (bucket.folder / "out-work").iterdir() if each.is_dir())
     return folder.name
 
@@ -121,6 +122,57 @@ def test_totals_that_score_min_cell_withholds_are_not_shown(bucket: Bucket) -> N
     assert [(work.details["photographs"], work.details["photographs_done"]) for work in status.unfinished] == [
         (None, None)
     ]
+
+
+def test_photographs_of_a_first_run_with_min_cell_are_not_counted(
+    bucket: Bucket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop(bucket, min_cell=3)
+
+    (work,) = read(bucket.out).unfinished
+
+    assert (work.details["photographs"], work.details["photographs_done"]) == (None, None)
+    assert ", photographs " not in outcome(capsys, str(bucket.out))[1]
+
+
+def test_a_job_that_begins_while_the_files_are_read_is_running(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = stop(bucket)
+    lock = bucket.folder / "out-work" / "lock.json"
+
+    def look_and_begin(storage: Storage, uri: str) -> LockRecord | None:
+        holder = lock_holder(storage, uri)
+        write_lock(lock, identity, silent_s=1.0)
+        return holder
+
+    monkeypatch.setattr(status_folders, "lock_holder", look_and_begin)
+
+    status = read(bucket.out)
+
+    assert status.stuck == []
+    assert status.running is not None
+
+
+def test_a_job_that_begins_and_ends_while_the_files_are_read_is_not_stuck(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop(bucket)
+    files_by_folder, num_calls = status_folders._files_by_folder, 0
+
+    def list_and_publish(storage: Storage, uri: str) -> dict[str, list[str]]:
+        nonlocal num_calls
+        num_calls += 1
+        files = files_by_folder(storage, uri)
+        if num_calls == 1:
+            bucket.score()
+            bucket.put("new.jpg", seed=1)
+        return files
+
+    monkeypatch.setattr(status_folders, "_files_by_folder", list_and_publish)
+
+    status = read(bucket.out)
+
+    assert (status.stuck, status.running, status.unfinished) == ([], None, [])
+    assert len(status.published) == 1
 
 
 def test_unpublished_work_is_stuck_and_says_how_much_is_done(
@@ -315,7 +367,9 @@ def test_a_preparation_says_how_many_images_are_done(tmp_path: Path, monkeypatch
         prepare_set(job, CroppingHere(job), make_console(io.StringIO()))
     monkeypatch.undo()
 
+    monkeypatch.setattr(Storage, "read_footer", lambda *_: pytest.fail("a request for each part"))
     stopped = read(tmp_path / "set")
+    monkeypatch.undo()
     prepare_set(job, CroppingHere(job), make_console(io.StringIO()))
     done = read(tmp_path / "set")
 

@@ -1,15 +1,24 @@
-"""Scoring's workers without Ray: this process."""
+"""Scoring's workers without Ray: this process; and the fixtures `model` and `workers`.
+
+A file that uses the fixtures imports them and names them in `__all__`.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
+sys.path.append(str(Path(__file__).parents[1] / "ray"))
+from sets import checkpoint
+
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.models.checkpoint import load_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.schema import SCHEMA_VERSION
@@ -41,6 +50,9 @@ class ThisProcess:
         for file in range(publication.num_files):
             yield publication.stage_file(file)
 
+    def finished(self, record: Mapping[str, Any]) -> None:
+        pass
+
     @classmethod
     def of(cls, model: Path) -> ThisProcess:
         """Load a checkpoint, and what else takes its time, once."""
@@ -66,3 +78,16 @@ def scoring_of(model: Path, work: Path | str = "", **changes: Any) -> Scoring:
         "use_gpu": False,
     }
     return Scoring(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of random weights that detects faces with the Haar cascade, which needs no network."""
+    stored = Pipeline(vision=VisionConfig(detector="haar"))
+    return checkpoint(tmp_path_factory.mktemp("model") / "model", pipeline=stored)
+
+
+@pytest.fixture(scope="module")
+def workers(model: Path) -> ThisProcess:
+    """Return workers that have loaded `model`."""
+    return ThisProcess.of(model)

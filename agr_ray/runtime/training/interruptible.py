@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from contextlib import suppress
 from typing import Any, Final
@@ -12,6 +11,7 @@ import ray
 from ray.train import Result
 from ray.train.torch import TorchTrainer
 
+from agr_ray.json_log import print_at_once
 from agr_ray.runtime.ray_compat import abort_training, has_flag, set_flag
 
 ANSWER_TIMEOUT_S: Final = 8.0
@@ -92,11 +92,11 @@ class InterruptibleTrainer(TorchTrainer):
             if self._controller is not None:
                 is_saved = False
                 try:
-                    os.write(2, b"saving a checkpoint; press Ctrl-C again to end at once\n")
+                    print_at_once("saving a checkpoint; press Ctrl-C again to end at once")
                     with suppress(Exception):  # Ray's head may be unreachable; the interrupt must end this process
                         is_saved = self._stop_request.make()
                 finally:
                     if not is_saved:  # between the steps of an epoch alone, the workers look for the request
-                        os.write(2, b"no checkpoint was saved in time: the run resumes from the one before\n")
+                        print_at_once("no checkpoint was saved in time: the run resumes from the one before")
                     abort_training(self._controller)
             raise
