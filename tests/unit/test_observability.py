@@ -16,7 +16,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from agr_ray.learn.progress import Progress
 from agr_ray.runtime import metrics
 from agr_ray.runtime.metrics import COMMON_LABELS, DEFINITIONS, EXPORTED, Metrics
-from agr_ray.schema import HISTORY, SCORED_STATUSES
+from agr_ray.schema import CROP_STATUSES, HISTORY, SCORED_STATUSES, Status
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "observability"
 DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
@@ -30,13 +30,15 @@ OF_RAY = {
     "ray_node_mem_total": (),
     "ray_node_cpu_utilization": (),
     "ray_node_gpus_utilization": ("GpuIndex",),
+    "ray_node_gram_used": ("GpuIndex",),
+    "ray_node_gram_available": ("GpuIndex",),
 }
-"""Metrics of Ray itself, with their labels besides `ip`."""
+"""Metrics of Ray itself, with their labels besides `ip` and `RayNodeType`."""
 
 
 def exported() -> dict[str, tuple[str, ...]]:
     """Return the labels of all metrics that Prometheus sees, by name."""
-    names = {name: ("ip", *labels) for name, labels in OF_RAY.items()}
+    names = {name: ("ip", "RayNodeType", *labels) for name, labels in OF_RAY.items()}
     for name, definition in DEFINITIONS.items():
         labels = (*COMMON_LABELS, *definition.labels)
         if definition.kind is Histogram:
@@ -72,7 +74,7 @@ def test_each_panel_says_what_it_shows_and_uses_defined_metrics(panel: dict[str,
     assert panel["type"] in ("timeseries", "stat")
     assert panel["title"]
     assert panel["description"].endswith(".")
-    assert panel["fieldConfig"]["defaults"]["unit"]
+    assert re.fullmatch(r"\w+|(count|suffix):\S.*", panel["fieldConfig"]["defaults"]["unit"])  # Grafana adds a space
     assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
     assert [target["refId"] for target in panel["targets"]] == ["A", "B"][: len(panel["targets"])]
     for target, expression in zip(panel["targets"], queries(panel), strict=True):
@@ -98,6 +100,18 @@ def test_the_dashboard_has_what_grafana_needs() -> None:
     variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
     used = set(re.findall(r"\$\{?([a-z]\w*)", json.dumps(DASHBOARD["panels"])))
     assert used == variables
+
+
+def test_panels_are_wide_enough_for_a_window_of_800_pixels() -> None:
+    assert {panel["gridPos"]["w"] for panel in DASHBOARD["panels"]} == {12, 24}
+
+
+def test_the_dashboard_lists_each_output_even_if_its_images_are_not_counted() -> None:
+    (output,) = (variable for variable in DASHBOARD["templating"]["list"] if variable["name"] == "output")
+    match = re.fullmatch(r"label_values\(\{__name__=~\"(.*)\"\}, output\)", output["query"]["query"])
+    assert match
+    names = [name for name in exported() if re.fullmatch(match[1], name)]
+    assert names == ["ray_agr_ray_parts", "ray_agr_ray_train_progress_timestamp_seconds"]
 
 
 def test_every_metric_of_ours_is_on_the_dashboard() -> None:
@@ -135,6 +149,14 @@ def test_the_queries_about_rejects_leave_out_what_is_not_rejected() -> None:
     (rejects,) = (panel for panel in PANELS if panel["title"] == "Share of rejected images")
     assert matcher in queries(rejects)[0]
     assert matcher in RULES[1]["expr"]
+
+
+def test_only_images_that_are_not_rejected_are_grey() -> None:
+    (panel,) = (panel for panel in PANELS if panel["title"] == "Images by status")
+    greys = [override["matcher"]["options"].strip("/") for override in panel["fieldConfig"]["overrides"]]
+    names = [f"{command} {status}" for command in ("score", "prepare") for status in Status]
+    accepted = [f"score {status}" for status in SCORED_STATUSES] + [f"prepare {status}" for status in CROP_STATUSES]
+    assert sorted(name for name in names if any(re.search(grey, name) for grey in greys)) == sorted(accepted)
 
 
 def test_the_manifests_name_each_other() -> None:
