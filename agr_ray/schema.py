@@ -262,6 +262,9 @@ FACES: Final = pa.schema(
 REJECTS: Final = pa.schema([field for field in IMAGES if field.name not in (*PHOTOGRAPH_COLUMNS, "faces", "precision")])
 """One row for each input image of a scoring run that could not be scored."""
 
+ATTRIBUTES: Final = ("age", "gender", "race")
+"""Attributes of a face that are predicted."""
+
 DEMOGRAPHIC_ATTRIBUTES: Final = (
     "age_group",  # a class of the label space; null: not broken down by it
     "gender",  # likewise

@@ -33,7 +33,7 @@ from rich.table import Table
 from agr_ray.config import EvaluateJob, PrepareJob, ScoreJob, parse
 from agr_ray.console import make_console
 from agr_ray.labels import GENDERS, UTKFACE
-from agr_ray.models.checkpoint import load_checkpoint
+from agr_ray.models.checkpoint import read_checkpoint
 from agr_ray.scoring.scores import open_scores
 from agr_ray.vision.decode import decode_image, encode_jpeg
 
@@ -197,7 +197,7 @@ def write_bucket(
 
 def calibrate(model: Path, work: Path, commands: Commands) -> None:
     """Calibrate the checkpoint on the labelled photographs, with its own settings."""
-    checkpoint = load_checkpoint(model)
+    checkpoint = read_checkpoint(model)
     detector = checkpoint.pipeline.vision.detector
     options = ["--source.kind", "folder", "--source.uri", str(work / "labelled"), "--out", str(work / "prepared")]
     options += ["--prepare.crop_side_px", str(checkpoint.transform.crop_side_px)]

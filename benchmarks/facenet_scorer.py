@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.models.transform import normalise
+from agr_ray.models.checkpoint import read_checkpoint
+from agr_ray.models.checkpoint_network import load_network
+from agr_ray.models.network_input import normalise
 from agr_ray.predict.forward import average
 
 NUMBERS: Final = pa.list_(pa.float64())
@@ -57,10 +58,11 @@ class CheckpointScorer:
     """
 
     def __init__(self, checkpoint: str) -> None:
-        loaded = load_checkpoint(Path(checkpoint))
-        self._heads = loaded.model.heads_by_task
+        loaded = read_checkpoint(Path(checkpoint))
+        network = load_network(loaded)
+        self._heads = network.heads_by_task
         self._scorer = FacenetScorer(
-            lambda crops: loaded.model(normalise(crops, loaded.transform)), loaded.transform.image_size
+            lambda crops: network(normalise(crops, loaded.transform)), loaded.transform.image_size
         )
 
     def __call__(self, image: Image.Image | NDArray[np.uint8]) -> list[dict[str, Any]]:

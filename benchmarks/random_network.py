@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torchvision.models.resnet import Bottleneck
 
 from agr_ray.config import ModelConfig, PredictConfig
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.labels import UTKFACE
-from agr_ray.models.checkpoint import save_checkpoint
-from agr_ray.models.int8 import quantize
+from agr_ray.models.backbones.resnet import ResidualBlock
+from agr_ray.models.checkpoint_network import save_checkpoint
+from agr_ray.models.int8_network import quantize
 from agr_ray.models.network import MultiTaskNet
-from agr_ray.models.transform import Transform, prepare_eval, to_nchw
+from agr_ray.models.network_input import prepare_eval, to_nchw
+from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import BATCH_SIZE
 
 _CHUNK: Final = 16
@@ -51,8 +52,9 @@ def save_random_network(
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # running statistics are the mean of all batches
-        if isinstance(module, Bottleneck):
-            nn.init.constant_(module.bn3.weight, residual_scale)
+        if isinstance(module, ResidualBlock):
+            _, last = module.layers()[-1]
+            nn.init.constant_(last.weight, residual_scale)
     with torch.inference_mode():
         model.train()
         for chunk in images.split(_CHUNK):

@@ -47,8 +47,10 @@ from torch import nn
 
 from agr_ray.config import ClusterConfig, ModelConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
-from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.models.transform import Transform, prepare_eval, to_nchw
+from agr_ray.models.checkpoint import read_checkpoint
+from agr_ray.models.checkpoint_network import load_network
+from agr_ray.models.network_input import prepare_eval, to_nchw
+from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.forward import average
 from agr_ray.predict.quantize import difference_rows
@@ -188,7 +190,8 @@ def attribute_agreement(paths: list[Path], directory: Path) -> tuple[Table, floa
     Returns:
         A table, and the seconds that a photograph takes on one thread, model loading apart.
     """
-    loaded = load_checkpoint(directory)
+    loaded = read_checkpoint(directory)
+    network = load_network(loaded)
     predictor = AttributePredictor.load(directory, loaded.pipeline.predict)
     predictor.predict(cut_faces(paths[:8], loaded.transform))  # the first takes longer
     started = time.perf_counter()
@@ -197,8 +200,8 @@ def attribute_agreement(paths: list[Path], directory: Path) -> tuple[Table, floa
     seconds = (time.perf_counter() - started) / len(paths)
     with torch.inference_mode():
         plain = average(
-            loaded.model.heads_by_task,
-            [loaded.model(prepare_eval(to_nchw(crops, torch.device("cpu")), loaded.transform))],
+            network.heads_by_task,
+            [network(prepare_eval(to_nchw(crops, torch.device("cpu")), loaded.transform))],
         )
     title = f"(b), {predictor.precision}, against plain float32, {len(crops)} faces"
     table = Table("attribute", "mean difference", "largest", "same class", title=title)

@@ -33,6 +33,7 @@ LONG_FILES = (
     "backbones",
     "bucket_audit",
     "card",
+    "check_network",
     "checkpoint_alone",
     "cli",
     "comparison",

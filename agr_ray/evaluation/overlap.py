@@ -8,12 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from agr_ray.errors import ConfigError
-from agr_ray.models.checkpoint import (
-    TRAIN_STATE,
-    CheckpointError,
-    content_code,
-    load_train_state,
-)
+from agr_ray.models.checkpoint import TRAIN_STATE, CheckpointError, content_code
+from agr_ray.models.checkpoint_network import load_train_state
 
 
 def num_seen_in_training(directory: Path, chosen: pa.Table) -> int | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from agr_ray.config import AugmentConfig
 from agr_ray.learn.randaugment import rand_augment
-from agr_ray.models.transform import LUMA, Transform, centre, equalize_luminance, normalise, resize
+from agr_ray.models.network_input import LUMA, centre, equalize_luminance, normalise, resize
+from agr_ray.models.transform import Transform
 
 _LEAST_RESOLUTION = 0.25
 _MOST_NOISE = 0.2

@@ -22,8 +22,9 @@ from agr_ray.learn.optimise import Ema, build_optimizer, set_learning_rate
 from agr_ray.learn.running import running_sums
 from agr_ray.models.heads.base import Targets
 from agr_ray.models.network import MultiTaskNet, Outputs
+from agr_ray.models.network_input import to_nchw
 from agr_ray.models.precision import autocast, grad_scaler
-from agr_ray.models.transform import Transform, to_nchw
+from agr_ray.models.transform import Transform
 
 
 class Stepper:

@@ -17,7 +17,8 @@ from agr_ray.learn.context import Context
 from agr_ray.learn.losses import label_counts, multi_task_loss, weighted_loss
 from agr_ray.learn.monitor import NonFiniteLossError, describe
 from agr_ray.models.network import MultiTaskNet
-from agr_ray.models.transform import Transform, to_nchw
+from agr_ray.models.network_input import to_nchw
+from agr_ray.models.transform import Transform
 from agr_ray.predict.forward import average, infer
 
 

@@ -17,39 +17,30 @@
 
 Scoring and evaluation need meta.json and weights.safetensors and no recipe. With calibration.json they also give age
 intervals, calibrated probabilities and abstention. A copy that only predicts can leave train_state.pt out.
-Directories are local; `checkpoint_files` copies them from and to other storage.
+Directories are local; `checkpoint_files` copies them from and to other storage. This module does not import torch;
+`checkpoint_network` does, which builds the network, loads the training state and writes checkpoints.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, cast
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-import agr_ray
 from agr_ray.config import ModelConfig
-from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
+from agr_ray.config.pipeline import Pipeline
 from agr_ray.config.section import check_keys, rebuilt
 from agr_ray.data.prepared import RENDERED
 from agr_ray.errors import ConfigError
 from agr_ray.labels import LabelSpace
-from agr_ray.models.card import model_card
-from agr_ray.models.int8 import Int8Files, read_int8, write_int8
-from agr_ray.models.network import MultiTaskNet
-from agr_ray.models.pretrained import mismatch
+from agr_ray.models.int8 import Int8Files, read_int8
+from agr_ray.models.tasks import check_tasks, ordered_tasks
 from agr_ray.models.transform import Transform
-from agr_ray.schema import SCHEMA_VERSION
 
 FORMAT_VERSION: Final = 5
 """Must be increased whenever a reader of the old layout would misread the new one."""
@@ -78,11 +69,13 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network in evaluation mode, and its metadata."""
+    """What a checkpoint says about its network; `checkpoint_network.load_network` builds the network itself."""
 
     directory: Path
-    """Local folder from which it was loaded."""
-    model: MultiTaskNet
+    """Local folder from which it was read."""
+    config: ModelConfig
+    """Of the network."""
+    space: LabelSpace
     transform: Transform
     pipeline: Pipeline
     """The settings it was trained with; calibration.json may have been fitted under others."""
@@ -90,6 +83,11 @@ class Checkpoint:
     """Contents of meta.json."""
     int8: Int8Files | None
     """The same network in int8; None: it has not been quantised."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Return the network's tasks, in the order of its heads."""
+        return ordered_tasks(self.config)
 
     @cached_property
     def digest(self) -> str:
@@ -108,115 +106,28 @@ class Checkpoint:
         return _RENDERED if self.meta["data"].get("source") == RENDERED else ""
 
 
-def save_checkpoint(
-    directory: Path,
-    model: MultiTaskNet,
-    transform: Transform,
-    *,
-    pipeline: Pipeline = DEFAULT_PIPELINE,
-    train_state: Mapping[str, Any] | None = None,
-    train_images: Tensor | None = None,
-    data: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
-    git_commit: str = "",
-    created: str = "",
-    int8_files: Int8Files | None = None,
-) -> None:
-    """Write a checkpoint into a new or empty directory.
-
-    Args:
-        directory: created if necessary.
-        model: the network to save.
-        transform: of the model's input.
-        pipeline: vision settings of its training crops, and predict settings of its validation.
-        train_state: `EpochReport.train_state()`, plain values and tensors; None: not written.
-        train_images: `content_codes` of the training images, stored in train_state.pt.
-        data: description of the training data: split_manifest_sha256, counts, train_labels, source, detector, template;
-            for several prepared sets also `sets`, with an entry for each.
-        metrics: validation metrics.
-        config: configuration of the training run.
-        git_commit: of the code; empty: unknown.
-        created: UTC time, ISO 8601.
-        int8_files: the network in int8; None: there is none.
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Read and check a local checkpoint, except its weights: `checkpoint_network.load_network` does.
 
     Raises:
-        ValueError: a value for meta.json is NaN or infinite; nothing is written.
-    """
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "schema_version": SCHEMA_VERSION,
-        "model": model.config.model_dump(mode="json"),
-        "transform": transform.to_json(),
-        "label_space": model.space.to_json(),
-        **pipeline.to_json(),
-        "data": dict(data or {}),
-        "metrics": dict(metrics or {}),
-        "config": dict(config or {}),
-        "git_commit": git_commit,
-        "created": created,
-        "versions": {"agr_ray": agr_ray.__version__, "torch": str(torch.__version__)},
-    }
-    text = json.dumps(meta, indent=1, allow_nan=False) + "\n"
-    directory.mkdir(parents=True, exist_ok=True)
-    # Copies, because safetensors refuses tensors that share memory, as tied weights do.
-    weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, directory / WEIGHTS)
-    if train_state is not None or train_images is not None:
-        images = {} if train_images is None else {"train_images": train_images}
-        torch.save({**(train_state or {}), **images}, directory / TRAIN_STATE)
-    if int8_files is not None:
-        write_int8(directory, int8_files)
-    (directory / CARD).write_text(model_card(meta), encoding="utf-8")
-    unfinished = directory / f"{META}.part"
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, directory / META)
-
-
-def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Rebuild the network from a local directory; it is in evaluation mode.
-
-    Raises:
-        CheckpointError: a file is missing, damaged or unreadable, or of another format, label order or shape.
+        CheckpointError: meta.json is missing, damaged or unreadable, or of another format or label order.
     """
     meta = read_meta(directory)
     path = directory / META
     with _named(path):
         config, pipeline = rebuilt(ModelConfig, meta["model"], "model"), Pipeline.from_json(meta)
-        model = MultiTaskNet(config, LabelSpace.from_json(meta["label_space"]))
+        space = LabelSpace.from_json(meta["label_space"])
+        check_tasks(config, space)
     with _named(path, "transform: "):
         transform = Transform.from_json(meta["transform"])
-    weights = _read_weights(directory / WEIGHTS)
-    problem = mismatch(model.state_dict(), weights)
-    if problem:
-        raise CheckpointError(f"{directory / WEIGHTS}: {problem}")
-    model.load_state_dict(weights)
-    return Checkpoint(directory, model.to(device).eval(), transform, pipeline, meta, read_int8(directory))
-
-
-def load_train_state(directory: Path) -> dict[str, Any]:
-    """Read the state to resume a run from, with `train_images` if they were saved; tensors are on the CPU.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds anything but plain values and tensors.
-    """
-    path = directory / TRAIN_STATE
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: expected the state of a training run, found no such file") from None
-    except Exception as error:  # torch's unpickler raises KeyError, IndexError and others on a damaged file
-        raise CheckpointError(f"{path}: expected the state of a training run, found {_first_line(error)}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: expected the state of a training run, found {type(state).__name__}")
-    return cast(dict[str, Any], state)
+    return Checkpoint(directory, config, space, transform, pipeline, meta, read_int8(directory))
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
     """Read meta.json and check that this code can use the checkpoint.
 
     Raises:
-        CheckpointError: as `load_checkpoint`.
+        CheckpointError: as `read_checkpoint`.
     """
     path = directory / META
     meta = _read_json(path)
@@ -263,19 +174,6 @@ def model_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def content_codes(content_hashes: Iterable[str]) -> Tensor:
-    """Return the first 8 bytes of each distinct hash of an image's content, sorted, int64.
-
-    Sets of n and m images share an image if and only if their codes intersect, whatever its names are; a false match
-    has a probability of about n * m / 2^64. So a checkpoint can tell that it was not trained on an image, without
-    storing names.
-
-    Args:
-        content_hashes: SHA-256 in hex, as in `schema.MANIFEST`.
-    """
-    return torch.tensor(sorted(set(map(content_code, content_hashes))), dtype=torch.int64)
-
-
 def content_code(content_hash: str) -> int:
     """Return the code of one image in `content_codes`."""
     return int.from_bytes(bytes.fromhex(content_hash)[:8], "big", signed=True)
@@ -287,7 +185,7 @@ def _named(path: Path, key: str = "") -> Iterator[None]:
     try:
         yield
     except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {key}{_first_line(error)}") from None
+        raise CheckpointError(f"{path}: {key}{first_line(error)}") from None
 
 
 def _read_json(path: Path) -> Any:
@@ -297,18 +195,10 @@ def _read_json(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected JSON, found {_first_line(error)}") from None
+        raise CheckpointError(f"{path}: expected JSON, found {first_line(error)}") from None
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: expected weights, found no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: expected safetensors, found {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; without a message, its class."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__

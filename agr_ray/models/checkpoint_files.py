@@ -21,8 +21,8 @@ from agr_ray.models.checkpoint import (
     WEIGHTS,
     Checkpoint,
     CheckpointError,
-    load_checkpoint,
     model_digest,
+    read_checkpoint,
 )
 from agr_ray.models.int8 import INT8_FILES
 from agr_ray.schema import TEMPLATE
@@ -36,7 +36,7 @@ _CARD_ATTEMPTS: Final = 20
 
 @contextmanager
 def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Checkpoint]:
-    """Copy a checkpoint to a local folder, load it on the CPU, and delete the copy afterwards.
+    """Copy a checkpoint to a local folder, read it, and delete the copy afterwards.
 
     Raises:
         ConfigError: there is no checkpoint, or this code can't use it; the message names the configuration's `key`.
@@ -45,7 +45,7 @@ def local_checkpoint(storage: Storage, uri: str, key: str) -> Iterator[Checkpoin
         directory = Path(temporary, "checkpoint")
         try:
             _download(storage, storage.absolute(uri), directory)
-            checkpoint = load_checkpoint(directory)
+            checkpoint = read_checkpoint(directory)
         except MissingObject:
             raise ConfigError(f"{key} {uri}: {_why_missing(storage, uri)}") from None
         except CheckpointError as error:

@@ -26,8 +26,8 @@ from agr_ray.console import make_console
 from agr_ray.errors import ConfigError
 from agr_ray.labels import FAIRFACE, LabelSpace
 from agr_ray.models.backbones.base import WeightsError
-from agr_ray.models.checkpoint import save_checkpoint
 from agr_ray.models.checkpoint_files import publish_checkpoint
+from agr_ray.models.checkpoint_network import save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.pretrained import load_backbone, mismatch, stored_state
 from agr_ray.models.transform import Transform

@@ -26,6 +26,7 @@ from agr_ray.models.head_pose import NUM_POSE_FEATURES, pose_features
 from agr_ray.models.heads.base import Head
 from agr_ray.models.heads.routed_age import RoutedAge
 from agr_ray.models.precision import in_float32
+from agr_ray.models.tasks import check_tasks, ordered_tasks
 from agr_ray.registry import ATTENTION, BACKBONES, HEADS, NECKS, head_name
 
 Outputs: TypeAlias = Mapping[str, Any]
@@ -66,7 +67,7 @@ class MultiTaskNet(nn.Module):
             nn.Identity() if config.bottleneck is None else nn.Linear(num_features, config.bottleneck)
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.heads = nn.ModuleDict({task: self._head(task) for task in HEADS if task in config.tasks})
+        self.heads = nn.ModuleDict({task: self._head(task) for task in ordered_tasks(config)})
         if config.bn_momentum is not None:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -190,14 +191,3 @@ def _attention_stages(config: ModelConfig, num_stages: int) -> tuple[int, ...]:
                 f"model.attention_stages {stage}: the backbone {config.backbone} has stages 1 to {num_stages}"
             )
     return config.attention_stages or (num_stages,)
-
-
-def check_tasks(config: ModelConfig, space: LabelSpace) -> None:
-    """Reject a task that has no classes in the label space.
-
-    Raises:
-        ConfigError: there is such a task; the message names it.
-    """
-    if "race" in config.tasks and not space.races:
-        allowed = ", ".join(task for task in config.tasks if task != "race") or "age, gender"
-        raise ConfigError(f"model.tasks: the label space {space.name} has no races; allowed: {allowed}")

@@ -1,26 +1,25 @@
-"""Aligned crops -> attributes: run the network in batches, calibrate its predictions, and turn them into columns."""
+"""Aligned crops -> attributes: run the network in batches, and calibrate its predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Self
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
 from agr_ray.config import PredictConfig
 from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration
-from agr_ray.evaluation.terms import predicted_gender
-from agr_ray.labels import LabelSpace
-from agr_ray.models.checkpoint import load_checkpoint
-from agr_ray.models.int8 import Int8Files, Int8Net
+from agr_ray.models.checkpoint import read_checkpoint
+from agr_ray.models.checkpoint_network import load_network
+from agr_ray.models.int8 import Int8Files
+from agr_ray.models.int8_network import Int8Net
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import compute_dtype
-from agr_ray.models.predictions import Predictions, class_probs_column
+from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform
+from agr_ray.predict.columns import uncalibrated
 from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
 
@@ -30,7 +29,6 @@ BATCH_SIZE: Final = {"cpu": 8, "cuda": 64}  # other devices use the value of cud
 The size is fixed because oneDNN and cuDNN choose kernels by it, and kernels round differently: a face must get the same
 prediction whatever other faces are in its batch. On one thread of an AMD EPYC with AVX-512, a ResNet50 processes 11.7
 crops/s at 8 and 11.2 at 32."""
-ATTRIBUTES: Final = ("age", "gender", "race")
 
 
 class AttributePredictor:
@@ -85,10 +83,11 @@ class AttributePredictor:
         """Load the network of a local checkpoint.
 
         Raises:
-            CheckpointError: as `load_checkpoint`.
+            CheckpointError: as `read_checkpoint` and `load_network`.
         """
-        loaded = load_checkpoint(directory, device=device)
-        return cls(loaded.model, loaded.transform, config, calibration, loaded.int8)
+        checkpoint = read_checkpoint(directory)
+        model = load_network(checkpoint, device)
+        return cls(model, checkpoint.transform, config, calibration, checkpoint.int8)
 
     def predict(self, crops_u8: NDArray[np.uint8], pose_degrees: NDArray[np.float32] | None = None) -> Predictions:
         """Return uncalibrated predictions.
@@ -113,45 +112,3 @@ class AttributePredictor:
         """Return predictions, calibrated if there is a calibration. Arguments are those of `predict`."""
         predictions = self.predict(crops_u8, pose_degrees)
         return uncalibrated(predictions) if self._calibration is None else self._calibration.apply(predictions)
-
-
-def uncalibrated(predictions: Predictions) -> CalibratedPredictions:
-    """Return predictions without calibration: there are no intervals and no abstentions."""
-    return CalibratedPredictions(
-        age=predictions.get("age"),
-        age_low=None,
-        age_high=None,
-        p_male=predictions.get("gender"),
-        race_probs=predictions.get("race"),
-        abstain_gender=None,
-        abstain_race=None,
-    )
-
-
-def attribute_columns(
-    predicted: CalibratedPredictions, num_rows: int, space: LabelSpace, attributes: Sequence[str] = ATTRIBUTES
-) -> dict[str, pa.Array]:
-    """Return the columns of schema.FACE for the chosen attributes that were predicted.
-
-    A NaN becomes null. If a class's probabilities are NaN, the class is null and counts as an abstention.
-    """
-    columns: dict[str, pa.Array] = {}
-    abstained: dict[str, NDArray[np.bool_]] = {}
-    if predicted.age is not None and "age" in attributes:
-        columns["age"] = pa.array(predicted.age, pa.float32(), from_pandas=True)
-        if predicted.age_low is not None:
-            columns["age_low"] = pa.array(predicted.age_low, pa.float32(), from_pandas=True)
-            columns["age_high"] = pa.array(predicted.age_high, pa.float32(), from_pandas=True)
-    if predicted.p_male is not None and "gender" in attributes:
-        is_nan = np.asarray(np.isnan(predicted.p_male))
-        columns["p_male"] = pa.array(predicted.p_male, pa.float32(), from_pandas=True)
-        columns["gender"] = pa.array(np.asarray(space.genders)[predicted_gender(predicted.p_male)], mask=is_nan)
-        abstained["gender"] = is_nan if predicted.abstain_gender is None else is_nan | predicted.abstain_gender
-    if predicted.race_probs is not None and "race" in attributes:
-        columns["race_probs"] = class_probs_column(predicted.race_probs, space.races)
-        is_nan = np.asarray(np.isnan(predicted.race_probs).any(axis=1))
-        columns["race"] = pa.array(np.asarray(space.races)[predicted.race_probs.argmax(axis=1)], mask=is_nan)
-        abstained["race"] = is_nan if predicted.abstain_race is None else is_nan | predicted.abstain_race
-    names = [[name for name, chosen in abstained.items() if chosen[row]] for row in range(num_rows)]
-    columns["abstain"] = pa.array(names, pa.list_(pa.string()))
-    return columns

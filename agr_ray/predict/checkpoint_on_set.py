@@ -11,7 +11,7 @@ from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import LabelSpace, race_mapping
-from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.checkpoint import Checkpoint
 from agr_ray.models.transform import Transform
 
 
@@ -38,7 +38,7 @@ def check_compatible(transform: Transform, prepared: PreparedSet, checkpoint: st
             )
 
 
-def mapped_labels(model: MultiTaskNet, prepared: PreparedSet) -> tuple[LabelSpace, dict[str, str]]:
+def mapped_labels(checkpoint: Checkpoint, prepared: PreparedSet) -> tuple[LabelSpace, dict[str, str]]:
     """Return the label space to measure in, and the race in it for each race of the data.
 
     Races are the checkpoint's, or the data's if it has no race head; age groups are the data's, because an age in years
@@ -47,11 +47,11 @@ def mapped_labels(model: MultiTaskNet, prepared: PreparedSet) -> tuple[LabelSpac
     Raises:
         ConfigError: the data's races do not map onto the checkpoint's.
     """
-    space, data = model.space, prepared.label_space
+    space, data = checkpoint.space, prepared.label_space
     if space == data:
         return space, race_mapping(data, space)
     measured_in = replace(space, age_groups=data.age_groups)
-    if "race" not in model.tasks:
+    if "race" not in checkpoint.tasks:
         measured_in = replace(measured_in, races=data.races)
     try:
         return measured_in, race_mapping(data, measured_in)

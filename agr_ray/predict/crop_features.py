@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from agr_ray.config import PredictConfig
 from agr_ray.data.crops import decoded_crops, select_crops, usable_statuses
-from agr_ray.models.checkpoint import content_code, load_checkpoint
+from agr_ray.models.checkpoint import content_code, read_checkpoint
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
+from agr_ray.models.checkpoint_network import load_network
+from agr_ray.models.network_input import prepare_eval, to_nchw
 from agr_ray.models.precision import autocast
-from agr_ray.models.transform import prepare_eval, to_nchw
 from agr_ray.predict.inference import for_inference
 from agr_ray.storage import Storage
 from agr_ray.vision.perceptual_hash import perceptual_hash
@@ -57,9 +58,10 @@ class CropFeatures:
         device: str,
     ) -> None:
         with unpacked_checkpoint(checkpoint) as directory:
-            loaded = load_checkpoint(directory, device=device)
+            loaded = read_checkpoint(directory)
+            model = load_network(loaded, device)
         self._precision = predict_config.precision
-        self._model = for_inference(loaded.model, self._precision)
+        self._model = for_inference(model, self._precision)
         self._transform = loaded.transform
         self._device = torch.device(device)
         self._storage = storage

@@ -12,7 +12,8 @@ from agr_ray.data.crops import decoded_crops, map_races, read_pose, select_crops
 from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
 from agr_ray.models.predictions import Predictions
-from agr_ray.predict.attributes import AttributePredictor, attribute_columns, uncalibrated
+from agr_ray.predict.attributes import AttributePredictor
+from agr_ray.predict.columns import attribute_columns, uncalibrated
 from agr_ray.schema import PREDICTION_FIELDS, PREDICTIONS
 from agr_ray.storage import Storage
 

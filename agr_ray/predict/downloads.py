@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import cv2
-import torch
 
 from agr_ray.memory import keep_freed_memory
 from agr_ray.predict.face_finder import MIB, Reject
@@ -28,25 +29,37 @@ _Row = Mapping[str, Any]
 
 
 def use_one_cpu() -> None:
-    """Let OpenCV and torch use one thread each, and keep freed memory. Call it once in each worker process."""
-    _set_threads(1, 1)
+    """Let OpenCV and torch use one thread each, and keep freed memory. Call it once in each worker process.
+
+    Some workers need no torch, so it is not imported here; a process that imports it later gets one thread, too.
+    """
+    if "torch" in sys.modules:
+        _set_torch_threads(1)
+    else:
+        os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # torch prefers the latter
+    cv2.setNumThreads(1)
     keep_freed_memory()
 
 
 @contextmanager
 def one_cpu() -> Iterator[None]:
     """Let OpenCV and torch use one thread each until the block ends, in a process that has other work."""
-    before = torch.get_num_threads(), cv2.getNumThreads()
-    _set_threads(1, 1)
+    of_torch, of_opencv = _set_torch_threads(1), cv2.getNumThreads()
+    cv2.setNumThreads(1)
     try:
         yield
     finally:
-        _set_threads(*before)
+        _set_torch_threads(of_torch)
+        cv2.setNumThreads(of_opencv)
 
 
-def _set_threads(of_torch: int, of_opencv: int) -> None:
-    torch.set_num_threads(of_torch)
-    cv2.setNumThreads(of_opencv)
+def _set_torch_threads(number: int) -> int:
+    """Set the number of torch's threads; return the number before."""
+    import torch
+
+    before: int = torch.get_num_threads()
+    torch.set_num_threads(number)
+    return before
 
 
 class Download(NamedTuple):

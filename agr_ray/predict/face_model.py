@@ -27,7 +27,9 @@ from agr_ray.config import GatesConfig, VisionConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
 from agr_ray.data.crops import read_pose
 from agr_ray.models.checkpoint_files import local_checkpoint
-from agr_ray.predict.attributes import AttributePredictor, attribute_columns
+from agr_ray.models.checkpoint_network import given_network
+from agr_ray.predict.attributes import AttributePredictor
+from agr_ray.predict.columns import attribute_columns
 from agr_ray.predict.downloads import NUM_DOWNLOADS, read_image
 from agr_ray.predict.face_finder import MIB, AlignedFace, FaceFinder, Photograph, Reject
 from agr_ray.predict.flags import flags
@@ -97,13 +99,14 @@ class FaceModel:
         """
         storage, uri = storage or Storage(), os.fspath(uri)
         with local_checkpoint(storage, uri, "checkpoint") as checkpoint:
+            network = given_network(checkpoint, uri, "checkpoint")
             on_gpu = torch.device(device).type != "cpu"
             resolved = resolve(
                 checkpoint, overrides, key="checkpoint", on_gpu=on_gpu, allow_uncalibrated=allow_uncalibrated
             )
         pipeline, transform = resolved.pipeline, checkpoint.transform
         finder = FaceFinder(pipeline.vision, transform.crop_side_px, transform.margin)
-        model = checkpoint.model.to(device)
+        model = network.to(device)
         predictor = AttributePredictor(model, transform, pipeline.predict, resolved.calibration, checkpoint.int8)
         calibration = resolved.calibration
         rounding = "" if calibration is None else calibration.precision_warning([predictor.precision])

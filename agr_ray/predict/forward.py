@@ -12,11 +12,12 @@ from torch import Tensor
 
 from agr_ray.config import PredictConfig
 from agr_ray.models.heads.base import Head
-from agr_ray.models.int8 import Int8Net
+from agr_ray.models.int8_network import Int8Net
 from agr_ray.models.network import MultiTaskNet, Outputs
+from agr_ray.models.network_input import prepare_eval, to_nchw
 from agr_ray.models.precision import autocast
 from agr_ray.models.predictions import Predictions
-from agr_ray.models.transform import Transform, prepare_eval, to_nchw
+from agr_ray.models.transform import Transform
 
 Pose: TypeAlias = NDArray[np.float32] | Tensor | None
 

@@ -20,12 +20,15 @@ from agr_ray.console import make_console, make_table, print_next
 from agr_ray.data.crops import decoded_crops, read_pose, select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet, open_prepared
 from agr_ray.errors import ConfigError
-from agr_ray.models.checkpoint import Checkpoint, CheckpointError, load_train_state, save_checkpoint
+from agr_ray.models.checkpoint import Checkpoint, CheckpointError
 from agr_ray.models.checkpoint_files import local_checkpoint, publish_checkpoint
+from agr_ray.models.checkpoint_network import given_network, load_train_state, save_checkpoint
 from agr_ray.models.int8 import Int8Files, check_installed
-from agr_ray.models.int8 import quantize as quantize_network
+from agr_ray.models.int8_network import quantize as quantize_network
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.network_input import prepare_eval, to_nchw
 from agr_ray.models.predictions import Predictions
-from agr_ray.models.transform import prepare_eval, to_nchw
+from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import BATCH_SIZE, AttributePredictor
 from agr_ray.predict.checkpoint_on_set import check_compatible
 from agr_ray.predict.resolve import resolve
@@ -55,19 +58,20 @@ def quantize(job: QuantizeJob) -> None:
     with local_checkpoint(storage, job.checkpoint, "checkpoint") as checkpoint, scratch_folder() as folder:
         if checkpoint.int8 is not None:
             raise ConfigError(f"checkpoint {job.checkpoint}: has an int8 network already; give the one of before")
+        model, transform = given_network(checkpoint, job.checkpoint, "checkpoint"), checkpoint.transform
         pipeline = resolve(checkpoint, DEFAULT_PIPELINE, key="checkpoint").pipeline
-        check_compatible(checkpoint.transform, prepared, job.checkpoint, "data")
+        check_compatible(transform, prepared, job.checkpoint, "data")
         images = _read(storage, prepared, "train", job.images)
         batch_size = BATCH_SIZE["cpu"]
         if images.num_rows < batch_size:
             raise ConfigError(f"data {job.data}: {images.num_rows} training images; at least {batch_size} are needed")
         console.print(f"measuring the ranges of int8 on {images.num_rows:,} training images")
         crops = decoded_crops(images, prepared.crop_side_px)
-        files = quantize_network(checkpoint.model, _batches(checkpoint, crops, batch_size))
+        files = quantize_network(model, _batches(transform, crops, batch_size))
         compared = _read(storage, prepared, "val", _NUM_COMPARED)
         if compared.num_rows:
-            _compare(checkpoint, pipeline.predict, files, compared, prepared.crop_side_px, console)
-        _save(checkpoint, pipeline, files, Path(folder))
+            _compare(model, transform, pipeline.predict, files, compared, prepared.crop_side_px, console)
+        _save(checkpoint, model, pipeline, files, Path(folder))
         try:
             publish_checkpoint(storage, Path(folder), storage.absolute(out), replace=False)
         except FileExistsError as error:
@@ -90,16 +94,21 @@ def _read(storage: Storage, prepared: PreparedSet, split: str, num_images: int) 
     return pa.concat_tables(tables).slice(0, num_images)
 
 
-def _batches(checkpoint: Checkpoint, crops_u8: NDArray[np.uint8], batch_size: int) -> Iterator[NDArray[np.float32]]:
+def _batches(transform: Transform, crops_u8: NDArray[np.uint8], batch_size: int) -> Iterator[NDArray[np.float32]]:
     """Yield whole batches of the network's input."""
-    device = next(checkpoint.model.parameters()).device
     for start in range(0, len(crops_u8) - batch_size + 1, batch_size):
-        images = to_nchw(crops_u8[start : start + batch_size], device)
-        yield prepare_eval(images, checkpoint.transform).contiguous().numpy()
+        images = to_nchw(crops_u8[start : start + batch_size], torch.device("cpu"))
+        yield prepare_eval(images, transform).contiguous().numpy()
 
 
 def _compare(
-    checkpoint: Checkpoint, before: PredictConfig, files: Int8Files, rows: pa.Table, side_px: int, console: Console
+    model: MultiTaskNet,
+    transform: Transform,
+    before: PredictConfig,
+    files: Int8Files,
+    rows: pa.Table,
+    side_px: int,
+    console: Console,
 ) -> None:
     """Print how far the predictions are from the original's, and the speed of both."""
     torch.set_num_threads(1)  # as each worker of scoring
@@ -108,7 +117,7 @@ def _compare(
     speeds: dict[str, float] = {}
     for precision in (before.precision, "int8"):
         config = before.model_copy(update={"precision": precision})
-        predictor = AttributePredictor(checkpoint.model, checkpoint.transform, config, None, files)
+        predictor = AttributePredictor(model, transform, config, None, files)
         predictor.predict(crops[:1])  # compiles kernels
         started = time.perf_counter()
         predicted[predictor.precision] = predictor.predict(crops, pose)
@@ -146,7 +155,7 @@ def difference_rows(before: Predictions, after: Predictions) -> list[tuple[str, 
     return rows
 
 
-def _save(checkpoint: Checkpoint, pipeline: Pipeline, files: Int8Files, folder: Path) -> None:
+def _save(checkpoint: Checkpoint, model: MultiTaskNet, pipeline: Pipeline, files: Int8Files, folder: Path) -> None:
     """Write the new checkpoint: the same with other [predict] settings, without calibration, optimiser and errors."""
     predict = PredictConfig(**pipeline.predict.model_dump() | {"precision": "int8"})
     meta, train_images = checkpoint.meta, None
@@ -154,7 +163,7 @@ def _save(checkpoint: Checkpoint, pipeline: Pipeline, files: Int8Files, folder: 
         train_images = load_train_state(checkpoint.directory).get("train_images")
     save_checkpoint(
         folder,
-        checkpoint.model,
+        model,
         checkpoint.transform,
         pipeline=Pipeline(vision=pipeline.vision, predict=predict),
         train_images=train_images,

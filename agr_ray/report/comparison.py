@@ -22,9 +22,11 @@ from agr_ray.device import cpu_name
 from agr_ray.errors import JobError
 from agr_ray.evaluation.comparison import Estimate, compare
 from agr_ray.labels import UTKFACE, Labels, LabelSpace
-from agr_ray.models.checkpoint import META, Checkpoint
+from agr_ray.models.checkpoint import META
 from agr_ray.models.checkpoint_files import local_checkpoint
+from agr_ray.models.checkpoint_network import given_network
 from agr_ray.models.network import MultiTaskNet, preset_config
+from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.prediction_rows import read_predictions
 from agr_ray.report.comparison_page import MEASURED, RECORD, TABLE, Measurement, comparison_report
@@ -155,9 +157,10 @@ def _row(
     """Return a preset's row of schema.COMPARISON."""
     preset, images_per_s = config.preset, None
     if runs:
-        with local_checkpoint(storage, storage.join(out, "runs", runs[0], "best"), "compare.out") as loaded:
-            network = loaded.model
-            images_per_s = _images_per_s(loaded)
+        best = storage.join(out, "runs", runs[0], "best")
+        with local_checkpoint(storage, best, "compare.out") as loaded:
+            network = given_network(loaded, best, "compare.out")
+            images_per_s = _images_per_s(network, loaded.transform)
     else:
         network = MultiTaskNet(config, UTKFACE).eval()
     num_parameters, num_multiply_adds = network_size(network)
@@ -181,10 +184,10 @@ def _samples_per_s(storage: Storage, out: str, runs: Sequence[str]) -> float | N
     return float(np.median(speeds)) if speeds else None
 
 
-def _images_per_s(loaded: Checkpoint) -> float:
+def _images_per_s(network: MultiTaskNet, transform: Transform) -> float:
     """Return how many crops a second the network scores on this machine's CPU: the best of three tries."""
-    predictor = AttributePredictor(loaded.model, loaded.transform, PredictConfig(precision="auto"))
-    side = stored_side_px(loaded.transform.crop_side_px, loaded.transform.margin)
+    predictor = AttributePredictor(network, transform, PredictConfig(precision="auto"))
+    side = stored_side_px(transform.crop_side_px, transform.margin)
     crops = np.random.default_rng(0).integers(0, 256, (_NUM_TIMED, side, side, 3), dtype=np.uint8)
     predictor.predict(crops[:1])
     times = []

@@ -36,9 +36,9 @@ from agr_ray.evaluation.metrics import Baseline
 from agr_ray.evaluation.overlap import num_among, num_seen_in_training
 from agr_ray.evaluation.shift import quality_values
 from agr_ray.labels import LabelSpace
-from agr_ray.models.checkpoint import CALIBRATION, META, content_codes
+from agr_ray.models.checkpoint import CALIBRATION, META, Checkpoint
 from agr_ray.models.checkpoint_files import add_to_card, local_checkpoint, portable_checkpoint
-from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.checkpoint_network import content_codes, given_network
 from agr_ray.models.predictions import Predictions, finite_rows
 from agr_ray.predict.checkpoint_on_set import check_compatible, mapped_labels, overlap_message, training_baseline
 from agr_ray.predict.crop_predictor import CropPredictor
@@ -131,16 +131,17 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
         trained_on = open_prepared(storage, config.explain_train_data, "evaluate.explain_train_data")
     checkpoint = storage.absolute(config.checkpoint).rstrip("/")
     with local_checkpoint(storage, checkpoint, "evaluate.checkpoint") as loaded:
-        directory, meta, digest, space = loaded.directory, loaded.meta, loaded.digest, loaded.model.space
+        model = given_network(loaded, checkpoint, "evaluate.checkpoint")
+        directory, meta, digest, space = loaded.directory, loaded.meta, loaded.digest, loaded.space
         check_compatible(loaded.transform, prepared, config.checkpoint, "evaluate.data")
         if trained_on is not prepared:
             check_compatible(loaded.transform, trained_on, config.checkpoint, "evaluate.explain_train_data")
-        if config.correct_age and loaded.model.config.age_head == "groups":
+        if config.correct_age and loaded.config.age_head == "groups":
             raise ConfigError(
                 "evaluate.correct_age: the age head groups predicts an age for each group, which the correction could "
                 "move into another group"
             )
-        measured_in, mapping = mapped_labels(loaded.model, prepared)
+        measured_in, mapping = mapped_labels(loaded, prepared)
         pipeline, calibration, reason = resolve(
             loaded,
             Pipeline(predict=job.predict),
@@ -176,7 +177,7 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                 pool = ActorPoolStrategy(size=num_workers)
                 predicted = map_parts(_Worker, arguments, storage, prepared, pool, gpus)
             table, images_per_s = _collect(predicted, chosen.num_rows, locks, console)
-            rows = read_rows(table.to_batches(), table.num_rows, loaded.model.tasks, space, measured_in)
+            rows = read_rows(table.to_batches(), table.num_rows, loaded.tasks, space, measured_in)
             _check_finite(rows.predictions, checkpoint)
             precisions = tuple(sorted(set(table["precision"].to_pylist())))
             if config.calibrate:
@@ -212,7 +213,7 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                     "calibrated_on_split_manifest_sha256": calibration.split_manifest_sha256,
                     "notes": list(calibration.notes),
                 }
-            record = _record(config, checkpoint, digest, meta, prepared, measured, loaded.model, measured_in, mapping)
+            record = _record(config, checkpoint, digest, meta, prepared, measured, loaded, measured_in, mapping)
             metrics["evaluation"] = record | {
                 "precisions": list(precisions),
                 "num_seen_in_training": num_seen,
@@ -239,6 +240,7 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                     trained_on=trained_on,
                     out=out,
                     loaded=loaded,
+                    model=model,
                     checkpoint=packed,
                     measured_in=measured_in,
                     predictions=table,
@@ -255,7 +257,7 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                     out=out,
                     checkpoint=packed,
                     model_digest=digest,
-                    tasks=loaded.model.tasks,
+                    tasks=loaded.tasks,
                     space=space,
                     measured_in=measured_in,
                     predictions=table,
@@ -288,12 +290,12 @@ def _record(
     meta: Mapping[str, Any],
     prepared: PreparedSet,
     measured: Pipeline,
-    model: MultiTaskNet,
+    loaded: Checkpoint,
     measured_in: LabelSpace,
     mapping: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the section of metrics.json about the evaluation itself: the model, the data and the settings."""
-    is_mapped = prepared.label_space != model.space
+    is_mapped = prepared.label_space != loaded.space
     label_mapping = {
         "from": prepared.label_space.name,
         "races": dict(mapping),
@@ -309,8 +311,8 @@ def _record(
         "split_manifest_sha256": prepared.split_manifest_sha256,
         "trained_on_split_manifest_sha256": meta["data"].get("split_manifest_sha256"),
         **measured.to_json(),
-        "tasks": list(model.tasks),
-        "label_space": model.space.to_json(),
+        "tasks": list(loaded.tasks),
+        "label_space": loaded.space.to_json(),
         "model": {key: meta[key] for key in _OF_MODEL},
         "label_mapping": label_mapping if is_mapped else None,
     }

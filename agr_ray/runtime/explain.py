@@ -32,8 +32,8 @@ from agr_ray.evaluation.nearest import Nearest
 from agr_ray.evaluation.overlap import trained_codes
 from agr_ray.labels import IntArray, LabelSpace
 from agr_ray.models.checkpoint import Checkpoint
-from agr_ray.models.transform import prepare_eval, to_nchw
-from agr_ray.predict.attributes import ATTRIBUTES
+from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.network_input import prepare_eval, to_nchw
 from agr_ray.predict.crop_features import CropFeatures, feature_arrays
 from agr_ray.predict.downloads import one_cpu, use_one_cpu
 from agr_ray.predict.grad_cam import NoFeatureMap, grad_cam
@@ -41,7 +41,7 @@ from agr_ray.predict.prediction_rows import read_predictions
 from agr_ray.progress_bar import progress
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.evaluation_workers import fitting_workers, map_parts, predicts_here
-from agr_ray.schema import CROP_STATUSES, NEAREST
+from agr_ray.schema import ATTRIBUTES, CROP_STATUSES, NEAREST
 from agr_ray.storage import Storage
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Explanation:
     out: str
     """Folder of the evaluation."""
     loaded: Checkpoint
+    model: MultiTaskNet
     checkpoint: dict[str, bytes]
     """Its files, as `portable_checkpoint`."""
     measured_in: LabelSpace
@@ -102,7 +103,7 @@ def _draw_cases(test: Explanation, check_locks: Callable[[], None], console: Con
     """Write the sheets of predictions: Grad-CAM maps, and the worst of each group."""
     from agr_ray.report.explanations import Row, case_face, faces_sheet
 
-    model, table = test.loaded.model, test.predictions
+    model, table = test.model, test.predictions
     labels = read_labels(table, test.measured_in)
     predictions = read_predictions(table, model.tasks, model.space)
     tasks = [task for task in ATTRIBUTES if task in model.tasks]
@@ -156,7 +157,7 @@ class _Views:
         rows = read_images(
             test.storage, prepared.parts(test.storage), sorted(image_ids), ("image_id", "crop", *POSE_COLUMNS)
         )
-        self._model, transform = test.loaded.model, test.loaded.transform
+        self._model, transform = test.model, test.loaded.transform
         self._images = prepare_eval(to_nchw(decoded_crops(rows, prepared.crop_side_px), torch.device("cpu")), transform)
         self._pose = read_pose(rows)
         self._places = {image_id: place for place, image_id in enumerate(rows["image_id"].to_pylist())}

@@ -69,10 +69,12 @@ from agr_ray.learn.run import (
 from agr_ray.learn.sampling import Sampler
 from agr_ray.learn.tracking import check_mlflow
 from agr_ray.models.backbones.base import WeightsError
-from agr_ray.models.checkpoint import CARD, content_codes, load_train_state, save_checkpoint
+from agr_ray.models.checkpoint import CARD
 from agr_ray.models.checkpoint_files import calibration_hint, publish_checkpoint
-from agr_ray.models.network import MultiTaskNet, backbone_class, check_side, check_tasks
+from agr_ray.models.checkpoint_network import content_codes, load_train_state, save_checkpoint
+from agr_ray.models.network import MultiTaskNet, backbone_class, check_side
 from agr_ray.models.pretrained import load_backbone, pretrained_weights
+from agr_ray.models.tasks import check_tasks
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.metrics import Metrics

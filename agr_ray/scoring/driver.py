@@ -10,6 +10,9 @@
 The manifest never changes once plan.json names its plan. So after any kill, the same command knows from the names of
 the parts which ones are missing, and a part that is scored twice overwrites itself. Each job publishes under its own
 run id, so a suspended job that wakes up after losing its lock cannot touch another job's files in OUT.
+
+This module does not import torch, and neither may anything else in the driver's process: only workers predict, and
+another process checks that they will be able to (`check_network`).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from agr_ray.config import ScoreConfig, ScoreJob, digest
 from agr_ray.console import print_next
 from agr_ray.data.rejects import reject_reasons
 from agr_ray.errors import ConfigError
+from agr_ray.models.check_network import check_network
 from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.progress_bar import progress
 from agr_ray.schema import SCHEMA_VERSION, SCORED_STATUSES, Status
@@ -109,8 +113,10 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     If none is new, publish nothing, and return the record of the latest run with the same model and settings.
 
     Raises:
-        ConfigError: the checkpoint or the input does not exist, the input has no photographs, most of them are
-            rejected for the same reason, another job holds the lock, or the cluster is too small.
+        ConfigError: the checkpoint or the input does not exist, the checkpoint can't be used, the input has no
+            photographs, most of them are rejected for the same reason, another job holds the lock, or the cluster is
+            too small.
+        JobError: the process that checks the checkpoint was killed.
         LockLost: another job has taken over the output.
         StorageError: a table (`score.table`) can't be used.
         StorageUnavailable: input or output can't be reached.
@@ -122,8 +128,8 @@ def score_input(job: ScoreJob, workers: Workers, console: Console) -> dict[str, 
     if job.score.min_cell and not job.score.aggregate_only:
         console.print("warning: score.min_cell hides table cells, but images/ and faces/ still hold every face")
     with local_checkpoint(storage, job.score.checkpoint, "score.checkpoint") as checkpoint:
+        check_network(checkpoint, job.score.checkpoint, "score.checkpoint")
         model = read_model(checkpoint, job, console)
-    del checkpoint  # its network, which only the workers need
     attributes = written_attributes(job.score, model.tasks)
     settings = digest(model.pipeline, job.gates)
     config_digest = short_digest([settings, attributes, model.calibration_digest])

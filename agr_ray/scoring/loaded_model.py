@@ -18,8 +18,8 @@ from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint import CARD, Checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.transform import Transform
-from agr_ray.predict.attributes import ATTRIBUTES
 from agr_ray.predict.resolve import resolve
+from agr_ray.schema import ATTRIBUTES
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
         digest=checkpoint.digest,
         meta=checkpoint.meta,
         card=card.read_text(encoding="utf-8") if card.exists() else "",
-        tasks=checkpoint.model.tasks,
-        space=checkpoint.model.space,
+        tasks=checkpoint.tasks,
+        space=checkpoint.space,
         transform=checkpoint.transform,
         pipeline=pipeline,
         calibration=calibration,

@@ -19,6 +19,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
+from agr_ray.child_process import child_process
 from agr_ray.errors import JobError
 from agr_ray.json_log import child_stderr
 from agr_ray.scoring.publish import Counts, Publication
@@ -72,11 +73,10 @@ def _summaries(scoring: Scoring, parts: Sequence[int]) -> Iterator[dict[str, Any
     with ours, child_stderr() as stderr:
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
+                **child_process(__name__, str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stderr=stderr,
                 start_new_session=True,  # so that Ctrl-C reaches only this process, which ends the other
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         try:
             with suppress(ConnectionError):  # it has died, which `_answer` finds out

@@ -2,6 +2,8 @@
 
 `PartFinder` runs on CPUs, `RowPredictor` preferably on a GPU. Without a GPU, both run in one process. With a GPU,
 each `PartScorer` sends its crops to a predictor in another process, at most `MAX_PENDING` + 1 batches at a time.
+
+The driver imports this module too, so it does not import torch: its classes do when they are used.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from agr_ray.data.rejects import reject_reasons
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.models.checkpoint_files import unpacked_checkpoint
 from agr_ray.models.transform import Transform
-from agr_ray.predict.attributes import AttributePredictor, attribute_columns
+from agr_ray.predict.columns import attribute_columns
 from agr_ray.predict.downloads import Download, Downloads, use_one_cpu
 from agr_ray.predict.face_finder import FaceFinder, Photograph, Reject
 from agr_ray.predict.flags import flags
@@ -240,6 +242,8 @@ class RowPredictor:
     """Fills attributes into image rows, in this process. Each worker has its own."""
 
     def __init__(self, scoring: Scoring, stopwatch: Stopwatch | None = None) -> None:
+        from agr_ray.predict.attributes import AttributePredictor  # imports torch
+
         with unpacked_checkpoint(dict(scoring.checkpoint)) as directory:
             device = "cuda" if scoring.use_gpu else "cpu"
             self._predictor = AttributePredictor.load(directory, scoring.predict, scoring.calibration, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file, save_file
 
 from agr_ray.config import ModelConfig
 from agr_ray.config.pipeline import DEFAULT_PIPELINE, Pipeline
@@ -19,7 +21,8 @@ from agr_ray.data.prepared import FORMAT_VERSION, PreparedSet
 from agr_ray.data.rendered import RenderedChip, render_chip
 from agr_ray.data.splits import split_digest, split_manifest_text
 from agr_ray.labels import UTKFACE
-from agr_ray.models.checkpoint import content_codes, save_checkpoint
+from agr_ray.models.checkpoint import WEIGHTS
+from agr_ray.models.checkpoint_network import content_codes, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.schema import CROPS, TEMPLATE
@@ -28,6 +31,15 @@ from agr_ray.vision.align import align_chip
 from agr_ray.vision.decode import encode_jpeg
 
 SIDE_PX = 32
+
+
+def with_other_weights(model: Path, folder: Path) -> Path:
+    """Copy a checkpoint, and give it weights that do not fit its network."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / WEIGHTS)
+    weights["heads.race.layer.bias"] = torch.zeros(7)
+    save_file(weights, folder / WEIGHTS)
+    return folder
 
 
 def write_chips(folder: Path, indices: range) -> dict[str, RenderedChip]:

@@ -11,7 +11,7 @@ from sets import SIDE_PX, prepared_set
 
 from agr_ray.config import CrossValidateConfig, CrossValidateJob, ModelConfig, TrainConfig
 from agr_ray.errors import ConfigError
-from agr_ray.models.checkpoint import content_codes, load_train_state
+from agr_ray.models.checkpoint_network import content_codes, load_train_state
 from agr_ray.runtime.cross_validate import cross_validate
 from agr_ray.schema import FOLDS
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 from ray.data import ActorPoolStrategy
 from sets import checkpoint, iou
@@ -296,3 +299,11 @@ def test_predictors_in_other_processes_give_the_same_rows(
         other = others[row["uri"].removeprefix(f"{folder / 'photographs'}/")]
         assert [face["age"] for face in row["faces"]] == pytest.approx([face["age"] for face in other["faces"]])
         assert [face["box"] for face in row["faces"]] == [face["box"] for face in other["faces"]]
+
+
+def test_the_driver_does_not_load_torch(job: ScoreJob, folder: Path) -> None:
+    code = "import sys; from agr_ray.cli import main; main(sys.argv[1:]); print('loaded:', 'torch' in sys.modules)"
+    argv = ["score", "--checkpoint", job.score.checkpoint, "--input", job.score.input, "--out", str(folder / "thin")]
+    address = ["--num_workers", "1", "--cluster.address", ray.get_runtime_context().gcs_address]
+    printed = subprocess.check_output([sys.executable, "-c", code, *argv, *address], text=True)
+    assert printed.splitlines()[-1] == "loaded: False"

@@ -22,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agr_ray.config import AugmentConfig, EvaluateConfig, EvaluateJob, ModelConfig, TrainConfig, TrainJob, VisionConfig
 from agr_ray.data.prepared import open_prepared
 from agr_ray.errors import ConfigError, JobError
-from agr_ray.models.checkpoint import content_codes, load_checkpoint, load_train_state
+from agr_ray.models.checkpoint import read_checkpoint
+from agr_ray.models.checkpoint_network import content_codes, load_train_state
 from agr_ray.runtime.crop_stream import training_dataset
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.runtime.train import train
@@ -95,7 +96,7 @@ def test_the_best_and_the_last_checkpoint_can_be_used(run: Path) -> None:
     best = min(rows, key=lambda row: row["val_objective"])
 
     for name, row in (("best", best), ("last", rows[-1])):
-        loaded = load_checkpoint(run / name)
+        loaded = read_checkpoint(run / name)
         assert loaded.meta["metrics"]["epoch"] == row["epoch"]
         assert loaded.meta["metrics"]["val"]["n"] == 13
         assert loaded.meta["metrics"]["val"]["age"]["mae_years"] == pytest.approx(row["val_age_mae_years"])
@@ -105,7 +106,7 @@ def test_the_best_and_the_last_checkpoint_can_be_used(run: Path) -> None:
 
 def test_a_checkpoint_records_its_training_data(run: Path, data: Path) -> None:
     images = [row["content_hash"] for row in pq.read_table(data / "crops").to_pylist() if row["split"] == "train"]
-    loaded = load_checkpoint(run / "best")
+    loaded = read_checkpoint(run / "best")
     said = loaded.meta["data"]
 
     assert loaded.pipeline.vision == open_prepared(Storage(), str(data), "data").vision != VisionConfig()
@@ -126,7 +127,7 @@ def test_a_tracked_run_records_its_outcome_and_keeps_its_logs(run: Path) -> None
 def test_every_checkpoint_has_a_card_of_its_own_epoch(run: Path) -> None:
     for name in ("best", "last"):
         card = (run / name / "model_card.md").read_text()
-        assert f"After epoch {load_checkpoint(run / name).meta['metrics']['epoch']}, on 13 images" in card
+        assert f"After epoch {read_checkpoint(run / name).meta['metrics']['epoch']}, on 13 images" in card
         assert "| trained on | 37 |" in card
         assert "| by true |" in card
     assert "Not validated." in (run / "initial" / "model_card.md").read_text()
@@ -212,7 +213,7 @@ def test_two_sets_of_which_one_has_no_race_are_trained_on_together(data: Path, o
     assert [row["num_val_rows"] for row in rows] == [13 + 7] * EPOCHS
     assert all(55 - 2 < row["num_train_rows"] <= 55 for row in rows)
     assert all(np.isfinite(row["train_loss"]) for row in rows)
-    loaded = load_checkpoint(run / "best")
+    loaded = read_checkpoint(run / "best")
     val = loaded.meta["metrics"]["val"]
     assert val["n"] == 20
     assert 0 < val["race"]["n"] <= 13

@@ -18,7 +18,7 @@ from sets import SIDE_PX, prepared_set
 from agr_ray.config import ModelConfig, TrainConfig, TrainJob, TuneConfig, TuneJob, parse
 from agr_ray.data.prepared import open_prepared
 from agr_ray.errors import ConfigError
-from agr_ray.models.checkpoint import load_checkpoint
+from agr_ray.models.checkpoint import read_checkpoint
 from agr_ray.runtime.train import settings_digest
 from agr_ray.runtime.tune import tune
 from agr_ray.schema import TRIALS
@@ -110,7 +110,7 @@ def test_only_the_best_keeps_its_checkpoints(sweep: Path) -> None:
 
 def test_the_best_checkpoint_matches_the_table(sweep: Path) -> None:
     (row,) = [row for row in trials(sweep) if row["is_best"]]
-    metrics = load_checkpoint(sweep / "best").meta["metrics"]
+    metrics = read_checkpoint(sweep / "best").meta["metrics"]
 
     assert metrics["epoch"] == row["best_epoch"]
     assert metrics["val"]["age"]["mae_years"] == pytest.approx(row["age_mae_years"])

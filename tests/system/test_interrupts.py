@@ -14,7 +14,7 @@ import pytest
 from commands import ROOT, job_environment, short_folder
 
 from agr_ray.learn.run import CHECKPOINTS
-from agr_ray.models.checkpoint import load_train_state
+from agr_ray.models.checkpoint_network import load_train_state
 from agr_ray.runtime.ray_compat import SNAPSHOT
 
 sys.path += [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "ray")]

@@ -22,7 +22,7 @@ from agr_ray.config import GatesConfig, VisionConfig
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
-from agr_ray.models.checkpoint import save_checkpoint
+from agr_ray.models.checkpoint_network import save_checkpoint
 from agr_ray.models.transform import Transform
 from agr_ray.vision.decode import ImageError
 

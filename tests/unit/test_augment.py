@@ -12,7 +12,8 @@ from torch import Tensor
 
 from agr_ray.config import AugmentConfig
 from agr_ray.learn.augment import augment
-from agr_ray.models.transform import Transform, equalize_luminance, prepare_eval
+from agr_ray.models.network_input import equalize_luminance, prepare_eval
+from agr_ray.models.transform import Transform
 
 PLAIN = AugmentConfig(flip_probability=0, rotation_degrees=0, scale=0, shift=0)
 STORED = 48

@@ -14,7 +14,7 @@ from agr_ray.config import ScoreJob
 from agr_ray.console import make_console
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.models.checkpoint import load_checkpoint, model_digest
+from agr_ray.models.checkpoint import model_digest, read_checkpoint
 from agr_ray.scoring.loaded_model import read_model
 
 
@@ -46,7 +46,7 @@ def test_scoring_warns_about_a_calibration_on_training_images(tmp_path: Path, nu
     (folder / "calibration.json").write_text(json.dumps(fitted.to_json()))
     printed = StringIO()
 
-    model = read_model(load_checkpoint(folder), ScoreJob(), make_console(printed))
+    model = read_model(read_checkpoint(folder), ScoreJob(), make_console(printed))
 
     assert model.calibration is not None
     assert model.calibration.num_seen_in_training == num_seen

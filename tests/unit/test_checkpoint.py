@@ -18,21 +18,17 @@ from agr_ray.config import ModelConfig, PredictConfig, VisionConfig
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.labels import UTKFACE
-from agr_ray.models import checkpoint_files
+from agr_ray.models import checkpoint_files, checkpoint_network
 from agr_ray.models.card import model_card
-from agr_ray.models.checkpoint import (
-    CARD,
-    META,
-    TRAIN_STATE,
-    WEIGHTS,
-    CheckpointError,
+from agr_ray.models.checkpoint import CARD, META, TRAIN_STATE, WEIGHTS, CheckpointError, model_digest, read_checkpoint
+from agr_ray.models.checkpoint_files import local_checkpoint
+from agr_ray.models.checkpoint_network import (
     content_codes,
-    load_checkpoint,
+    given_network,
+    load_network,
     load_train_state,
-    model_digest,
     save_checkpoint,
 )
-from agr_ray.models.checkpoint_files import local_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.storage import Storage
@@ -70,16 +66,17 @@ def edit_meta(directory: Path, change: Callable[[dict[str, Any]], None]) -> None
 def test_loaded_network_predicts_the_same(saved: Path) -> None:
     torch.manual_seed(0)
     model = MultiTaskNet(CONFIG, UTKFACE).eval()
-    checkpoint = load_checkpoint(saved)
+    checkpoint = read_checkpoint(saved)
     images = torch.randn(2, 3, 32, 32)
     assert checkpoint.transform == TRANSFORM
-    assert checkpoint.model.config == CONFIG
-    assert not checkpoint.model.training
-    torch.testing.assert_close(checkpoint.model(images), model(images), rtol=0, atol=0)
+    assert checkpoint.config == CONFIG
+    loaded = load_network(checkpoint)
+    assert not loaded.training
+    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
 
 
 def test_meta_records_its_origin(saved: Path) -> None:
-    meta = load_checkpoint(saved).meta
+    meta = read_checkpoint(saved).meta
     assert meta["git_commit"] == "c0ffee"
     assert meta["data"] == {"split_manifest_sha256": "ab"}
     assert meta["label_space"]["genders"] == ["female", "male"]
@@ -87,7 +84,7 @@ def test_meta_records_its_origin(saved: Path) -> None:
 
 
 def test_vision_and_predict_settings_are_restored(saved: Path) -> None:
-    checkpoint = load_checkpoint(saved)
+    checkpoint = read_checkpoint(saved)
     assert checkpoint.pipeline == PIPELINE
     assert sorted(checkpoint.meta["vision"]) == sorted(VisionConfig.model_fields)
     assert checkpoint.meta["predict"] == {"flip_average": True, "precision": "float32"}
@@ -122,7 +119,7 @@ def test_missing_unknown_and_invalid_keys_of_meta_are_named(
 ) -> None:
     edit_meta(saved, change)
     with pytest.raises(CheckpointError, match=rf"checkpoint/meta\.json: {message}"):
-        load_checkpoint(saved)
+        read_checkpoint(saved)
 
 
 def test_a_metric_that_is_nan_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -132,7 +129,7 @@ def test_a_metric_that_is_nan_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_the_model_card_matches_meta(saved: Path) -> None:
-    assert (saved / CARD).read_text(encoding="utf-8") == model_card(load_checkpoint(saved).meta)
+    assert (saved / CARD).read_text(encoding="utf-8") == model_card(read_checkpoint(saved).meta)
     assert "c0ffee" in (saved / CARD).read_text(encoding="utf-8")
 
 
@@ -150,7 +147,7 @@ def test_content_codes_are_64_bits_of_the_hash() -> None:
 
 
 def test_digest_follows_weights_and_transform_only(saved: Path, tmp_path: Path) -> None:
-    model = load_checkpoint(saved).model
+    model = load_network(read_checkpoint(saved))
     digest = model_digest(saved)
     model.config = CONFIG.model_copy(update={"pretrained": "imagenet"})
     save_checkpoint(tmp_path / "same", model, TRANSFORM, git_commit="another")
@@ -166,14 +163,14 @@ def test_digest_follows_weights_and_transform_only(saved: Path, tmp_path: Path) 
 def test_missing_file_is_named_in_the_error(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name}: expected .* no such file"):
-        load_checkpoint(saved)
+        load_network(read_checkpoint(saved))
 
 
 @pytest.mark.parametrize("name", [META, WEIGHTS])
 def test_damaged_file_is_named_in_the_error(saved: Path, name: str) -> None:
     (saved / name).write_bytes(b"\x00\xff")
     with pytest.raises(CheckpointError, match=f"{name}: expected"):
-        load_checkpoint(saved)
+        load_network(read_checkpoint(saved))
 
 
 @pytest.mark.parametrize("name", [META, WEIGHTS])
@@ -181,7 +178,7 @@ def test_unreadable_file_is_named_in_the_error(saved: Path, name: str) -> None:
     (saved / name).unlink()
     (saved / name).mkdir()
     with pytest.raises(CheckpointError, match=f"{name}: expected"):
-        load_checkpoint(saved)
+        load_network(read_checkpoint(saved))
 
 
 def test_a_checkpoint_that_cannot_be_copied_gives_one_line(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,20 +207,58 @@ def test_missing_or_damaged_train_state_is_named_in_the_error(saved: Path) -> No
 def test_another_format_is_rejected(saved: Path) -> None:
     edit_meta(saved, lambda meta: meta.update(format_version=1))
     with pytest.raises(CheckpointError, match="expected format_version 5, found 1; train it again"):
-        load_checkpoint(saved)
+        read_checkpoint(saved)
 
 
 def test_another_order_of_labels_is_rejected(saved: Path) -> None:
     edit_meta(saved, lambda meta: meta["label_space"].update(genders=["male", "female"]))
     with pytest.raises(CheckpointError, match="label_space: genders must be female and male, in this order, not "):
-        load_checkpoint(saved)
+        read_checkpoint(saved)
 
 
-def test_tensor_of_another_shape_is_named_in_the_error(saved: Path) -> None:
-    weights = load_file(saved / WEIGHTS)
-    weights["heads.race.layer.bias"] = torch.zeros(7)
-    save_file(weights, saved / WEIGHTS)
-    with pytest.raises(
-        CheckpointError, match=r"weights\.safetensors: heads\.race\.layer\.bias: expected .*\[5\], found \[7\]"
-    ):
-        load_checkpoint(saved)
+def cut(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def reshape(weights: Path) -> None:
+    save_file(load_file(weights) | {"heads.race.layer.bias": torch.zeros(7)}, weights)
+
+
+def take_one(weights: Path) -> None:
+    save_file({name: each for name, each in load_file(weights).items() if name != "heads.race.layer.bias"}, weights)
+
+
+def add_one(weights: Path) -> None:
+    save_file(load_file(weights) | {"heads.height.bias": torch.zeros(2)}, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, "expected safetensors, found "),
+        (reshape, r"heads\.race\.layer\.bias: expected shape \[5\], found \[7\]$"),
+        (take_one, r"heads\.race\.layer\.bias: expected shape \[5\], found nothing$"),
+        (add_one, r"heads\.height\.bias: expected no such tensor, found shape \[2\]$"),
+    ],
+)
+def test_weights_that_do_not_fit_the_network_are_named_in_the_error(
+    saved: Path, change: Callable[[Path], None], message: str
+) -> None:
+    change(saved / WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"weights\.safetensors: {message}"):
+        load_network(read_checkpoint(saved))
+    with pytest.raises(ConfigError, match=rf"^score\.checkpoint s3://models/best: .*weights\.safetensors: {message}"):
+        given_network(read_checkpoint(saved), "s3://models/best", "score.checkpoint")
+
+
+@pytest.mark.parametrize("error", [ConfigError, TypeError, ValueError])
+def test_a_network_that_cannot_be_built_names_the_file(
+    saved: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error("no such network\nmore")
+
+    checkpoint = read_checkpoint(saved)
+    monkeypatch.setattr(checkpoint_network, "MultiTaskNet", fail)
+    with pytest.raises(CheckpointError, match=r"checkpoint/meta\.json: no such network$"):
+        load_network(checkpoint)

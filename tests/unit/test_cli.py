@@ -18,7 +18,7 @@ from agr_ray.cli import COMMANDS, main, one_line_errors
 from agr_ray.config import EvaluateJob, Job, PrepareJob, ScoreJob, TrainJob, TuneJob, VisionConfig, parse
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.rendered import render_chip
-from agr_ray.models.checkpoint import save_checkpoint
+from agr_ray.models.checkpoint_network import save_checkpoint
 from agr_ray.models.transform import Transform
 
 AGR_RAY = (sys.executable, "-c", "from agr_ray.cli import main; main()")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from facenet_pytorch import MTCNN
 from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
+from torchvision.ops import nms
 
 from agr_ray.data.rendered import render_chip, render_photograph
 from agr_ray.vision.detect import Detector, make_detector
@@ -217,3 +218,34 @@ def test_nothing_is_left_to_autograd(chips: list[np.ndarray]) -> None:
     assert torch.is_grad_enabled()
     mtcnn().detect(chips[:1])
     assert torch.is_grad_enabled()
+
+
+def test_suppression_keeps_the_boxes_that_torchvision_keeps_in_each_group() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners, sides = (low + high * torch.rand(300, 2, generator=generator) for low, high in ((0, 200), (10, 50)))
+    boxes, groups = torch.cat([corners, corners + sides], dim=1), torch.arange(300) // 150 * 2  # group 1 is empty
+    scores = (0.5 + 0.5 * torch.rand(300, generator=generator)).mul(10).round() / 10  # many are equal
+    scores[150] = 1.0  # so that the first box of group 2 is kept
+
+    kept = cascade._suppress(boxes, scores, groups, 0.5)
+
+    first, second = nms(boxes[:150], scores[:150], 0.5), 150 + nms(boxes[150:], scores[150:], 0.5)
+    assert kept.tolist() == [*first.tolist(), *second.tolist()]
+    assert len(kept) < 300
+    assert cascade._suppress(boxes[:0], scores[:0], groups[:0], 0.5).tolist() == []
+
+
+def test_windows_that_overlap_by_exactly_the_limit_are_kept_at_every_scale(
+    chips: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = torch.tensor([[left, 0.0, left + 12.0, 12.0] for left in (100.0, 104.0, 106.0)])
+    scores, group = torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3, dtype=torch.long)
+    assert cascade._suppress(windows, scores, group, 0.5).tolist() == [0, 1]
+
+    given: list[torch.Tensor] = []
+    suppress = cascade._suppress
+    monkeypatch.setattr(cascade, "_suppress", lambda boxes, *rest: given.append(boxes) or suppress(boxes, *rest))
+    mtcnn().detect(chips[:1])
+    assert len(given[0]) > 10
+    assert (given[0][:, 2:] - given[0][:, :2]).eq(12.0).all()
+    assert given[0].equal(given[0].round())

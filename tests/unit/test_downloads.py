@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +68,15 @@ def test_after_a_death_each_image_is_noted_while_it_is_processed_and_no_longer(t
     bodies = [body for batch in reader.read(rows, attempts) for _, body in batch]
     assert [isinstance(body, bytes) for body in bodies] == [True, False, True]
     assert parts.begin(0).deaths == {"id-1": MAX_DEATHS}  # the last image is not to blame for what comes after it
+
+
+def test_torch_has_one_thread_wherever_it_is_imported() -> None:
+    code = (
+        "import os; {first}; from agr_ray.predict.downloads import use_one_cpu; use_one_cpu(); "
+        "import torch; print(torch.get_num_threads())"
+    )
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+    environ |= {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    for first in ("import torch", "pass"):
+        command = [sys.executable, "-c", code.format(first=first)]
+        assert subprocess.check_output(command, text=True, env=environ) == "1\n"

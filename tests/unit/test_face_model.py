@@ -23,8 +23,9 @@ from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.crops import decoded_crops, read_pose
 from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
-from agr_ray.models.checkpoint import META, save_checkpoint
+from agr_ray.models.checkpoint import META
 from agr_ray.models.checkpoint_files import portable_checkpoint
+from agr_ray.models.checkpoint_network import save_checkpoint
 from agr_ray.models.transform import Transform
 from agr_ray.predict import attributes
 from agr_ray.predict.attributes import AttributePredictor

@@ -16,9 +16,9 @@ from agr_ray.config import EvaluateConfig, EvaluateJob
 from agr_ray.data.rendered import render_photograph
 from agr_ray.errors import ConfigError
 from agr_ray.labels import FAIRFACE, LabelSpace
-from agr_ray.models.checkpoint import load_checkpoint
+from agr_ray.models.checkpoint import read_checkpoint
 from agr_ray.models.fairface import FOUR_RACES, fairface_network
-from agr_ray.models.transform import centre
+from agr_ray.models.network_input import centre
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.vision.align import TEMPLATE_POINTS, align_face
@@ -97,8 +97,8 @@ def test_an_imported_checkpoint_predicts(
     out = files / "fairface"
     cli.main(["import", "fairface", str(files / name), "--out", str(out), *more])
     assert "agr-ray score --checkpoint" in capsys.readouterr().out
-    loaded = load_checkpoint(out)
-    assert loaded.model.space == space
+    loaded = read_checkpoint(out)
+    assert loaded.space == space
     card = (out / "model_card.md").read_text()
     assert "CC BY 4.0" in card
     assert name in card
@@ -106,7 +106,7 @@ def test_an_imported_checkpoint_predicts(
     (photo,) = FaceModel.load(str(out)).predict([render_photograph(0, 0, 640, 480, 1).image_rgb])
     (face,) = photo.faces
     assert face.race_probs is not None
-    assert list(face.race_probs) == list(loaded.model.space.races)
+    assert list(face.race_probs) == list(loaded.space.races)
     assert sum(face.race_probs.values()) == pytest.approx(1.0, abs=1e-5)
 
 

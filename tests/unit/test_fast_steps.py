@@ -23,7 +23,8 @@ from agr_ray.learn.loop import train
 from agr_ray.learn.monitor import NonFiniteLossError
 from agr_ray.learn.optimise import build_optimizer
 from agr_ray.models.backbones.base import Backbone
-from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
+from agr_ray.models.checkpoint import read_checkpoint
+from agr_ray.models.checkpoint_network import load_network, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import allow_tf32, autocast
 
@@ -134,7 +135,9 @@ def test_a_resumed_run_keeps_its_loss_scale(monkeypatch: pytest.MonkeyPatch, tmp
 
     states: list[dict[str, Any]] = []
     _, _, whole = run(config, data, on_report=save)
-    _, reports, resumed = run(config, data, model=load_checkpoint(tmp_path).model, resume=load_train_state(tmp_path))
+    _, reports, resumed = run(
+        config, data, model=load_network(read_checkpoint(tmp_path)), resume=load_train_state(tmp_path)
+    )
 
     assert [state["scale"] for state in states] == [4.0, 8.0, 16.0]
     assert reports[-1].train_state()["scaler"] == states[-1]
@@ -328,7 +331,7 @@ def test_synchronised_batch_norms_keep_their_names(tmp_path: Path) -> None:
     assert list(model.state_dict()) == list(plain.state_dict())
     torch.testing.assert_close(weights(model), weights(plain), rtol=0, atol=0)
     save_checkpoint(tmp_path, reports[-1].model, TRANSFORM)
-    torch.testing.assert_close(weights(load_checkpoint(tmp_path).model), weights(reports[-1].model))
+    torch.testing.assert_close(weights(load_network(read_checkpoint(tmp_path))), weights(reports[-1].model))
 
 
 @pytest.mark.parametrize("sync", [True, False])

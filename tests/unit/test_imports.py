@@ -20,11 +20,43 @@ WITHOUT_TORCH = sorted(
 
 
 def test_modules_say_that_they_do_without_torch() -> None:
-    assert WITHOUT_TORCH == ["agr_ray.data.crops", "agr_ray.learn.progress", "agr_ray.runtime.crop_stream"]
+    assert WITHOUT_TORCH == [
+        "agr_ray.data.crops",
+        "agr_ray.learn.progress",
+        "agr_ray.models.check_network",
+        "agr_ray.models.checkpoint",
+        "agr_ray.models.int8",
+        "agr_ray.models.transform",
+        "agr_ray.predict.columns",
+        "agr_ray.runtime.crop_stream",
+        "agr_ray.scoring.driver",
+        "agr_ray.scoring.scorer",
+    ]
 
 
-@pytest.mark.parametrize("module", [*WITHOUT_TORCH, "agr_ray.cli", "agr_ray.runtime.render", "agr_ray.vision.decode"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *WITHOUT_TORCH,
+        "agr_ray.cli",
+        "agr_ray.predict.crop_maker",
+        "agr_ray.runtime.render",
+        "agr_ray.runtime.score",
+        "agr_ray.runtime.score_on_ray",
+        "agr_ray.scoring.publish",
+        "agr_ray.vision.decode",
+    ],
+)
 def test_a_module_does_not_load_torch(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules)"
 
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_the_default_network_and_mtcnn_do_without_torchvision() -> None:
+    code = (
+        "import sys; from agr_ray.config import ModelConfig; from agr_ray.labels import UTKFACE; "
+        "from agr_ray.models.network import MultiTaskNet; from agr_ray.vision.detectors.mtcnn import Mtcnn; "
+        "MultiTaskNet(ModelConfig(), UTKFACE); Mtcnn(); print({'torchvision', 'torch._dynamo'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

@@ -27,7 +27,7 @@ def network(backbone: str, *, head_pose: bool = False, age_head: str = "linear")
     with torch.no_grad():
         model.train()(torch.randn(8, 3, 64, 64))
     for head in model.heads.values():
-        torch.nn.init.normal_(head.layer.weight, std=0.05)
+        torch.nn.init.normal_(head.layer.weight, std=0.01)
     return model.eval()
 
 
@@ -42,9 +42,9 @@ def test_the_inference_network_predicts_the_same_in_float32(backbone: str) -> No
     model, config = network(backbone), PredictConfig(flip_average=True)
     before = predict(model, crops(), TRANSFORM, config)
     after = predict(for_inference(model, config.precision), crops(), TRANSFORM, config)
-    assert after["age"] == pytest.approx(before["age"], abs=1e-2)
-    assert after["gender"] == pytest.approx(before["gender"], abs=1e-4)
-    assert after["race"] == pytest.approx(before["race"], abs=1e-4)
+    assert after["age"] == pytest.approx(before["age"], abs=2e-3)
+    assert after["gender"] == pytest.approx(before["gender"], abs=2e-5)
+    assert after["race"] == pytest.approx(before["race"], abs=2e-5)
     assert np.ptp(before["gender"]) > 0.01
 
 
@@ -55,7 +55,7 @@ def test_the_inference_network_predicts_nearly_the_same_in_bfloat16() -> None:
     after = predict(ready, crops(), TRANSFORM, config)
     assert {weight.dtype for weight in ready.backbone.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in ready.heads["race"].parameters()} == {torch.float32}
-    assert after["gender"] == pytest.approx(before["gender"], abs=0.03)
+    assert after["gender"] == pytest.approx(before["gender"], abs=0.006)
 
 
 def test_no_batch_norm_is_left_and_the_network_itself_is_as_it_was() -> None:

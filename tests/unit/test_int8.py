@@ -21,9 +21,11 @@ from agr_ray.config import ModelConfig, PredictConfig, TrainJob
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.labels import UTKFACE
-from agr_ray.models.checkpoint import load_checkpoint, load_train_state, model_digest, save_checkpoint
+from agr_ray.models.checkpoint import model_digest, read_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint, publish_checkpoint, unpacked_checkpoint
-from agr_ray.models.int8 import GRAPH_FILE, WEIGHTS_FILE, Int8Net, quantize
+from agr_ray.models.checkpoint_network import load_train_state, save_checkpoint
+from agr_ray.models.int8 import GRAPH_FILE, WEIGHTS_FILE
+from agr_ray.models.int8_network import Int8Net, quantize
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import AttributePredictor
@@ -98,7 +100,7 @@ def test_a_face_has_the_same_prediction_whatever_else_is_in_its_batch(quantized:
 
 
 def test_the_new_checkpoint_is_another_model_with_the_same_history(folder: Path, quantized: Path) -> None:
-    before, after = load_checkpoint(folder / "float"), load_checkpoint(quantized)
+    before, after = read_checkpoint(folder / "float"), read_checkpoint(quantized)
     assert after.pipeline.predict.precision == "int8"
     assert before.meta["metrics"]
     assert not after.meta["metrics"]  # they are of the network before
@@ -120,7 +122,7 @@ def test_publishing_the_same_model_keeps_its_calibration(quantized: Path, tmp_pa
     Path(out, "calibration.json").write_text("{}")
     publish_checkpoint(Storage(), quantized, out)
     assert Path(out, "calibration.json").exists()
-    assert load_checkpoint(Path(out)).int8 is not None
+    assert read_checkpoint(Path(out)).int8 is not None
 
 
 def test_the_command_prints_differences_speed_and_the_next_command(
@@ -148,7 +150,7 @@ def test_openvino_reports_nothing_to_its_makers(quantized: Path) -> None:
 
 def resolved(directory: Path, precision: str, **options: bool) -> None:
     given = Pipeline(predict=PredictConfig(precision=precision))
-    resolve(load_checkpoint(directory), given, key="score.checkpoint", **options)
+    resolve(read_checkpoint(directory), given, key="score.checkpoint", **options)
 
 
 def test_int8_is_rejected_where_it_is_not_possible(

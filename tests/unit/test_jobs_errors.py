@@ -19,7 +19,7 @@ from prepared_sets import SIDE_PX, prepared_set
 from agr_ray.cli import run
 from agr_ray.config import EvaluateJob, Job, ModelConfig, PrepareJob, RenderJob, ScoreJob, TrainJob, TuneJob
 from agr_ray.labels import UTKFACE
-from agr_ray.models.checkpoint import save_checkpoint
+from agr_ray.models.checkpoint_network import save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.evaluate import evaluate

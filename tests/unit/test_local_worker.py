@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
-from sets import checkpoint
+from sets import checkpoint, with_other_weights
 from this_process import ThisProcess, scoring_of
 
 from agr_ray.config import ClusterConfig, ScoreConfig, ScoreJob
@@ -129,6 +130,33 @@ def test_the_process_ends_with_the_one_that_started_it(scoring: Scoring, tmp_pat
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     wait_until(lambda: not Path("/proc", pid_file.read_text()).exists())
+
+
+def test_the_process_that_asks_for_a_run_does_not_load_torch(scoring: Scoring, tmp_path: Path) -> None:
+    code = "import sys; from agr_ray.cli import main; main(sys.argv[1:]); print('loaded:', 'torch' in sys.modules)"
+    argv = ["score", "--checkpoint", str(tmp_path / "model"), "--input", str(tmp_path / "photographs")]
+    printed = subprocess.check_output([sys.executable, "-c", code, *argv, "--out", str(tmp_path / "out")], text=True)
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    assert printed.splitlines()[-1] == "loaded: False"
+
+
+def test_weights_that_do_not_fit_the_network_end_the_command_in_one_line(scoring: Scoring, tmp_path: Path) -> None:
+    other = with_other_weights(tmp_path / "model", tmp_path / "other")
+    argv = [
+        "score",
+        "--checkpoint",
+        str(other),
+        "--input",
+        str(tmp_path / "photographs"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    code = "import sys; from agr_ray.cli import main; main(sys.argv[1:])"
+    ended = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert ended.returncode == 2
+    message = r"error: score\.checkpoint .*other: .*: heads\.race\.layer\.bias: expected shape \[5\], found \[7\]\n"
+    assert re.fullmatch(message, ended.stderr)
+    assert not list(tmp_path.glob("out*"))
 
 
 def wait_until(condition: Any) -> None:

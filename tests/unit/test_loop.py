@@ -26,7 +26,8 @@ from agr_ray.learn.monitor import NonFiniteLossError
 from agr_ray.learn.optimise import Ema, build_optimizer, set_learning_rate
 from agr_ray.learn.sampling import Sampler
 from agr_ray.learn.schedule import epoch_side_px, learning_rate, plateau_cuts, steps_per_epoch
-from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
+from agr_ray.models.checkpoint import read_checkpoint
+from agr_ray.models.checkpoint_network import load_network, load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.precision import autocast
 from agr_ray.models.transform import Transform
@@ -182,7 +183,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
 
     rows, _, whole = run(config, data, on_report=save)
     resumed_rows, reports, resumed = run(
-        config, data, model=load_checkpoint(tmp_path).model, resume=load_train_state(tmp_path)
+        config, data, model=load_network(read_checkpoint(tmp_path)), resume=load_train_state(tmp_path)
     )
     assert [report.row["epoch"] for report in reports] == [3, 4]
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)

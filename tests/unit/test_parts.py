@@ -18,9 +18,11 @@ from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.context import EpochReport, LocalContext
 from agr_ray.learn.loop import train
-from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
+from agr_ray.models.checkpoint import read_checkpoint
+from agr_ray.models.checkpoint_network import load_network, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
-from agr_ray.predict.attributes import AttributePredictor, attribute_columns, uncalibrated
+from agr_ray.predict.attributes import AttributePredictor
+from agr_ray.predict.columns import attribute_columns, uncalibrated
 from agr_ray.predict.forward import predict
 from agr_ray.predict.inference import for_inference
 
@@ -65,7 +67,7 @@ def test_a_new_network_part_can_be_trained_saved_loaded_evaluated_and_used(
     assert all(not torch.equal(value, first[name]) for name, value in model.named_parameters())
 
     save_checkpoint(tmp_path / "checkpoint", reports[-1].model, TRANSFORM)
-    loaded = load_checkpoint(tmp_path / "checkpoint").model
+    loaded = load_network(read_checkpoint(tmp_path / "checkpoint"))
     predictions = predict(loaded, data["crop"], TRANSFORM, job.predict)
     report = metrics_report(labels, predictions)
     assert report["age"]["mae_years"] == pytest.approx(rows[-1]["val_age_mae_years"], rel=1e-4)

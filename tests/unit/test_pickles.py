@@ -16,7 +16,8 @@ from agr_ray import cli
 from agr_ray.config import ModelConfig
 from agr_ray.labels import UTKFACE
 from agr_ray.models.backbones.base import WeightsError
-from agr_ray.models.checkpoint import TRAIN_STATE, CheckpointError, load_train_state
+from agr_ray.models.checkpoint import TRAIN_STATE, CheckpointError
+from agr_ray.models.checkpoint_network import load_train_state
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.pretrained import pretrained_weights
 from agr_ray.storage import Storage

@@ -21,10 +21,12 @@ from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.context import EpochReport, LocalContext
 from agr_ray.learn.loop import train
 from agr_ray.models.backbones.base import WeightsError
-from agr_ray.models.checkpoint import load_checkpoint, save_checkpoint
+from agr_ray.models.checkpoint import read_checkpoint
+from agr_ray.models.checkpoint_network import load_network, save_checkpoint
 from agr_ray.models.network import MultiTaskNet, preset_config
 from agr_ray.models.pretrained import load_backbone
-from agr_ray.predict.attributes import AttributePredictor, attribute_columns
+from agr_ray.predict.attributes import AttributePredictor
+from agr_ray.predict.columns import attribute_columns
 
 SIDES_PX = {"facenet_bias": 96, "faceage": 96}  # Inception-ResNet-v1 needs 80
 KEYS = {
@@ -85,8 +87,8 @@ def test_a_preset_works_from_training_to_prediction(preset: str, tmp_path: Path)
     assert np.isfinite(row["train_loss"])
 
     save_checkpoint(tmp_path / "checkpoint", reports[-1].model, transform)
-    loaded = load_checkpoint(tmp_path / "checkpoint")
-    predictor = AttributePredictor(loaded.model, transform, PredictConfig())
+    loaded = load_network(read_checkpoint(tmp_path / "checkpoint"))
+    predictor = AttributePredictor(loaded, transform, PredictConfig())
     predictions = predictor.predict(data["crop"])
     assert [name for name in predictions if name != "age_spread"] == list(job.model.tasks)
     has_spread = "age" in job.model.tasks and job.model.age_head not in ("linear", "groups")
@@ -107,7 +109,7 @@ def test_a_preset_works_from_training_to_prediction(preset: str, tmp_path: Path)
         content_codes=(),
         num_seen_in_training=0,
     )
-    calibrated = AttributePredictor(loaded.model, transform, PredictConfig(), calibration).attributes(data["crop"])
+    calibrated = AttributePredictor(loaded, transform, PredictConfig(), calibration).attributes(data["crop"])
     columns = attribute_columns(calibrated, 8, UTKFACE)
     shown = {"age": "age", "gender": "p_male", "race": "race"}
     assert [name for task, name in shown.items() if task in job.model.tasks and name not in columns] == []

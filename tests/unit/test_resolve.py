@@ -15,7 +15,7 @@ from agr_ray.config.pipeline import DECISIVE, Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.models.checkpoint import CALIBRATION, META, load_checkpoint, model_digest
+from agr_ray.models.checkpoint import CALIBRATION, META, model_digest, read_checkpoint
 from agr_ray.predict.resolve import resolve
 
 STORED = Pipeline(vision=VisionConfig(detector="haar", max_side_px=900), predict=PredictConfig(flip_average=True))
@@ -52,21 +52,21 @@ def with_vision(**values: Any) -> Pipeline:
 
 
 def test_settings_that_are_not_given_come_from_the_checkpoint(trained: Path) -> None:
-    resolved = resolve(load_checkpoint(trained), NOTHING, key="score.checkpoint")
+    resolved = resolve(read_checkpoint(trained), NOTHING, key="score.checkpoint")
 
     assert resolved.pipeline == STORED
     assert (resolved.calibration, resolved.reason.partition(";")[0]) == (None, "the checkpoint has no calibration.json")
 
 
 def test_an_explicit_setting_wins_even_if_it_equals_the_default(trained: Path) -> None:
-    resolved = resolve(load_checkpoint(trained), with_vision(detector="mtcnn"), key="score.checkpoint")
+    resolved = resolve(read_checkpoint(trained), with_vision(detector="mtcnn"), key="score.checkpoint")
 
     assert resolved.pipeline == STORED.model_copy(update={"vision": VisionConfig(detector="mtcnn", max_side_px=900)})
 
 
 def test_conflicting_settings_are_rejected_with_their_origins(trained: Path) -> None:
     with pytest.raises(ConfigError) as refused:
-        resolve(load_checkpoint(trained), with_vision(small_faces=True), key="score.checkpoint")
+        resolve(read_checkpoint(trained), with_vision(small_faces=True), key="score.checkpoint")
 
     assert str(refused.value) == (
         "score.checkpoint: vision.small_faces = True can't be combined with the checkpoint's other vision settings: "
@@ -74,14 +74,14 @@ def test_conflicting_settings_are_rejected_with_their_origins(trained: Path) -> 
         "setting, too"
     )
     given = with_vision(small_faces=True, max_side_px=1280)
-    resolved = resolve(load_checkpoint(trained), given, key="score.checkpoint")
+    resolved = resolve(read_checkpoint(trained), given, key="score.checkpoint")
     assert resolved.pipeline.vision == VisionConfig(detector="haar", small_faces=True)
 
 
 def test_a_calibrated_checkpoint_has_the_settings_of_its_calibration(trained: Path) -> None:
     calibrate(trained, with_vision(detector="haar", min_face_px=60))
 
-    resolved = resolve(load_checkpoint(trained), NOTHING, key="score.checkpoint")
+    resolved = resolve(read_checkpoint(trained), NOTHING, key="score.checkpoint")
 
     assert resolved.pipeline == with_vision(detector="haar", min_face_px=60)
     assert resolved.calibration is not None
@@ -92,7 +92,7 @@ def test_settings_that_the_calibration_depends_on_cannot_be_overridden(trained: 
     calibrate(trained, STORED)
 
     with pytest.raises(ConfigError) as refused:
-        resolve(load_checkpoint(trained), with_vision(detector="mtcnn"), key="score.checkpoint")
+        resolve(read_checkpoint(trained), with_vision(detector="mtcnn"), key="score.checkpoint")
 
     assert str(refused.value) == (
         "score.checkpoint: vision.detector = mtcnn, but the checkpoint was calibrated with haar, and it decides which "
@@ -100,14 +100,14 @@ def test_settings_that_the_calibration_depends_on_cannot_be_overridden(trained: 
         "give --allow-uncalibrated to do without intervals and abstention"
     )
     with pytest.raises(ConfigError, match=r"predict\.flip_average = False, but .* was calibrated with True"):
-        resolve(load_checkpoint(trained), Pipeline(predict=PredictConfig(flip_average=False)), key="score.checkpoint")
+        resolve(read_checkpoint(trained), Pipeline(predict=PredictConfig(flip_average=False)), key="score.checkpoint")
 
 
 def test_an_allowed_override_discards_the_calibration(trained: Path) -> None:
     calibrate(trained, STORED)
 
     given = with_vision(detector="mtcnn")
-    resolved = resolve(load_checkpoint(trained), given, key="score.checkpoint", allow_uncalibrated=True)
+    resolved = resolve(read_checkpoint(trained), given, key="score.checkpoint", allow_uncalibrated=True)
 
     assert resolved.pipeline.vision == VisionConfig(detector="mtcnn", max_side_px=900)
     assert resolved.calibration is None
@@ -118,7 +118,7 @@ def test_an_allowed_override_discards_the_calibration(trained: Path) -> None:
 def test_equal_values_and_limits_of_files_keep_the_calibration(trained: Path, given: dict[str, Any]) -> None:
     calibrate(trained, STORED)
 
-    resolved = resolve(load_checkpoint(trained), with_vision(**given), key="score.checkpoint")
+    resolved = resolve(read_checkpoint(trained), with_vision(**given), key="score.checkpoint")
 
     assert resolved.calibration is not None
     assert resolved.pipeline.vision == STORED.vision.model_copy(update=given)
@@ -127,7 +127,7 @@ def test_equal_values_and_limits_of_files_keep_the_calibration(trained: Path, gi
 def test_calibrating_again_starts_from_the_settings_of_training(trained: Path) -> None:
     calibrate(trained, NOTHING)
 
-    resolved = resolve(load_checkpoint(trained), NOTHING, key="evaluate.checkpoint", recalibrate=True)
+    resolved = resolve(read_checkpoint(trained), NOTHING, key="evaluate.checkpoint", recalibrate=True)
 
     assert (resolved.pipeline, resolved.calibration) == (STORED, None)
 
@@ -135,7 +135,7 @@ def test_calibrating_again_starts_from_the_settings_of_training(trained: Path) -
 def test_the_calibration_of_another_model_is_not_used(trained: Path) -> None:
     calibrate(trained, NOTHING, digest="another")
 
-    resolved = resolve(load_checkpoint(trained), NOTHING, key="score.checkpoint")
+    resolved = resolve(read_checkpoint(trained), NOTHING, key="score.checkpoint")
 
     assert (resolved.pipeline, resolved.calibration) == (STORED, None)
     assert "belongs to another model" in resolved.reason

@@ -23,6 +23,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import SchemaMismatchError
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
+from sets import with_other_weights
 from this_process import ThisProcess, model, workers
 
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
@@ -32,7 +33,7 @@ from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.models.checkpoint import CALIBRATION, load_checkpoint
+from agr_ray.models.checkpoint import CALIBRATION, read_checkpoint
 from agr_ray.schema import DEMOGRAPHICS, FACES, IMAGES, REJECTS
 from agr_ray.scoring import driver, grouping, unpublished
 from agr_ray.scoring import publish as publishing
@@ -154,6 +155,17 @@ def test_an_undeletable_work_folder_fails_neither_this_run_nor_the_next(
     assert last["num_images"] == 1
     assert bucket.score() == last
     assert [name for name, _ in bucket.statuses()] == [*NAMES, "6.jpg"]
+
+
+def test_weights_that_do_not_fit_the_network_end_the_job_in_one_line(bucket: Bucket, model: Path) -> None:
+    bucket._model = with_other_weights(model, bucket.folder / "other")
+    bucket._workers = ThisProcess()
+    with pytest.raises(ConfigError) as raised:
+        bucket.score()
+    message = str(raised.value)
+    assert message.startswith(f"score.checkpoint {bucket._model}: ")
+    assert message.endswith("weights.safetensors: heads.race.layer.bias: expected shape [5], found [7]")
+    assert sorted(path.name for path in bucket.folder.iterdir()) == ["in", "other"]
 
 
 # One driver for each output
@@ -824,7 +836,7 @@ def calibrated(model: Path, folder: Path, values: dict[str, Any]) -> Path:
     num = len(values["sharpness"])
     labels = Labels(UTKFACE, np.full(num, 30.0, np.float32), np.zeros(num, np.int64), np.zeros(num, np.int64))
     stored = Pipeline(vision=VisionConfig(detector="haar"))
-    digest = load_checkpoint(folder).digest
+    digest = read_checkpoint(folder).digest
     fitted = Calibration.fit(labels, {}, coverage=0.9, risk=0.1, model_digest=digest, pipeline=stored, quality=values)
     (folder / CALIBRATION).write_text(json.dumps(fitted.to_json()))
     return folder

@@ -21,7 +21,7 @@ from agr_ray.errors import ConfigError
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.run import Run
 from agr_ray.models.card import model_card
-from agr_ray.models.checkpoint import content_codes
+from agr_ray.models.checkpoint_network import content_codes
 from agr_ray.models.transform import Transform
 from agr_ray.registry import HEADS, Registry
 from agr_ray.runtime.train import settings_digest, train

@@ -21,8 +21,8 @@ from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.robustness import Condition, measure, measure_yaw, stress_rows
 from agr_ray.labels import UTKFACE, Labels
-from agr_ray.models.checkpoint import save_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
+from agr_ray.models.checkpoint_network import save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.predict import stress_predictor

@@ -20,8 +20,9 @@ from agr_ray.config import ClusterConfig, LabelsConfig, LossConfig, ModelConfig,
 from agr_ray.errors import ConfigError
 from agr_ray.labels import UTKFACE
 from agr_ray.learn.run import Run
-from agr_ray.models.checkpoint import CALIBRATION, model_digest, save_checkpoint
+from agr_ray.models.checkpoint import CALIBRATION, model_digest
 from agr_ray.models.checkpoint_files import local_checkpoint
+from agr_ray.models.checkpoint_network import save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.report.page_html import page_html

@@ -25,8 +25,9 @@ from agr_ray.evaluation.metrics import Baseline
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.learn.context import EpochReport
 from agr_ray.learn.run import Run
-from agr_ray.models.checkpoint import CARD, load_train_state, save_checkpoint
+from agr_ray.models.checkpoint import CARD
 from agr_ray.models.checkpoint_files import add_to_card
+from agr_ray.models.checkpoint_network import load_train_state, save_checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
 from agr_ray.runtime.train import _publish

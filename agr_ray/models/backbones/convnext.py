@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from agr_ray.models.backbones.staged import TorchvisionBackbone
+from agr_ray.models.backbones.torchvision_backbone import TorchvisionBackbone
 
 
 class ConvNeXt(TorchvisionBackbone):

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from agr_ray.models.backbones.staged import TorchvisionBackbone, fold_batch_norms
+from agr_ray.models.backbones.staged import fold_batch_norms
+from agr_ray.models.backbones.torchvision_backbone import TorchvisionBackbone
 
 
 class EfficientNet(TorchvisionBackbone):

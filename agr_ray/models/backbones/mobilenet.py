@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agr_ray.models.backbones.staged import TorchvisionBackbone, fold_batch_norms
+from agr_ray.models.backbones.staged import fold_batch_norms
+from agr_ray.models.backbones.torchvision_backbone import TorchvisionBackbone
 
 
 class MobileNetV3(TorchvisionBackbone):

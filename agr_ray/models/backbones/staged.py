@@ -1,18 +1,15 @@
-"""Backbones whose blocks run one after another, and torchvision's among them."""
+"""Backbones whose blocks run one after another."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.swin_transformer import PatchMerging
 
-from agr_ray.models.backbones.base import After, Backbone, download
+from agr_ray.models.backbones.base import After, Backbone
 
 
 class StagedBackbone(Backbone):
@@ -24,12 +21,14 @@ class StagedBackbone(Backbone):
     trunk: ClassVar[tuple[str, ...]]
     """Names of the children that compute the feature map, in the order in which they run. Blocks are these children, or
     the children of those that are `nn.Sequential`."""
+    shrinking: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Layers that shrink the feature map, besides convolutions and poolings with a stride."""
 
     def arrange(self) -> None:
         """Divide the blocks into stages, and find the channels of each."""
         sizes = [0]
         for block in self._blocks():
-            if sizes[-1] and any(map(_shrinks, block.modules())):
+            if sizes[-1] and any(map(self._shrinks, block.modules())):
                 sizes.append(0)
             sizes[-1] += 1
         self._sizes = tuple(sizes)  # kept, because `fuse` replaces blocks
@@ -79,36 +78,11 @@ class StagedBackbone(Backbone):
             child if isinstance(child, nn.Sequential) else [child] for child in children
         )
 
-
-class TorchvisionBackbone(StagedBackbone):
-    """Layers of a torchvision network, under torchvision's names.
-
-    Args:
-        name: of the network in `torchvision.models`.
-    """
-
-    published = ("imagenet",)
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
-        self.take(torchvision.models.get_model(name, weights=None))
-        self.arrange()
-
-    def take(self, net: Any) -> None:
-        """Register the layers of the network, and set `num_features`."""
-        raise NotImplementedError
-
-    def published_weights(self, name: str) -> Mapping[str, Tensor]:  # noqa: ARG002  # there is only one
-        """Download torchvision's best weights.
-
-        Raises:
-            WeightsError: the download failed.
-        """
-        weights: Any = torchvision.models.get_model_weights(self._name).DEFAULT
-        return download(
-            weights.url, lambda: dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
-        )
+    def _shrinks(self, layer: nn.Module) -> bool:
+        if not isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+            return isinstance(layer, self.shrinking)
+        stride = layer.stride
+        return (max(stride) if isinstance(stride, tuple) else stride) > 1
 
 
 def fold_batch_norms(module: nn.Module) -> None:
@@ -120,12 +94,3 @@ def fold_batch_norms(module: nn.Module) -> None:
             setattr(module, name, nn.Identity())
         fold_batch_norms(child)
         before = name, child
-
-
-def _shrinks(module: nn.Module) -> bool:
-    if isinstance(module, PatchMerging):
-        return True
-    if not isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-        return False
-    stride = module.stride
-    return (max(stride) if isinstance(stride, tuple) else stride) > 1

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torchvision.models.swin_transformer import PatchMerging
 
 from agr_ray.models.backbones.base import After
-from agr_ray.models.backbones.staged import TorchvisionBackbone
+from agr_ray.models.backbones.torchvision_backbone import TorchvisionBackbone
 
 
 class Swin(TorchvisionBackbone):
     """All layers except the last. Its maps are channels-last inside."""
 
     trunk = ("features",)
+    shrinking = (PatchMerging,)
     replaced_layers = ("head.",)
 
     def take(self, net: Any) -> None:

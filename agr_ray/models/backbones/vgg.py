@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from agr_ray.models.backbones.staged import TorchvisionBackbone
+from agr_ray.models.backbones.torchvision_backbone import TorchvisionBackbone
 
 
 class VGG(TorchvisionBackbone):

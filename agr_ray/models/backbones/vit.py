@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from agr_ray.models.backbones.base import After
-from agr_ray.models.backbones.staged import TorchvisionBackbone
+from agr_ray.models.backbones.torchvision_backbone import TorchvisionBackbone
 
 
 class ViT(TorchvisionBackbone):

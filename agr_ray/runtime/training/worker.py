@@ -38,7 +38,8 @@ from agr_ray.learn.run import (
     tracked_again,
     write_history,
 )
-from agr_ray.models.checkpoint import load_checkpoint, load_train_state, save_checkpoint
+from agr_ray.models.checkpoint import read_checkpoint
+from agr_ray.models.checkpoint_network import load_network, load_train_state, save_checkpoint
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.runtime.metrics import Metrics
 from agr_ray.runtime.ray_compat import machine_cpus, print_for_user
@@ -68,7 +69,7 @@ def work(config: dict[str, Any]) -> None:
         folder = "initial" if checkpoint is None else f"{CHECKPOINTS}/{Path(checkpoint.path).name}"
         uri = run.storage.join(run.uri, folder)
         retry.call(lambda: run.storage.download_tree(uri, str(directory)))
-        model = load_checkpoint(directory).model
+        model = load_network(read_checkpoint(directory))
         resume = None if checkpoint is None else load_train_state(directory)
     epochs_done = resume["epoch"] if resume else 0
     context = RayContext(run, fence, config["stop_request"], config["board"], retry, epochs_done)

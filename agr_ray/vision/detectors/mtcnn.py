@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import nms
 
 from agr_ray.device import has_bfloat16
 from agr_ray.vision.detectors.mtcnn_nets import ProposalNet, output_net, refine_net
@@ -95,9 +94,11 @@ class Mtcnn:
 
         table = torch.tensor([(t.left, t.top, t.to_image_x, t.to_image_y) for t in tiles]).reshape(-1, 4)[tile_k]
         corners = cells.flip(1) * _STRIDE_PX - table[:, :2]
-        boxes = torch.cat([corners, corners + _WINDOW_PX], dim=1) * table[:, 2:].repeat(1, 2)
+        windows = torch.cat([corners, corners + _WINDOW_PX], dim=1)
+        boxes = windows * table[:, 2:].repeat(1, 2)
         owners = torch.tensor([tile.owner for tile in tiles], dtype=torch.long)[tile_k]
-        kept = _suppress(boxes, scores, tile_k, _NMS_WITHIN_SCALE)
+        # The windows are on whole pixels, so that rounding does not decide overlaps that are exactly the limit.
+        kept = _suppress(windows, scores, tile_k, _NMS_WITHIN_SCALE)
         kept = kept[_suppress(boxes[kept], scores[kept], owners[kept], _NMS_BETWEEN_STAGES)]
         return _square(_regress(boxes[kept], regressions[kept])), owners[kept]
 
@@ -355,21 +356,24 @@ def _square(boxes: Tensor) -> Tensor:
 def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor, max_iou: float) -> Tensor:
     """Suppress each box that overlaps a better one of its group; return the indices (k,) of the others, by group.
 
-    Not torchvision's `batched_nms`: it shifts the boxes of each group, and the shifts' rounding decides overlaps that
-    are close to the limit. So the faces of an image would depend on the other images.
+    Each group apart. To shift the boxes of each group, so that groups do not overlap, would be faster; but the shifts'
+    rounding decides overlaps that are close to the limit, so the faces of an image would depend on the other images.
 
     Args:
-        boxes: (n, 4).
-        scores: (n,).
+        boxes: (n, 4), with sides of more than 0: of two boxes without area, OpenCV suppresses one, wherever they are.
+        scores: (n,), more than 0. Of equal scores, the first is best.
         groups: (n,) ascending numbers.
         max_iou: largest intersection over union of two boxes that are kept.
     """
-    kept, first = [torch.zeros(0, dtype=torch.long)], 0
+    left_top_sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+    kept: list[int] = []
+    first = 0
     for size in groups.bincount().tolist():
         own = slice(first, first + size)
-        kept.append(first + nms(boxes[own], scores[own], max_iou))
+        # OpenCV's function, because torchvision takes long to import: decision 52.
+        kept += [first + place for place in cv2.dnn.NMSBoxes(left_top_sides[own], scores[own].tolist(), 0.0, max_iou)]
         first += size
-    return torch.cat(kept)
+    return torch.tensor(kept, dtype=torch.long)
 
 
 def _suppress_contained(boxes: Tensor, scores: Tensor, owners: Tensor, max_overlap: float) -> Tensor:
