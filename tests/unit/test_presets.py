@@ -87,7 +87,8 @@ def test_a_preset_works_from_training_to_prediction(preset: str, tmp_path: Path)
     assert np.isfinite(row["train_loss"])
 
     save_checkpoint(tmp_path / "checkpoint", reports[-1].model, transform)
-    loaded = load_network(read_checkpoint(tmp_path / "checkpoint"))
+    checkpoint = read_checkpoint(tmp_path / "checkpoint")
+    loaded = load_network(checkpoint)
     predictor = AttributePredictor(loaded, transform, PredictConfig())
     predictions = predictor.predict(data["crop"])
     assert [name for name in predictions if name != "age_spread"] == list(job.model.tasks)
@@ -102,7 +103,7 @@ def test_a_preset_works_from_training_to_prediction(preset: str, tmp_path: Path)
         predictions,
         coverage=0.9,
         risk=0.05,
-        model_digest=loaded.digest,
+        model_digest=checkpoint.digest,
         pipeline=DEFAULT_PIPELINE,
         precisions=("float32",),
         split_manifest_sha256="",
