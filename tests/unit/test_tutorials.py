@@ -77,7 +77,7 @@ def test_there_is_python_and_sql_on_the_pages() -> None:
         "better_settings": (1, 0),
         "index": (0, 0),
         "nightly_scoring": (1, 0),
-        "reading_the_tables": (1, 6),
+        "reading_the_tables": (1, 7),
         "your_own_data": (2, 0),
     }
 
