@@ -49,10 +49,9 @@ from agr_ray.config import ClusterConfig, ModelConfig, ScoreConfig, ScoreJob, Vi
 from agr_ray.console import make_console
 from agr_ray.models.checkpoint import read_checkpoint
 from agr_ray.models.checkpoint_network import load_network
-from agr_ray.models.network_input import prepare_eval, to_nchw
 from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import AttributePredictor
-from agr_ray.predict.forward import average
+from agr_ray.predict.forward import predict
 from agr_ray.predict.quantize import difference_rows
 from agr_ray.runtime.score import score
 from agr_ray.vision.align import align
@@ -185,7 +184,7 @@ def make_checkpoint(paths: list[Path], directory: Path, precision: str) -> None:
 
 
 def attribute_agreement(paths: list[Path], directory: Path) -> tuple[Table, float]:
-    """Compare our predictions with plain float32 torch on the same crops.
+    """Compare our predictions with the same network in plain float32 torch, on the same crops and mirror images.
 
     Returns:
         A table, and the seconds that a photograph takes on one thread, model loading apart.
@@ -198,11 +197,8 @@ def attribute_agreement(paths: list[Path], directory: Path) -> tuple[Table, floa
     crops = cut_faces(paths, loaded.transform)
     ours = predictor.predict(crops)
     seconds = (time.perf_counter() - started) / len(paths)
-    with torch.inference_mode():
-        plain = average(
-            network.heads_by_task,
-            [network(prepare_eval(to_nchw(crops, torch.device("cpu")), loaded.transform))],
-        )
+    plain_config = loaded.pipeline.predict.model_copy(update={"precision": "float32"})
+    plain = predict(network, crops, loaded.transform, plain_config)
     title = f"(b), {predictor.precision}, against plain float32, {len(crops)} faces"
     table = Table("attribute", "mean difference", "largest", "same class", title=title)
     for row in difference_rows(plain, ours):

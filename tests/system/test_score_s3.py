@@ -201,10 +201,10 @@ def task(request: pytest.FixtureRequest, bucket: Bucket, model: str) -> Task:
 
 
 @pytest.fixture(scope="module")
-def scored(bucket: Bucket, three_nodes: Cluster, model: str) -> tuple[Task, str]:
+def scored(bucket: Bucket, cluster: Cluster, model: str) -> tuple[Task, str]:
     """Score a few photographs once, and return what the command printed, too."""
     task = Task(bucket, "scored", model).fill(8)
-    return task, succeed(task.command(three_nodes), three_nodes.environment)
+    return task, succeed(task.command(cluster), cluster.environment)
 
 
 def test_each_photograph_is_scored_once_with_its_status(scored: tuple[Task, str], tmp_path: Path) -> None:
@@ -223,15 +223,15 @@ def test_an_uncalibrated_model_gives_no_age_interval_and_says_so(scored: tuple[T
 
 
 def test_later_runs_score_only_what_was_added_or_replaced(
-    scored: tuple[Task, str], three_nodes: Cluster, tmp_path: Path
+    scored: tuple[Task, str], cluster: Cluster, tmp_path: Path
 ) -> None:
     task, _ = scored
     before = task.expected()
 
-    succeed(task.command(three_nodes), three_nodes.environment)
+    succeed(task.command(cluster), cluster.environment)
     for number, key in enumerate(["added.jpg", "sub/added.jpg", "sub/ad ded.jpg", "000.jpg", "text.jpg"]):
         task.put(key, photograph(1000 + number))
-    succeed(task.command(three_nodes), three_nodes.environment)
+    succeed(task.command(cluster), cluster.environment)
 
     assert [record["num_images"] for record in task.records()] == [len(before), 5]
     with task.published(tmp_path) as database:
