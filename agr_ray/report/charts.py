@@ -25,6 +25,10 @@ _MAX_MARKERS: Final = 20
 _DASHES: Final = ("-", "--", "-.")
 """Of the first round of colours, and of the next ones."""
 _MAX_TICK_NAME: Final = 16
+_LABEL_GAP: Final = 0.055
+"""Distance between labels of points, as a part of the range of the y axis."""
+_SAME_COLUMN: Final = 2.0
+"""Points whose x differ by less than this ratio have their labels in one column."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,31 @@ def scale_logarithmically(axes: Axes, *, is_x: bool) -> None:
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 100.0 else f"{value:.3g}".replace("e-0", "e-"))
     )
+
+
+def label_heights(points: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the y of the label beside each point (x, y), so that labels beside nearly the same x do not overlap.
+
+    x is positive, and its axis logarithmic.
+    """
+    ys = [y for _, y in points]
+    gap = _LABEL_GAP * ((max(ys) - min(ys)) or 1.0)
+    heights = list(ys)
+    by_x = sorted(range(len(points)), key=lambda place: points[place][0])
+    columns: list[list[int]] = []
+    for before, place in zip([None, *by_x], by_x, strict=False):
+        if before is None or points[place][0] > _SAME_COLUMN * points[before][0]:
+            columns.append([])
+        columns[-1].append(place)
+    for column in columns:
+        column.sort(key=lambda place: ys[place])
+        lowest = -math.inf
+        for place in column:
+            heights[place] = lowest = max(ys[place], lowest + gap)
+        too_high = (heights[column[-1]] - ys[column[-1]]) / 2.0
+        for place in column:
+            heights[place] -= too_high
+    return heights
 
 
 def shortened(text: str, length: int = _MAX_NAME) -> str:

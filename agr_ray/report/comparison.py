@@ -29,7 +29,7 @@ from agr_ray.models.network import MultiTaskNet, preset_config
 from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.prediction_rows import read_predictions
-from agr_ray.report.comparison_page import MEASURED, RECORD, TABLE, Measurement, comparison_report
+from agr_ray.report.comparison_page import MEASURED, RECORD, TABLE, Measurement, comparison_report, history_columns
 from agr_ray.report.comparison_rows import LABELS, estimates_of, metric_columns, text
 from agr_ray.report.model_list import network_size
 from agr_ray.report.page_files import write_page
@@ -179,8 +179,7 @@ def _row(
 
 def _samples_per_s(storage: Storage, out: str, runs: Sequence[str]) -> float | None:
     """Return the median speed of all epochs of the runs."""
-    uris = [storage.join(out, "runs", name, "history.parquet") for name in runs]
-    speeds = [speed for uri in uris for speed in storage.read_table(uri)["samples_per_s"].to_pylist()]
+    speeds = [speed for run in runs for speed in history_columns(storage, out, run, "samples_per_s")[0]]
     return float(np.median(speeds)) if speeds else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from agr_ray.report.charts import (
     Line,
     Scale,
     dot_drawing,
+    label_heights,
     line_drawing,
     scale_logarithmically,
     shortened,
@@ -43,10 +43,6 @@ _SCALES: Final = {
     _AGE: Scale("age MAE, years", interval_title=INTERVAL),
     _ONE_OFF: Scale("one-off accuracy, %", 100.0, 1, interval_title=INTERVAL),
 }
-_LABEL_GAP: Final = 0.055
-"""Distance between labels, as a part of the range of the y axis."""
-_SAME_COLUMN: Final = 2.0
-"""Points with less than this ratio of their work have their labels in one column."""
 _TITLES: Final = {_AGE: "Age MAE", _ONE_OFF: "One-off accuracy"}
 
 
@@ -117,7 +113,7 @@ def comparison_report(storage: Storage, uri: str) -> Page:
         rows = storage.read_table(storage.join(uri, TABLE)).to_pylist()
         settings, measured = (json.loads(storage.read(storage.join(uri, name))) for name in (RECORD, MEASURED))
         runs = [f"{row['preset']}-{seed}" for row in rows for seed in row["seeds"]]
-        curves = {name: _curve(storage, storage.join(uri, "runs", name, "history.parquet")) for name in runs}
+        curves = {name: _curve(storage, uri, name) for name in runs}
         compared = ComparedPresets(rows, settings, settings["split"], Measurement(**measured), curves)
     except MissingObject:
         raise ConfigError(f"{uri}: no finished comparison; there are no {TABLE}, {RECORD} and {MEASURED}") from None
@@ -126,13 +122,18 @@ def comparison_report(storage: Storage, uri: str) -> Page:
     return comparison_page(compared)
 
 
-def _curve(storage: Storage, uri: str) -> list[tuple[int, float]]:
+def history_columns(storage: Storage, folder: str, run: str, *names: str) -> list[list[Any]]:
+    """Return columns of the history of a comparison's run; they are empty if it has none, which no result needs."""
     try:
-        history = storage.read_table(uri, columns=["epoch", "val_age_mae_years"])
-    except MissingObject:  # a page does not depend on it
-        return []
-    pairs = zip(history["epoch"].to_pylist(), history["val_age_mae_years"].to_pylist(), strict=True)
-    return [(epoch, mae) for epoch, mae in pairs if mae is not None]
+        history = storage.read_table(storage.join(folder, "runs", run, "history.parquet"), columns=list(names))
+    except MissingObject:
+        return [[] for _ in names]
+    return [history[name].to_pylist() for name in names]
+
+
+def _curve(storage: Storage, folder: str, run: str) -> list[tuple[int, float]]:
+    epochs, errors = history_columns(storage, folder, run, "epoch", "val_age_mae_years")
+    return [(epoch, mae) for epoch, mae in zip(epochs, errors, strict=True) if mae is not None]
 
 
 def comparison_page(compared: ComparedPresets) -> Page:
@@ -347,7 +348,7 @@ def _sizes(compared: ComparedPresets, ranked: Mapping[str, Estimate]) -> Drawing
 
     def draw() -> Figure:
         figure, axes = new_figure(4.4, 3.4)
-        heights = _label_heights([(x, y) for _, x, y in points])
+        heights = label_heights([(x, y) for _, x, y in points])
         for (preset, x, y), height in zip(points, heights, strict=True):
             is_reference = preset == compared.reference
             axes.plot([x], [y], "s" if is_reference else "o", color=COLOURS["red" if is_reference else "blue"])
@@ -370,28 +371,6 @@ def _sizes(compared: ComparedPresets, ranked: Mapping[str, Estimate]) -> Drawing
     title = _TITLES[compared.ranking]
     caption = f"{title} against multiply-adds for one image. The square is {compared.reference}."
     return Drawing("sizes", caption, draw, numbers)
-
-
-def _label_heights(points: Sequence[tuple[float, float]]) -> list[float]:
-    """Return the y of each point's label, so that labels of points with nearly the same work do not overlap."""
-    ys = [y for _, y in points]
-    gap = _LABEL_GAP * ((max(ys) - min(ys)) or 1.0)
-    heights = list(ys)
-    by_work = sorted(range(len(points)), key=lambda place: points[place][0])
-    columns: list[list[int]] = []
-    for before, place in zip([None, *by_work], by_work, strict=False):
-        if before is None or points[place][0] > _SAME_COLUMN * points[before][0]:
-            columns.append([])
-        columns[-1].append(place)
-    for column in columns:
-        column.sort(key=lambda place: ys[place])
-        lowest = -math.inf
-        for place in column:
-            heights[place] = lowest = max(ys[place], lowest + gap)
-        too_high = (heights[column[-1]] - ys[column[-1]]) / 2.0
-        for place in column:
-            heights[place] -= too_high
-    return heights
 
 
 def _training(compared: ComparedPresets, estimates: Mapping[str, Mapping[str, Estimate]]) -> list[Block]:

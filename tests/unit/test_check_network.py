@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
+from run_first import run_first
 from sets import checkpoint, with_other_weights
 
 from agr_ray.errors import ConfigError, JobError
@@ -29,16 +30,10 @@ def check(folder: Path) -> None:
     check_network(read_checkpoint(folder), URI, KEY)
 
 
-def in_the_process(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the other process run this code first."""
-    (folder / "sitecustomize.py").write_text(code)
-    monkeypatch.syspath_prepend(str(folder))
-
-
 def test_weights_that_fit_pass_whatever_libraries_print(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    in_the_process("import sys; print('hello'); print('a warning', file=sys.stderr)", tmp_path, monkeypatch)
+    run_first("import sys; print('hello'); print('a warning', file=sys.stderr)", tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)  # where our package is not
     check(model)
     assert capfd.readouterr() == ("", "")
@@ -61,20 +56,24 @@ def test_an_error_is_the_one_that_the_network_raises_here(model: Path, tmp_path:
         assert "\n" not in str(there.value)
 
 
-def test_a_process_that_is_killed_gives_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_the_process("import os; os.kill(os.getpid(), 9)", tmp_path, monkeypatch)
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "its process was killed by SIGKILL; is this machine out of memory?"),
+        ("import sys; sys.modules['torch'] = None", "ModuleNotFoundError: import of torch halted; None in sys.modules"),
+    ],
+    ids=["killed", "a missing package"],
+)
+def test_a_process_that_fails_gives_one_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
+) -> None:
+    run_first(code, tmp_path, monkeypatch)
     with pytest.raises(JobError) as raised:
         check(model)
-    reason = "its process was killed by SIGKILL; is this machine out of memory?"
     assert str(raised.value) == f"{KEY} {URI}: the network can't be built: {reason}"
 
 
-def test_a_missing_package_is_named_in_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_the_process("import sys; sys.modules['torch'] = None", tmp_path, monkeypatch)
-    with pytest.raises(JobError) as raised:
-        check(model)
-    reason = "ModuleNotFoundError: import of torch halted; None in sys.modules"
-    assert str(raised.value) == f"{KEY} {URI}: the network can't be built: {reason}"
+def test_a_process_that_says_nothing_gives_its_status(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 3, "", ""))
     with pytest.raises(JobError, match=r"the network can't be built: its process ended with status 3$"):
         check(model)

@@ -16,7 +16,9 @@ from agr_ray.errors import ConfigError
 from agr_ray.evaluation.comparison import METRICS, compare
 from agr_ray.labels import UTKFACE, Labels
 from agr_ray.models.predictions import Predictions
-from agr_ray.report.comparison_page import _label_heights, comparison_report
+from agr_ray.report.charts import label_heights
+from agr_ray.report.comparison import _samples_per_s
+from agr_ray.report.comparison_page import comparison_report, history_columns
 from agr_ray.report.comparison_rows import cited, difference_text, estimates_of, metric_columns, text
 from agr_ray.report.page_files import write_page
 from agr_ray.report.page_html import page_html
@@ -395,10 +397,15 @@ def test_a_folder_without_a_comparison_is_named(tmp_path: Path) -> None:
 
 def test_labels_of_networks_of_the_same_work_keep_their_distance() -> None:
     points = [(334.0, 10.4), (334.0, 10.5), (341.0, 10.45), (340.0, 10.4), (5.0, 10.42), (1459.0, 13.4)]
-    heights = _label_heights(points)
+    heights = label_heights(points)
 
     same_work = sorted(heights[:4])
     assert min(high - low for low, high in itertools.pairwise(same_work)) > 0.15
     assert [sorted(range(4), key=values.__getitem__)[-1] for values in (heights, [y for _, y in points])] == [1, 1]
     assert heights[4:] == [10.42, 13.4]
-    assert _label_heights([(1.0, 2.0), (1.0, 2.0)])[0] < 2.0
+    assert label_heights([(1.0, 2.0), (1.0, 2.0)])[0] < 2.0
+
+
+def test_no_result_needs_the_histories_of_the_runs(tmp_path: Path) -> None:
+    assert history_columns(Storage(), str(tmp_path), "paper-0", "epoch", "samples_per_s") == [[], []]
+    assert _samples_per_s(Storage(), str(tmp_path), ["paper-0"]) is None

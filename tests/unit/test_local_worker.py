@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
+from run_first import run_first
 from sets import checkpoint, with_other_weights
 from this_process import ThisProcess, scoring_of
 
@@ -71,13 +72,6 @@ def rows(scoring: Scoring) -> list[dict[str, Any]]:
     ]
 
 
-def in_each_process(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the processes that `LocalWorker` starts run this code first."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(code)
-    monkeypatch.syspath_prepend(str(folder))
-
-
 def test_rows_and_summaries_are_those_of_this_process(scoring: Scoring) -> None:
     there = list(LocalWorker().score(scoring, [2, 0, 1]))
     written = rows(scoring)
@@ -89,7 +83,7 @@ def test_rows_and_summaries_are_those_of_this_process(scoring: Scoring) -> None:
 def test_a_photograph_that_kills_the_process_fails_and_the_rest_is_scored(
     scoring: Scoring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_each_process(KILLER.format(path=str(tmp_path / "photographs" / "3.jpg")), tmp_path / "code", monkeypatch)
+    run_first(KILLER.format(path=str(tmp_path / "photographs" / "3.jpg")), tmp_path / "code", monkeypatch)
     summaries = list(LocalWorker().score(scoring, [0, 1, 2]))
     assert sorted(each["part"] for each in summaries) == [0, 1, 2]
     assert [(Path(row["uri"]).stem, row["status"]) for row in rows(scoring)] == [
