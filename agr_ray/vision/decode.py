@@ -156,7 +156,7 @@ def _decode(data: bytes, format_name: str, max_pixels: int, max_side_px: int | N
         size = (width, height) if max_side_px is None else _bounded(width, height, max_side_px)
         if has_16_bits:
             brighten_dim_16_bit(image, lambda: _open(pixels.data, format_name))
-        reduction = max(1, image.width // (2 * size[0]))
+        reduction = max(1, image.width // size[0])
         rgb = _resized(rgb_of(image, reduction, pixels.significant_bits), size)
     if orientation in _FLIP_AND_TURNS:
         flip, quarter_turns = _FLIP_AND_TURNS[orientation]
@@ -246,19 +246,14 @@ def _bounded(width: int, height: int, max_side_px: int) -> tuple[int, int]:
 
 
 def _resized(rgb_image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return the pixels of an RGB image, shrunk to `size`.
+    """Return the pixels of an RGB image that is less than twice as large as `size`, shrunk to it.
 
-    This is Pillow's bilinear resize, but torch takes a quarter of its time.
+    At such factors the result is nearer to Lanczos's than that of a filter against aliasing, in half the time.
     """
-    if rgb_image.size == size:
-        return np.array(rgb_image, dtype=np.uint8)
-    # Imported here, because processes that decode only crops need no torch.
-    import torch
-    from torch.nn import functional
-
-    rgb_nchw = torch.from_numpy(np.asarray(rgb_image, dtype=np.uint8)).permute(2, 0, 1)[None]
-    red, green, blue = functional.interpolate(rgb_nchw, size[::-1], mode="bilinear", antialias=True)[0].numpy()
-    return np.asarray(cv2.merge([red, green, blue]), np.uint8)
+    rgb = np.asarray(rgb_image, np.uint8)
+    if rgb_image.size != size:
+        rgb = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_LINEAR), np.uint8)
+    return rgb
 
 
 def _orientation(image: Image.Image) -> int:
