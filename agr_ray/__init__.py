@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from agr_ray.config import EvaluateJob as EvaluateJob
     from agr_ray.config import PrepareJob as PrepareJob
     from agr_ray.config import RenderJob as RenderJob
-    from agr_ray.config import ReportJob as ReportJob
     from agr_ray.config import ScoreJob as ScoreJob
     from agr_ray.config import TrainJob as TrainJob
     from agr_ray.config import TuneJob as TuneJob
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from agr_ray.predict.face_model import load as load
     from agr_ray.predict.photo import Face as Face
     from agr_ray.predict.photo import Photo as Photo
-    from agr_ray.report.report import report as report
     from agr_ray.runtime.compare import compare as compare
     from agr_ray.runtime.evaluate import evaluate as evaluate
     from agr_ray.runtime.prepare import prepare as prepare
@@ -49,8 +47,7 @@ _MODULES = {
     "open_scores": "scoring.scores",
     "Scores": "scoring.scores",
     **dict.fromkeys(
-        ("RenderJob", "PrepareJob", "TrainJob", "TuneJob", "CompareJob", "EvaluateJob", "ScoreJob", "ReportJob"),
-        "config",
+        ("RenderJob", "PrepareJob", "TrainJob", "TuneJob", "CompareJob", "EvaluateJob", "ScoreJob"), "config"
     ),
     **{name: f"runtime.{name}" for name in ("render", "prepare", "train", "tune", "compare", "evaluate", "score")},
 }

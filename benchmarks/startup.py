@@ -2,11 +2,10 @@
 
     python benchmarks/startup.py --photographs FOLDER --checkpoint RUN/best --data PREPARED [--num 40]
 
-Runs three commands as a user does, on a Ray cluster of their own, and prints the time of each phase and the CPU time of
-all its processes:
+Runs three commands as a user does, and prints the time of each phase and the CPU time of all its processes:
 
-    score   a few photographs, from the command to the published tables
-    train   one epoch of a small network, up to the first step and to the end
+    score   a few photographs, from the command to the published tables; so few are scored without Ray
+    train   one epoch of a small network, on a Ray cluster of its own, up to the first step and to the end
     tune    one trial of the same; what it takes more than the training is the overhead of a trial
 
 Phases end with the lines that the commands print. CPU times are sampled once a second, so a process that lives for less

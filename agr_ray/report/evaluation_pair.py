@@ -76,6 +76,7 @@ def write_pair(storage: Storage, first_uri: str, second_uri: str, out: str, cons
     tasks = [task for task in first.record["tasks"] if task in second.record["tasks"]]
     if first.measured_in.races != second.measured_in.races:
         tasks = [task for task in tasks if task != "race"]
+        console.print("race is not compared, because the races of the two label spaces differ")
     if not tasks:
         raise ConfigError(f"evaluate.compare: {first.uri} and {second.uri} have no task in common")
     rows, other = (each.rows(tasks, image_ids) for each in (first, second))

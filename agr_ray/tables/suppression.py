@@ -24,7 +24,7 @@ If a cell of a breakdown is hidden, its cells of 0 are hidden, too. Otherwise hi
 is counted there. Hidden counts other than cells are known to be at least 1.
 
 If distinct faces were counted, a cell is small if its distinct faces are few, however many near-duplicates it has:
-six photographs of one person are one person. `n_unique` is hidden exactly where `n` is. So it adds nothing from which a
+six copies of a photograph are one face. `n_unique` is hidden exactly where `n` is. So it adds nothing from which a
 hidden count could be computed: a change of hidden n that leaves every published total as it is, made to n_unique as
 well, leaves every total of n_unique, and every difference of the two, as it is. (Distinct faces of cells need not add
 up, so an attacker knows less of n_unique than of n.) What may become known is that hidden cells have no duplicates.

@@ -101,7 +101,7 @@ def test_ones_own_photographs(here: Path) -> None:
     fairface = torchvision.models.resnet34(num_classes=18).state_dict()
     torch.save(fairface, here / "res34_fair_align_multi_7_20190809.pt")
 
-    assert len(run_commands("I have photographs and no model")) == 6
+    assert len(run_commands("I have photographs and no model")) == 7
     assert pyarrow.dataset.dataset("scored/images").count_rows() == 2  # one run of each model
     assert len(run_commands("I have labelled photographs")) == 5
     run_python("I have labelled photographs")

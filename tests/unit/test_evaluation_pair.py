@@ -187,8 +187,10 @@ def test_without_out_the_file_is_beside_the_first_evaluation(tmp_path: Path) -> 
 def test_races_of_two_spaces_are_not_compared(tmp_path: Path) -> None:
     seven = dict(model(1)) | {"race": np.full((NUM, 7), 1 / 7, np.float32)}
     uris = [write_evaluation(tmp_path / "a", model(1)), write_evaluation(tmp_path / "b", seven, space=FAIRFACE)]
-    content = write_pair(Storage(), *uris, "", Console(quiet=True))
+    output = io.StringIO()
+    content = write_pair(Storage(), *uris, "", Console(file=output, width=120))
 
+    assert "race is not compared, because the races of the two label spaces differ" in output.getvalue()
     assert content["tasks"] == ["age", "gender"]
     assert list(content["metrics"]) == ["age_mae_years", "age_within_5", "age_one_off", "gender_accuracy"]
     assert content["groups"]["race"] == {}
