@@ -46,6 +46,8 @@ FORMAT_VERSION: Final = 5
 """Must be increased whenever a reader of the old layout would misread the new one."""
 
 WEIGHTS: Final = "weights.safetensors"
+HEADS_PREFIX: Final = "heads."
+"""Begins the names of the heads' weights."""
 TRAIN_STATE: Final = "train_state.pt"
 CALIBRATION: Final = "calibration.json"
 CARD: Final = "model_card.md"

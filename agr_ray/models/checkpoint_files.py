@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from agr_ray.errors import ConfigError
 from agr_ray.models.card import with_measured
 from agr_ray.models.checkpoint import (
     CALIBRATION,
     CARD,
+    HEADS_PREFIX,
     META,
     WEIGHTS,
     Checkpoint,
@@ -143,10 +146,21 @@ def calibration_hint(uri: str) -> str:
     )
 
 
-def portable_checkpoint(directory: Path) -> dict[str, bytes]:
-    """Return the files that a network is loaded from, by name, to be sent to other machines."""
-    names = (WEIGHTS, META, *INT8_FILES)
-    return {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
+def portable_checkpoint(directory: Path, *, is_int8: bool = False) -> dict[str, bytes]:
+    """Return the files that a network is loaded from, by name, to be sent to other machines.
+
+    Args:
+        directory: of a local checkpoint.
+        is_int8: whether its int8 network is used, so that the heads are all the weights that are needed.
+    """
+    whole = (META, *INT8_FILES) if is_int8 else (META, WEIGHTS, *INT8_FILES)
+    files = {name: (directory / name).read_bytes() for name in whole if (directory / name).exists()}
+    if is_int8:
+        with safe_open(directory / WEIGHTS, "numpy") as weights:
+            names = [name for name in weights.keys() if name.startswith(HEADS_PREFIX)]  # noqa: SIM118
+            heads = {name: weights.get_tensor(name) for name in names}
+        files[WEIGHTS] = save(heads)
+    return files
 
 
 @contextmanager

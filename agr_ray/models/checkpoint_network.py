@@ -20,6 +20,7 @@ from agr_ray.models.card import model_card
 from agr_ray.models.checkpoint import (
     CARD,
     FORMAT_VERSION,
+    HEADS_PREFIX,
     META,
     TRAIN_STATE,
     WEIGHTS,
@@ -106,10 +107,35 @@ def load_network(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> 
     Raises:
         CheckpointError: there is no such network, or its weights are missing, damaged or unreadable, or do not fit it.
     """
+    model = _new_network(checkpoint)
+    _load(model, checkpoint)
+    return model.to(device).eval()
+
+
+def load_heads(checkpoint: Checkpoint) -> MultiTaskNet:
+    """Build a network whose heads alone have weights, on the CPU; it is in evaluation mode.
+
+    An int8 network needs no more, because OpenVINO computes its features.
+
+    Raises:
+        CheckpointError: as `load_network`.
+    """
+    with torch.device("meta"):
+        model = _new_network(checkpoint)
+    model.heads = model.new_heads()
+    _load(model, checkpoint, HEADS_PREFIX)
+    return model.eval()
+
+
+def _new_network(checkpoint: Checkpoint) -> MultiTaskNet:
     try:
-        model = MultiTaskNet(checkpoint.config, checkpoint.space)
+        return MultiTaskNet(checkpoint.config, checkpoint.space)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.directory / META}: {first_line(error)}") from None
+
+
+def _load(model: MultiTaskNet, checkpoint: Checkpoint, prefix: str = "") -> None:
+    """Load the weights whose names begin with `prefix`."""
     path = checkpoint.directory / WEIGHTS
     try:
         weights = load_file(path)
@@ -117,11 +143,15 @@ def load_network(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> 
         raise CheckpointError(f"{path}: expected weights, found no such file") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: expected safetensors, found {first_line(error)}") from None
-    problem = mismatch(model.state_dict(), weights)
+    expected, found = (
+        {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for tensors in (model.state_dict(), weights)
+    )
+    problem = mismatch(expected, found)
     if problem:
         raise CheckpointError(f"{path}: {problem}")
-    model.load_state_dict(weights)
-    return model.to(device).eval()
+    part = model.get_submodule(prefix.rstrip("."))
+    part.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in found.items()})
 
 
 def given_network(checkpoint: Checkpoint, uri: str, key: str) -> MultiTaskNet:

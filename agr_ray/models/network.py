@@ -67,11 +67,15 @@ class MultiTaskNet(nn.Module):
             nn.Identity() if config.bottleneck is None else nn.Linear(num_features, config.bottleneck)
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.heads = nn.ModuleDict({task: self._head(task) for task in ordered_tasks(config)})
+        self.heads = self.new_heads()
         if config.bn_momentum is not None:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.momentum = config.bn_momentum
+
+    def new_heads(self) -> nn.ModuleDict:
+        """Return heads with initial weights, by task."""
+        return nn.ModuleDict({task: self._head(task) for task in ordered_tasks(self.config)})
 
     @property
     def tasks(self) -> tuple[str, ...]:

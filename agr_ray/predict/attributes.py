@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from agr_ray.config import PredictConfig
 from agr_ray.evaluation.calibration import CalibratedPredictions, Calibration
 from agr_ray.models.checkpoint import read_checkpoint
-from agr_ray.models.checkpoint_network import load_network
+from agr_ray.models.checkpoint_network import load_heads, load_network
 from agr_ray.models.int8 import Int8Files
 from agr_ray.models.int8_network import Int8Net
 from agr_ray.models.network import MultiTaskNet
@@ -35,7 +35,7 @@ class AttributePredictor:
     """Predicts and calibrates: the second half of `FaceModel`, used by both evaluation and scoring.
 
     Args:
-        model: in evaluation mode, on the device where it will run.
+        model: in evaluation mode, on the device where it will run; with precision `int8`, only its heads are used.
         transform: the model's.
         config: how outputs become predictions.
         calibration: fitted under `config`; None: predictions are not calibrated.
@@ -86,7 +86,7 @@ class AttributePredictor:
             CheckpointError: as `read_checkpoint` and `load_network`.
         """
         checkpoint = read_checkpoint(directory)
-        model = load_network(checkpoint, device)
+        model = load_heads(checkpoint) if config.precision == "int8" else load_network(checkpoint, device)
         return cls(model, checkpoint.transform, config, calibration, checkpoint.int8)
 
     def predict(self, crops_u8: NDArray[np.uint8], pose_degrees: NDArray[np.float32] | None = None) -> Predictions:

@@ -78,7 +78,7 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
         console.print(f"warning: {calibration.overlap_warning}")
     card = checkpoint.directory / CARD
     return ModelFiles(
-        checkpoint=portable_checkpoint(checkpoint.directory),
+        checkpoint=portable_checkpoint(checkpoint.directory, is_int8=pipeline.predict.precision == "int8"),
         digest=checkpoint.digest,
         meta=checkpoint.meta,
         card=card.read_text(encoding="utf-8") if card.exists() else "",

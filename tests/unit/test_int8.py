@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from prepared_sets import SIDE_PX, prepared_set
@@ -21,7 +22,7 @@ from agr_ray.config import ModelConfig, PredictConfig, TrainJob
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.errors import ConfigError
 from agr_ray.labels import UTKFACE
-from agr_ray.models.checkpoint import model_digest, read_checkpoint
+from agr_ray.models.checkpoint import CheckpointError, model_digest, read_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint, publish_checkpoint, unpacked_checkpoint
 from agr_ray.models.checkpoint_network import load_train_state, save_checkpoint
 from agr_ray.models.int8 import GRAPH_FILE, WEIGHTS_FILE
@@ -114,6 +115,28 @@ def test_the_new_checkpoint_is_another_model_with_the_same_history(folder: Path,
         assert model_digest(quantized) != after.digest
     finally:
         (quantized / WEIGHTS_FILE).write_bytes(weights)
+
+
+def test_workers_get_the_weights_of_the_heads_only(folder: Path, quantized: Path) -> None:
+    files = portable_checkpoint(quantized, is_int8=True)
+    assert len(files["weights.safetensors"]) < len(portable_checkpoint(quantized)["weights.safetensors"]) / 10
+    images = crops(11)
+    with unpacked_checkpoint(files) as directory:
+        sent = AttributePredictor.load(directory, INT8).predict(images)
+        with pytest.raises(CheckpointError, match=r"weights\.safetensors: "):
+            AttributePredictor.load(directory, PredictConfig(precision="float32"))
+    for task, values in AttributePredictor.load(quantized, INT8).predict(images).items():
+        np.testing.assert_array_equal(sent[task], values)
+
+
+def test_missing_weights_of_the_heads_are_named(quantized: Path) -> None:
+    files = portable_checkpoint(quantized, is_int8=True)
+    weights = safetensors.numpy.load(files["weights.safetensors"])
+    name = next(iter(weights))
+    files["weights.safetensors"] = safetensors.numpy.save({key: weights[key] for key in weights if key != name})
+    problem = rf"weights\.safetensors: {re.escape(name)}: expected shape .*, found nothing"
+    with unpacked_checkpoint(files) as directory, pytest.raises(CheckpointError, match=problem):
+        AttributePredictor.load(directory, INT8)
 
 
 def test_publishing_the_same_model_keeps_its_calibration(quantized: Path, tmp_path: Path) -> None:
