@@ -93,8 +93,9 @@ WITHOUT_EFFECT: Final = frozenset(
         *("threads_per_worker", "cpus_per_worker", "gpus_per_worker", "tf32", "compile", "mlflow_uri"),
     }
 )
-"""Keys of `[train]` that do not affect the weights. Threads, TF32 and the compiler only round differently.
-`grad_accum_steps` matters: batch norm sees micro-batches."""
+"""Keys of `[train]` that may change when a run is resumed. Threads, TF32 and the compiler only round differently. With
+another number of workers or another cache, batches have other rows; without that, a run could not resume on what is
+left of a cluster. `grad_accum_steps` may not change: batch norm sees micro-batches."""
 
 NOT_IN_DIGEST: Final = frozenset({"storage", "cluster", "train.data", *(f"train.{key}" for key in WITHOUT_EFFECT)})
 """Sections and keys that `settings_digest` leaves out; it has the data's content in place of its URI."""
