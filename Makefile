@@ -72,7 +72,7 @@ lock-cpu: $(BIN)/uv  ## pin and hash PyTorch's builds without CUDA, for the CPU 
 audit: $(BIN)/uv  ## look up the known vulnerabilities of all locked dependencies; asks a service on the internet
 	$(BIN)/uv tool run pip-audit --require-hashes --disable-pip --requirement requirements.lock
 
-fuzz: $(READY)  ## feed a million hostile inputs to the parsers: about 20 minutes of one core
+fuzz: $(READY)  ## feed a million hostile inputs to the parsers: 6 to 20 minutes of one core
 	$(BIN)/python benchmarks/fuzz.py --inputs 1000000
 
 clean:  ## remove what the targets made
