@@ -1,6 +1,7 @@
 """Hooks of MkDocs that complete the documentation site (mkdocs.yml).
 
 They add the home page, which is README.md, and the reference, which is made from the code: it can't go out of date.
+docs/reference/ holds stand-ins of the pages to which other pages link, for readers of the repository.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "cha
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the pages, and complete the navigation."""
+    """Add the pages, some in place of their stand-ins in docs/reference/, and complete the navigation."""
     for path, text in pages().items():
+        if stand_in := files.get_file_from_path(path):
+            files.remove(stand_in)
         files.append(File.generated(config, path, content=text))
     config.nav = completed(config.nav or [], [file.src_uri for file in files.documentation_pages()])
     return files

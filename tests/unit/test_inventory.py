@@ -56,6 +56,16 @@ def test_an_inventory_of_current_versions_has_no_version_columns(tmp_path: Path,
     ]
 
 
+def test_a_copy_of_the_manifest_elsewhere_in_the_bucket_has_the_same_objects(tmp_path: Path) -> None:
+    storage = Storage()
+    uri = write_inventory(storage, str(tmp_path), [[entry("a.jpg")], [entry("b.jpg")]], "Parquet")
+    copy = storage.join(str(tmp_path), "newest", "manifest.json")
+    storage.write(copy, storage.read(uri))
+
+    assert [row["key"] for row in objects(copy)] == ["a.jpg", "b.jpg"]
+    assert objects(copy) == objects(uri)
+
+
 def test_an_inventory_without_objects_is_empty(tmp_path: Path) -> None:
     assert objects(write_inventory(Storage(), str(tmp_path), [[entry("a")]], "CSV", files=[])) == []
 

@@ -68,6 +68,25 @@ def test_the_home_page_links_to_pages_and_shows_its_pictures(built: Path) -> Non
         assert (built / "pictures" / picture).is_file()
 
 
+def test_the_stand_ins_of_the_repository_do_not_reach_the_site(built: Path) -> None:
+    stand_ins = sorted((ROOT / "docs" / "reference").rglob("*.md"))
+    names = [path.relative_to(ROOT / "docs") for path in stand_ins]
+
+    assert [name for name in names if str(name) not in PAGES] == []
+    assert [path.name for path in stand_ins if "This page is a stand-in." not in path.read_text()] == []
+    texts = {name.stem: (built / name.with_suffix(".html")).read_text() for name in names}
+    assert [name for name, text in texts.items() if "This page is a stand-in." in text] == []
+    assert list(texts) == ["recipes", "settings", "tables"]
+
+
+def test_every_link_of_the_repository_leads_to_a_file() -> None:
+    pages = [*(ROOT / name for name in site_pages.FROM_ROOT.values()), *sorted((ROOT / "docs").rglob("*.md"))]
+    links = [(page, link["path"]) for page in pages for link in site_pages._LINK.finditer(page.read_text())]
+
+    assert [(page.name, path) for page, path in links if not (page.parent / path).exists()] == []
+    assert len(links) > 200
+
+
 def test_links_to_files_that_are_no_pages_become_text() -> None:
     targets = {"README.md": "index.md", "docs/a.md": "a.md", "docs/b/c.md": "b/c.md", "docs/x.png": "x.png"}
     text = "[home](../README.md) [a](a.md#part) [c](b/c.md) [code](../Makefile) [w](https://w.org) [x](#x) [no](no.md)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,44 @@ def test_the_scoring_commands_of_the_pages_run(demo: Path, monkeypatch: pytest.M
 
     assert len(list((demo / "scored" / "_SUCCESS").iterdir())) == 1
     assert sorted(path.name for path in (demo / "counts").iterdir()) == ["_SUCCESS", "demographics", "views.sql"]
+
+
+def test_deleted_photographs_are_found_hidden_and_erased(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find, erase = blocks(DOCS / "operations.md", "python")
+    photographs = tmp_path / "uploads"
+    shutil.copytree(demo / "demo-out" / "faces" / "photographs", photographs)
+    command = ["score", "--checkpoint", str(demo / "demo-out" / "runs" / "first" / "best"), "--out", "scored"]
+    monkeypatch.chdir(tmp_path)
+    cli.main([*command, "--input", "uploads"])
+    first, *others = [path.name for path in sorted(photographs.iterdir())]
+    (photographs / first).unlink()
+    Path("listed.txt").write_text("".join(f"uploads/{name}\n" for name in others))
+
+    def names(sql: str) -> list[str]:
+        return [Path(uri).name for (uri,) in agr_ray.open_scores("scored").query(sql).fetchall()]
+
+    def stored(table: str) -> list[str]:
+        return [Path(uri).name for uri in pq.read_table(f"scored/{table}", partitioning=None)["uri"].to_pylist()]
+
+    faces = "SELECT DISTINCT uri FROM faces ORDER BY uri"
+    assert names(faces) == [first, others[0]]
+    exec(find.replace("s3://photographs/", f"{tmp_path}/"), {})
+    assert pq.read_table("gone.parquet")["uri"].to_pylist() == [str(photographs / first)]
+
+    cli.main([*command, "--input", "gone.parquet", "--max_refused", "1"])
+    assert names(faces) == [others[0]]
+    assert names("SELECT uri FROM images WHERE status = 'missing'") == [first]
+    assert first in stored("faces")
+
+    exec(erase, {})
+    assert names(faces) == [others[0]]
+    assert [first in stored(table) for table in ("images", "faces", "rejects")] == [False] * 3
+    assert sorted(stored("images")) == others
+    capsys.readouterr()
+    cli.main([*command, "--input", "uploads"])
+    assert "nothing new since run" in capsys.readouterr().out
 
 
 def test_the_arithmetic_of_sizing_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
