@@ -12,7 +12,6 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 
 from agr_ray.config import AugmentConfig
-from agr_ray.learn.randaugment import rand_augment
 from agr_ray.models.network_input import LUMA, centre, equalize_luminance, normalise, resize
 from agr_ray.models.transform import Transform
 
@@ -39,6 +38,8 @@ def augment(images_u8: Tensor, transform: Transform, config: AugmentConfig, gene
     if transform.equalize:
         images_u8 = equalize_luminance(images_u8)
     if config.randaugment_ops:
+        from agr_ray.learn.randaugment import rand_augment  # imports torchvision, which takes a second
+
         images_u8 = rand_augment(images_u8, config.randaugment_ops, config.randaugment_magnitude, generator)
     flip = _uniform(images_u8, 0.0, 1.0, generator) < config.flip_probability
     if config.rotation_degrees or config.scale or config.shift:

@@ -9,6 +9,7 @@ With `--explain`, `runtime.explain` draws sheets of faces.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import time
@@ -380,6 +381,7 @@ class _Worker(CropPredictor):
     def __init__(self, *arguments: Any) -> None:
         use_one_cpu()
         super().__init__(*arguments)
+        gc.freeze()  # as in part_runner
 
 
 def _collect(

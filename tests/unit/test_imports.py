@@ -53,9 +53,9 @@ def test_a_module_does_not_load_torch(module: str) -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
-def test_the_default_network_and_mtcnn_do_without_torchvision() -> None:
+def test_the_default_network_mtcnn_and_the_training_loop_do_without_torchvision() -> None:
     code = (
-        "import sys; from agr_ray.config import ModelConfig; from agr_ray.labels import UTKFACE; "
+        "import sys, agr_ray.learn.loop; from agr_ray.config import ModelConfig; from agr_ray.labels import UTKFACE; "
         "from agr_ray.models.network import MultiTaskNet; from agr_ray.vision.detectors.mtcnn import Mtcnn; "
         "MultiTaskNet(ModelConfig(), UTKFACE); Mtcnn(); print({'torchvision', 'torch._dynamo'} & set(sys.modules))"
     )
