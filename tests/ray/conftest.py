@@ -19,6 +19,7 @@ sys.path.insert(0, UNIT)  # bad_images
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ[NO_PRESTART] = "0"
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less for each training
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [UNIT, os.environ.get("PYTHONPATH")]))  # toy_registry
 
 

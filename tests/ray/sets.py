@@ -133,7 +133,7 @@ def checkpoint(
     Its batch norms have seen noise, so that its predictions differ between images.
     """
     torch.manual_seed(0)
-    model = MultiTaskNet(ModelConfig(backbone="mobilenet_v3_small", image_size=SIDE_PX), UTKFACE)
+    model = MultiTaskNet(ModelConfig(backbone="plain_cnn", image_size=SIDE_PX), UTKFACE)
     model.initialise({"age": np.array([20.0, 60.0])})
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

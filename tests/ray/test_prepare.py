@@ -73,7 +73,8 @@ def prepare_job(source: Path, out: Path, **changes: Any) -> PrepareJob:
         split=SplitConfig(val=0.2, test=0.2, seed=changes.pop("seed", 0)),
         vision=VisionConfig(detector=changes.pop("detector", "mtcnn"), min_face_px=changes.pop("min_face_px", 40)),
         prepare=PrepareConfig(
-            out=str(out), num_workers=2, batch_size=8, rows_per_file=16, **{"crop_side_px": SIDE_PX, **changes}
+            **{"out": str(out), "num_workers": 2, "batch_size": 8, "rows_per_file": 16, "crop_side_px": SIDE_PX}
+            | changes
         ),
     )
 
@@ -282,7 +283,7 @@ def test_a_lost_part_is_rebuilt_and_new_images_are_added(tmp_path: Path, capsys:
     faces, out = tmp_path / "faces", tmp_path / "out"
     chips = write_chips(faces, range(20))
     write_labels(faces, [chip_label(key, chip) for key, chip in chips.items()])
-    job = prepare_job(faces, out, detector="none")
+    job = prepare_job(faces, out, detector="none", num_workers=1)
     first = prepare(job)
     before, old_parts = crop_rows(out), parts(out)
 
@@ -355,7 +356,7 @@ def test_an_image_that_kills_its_worker_fails(tmp_path: Path, monkeypatch: pytes
     killer = (tmp_path / "faces" / "chip-003.jpg").read_bytes()
     monkeypatch.setattr("agr_ray.runtime.prepare.CropMaker", Deadly)
 
-    prepared = prepare(prepare_job(tmp_path / "faces", tmp_path / "out", detector="none"))
+    prepared = prepare(prepare_job(tmp_path / "faces", tmp_path / "out", detector="none", num_workers=1))
 
     assert prepared.counts == {"failed": 1, "fallback": 5}
     assert crop_rows(tmp_path / "out")["chip-003.jpg"]["error"] == KILLED_ITS_WORKER

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from node_metrics import value, wait_for
 from PIL import Image
 from ray.data import ActorPoolStrategy
 from sets import checkpoint, iou
@@ -112,6 +115,32 @@ def images(published: Path, folder: Path) -> dict[str, dict[str, Any]]:
     root = str(folder / "photographs") + "/"
     assert len({row["image_id"] for row in rows}) == len(rows)
     return {row["uri"].removeprefix(root): row for row in rows}
+
+
+def test_a_nodes_metrics_have_exactly_the_counts_of_the_run(job: ScoreJob, record: dict[str, Any]) -> None:
+    # First, because a node drops gauges 20 s after the run.
+    found = wait_for(job.score.out, lambda each: bool(value(each, "last_published_timestamp_seconds")))
+
+    assert {labels["command"] for _, labels, _ in found} == {"score"}
+    counted = {labels["status"]: number for name, labels, number in found if name == "images_total"}
+    assert counted == record["counts"]
+    assert value(found, "faces_total") == [record["num_faces"]] == [6]
+    assert value(found, "image_stage_seconds_count", stage="decode") == [3]  # parts
+    for stage in ("align", "predict"):
+        assert value(found, "image_stage_seconds_count", stage=stage) == [2]  # parts with faces
+    assert value(found, "parts", state="waiting") == value(found, "parts", state="in_flight") == [0]
+    (published_s,) = value(found, "last_published_timestamp_seconds")
+    (finished_s,) = value(found, "last_finished_timestamp_seconds")
+    assert published_s == datetime.fromisoformat(record["published_at"]).timestamp()
+    assert published_s < finished_s < time.time()
+
+    assert score(job) == record  # nothing is new
+    found = wait_for(
+        job.score.out, lambda each: value(each, "last_finished_timestamp_seconds") not in ([], [finished_s])
+    )
+
+    assert value(found, "last_published_timestamp_seconds") == [published_s]
+    assert finished_s < value(found, "last_finished_timestamp_seconds")[0] < time.time()
 
 
 def test_every_file_is_one_row_with_the_right_status(published: Path, folder: Path) -> None:
@@ -229,10 +258,11 @@ def test_the_next_runs_score_only_what_is_new_or_changed(job: ScoreJob, publishe
 
     added, changed = folder / "photographs" / "added.jpg", folder / "photographs" / "nobody.jpg"
     body = changed.read_bytes()
+    few = job.model_copy(update={"score": job.score.model_copy(update={"num_workers": 1})})
     Image.new("RGB", (200, 200), "teal").save(added)
     Image.new("RGB", (220, 220), "teal").save(changed)
     try:
-        record = score(job)
+        record = score(few)
     finally:
         added.unlink()
         changed.write_bytes(body)
@@ -248,28 +278,48 @@ def test_the_next_runs_score_only_what_is_new_or_changed(job: ScoreJob, publishe
     assert others == [(6, 5)]
 
 
-def test_a_lost_ledger_is_detected(job: ScoreJob, folder: Path, drawn: Any) -> None:
-    assert drawn
-    key = folder / "key-2"
-    key.write_bytes(bytes(range(32)))
-    private = {"aggregate_only": True, "pseudonymise": str(key), "group_by": (), "limit": 2}
-    arguments = (folder / "model", folder / "photographs", folder / "aggregates-2")
-    assert job
-    score(score_job(*arguments, ledger=str(folder / "ledger-2"), **private))
-    with pytest.raises(ConfigError, match=r"^score\.ledger .*ledger-3: has no run="):
-        score(score_job(*arguments, ledger=str(folder / "ledger-3"), **private))
-
-
-def test_aggregate_only_names_no_photograph_and_counts_each_once(job: ScoreJob, folder: Path, drawn: Any) -> None:
+@pytest.fixture(scope="module")
+def aggregate_job(job: ScoreJob, folder: Path) -> ScoreJob:
     key = folder / "key"
     key.write_bytes(bytes(range(32)))
     private = {"aggregate_only": True, "pseudonymise": str(key), "ledger": str(folder / "ledger"), "group_by": ()}
-    job = score_job(folder / "model", folder / "photographs", folder / "aggregates", **private)
+    return score_job(
+        Path(job.score.checkpoint), folder / "photographs", folder / "aggregates", num_workers=1, **private
+    )
 
-    first, second = score(job), score(job)
+
+@pytest.fixture(scope="module")
+def printed(aggregate_job: ScoreJob, folder: Path) -> list[str]:
+    """Run that job as a command of its own, and return what it and a last line about torch print."""
+    recipe, lines = folder / "aggregates.toml", []
+    for section in ("vision", "gates", "score"):
+        settings = getattr(aggregate_job, section).model_dump(mode="json", exclude_defaults=True)
+        lines += [f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in settings.items())]
+    recipe.write_text("\n".join(lines))
+    code = "import sys; from agr_ray.cli import main; main(sys.argv[1:]); print('loaded:', 'torch' in sys.modules)"
+    argv = ["score", "--config", str(recipe), "--cluster.address", ray.get_runtime_context().gcs_address]
+    return subprocess.check_output([sys.executable, "-c", code, *argv], text=True).splitlines()
+
+
+def test_the_driver_does_not_load_torch(printed: list[str]) -> None:
+    assert printed[-1] == "loaded: False"
+
+
+@pytest.mark.usefixtures("printed")
+def test_a_lost_ledger_is_detected(aggregate_job: ScoreJob, folder: Path) -> None:
+    lost = aggregate_job.score.model_copy(update={"ledger": str(folder / "ledger-2")})
+    with pytest.raises(ConfigError, match=r"^score\.ledger .*ledger-2: has no run="):
+        score(aggregate_job.model_copy(update={"score": lost}))
+
+
+@pytest.mark.usefixtures("printed")
+def test_aggregate_only_names_no_photograph_and_counts_each_once(aggregate_job: ScoreJob, folder: Path) -> None:
+    (file,) = (folder / "aggregates" / "_SUCCESS").iterdir()
+    first = json.loads(file.read_text())
+
+    assert score(aggregate_job) == first
 
     assert first["num_images"] == 11
-    assert second == first
     assert {path.name for path in (folder / "aggregates").iterdir()} == {"_SUCCESS", "demographics", "views.sql"}
     ledger = pq.read_table(folder / "ledger")
     assert ledger.column_names == ["image_id", "status", "storage_class", "run"]
@@ -285,7 +335,7 @@ def test_predictors_in_other_processes_give_the_same_rows(
     parts = range(made.num_parts)
 
     with remote_predictors(scoring, 2, gpus_each=0.0) as predictors:
-        tables = run_parts(RemotelyPredicted, (scoring, predictors), parts, ActorPoolStrategy(size=2))
+        tables = run_parts(RemotelyPredicted, (scoring, predictors), parts, ActorPoolStrategy(size=1))
         summaries = pa.concat_tables(tables).to_pylist(maps_as_pydicts="strict")
 
     assert sorted(each["part"] for each in summaries) == list(parts)
@@ -299,11 +349,3 @@ def test_predictors_in_other_processes_give_the_same_rows(
         other = others[row["uri"].removeprefix(f"{folder / 'photographs'}/")]
         assert [face["age"] for face in row["faces"]] == pytest.approx([face["age"] for face in other["faces"]])
         assert [face["box"] for face in row["faces"]] == [face["box"] for face in other["faces"]]
-
-
-def test_the_driver_does_not_load_torch(job: ScoreJob, folder: Path) -> None:
-    code = "import sys; from agr_ray.cli import main; main(sys.argv[1:]); print('loaded:', 'torch' in sys.modules)"
-    argv = ["score", "--checkpoint", job.score.checkpoint, "--input", job.score.input, "--out", str(folder / "thin")]
-    address = ["--num_workers", "1", "--cluster.address", ray.get_runtime_context().gcs_address]
-    printed = subprocess.check_output([sys.executable, "-c", code, *argv, *address], text=True)
-    assert printed.splitlines()[-1] == "loaded: False"

@@ -9,10 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 from sets import checkpoint, prepared_set
 
 from agr_ray.config import EvaluateConfig, EvaluateJob
 from agr_ray.predict.stress_folder import StressFolder
+from agr_ray.report import stress as report
 from agr_ray.runtime import stress as module
 from agr_ray.runtime.evaluate import evaluate
 from agr_ray.schema import STRESS
@@ -22,6 +24,12 @@ from agr_ray.vision.corruptions import CORRUPTIONS
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared_set(tmp_path_factory.mktemp("stress") / "data", {"train": 4, "test": 25})
+
+
+@pytest.fixture
+def no_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no picture of the corruptions, which takes a second and is the same every time."""
+    monkeypatch.setattr(report, "examples_figure", Figure)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +77,7 @@ def test_few_images_are_corrupted_without_a_cluster(
     assert "<svg" in (out / "stress.svg").read_text()
 
 
+@pytest.mark.usefixtures("no_examples")
 def test_a_killed_stress_test_resumes_with_the_conditions_that_are_not_complete(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +110,7 @@ def test_a_killed_stress_test_resumes_with_the_conditions_that_are_not_complete(
     assert measured(out) == resumed == measured(data.parent / "whole")
 
 
+@pytest.mark.usefixtures("no_examples")
 def test_another_sample_starts_over(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, few = data.parent / "again", {"stress_corruptions": ("jpeg",)}
     evaluate(job(model, data, out=str(out), stress_images=6, **few))

@@ -120,10 +120,11 @@ def kill_command(
     *,
     when: Callable[[], bool],
     timeout_s: float = COMMAND_TIMEOUT_S,
+    pause_s: float = 0.05,
 ) -> None:
     """Start a command, SIGKILL it and its process group once `when` is true, and wait until all it started is gone."""
     with start_command(command, cluster.environment, log) as process:
-        wait_until(when, process, log, timeout_s)
+        wait_until(when, process, log, timeout_s, pause_s)
     # Its workers are the cluster's, which ends them a moment later.
     deadline = time.monotonic() + GONE_TIMEOUT_S
     while titled_processes(cluster.nodes, DATA_WORKER):

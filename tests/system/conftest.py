@@ -25,7 +25,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def cluster(s3_server: S3Server) -> Iterator[Cluster]:
     """Run a cluster that has the keys of the S3 server and is not told where that server is."""
     elsewhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_ports(1)[0]}"}
-    with run_cluster(s3_server.environment() | elsewhere) as running:
+    fewer_processes = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    with run_cluster(s3_server.environment() | elsewhere | fewer_processes) as running:
         yield running
 
 

@@ -25,6 +25,7 @@ from commands import (
     submit_command,
     succeed,
 )
+from scoring_task import Task, assert_each_once, photograph
 from seaweedfs import Bucket, S3Server
 from servers import free_ports
 
@@ -33,8 +34,9 @@ from agr_ray.learn.run import CHECKPOINTS
 from agr_ray.runtime.ray_compat import SNAPSHOT
 from agr_ray.vision.decode import encode_jpeg
 
-sys.path.append(str(ROOT / "tests" / "unit"))
+sys.path += [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "ray")]
 import bad_images
+from sets import checkpoint
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -105,7 +107,7 @@ def trained(
         *(*here, "--train.data", f"{bucket.uri}/{prepared}", "--train.out", f"{bucket.uri}/runs"),
         *("--train.name", "tiny", "--train.epochs", EPOCHS, "--train.batch_size", 16),
         *("--train.num_workers", 1, "--train.threads_per_worker", 1, "--train.early_stopping_patience", 0),
-        *("--model.preset", "lightweight", "--model.image_size", 32),
+        *("--model.backbone", "plain_cnn", "--model.image_size", 32),
     )
     history, snapshot = f"{RUN}/history.parquet", f"{RUN}/{CHECKPOINTS}/{SNAPSHOT}"
 
@@ -115,7 +117,7 @@ def trained(
             return False
         return b"checkpoint_dir_name" in bucket.get(snapshot) and len(bucket.table(history)) >= EPOCHS_BEFORE_KILL
 
-    kill_command(command, cluster, tmp_path_factory.mktemp("train") / "log", when=has_come_so_far)
+    kill_command(command, cluster, tmp_path_factory.mktemp("train") / "log", when=has_come_so_far, pause_s=0.2)
     assert len(bucket.table(history)) < EPOCHS
     return succeed(command, cluster.environment)
 
@@ -189,6 +191,50 @@ def test_evaluate_measures_every_row_of_the_split(
     assert {"age", "gender", "race", "baseline", "groups"} <= set(metrics)
 
 
+@pytest.fixture(scope="module")
+def scored(bucket: Bucket, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, str]:
+    """Score a few photographs once with random weights, and return what the command printed, too."""
+    bucket.upload(checkpoint(tmp_path_factory.mktemp("model") / "model"), "model")
+    task = Task(bucket, "scored", f"{bucket.uri}/model").fill(8)
+    return task, succeed(task.command(cluster), cluster.environment)
+
+
+def test_each_photograph_is_scored_once_with_its_status(scored: tuple[Task, str], tmp_path: Path) -> None:
+    task, _ = scored
+
+    assert_each_once(task, tmp_path, task.expected())
+
+
+def test_an_uncalibrated_model_gives_no_age_interval_and_says_so(scored: tuple[Task, str], tmp_path: Path) -> None:
+    task, printed = scored
+
+    assert "no corrected shares: the checkpoint has no calibration" in printed
+    with task.published(tmp_path) as database:
+        counted = database.sql("SELECT count(age) > 0, count(age_low), count(age_high) FROM faces").fetchall()
+    assert counted == [(True, 0, 0)]
+
+
+def test_later_runs_score_only_what_was_added_or_replaced(
+    scored: tuple[Task, str], cluster: Cluster, tmp_path: Path
+) -> None:
+    task, _ = scored
+    before = task.expected()
+
+    succeed(task.command(cluster), cluster.environment)
+    for number, key in enumerate(["added.jpg", "sub/added.jpg", "sub/ad ded.jpg", "000.jpg", "text.jpg"]):
+        task.put(key, photograph(1000 + number))
+    succeed(task.command(cluster, num_workers=1), cluster.environment)
+
+    assert [record["num_images"] for record in task.records()] == [len(before), 5]
+    with task.published(tmp_path) as database:
+        rows = database.sql("SELECT uri FROM rows").fetchall()
+        seen = database.sql("SELECT uri, status FROM images").fetchall()
+    replaced = {task.uri("000.jpg"), task.uri("text.jpg")}
+    expected = task.expected() | {task.uri("text.jpg"): "ok"}
+    assert sorted(rows) == sorted((uri,) for uri in [*expected, *replaced])
+    assert sorted(seen) == sorted(expected.items())
+
+
 def test_a_submitted_job_runs_the_code_it_was_submitted_with(
     filled: Bucket, cluster: Cluster, s3_server: S3Server
 ) -> None:
@@ -196,6 +242,7 @@ def test_a_submitted_job_runs_the_code_it_was_submitted_with(
         "prepare",
         *("--storage.endpoint_url", s3_server.endpoint_url, *PREPARE, "--vision.detector", "none"),
         *("--source.uri", f"{filled.uri}/faces", "--prepare.out", f"{filled.uri}/submitted"),
+        *("--prepare.num_workers", 1),
     )
     script = f"python -c 'import agr_ray; print(agr_ray.__file__)' && {' '.join(prepare)}"
 
