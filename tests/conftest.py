@@ -1,8 +1,8 @@
 """How `pytest -n 2` shares the tests between two processes, and which unit tests take long.
 
-All files of tests/ray share one cluster, so one process gets them, first. Files of tests/system that run a cluster come
-last, one at a time in whichever process is free, because two clusters crowd a small machine. Between them, each file of
-the others goes to the process that is free.
+All files of tests/ray share one cluster, so one process gets them, first; then it gets test_jobs_s3.py, which takes
+longest of the others. Files of tests/system that run a cluster come last, one at a time in whichever process is free,
+because two clusters crowd a small machine. Between them, each file of the others goes to the process that is free.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # else the tests beside the c
 
 
 class ByFile(LoadScopeScheduling):
-    """Gives a process all tests of a file, and one of them all files of tests/ray."""
+    """Gives a process all tests of a file, and one of them all files of tests/ray and test_jobs_s3.py."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = PurePath(nodeid.partition("::")[0])
-        return "ray" if file.parent.name == "ray" else str(file)
+        return "ray" if file.parent.name == "ray" or file.stem == "test_jobs_s3" else str(file)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
