@@ -101,6 +101,16 @@ BACKBONES: Final = Registry(
 )
 """Builders are called with the backbone's name; see `models.backbones.base.Backbone`."""
 
+PUBLISHED_WEIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "imagenet": (
+        *("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_small", "mobilenet_v3_large"),
+        *("efficientnet_b0", "efficientnet_b3", "vgg16", "convnext_tiny", "vit_b_16", "swin_t"),
+    ),
+    "vggface2": ("inception_resnet_v1",),
+    "casia-webface": ("inception_resnet_v1",),
+}
+"""Values of `model.pretrained` that are downloads, and the backbones that have them."""
+
 ATTENTION: Final = Registry(
     "attention block",
     {

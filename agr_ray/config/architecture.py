@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from agr_ray.config.presets import PRESETS, check_preset, find_preset
 from agr_ray.config.section import PositiveInt, Section
 from agr_ray.registry import ATTENTION, BACKBONES, HEADS, NECKS
-
-PUBLISHED_WEIGHTS: Final = ("imagenet", "vggface2", "casia-webface")
-"""Values of `model.pretrained` that are downloads, of one backbone or another."""
 
 
 def _distinct_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from agr_ray.config.section import MAX_INT, Section
-from agr_ray.registry import BACKBONES, check_name
+from agr_ray.registry import PUBLISHED_WEIGHTS, check_name
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def with_chosen_preset(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) 
         return dict(recipe)
     kept = {key: value for key, value in model.items() if key in _KEPT}
     weights, backbone = model.get("pretrained"), _backbone(chosen)
-    if weights is not None and (backbone == _backbone(model) or weights in _published(backbone)):
+    if weights is not None and (backbone == _backbone(model) or backbone in PUBLISHED_WEIGHTS.get(str(weights), ())):
         kept["pretrained"] = weights
     own = {key: value for key, value in preset.model.items() if key != "image_size" or "image_size" not in kept}
     train = preset.training(is_pretrained=_is_pretrained({**kept, **own, **chosen}))
@@ -219,12 +219,6 @@ def dropped_weights(
     if not _is_pretrained(before) or _is_pretrained(after) or "pretrained" in chosen:
         return None
     return before["pretrained"], chosen["preset"]
-
-
-def _published(backbone: object) -> Sequence[str]:
-    """Return the names of a backbone's published weights."""
-    published: Sequence[str] = getattr(BACKBONES[str(backbone)], "published", ()) if backbone in BACKBONES.names else ()
-    return published
 
 
 def _backbone(model: Mapping[str, Any]) -> object:

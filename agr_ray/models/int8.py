@@ -46,7 +46,8 @@ def check_installed(what: str, *packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"{what}: needs {' and '.join(missing)}, not installed here; pip install 'agr_ray[openvino]', on every node"
+            f"{what}: needs {' and '.join(missing)}, not installed here; in a clone of the project: pip install "
+            "'.[openvino]', on every node"
         )
 
 

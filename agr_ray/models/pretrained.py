@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agr_ray.config.architecture import PUBLISHED_WEIGHTS
 from agr_ray.models.backbones.base import Backbone, WeightsError
 from agr_ray.models.network import MultiTaskNet
+from agr_ray.registry import PUBLISHED_WEIGHTS
 from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.scratch import scratch_folder
 

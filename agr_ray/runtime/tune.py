@@ -16,7 +16,6 @@ from ray import tune as ray_tune
 from rich.console import Console
 
 from agr_ray.config import PAPER_POINT, TrainConfig, TrainJob, TuneJob
-from agr_ray.config.architecture import PUBLISHED_WEIGHTS
 from agr_ray.console import make_console
 from agr_ray.data.crops import select_crops, usable_statuses
 from agr_ray.data.prepared import PreparedSet
@@ -25,6 +24,7 @@ from agr_ray.json_log import name_run
 from agr_ray.learn.dry_run import dry_run, duration_text
 from agr_ray.learn.run import Run
 from agr_ray.progress_bar import status_line
+from agr_ray.registry import PUBLISHED_WEIGHTS
 from agr_ray.report.sweep_results import print_trials, write_results
 from agr_ray.runtime.cluster import cluster, nodes, wait_for_nodes
 from agr_ray.runtime.ray_compat import graceful_interrupts, machine_cpus

@@ -91,8 +91,8 @@ def check_table(storage: Storage, config: ScoreConfig, out: str) -> None:
         return
     if importlib.util.find_spec(_PACKAGES[config.table]) is None:
         raise ConfigError(
-            f"score.table {config.table}: needs {_PACKAGES[config.table]}, not installed here; "
-            f'pip install "agr_ray[{config.table}]"'
+            f"score.table {config.table}: needs {_PACKAGES[config.table]}, not installed here; in a clone of the "
+            f"project: pip install '.[{config.table}]'"
         )
     if any(character in out for character in "%?#"):  # the libraries parse paths as URLs
         raise ConfigError(f"score.out {config.out}: must not contain %, ? or # with score.table {config.table}")

@@ -369,8 +369,8 @@ CREATE OR REPLACE VIEW demographics AS
     inconclusive = ", ".join(f"'{status}'" for status in INCONCLUSIVE)
     return f"""{sql}
 -- Each image has its latest score. A status that says nothing about the content ({", ".join(INCONCLUSIVE)})
--- never hides an earlier row. An image that was deleted from its bucket stays until a run records it as missing:
--- scoring does not look for deleted keys.
+-- never hides an earlier row. An image that was deleted from its bucket stays: scoring does not look for
+-- deleted keys.
 CREATE OR REPLACE VIEW images AS
     SELECT i.*
     FROM read_parquet('{quoted}/images/run=*/*.parquet', union_by_name = true, hive_partitioning = false) AS i

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from agr_ray.config import ModelConfig
 from agr_ray.labels import UTKFACE
 from agr_ray.models.backbones.base import Backbone, WeightsError
-from agr_ray.models.network import MultiTaskNet
+from agr_ray.models.network import MultiTaskNet, backbone_class
 from agr_ray.models.pretrained import load_backbone, pretrained_weights
 from agr_ray.predict.inference import for_inference
-from agr_ray.registry import BACKBONES
+from agr_ray.registry import BACKBONES, PUBLISHED_WEIGHTS
 from agr_ray.storage import Storage
 
 # Parameters in millions as published (torchvision, facenet-pytorch), without the last layer; map channels by stage.
@@ -56,6 +56,14 @@ def unchanged(_: int, feature_map: Tensor) -> Tensor:
 
 def test_every_backbone_is_checked() -> None:
     assert list(PUBLISHED) == list(BACKBONES.names)
+
+
+def test_the_registry_knows_which_weights_each_backbone_publishes() -> None:
+    listed = {
+        name: tuple(weights for weights, backbones in PUBLISHED_WEIGHTS.items() if name in backbones)
+        for name in BACKBONES.names
+    }
+    assert listed == {name: backbone_class(name).published for name in BACKBONES.names}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

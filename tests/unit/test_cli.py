@@ -30,6 +30,7 @@ SHORT = [
     *([command, "--help"] for command in COMMANDS),
     *([command, "--no_such_option", "1"] for command in COMMANDS),
     ["train", "--data", "x", "--epochs", "many"],
+    ["train", "--config", "paper", "--preset", "vit", "--epochs", "many"],
     ["score", "--input", "x"],
     ["recipes"],
 ]

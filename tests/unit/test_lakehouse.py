@@ -480,9 +480,7 @@ def test_settings_that_can_work_leave_no_trace(lake: Lake) -> None:
 
 def test_a_missing_library_is_named_with_its_extra(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, {"delta": "deltalake", "iceberg": "pyiceberg"}[lake.kind], None)
-    with pytest.raises(
-        ConfigError, match=rf'^score\.table {lake.kind}: needs \w+, .*pip install "agr_ray\[{lake.kind}\]"$'
-    ):
+    with pytest.raises(ConfigError, match=rf"^score\.table {lake.kind}: needs \w+, .*pip install '\.\[{lake.kind}\]'$"):
         check_table(Storage(), lake.config, str(lake.out))
 
 

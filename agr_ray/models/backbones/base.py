@@ -55,7 +55,7 @@ class Backbone(nn.Module):
     side_multiple: int = 1
     """Sides must be multiples of this."""
     published: tuple[str, ...] = ()
-    """Names of the weights that can be downloaded, of `config.architecture.PUBLISHED_WEIGHTS`."""
+    """Names of the weights that can be downloaded, as in `registry.PUBLISHED_WEIGHTS`."""
     replaced_layers: tuple[str, ...] = ()
     """Name prefixes of tensors in published state dicts that the heads replace."""
 
