@@ -8,7 +8,7 @@ int8 network of it. With --checkpoint, (b) scores with that checkpoint, whatever
 
 (a) facenet-pytorch's MTCNN(keep_all=True) with its defaults, then torchvision's ResNet50 in float32 on its faces,
     one photograph at a time, on all cores. It runs before and after (b), because the machine's speed may drift.
-(b) `runtime.score.score` with the preset `paper` on an embedded local cluster; photographs are repeated under other
+(b) `jobs/score.py` with the preset `paper`, which starts Ray on this machine; photographs are repeated under other
     names until it runs for --seconds. Its start-up, until the first batch has been read, is reported separately.
 
 Also prints (b)'s time by stage, its peak memory (proportional set sizes of all processes, summed), how its attributes
@@ -22,6 +22,8 @@ import argparse
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +47,7 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from agr_ray.config import ClusterConfig, ModelConfig, ScoreConfig, ScoreJob, VisionConfig
+from agr_ray.config import ModelConfig, VisionConfig
 from agr_ray.console import make_console
 from agr_ray.models.checkpoint import read_checkpoint
 from agr_ray.models.checkpoint_network import load_network
@@ -53,7 +55,8 @@ from agr_ray.models.transform import Transform
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.forward import predict
 from agr_ray.predict.quantize import difference_rows
-from agr_ray.runtime.score import score
+from agr_ray.scoring.publish import published_runs
+from agr_ray.storage import Storage
 from agr_ray.vision.align import align
 from agr_ray.vision.decode import decode_image
 from agr_ray.vision.detect import make_detector
@@ -62,6 +65,7 @@ T = TypeVar("T")
 
 TRANSFORM: Final = Transform(image_size=224, crop_side_px=224)
 STAGES: Final = ("decode", "detect", "align", "predict")
+JOB: Final = Path(__file__).parents[1] / "jobs" / "score.py"
 ROWS_PER_PART: Final = 64
 """Small, so that the workers end together."""
 MIN_OVERLAP: Final = 0.5
@@ -106,19 +110,16 @@ def main() -> None:
         reference = in_new_process(user_loop, paths)
         num_copies = max(1, round(arguments.seconds * arguments.workers / one_thread_s / len(paths)))
         repeat(paths, num_copies, folder / "photographs")
-        job = ScoreJob(
-            cluster=ClusterConfig(address="local", include_dashboard=False),
-            score=ScoreConfig(
-                checkpoint=str(checkpoint),
-                input=str(folder / "photographs"),
-                out=str(folder / "scored"),
-                num_workers=arguments.workers,
-                rows_per_file=ROWS_PER_PART,
-            ),
-        )
+        out = str(folder / "scored")
+        command = [sys.executable, JOB, "--checkpoint", checkpoint, "--out", out]
+        command += ["--input", folder / "photographs", "--num_workers", str(arguments.workers)]
+        command += ["--rows_per_file", str(ROWS_PER_PART), "--cluster.address", "local"]
         started = time.time()
-        with watched_memory(os.getpid()) as samples_mib:
-            record = score(job)
+        process = subprocess.Popen(command)
+        with watched_memory(process.pid) as samples_mib:
+            if process.wait():
+                raise SystemExit(process.returncode)
+        (record,) = published_runs(Storage(), out)
         ended = time.time() - record["timings"]["publish_s"]
         images = pa.dataset.dataset(folder / "scored" / "images", format="parquet").to_table()
     first_read = min(images["scored_at"].to_pylist()).timestamp()
