@@ -48,7 +48,7 @@ def demo(out: str) -> None:
         return resolve_name(command.work)(parse(command.job, options))
 
     rendering = ("--config", "demo", "--out", f"{out}/faces")
-    with cluster(parse(RenderJob, rendering).cluster):
+    with cluster(parse(RenderJob, rendering).cluster, trains=True):
         step("render", *rendering)
         step("prepare", "--config", "demo", "--source.uri", f"{out}/faces/chips", "--out", f"{out}/prepared")
         named = ("--out", f"{out}/runs", "--name", "first", "--new-run")

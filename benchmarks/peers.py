@@ -104,7 +104,6 @@ def agr_ray(job: Job) -> list[str]:
     """Return our command."""
     options = {
         "--cluster.address": "local",
-        "--cluster.include_dashboard": "false",
         "--score.checkpoint": job.checkpoint,
         "--score.input": job.photographs,
         "--score.out": job.out,

@@ -46,8 +46,9 @@ class ClusterConfig(Section):
     threads."""
     object_store_mib: PositiveInt = 1024
     """Shared memory of the object store of a `local` cluster, MiB."""
-    include_dashboard: bool = True
-    """Whether a `local` cluster starts Ray's dashboard."""
+    include_dashboard: bool | None = None
+    """Whether a `local` cluster starts Ray's dashboard, which takes 200 MiB; none: only for jobs that train networks,
+    because Ray Train needs it."""
     verbose: CliImplicitFlag[bool] = False
     """Show Ray's own messages, too. Errors that end a job are always shown."""
     autoscaler_wait_s: Annotated[float, Field(ge=0.0, le=1e6)] = 900.0

@@ -36,10 +36,14 @@ _autoscaler_wait_s: ContextVar[float] = ContextVar("autoscaler_wait_s", default=
 
 
 @contextmanager
-def cluster(config: ClusterConfig) -> Iterator[None]:
+def cluster(config: ClusterConfig, *, trains: bool = False) -> Iterator[None]:
     """Join the configured cluster, or start one in this process and end it afterwards.
 
     Does nothing if this process is connected already: the tests share one cluster.
+
+    Args:
+        config: says which.
+        trains: whether the job trains networks.
 
     Raises:
         ConfigError: there is no cluster at the address.
@@ -47,14 +51,14 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     """
     waiting = _autoscaler_wait_s.set(config.autoscaler_wait_s)
     try:
-        with nullcontext() if config.verbose else quiet_console(), _joined(config):
+        with nullcontext() if config.verbose else quiet_console(), _joined(config, trains):
             yield
     finally:
         _autoscaler_wait_s.reset(waiting)
 
 
 @contextmanager
-def _joined(config: ClusterConfig) -> Iterator[None]:
+def _joined(config: ClusterConfig, trains: bool) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
@@ -69,7 +73,7 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
                 address="local",
                 num_cpus=config.num_cpus or max(machine_cpus(), MIN_LOCAL_CPUS),
                 object_store_memory=config.object_store_mib * 2**20,
-                include_dashboard=config.include_dashboard,
+                include_dashboard=trains if config.include_dashboard is None else config.include_dashboard,
                 logging_level=level,
             )
         else:

@@ -81,7 +81,7 @@ def compare(job: CompareJob) -> str:
         todo = {name: run for name, run in runs.items() if not is_measured(storage, out, name)}
         console.print(f"comparison {out}: {len(runs)} runs, {len(runs) - len(todo)} already complete")
         if todo:
-            with cluster(job.cluster):
+            with cluster(job.cluster, trains=True):
                 at_once = room(job.train, job.compare.max_concurrent, "compare.max_concurrent")
                 task = ray.remote(**TASK)(train_and_evaluate)
                 starts = {

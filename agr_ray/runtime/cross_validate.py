@@ -98,7 +98,7 @@ def cross_validate(job: CrossValidateJob) -> str:
         todo = [name for name in folds if not is_measured(storage, out, name)]
         console.print(f"{owner}: {len(folds)} folds of {images.num_rows:,} images, {len(folds) - len(todo)} complete")
         if todo:
-            with cluster(job.cluster):
+            with cluster(job.cluster, trains=True):
                 at_once = room(job.train, config.max_concurrent, "cross_validate.max_concurrent")
                 task = ray.remote(**TASK)(_train_fold)
                 starts = {}

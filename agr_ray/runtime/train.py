@@ -136,7 +136,7 @@ def train(job: TrainJob, *, callbacks: Sequence[UserCallback] = (), quiet: bool 
         if _run_uri(storage, job, settings) != uri:  # another driver may have written run.json before we had the lock
             raise ConfigError(f"the run {uri} has finished since this command began; run the command again")
         tracked(run)  # before the cluster starts, so that a rejected connection ends the job at once
-        with cluster(job.cluster):
+        with cluster(job.cluster, trains=True):
             check_workers_fit(job.train)
             lock.check()
             _begin(run, first)

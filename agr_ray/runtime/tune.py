@@ -87,7 +87,7 @@ def tune(job: TuneJob) -> str:
     lock_uri, retry = storage.join(planned.uri, "lock.json"), Retry(job.train.outage_s)
     owner = f"sweep {planned.uri}"
     with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
-        with cluster(job.cluster):
+        with cluster(job.cluster, trains=True):
             capacity = room(base.train, job.tune.max_concurrent, "tune.max_concurrent")
             sweep = Sweep(storage, _planned_again(planned, storage, job, digest), job, console, lock)
             sweep.begin()
