@@ -7,6 +7,9 @@ READY := .venv/.ready
 # Two processes; tests/conftest.py shares the files between them.
 TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
+# Hundreds of processes of the tests import our package: the first compiles it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test test-all checks lint types layers unit docs format lock lock-cpu audit fuzz clean
 
 help:  ## list the targets

@@ -13,7 +13,8 @@ HIDDEN: Final = "***"
 _URL: Final = re.compile(r"(?i)\b(s3://(?=[^\s'\"<>/]*[:@])|(?!s3://|file://)[a-z][a-z0-9+.-]*://)(?!/)([^\s'\"<>]*)@")
 _NAMES: Final = r"[\w.-]*(?:password|passwd|passwort|pwd|secret|token|credential|signature|api_?key|access_?key)[\w.-]*"
 _CONTROL: Final = re.compile("[\0-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_ASSIGNED: Final = re.compile(rf"(?i)({_NAMES}(?:=['\"]?|['\"]\s*:\s*['\"]?))([^\s&'\",;}}]+)")
+# A name begins where no earlier one can: without that, a long word would take quadratic time.
+_ASSIGNED: Final = re.compile(rf"(?i)(?<![\w.-])({_NAMES}(?:=['\"]?|['\"]\s*:\s*['\"]?))([^\s&'\",;}}]+)")
 _SECRET_VARIABLE: Final = re.compile(r"(?i)password|passwd|secret|token|credential|api_?key|access_?key")
 _SHORTEST: Final = 3
 """Minimum length of a secret's parts that are hidden outside its URL: hiding shorter ones would garble the text."""

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax, softmax
 
 from agr_ray.evaluation.conformal import MIN_ROWS
 from agr_ray.evaluation.estimates import CONFIDENCE, exact_ends
@@ -89,6 +88,7 @@ def fit_classes(
 def _fit_temperature(truth: IntArray, probs: NDArray[np.floating[Any]]) -> float:
     """Minimise the negative log-likelihood, which has a single minimum, over the log of the temperature."""
     from scipy.optimize import minimize_scalar  # takes long to import; only fitting needs it
+    from scipy.special import log_softmax
 
     logits = logits_of(probs)
     rows = np.arange(len(truth))
@@ -132,5 +132,7 @@ def logits_of(probs: NDArray[np.floating[Any]]) -> FloatArray:
 
 def scaled_probs(probs: NDArray[np.floating[Any]], temperature: float) -> FloatArray:
     """Return (n, classes) probabilities whose logits are divided by the temperature."""
+    from scipy.special import softmax  # takes long to import; without a calibration it is not needed
+
     scaled: FloatArray = softmax(logits_of(probs) / temperature, axis=1)
     return scaled

@@ -17,13 +17,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from agr_ray.child_process import child_process
 from agr_ray.errors import JobError
 from agr_ray.json_log import child_stderr
-from agr_ray.scoring.publish import Counts, Publication
 from agr_ray.scoring.scorer import PartScorer, Scoring
+
+if TYPE_CHECKING:
+    from agr_ray.scoring.publish import Counts, Publication  # takes long to import; only the driver publishes
 
 _MAX_DEATHS: Final = 30
 """Deaths of the process without a finished part after which a job is given up. A photograph that kills it is given up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections import Counter
@@ -33,6 +34,18 @@ from agr_ray.vision.decode import encode_jpeg
 SIDE_PX = 32
 
 
+@functools.cache
+def drawn_chip(index: int, seed: int = 0, side_px: int = 200) -> RenderedChip:
+    """Render a chip, once in each process."""
+    return render_chip(seed, index, side_px)
+
+
+@functools.cache
+def chip_jpeg(index: int, seed: int = 0, side_px: int = 100) -> bytes:
+    """Return the file of a rendered chip. Haar finds the face at 100 pixels in a fifth of the time of 200."""
+    return encode_jpeg(drawn_chip(index, seed, side_px).image_rgb)
+
+
 def with_other_weights(model: Path, folder: Path) -> Path:
     """Copy a checkpoint, and give it weights that do not fit its network."""
     shutil.copytree(model, folder)
@@ -45,10 +58,9 @@ def with_other_weights(model: Path, folder: Path) -> Path:
 def write_chips(folder: Path, indices: range) -> dict[str, RenderedChip]:
     """Write rendered chips and return them by key."""
     folder.mkdir(parents=True, exist_ok=True)
-    chips = {f"chip-{index:03d}.jpg": render_chip(0, index) for index in indices}
-    for key, chip in chips.items():
-        (folder / key).write_bytes(encode_jpeg(chip.image_rgb))
-    return chips
+    for index in indices:
+        (folder / f"chip-{index:03d}.jpg").write_bytes(chip_jpeg(index, side_px=200))
+    return {f"chip-{index:03d}.jpg": drawn_chip(index) for index in indices}
 
 
 def write_labels(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -73,7 +85,7 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0, 
     for split, num_rows in splits.items():
         for _ in range(num_rows):
             index = first_index + len(rows)
-            chip = render_chip(0, index)
+            chip = drawn_chip(index)
             row: dict[str, Any] = {
                 "age": chip.age_years,
                 "gender": chip.gender,
@@ -121,6 +133,21 @@ def prepared_set(folder: Path, splits: dict[str, int], *, first_index: int = 0, 
     return folder
 
 
+@functools.cache
+def _random_network() -> MultiTaskNet:
+    torch.manual_seed(9)
+    model = MultiTaskNet(ModelConfig(backbone="plain_cnn", image_size=SIDE_PX), UTKFACE)
+    model.initialise({"age": np.array([20.0, 60.0])})
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # running statistics are the mean of all batches
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, SIDE_PX, SIDE_PX))
+        for name in ("gender", "race"):
+            model.get_parameter(f"heads.{name}.layer.weight").mul_(100.0)
+    return model
+
+
 def checkpoint(
     folder: Path,
     *,
@@ -132,19 +159,9 @@ def checkpoint(
 
     Its batch norms have seen noise, and its heads are steep, so that its predictions differ between images.
     """
-    torch.manual_seed(9)
-    model = MultiTaskNet(ModelConfig(backbone="plain_cnn", image_size=SIDE_PX), UTKFACE)
-    model.initialise({"age": np.array([20.0, 60.0])})
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # running statistics are the mean of all batches
-    with torch.no_grad():
-        model.train()(torch.randn(8, 3, SIDE_PX, SIDE_PX))
-        for name in ("gender", "race"):
-            model.get_parameter(f"heads.{name}.layer.weight").mul_(100.0)
     save_checkpoint(
         folder,
-        model,
+        _random_network(),
         Transform(SIDE_PX, SIDE_PX),
         train_images=None if train_images is None else content_codes(train_images),
         data=data,

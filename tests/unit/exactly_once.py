@@ -44,7 +44,9 @@ from this_process import ThisProcess, model, workers
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
 from agr_ray.errors import ConfigError
+from agr_ray.models.checkpoint import read_checkpoint
 from agr_ray.schema import RETRIED_STATUSES
+from agr_ray.scoring import driver
 from agr_ray.scoring.driver import score_input
 from agr_ray.scoring.publish import TABLES
 from agr_ray.storage import ServerFailed, Storage, StorageUnavailable, atomic
@@ -363,6 +365,7 @@ def refuse(always: str, once: str) -> None:
 def test_after_any_sequence_the_same_command_finishes_and_each_image_is_published_once(
     model: Path, workers: ThisProcess, sequence: list[Any], recipe: str, table: str
 ) -> None:
+    driver.check_network(read_checkpoint(model), str(model), "score.checkpoint")  # here, so not in each process
     folder = Path(tempfile.mkdtemp(prefix="agr-ray-once-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     world = World(folder, model, workers, table)
     os.environ["PYICEBERG_CATALOG__DEFAULT__URI"] = f"sqlite:///{folder}/catalog.db"

@@ -66,10 +66,15 @@ def test_the_registry_knows_which_weights_each_backbone_publishes() -> None:
     assert listed == {name: backbone_class(name).published for name in BACKBONES.names}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_and_channels_are_the_published_ones(name: str) -> None:
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(request: pytest.FixtureRequest) -> tuple[str, Backbone]:
+    """Return a name and its backbone, with any weights."""
+    return request.param, backbone_of(request.param)
+
+
+def test_parameters_and_channels_are_the_published_ones(published: tuple[str, Backbone]) -> None:
+    name, backbone = published
     num_parameters, channels = PUBLISHED[name]
-    backbone = backbone_of(name)
 
     assert sum(p.numel() for p in backbone.parameters()) == num_parameters
     assert backbone.stage_channels == channels
@@ -79,11 +84,13 @@ def test_parameters_and_channels_are_the_published_ones(name: str) -> None:
     assert all(stages)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in ("inception_resnet_v1", "plain_cnn")])
-def test_features_are_those_of_torchvision(name: str) -> None:
+@pytest.mark.parametrize(
+    "published", [name for name in PUBLISHED if name not in ("inception_resnet_v1", "plain_cnn")], indirect=True
+)
+def test_features_are_those_of_torchvision(published: tuple[str, Backbone]) -> None:
+    name, backbone = published
     torch.manual_seed(1)
     net: Any = torchvision.models.get_model(name, weights=None).eval()
-    backbone = backbone_of(name)
     state = {key: value for key, value in net.state_dict().items() if not key.startswith(backbone.replaced_layers)}
     assert list(backbone.state_dict()) == list(state)
     backbone.load_state_dict(state)
@@ -146,9 +153,8 @@ def test_features_are_those_of_facenet_pytorch() -> None:
     torch.testing.assert_close(nn.functional.normalize(embeddings), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_last_map_is_the_result_and_each_stage_is_changed_once(name: str) -> None:
-    backbone = backbone_of(name)
+def test_the_last_map_is_the_result_and_each_stage_is_changed_once(published: tuple[str, Backbone]) -> None:
+    name, backbone = published
     x = images(96)
     seen: list[tuple[int, int]] = []
 
@@ -210,9 +216,9 @@ def test_a_page_instead_of_the_weights_is_an_error_of_one_line_and_not_kept(
     assert not file.exists()
 
 
-@pytest.mark.parametrize("side_px", [64, 96, 224])
-def test_the_position_embeddings_of_a_vit_are_interpolated(side_px: int) -> None:
+def test_the_position_embeddings_of_a_vit_are_interpolated() -> None:
     backbone = backbone_of("vit_b_16")
 
     with torch.no_grad():
-        assert backbone(images(side_px)).shape == (2, 768, 1, 1)
+        shapes = [backbone(images(side_px)).shape for side_px in (64, 96, 224)]
+    assert shapes == [(2, 768, 1, 1)] * 3

@@ -13,18 +13,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
-from sets import checkpoint
+from sets import checkpoint, chip_jpeg
 from test_resolve import calibrate
 from this_process import ThisProcess
 
 from agr_ray.config import PredictConfig, ScoreJob, VisionConfig, parse
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
-from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint import META, WEIGHTS
 from agr_ray.scoring.driver import score_input
-from agr_ray.vision.decode import encode_jpeg
 
 STORED = Pipeline(vision=VisionConfig(detector="haar", min_face_px=60), predict=PredictConfig(flip_average=True))
 RECIPE = b"[vision]\ndetector = 'haar'\nmin_face_px = 60\n[predict]\nflip_average = true\n"
@@ -45,7 +43,7 @@ def photographs(tmp_path: Path) -> Path:
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(8):
-        (folder / f"{number}.jpg").write_bytes(encode_jpeg(render_chip(0, number).image_rgb))
+        (folder / f"{number}.jpg").write_bytes(chip_jpeg(number))
     return folder
 
 

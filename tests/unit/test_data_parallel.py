@@ -70,8 +70,9 @@ def rank(number: int, folder: Path) -> None:
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, dict[str, Tensor]]]:
     """Return the loss and the gradients of the step in each of three processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=rank, args=(number, folder)) for number in range(len(SHARES))]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "agr_ray.learn.loop"])  # once, not in each process
+    processes = [server.Process(target=rank, args=(number, folder)) for number in range(len(SHARES))]
     for process in processes:
         process.start()
     for process in processes:

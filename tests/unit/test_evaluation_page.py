@@ -86,6 +86,7 @@ def test_every_table_and_figure_of_the_paper_has_a_place(evaluation: tuple[Path,
     assert ["figure 4", "sample images", "only with --faces, because it shows people"] in rows
 
 
+@pytest.mark.usefixtures("blank_pngs")
 def test_tables_of_missing_labels_have_no_place(tmp_path: Path) -> None:
     metrics = write_evaluation(tmp_path / "eval")
     metrics["gender"]["n"] = 0
@@ -97,6 +98,7 @@ def test_tables_of_missing_labels_have_no_place(tmp_path: Path) -> None:
     assert (rows["table 3"], rows["figure 10"]) == ("not measured: no such labels or no such head", "Race")
 
 
+@pytest.mark.usefixtures("blank_pngs")
 @pytest.mark.parametrize("tasks", [("age",), ("gender",), ("race",), ("age", "gender")])
 def test_a_model_of_some_tasks_has_a_page(tmp_path: Path, tasks: tuple[str, ...]) -> None:
     write_evaluation(tmp_path / "eval", tasks=tasks)
@@ -112,6 +114,7 @@ def test_a_model_of_some_tasks_has_a_page(tmp_path: Path, tasks: tuple[str, ...]
     assert not re.search(r"\bnan\b", text)
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
@@ -126,6 +129,7 @@ def test_figures_that_are_too_good_are_marked(tmp_path: Path, changes: dict[str,
     assert warning in page_of(tmp_path / "eval")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_page_describes_the_measured_network(tmp_path: Path) -> None:
     metrics = write_evaluation(tmp_path / "eval")
     best = Path(metrics["evaluation"]["checkpoint"])
@@ -140,6 +144,7 @@ def test_the_page_describes_the_measured_network(tmp_path: Path) -> None:
     assert "of another model" not in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("change", ["none", "calibrated again", "calibrated", "another model"])
 def test_a_calibration_after_the_evaluation_has_a_warning(tmp_path: Path, change: str) -> None:
     text = json.dumps({"model_digest": ("ef" if change == "another model" else "ab") * 32, "n": 520})
@@ -155,6 +160,7 @@ def test_a_calibration_after_the_evaluation_has_a_warning(tmp_path: Path, change
     assert is_shown == (change in ("calibrated", "calibrated again"))
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_images_without_a_label_are_not_counted_for_its_task(tmp_path: Path) -> None:
     metrics = write_evaluation(tmp_path / "eval")
     numbers = {task: metrics[task]["n"] for task in ("age", "gender", "race")}
@@ -177,6 +183,7 @@ def test_intervals_are_called_what_they_are(evaluation: tuple[Path, dict[str, An
     assert "median 95 % interval" not in text
 
 
+@pytest.mark.usefixtures("blank_pngs")
 def test_a_stress_test_has_curves(tmp_path: Path) -> None:
     metrics = write_evaluation(tmp_path / "eval")
     labels, people = random_labels(), np.arange(NUM_ROWS)
@@ -199,6 +206,7 @@ def test_a_stress_test_has_curves(tmp_path: Path) -> None:
     assert f"{rows[0]['age_mae_years']:.2f}" in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_faces_are_shown_only_if_asked_for(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "eval")
     with pytest.raises(ConfigError, match="no sheets of faces"):
@@ -211,6 +219,7 @@ def test_faces_are_shown_only_if_asked_for(tmp_path: Path) -> None:
     assert "Do not publish this page" in page_of(tmp_path / "eval", faces=True)
 
 
+@pytest.mark.usefixtures("blank_pngs")
 def test_other_data_of_the_same_model_stands_beside(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "eval")
     write_evaluation(tmp_path / "other", source="adience")

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import agr_ray
 
 ROOT = Path(agr_ray.__file__).parent
@@ -34,9 +32,8 @@ def test_modules_say_that_they_do_without_torch() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
+def test_these_modules_do_not_load_torch() -> None:
+    modules = [
         *WITHOUT_TORCH,
         "agr_ray.cli",
         "agr_ray.predict.crop_maker",
@@ -45,12 +42,11 @@ def test_modules_say_that_they_do_without_torch() -> None:
         "agr_ray.runtime.score_on_ray",
         "agr_ray.scoring.publish",
         "agr_ray.vision.decode",
-    ],
-)
-def test_a_module_does_not_load_torch(module: str) -> None:
-    code = f"import sys, {module}; print('torch' in sys.modules)"
+    ]
+    code = "import sys\n" + "".join(f"import {name}; print({name!r}, 'torch' in sys.modules)\n" for name in modules)
 
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert said.splitlines() == [f"{name} False" for name in modules]
 
 
 def test_the_default_network_mtcnn_and_the_training_loop_do_without_torchvision() -> None:

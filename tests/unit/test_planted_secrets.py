@@ -10,15 +10,14 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
 from prepared_sets import prepared_set
+from sets import chip_jpeg
 from this_process import model
 
 import agr_ray
 from agr_ray import cli
-from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.storage import Storage, StorageError, StorageUnavailable
 from agr_ray.storage.connection import Connection
-from agr_ray.vision.decode import encode_jpeg
 
 __all__ = ["model"]  # a fixture
 SECRET = "hunter2-sword/fish"
@@ -46,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     (tmp_path / "in").mkdir()
     for number in range(2):
-        (tmp_path / "in" / f"{number}.jpg").write_bytes(encode_jpeg(render_chip(0, number).image_rgb))
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(chip_jpeg(number))
     (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
     return tmp_path
 

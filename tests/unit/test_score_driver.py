@@ -23,13 +23,12 @@ from deltalake import DeltaTable
 from deltalake.exceptions import SchemaMismatchError
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
-from sets import with_other_weights
+from sets import chip_jpeg, with_other_weights
 from this_process import ThisProcess, model, workers
 
 from agr_ray.config import GatesConfig, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.config.pipeline import Pipeline
 from agr_ray.console import make_console
-from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.evaluation.calibration import Calibration
 from agr_ray.labels import UTKFACE, Labels
@@ -64,7 +63,7 @@ class Bucket:
         for number, key in enumerate(keys):
             path = self.input / key
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_jpeg(render_chip(seed, number).image_rgb))
+            path.write_bytes(chip_jpeg(number, seed))
 
     def job(self, **changes: Any) -> ScoreJob:
         settings = {"checkpoint": str(self._model), "input": str(self.input), "out": str(self.out), "rows_per_file": 2}
@@ -743,7 +742,9 @@ def test_totals_that_min_cell_withholds_are_not_printed(bucket: Bucket) -> None:
 
 @pytest.fixture
 def copied(bucket: Bucket) -> Bucket:
-    """Add a re-encoded, slightly darker copy of each of three photographs."""
+    """Add a re-encoded, slightly darker copy of each of three photographs, all of which show details."""
+    for number, name in enumerate(NAMES):
+        (bucket.input / name).write_bytes(chip_jpeg(number, side_px=200))
     for name in NAMES[:3]:
         image = decode_image((bucket.input / name).read_bytes()).rgb
         (bucket.input / "copies").mkdir(exist_ok=True)

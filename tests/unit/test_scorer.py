@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
-from sets import checkpoint
+from sets import checkpoint, chip_jpeg
 from this_process import PROVENANCE, scoring_of
 
 from agr_ray.config import GatesConfig, ScoreConfig, VisionConfig
@@ -227,7 +227,7 @@ def chips_for(scoring: Scoring, refused: str = "") -> Scoring:
     """Make a new plan over six rendered chips, most of which have a face."""
     photographs = Path(scoring.work).parent / "photographs"
     for number in range(6):
-        (photographs / f"{number}.jpg").write_bytes(encode_jpeg(render_chip(0, number).image_rgb))
+        (photographs / f"{number}.jpg").write_bytes(chip_jpeg(number))
     scoring = dataclasses.replace(scoring, work=f"{scoring.work}-chips{refused}")
     plan(scoring.storage, ScoreConfig(input=str(photographs)), scoring.parts.manifest)
     return scoring

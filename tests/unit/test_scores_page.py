@@ -15,15 +15,14 @@ import pytest
 from outlines import words
 
 sys.path.append(str(Path(__file__).parents[1] / "ray"))
+from sets import chip_jpeg
 from this_process import ThisProcess, model
 
 from agr_ray.config import GatesConfig, ReportJob, ScoreConfig, ScoreJob, VisionConfig
 from agr_ray.console import make_console
-from agr_ray.data.rendered import render_chip
 from agr_ray.errors import ConfigError
 from agr_ray.report.report import report
 from agr_ray.scoring.driver import score_input
-from agr_ray.vision.decode import encode_jpeg
 
 __all__ = ["model"]  # a fixture
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
@@ -37,8 +36,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, day in enumerate(DAYS):
         (folder / day).mkdir()
         for number in range(NUM_A_DAY):
-            chip = render_chip(0, number + NUM_A_DAY * place)
-            (folder / day / f"{number}.jpg").write_bytes(encode_jpeg(chip.image_rgb))
+            (folder / day / f"{number}.jpg").write_bytes(chip_jpeg(number + NUM_A_DAY * place))
         (folder / day / "<b>|broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     return folder
 
@@ -72,6 +70,7 @@ def rows_of(folder: Path, section: str) -> Iterator[list[str]]:
             yield [cell.strip().replace("**", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_latest_run_is_shown_and_all_are_listed(scored: tuple[Path, list[dict[str, Any]]]) -> None:
     out, records = scored
     text = page_of(out)
@@ -83,6 +82,7 @@ def test_the_latest_run_is_shown_and_all_are_listed(scored: tuple[Path, list[dic
     assert [row[4] for row in rows] == ["18", "9"]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_counts_are_those_of_the_tables(scored: tuple[Path, list[dict[str, Any]]]) -> None:
     out, records = scored
     run = records[0]["run_id"]
@@ -98,6 +98,7 @@ def test_counts_are_those_of_the_tables(scored: tuple[Path, list[dict[str, Any]]
     assert "Not calibrated" in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_rejected_images_are_counted_with_an_example(scored: tuple[Path, list[dict[str, Any]]]) -> None:
     out, _ = scored
     page_of(out)
@@ -121,6 +122,7 @@ def test_an_unknown_run_is_refused(scored: tuple[Path, list[dict[str, Any]]]) ->
         page_of(scored[0], run="x")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_page_in_the_results_folder_is_no_result(
     scored: tuple[Path, list[dict[str, Any]]], model: Path, photographs: Path
 ) -> None:
@@ -131,6 +133,7 @@ def test_a_page_in_the_results_folder_is_no_result(
     assert f"run {records[1]['run_id']}" in page_of(out)
 
 
+@pytest.mark.usefixtures("blank_pngs")
 def test_hidden_counts_stay_hidden(model: Path, photographs: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_bytes(b"k" * 32)
@@ -150,6 +153,7 @@ def test_hidden_counts_stay_hidden(model: Path, photographs: Path, tmp_path: Pat
     assert "font-weight: 700" not in (tmp_path / "out" / "report-figures" / "share-race.svg").read_text()
 
 
+@pytest.mark.usefixtures("blank_pngs")
 def test_a_model_without_gender_has_a_page(model: Path, photographs: Path, tmp_path: Path) -> None:
     score(model, photographs, tmp_path / "out", attributes=("age",), group_by=(), key_pattern="")
 
@@ -160,6 +164,7 @@ def test_a_model_without_gender_has_a_page(model: Path, photographs: Path, tmp_p
     assert "Perceived age in " in text
 
 
+@pytest.mark.usefixtures("blank_pngs")
 def test_a_run_whose_images_were_scored_again_keeps_its_rows(model: Path, photographs: Path, tmp_path: Path) -> None:
     first = score(model, photographs, tmp_path / "out")
     with_limit = GatesConfig(min_side_px=500.0)

@@ -56,6 +56,11 @@ def test_only_secrets_in_a_text_are_hidden(text: str, said: str) -> None:
     assert redacted(text, environ={}) == said
 
 
+def test_a_long_word_takes_no_quadratic_time() -> None:
+    long = "x" * 300_000  # quadratic: 40 minutes
+    assert redacted(f"{long} token=abc", environ={}) == f"{long} token=***"
+
+
 def test_fragments_quoted_by_a_parser_are_hidden_too() -> None:
     assert "fish" not in redacted("invalid port 'fish' in URL", "http://me:sword:fish@host", environ={})
 

@@ -216,6 +216,7 @@ def test_non_finite_values_are_shown_as_missing_and_not_drawn(value: float | Non
         assert not re.search(r"\b(nan|inf)\b", svg)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_headline_compares_with_the_papers_weights_and_the_baseline() -> None:
     rows = [trial(0, 0.5, is_reference=True, age_mae_years=8.0), trial(1, 0.4, age_mae_years=6.0)]
 
@@ -228,6 +229,7 @@ def test_the_headline_compares_with_the_papers_weights_and_the_baseline() -> Non
     assert "most frequent classes 1.0000 15.00 50.0 % 80.0 %" in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_papers_weights_are_called_best_only_if_they_are() -> None:
     rows = [trial(0, 0.5, is_reference=True), trial(1, 0.4)]
 
@@ -235,6 +237,7 @@ def test_the_papers_weights_are_called_best_only_if_they_are() -> None:
     assert "no other trial was better" in html(report([rows[0], trial(1, 0.6)], 0))
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_stopped_reference_is_not_compared() -> None:
     rows = [trial(0, 0.5, is_reference=True, state="pruned"), trial(1)]
 
@@ -276,6 +279,7 @@ def test_control_characters_and_lone_surrogates_can_be_written(tmp_path: Path) -
     assert "All trials" in Path(page).read_text("utf-8")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_failures_with_the_same_reason_are_printed_once() -> None:
     rows = [trial(n, None, state="failed", why=why, curve=()) for n, why in enumerate(["oom", "nan", "oom", " "])]
 
@@ -381,6 +385,7 @@ def test_the_study_has_the_numbers_of_the_rows() -> None:
     assert study.best_trial.number == 1
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_trial_that_has_not_ended_is_not_called_failed() -> None:
     rows = [trial(0), trial(1, 0.5, state="unfinished", curve=(0.5,))]
 
@@ -391,6 +396,7 @@ def test_a_trial_that_has_not_ended_is_not_called_failed() -> None:
     assert "not finished" in page[page.index('id="trials"') :]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_better_trial_that_violates_a_constraint_does_not_count_against_the_papers_weights() -> None:
     rows = [trial(0, 0.5, is_reference=True), trial(1, 0.1, is_feasible=False), trial(2, 0.2, state="pruned")]
 

@@ -116,6 +116,7 @@ def test_everything_is_written_from_the_trials(tmp_path: Path, console: Console)
     assert "[vision]" not in (folder / "best.toml").read_text()
 
 
+@pytest.mark.usefixtures("blank_pngs")
 def test_the_page_is_rebuilt_from_the_folder(tmp_path: Path, console: Console) -> None:
     sweep = swept(tune_job(tmp_path, mode="pareto", constraints={"age_mae_years": 7}), console)
     write_results(sweep, RUN, console)
@@ -134,6 +135,7 @@ def test_a_page_of_a_sweep_that_is_still_running_can_be_written(tmp_path: Path, 
     assert "no best.toml" in page
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_epochs_of_a_trial_that_has_not_ended_are_on_the_page(tmp_path: Path, console: Console) -> None:
     job = tune_job(tmp_path)
     sweep = Sweep(STORAGE, plan_sweep(STORAGE, job, "of the data"), job, console)
@@ -161,6 +163,7 @@ def test_a_folder_without_a_sweep_is_named(tmp_path: Path, console: Console) -> 
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_recipe_gives_the_same_training_again(tmp_path: Path, console: Console) -> None:
     job = tune_job(tmp_path)
     # What the preset sets and the command line takes back has no word in TOML.
@@ -177,6 +180,7 @@ def test_the_recipe_gives_the_same_training_again(tmp_path: Path, console: Conso
     assert "[cluster]" not in best_recipe(swept(tune_job(tmp_path / "other"), console), sweep.trials[2])
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_trials_that_have_not_ended_are_not_shown_as_failed(tmp_path: Path, console: Console) -> None:
     job = tune_job(tmp_path)
     sweep = Sweep(STORAGE, plan_sweep(STORAGE, job, "of the data"), job, console)
@@ -189,6 +193,7 @@ def test_trials_that_have_not_ended_are_not_shown_as_failed(tmp_path: Path, cons
     assert "failed, 1 not finished." in page
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_no_trial_is_the_papers_if_the_recipe_differs(tmp_path: Path, console: Console) -> None:
     job = tune_job(tmp_path)
     write_results(swept(job, console), RUN, console)
@@ -199,6 +204,7 @@ def test_no_trial_is_the_papers_if_the_recipe_differs(tmp_path: Path, console: C
     assert "of the paper's own weights" in html.unescape((tmp_path / "papers/sweeps/lite/report.html").read_text())
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_report_has_the_front_of_the_table(tmp_path: Path, console: Console) -> None:
     sweep = swept(tune_job(tmp_path, mode="pareto"), console)
 
@@ -223,6 +229,7 @@ def test_the_terminal_shows_the_best_first_and_why_trials_failed(tmp_path: Path,
     assert "trial 5 failed: killed: its process died" in printed
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_if_no_trial_satisfies_the_constraints_the_report_says_so(tmp_path: Path, console: Console) -> None:
     sweep = swept(tune_job(tmp_path, constraints={"age_mae_years": 3}), console)
 
@@ -232,6 +239,7 @@ def test_if_no_trial_satisfies_the_constraints_the_report_says_so(tmp_path: Path
     assert "age_mae_years at most 3 years" in (Path(sweep.plan.uri) / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("blank_pngs")
 def test_a_sweep_without_a_complete_trial_has_a_table_and_a_page(tmp_path: Path, console: Console) -> None:
     job = tune_job(tmp_path)
     sweep = Sweep(STORAGE, plan_sweep(STORAGE, job, "of the data"), job, console)
@@ -268,6 +276,7 @@ def save(folder: Path, seed: int) -> None:
     save_checkpoint(folder, model, Transform(32, 32), metrics={"epoch": 2, "val": {"baseline": GUESSED}})
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_same_best_trial_keeps_its_calibration(tmp_path: Path, console: Console) -> None:
     sweep, best = published_best(tmp_path, console)
     before = [(path.name, path.stat().st_mtime_ns) for path in sorted(best.iterdir())]
@@ -279,6 +288,7 @@ def test_the_same_best_trial_keeps_its_calibration(tmp_path: Path, console: Cons
     assert "calibrate it" not in console.export_text()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_new_best_model_must_be_calibrated_again(tmp_path: Path, console: Console) -> None:
     sweep, best = published_best(tmp_path, console)
     save(Path(sweep.trial_uri(2), "best"), seed=7)
