@@ -87,7 +87,7 @@ def test_every_crop_of_the_split_has_one_prediction(predictions: pa.Table, data:
 def test_without_other_processes_the_predictions_are_the_same_to_the_last_bit(
     predictions: pa.Table, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "cluster", lambda _: pytest.fail("a cluster was joined"))
+    monkeypatch.setattr(module, "cluster", lambda _, **__: pytest.fail("a cluster was joined"))
     before = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(2)
     cv2.setNumThreads(2)

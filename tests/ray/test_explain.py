@@ -79,7 +79,7 @@ def nearest(out: Path) -> dict[str, dict[str, Any]]:
 def test_a_leaked_image_is_found_without_a_cluster(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "cluster", lambda _: pytest.fail("a cluster was joined"))
+    monkeypatch.setattr(module, "cluster", lambda _, **__: pytest.fail("a cluster was joined"))
     out = data.parent / "here"
 
     metrics = evaluate(job(model, data, out=str(out)))

@@ -51,7 +51,7 @@ def measured(out: Path) -> list[dict[str, Any]]:
 def test_few_images_are_corrupted_without_a_cluster(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "cluster", lambda _: pytest.fail("a cluster was joined"))
+    monkeypatch.setattr(module, "cluster", lambda _, **__: pytest.fail("a cluster was joined"))
     out = data.parent / "here"
     few = {"stress_corruptions": ("webcam", "mask"), "stress_images": 12}
 

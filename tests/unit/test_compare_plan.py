@@ -150,7 +150,7 @@ def test_a_failure_is_told_until_its_run_is_complete(tmp_path: Path, monkeypatch
         config = CompareConfig(out=str(tmp_path / "out"), presets=presets)
         compare.compare(CompareJob(compare=config, train=TrainConfig(data=str(data))))
 
-    monkeypatch.setattr(compare, "cluster", lambda _: nullcontext())
+    monkeypatch.setattr(compare, "cluster", lambda _, **__: nullcontext())
     monkeypatch.setattr(compare, "room", lambda *_: Room(num_trials=1, threads_per_worker=1))
     monkeypatch.setattr(compare, "write_comparison", lambda *given: told.append(dict(given[3])))
 

@@ -57,7 +57,7 @@ def record_before_lock(patch: pytest.MonkeyPatch, job: TrainJob, name: str, fini
         raise Reached
 
     patch.setattr(command, "run_lock", late_lock)
-    patch.setattr(command, "cluster", lambda _: contextlib.nullcontext())
+    patch.setattr(command, "cluster", lambda _, **__: contextlib.nullcontext())
     patch.setattr(command, "check_workers_fit", lambda _: None)
     patch.setattr(command, "progress_board", lambda _: contextlib.nullcontext())
     patch.setattr(command, "fit", reached)

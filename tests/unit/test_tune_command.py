@@ -45,7 +45,7 @@ def run_trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trials], None]:
     monkeypatch.setattr(f"{name}.open_sets", lambda job, storage: [])
     monkeypatch.setattr(f"{name}.settings_digest", lambda job, sets: "of the data")
     monkeypatch.setattr(f"{name}.plan", lambda *args: (RUN, None))
-    monkeypatch.setattr(f"{name}.cluster", lambda config: contextlib.nullcontext())
+    monkeypatch.setattr(f"{name}.cluster", lambda config, **_: contextlib.nullcontext())
     monkeypatch.setattr(f"{name}.room", lambda config, asked, key: Room(1, None))
 
     def put(trials: Trials) -> None:

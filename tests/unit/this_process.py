@@ -19,7 +19,7 @@ from sets import checkpoint
 
 from agr_ray.config import GatesConfig, PredictConfig, VisionConfig
 from agr_ray.config.pipeline import Pipeline
-from agr_ray.models.checkpoint import Checkpoint, read_checkpoint
+from agr_ray.models.checkpoint import WEIGHTS, Checkpoint, read_checkpoint
 from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.checkpoint_network import given_network
 from agr_ray.schema import SCHEMA_VERSION
@@ -35,7 +35,7 @@ _CHECKED: set[str] = set()
 
 def _check_network(checkpoint: Checkpoint, uri: str, key: str) -> None:
     """Check each network once, in this process. Another one would take seconds, for each of hundreds of jobs."""
-    if checkpoint.digest not in _CHECKED:
+    if not (checkpoint.directory / WEIGHTS).exists() or checkpoint.digest not in _CHECKED:
         given_network(checkpoint, uri, key)
         _CHECKED.add(checkpoint.digest)
 
