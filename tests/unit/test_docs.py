@@ -12,6 +12,7 @@ from submit_lines import submit_lines
 from agr_ray.cli import COMMANDS
 from agr_ray.config import PrepareJob, TuneJob, parse
 from agr_ray.schema import SCHEMA_VERSION
+from agr_ray.tuning.space import check_space
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -100,7 +101,7 @@ def test_the_parser_accepts_each_recipe(path: Path, text: str, tmp_path: Path) -
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(text)
     if "[tune" in text:
-        parse(TuneJob, ["--config", str(recipe), "--data", "somewhere"], {})
+        check_space(parse(TuneJob, ["--config", str(recipe), "--data", "somewhere"], {}))
     else:
         parse(
             PrepareJob, ["--config", str(recipe), "--source.kind", "folder", "--source.uri", "here", "--out", "set"], {}
