@@ -9,7 +9,6 @@ With `--explain`, `runtime.explain` draws sheets of faces.
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import time
@@ -43,7 +42,7 @@ from agr_ray.models.checkpoint_network import content_codes, given_network
 from agr_ray.models.predictions import Predictions, finite_rows
 from agr_ray.predict.checkpoint_on_set import check_compatible, mapped_labels, overlap_message, training_baseline
 from agr_ray.predict.crop_predictor import CropPredictor
-from agr_ray.predict.downloads import one_cpu, use_one_cpu
+from agr_ray.predict.downloads import one_cpu
 from agr_ray.predict.prediction_rows import PredictionRows, read_rows
 from agr_ray.predict.resolve import resolve
 from agr_ray.progress_bar import progress
@@ -176,7 +175,7 @@ def _evaluate(job: EvaluateJob, storage: Storage, console: Console) -> tuple[dic
                 stack.enter_context(cluster(job.cluster))
                 num_workers, gpus = fitting_workers(config)
                 pool = ActorPoolStrategy(size=num_workers)
-                predicted = map_parts(_Worker, arguments, storage, prepared, pool, gpus)
+                predicted = map_parts(CropPredictor, arguments, storage, prepared, pool, gpus)
             table, images_per_s = _collect(predicted, chosen.num_rows, locks, console)
             rows = read_rows(table.to_batches(), table.num_rows, loaded.tasks, space, measured_in)
             _check_finite(rows.predictions, checkpoint)
@@ -373,15 +372,6 @@ def _predict_here(storage: Storage, prepared: PreparedSet, arguments: Sequence[A
     """
     predictor = CropPredictor(*arguments)
     yield from predictor(pa.table({"part": prepared.parts(storage)}))
-
-
-class _Worker(CropPredictor):
-    """A predictor with a process and a CPU of its own."""
-
-    def __init__(self, *arguments: Any) -> None:
-        use_one_cpu()
-        super().__init__(*arguments)
-        gc.freeze()  # as in part_runner
 
 
 def _collect(

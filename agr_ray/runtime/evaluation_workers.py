@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
+import ray
 from ray.data import ActorPoolStrategy
 
 from agr_ray.config import EvaluateConfig
 from agr_ray.data.prepared import PreparedSet
 from agr_ray.runtime.cluster import check_fits, worker_count
 from agr_ray.runtime.crop_stream import part_dataset
+from agr_ray.runtime.part_runner import map_on_workers
 from agr_ray.storage import Storage
 
 _MOST_ROWS_HERE: Final = 250
@@ -44,7 +46,7 @@ def map_parts(
     pool: ActorPoolStrategy,
     gpus_each: float,
 ) -> Iterator[pa.Table]:
-    """Yield what actors return for the parts of a prepared set, in any order.
+    """Return an iterator over what actors return for the parts of a prepared set, in any order.
 
     Args:
         worker: class of the actors. Each gets one row of `crop_stream.part_dataset` at a time.
@@ -54,15 +56,5 @@ def map_parts(
         pool: of the actors.
         gpus_each: GPUs of each actor.
     """
-    results = part_dataset(storage, prepared).map_batches(
-        worker,
-        fn_constructor_args=tuple(arguments),
-        batch_format="pyarrow",
-        batch_size=1,
-        compute=pool,
-        num_cpus=1,
-        num_gpus=gpus_each or None,
-    )
-    for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(table, pa.Table)
-        yield table
+    stored = ray.put(tuple(arguments))
+    return map_on_workers(part_dataset(storage, prepared), worker, stored, pool, gpus_each, "pyarrow")

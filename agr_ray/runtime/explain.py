@@ -35,7 +35,7 @@ from agr_ray.models.checkpoint import Checkpoint
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.network_input import prepare_eval, to_nchw
 from agr_ray.predict.crop_features import CropFeatures, feature_arrays
-from agr_ray.predict.downloads import one_cpu, use_one_cpu
+from agr_ray.predict.downloads import one_cpu
 from agr_ray.predict.grad_cam import NoFeatureMap, grad_cam
 from agr_ray.predict.prediction_rows import read_predictions
 from agr_ray.progress_bar import progress
@@ -268,16 +268,8 @@ def _features(test: Explanation, prepared: PreparedSet, split: str, codes: Set[i
     with cluster(test.cluster):
         num_workers, gpus = fitting_workers(config)
         pool = ActorPoolStrategy(size=num_workers)
-        tables = map_parts(_Worker, arguments, test.storage, prepared, pool, gpus)
+        tables = map_parts(CropFeatures, arguments, test.storage, prepared, pool, gpus)
         yield from (table for table in tables if table.num_rows)
-
-
-class _Worker(CropFeatures):
-    """Computes features with a process and a CPU of its own."""
-
-    def __init__(self, *arguments: Any) -> None:
-        use_one_cpu()
-        super().__init__(*arguments)
 
 
 def _write(test: Explanation, check_locks: Callable[[], None], name: str, png: bytes) -> None:

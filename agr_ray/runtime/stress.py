@@ -21,7 +21,6 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 from rich.console import Console
@@ -34,7 +33,7 @@ from agr_ray.evaluation.robustness import Condition, measure, measure_yaw, stres
 from agr_ray.labels import LabelSpace
 from agr_ray.learn.progress import duration
 from agr_ray.models.predictions import Predictions, finite_rows
-from agr_ray.predict.downloads import one_cpu, use_one_cpu
+from agr_ray.predict.downloads import one_cpu
 from agr_ray.predict.prediction_rows import read_predictions
 from agr_ray.predict.stress_folder import StressFolder
 from agr_ray.predict.stress_predictor import (
@@ -232,18 +231,15 @@ def _unit_tables(test: StressTest, pending: Sequence[Condition], sample: pa.Tabl
     with cluster(test.cluster):
         num_workers, gpus = fitting_workers(config)
         pool = ActorPoolStrategy(size=min(num_workers, len(units)))
-        shared = (ray.put(sample), pending)
-        yield from run_parts(_Worker, (*shared, *arguments), range(len(units)), pool, gpus)
+        yield from run_parts(_Worker, (sample, pending, *arguments), range(len(units)), pool, gpus)
 
 
 class _Worker:
     """Predicts units, which are numbered as by `units_of`."""
 
-    def __init__(self, sample: Any, pending: Sequence[Condition], *arguments: Any) -> None:
-        use_one_cpu()
-        rows = ray.get(sample)
-        self._units = units_of(pending, rows.num_rows)
-        self._predictor = StressPredictor(rows, *arguments)
+    def __init__(self, sample: pa.Table, pending: Sequence[Condition], *arguments: Any) -> None:
+        self._units = units_of(pending, sample.num_rows)
+        self._predictor = StressPredictor(sample, *arguments)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
         for number in batch["part"].tolist():
