@@ -63,11 +63,12 @@ def short_folder() -> Iterator[Path]:
 
 
 def job_environment(ray_folder: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a command: this process's, without variables that point to another cluster.
+    """Return the environment of a command: this process's, without variables that are meant for another cluster.
 
     `python` is this Python, and Ray keeps its files in `ray_folder`.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "AGR_RAY_"))}
+    others = ("RAY_ADDRESS", "RAY_TRAIN_", "AGR_RAY_")  # tests/ray/conftest.py sets one of Ray Train
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
     return kept | {
         "PATH": path,
