@@ -156,7 +156,7 @@ def _decode(data: bytes, format_name: str, max_pixels: int, max_side_px: int | N
         size = (width, height) if max_side_px is None else _bounded(width, height, max_side_px)
         if has_16_bits:
             brighten_dim_16_bit(image, lambda: _open(pixels.data, format_name))
-        reduction = max(1, image.width // size[0])
+        reduction = max(image.size) // max(size)
         rgb = _resized(rgb_of(image, reduction, pixels.significant_bits), size)
     if orientation in _FLIP_AND_TURNS:
         flip, quarter_turns = _FLIP_AND_TURNS[orientation]

@@ -237,6 +237,14 @@ def test_a_scaled_jpeg_shows_the_same_image() -> None:
     assert mean_error(rgb, bad_images.gradient_rgb(500, 375)) < 3
 
 
+def test_thin_lines_of_a_narrow_picture_are_averaged_not_skipped() -> None:
+    rgb = np.zeros((20_000, 3, 3), np.uint8)
+    rgb[::16] = 240  # rows of the shrunk picture are 15.6 of these
+    shrunk = decode_image(bad_images.encoded(Image.fromarray(rgb), "PNG"), max_side_px=1280).rgb
+    assert shrunk.shape == (1280, 1, 3)
+    assert shrunk.max() < 60
+
+
 def test_nothing_is_enlarged() -> None:
     image = decode_image(bad_images.jpeg(120, 80), max_side_px=640)
     assert image.rgb.shape == (80, 120, 3)
