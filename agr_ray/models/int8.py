@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from agr_ray.errors import ConfigError
+from agr_ray.errors import ConfigError, missing_extra
 
 GRAPH_FILE: Final = "int8.xml"
 WEIGHTS_FILE: Final = "int8.bin"
@@ -45,10 +45,7 @@ def check_installed(what: str, *packages: str) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"{what}: needs {' and '.join(missing)}, not installed here; in a clone of the project: pip install "
-            "'.[openvino]', on every node"
-        )
+        raise ConfigError(f"{what}: {missing_extra('openvino', missing)}, on every node")
 
 
 def check_int8(files: Int8Files | None, key: str) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from agr_ray.config import ScoreConfig
-from agr_ray.errors import ConfigError
+from agr_ray.errors import ConfigError, missing_extra
 from agr_ray.redact import redacted
 from agr_ray.schema import RUN_ID
 from agr_ray.scoring.publish import TABLES
@@ -90,10 +90,7 @@ def check_table(storage: Storage, config: ScoreConfig, out: str) -> None:
     if config.table == "none":
         return
     if importlib.util.find_spec(_PACKAGES[config.table]) is None:
-        raise ConfigError(
-            f"score.table {config.table}: needs {_PACKAGES[config.table]}, not installed here; in a clone of the "
-            f"project: pip install '.[{config.table}]'"
-        )
+        raise ConfigError(f"score.table {config.table}: {missing_extra(config.table, [_PACKAGES[config.table]])}")
     if any(character in out for character in "%?#"):  # the libraries parse paths as URLs
         raise ConfigError(f"score.out {config.out}: must not contain %, ? or # with score.table {config.table}")
     if config.table == "delta":
