@@ -33,16 +33,12 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 NUM_CHIPS = 40
 LABEL = {"age": 30, "gender": "male", "race": "white"}
 FILES = {
-    "empty.jpg": (bad_images.empty, "not_an_image"),
-    "text.jpg": (bad_images.text, "not_an_image"),
-    "corrupt.jpg": (bad_images.corrupt_jpeg, "unreadable"),
+    **bad_images.REJECTED,
     "corrupt.png": (bad_images.corrupt_png, "unreadable"),
-    "truncated.jpg": (bad_images.truncated_jpeg, "unreadable"),
     "truncated.webp": (lambda: bad_images.truncated("WEBP"), "unreadable"),
     "truncated.bmp": (lambda: bad_images.truncated("BMP"), "unreadable"),
     "truncated.gif": (lambda: bad_images.truncated("GIF"), "unreadable"),
     "truncated.tif": (lambda: bad_images.truncated("TIFF"), "unreadable"),
-    "bomb.png": (bad_images.png_bomb, "too_large"),
     "animated.gif": (bad_images.animated_gif, "fallback"),
     "cmyk.jpg": (bad_images.cmyk_jpeg, "fallback"),
     "grey16.png": (bad_images.png_16_bit_grey, "fallback"),

@@ -49,11 +49,7 @@ FILES = {
     "nobody.jpg": (lambda: bad_images.jpeg(400, 300), "no_face"),
     "animated.gif": (bad_images.animated_gif, "no_face"),
     "cmyk.jpg": (bad_images.cmyk_jpeg, "no_face"),
-    "empty.jpg": (bad_images.empty, "not_an_image"),
-    "text.jpg": (bad_images.text, "not_an_image"),
-    "corrupt.jpg": (bad_images.corrupt_jpeg, "unreadable"),
-    "truncated.jpg": (bad_images.truncated_jpeg, "unreadable"),
-    "bomb.png": (bad_images.png_bomb, "too_large"),
+    **bad_images.REJECTED,
 }
 
 

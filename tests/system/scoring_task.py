@@ -24,14 +24,7 @@ NUM_PHOTOGRAPHS = 48
 ROWS_PER_PART = 4
 PARTS_BEFORE_KILL = 2
 ODD_KEYS = ["a b.jpg", "e=1/f+g.JPEG", "h#h.jpg", "p%20q%.jpg", "q?x&y.jpg", "two//slashes.jpg", "ünï/日本.jpg"]
-BAD_FILES = {
-    "bomb.png": (bad_images.png_bomb, "too_large"),
-    "corrupt.jpg": (bad_images.corrupt_jpeg, "unreadable"),
-    "empty.jpg": (bad_images.empty, "not_an_image"),
-    "nobody.jpg": (bad_images.jpeg, "no_face"),
-    "text.jpg": (bad_images.text, "not_an_image"),
-    "truncated.jpg": (bad_images.truncated_jpeg, "unreadable"),
-}
+BAD_FILES = {**bad_images.REJECTED, "nobody.jpg": (bad_images.jpeg, "no_face")}
 FACE = encode_jpeg(render_photograph(0, 0, 640, 480, 1).image_rgb)
 
 

@@ -266,3 +266,13 @@ def avif_with_broken_exif() -> bytes:
     data = encoded(Image.fromarray(gradient_rgb()), "AVIF", quality=95, exif=b"Exif\0\0" + marker + bytes(40))
     assert marker in data
     return data.replace(marker, b"\xff" * len(marker))
+
+
+REJECTED = {
+    "bomb.png": (png_bomb, "too_large"),
+    "corrupt.jpg": (corrupt_jpeg, "unreadable"),
+    "empty.jpg": (empty, "not_an_image"),
+    "text.jpg": (text, "not_an_image"),
+    "truncated.jpg": (truncated_jpeg, "unreadable"),
+}
+"""Files that no job can use by name: what makes them, and the status of their rows."""
