@@ -27,8 +27,8 @@ class CrossValidateConfig(Section):
     """Seed of the folds and of the validation images."""
     val: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
     """Share of a fold's training images that is used for validation, by person."""
-    near_duplicates: Literal["count", "exclude"] = "count"
-    """`count`: near-duplicates of a fold's test images (re-encoded, resized or slightly cropped copies) stay in its
+    near_duplicates: Literal["keep", "exclude"] = "keep"
+    """`keep`: near-duplicates of a fold's test images (re-encoded, resized or slightly cropped copies) stay in its
     training; `exclude`: they are left out. With `exclude`, so are images that show a person of the test images, or are
     copies of these, which published folds may have; otherwise they are an error."""
     max_concurrent: PositiveInt | None = None

@@ -250,6 +250,12 @@ def test_settings_that_no_fold_could_be_trained_with_are_rejected(settings: dict
         CrossValidateJob(**settings)
 
 
+def test_near_duplicates_of_test_images_are_kept_or_excluded_and_never_only_counted() -> None:
+    assert CrossValidateConfig().near_duplicates == "keep"
+    with pytest.raises(ValidationError, match=r"near_duplicates\n.*'keep' or 'exclude'"):
+        CrossValidateConfig(near_duplicates="count")  # type: ignore[arg-type]
+
+
 def test_a_preset_sets_the_network_of_all_folds() -> None:
     job = CrossValidateJob(model={"preset": "lightweight"})  # type: ignore[arg-type]
     assert job.training.model == job.model
