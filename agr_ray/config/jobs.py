@@ -139,7 +139,7 @@ class PredictJob(Job):
         *("vision.try_rotations", "gates.min_sharpness", "allow_uncalibrated"),
     )
     photographs: CliPositionalArg[list[str]] = []
-    """Files, folders, or URIs such as s3://bucket/photo.jpg."""
+    """Files, folders, or URIs such as s3://bucket/photo.jpg or s3://bucket/prefix."""
     checkpoint: str = ""
     """Folder or prefix of the checkpoint."""
     out: str = "faces"

@@ -81,12 +81,14 @@ def predict(job: PredictJob) -> list[Photo]:
 
 
 def _files(name: str, storage: Storage) -> list[str]:
-    """Return the image files of a local folder or of a prefix that ends in a slash; any other name as it is.
+    """Return the image files of a folder or prefix; any other name as it is.
 
     Raises:
         ConfigError: there is none in it.
     """
-    if not (os.path.isdir(name) or ("://" in name and name.endswith("/"))):
+    # Keys that end like image files need no permission to list the bucket.
+    is_uri = "://" in name and not name.lower().endswith(IMAGE_SUFFIXES)
+    if not (storage.is_folder(name) if is_uri else os.path.isdir(name)):
         return [name]
     found = sorted(info.uri for info in storage.list_readable(storage.absolute(name), IMAGE_SUFFIXES))
     if not found:

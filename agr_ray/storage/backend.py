@@ -66,6 +66,9 @@ class Backend(Protocol):
     def exists(self, uri: str) -> bool:
         """Return whether an object or a folder exists."""
 
+    def is_folder(self, uri: str) -> bool:
+        """Return whether it is a folder and not an object."""
+
     def delete(self, uri: str, *, if_match: str | None = None) -> None:
         """Delete one object."""
 

@@ -104,6 +104,10 @@ class LocalBackend:
         """Return whether there is a file or folder."""
         return os.path.exists(local_path(uri))
 
+    def is_folder(self, uri: str) -> bool:
+        """Return whether it is a folder, or a link to one."""
+        return os.path.isdir(local_path(uri))
+
     def delete(self, uri: str, *, if_match: str | None = None) -> None:
         """Delete a file, with `if_match` while it is locked."""
         path = local_path(uri)

@@ -127,6 +127,10 @@ class S3Backend:
         size, is_folder = self.look_up(uri)
         return size is not None or is_folder
 
+    def is_folder(self, uri: str) -> bool:
+        """Return whether no object has this key, but one is below the prefix."""
+        return uri.endswith("/") or self.look_up(uri)[1]
+
     def look_up(self, uri: str) -> tuple[int | None, bool]:
         """Return the object's size in bytes; if there is none, None and whether any object is below `uri`."""
         bucket, key = bucket_and_key(uri, key_needed=False)

@@ -178,6 +178,16 @@ class Storage:
         """Return whether `uri` is an object or a folder; on S3 a folder is a prefix with an object below it."""
         return self._backend(uri).exists(uri)
 
+    def is_folder(self, uri: str) -> bool:
+        """Return whether `uri` is a folder: on S3 a prefix with an object below it, which is no object itself.
+
+        An S3 URI that ends in a slash always is.
+
+        Raises:
+            StorageUnavailable: the bucket can't be listed.
+        """
+        return self._backend(uri).is_folder(uri)
+
     def delete(self, uri: str, *, if_match: str | None = None) -> None:
         """Delete one object or local file; it need not exist.
 

@@ -231,6 +231,15 @@ def test_delete_and_exists(storage: Storage, s3_root: str) -> None:
     assert storage.exists("s3://tests")
 
 
+def test_a_prefix_is_a_folder_unless_an_object_has_its_key(storage: Storage, s3_root: str) -> None:
+    for key in ("run/a", "run-2/a", "both/a", "both"):
+        storage.write(f"{s3_root}/{key}", b"x")
+
+    keys = ("run", "run/", "ru", "run/a", "both", "gone")
+    assert [storage.is_folder(f"{s3_root}/{key}") for key in keys] == [True, True, False, False, False, False]
+    assert storage.is_folder("s3://tests")
+
+
 ACTIONS = {
     "list": lambda storage, uri, _: list(storage.list(uri)),
     "read": lambda storage, uri, _: storage.read(uri + "/a.jpg"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from PIL import Image
 from test_inference import network
 
@@ -20,6 +23,7 @@ from agr_ray.config.pipeline import Pipeline
 from agr_ray.data.rendered import render_chip
 from agr_ray.models.checkpoint_network import save_checkpoint
 from agr_ray.models.transform import Transform
+from agr_ray.storage.s3 import S3Backend
 
 AGR_RAY = (sys.executable, "-c", "from agr_ray.cli import main; main()")
 SHORT = [
@@ -86,7 +90,7 @@ def test_mistakes_give_one_line_and_status_2(capsys: pytest.CaptureFixture[str])
         (["predict", "a.jpg"], "error: checkpoint is needed: Folder or prefix of the checkpoint. Give --checkpoint or"),
         (
             ["predict", "--checkpoint", "x"],
-            "error: photographs missing: Files, folders, or URIs such as s3://bucket/photo.jpg. For",
+            "error: photographs missing: Files, folders, or URIs such as s3://bucket/photo.jpg or s3://bucket/prefix. For",
         ),
         (["recipes", "papre"], "error: recipes papre: there is no such recipe; did you mean paper?"),
     ):
@@ -306,6 +310,50 @@ def test_a_folder_stands_for_its_images(folder: Path, capsys: pytest.CaptureFixt
 
     status, _, error = outcome(capsys, "predict", "empty", *common)
     assert (status, error) == (2, "error: photographs empty: there is no image in this folder\n")
+
+
+class Bucket:
+    """A boto3 client whose only bucket has objects, by key."""
+
+    meta = SimpleNamespace(endpoint_url="http://127.0.0.1:9")
+
+    def __init__(self, **objects: bytes) -> None:
+        self.objects = objects
+        self.listed: list[str] = []
+
+    def list_objects_v2(self, Prefix: str, **_: Any) -> dict[str, Any]:
+        self.listed.append(Prefix)
+        found = sorted(key for key in self.objects if key.startswith(Prefix))
+        return {"Contents": [{"Key": key, "Size": len(self.objects[key]), "ETag": '"e"'} for key in found]}
+
+    def get_paginator(self, _: str) -> Any:
+        return SimpleNamespace(paginate=lambda **given: [self.list_objects_v2(**given)])
+
+    def get_object(self, Key: str, **_: Any) -> dict[str, Any]:
+        if Key not in self.objects:
+            raise ClientError({"Error": {"Code": "NoSuchKey"}, "ResponseMetadata": {"HTTPStatusCode": 404}}, "GetObject")
+        body = self.objects[Key]
+        return {"Body": io.BytesIO(body), "ContentLength": len(body), "ETag": '"e"'}
+
+
+def test_a_prefix_needs_no_slash_at_its_end(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    face = (folder / "a" / "face.png").read_bytes()
+    keys = ("day/1.png", "day/note.txt", "day-2/1.png", "face", "face/1.png", "one.png")
+    bucket = Bucket(**dict.fromkeys(keys, face))
+    monkeypatch.setattr(S3Backend, "client", lambda _: bucket)
+    common = ("--json-lines", "--out", "", "--checkpoint", "model")
+
+    def sources(*names: str) -> list[str]:
+        shown = outcome(capsys, "predict", *names, *common)[1]
+        return [json.loads(line)["source"] for line in shown.splitlines()]
+
+    assert sources("s3://b/one.png") == ["s3://b/one.png"]
+    assert bucket.listed == []  # who may read one object may not be allowed to list
+    assert sources("s3://b/day", "s3://b/day/", "s3://b/face") == ["s3://b/day/1.png"] * 2 + ["s3://b/face"]
+    status, _, error = outcome(capsys, "predict", "s3://b/da", *common)
+    assert (status, error) == (1, "error: 1 of 1 photographs could not be read: s3://b/da: s3://b/da does not exist\n")
 
 
 def test_copies_are_written_to_out_under_their_own_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

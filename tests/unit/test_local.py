@@ -263,6 +263,13 @@ def test_delete_and_exists(storage: Storage, tmp_path: Path) -> None:
     assert storage.exists(str(tmp_path))
 
 
+def test_only_a_folder_is_a_folder(storage: Storage, tmp_path: Path) -> None:
+    storage.write(str(tmp_path / "a b"), b"x")
+
+    names = (str(tmp_path), f"{tmp_path}/", tmp_path.as_uri(), str(tmp_path / "a b"), (tmp_path / "a b").as_uri())
+    assert [storage.is_folder(name) for name in (*names, str(tmp_path / "gone"))] == [True] * 3 + [False] * 3
+
+
 def test_an_undeletable_file_gives_one_line_and_a_missing_one_none(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "folder").mkdir()
