@@ -33,7 +33,7 @@ from agr_ray.storage import MissingObject, Storage
 
 TABLE: Final = "comparison.parquet"
 RECORD: Final = "comparison.json"
-"""The settings that all runs share, by section, and those of each preset."""
+"""The settings that all runs share, by section, those of each preset, and the names of the runs."""
 MEASURED: Final = "measured.json"
 """The images on which runs were measured, the reference, and the machine on which scoring was timed."""
 
@@ -418,7 +418,7 @@ def _cited(compared: ComparedPresets) -> list[Block]:
 
 
 def _settings(compared: ComparedPresets) -> list[Block]:
-    shared = {name: content for name, content in compared.settings.items() if name not in ("data", "presets")}
+    shared = {name: content for name, content in compared.settings.items() if name not in ("data", "presets", "runs")}
     remark = (
         "A preset's own settings replace these: the optimiser, learning rate, weight decay, schedule and warm-up of "
         "vit and swin, and the sampler of faceage. Of the loss, age_loss and age_scale_years matter only to the age "

@@ -21,7 +21,7 @@ def status(job: StatusJob) -> Status:
     """Print the status of a folder and return it; end the process with status `STUCK` if something is stuck.
 
     Raises:
-        ConfigError: the folder holds no results of score, train, tune or prepare, or they are damaged.
+        ConfigError: the folder holds no output that `read_status` knows, or it is damaged.
         StorageFailed, StorageUnavailable: it can't be read.
     """
     storage = Storage.from_config(job.storage)
@@ -38,9 +38,12 @@ def status(job: StatusJob) -> Status:
         problem = (
             "there is no such folder"
             if not storage.exists(uri)
-            else "it holds nothing of score, train, tune or prepare"
+            else "it holds nothing of score, prepare, train, tune, compare or cross-validate"
         )
-        raise ConfigError(f"folder {uri}: {problem}; give OUT of score or prepare, or OUT/NAME of train or tune")
+        raise ConfigError(
+            f"folder {uri}: {problem}; give OUT of score, prepare, compare or cross-validate, or OUT/NAME of train or "
+            "tune"
+        )
     if job.as_json:
         print_result(json.dumps(dataclasses.asdict(found), indent=2))
     else:

@@ -50,7 +50,7 @@ class Status:
     """What is known about a folder of results. `agr-ray status --json` prints these fields."""
 
     kind: str
-    """`scores`, `training run`, `sweep` or `prepared set`."""
+    """`scores`, `training run`, `sweep`, `comparison`, `cross-validation` or `prepared set`."""
     uri: str
     published: list[dict[str, Any]] = field(default_factory=list)
     """Finished results, oldest first."""
@@ -85,7 +85,7 @@ class Status:
 
 
 def read_status(storage: Storage, uri: str) -> Status | None:
-    """Return the status of a folder; None: it holds no results of score, train, tune or prepare.
+    """Return the status of a folder; None: it holds no output of a command that this module knows.
 
     While the files are read one after another, a job may begin, progress or end, so that they do not fit each other.
     So what looks stuck is read again, and is stuck only if it looks the same then.
@@ -105,7 +105,13 @@ def read_status(storage: Storage, uri: str) -> Status | None:
 
 def _read(storage: Storage, uri: str) -> Status | None:
     """Return the status as it looks in one pass over the files."""
-    for marker, read in (("sweep.json", _sweep), ("run.json", _training), ("prepare.json", _prepared)):
+    for marker, read in (
+        ("sweep.json", _sweep),
+        ("comparison.json", _comparison),
+        ("cross-validation.json", _cross_validation),
+        ("run.json", _training),
+        ("prepare.json", _prepared),
+    ):
         if storage.exists(storage.join(uri, marker)):
             return read(storage, uri)
     if storage.exists(storage.join(uri, "_SUCCESS")) or storage.exists(f"{uri}-work"):
@@ -114,7 +120,8 @@ def _read(storage: Storage, uri: str) -> Status | None:
     if lock is None:
         return None
     # A job that is starting, or died while it was.
-    owners = {"sweep ": "sweep", "training run ": "training run", "agr-ray prepare ": "prepared set"}
+    kinds = ("sweep", "comparison", "cross-validation", "training run")
+    owners = {f"{kind} ": kind for kind in kinds} | {"agr-ray prepare ": "prepared set"}
     status = Status(next((kind for owner, kind in owners.items() if lock.owner.startswith(owner)), "unknown"), uri)
     status.add_lock(lock)
     return status
@@ -265,6 +272,45 @@ def _sweep(storage: Storage, uri: str) -> Status:
         ended = len(trials) - states.get("unfinished", 0)
         work = Work("sweep", ended, record["trials"], "trials", states | results)
         status.add_work(work, is_running=status.running is not None)
+    return status
+
+
+# Comparisons and cross-validations
+
+
+def _comparison(storage: Storage, uri: str) -> Status:
+    measured = storage.join(uri, "measured.json")
+    reported = len(json.loads(storage.read(measured))["commits"]) if storage.exists(measured) else 0
+    return _runs(storage, uri, "comparison", "runs", "report.html", reported)
+
+
+def _cross_validation(storage: Storage, uri: str) -> Status:
+    folds = storage.join(uri, "folds.parquet")
+    has_predictions = storage.exists(storage.join(uri, "predictions.parquet"))
+    reported = storage.read_footer(folds).num_rows if has_predictions else 0
+    return _runs(storage, uri, "cross-validation", "folds", "predictions.parquet", reported)
+
+
+def _runs(storage: Storage, uri: str, kind: str, unit: str, result: str, num_reported: int) -> Status:
+    """Return the status of runs that are trained and evaluated; the file `result` then reports them all."""
+    status = Status(kind, uri)
+    status.add_lock(lock_holder(storage, storage.join(uri, LOCK)))
+    is_running = status.running is not None
+    names = json.loads(storage.read(storage.join(uri, f"{kind}.json")))["runs"]
+    evaluations, runs = (_files_by_folder(storage, storage.join(uri, folder)) for folder in ("evaluations", "runs"))
+    complete = [name for name in names if "metrics.json" in evaluations[name]]
+    failures = storage.join(uri, "failures.json")
+    reasons = json.loads(storage.read(failures)) if storage.exists(failures) else {}
+    failed = {name: reason for name, reason in reasons.items() if name not in complete}
+    begun = [name for name in names if "run.json" in runs[name] and name not in complete and name not in failed]
+    if num_reported:
+        status.published.append({result.partition(".")[0]: storage.join(uri, result), unit: num_reported})
+    if min(num_reported, len(complete)) < len(names):
+        counts = {"unfinished": len(begun), "failed": len(failed)}
+        status.add_work(Work(kind, len(complete), len(names), unit, counts), is_running=is_running)
+    if not is_running:  # a running job retries them
+        for name, reason in failed.items():
+            status.stuck.append(f"{name} failed: {redacted(reason)}; the same command retries it")
     return status
 
 

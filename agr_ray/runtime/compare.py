@@ -3,7 +3,8 @@
     OUT/
       report.html, report.md, report-figures/               the page (`report.comparison_page`)
       comparison.parquet, measured.json                     the result (`report.comparison`)
-      comparison.json                                       the settings that all runs share, and those of each preset
+      comparison.json                                       the settings that all runs share, those of each preset, and
+                                                            the names of the runs
       failures.json                                         why runs failed, by name; some may be complete since
       runs/PRESET-SEED/, evaluations/PRESET-SEED/           each run
 
@@ -216,7 +217,7 @@ def store_settings(
     presets = {run.model.preset: _preset_settings(run) for run in runs.values()}
     settings = _settings(job) | {"data": prepared.digest, "presets": presets}
     uri, key = storage.join(out, RECORD), f"compare.out {out}"
-    check_record(storage, uri, settings, key, "a comparison", grows="presets")
+    check_record(storage, uri, settings, key, "a comparison", runs=runs, grows="presets")
 
 
 def _preset_settings(run: TrainJob) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Several training runs, each with an evaluation, that resume after any kill: shared by `compare` and `cross_validate`.
 
     OUT/
-      RECORD.json                the settings that all runs share
+      RECORD.json                the settings that all runs share, and the names of the runs
       runs/NAME/                 each run's training (`runtime.train`)
       evaluations/NAME/          its predictions for the measured split; metrics.json is written last
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import ray
@@ -35,8 +35,17 @@ TASK: Final[Mapping[str, Any]] = {"num_cpus": TRIAL_CPUS, "max_retries": 3}
 _LOOK_EVERY_S: Final = 1.0
 
 
-def check_record(storage: Storage, uri: str, settings: Mapping[str, Any], key: str, what: str, grows: str = "") -> None:
-    """Store the shared settings, or check that the folder holds the same ones.
+def check_record(
+    storage: Storage,
+    uri: str,
+    settings: Mapping[str, Any],
+    key: str,
+    what: str,
+    *,
+    runs: Iterable[str] = (),
+    grows: str = "",
+) -> None:
+    """Store the shared settings and the names of the runs, or check that the folder holds the same settings.
 
     Args:
         storage: of the folder.
@@ -44,14 +53,16 @@ def check_record(storage: Storage, uri: str, settings: Mapping[str, Any], key: s
         settings: that all runs share and that affect the result, by section.
         key: the setting and value that name the folder, such as `compare.out results`.
         what: the folder's content, such as `a comparison`.
+        runs: names of the runs, which are added to those of earlier commands.
         grows: section whose new keys are added to those of the folder; empty: there is none.
 
     Raises:
         ConfigError: it holds other ones; the message names a setting.
     """
-    ours = json.loads(json.dumps(settings))
+    ours, names = json.loads(json.dumps(settings)), [*runs]
     with contextlib.suppress(MissingObject):
         theirs = json.loads(storage.read(uri))
+        names = [*dict.fromkeys([*theirs.get("runs", []), *names])]
         if grows:  # each side keeps its own values of the keys that both have
             ours[grows] = theirs[grows] | ours[grows]
             theirs[grows] = ours[grows] | theirs[grows]
@@ -60,7 +71,7 @@ def check_record(storage: Storage, uri: str, settings: Mapping[str, Any], key: s
             if difference is not None:
                 name, old, new = difference
                 raise ConfigError(f"{key}: holds {what} with {name} {old}, not {new}; choose another folder")
-    storage.write(uri, json.dumps(ours, indent=1).encode())
+    storage.write(uri, json.dumps(ours | {"runs": names}, indent=1).encode())
 
 
 def is_measured(storage: Storage, out: str, name: str) -> bool:

@@ -316,9 +316,10 @@ def test_a_training_run_is_stuck_unless_its_lock_is_alive(tmp_path: Path) -> Non
     assert failed.stuck[-1].startswith("the loss was not finite: epoch 3, step 7: loss nan;")
 
 
-def test_a_run_that_has_only_a_lock_is_starting(tmp_path: Path) -> None:
-    write_lock(tmp_path / "run" / "lock.json", "training run x", silent_s=1.0)
-    assert read(tmp_path / "run").kind == "training run"
+@pytest.mark.parametrize("kind", ["training run", "comparison", "cross-validation"])
+def test_a_run_that_has_only_a_lock_is_starting(tmp_path: Path, kind: str) -> None:
+    write_lock(tmp_path / "run" / "lock.json", f"{kind} x", silent_s=1.0)
+    assert read(tmp_path / "run").kind == kind
     assert read(tmp_path / "run").stuck == []
 
 
@@ -339,6 +340,89 @@ def test_a_sweep_counts_its_trials(tmp_path: Path) -> None:
     sweep.write_record("3 trials")
     assert read(tmp_path / "sweep").stuck == []
     assert read(tmp_path / "sweep").published[0]["best_trial"] == 0
+
+
+# Comparisons and cross-validations
+
+
+def runs_folder(folder: Path, kind: str, **states: str) -> Path:
+    """Write the folder of runs; each is `complete`, `begun` or `waiting`."""
+    for name, state in states.items():
+        if state != "waiting":
+            STORAGE.write(str(folder / "runs" / name / "run.json"), b"{}")
+            STORAGE.write(str(folder / "evaluations" / name / "predictions.parquet"), b"rows")
+        if state == "complete":
+            STORAGE.write(str(folder / "evaluations" / name / "metrics.json"), b"{}")
+    STORAGE.write(str(folder / f"{kind}.json"), json.dumps({"runs": [*states], "data": "x"}).encode())
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("comparison", "runs"), ("cross-validation", "folds")])
+def test_unfinished_runs_are_counted_and_stuck_unless_a_job_works_on_them(
+    tmp_path: Path, kind: str, unit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = runs_folder(tmp_path / "out", kind, a="complete", b="begun", c="waiting", d="waiting")
+
+    stopped = read(folder)
+    code, shown, _ = outcome(capsys, str(folder), "--json")
+    write_lock(folder / "lock.json", f"{kind} {folder}", silent_s=1.0)
+    running = read(folder)
+    write_lock(folder / "lock.json", f"{kind} {folder}", silent_s=1000.0)
+    expired = read(folder)
+
+    assert (stopped.kind, stopped.published, stopped.running) == (kind, [], None)
+    assert [str(work) for work in stopped.unfinished] == [f"{kind}: 1 of 4 {unit} done, unfinished 1, failed 0"]
+    assert stopped.stuck == [f"{kind}: 1 of 4 {unit} done, and nothing works on it; the same command resumes it"]
+    assert (code, json.loads(shown)["unfinished"][0]["details"]) == (3, {"unfinished": 1, "failed": 0})
+    assert running.running is not None
+    assert (running.running["owner"], running.stuck, running.unfinished) == (
+        f"{kind} {folder}",
+        [],
+        stopped.unfinished,
+    )
+    assert ["its lock has expired" in sentence for sentence in expired.stuck] == [True, False]
+
+
+def test_a_comparison_that_is_reported_names_its_failed_runs(tmp_path: Path) -> None:
+    folder = runs_folder(tmp_path / "out", "comparison", a="complete", b="begun", c="complete")
+    failures = {"b": "loss nan, secret=hunter2hunter2", "c": "out of memory"}  # c is complete by now
+    STORAGE.write(str(folder / "failures.json"), json.dumps(failures).encode())
+    STORAGE.write(str(folder / "measured.json"), json.dumps({"commits": {"a": "", "c": ""}}).encode())
+
+    status = read(folder)
+    write_lock(folder / "lock.json", f"comparison {folder}", silent_s=1.0)
+    retried = read(folder)
+
+    assert status.published == [{"report": f"{folder}/report.html", "runs": 2}]
+    assert [str(work) for work in status.unfinished] == ["comparison: 2 of 3 runs done, unfinished 0, failed 1"]
+    assert [sentence.startswith("b failed: loss nan") for sentence in status.stuck] == [False, True]
+    assert "hunter2" not in "".join(status.stuck)
+    assert (retried.stuck, retried.published) == ([], status.published)
+
+
+def test_runs_that_are_complete_but_not_reported_are_stuck(tmp_path: Path) -> None:
+    folder = runs_folder(tmp_path / "out", "comparison", a="complete", b="complete")
+    STORAGE.write(str(folder / "measured.json"), json.dumps({"commits": {"a": ""}}).encode())
+
+    before = read(folder)
+    STORAGE.write(str(folder / "measured.json"), json.dumps({"commits": {"a": "", "b": ""}}).encode())
+
+    assert before.stuck == ["comparison: 2 of 2 runs done, and nothing works on it; the same command resumes it"]
+    assert (read(folder).stuck, read(folder).unfinished) == ([], [])
+
+
+def test_a_finished_cross_validation_has_predictions(tmp_path: Path) -> None:
+    folder = runs_folder(tmp_path / "cv", "cross-validation", **{"fold-0": "complete", "fold-1": "complete"})
+    table = pa.table({"fold": ["fold-0", "fold-1"]})
+    STORAGE.write_table(table, str(folder / "folds.parquet"))
+    without = read(folder)
+    STORAGE.write_table(table, str(folder / "predictions.parquet"))
+
+    status = read(folder)
+
+    assert (len(without.stuck), without.published) == (1, [])
+    assert (status.stuck, status.unfinished) == ([], [])
+    assert status.published == [{"predictions": f"{folder}/predictions.parquet", "folds": 2}]
 
 
 # Prepared sets
@@ -404,7 +488,7 @@ def test_other_folders_are_rejected_with_one_line(
 
     assert (code, out, len(error.splitlines())) == (2, "", 1)
     assert error.startswith(f"error: folder {tmp_path}/x: {problem}")
-    assert error.endswith("give OUT of score or prepare, or OUT/NAME of train or tune\n")
+    assert error.endswith("give OUT of score, prepare, compare or cross-validate, or OUT/NAME of train or tune\n")
 
 
 def test_a_damaged_record_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
