@@ -165,8 +165,8 @@ class ReportJob(Job):
     example = "agr-ray report runs/lite/best-eval-test-1a2b3c4d-5e6f"
     essentials = ("folders", "out", "faces", "run")
     folders: CliPositionalArg[list[str]] = []
-    """Output of evaluate, compare or score, or OUT/NAME of train or tune; more: evaluations of the model on other
-    data."""
+    """Output of evaluate, compare, cross-validate or score, or OUT/NAME of train or tune; more: evaluations of the
+    model on other data."""
     out: str = ""
     """Folder or prefix of the report; default: the first of FOLDERS."""
     faces: CliImplicitFlag[bool] = False
@@ -177,8 +177,9 @@ class ReportJob(Job):
 
 
 class StatusJob(Job):
-    """Say what is published, running and stuck in the output of score, train, tune or prepare. Nothing is written.
+    """Say what is published, running and stuck in the output of a command. Nothing is written.
 
+    The command may be score, prepare, train, tune, compare or cross-validate.
     The exit status is 0 if nothing is stuck, 3 if something is, and 2 if FOLDER can't be read or is none of these. A
     lock counts as expired if its last heartbeat is older, by this machine's clock, than its holder allows.
     """
@@ -189,7 +190,7 @@ class StatusJob(Job):
     example = "agr-ray status s3://results/uploads"
     essentials = ("folder", "as_json")
     folder: CliPositionalArg[str] = ""
-    """OUT of score or prepare, or OUT/NAME of train or tune."""
+    """OUT of score, prepare, compare or cross-validate, or OUT/NAME of train or tune."""
     as_json: CliImplicitFlag[bool] = False
     """Print one JSON object on standard output."""
 

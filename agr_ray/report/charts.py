@@ -42,6 +42,8 @@ class Line:
     high: Sequence[float | None] = ()
     is_reference: bool = False
     """Drawn as a thin dotted line, such as a constant baseline."""
+    is_points: bool = False
+    """Drawn as points only: their order on the x axis has no meaning."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,10 @@ def _draw_line(axes: Axes, line: Line, x: Scale, y: Scale, number: int | None) -
     name, marker = SERIES[place]
     colour, dashes = COLOURS[name], _DASHES[min(again, len(_DASHES) - 1)]
     every = max(1, len(places) // _MAX_MARKERS)
-    axes.plot(places, values, dashes, color=colour, marker=marker, markevery=every, label=shortened(line.name))
+    if line.is_points:
+        dashes, every = "none", 1
+    label = shortened(line.name)
+    axes.plot(places, values, linestyle=dashes, color=colour, marker=marker, markevery=every, label=label)
     if low and high:
         axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
 

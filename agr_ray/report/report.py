@@ -16,6 +16,7 @@ from agr_ray.storage import Storage
 
 _MARKERS: Final = {
     "comparison.parquet": "comparison_page:comparison_report",
+    "cross-validation.json": "cross_validation_page:cross_validation_report",
     "sweep.json": "sweep_report:sweep_report",
     "history.parquet": "training_page:training_report",
 }
@@ -85,6 +86,6 @@ def _page(job: ReportJob, storage: Storage, uri: str, others: list[str]) -> Page
             page: Page = resolve_name(f"agr_ray.report.{module}")(storage, uri)
             return page
     raise ConfigError(
-        f"{uri}: holds no results of evaluate, train, compare, tune or score; give the folder that one of them wrote, "
-        "not a checkpoint or photographs"
+        f"{uri}: holds no results of evaluate, train, compare, cross-validate, tune or score; give the folder that one "
+        "of them wrote, not a checkpoint or photographs"
     )

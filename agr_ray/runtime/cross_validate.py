@@ -3,7 +3,7 @@
     OUT/
       predictions.parquet               schema.PREDICTIONS and `fold`: each image by the network that did not see it
       folds.parquet, summary.parquet    schema.FOLDS and schema.FOLD_SUMMARY
-      cross-validation.json             the settings that all folds share
+      cross-validation.json             the settings that all folds share, and the folds' names
       data/FOLD/                        the fold's prepared set (`data.fold_sets`), deleted once it is measured
       runs/FOLD/, evaluations/FOLD/     each fold's run
 
@@ -37,6 +37,7 @@ from agr_ray.evaluation.folds import Sums, fold_sums, fold_values, summarise
 from agr_ray.labels import LabelSpace
 from agr_ray.models.checkpoint import META
 from agr_ray.predict.prediction_rows import read_predictions
+from agr_ray.report.cross_validation_page import FOLDS_FILE, PREDICTIONS_FILE, RECORD, SUMMARY_FILE
 from agr_ray.runtime.cluster import cluster
 from agr_ray.runtime.run_matrix import (
     TASK,
@@ -53,7 +54,6 @@ from agr_ray.schema import FOLD_METRICS, FOLD_SUMMARY, FOLDS, PREDICTIONS, SPLIT
 from agr_ray.storage import Storage
 from agr_ray.storage.lock import run_lock
 
-RECORD: Final = "cross-validation.json"
 FOLD_FIELD: Final = pa.field("fold", pa.string(), nullable=False)
 
 
@@ -92,8 +92,8 @@ def cross_validate(job: CrossValidateJob) -> str:
     lock_uri, owner = storage.join(out, "lock.json"), f"cross-validation {out}"
     with run_lock(storage, lock_uri, owner, expiry_s=job.train.lock_expiry_s, console=console) as lock:
         record = _settings(job) | {"data": prepared.digest}
-        what = "a cross-validation"
-        check_record(storage, storage.join(out, RECORD), record, f"cross_validate.out {out}", what)
+        key, what = f"cross_validate.out {out}", "a cross-validation"
+        check_record(storage, storage.join(out, RECORD), record, key, what, runs=folds)
         failures: dict[str, str] = {}
         todo = [name for name in folds if not is_measured(storage, out, name)]
         console.print(f"{owner}: {len(folds)} folds of {images.num_rows:,} images, {len(folds) - len(todo)} complete")
@@ -198,7 +198,7 @@ def _write(
         tables.append(table.append_column(FOLD_FIELD, pa.array([name] * table.num_rows, pa.string())))
     schema = PREDICTIONS.append(FOLD_FIELD)
     predictions = pa.concat_tables([table.select(schema.names).cast(schema) for table in tables])
-    uri = storage.join(out, "predictions.parquet")
+    uri = storage.join(out, PREDICTIONS_FILE)
     rows = [
         {"fold": name, "num_left_out": fold.num_left_out}
         | {f"num_{split}": fold.num(split) for split in SPLITS}
@@ -206,8 +206,8 @@ def _write(
         for name, fold in folds.items()
     ]
     summary = summarise([*sums.values()])
-    storage.write_table(pa.Table.from_pylist(rows, FOLDS), storage.join(out, "folds.parquet"))
-    storage.write_table(pa.Table.from_pylist(summary, FOLD_SUMMARY), storage.join(out, "summary.parquet"))
+    storage.write_table(pa.Table.from_pylist(rows, FOLDS), storage.join(out, FOLDS_FILE))
+    storage.write_table(pa.Table.from_pylist(summary, FOLD_SUMMARY), storage.join(out, SUMMARY_FILE))
     storage.write_table(predictions.sort_by([("key", "ascending"), ("fold", "ascending")]), uri)
     _print(rows, summary, console)
     num_twice = predictions.num_rows - pc.count_distinct(predictions["image_id"]).as_py()

@@ -12,8 +12,10 @@ from sets import SIDE_PX, prepared_set
 from agr_ray.config import CrossValidateConfig, CrossValidateJob, ModelConfig, TrainConfig
 from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint_network import content_codes, load_train_state
+from agr_ray.report.status_folders import read_status
 from agr_ray.runtime.cross_validate import cross_validate
 from agr_ray.schema import FOLDS
+from agr_ray.storage import Storage
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
@@ -66,6 +68,13 @@ def test_the_folds_and_their_mean_are_written(validated: Path) -> None:
     assert summary["age_mae_years"]["mean"] == pytest.approx(sum(row["age_mae_years"] for row in rows) / 2)
     assert summary["age_mae_years"]["std"] > 0
     assert not (validated / "data").exists()
+    status = read_status(Storage(), str(validated))
+    assert status is not None
+    assert (status.published, status.unfinished, status.stuck) == (
+        [{"predictions": str(validated / "predictions.parquet"), "folds": 2}],
+        [],
+        [],
+    )
 
 
 def test_the_same_command_repeats_nothing(data: Path, validated: Path) -> None:

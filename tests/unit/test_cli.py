@@ -90,7 +90,7 @@ def test_mistakes_give_one_line_and_status_2(capsys: pytest.CaptureFixture[str])
         (["predict", "a.jpg"], "error: checkpoint is needed: Folder or prefix of the checkpoint. Give --checkpoint or"),
         (
             ["predict", "--checkpoint", "x"],
-            "error: photographs missing: Files, folders, or URIs such as s3://bucket/photo.jpg or s3://bucket/prefix. For",
+            "error: photographs missing: Files, folders, or URIs such as s3://bucket/photo.jpg or s3://bucket/prefix. ",
         ),
         (["recipes", "papre"], "error: recipes papre: there is no such recipe; did you mean paper?"),
     ):
@@ -321,18 +321,18 @@ class Bucket:
         self.objects = objects
         self.listed: list[str] = []
 
-    def list_objects_v2(self, Prefix: str, **_: Any) -> dict[str, Any]:
-        self.listed.append(Prefix)
-        found = sorted(key for key in self.objects if key.startswith(Prefix))
+    def list_objects_v2(self, **given: Any) -> dict[str, Any]:
+        self.listed.append(given["Prefix"])
+        found = sorted(key for key in self.objects if key.startswith(given["Prefix"]))
         return {"Contents": [{"Key": key, "Size": len(self.objects[key]), "ETag": '"e"'} for key in found]}
 
     def get_paginator(self, _: str) -> Any:
         return SimpleNamespace(paginate=lambda **given: [self.list_objects_v2(**given)])
 
-    def get_object(self, Key: str, **_: Any) -> dict[str, Any]:
-        if Key not in self.objects:
-            raise ClientError({"Error": {"Code": "NoSuchKey"}, "ResponseMetadata": {"HTTPStatusCode": 404}}, "GetObject")
-        body = self.objects[Key]
+    def get_object(self, **given: Any) -> dict[str, Any]:
+        if given["Key"] not in self.objects:
+            raise ClientError({"Error": {"Code": "NoSuchKey"}}, "GetObject")
+        body = self.objects[given["Key"]]
         return {"Body": io.BytesIO(body), "ContentLength": len(body), "ETag": '"e"'}
 
 

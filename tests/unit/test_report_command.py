@@ -27,7 +27,7 @@ def test_the_page_can_be_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"nothing: holds no results of evaluate, train, compare, tune or score"),
+        ({}, r"nothing: holds no results of evaluate, train, compare, cross-validate, tune or score"),
         ({"faces": True}, r"report\.faces: .*nothing is not an evaluation"),
         ({"run": "x"}, r"report\.run x: .*nothing does not hold scoring results"),
     ],
