@@ -78,7 +78,9 @@ COMMANDS = {
     "score": Command("a folder or bucket of photographs -> Parquet tables", ScoreJob, "agr_ray.runtime.score:score"),
     "predict": Command("a few photographs -> a table and annotated copies", PredictJob, "agr_ray.report.faces:predict"),
     "report": Command(
-        "results of evaluate, train, compare, tune or score -> a report", ReportJob, "agr_ray.report.report:report"
+        "results of evaluate, train, compare, cross-validate, tune or score -> a report",
+        ReportJob,
+        "agr_ray.report.report:report",
     ),
     "status": Command(
         "say what is published, running and stuck in an output", StatusJob, "agr_ray.report.status:status"
