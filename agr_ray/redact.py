@@ -10,11 +10,15 @@ from urllib.parse import unquote
 
 HIDDEN: Final = "***"
 
-_URL: Final = re.compile(r"(?i)\b(s3://(?=[^\s'\"<>/]*[:@])|(?!s3://|file://)[a-z][a-z0-9+.-]*://)(?!/)([^\s'\"<>]*)@")
-_NAMES: Final = r"[\w.-]*(?:password|passwd|passwort|pwd|secret|token|credential|signature|api_?key|access_?key)[\w.-]*"
+# Names of files and keys can be long words, so no pattern may take quadratic time: each word is read once. A scheme or
+# a name begins where no earlier one can, and a word without `@` is matched whole.
+_SCHEME: Final = r"(?<![a-z0-9+.-])[0-9+.-]*(?:s3://(?=[^\s'\"<>/]*[:@])|(?!s3://|file://)[a-z][a-z0-9+.-]*://)(?!/)"
+_URL: Final = re.compile(rf"(?i)({_SCHEME})(?:([^\s'\"<>]*)@|[^\s'\"<>]*)")
+_WORDS: Final = "password|passwd|passwort|pwd|secret|token|credential|signature|api_?key|access_?key"
+_ASSIGNED: Final = re.compile(
+    rf"(?i)(?<![\w.-])(?=[\w.-]*(?:{_WORDS}))([\w.-]+(?:=['\"]?|['\"]\s*:\s*['\"]?))([^\s&'\",;}}]+)"
+)
 _CONTROL: Final = re.compile("[\0-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-# A name begins where no earlier one can: without that, a long word would take quadratic time.
-_ASSIGNED: Final = re.compile(rf"(?i)(?<![\w.-])({_NAMES}(?:=['\"]?|['\"]\s*:\s*['\"]?))([^\s&'\",;}}]+)")
 _SECRET_VARIABLE: Final = re.compile(r"(?i)password|passwd|secret|token|credential|api_?key|access_?key")
 _SHORTEST: Final = 3
 """Minimum length of a secret's parts that are hidden outside its URL: hiding shorter ones would garble the text."""
@@ -65,13 +69,15 @@ def redacted(text: str, *uris: str, environ: Mapping[str, str] = os.environ) -> 
 
 def _without_password(found: re.Match[str]) -> str:
     scheme, user_info = found.groups()
+    if user_info is None:
+        return found[0]
     user, colon, _ = user_info.partition(":")
     return f"{scheme}{user}:{HIDDEN}@" if colon else f"{scheme}{HIDDEN}@"
 
 
 def _secret_parts(uri: str) -> Iterable[str]:
     """Return the secrets in a URL: raw, decoded, and in the fragments that a confused URL parser may quote."""
-    user_info = [found[2] for found in _URL.finditer(uri)]
+    user_info = [found[2] for found in _URL.finditer(uri) if found[2] is not None]
     whole = [user.partition(":")[2] or user for user in user_info] + [found[2] for found in _ASSIGNED.finditer(uri)]
     for secret in whole:
         yield secret
