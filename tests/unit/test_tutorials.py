@@ -44,6 +44,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepared_set(out / "prepared", {"train": 4, "val": 2, "test": 2})
     model = checkpoint(out / "runs" / "first" / "best")
     write_evaluation(out / "runs" / "first" / "best-eval-test-1", calibrated=True)
+    (out / "runs" / "first" / "best-eval-test-1-against-2").mkdir()  # of `evaluate --compare`
     photographs = out / "faces" / "photographs"
     photographs.mkdir(parents=True)
     for index in range(2):
