@@ -18,7 +18,7 @@ from agr_ray.cli import COMMANDS
 from agr_ray.config.command_line import CommandParser
 from agr_ray.config.jobs import SECTIONS
 from agr_ray.models import card
-from agr_ray.schema import CROPS, DEMOGRAPHICS, FACE, FACES, IMAGES, PREDICTIONS, REJECTS
+from agr_ray.schema import CROPS, DEMOGRAPHICS, FACE, FACES, IMAGES, PREDICTIONS, REJECTS, Status
 
 ROOT = Path(__file__).parents[2]
 PAGES = site_pages.pages()
@@ -142,6 +142,12 @@ def test_each_column_of_the_main_tables_has_a_meaning() -> None:
     assert meanings.of("age_high", "FACES") == "years; null, like age_low, if the model is not calibrated in age"
     assert meanings.of("age_high", "CROPS") == "years, included; labels.AGE_MAX_YEARS where the range is open"
     assert meanings.of("box", "CROPS").startswith("x0, y0, x1, y1 in pixels")
+
+
+def test_the_stand_in_of_the_tables_has_all_statuses() -> None:
+    page = (ROOT / "docs" / "reference" / "tables.md").read_text()
+
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [*Status]
 
 
 def test_recipes_and_label_spaces_are_shown_whole() -> None:
