@@ -91,7 +91,8 @@ def test_a_query_finds_rows(sql: str, demo: Path) -> None:
 
 def test_the_scoring_commands_of_the_pages_run(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo)
-    (demo / "pseudonym.key").write_bytes(bytes(32))
+    (demo / "private").mkdir()
+    (demo / "private" / "pseudonym.key").write_bytes(bytes(32))
     text = "".join((DOCS / name).read_text() for name in ("tutorials/nightly_scoring.md", "responsible_use.md"))
     joined = re.sub(r"\\\n\s*", "", text)
     commands = re.findall(r"^agr-ray (score --checkpoint demo-out.*)$", joined, re.MULTILINE)
@@ -102,7 +103,7 @@ def test_the_scoring_commands_of_the_pages_run(demo: Path, monkeypatch: pytest.M
     cli.main(counts)
 
     assert len(list((demo / "scored" / "_SUCCESS").iterdir())) == 1
-    assert sorted(path.name for path in (demo / "counts").iterdir()) == ["_SUCCESS", "demographics", "views.sql"]
+    assert sorted(path.name for path in (demo / "private" / "counts").iterdir()) == ["_SUCCESS", "demographics", "views.sql"]
 
 
 def test_deleted_photographs_are_found_hidden_and_erased(
