@@ -103,7 +103,8 @@ def test_the_scoring_commands_of_the_pages_run(demo: Path, monkeypatch: pytest.M
     cli.main(counts)
 
     assert len(list((demo / "scored" / "_SUCCESS").iterdir())) == 1
-    assert sorted(path.name for path in (demo / "private" / "counts").iterdir()) == ["_SUCCESS", "demographics", "views.sql"]
+    published = sorted(path.name for path in (demo / "private" / "counts").iterdir())
+    assert published == ["_SUCCESS", "demographics", "views.sql"]
 
 
 def test_deleted_photographs_are_found_hidden_and_erased(
