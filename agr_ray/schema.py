@@ -152,7 +152,7 @@ CROPS: Final = pa.schema(
         pa.field("crop", pa.binary()),  # JPEG, square, aligned, with margin; null unless in CROP_STATUSES
         pa.field("template", pa.string()),  # name and version of the alignment template
         pa.field("detector", pa.string()),  # vision.detector
-        pa.field("detector_score", pa.float32()),  # mtcnn: probability of a face; haar: the cascade's weight
+        pa.field("detector_score", pa.float32()),  # MTCNN: probability of a face; Haar: its weight
         pa.field("num_faces", pa.int32()),  # faces found, of which the one nearest the centre is the labelled one
         ROTATION_DEGREES,
         pa.field("box", BOX),
@@ -210,7 +210,7 @@ FLAGS: Final = ("small", "blurred", "turned", "unsure")
 FACE: Final = pa.struct(
     [
         pa.field("box", BOX),
-        pa.field("detector_score", pa.float32()),  # mtcnn: probability of a face; haar: the cascade's weight
+        pa.field("detector_score", pa.float32()),  # MTCNN: probability of a face; Haar: its weight
         pa.field("landmarks", LANDMARKS),
         *QUALITY_FIELDS,
         pa.field("age", pa.float32()),  # years; null, like gender and race, if the model does not predict it

@@ -12,14 +12,15 @@ from agr_ray.config.section import MAX_INT, Fraction, PositiveInt, Section, Time
 class VisionConfig(Section):
     """How bytes become aligned faces. Training and scoring must use the same settings."""
 
-    detector: Literal["mtcnn", "haar", "none"] = "mtcnn"
-    """`mtcnn` finds faces and five landmarks; `haar` finds boxes only and needs no weights; `none` uses whole chips."""
+    detector: Literal["mtcnn", "mtcnn_int8", "haar", "none"] = "mtcnn"
+    """`mtcnn` finds faces and five landmarks; `mtcnn_int8` does the same faster, rounding more coarsely, and needs the
+    package openvino; `haar` finds boxes only and needs no weights; `none` uses whole chips."""
     min_face_px: Annotated[int, Field(ge=12, le=MAX_INT)] = 40
     """Shorter side of the smallest face to detect, pixels, once larger photographs are shrunk to `max_side_px`.
     In original pixels, the smallest face is larger there: by default, 1/32 of the longer side (94 px for 3,000, 188 px
     for 6,000). With `small_faces`, nothing is shrunk."""
     min_score: Fraction = 0.95
-    """`mtcnn` only: minimum probability of a face; detections below it are dropped."""
+    """`mtcnn` and `mtcnn_int8` only: minimum probability of a face; detections below it are dropped."""
     max_side_px: PositiveInt = 1280
     """Photographs are shrunk to this longer side before detection, pixels; boxes stay in original pixels."""
     small_faces: bool = False

@@ -48,6 +48,7 @@ from agr_ray.storage.lock import RunLock, run_lock
 from agr_ray.storage.parts import Parts, read_plan, write_manifest
 from agr_ray.storage.retry import Retry
 from agr_ray.vision.align import DEFAULT_MARGIN
+from agr_ray.vision.detect import check_detector
 
 LOCK: Final = "lock.json"
 """Lock file that keeps two jobs from writing the same set."""
@@ -76,13 +77,14 @@ def prepare_set(job: PrepareJob, workers: Workers, console: Console) -> Prepared
     images are cropped again, and corrected labels are copied into the crops' rows. Images keep their split.
 
     Raises:
-        ConfigError: the folder holds a set with other settings, the labels are unusable, no image is usable, another
-            job is working on the set, or the cluster is too small for the plan.
+        ConfigError: the detector's package is not installed, the folder holds a set with other settings, the labels are
+            unusable, no image is usable, another job is working on the set, or the cluster is too small for the plan.
         LockLost: another job has taken over the set.
         StorageUnavailable: source or output can't be reached.
     """
     storage = Storage.from_config(job.storage)
     out = storage.absolute(job.prepare.out).rstrip("/")
+    check_detector(job.vision.detector)
     storage.probe(job.source.uri, "source.uri")
     storage.probe(out, "prepare.out", write=True)
     name_run(out)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-from agr_ray.errors import ConfigError, missing_extra
+from agr_ray.errors import ConfigError
+from agr_ray.openvino_extra import check_installed, import_openvino
 
 GRAPH_FILE: Final = "int8.xml"
 WEIGHTS_FILE: Final = "int8.bin"
@@ -33,21 +32,6 @@ def write_int8(directory: Path, files: Int8Files) -> None:
         (directory / name).write_bytes(body)
 
 
-def check_installed(what: str, *packages: str) -> None:
-    """Reject what needs packages that are not installed.
-
-    Args:
-        what: the command or setting, for the message.
-        packages: `openvino`, `nncf` or both.
-
-    Raises:
-        ConfigError: one is missing.
-    """
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"{what}: {missing_extra('openvino', missing)}, on every node")
-
-
 def check_int8(files: Int8Files | None, key: str) -> None:
     """Reject an int8 network that can't be used here.
 
@@ -69,11 +53,3 @@ def check_int8(files: Int8Files | None, key: str) -> None:
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         raise ConfigError(f"{key}: {GRAPH_FILE} or {WEIGHTS_FILE} is damaged: {last}") from None
-
-
-def import_openvino() -> Any:
-    """Import OpenVINO without its telemetry, which would otherwise report each use to its makers."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agr_ray.models.heads.base import Head
-from agr_ray.models.int8 import GRAPH_FILE, Int8Files, import_openvino, read_int8
+from agr_ray.models.int8 import GRAPH_FILE, Int8Files, read_int8
 from agr_ray.models.network import MultiTaskNet, head_outputs
+from agr_ray.openvino_extra import compiled, import_openvino
 from agr_ray.storage.scratch import scratch_folder
 
 
@@ -36,19 +37,10 @@ class Int8Net(nn.Module):
         super().__init__()
         self.heads = model.heads
         self._config = model.config
-        core = import_openvino().Core()
-        # Without f32, OpenVINO would round the layers that stay in floating point to bfloat16 on some CPUs.
-        settings = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "ENABLE_CPU_PINNING": False,
-        }
-        graph = core.read_model(model=files.graph, weights=files.weights)
+        graph = import_openvino().Core().read_model(model=files.graph, weights=files.weights)
         self.batch_size = int(graph.input(0).shape[0])
         """Images that `forward` takes at a time: as many as when the network was quantised."""
-        self._request: Any = core.compile_model(graph, "CPU", settings).create_infer_request()
+        self._request: Any = compiled(graph, torch.get_num_threads())
         self.eval()
 
     @property

@@ -14,7 +14,7 @@ from agr_ray.schema import Status
 from agr_ray.stopwatch import Stopwatch
 from agr_ray.vision.align import DEFAULT_MARGIN, align, align_chip
 from agr_ray.vision.decode import DecodedImage, ImageError, decode_image
-from agr_ray.vision.detect import make_detector
+from agr_ray.vision.detect import CASCADES, make_detector
 from agr_ray.vision.faces import Faces
 from agr_ray.vision.pose import head_pose
 from agr_ray.vision.quality import sharpness
@@ -85,7 +85,7 @@ class FaceFinder:
         self._margin = margin
         self._stopwatch = stopwatch or Stopwatch()
         # Haar's scores are not probabilities.
-        min_score = vision.min_score if vision.detector == "mtcnn" else 0.0
+        min_score = vision.min_score if vision.detector in CASCADES else 0.0
         self._detector = make_detector(vision.detector, min_face_px=vision.min_face_px, min_score=min_score)
 
     @property

@@ -23,12 +23,13 @@ from agr_ray.errors import ConfigError
 from agr_ray.models.checkpoint import Checkpoint, CheckpointError
 from agr_ray.models.checkpoint_files import local_checkpoint, publish_checkpoint
 from agr_ray.models.checkpoint_network import given_network, load_train_state, save_checkpoint
-from agr_ray.models.int8 import Int8Files, check_installed
+from agr_ray.models.int8 import Int8Files
 from agr_ray.models.int8_network import quantize as quantize_network
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.network_input import prepare_eval, to_nchw
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform
+from agr_ray.openvino_extra import check_installed
 from agr_ray.predict.attributes import BATCH_SIZE, AttributePredictor
 from agr_ray.predict.checkpoint_on_set import check_compatible
 from agr_ray.predict.resolve import resolve

@@ -86,6 +86,7 @@ from agr_ray.storage import MissingObject, Storage
 from agr_ray.storage.lock import RunLock, run_lock
 from agr_ray.storage.retry import Retry
 from agr_ray.vision.align import DEFAULT_MARGIN
+from agr_ray.vision.detect import CASCADES
 
 WITHOUT_EFFECT: Final = frozenset(
     {
@@ -295,7 +296,7 @@ def check_network(job: TrainJob, sets: Sequence[PreparedSet], space: LabelSpace)
     if "domain" in model.tasks and len(sets) == 1:
         raise ConfigError("model.tasks domain: needs two prepared sets or more in train.data")
     detectors = dict.fromkeys(prepared.detector for prepared in sets)
-    if model.head_pose and "mtcnn" not in detectors:
+    if model.head_pose and not {*CASCADES} & {*detectors}:
         uris, names = " + ".join(prepared.uri for prepared in sets), " + ".join(detectors)
         raise ConfigError(
             f"model.head_pose: {uris} was prepared with vision.detector {names}, which finds no landmarks; prepare it "

@@ -20,6 +20,7 @@ from agr_ray.models.checkpoint_files import portable_checkpoint
 from agr_ray.models.transform import Transform
 from agr_ray.predict.resolve import resolve
 from agr_ray.schema import ATTRIBUTES
+from agr_ray.vision.detect import CASCADES, check_detector
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
     for warning in filter(None, (checkpoint.untrained, checkpoint.rendered)):
         console.print(f"warning: score.checkpoint {job.score.checkpoint}: {warning}")
     trained, chosen = checkpoint.pipeline.vision.detector, pipeline.vision.detector
+    check_detector(chosen)
     if chosen == "none":
         if calibration is None:
             remedy = "give --vision.detector mtcnn (or haar)"
@@ -70,7 +72,7 @@ def read_model(checkpoint: Checkpoint, job: ScoreJob, console: Console) -> Model
             f"score.checkpoint {job.score.checkpoint}: vision.detector is none, for whole chips, and finds no faces "
             f"in photographs; {remedy}"
         )
-    if trained != chosen:
+    if trained != chosen and not {trained, chosen} <= {*CASCADES}:
         console.print(f"warning: the model was trained on crops found by {trained}, but scoring uses {chosen}")
     if calibration is None:
         console.print(f"warning: no age intervals, no abstention, no corrected shares: {reason}")

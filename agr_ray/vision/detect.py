@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agr_ray.openvino_extra import check_installed
 from agr_ray.vision.faces import NO_FACES, Faces
 
-DETECTORS: Final = ("mtcnn", "haar", "none")
+if TYPE_CHECKING:
+    from agr_ray.vision.detectors.mtcnn_nets import Nets
+
+DETECTORS: Final = ("mtcnn", "mtcnn_int8", "haar", "none")
+CASCADES: Final = ("mtcnn", "mtcnn_int8")
+"""Those that find landmarks, and whose scores are probabilities."""
 
 
 class Detector(Protocol):
@@ -36,6 +42,16 @@ class NoDetector:
         return [NO_FACES for _ in images_rgb]
 
 
+def check_detector(name: str) -> None:
+    """Reject a detector whose package is not installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name == "mtcnn_int8":
+        check_installed(f"vision.detector {name}", "openvino")
+
+
 def make_detector(
     name: str,
     *,
@@ -48,16 +64,28 @@ def make_detector(
 
     `min_face_px` is the size of the smallest face to find, in pixels of the images given to `detect`. `thresholds` are
     those of MTCNN's three nets. Faces with a score below `min_score` are dropped; the scale is the detector's own
-    (MTCNN: a probability; Haar: the cascade's weight, mostly 3 to 12). `device` is MTCNN's torch device.
+    (MTCNN: a probability; Haar: the cascade's weight, mostly 3 to 12). `device` is the torch device of `mtcnn`;
+    `mtcnn_int8` runs on the CPU.
 
     Raises:
-        ValueError: if no detector has that name.
+        ConfigError: its package is not installed.
+        ValueError: no detector has that name.
     """
+    check_detector(name)
     # Imported here, so that a job with Haar or without a detector does not load torch.
-    if name == "mtcnn":
+    if name in CASCADES:
         from agr_ray.vision.detectors.mtcnn import Mtcnn
 
-        return Mtcnn(min_face_px=min_face_px, thresholds=thresholds, min_score=min_score, device=device)
+        nets: Nets
+        if name == "mtcnn":
+            from agr_ray.vision.detectors.mtcnn_nets import TorchNets
+
+            nets = TorchNets(device)
+        else:
+            from agr_ray.vision.detectors.mtcnn_openvino import OpenVinoNets
+
+            nets = OpenVinoNets()
+        return Mtcnn(name, nets, min_face_px=min_face_px, thresholds=thresholds, min_score=min_score)
     if name == "haar":
         from agr_ray.vision.detectors.haar import Haar
 

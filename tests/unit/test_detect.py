@@ -1,5 +1,6 @@
 """Detection: rendered faces are found, borders move no landmarks, and facenet-pytorch agrees."""
 
+import importlib.util
 from functools import cache
 from typing import Any
 
@@ -12,9 +13,11 @@ from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
 from torchvision.ops import nms
 
 from agr_ray.data.rendered import render_chip, render_photograph
-from agr_ray.vision.detect import Detector, make_detector
+from agr_ray.errors import ConfigError
+from agr_ray.vision.detect import DETECTORS, Detector, make_detector
 from agr_ray.vision.detectors import mtcnn as cascade
 from agr_ray.vision.detectors import mtcnn_nets as nets
+from agr_ray.vision.detectors import mtcnn_openvino
 from agr_ray.vision.faces import Faces
 
 NUM_CHIPS = 12
@@ -91,13 +94,14 @@ def test_facenet_pytorch_agrees_on_images_with_a_border(chips: list[np.ndarray])
 
 
 @torch.inference_mode()
-def test_every_level_on_the_sheet_gives_the_same_as_alone() -> None:
+def test_every_level_on_the_sheet_gives_the_same_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (height, width, 3), np.uint8) for height, width in [(701, 500), (90, 333), (64, 64)]]
     sheet, tiles = cascade._sheet([cascade._halved(image) for image in images], 20.0)
     assert len(sheet) > 2 * cascade._STRIP_HEIGHT_PX  # levels lie across strips
     assert {tile.owner for tile in tiles} == {0, 1, 2}
-    cells, scores, regressions = cascade._candidates(nets.ProposalNet(), sheet, 0.0, torch.device("cpu"))
+    monkeypatch.setattr(nets, "has_bfloat16", lambda device: False)
+    cells, scores, regressions = cascade._candidates(nets.TorchNets(), sheet, 0.0)
     numbers = cascade._tile_numbers(tiles, sheet.shape)[cells[:, 0], cells[:, 1]]
     for number, tile in enumerate(tiles):
         level = sheet[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
@@ -108,13 +112,50 @@ def test_every_level_on_the_sheet_gives_the_same_as_alone() -> None:
         torch.testing.assert_close(regressions[numbers == number], expected_regressions, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("net", "theirs", "side_px"), [(nets.refine_net, RNet, 24), (nets.output_net, ONet, 48)])
+@pytest.mark.parametrize("module", [nets, mtcnn_openvino])
 @torch.inference_mode()
-def test_the_other_nets_equal_facenet_pytorchs(net: Any, theirs: Any, side_px: int) -> None:
-    crops = np.random.default_rng(1).integers(0, 256, (5, side_px, side_px, 3), np.uint8)
-    ours = net()(torch.from_numpy(crops).permute(0, 3, 1, 2).float())
-    for one, other in zip(ours, theirs()(nets_pixels(crops)), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+def test_the_other_nets_equal_facenet_pytorchs(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_bfloat16", lambda device: False)
+    ours = nets.TorchNets() if module is nets else mtcnn_openvino.OpenVinoNets()
+    for run, theirs, side_px in ((ours.refine, RNet, 24), (ours.output, ONet, 48)):
+        crops = np.random.default_rng(1).integers(0, 256, (5, side_px, side_px, 3), np.uint8)
+        for one, other in zip(run(crops), theirs()(nets_pixels(crops)), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_proposals_in_int8_are_almost_those_in_float(chips: list[np.ndarray]) -> None:
+    # P-Net proposes windows of 12 pixels.
+    strip = cv2.resize(np.concatenate(chips, axis=1), None, fx=0.15, fy=0.15, interpolation=cv2.INTER_AREA)
+    exact, rounded = (each.propose(strip, 0.0) for each in (nets.TorchNets(), mtcnn_openvino.OpenVinoNets()))
+    assert torch.equal(exact[0], rounded[0])
+    assert (exact[1] > 0.6).sum() > 10
+    difference = (exact[1] - rounded[1]).abs()
+    assert 0 < difference.mean() < 0.03
+    assert difference.max() < 0.3
+    faces = exact[1] > 0.6
+    assert (exact[2] - rounded[2])[faces].abs().mean() < 0.02
+
+
+def test_the_cascade_in_int8_finds_the_same_faces(chips: list[np.ndarray]) -> None:
+    images = [*chips, *(np.asarray(render_photograph(0, index, 640, 480, 4).image_rgb) for index in range(4))]
+    num_faces, moves = 0, []
+    for exact, rounded in zip(mtcnn().detect(images), make_detector("mtcnn_int8").detect(images), strict=True):
+        assert abs(len(exact) - len(rounded)) <= 1
+        for box, landmarks in zip(exact.boxes_xyxy, exact.landmarks, strict=True):
+            overlaps = [overlap(box, other) for other in rounded.boxes_xyxy]
+            if max(overlaps, default=0.0) > 0.8:
+                moved = np.linalg.norm(landmarks - rounded.landmarks[int(np.argmax(overlaps))], axis=1).mean()
+                moves.append(moved / (box[2:] - box[:2]).mean())
+            num_faces += 1
+    assert len(moves) >= 0.95 * num_faces > 20
+    assert 0 < np.median(moves) < 0.01
+
+
+def test_a_detector_without_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^vision\.detector mtcnn_int8: .*openvino"):
+        make_detector("mtcnn_int8")
 
 
 @pytest.mark.parametrize(("size", "side_px"), [(2, 7), (2, 8), (3, 7), (3, 8)])
@@ -146,9 +187,10 @@ def test_a_face_cut_by_the_border_is_found_at_most_sizes(chips: list[np.ndarray]
     assert sum(len(faces) > 0 for faces in found) >= 0.9 * len(scaled)
 
 
-def test_the_faces_of_an_image_do_not_depend_on_the_others_of_its_batch() -> None:
+@pytest.mark.parametrize("name", ["mtcnn", "mtcnn_int8"])
+def test_the_faces_of_an_image_do_not_depend_on_the_others_of_its_batch(name: str) -> None:
     # Low thresholds: many candidates overlap by almost the limit, and many scores are equal.
-    detector = make_detector("mtcnn", min_face_px=20, min_score=0.3)
+    detector = make_detector(name, min_face_px=20, min_score=0.3)
     images = [np.asarray(render_chip(0, index).image_rgb) for index in range(12)]
     images += [np.asarray(render_photograph(0, index, 560 + 40 * index, 420, 3).image_rgb) for index in range(8)]
     rng = np.random.default_rng(0)
@@ -179,7 +221,7 @@ def test_a_high_minimum_score_leaves_no_face(chips: list[np.ndarray]) -> None:
     assert sum(map(len, make_detector("mtcnn", min_score=1.1).detect(chips[:3]))) == 0
 
 
-@pytest.mark.parametrize("name", ["mtcnn", "haar", "none"])
+@pytest.mark.parametrize("name", DETECTORS)
 @pytest.mark.parametrize("shape", [(64, 96, 3), (1, 1, 3), (5, 300, 3)])
 def test_no_face_is_found_in_an_image_without_one(name: str, shape: tuple[int, int, int]) -> None:
     (faces,) = make_detector(name).detect([np.full(shape, 128, np.uint8)])
@@ -188,7 +230,7 @@ def test_no_face_is_found_in_an_image_without_one(name: str, shape: tuple[int, i
     assert faces.landmarks.shape == (0, 5, 2)
 
 
-@pytest.mark.parametrize("name", ["mtcnn", "haar", "none"])
+@pytest.mark.parametrize("name", DETECTORS)
 def test_no_images_give_no_predictions(name: str) -> None:
     detector = make_detector(name)
     assert detector.name == name
@@ -202,7 +244,7 @@ def test_haar_finds_boxes_without_landmarks(chips: list[np.ndarray]) -> None:
 
 
 def test_an_unknown_detector_is_rejected_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'dlib'; choose one of: mtcnn, haar, none"):
+    with pytest.raises(ValueError, match="'dlib'; choose one of: mtcnn, mtcnn_int8, haar, none"):
         make_detector("dlib")
 
 

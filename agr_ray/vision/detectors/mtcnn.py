@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
-from agr_ray.device import has_bfloat16
-from agr_ray.vision.detectors.mtcnn_nets import ProposalNet, output_net, refine_net
+from agr_ray.vision.detectors.mtcnn_nets import Nets
 from agr_ray.vision.faces import Faces
 
 _PYRAMID_FACTOR: Final = 0.709
@@ -45,23 +43,27 @@ _FINAL_SHIFTS: Final = ((0.0, 0.0), (0.05, 0.05), (-0.05, 0.05), (0.05, -0.05), 
 
 
 class Mtcnn:
-    """The cascade on one device. A face's score is O-Net's probability."""
+    """The cascade. A face's score is O-Net's probability.
 
-    name: Final = "mtcnn"
+    Args:
+        name: the detector's.
+        nets: computes the three nets.
+        min_face_px: as the other arguments, of `detect.make_detector`.
+        thresholds: of the three nets.
+        min_score: of a face.
+    """
 
     def __init__(
         self,
+        name: str,
+        nets: Nets,
         *,
         min_face_px: float = 40.0,
         thresholds: tuple[float, float, float] = (0.6, 0.6, 0.5),
         min_score: float = 0.0,
-        device: str = "cpu",
     ) -> None:
-        """Load the three nets' weights from the package; see `detect.make_detector` for the arguments."""
-        self._device = torch.device(device)
-        self._dtype = torch.bfloat16 if has_bfloat16(self._device) else torch.float32
-        self._p_net = ProposalNet().to(self._device, self._dtype)
-        self._r_net, self._o_net = (net.to(self._device, self._dtype) for net in (refine_net(), output_net()))
+        self.name = name
+        self._nets = nets
         self._min_face_px = min_face_px
         self._thresholds = thresholds
         self._min_score = min_score
@@ -85,7 +87,7 @@ class Mtcnn:
     def _propose(self, images: list[_Halvings]) -> tuple[Tensor, Tensor]:
         """Run P-Net over the pyramids; return square candidates (k, 4) and their owners (k,), indices of images."""
         sheet, tiles = _sheet(images, self._min_face_px)
-        cells, scores, regressions = _candidates(self._p_net, sheet, self._thresholds[0], self._device)
+        cells, scores, regressions = _candidates(self._nets, sheet, self._thresholds[0])
         tile_k = _tile_numbers(tiles, sheet.shape)[cells[:, 0], cells[:, 1]]
         # By tile, so that equal scores keep an order that does not depend on the layout of the sheet.
         order = tile_k.argsort(stable=True)
@@ -107,7 +109,7 @@ class Mtcnn:
         if len(boxes) == 0:
             return boxes, owners
         crops, boxes = _cut(images, boxes, owners, 24)
-        regression, probability = self._run(self._r_net, crops)
+        regression, probability = _run(self._nets.refine, crops)
         passed = probability[:, 1] > self._thresholds[1]
         boxes, owners = boxes[passed], owners[passed]
         kept = _suppress(boxes, probability[passed, 1], owners, _NMS_BETWEEN_STAGES)
@@ -146,19 +148,10 @@ class Mtcnn:
         if len(squares) == 0:
             return squares, squares[:, 0], squares.new_zeros((0, 5, 2))
         crops, squares = _cut(images, squares, owners, 48, finely=finely)
-        regression, points, probability = self._run(self._o_net, crops)
+        regression, points, probability = _run(self._nets.output, crops)
         fractions = points.reshape(-1, 2, 5).transpose(1, 2)  # the net gives five x, then five y
         landmarks = squares[:, None, :2] + fractions * (squares[:, 2:] - squares[:, :2])[:, None]
         return _regress(squares, regression), probability[:, 1], landmarks
-
-    def _run(self, net: Callable[[Tensor], tuple[Tensor, ...]], crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
-        """Run a net over any number of crops, at least one; return its outputs on the CPU."""
-        num_crops = len(crops_nhwc)
-        padding = np.zeros((-num_crops % _CHUNK_STEP, *crops_nhwc.shape[1:]), np.uint8)
-        crops_nchw = torch.from_numpy(np.concatenate([crops_nhwc, padding])).permute(0, 3, 1, 2)
-        chunks = torch.split(crops_nchw, _CHUNK_PIXELS // crops_nchw[0, 0].numel())
-        outputs = [net(chunk.to(self._device).to(self._dtype)) for chunk in chunks]
-        return tuple(torch.cat(parts)[:num_crops].float().cpu() for parts in zip(*outputs, strict=True))
 
 
 _Halvings = list[NDArray[np.uint8]]
@@ -179,31 +172,30 @@ class _Tile(NamedTuple):
     to_image_y: float
 
 
-def _candidates(
-    net: ProposalNet, sheet: NDArray[np.uint8], threshold: float, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Return the cells (row, column) with a face, their probabilities and their box regressions, all on the CPU.
+def _candidates(nets: Nets, sheet: NDArray[np.uint8], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the cells (row, column) with a face, (k, 2), their probabilities (k,) and their box regressions (k, 4).
 
-    The shapes are (k, 2), (k,) and (k, 4). A cell has a face if its probability is at least `threshold`.
+    A cell has a face if its probability is at least `threshold`.
     """
     num_columns = _num_cells(sheet.shape[1])
     per_strip = _STRIP_HEIGHT_PX // _STRIDE_PX * num_columns
-    positions, logits = [torch.zeros(0).long()], [torch.zeros(0)]
-    passed_features = [torch.zeros(0, net.box.in_features, device=device)]
-    for number, top in enumerate(range(0, len(sheet) - _OVERLAP_PX, _STRIP_HEIGHT_PX)):
-        pixels = torch.from_numpy(sheet[top : top + _STRIP_HEIGHT_PX + _OVERLAP_PX]).to(device)
-        pixels_nchw = pixels.permute(2, 0, 1)[None].to(net.face_logit.weight.dtype)
-        features = net.features(pixels_nchw).permute(0, 2, 3, 1).flatten(0, 2)
-        strip_logits = net.face_logit(features)[:, 0].float()
-        passed = (strip_logits.sigmoid() >= threshold).nonzero()[:, 0]
-        positions.append(passed.cpu() + number * per_strip)
-        logits.append(strip_logits[passed].cpu())
-        passed_features.append(features[passed].float())
-    # Not in bfloat16: oneDNN would compile and keep a kernel for each number of cells, 1 MiB each.
-    regressions = functional.linear(torch.cat(passed_features), net.box.weight.float(), net.box.bias.float())
-    position = torch.cat(positions)
-    cells = torch.stack([position // num_columns, position % num_columns], dim=1)
-    return cells, torch.cat(logits).sigmoid(), regressions.cpu()
+    tops = range(0, len(sheet) - _OVERLAP_PX, _STRIP_HEIGHT_PX)
+    strips = [nets.propose(sheet[top : top + _STRIP_HEIGHT_PX + _OVERLAP_PX], threshold) for top in tops]
+    if not strips:  # all images are smaller than a window
+        return torch.zeros(0, 2).long(), torch.zeros(0), torch.zeros(0, 4)
+    numbers, probabilities, regressions = (torch.cat(each) for each in zip(*strips, strict=True))
+    numbers += per_strip * torch.arange(len(strips)).repeat_interleave(torch.tensor([len(each[0]) for each in strips]))
+    return torch.stack([numbers // num_columns, numbers % num_columns], dim=1), probabilities, regressions
+
+
+def _run(net: Callable[[NDArray[np.uint8]], tuple[Tensor, ...]], crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
+    """Run a net over any number of crops, at least one."""
+    num_crops = len(crops_nhwc)
+    padding = np.zeros((-num_crops % _CHUNK_STEP, *crops_nhwc.shape[1:]), np.uint8)
+    crops = np.concatenate([crops_nhwc, padding])
+    size = _CHUNK_PIXELS // crops[0, ..., 0].size
+    outputs = [net(crops[first : first + size]) for first in range(0, len(crops), size)]
+    return tuple(torch.cat(parts)[:num_crops] for parts in zip(*outputs, strict=True))
 
 
 def _batches(images_rgb: Sequence[NDArray[np.uint8]]) -> Iterator[list[NDArray[np.uint8]]]:

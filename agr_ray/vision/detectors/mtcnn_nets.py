@@ -10,12 +10,66 @@ from __future__ import annotations
 import functools
 import math
 from importlib.resources import as_file, files
-from typing import Final
+from typing import Final, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from agr_ray.device import has_bfloat16
+
+Proposals = tuple[Tensor, Tensor, Tensor]
+"""Of k windows of a strip: numbers (k,), counted row by row, probabilities of a face (k,) and regressions (k, 4)."""
+
+
+class Nets(Protocol):
+    """The three nets on some device. Inputs are uint8 and outputs float32, on the CPU."""
+
+    def propose(self, strip_rgb: NDArray[np.uint8], threshold: float) -> Proposals:
+        """Run P-Net over a strip of the sheet (height, width, 3); return the windows of at least that probability."""
+        ...
+
+    def refine(self, crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
+        """Run R-Net over crops (n, 24, 24, 3); return box regressions (n, 4) and probabilities (n, 2)."""
+        ...
+
+    def output(self, crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
+        """Run O-Net over crops (n, 48, 48, 3); return regressions (n, 4), landmarks (n, 10), probabilities (n, 2)."""
+        ...
+
+
+class TorchNets:
+    """The nets in PyTorch, in bfloat16 where the device supports it."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._dtype = torch.bfloat16 if has_bfloat16(self._device) else torch.float32
+        self._p_net = ProposalNet().to(self._device, self._dtype)
+        self._r_net, self._o_net = (net.to(self._device, self._dtype) for net in (refine_net(), output_net()))
+
+    def propose(self, strip_rgb: NDArray[np.uint8], threshold: float) -> Proposals:
+        """As `Nets.propose`."""
+        net = self._p_net
+        features = net.features(self._input(strip_rgb[None])).permute(0, 2, 3, 1).flatten(0, 2)
+        probabilities = net.face_logit(features)[:, 0].float().sigmoid()
+        passed = (probabilities >= threshold).nonzero()[:, 0]
+        # Not in bfloat16: oneDNN would compile and keep a kernel for each number of windows, 1 MiB each.
+        regressions = functional.linear(features[passed].float(), net.box.weight.float(), net.box.bias.float())
+        return passed.cpu(), probabilities[passed].cpu(), regressions.cpu()
+
+    def refine(self, crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
+        """As `Nets.refine`."""
+        return tuple(each.float().cpu() for each in self._r_net(self._input(crops_nhwc)))
+
+    def output(self, crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
+        """As `Nets.output`."""
+        return tuple(each.float().cpu() for each in self._o_net(self._input(crops_nhwc)))
+
+    def _input(self, images_nhwc: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(images_nhwc).permute(0, 3, 1, 2).to(self._device).to(self._dtype)
 
 
 class ProposalNet(nn.Module):
@@ -23,16 +77,13 @@ class ProposalNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        weights = _weights("pnet")
+        weights = read_weights("pnet")
         self.features = _features(weights, kernels=(3, 3, 3), pools=(2, None, None))
         self.face_logit, self.box = nn.Linear(32, 1), nn.Linear(32, 4)
         with torch.no_grad():
-            weight, bias = weights["conv4_1.weight"].flatten(1), weights["conv4_1.bias"]
-            # The softmax of two logits is the sigmoid of their difference.
-            self.face_logit.weight.copy_(weight[1:] - weight[:1])
-            self.face_logit.bias.copy_(bias[1:] - bias[:1])
-            self.box.weight.copy_(weights["conv4_2.weight"].flatten(1))
-            self.box.bias.copy_(weights["conv4_2.bias"])
+            for layer, name in ((self.face_logit, "face"), (self.box, "conv4_2")):
+                layer.weight.copy_(weights[f"{name}.weight"].flatten(1))
+                layer.bias.copy_(weights[f"{name}.bias"])
         self.eval().to(memory_format=torch.channels_last)
 
 
@@ -74,12 +125,12 @@ class CropNet(nn.Module):
 
 def refine_net() -> CropNet:
     """Return R-Net, for crops of 24 pixels; it has no landmarks."""
-    return CropNet(_weights("rnet"), kernels=(3, 3, 2), pools=(3, 3, None))
+    return CropNet(read_weights("rnet"), kernels=(3, 3, 2), pools=(3, 3, None))
 
 
 def output_net() -> CropNet:
     """Return O-Net, for crops of 48 pixels."""
-    return CropNet(_weights("onet"), kernels=(3, 3, 3, 2), pools=(3, 3, 2, None))
+    return CropNet(read_weights("onet"), kernels=(3, 3, 3, 2), pools=(3, 3, 2, None))
 
 
 class RowwisePReLU(nn.Module):
@@ -127,9 +178,6 @@ def _features(weights: dict[str, Tensor], kernels: tuple[int, ...], pools: tuple
     layers: list[nn.Module] = []
     for number, (kernel, pool) in enumerate(zip(kernels, pools, strict=True), start=1):
         weight, bias = weights[f"conv{number}.weight"], weights[f"conv{number}.bias"]
-        if number == 1:
-            bias = bias.sub(weight.sum(dim=(1, 2, 3)), alpha=_MEAN_PIXEL / _PIXEL_SCALE)
-            weight = weight / _PIXEL_SCALE
         conv = nn.Conv2d(weight.shape[1], weight.shape[0], kernel)
         with torch.no_grad():
             conv.weight.copy_(weight)
@@ -148,8 +196,20 @@ def _linear(weights: dict[str, Tensor], name: str) -> nn.Linear:
     return layer
 
 
-def _weights(net: str) -> dict[str, Tensor]:
-    """Return the weights of `pnet`, `rnet` or `onet`."""
+def read_weights(net: str) -> dict[str, Tensor]:
+    """Return the weights of `pnet`, `rnet` or `onet`, by facenet-pytorch's names, for pixels from 0 to 255.
+
+    P-Net's last convolution becomes that of one logit, `face`, because the softmax of two is the sigmoid of their
+    difference.
+    """
     with as_file(files(__package__) / "mtcnn.safetensors") as path:
         stored = load_file(path)
-    return {name.partition(".")[2]: value for name, value in stored.items() if name.startswith(f"{net}.")}
+    weights = {name.partition(".")[2]: value for name, value in stored.items() if name.startswith(f"{net}.")}
+    first = weights["conv1.weight"]
+    weights["conv1.bias"] = weights["conv1.bias"].sub(first.sum(dim=(1, 2, 3)), alpha=_MEAN_PIXEL / _PIXEL_SCALE)
+    weights["conv1.weight"] = first / _PIXEL_SCALE
+    if net == "pnet":
+        for part in ("weight", "bias"):
+            both = weights[f"conv4_1.{part}"]
+            weights[f"face.{part}"] = both[1:] - both[:1]
+    return weights

@@ -1,0 +1,50 @@
+"""The packages of the extra `openvino`: whether they are installed, and how OpenVINO is imported and set."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+from agr_ray.errors import ConfigError, missing_extra
+
+
+def check_installed(what: str, *packages: str) -> None:
+    """Reject what needs packages that are not installed.
+
+    Args:
+        what: the command or setting, for the message.
+        packages: `openvino`, `nncf` or both.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{what}: {missing_extra('openvino', missing)}, on every node")
+
+
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would otherwise report each use to its makers."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def compiled(graph: Any, num_threads: int, floats: str = "f32") -> Any:
+    """Return an inference request for a graph on the CPU.
+
+    Args:
+        graph: an `openvino.Model`.
+        num_threads: for each inference.
+        floats: data type of the layers that are not int8, `f32` or `bf16`; OpenVINO itself would choose by the CPU.
+    """
+    settings = {
+        "INFERENCE_NUM_THREADS": num_threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": floats,
+        "ENABLE_CPU_PINNING": False,
+    }
+    return import_openvino().Core().compile_model(graph, "CPU", settings).create_infer_request()
