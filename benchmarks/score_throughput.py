@@ -4,7 +4,8 @@
                                           [--checkpoint FOLDER]
 
 Both process the same photographs with the same network: ResNet50 at 224 px with random weights. With --int8, (b) has an
-int8 network of it. With --checkpoint, (b) scores with that checkpoint, whatever its network is; (a) stays the same.
+int8 network of it, and the detector `mtcnn_int8`. With --checkpoint, (b) scores with that checkpoint, whatever its
+network is; (a) stays the same.
 
 (a) facenet-pytorch's MTCNN(keep_all=True) with its defaults, then torchvision's ResNet50 in float32 on its faces,
     one photograph at a time, on all cores. It runs before and after (b), because the machine's speed may drift.
@@ -113,6 +114,7 @@ def main() -> None:
         out = str(folder / "scored")
         command = [sys.executable, JOB, "--checkpoint", checkpoint, "--out", out]
         command += ["--input", folder / "photographs", "--num_workers", str(arguments.workers)]
+        command += ["--vision.detector", "mtcnn_int8"] if arguments.int8 else []
         command += ["--rows_per_file", str(ROWS_PER_PART), "--cluster.address", "local"]
         started = time.time()
         process = subprocess.Popen(command)
