@@ -119,8 +119,9 @@ def _convolution(maps: Any, weights: dict[str, Tensor], name: str, *, is_int8: b
     weight = weights[f"{name}.weight"]
     kernel = _constant(weight)
     if is_int8:
-        largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True)  # of each output channel
-        kernel = _rounded(kernel, -largest, largest, _WEIGHT_LEVELS)
+        # Twice the largest weight of each output channel: without VNNI, sums of products of larger numbers overflow.
+        end = 2 * weight.abs().amax(dim=(1, 2, 3), keepdim=True)
+        kernel = _rounded(kernel, -end, end, _WEIGHT_LEVELS)
     product = ops.convolution(maps, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
     return ops.add(product, _constant(weights[f"{name}.bias"].reshape(1, -1, 1, 1)))
 
