@@ -53,6 +53,7 @@ def test_the_default_network_mtcnn_and_the_training_loop_do_without_torchvision(
     code = (
         "import sys, agr_ray.learn.loop; from agr_ray.config import ModelConfig; from agr_ray.labels import UTKFACE; "
         "from agr_ray.models.network import MultiTaskNet; from agr_ray.vision.detect import make_detector; "
-        "MultiTaskNet(ModelConfig(), UTKFACE); make_detector('mtcnn'); print({'torchvision', 'torch._dynamo'} & set(sys.modules))"
+        "MultiTaskNet(ModelConfig(), UTKFACE); make_detector('mtcnn'); "
+        "print({'torchvision', 'torch._dynamo'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
