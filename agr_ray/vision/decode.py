@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import cv2
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
@@ -250,10 +251,19 @@ def _resized(rgb_image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]
 
     At such factors the result is nearer to Lanczos's than that of a filter against aliasing, in half the time.
     """
-    rgb = np.asarray(rgb_image, np.uint8)
+    pixels = _pixels(rgb_image)
     if rgb_image.size != size:
-        rgb = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_LINEAR), np.uint8)
-    return rgb
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
+    return np.asarray(pixels if pixels.shape[2] == 3 else cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), np.uint8)
+
+
+def _pixels(rgb_image: Image.Image) -> Any:
+    """Return the pixels of an RGB image, (height, width, 3 or 4); the fourth channel is padding."""
+    try:
+        flat = pa.array(rgb_image).flatten().to_numpy()  # without a copy, which takes as long as shrinking
+    except ValueError:  # Pillow keeps large images in several blocks
+        return np.asarray(rgb_image, np.uint8)
+    return flat.reshape(rgb_image.height, rgb_image.width, 4)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -560,3 +560,16 @@ def test_a_heic_with_an_unnamed_item_does_not_crash_its_process() -> None:
 )
 def test_messages_contain_nothing_specific_to_a_file(error: Exception, expected: str) -> None:
     assert decode._reason(error) == expected
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 21), (2600, 1800)], ids=str)  # Pillow keeps the last in two blocks
+def test_pixels_are_exactly_those_of_a_lossless_file(size: tuple[int, int]) -> None:
+    width, height = size
+    rgb = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(rgb).save(data, "BMP")
+
+    decoded = decode_image(data.getvalue())
+
+    assert decoded.rgb.flags.c_contiguous
+    assert (decoded.rgb == rgb).all()
