@@ -37,15 +37,16 @@ class Status(StrEnum):
     NOT_AN_IMAGE = "not_an_image"
     """Empty, or not in a supported image format."""
     MISSING = "missing"
-    """The object was listed but no longer exists."""
+    """The object was listed but no longer exists, or it has a label row but does not exist."""
     CHANGED = "changed"
     """The object is not the one that was listed: its etag differs."""
     ARCHIVED = "archived"
     """The object is in an archive, such as S3 Glacier: it must be restored before it can be read."""
     FAILED = "failed"
-    """Storage kept failing, or the image kept killing its worker."""
+    """Storage kept failing or denied access, or the image kept killing its worker."""
     BAD_LABEL = "bad_label"
-    """Labelled sources only: none of the given labels can be parsed, or label rows disagree. The image is not read."""
+    """Labelled sources only: none of the given labels, or not the split or the fold, can be parsed, label rows disagree,
+    or there is none. The image is not read."""
 
 
 CROP_STATUSES: Final = (Status.OK, Status.FALLBACK)
