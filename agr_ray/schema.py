@@ -45,8 +45,8 @@ class Status(StrEnum):
     FAILED = "failed"
     """Storage kept failing or denied access, or the image kept killing its worker."""
     BAD_LABEL = "bad_label"
-    """Labelled sources only: none of the given labels, or not the split or the fold, can be parsed, label rows disagree,
-    or there is none. The image is not read."""
+    """Labelled sources only: none of the given labels, or not the split or the fold, can be parsed, the label rows
+    disagree, or there is none. The image is not read."""
 
 
 CROP_STATUSES: Final = (Status.OK, Status.FALLBACK)
