@@ -24,10 +24,10 @@ If a cell of a breakdown is hidden, its cells of 0 are hidden, too. Otherwise hi
 is counted there. Hidden counts other than cells are known to be at least 1.
 
 If distinct faces were counted, a cell is small if its distinct faces are few, however many near-duplicates it has:
-six copies of a photograph are one face. `n_unique` is hidden exactly where `n` is. So it adds nothing from which a
-hidden count could be computed: a change of hidden n that leaves every published total as it is, made to n_unique as
-well, leaves every total of n_unique, and every difference of the two, as it is. (Distinct faces of cells need not add
-up, so an attacker knows less of n_unique than of n.) What may become known is that hidden cells have no duplicates.
+six copies of a photograph are one face. If any cell of a group is hidden, every n_unique of the group is, and of the
+total over all groups. Otherwise a total with six faces and an n_unique of 1 would show that only one of its hidden cells
+has faces. num_unique is then hidden, too, unless it is at least the number of the group's cells: then any of the hidden
+cells may have faces.
 """
 
 from __future__ import annotations
@@ -376,9 +376,10 @@ def _publish(table: pa.Table, counts: _Counts, hidden: BoolArray, min_cell: int)
         **dict.fromkeys(("share_corrected", "share_low", "share_high"), uncorrected),
         **{name: hidden[counts.of_group[name]][counts.group] for name in _GROUP_COUNTS},
         "num_abstained": by_breakdown["num_abstained"],
-        "n_unique": n_hidden,
+        "n_unique": _with_total(table, np.bincount(counts.group, n_hidden)[counts.group] > 0),
     }
-    masks["num_unique"] = _num_unique_hidden(table, masks, min_cell)
+    num_cells = np.where(masks["n_unique"], np.bincount(counts.group)[counts.group], 0)
+    masks["num_unique"] = _num_unique_hidden(table, masks, np.maximum(num_cells, min_cell))
     columns = {name: table.column(name) for name in table.column_names}
     for name, mask in masks.items():
         columns[name] = pc.if_else(pa.array(mask), pa.scalar(None, table.schema.field(name).type), columns[name])
@@ -387,13 +388,18 @@ def _publish(table: pa.Table, counts: _Counts, hidden: BoolArray, min_cell: int)
     return pa.table(columns, schema=table.schema)
 
 
-def _num_unique_hidden(table: pa.Table, masks: Mapping[str, BoolArray], min_cell: int) -> BoolArray:
+def _num_unique_hidden(table: pa.Table, masks: Mapping[str, BoolArray], smallest: IntArray) -> BoolArray:
     """Return a boolean for each row: whether its group has few distinct faces, or the number they are of is hidden.
 
-    If that is so in any group, the total is hidden, too: the distinct faces of the groups mostly add up to it.
+    `smallest` is the smallest number to publish, of each row.
     """
     num_unique = pc.fill_null(table.column("num_unique"), 0).to_numpy()
-    hidden = ((num_unique > 0) & (num_unique < min_cell)) | masks["num_faces"] | masks["num_flagged"]
+    is_small = (num_unique > 0) & (num_unique < smallest)
+    return _with_total(table, is_small | masks["num_faces"] | masks["num_flagged"])
+
+
+def _with_total(table: pa.Table, hidden: BoolArray) -> BoolArray:
+    """Hide the total if any group is hidden: the distinct faces of the groups mostly add up to it."""
     return np.asarray(hidden | (table.column("is_total").to_numpy() & hidden.any()), np.bool_)
 
 
