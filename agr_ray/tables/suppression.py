@@ -25,8 +25,8 @@ is counted there. Hidden counts other than cells are known to be at least 1.
 
 If distinct faces were counted, a cell is small if its distinct faces are few, however many near-duplicates it has:
 six copies of a photograph are one face. If any cell of a group is hidden, every n_unique of the group is, and of the
-total over all groups. Otherwise six faces with an n_unique of 1 would show that only one of their hidden cells has
-faces. num_unique is then hidden, too, unless it is at least the number of the group's cells: then any of the hidden
+total over all groups. Otherwise a total of 30 faces with an n_unique of 5 could show that each of its five hidden
+cells has one distinct face. num_unique is then hidden, too, unless it is at least the number of the group's cells: then any of the hidden
 cells may have faces.
 """
 
