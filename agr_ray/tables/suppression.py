@@ -23,11 +23,11 @@ If a cell of a breakdown is hidden, its cells of 0 are hidden, too. Otherwise hi
 1, and five faces in five hidden cells would each be known from their sum. A hidden 0 may be found out, because nobody
 is counted there. Hidden counts other than cells are known to be at least 1.
 
-If distinct faces were counted, a cell is small if its distinct faces are few, however many near-duplicates it has:
-six copies of a photograph are one face. If any cell of a group is hidden, every n_unique of the group is, and of the
-total over all groups. Otherwise a total of 30 faces with an n_unique of 5 could show that each of its five hidden
-cells has one distinct face. num_unique is then hidden, too, unless it is at least the number of the group's cells: then any of the hidden
-cells may have faces.
+If distinct faces were counted, a cell is small if its distinct faces are few, however many near-duplicates it has: six
+copies of a photograph are one face. If any cell of a group is hidden, every n_unique of the group is, and of the total
+over all groups. Otherwise a total of 30 faces with an n_unique of 5 could show that each of its five hidden cells has
+one distinct face. num_unique is then hidden, too, unless it is at least the number of the group's cells: then any of
+the hidden cells may have faces.
 """
 
 from __future__ import annotations
