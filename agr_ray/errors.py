@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 
 
@@ -11,7 +12,8 @@ class ConfigError(Exception):
 
 def missing_extra(extra: str, packages: Sequence[str]) -> str:
     """Return what to do about packages of one of the project's extras that are not installed."""
-    return f"needs {' and '.join(packages)}, not installed here; in a clone of the project: pip install '.[{extra}]'"
+    missing, host = " and ".join(packages), platform.node()
+    return f"needs {missing}, not installed on {host}; in a clone of the project: pip install '.[{extra}]'"
 
 
 class JobError(Exception):

@@ -10,8 +10,8 @@ from urllib.parse import unquote
 
 HIDDEN: Final = "***"
 
-# Names of files and keys can be long words, so no pattern may take quadratic time: each word is read once. A scheme or
-# a name begins where no earlier one can, and a word without `@` is matched whole.
+# Names of files and keys can be long words, so no pattern may take quadratic time: each word is read once. A match
+# starts only at the first character of a word, and a word without `@` is matched whole.
 _SCHEME: Final = r"(?<![a-z0-9+.-])[0-9+.-]*(?:s3://(?=[^\s'\"<>/]*[:@])|(?!s3://|file://)[a-z][a-z0-9+.-]*://)(?!/)"
 _URL: Final = re.compile(rf"(?i)({_SCHEME})(?:([^\s'\"<>]*)@|[^\s'\"<>]*)")
 _WORDS: Final = "password|passwd|passwort|pwd|secret|token|credential|signature|api_?key|access_?key"

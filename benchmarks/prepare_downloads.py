@@ -30,6 +30,7 @@ from agr_ray.console import make_console
 from agr_ray.data.manifest import content_hash
 from agr_ray.data.preparation import prepare_set
 from agr_ray.storage import Storage
+from agr_ray.vision.detect import DETECTORS
 
 sys.path += [str(Path(__file__).parents[1] / "tests" / name) for name in ("system", "unit")]
 from cropping_here import CroppingHere
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of UTKFace chips")
     parser.add_argument("--num", type=int, default=1000, help="images")
     parser.add_argument("--latency_ms", type=float, default=20.0, help="added to each request")
-    parser.add_argument("--detector", default="none", choices=("none", "mtcnn", "haar"))
+    parser.add_argument("--detector", default="none", choices=DETECTORS)
     arguments = parser.parse_args()
     console = make_console()
     with tempfile.TemporaryDirectory(prefix="bucket-") as temporary, run_seaweedfs(Path(temporary)) as server:

@@ -58,7 +58,8 @@ class ModelConfig(Section):
     """`none`: one age head. Otherwise one for each gender: `soft` averages their ages, weighted by the predicted
     probability of the gender; `hard` uses the one of the more probable gender. Needs the task gender."""
     head_pose: bool = False
-    """Give the heads the face's yaw, pitch and roll, too. Needs faces found by `mtcnn`, which finds landmarks."""
+    """Give the heads the face's yaw, pitch and roll, too. Needs faces found by `mtcnn` or `mtcnn_int8`,
+    which find landmarks."""
     gender_head: Annotated[str, AfterValidator(HEADS["gender"].check)] = Field(
         "binary", description=f"{', '.join(HEADS['gender'].names)}: one logit."
     )

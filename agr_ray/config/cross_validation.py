@@ -29,7 +29,7 @@ class CrossValidateConfig(Section):
     """Share of a fold's training images that is used for validation, by person."""
     near_duplicates: Literal["keep", "exclude"] = "keep"
     """`keep`: near-duplicates of a fold's test images (re-encoded, resized or slightly cropped copies) stay in its
-    training; `exclude`: they are left out. With `exclude`, so are images that show a person of the test images, or are
-    copies of these, which published folds may have; otherwise they are an error."""
+    training; `exclude`: they are left out. Published folds may also have copies of test images, and images of the same
+    people, in training: `exclude` leaves these out, too; with `keep`, the command ends with an error."""
     max_concurrent: PositiveInt | None = None
     """Number of folds that are trained at the same time; none: as many as fit the cluster."""

@@ -14,6 +14,7 @@ from agr_ray.data.prepared import PreparedSet
 from agr_ray.errors import ConfigError
 from agr_ray.labels import LabelSpace, race_mapping
 from agr_ray.storage import Storage
+from agr_ray.vision.detect import CASCADES
 
 
 def check_sets(sets: Sequence[PreparedSet]) -> None:
@@ -163,6 +164,8 @@ def vision_warnings(sets: Sequence[PreparedSet]) -> list[str]:
     first = Pipeline(vision=sets[0].vision).decisive()
     for prepared in sets[1:]:
         other = Pipeline(vision=prepared.vision).decisive()
+        if {sets[0].detector, prepared.detector} <= {*CASCADES}:  # their crops are nearly the same
+            other["vision.detector"] = first["vision.detector"]
         different = [f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other[key]]
         if different:
             warnings.append(

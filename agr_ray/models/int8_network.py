@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from agr_ray.models.heads.base import Head
 from agr_ray.models.int8 import GRAPH_FILE, Int8Files, read_int8
 from agr_ray.models.network import MultiTaskNet, head_outputs
-from agr_ray.openvino_extra import compiled, import_openvino
+from agr_ray.openvino_extra import CompiledGraph, import_openvino
 from agr_ray.storage.scratch import scratch_folder
 
 
@@ -40,7 +40,7 @@ class Int8Net(nn.Module):
         graph = import_openvino().Core().read_model(model=files.graph, weights=files.weights)
         self.batch_size = int(graph.input(0).shape[0])
         """Images that `forward` takes at a time: as many as when the network was quantised."""
-        self._request: Any = compiled(graph, torch.get_num_threads())
+        self._features = CompiledGraph(graph, torch.get_num_threads())
         self.eval()
 
     @property
@@ -51,8 +51,8 @@ class Int8Net(nn.Module):
     def forward(self, images_nchw: Tensor, pose_degrees: Tensor | None = None) -> dict[str, Any]:
         """Return the raw outputs by task, as `MultiTaskNet.forward`; a batch has `batch_size` images."""
         images = np.ascontiguousarray(images_nchw.numpy())
-        features = self._request.infer([images], share_inputs=True)[0]
-        return head_outputs(self.heads, self._config, torch.from_numpy(np.array(features)), pose_degrees)
+        (features,) = self._features(images)
+        return head_outputs(self.heads, self._config, torch.from_numpy(features), pose_degrees)
 
 
 def quantize(model: MultiTaskNet, batches: Iterable[NDArray[np.float32]]) -> Int8Files:

@@ -115,8 +115,8 @@ def _protocol(own: Mapping[str, Any], folds: Sequence[Mapping[str, Any]], num_im
     """Return what was done."""
     num_left_out = sum(row["num_left_out"] for row in folds)
     left_out = (
-        f"Near-duplicates, copies and other images of the people of a fold's test images were left out of its training "
-        f"({num_left_out:,} in all folds together)."
+        "Near-duplicates and copies of a fold's test images, and other images of the same people, were left out of its "
+        f"training ({num_left_out:,} in all folds together)."
         if own["near_duplicates"] == "exclude"
         else "Near-duplicates of a fold's test images, if there are any, stayed in its training."
     )

@@ -23,7 +23,7 @@ from agr_ray.predict.face_model import FaceModel
 from agr_ray.predict.photo import Photo
 from agr_ray.progress_bar import progress
 from agr_ray.schema import Status
-from agr_ray.storage import Storage
+from agr_ray.storage import Storage, StorageUnavailable
 from agr_ray.vision.decode import ImageError
 
 _BATCH_SIZE: Final = 16
@@ -86,14 +86,23 @@ def _files(name: str, storage: Storage) -> list[str]:
     Raises:
         ConfigError: there is none in it.
     """
-    # Keys that end like image files need no permission to list the bucket.
-    is_uri = "://" in name and not name.lower().endswith(IMAGE_SUFFIXES)
-    if not (storage.is_folder(name) if is_uri else os.path.isdir(name)):
+    if not _is_folder(name, storage):
         return [name]
     found = sorted(info.uri for info in storage.list_readable(storage.absolute(name), IMAGE_SUFFIXES))
     if not found:
         raise ConfigError(f"photographs {name}: there is no image in this folder")
     return found
+
+
+def _is_folder(name: str, storage: Storage) -> bool:
+    if not name.startswith("s3://"):
+        return storage.is_folder(name) if "://" in name else os.path.isdir(name)
+    if name.lower().endswith(IMAGE_SUFFIXES):
+        return False
+    try:
+        return storage.is_folder(name)
+    except StorageUnavailable:  # a user may read objects who may not list the bucket
+        return False
 
 
 def _print_table(photos: Sequence[Photo], console: Console) -> None:

@@ -45,7 +45,7 @@ def check_record(
     runs: Iterable[str] = (),
     grows: str = "",
 ) -> None:
-    """Store the shared settings and the names of the runs, or check that the folder holds the same settings.
+    """Store the shared settings and the names of the runs; check first that the folder holds the same settings.
 
     Args:
         storage: of the folder.
@@ -53,16 +53,15 @@ def check_record(
         settings: that all runs share and that affect the result, by section.
         key: the setting and value that name the folder, such as `compare.out results`.
         what: the folder's content, such as `a comparison`.
-        runs: names of the runs, which are added to those of earlier commands.
+        runs: names of this command's runs, for `status`.
         grows: section whose new keys are added to those of the folder; empty: there is none.
 
     Raises:
         ConfigError: it holds other ones; the message names a setting.
     """
-    ours, names = json.loads(json.dumps(settings)), [*runs]
+    ours = json.loads(json.dumps(settings))
     with contextlib.suppress(MissingObject):
         theirs = json.loads(storage.read(uri))
-        names = [*dict.fromkeys([*theirs.get("runs", []), *names])]
         if grows:  # each side keeps its own values of the keys that both have
             ours[grows] = theirs[grows] | ours[grows]
             theirs[grows] = ours[grows] | theirs[grows]
@@ -71,7 +70,7 @@ def check_record(
             if difference is not None:
                 name, old, new = difference
                 raise ConfigError(f"{key}: holds {what} with {name} {old}, not {new}; choose another folder")
-    storage.write(uri, json.dumps(ours | {"runs": names}, indent=1).encode())
+    storage.write(uri, json.dumps(ours | {"runs": [*runs]}, indent=1).encode())
 
 
 def is_measured(storage: Storage, out: str, name: str) -> bool:

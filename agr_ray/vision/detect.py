@@ -58,14 +58,12 @@ def make_detector(
     min_face_px: float = 40.0,
     thresholds: tuple[float, float, float] = (0.6, 0.6, 0.5),
     min_score: float = 0.0,
-    device: str = "cpu",
 ) -> Detector:
     """Build a detector by its name, one of `DETECTORS`.
 
     `min_face_px` is the size of the smallest face to find, in pixels of the images given to `detect`. `thresholds` are
     those of MTCNN's three nets. Faces with a score below `min_score` are dropped; the scale is the detector's own
-    (MTCNN: a probability; Haar: the cascade's weight, mostly 3 to 12). `device` is the torch device of `mtcnn`;
-    `mtcnn_int8` runs on the CPU.
+    (MTCNN: a probability; Haar: the cascade's weight, mostly 3 to 12).
 
     Raises:
         ConfigError: its package is not installed.
@@ -80,7 +78,7 @@ def make_detector(
         if name == "mtcnn":
             from agr_ray.vision.detectors.mtcnn_nets import TorchNets
 
-            nets = TorchNets(device)
+            nets = TorchNets()
         else:
             from agr_ray.vision.detectors.mtcnn_openvino import OpenVinoNets
 

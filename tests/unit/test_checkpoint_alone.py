@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,3 +154,26 @@ def test_attributes_are_written_in_any_order_and_rejected_if_the_checkpoint_lack
         scored(job(model, photographs, "other", "--score.attributes", '["age", "race"]'))
     _, rows, _ = scored(job(model, photographs, "other"))
     assert {(face["race"], face["gender"] is None) for row in rows for face in row["faces"]} == {(None, False)}
+
+
+def test_a_detector_without_its_package_is_rejected_before_anything_is_planned(
+    model: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    with pytest.raises(ConfigError, match=r"^vision\.detector mtcnn_int8: needs openvino, not installed on"):
+        scored(job(model, photographs, "missing", "--vision.detector", "mtcnn_int8"))
+
+    assert not (photographs.parent / "missing-work").exists()
+
+
+def test_the_other_cascade_triggers_no_warning(model: Path, photographs: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "mtcnn")
+    meta = json.loads((tmp_path / "mtcnn" / META).read_text())
+    meta["vision"]["detector"] = "mtcnn"
+    (tmp_path / "mtcnn" / META).write_text(json.dumps(meta))
+
+    _, rows, printed = scored(job(tmp_path / "mtcnn", photographs, "int8", "--vision.detector", "mtcnn_int8"))
+
+    assert {row["detector"] for row in rows} == {"mtcnn_int8"}
+    assert "trained on crops" not in printed

@@ -1,6 +1,7 @@
 """Detection: rendered faces are found, borders move no landmarks, and facenet-pytorch agrees."""
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from torchvision.ops import nms
 
 from agr_ray.data.rendered import render_chip, render_photograph
 from agr_ray.errors import ConfigError
+from agr_ray.openvino_extra import import_openvino
 from agr_ray.vision.detect import DETECTORS, Detector, make_detector
 from agr_ray.vision.detectors import mtcnn as cascade
 from agr_ray.vision.detectors import mtcnn_nets as nets
@@ -134,6 +136,42 @@ def test_the_proposals_in_int8_are_almost_those_in_float(chips: list[np.ndarray]
     assert 0 < difference.mean() < 0.05
     faces = exact[1] > 0.6
     assert (exact[2] - rounded[2])[faces].abs().mean() < 0.02
+
+
+def test_p_net_computes_in_int8() -> None:
+    graph = mtcnn_openvino._proposal_net(202, 128)
+    network = import_openvino().Core().compile_model(graph, "CPU").get_runtime_model()
+    inputs = [
+        node.input(0).get_element_type().get_type_name()
+        for node in network.get_ordered_ops()
+        if node.get_rt_info()["layerType"] == "Convolution"
+    ]
+    assert inputs == ["u8"] * 5
+
+
+def test_weights_in_int8_are_small_enough_for_a_cpu_without_vnni() -> None:
+    # Without VNNI, a pair of products is added in 16 bits: 2 x 255 x 64 fits, 2 x 255 x 127 does not.
+    for node in mtcnn_openvino._proposal_net(202, 128).get_ordered_ops():
+        if node.get_type_name() == "FakeQuantize" and node.input_value(0).get_node().get_type_name() == "Constant":
+            weights, low, high = (node.input_value(place).get_node().data for place in range(3))
+            assert (low == -high).all()
+            assert np.abs(weights / high * 127).max() < 64
+
+
+def test_only_the_latest_sizes_of_strips_are_kept() -> None:
+    nets_in_openvino = mtcnn_openvino.OpenVinoNets()
+    for width in range(64, 64 * 20, 64):
+        nets_in_openvino.propose(np.zeros((202, width, 3), np.uint8), 0.6)
+    assert nets_in_openvino._p_net.cache_info().currsize == 12
+
+
+@pytest.mark.parametrize("name", ["mtcnn", "mtcnn_int8"])
+def test_threads_may_share_a_detector(name: str, chips: list[np.ndarray]) -> None:
+    detector = make_detector(name)
+    (expected,) = detector.detect(chips[:1])
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: detector.detect(chips[:1])[0], range(12)))
+    assert [faces.boxes_xyxy.tolist() for faces in found] == [expected.boxes_xyxy.tolist()] * 12
 
 
 def test_the_cascade_in_int8_finds_the_same_faces(chips: list[np.ndarray]) -> None:

@@ -30,6 +30,7 @@ from agr_ray.models.transform import Transform
 from agr_ray.predict import attributes
 from agr_ray.predict.attributes import AttributePredictor
 from agr_ray.predict.crop_predictor import CropPredictor
+from agr_ray.predict.face_finder import FaceFinder, Reject
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.schema import CROPS, IMAGES
 from agr_ray.scoring.planning import plan
@@ -177,3 +178,16 @@ def test_a_calibration_of_another_precision_triggers_a_warning(tmp_path: Path) -
 
     with pytest.warns(UserWarning, match="own: predicted in float32, but calibrated on predictions in bfloat16"):
         FaceModel.load(str(own))
+
+
+@pytest.mark.parametrize("detector", ["mtcnn", "mtcnn_int8"])
+def test_the_minimum_score_holds_for_either_cascade(detector: str) -> None:
+    body = encode_jpeg(np.asarray(render_chip(0, 0).image_rgb))
+
+    def num_faces(min_score: float) -> int:
+        finder = FaceFinder(VisionConfig(detector=detector, min_score=min_score), 112)
+        (photograph,) = finder.find([body])
+        assert not isinstance(photograph, Reject)
+        return len(photograph.faces)
+
+    assert (num_faces(0.5), num_faces(1.0)) == (1, 0)

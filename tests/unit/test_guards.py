@@ -119,6 +119,8 @@ def test_an_input_larger_than_the_crops_triggers_a_warning_that_names_the_recipe
 def test_crops_of_any_detector_trigger_no_warning() -> None:
     assert vision_warnings([prepared("data"), prepared("more")]) == []
     assert vision_warnings([prepared("data", "haar")]) == []
+    assert vision_warnings([prepared("data", "mtcnn"), prepared("more", "mtcnn_int8")]) == []
+    assert len(vision_warnings([prepared("data", "mtcnn"), prepared("more", "haar")])) == 1
 
 
 # Several sets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import os
@@ -581,3 +582,15 @@ def test_an_image_is_requested_again_from_a_busy_server(source: Source, monkeypa
 
 def kill(*_: Any) -> None:
     raise Killed
+
+
+def test_a_detector_without_its_package_is_rejected_before_a_file_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    job = Source(tmp_path).job().model_copy(update={"vision": VisionConfig(detector="mtcnn_int8")})
+
+    with pytest.raises(ConfigError, match=r"^vision\.detector mtcnn_int8: needs openvino"):
+        prepare(job)
+
+    assert not (tmp_path / "out").exists()

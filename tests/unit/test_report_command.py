@@ -11,7 +11,9 @@ from evaluations import write_evaluation
 from agr_ray.cli import main
 from agr_ray.config import ReportJob
 from agr_ray.errors import ConfigError
+from agr_ray.report import faces
 from agr_ray.report.report import report
+from agr_ray.storage import Storage, StorageUnavailable
 
 
 def test_the_page_can_be_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,3 +66,13 @@ def test_an_evaluation_has_no_runs(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="only scoring results have runs"):
         report(ReportJob(folders=[str(tmp_path / "eval")], run="x"), quiet=True)
+
+
+def test_a_key_that_may_be_read_in_a_bucket_that_may_not_be_listed_is_a_photograph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> bool:
+        raise StorageUnavailable("bucket 'b': AccessDenied")
+
+    monkeypatch.setattr(Storage, "is_folder", refuse)
+    assert faces._files("s3://b/5f3a9c", Storage()) == ["s3://b/5f3a9c"]

@@ -48,7 +48,7 @@ class Mtcnn:
     Args:
         name: the detector's.
         nets: computes the three nets.
-        min_face_px: as the other arguments, of `detect.make_detector`.
+        min_face_px: see `detect.make_detector`, as for the other arguments.
         thresholds: of the three nets.
         min_score: of a face.
     """

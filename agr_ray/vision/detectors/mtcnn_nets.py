@@ -26,7 +26,7 @@ Proposals = tuple[Tensor, Tensor, Tensor]
 
 
 class Nets(Protocol):
-    """The three nets on some device. Inputs are uint8 and outputs float32, on the CPU."""
+    """The three nets. Inputs are uint8, outputs float32."""
 
     def propose(self, strip_rgb: NDArray[np.uint8], threshold: float) -> Proposals:
         """Run P-Net over a strip of the sheet (height, width, 3); return the windows of at least that probability."""
@@ -42,13 +42,12 @@ class Nets(Protocol):
 
 
 class TorchNets:
-    """The nets in PyTorch, in bfloat16 where the device supports it."""
+    """The nets in PyTorch, in bfloat16 if the CPU supports it."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = torch.device(device)
-        self._dtype = torch.bfloat16 if has_bfloat16(self._device) else torch.float32
-        self._p_net = ProposalNet().to(self._device, self._dtype)
-        self._r_net, self._o_net = (net.to(self._device, self._dtype) for net in (refine_net(), output_net()))
+    def __init__(self) -> None:
+        self._dtype = torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32
+        self._p_net = ProposalNet().to(self._dtype)
+        self._r_net, self._o_net = refine_net().to(self._dtype), output_net().to(self._dtype)
 
     def propose(self, strip_rgb: NDArray[np.uint8], threshold: float) -> Proposals:
         """As `Nets.propose`."""
@@ -58,18 +57,18 @@ class TorchNets:
         passed = (probabilities >= threshold).nonzero()[:, 0]
         # Not in bfloat16: oneDNN would compile and keep a kernel for each number of windows, 1 MiB each.
         regressions = functional.linear(features[passed].float(), net.box.weight.float(), net.box.bias.float())
-        return passed.cpu(), probabilities[passed].cpu(), regressions.cpu()
+        return passed, probabilities[passed], regressions
 
     def refine(self, crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
         """As `Nets.refine`."""
-        return tuple(each.float().cpu() for each in self._r_net(self._input(crops_nhwc)))
+        return tuple(each.float() for each in self._r_net(self._input(crops_nhwc)))
 
     def output(self, crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
         """As `Nets.output`."""
-        return tuple(each.float().cpu() for each in self._o_net(self._input(crops_nhwc)))
+        return tuple(each.float() for each in self._o_net(self._input(crops_nhwc)))
 
     def _input(self, images_nhwc: NDArray[np.uint8]) -> Tensor:
-        return torch.from_numpy(images_nhwc).permute(0, 3, 1, 2).to(self._device).to(self._dtype)
+        return torch.from_numpy(images_nhwc).permute(0, 3, 1, 2).to(self._dtype)
 
 
 class ProposalNet(nn.Module):

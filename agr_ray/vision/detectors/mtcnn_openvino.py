@@ -6,9 +6,8 @@ candidates anew.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -17,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agr_ray.device import has_bfloat16
-from agr_ray.openvino_extra import compiled, import_openvino
+from agr_ray.openvino_extra import CompiledGraph, import_openvino
 from agr_ray.vision.detectors.mtcnn_nets import Proposals, read_weights
 
 _P_NET_RANGES: Final = ((0.0, 255.0), (-3.6, 13.6), (-7.4, 15.4), (-5.1, 17.3))
 """Ranges of the inputs of P-Net's four convolutions, as NNCF measured them on the pyramids of 32 photographs of people.
 Values beyond them are clipped."""
+_MAX_STRIPS: Final = 12
 _WEIGHT_LEVELS: Final = 255
 _ACTIVATION_LEVELS: Final = 256
 
@@ -35,14 +35,15 @@ class OpenVinoNets:
         self._num_threads = torch.get_num_threads()
         self._r_net = self._compiled(_crop_net("rnet", 24, pools=(3, 3, None)))
         self._o_net = self._compiled(_crop_net("onet", 48, pools=(3, 3, 2, None)))
-        # One for each size of strip: there are few, and with a size that may vary it is slower.
-        self._p_net = cache(lambda height, width: self._compiled(_proposal_net(height, width)))
+        # One for each width of a strip, because it is slower with a width that may vary. Photographs that are shrunk to
+        # 1,280 px have 12 widths; others may have hundreds, and each takes memory and threads.
+        self._p_net = lru_cache(_MAX_STRIPS)(lambda height, width: self._compiled(_proposal_net(height, width)))
 
     def propose(self, strip_rgb: NDArray[np.uint8], threshold: float) -> Proposals:
         """As `Nets.propose`."""
-        logits, boxes = self._p_net(*strip_rgb.shape[:2]).infer({0: strip_rgb[None]}).values()
+        logits, boxes = self._p_net(*strip_rgb.shape[:2])(strip_rgb[None])
         logits, boxes = logits.reshape(-1), boxes.reshape(4, -1)
-        passed = np.flatnonzero(logits >= (math.log(threshold / (1.0 - threshold)) if threshold else -math.inf))
+        passed = np.flatnonzero(logits >= float(torch.tensor(threshold).logit()))
         return (
             torch.from_numpy(passed),
             torch.from_numpy(logits[passed]).sigmoid(),
@@ -51,19 +52,14 @@ class OpenVinoNets:
 
     def refine(self, crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
         """As `Nets.refine`."""
-        return _outputs(self._r_net, crops_nhwc)
+        return tuple(map(torch.from_numpy, self._r_net(crops_nhwc)))
 
     def output(self, crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
         """As `Nets.output`."""
-        return _outputs(self._o_net, crops_nhwc)
+        return tuple(map(torch.from_numpy, self._o_net(crops_nhwc)))
 
-    def _compiled(self, graph: Any) -> Any:
-        return compiled(graph, self._num_threads, self._floats)
-
-
-def _outputs(request: Any, crops_nhwc: NDArray[np.uint8]) -> tuple[Tensor, ...]:
-    """Return copies of a net's outputs: the request overwrites its own."""
-    return tuple(torch.from_numpy(each.copy()) for each in request.infer({0: crops_nhwc}).values())
+    def _compiled(self, graph: Any) -> CompiledGraph:
+        return CompiledGraph(graph, self._num_threads, self._floats)
 
 
 def _proposal_net(height: int, width: int) -> Any:
