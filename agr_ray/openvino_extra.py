@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -36,6 +37,16 @@ def import_openvino() -> Any:
     return openvino
 
 
+@cache
+def core() -> Any:
+    """Return OpenVINO's core, the same for the whole process.
+
+    With the last core, OpenVINO unloads the library that computes. After that, a signal that Python handles ends the
+    process with a segmentation fault (OpenVINO 2026.4).
+    """
+    return import_openvino().Core()
+
+
 class CompiledGraph:
     """A graph on the CPU, which several threads may share: they take turns.
 
@@ -53,7 +64,7 @@ class CompiledGraph:
             "INFERENCE_PRECISION_HINT": floats,
             "ENABLE_CPU_PINNING": False,
         }
-        self._request = import_openvino().Core().compile_model(graph, "CPU", settings).create_infer_request()
+        self._request = core().compile_model(graph, "CPU", settings).create_infer_request()
         self._lock = Lock()
 
     def __call__(self, batch: NDArray[Any]) -> list[NDArray[np.float32]]:

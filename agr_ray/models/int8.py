@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from agr_ray.errors import ConfigError
-from agr_ray.openvino_extra import check_installed, import_openvino
+from agr_ray.openvino_extra import check_installed, core
 
 GRAPH_FILE: Final = "int8.xml"
 WEIGHTS_FILE: Final = "int8.bin"
@@ -49,7 +49,7 @@ def check_int8(files: Int8Files | None, key: str) -> None:
         )
     check_installed(f"{key}: predict.precision int8", "openvino")
     try:
-        import_openvino().Core().read_model(model=files.graph, weights=files.weights)
+        core().read_model(model=files.graph, weights=files.weights)
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         raise ConfigError(f"{key}: {GRAPH_FILE} or {WEIGHTS_FILE} is damaged: {last}") from None

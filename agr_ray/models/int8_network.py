@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from agr_ray.models.heads.base import Head
 from agr_ray.models.int8 import GRAPH_FILE, Int8Files, read_int8
 from agr_ray.models.network import MultiTaskNet, head_outputs
-from agr_ray.openvino_extra import CompiledGraph, import_openvino
+from agr_ray.openvino_extra import CompiledGraph, core, import_openvino
 from agr_ray.storage.scratch import scratch_folder
 
 
@@ -37,7 +37,7 @@ class Int8Net(nn.Module):
         super().__init__()
         self.heads = model.heads
         self._config = model.config
-        graph = import_openvino().Core().read_model(model=files.graph, weights=files.weights)
+        graph = core().read_model(model=files.graph, weights=files.weights)
         self.batch_size = int(graph.input(0).shape[0])
         """Images that `forward` takes at a time: as many as when the network was quantised."""
         self._features = CompiledGraph(graph, torch.get_num_threads())

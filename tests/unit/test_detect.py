@@ -1,6 +1,8 @@
 """Detection: rendered faces are found, borders move no landmarks, and facenet-pytorch agrees."""
 
 import importlib.util
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -15,7 +17,7 @@ from torchvision.ops import nms
 
 from agr_ray.data.rendered import render_chip, render_photograph
 from agr_ray.errors import ConfigError
-from agr_ray.openvino_extra import import_openvino
+from agr_ray.openvino_extra import core
 from agr_ray.vision.detect import DETECTORS, Detector, make_detector
 from agr_ray.vision.detectors import mtcnn as cascade
 from agr_ray.vision.detectors import mtcnn_nets as nets
@@ -140,7 +142,7 @@ def test_the_proposals_in_int8_are_almost_those_in_float(chips: list[np.ndarray]
 
 def test_p_net_computes_in_int8() -> None:
     graph = mtcnn_openvino._proposal_net(202, 128)
-    network = import_openvino().Core().compile_model(graph, "CPU").get_runtime_model()
+    network = core().compile_model(graph, "CPU").get_runtime_model()
     inputs = [
         node.input(0).get_element_type().get_type_name()
         for node in network.get_ordered_ops()
@@ -163,6 +165,15 @@ def test_only_the_latest_sizes_of_strips_are_kept() -> None:
     for width in range(64, 64 * 20, 64):
         nets_in_openvino.propose(np.zeros((202, width, 3), np.uint8), 0.6)
     assert nets_in_openvino._p_net.cache_info().currsize == 12
+
+
+def test_a_process_that_no_longer_needs_openvino_still_gets_signals() -> None:
+    code = (
+        "import gc, signal; from agr_ray.vision.detect import make_detector; detector = make_detector('mtcnn_int8'); "
+        "del detector; gc.collect(); signal.signal(signal.SIGTERM, lambda *_: print('stopping')); "
+        "signal.raise_signal(signal.SIGTERM)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "stopping\n"
 
 
 @pytest.mark.parametrize("name", ["mtcnn", "mtcnn_int8"])
