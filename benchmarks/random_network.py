@@ -19,7 +19,7 @@ from agr_ray.models.int8_network import quantize
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.network_input import prepare_eval, to_nchw
 from agr_ray.models.transform import Transform
-from agr_ray.predict.attributes import INT8_BATCH_SIZE
+from agr_ray.predict.attributes import int8_batch_size
 
 _CHUNK: Final = 16
 
@@ -67,7 +67,7 @@ def save_random_network(
             logits = head(features)
             head.weight.mul_(std / logits.std(dim=0)[:, None])
             head.bias.copy_(mean - (features @ head.weight.T).mean(dim=0))
-    size = INT8_BATCH_SIZE
+    size = int8_batch_size(transform.image_size)
     batches = [chunk.contiguous().numpy() for chunk in images.split(size) if len(chunk) == size]
     files = quantize(model, batches) if precision == "int8" else None
     pipeline = Pipeline(predict=PredictConfig(precision=precision))

@@ -247,7 +247,7 @@ class QuantizeJob(Job):
     """Folder or prefix of a prepared set with faces like those to predict: the training set's or another."""
     out: str = ""
     """Folder or prefix of the new checkpoint; empty: CHECKPOINT-int8."""
-    images: Annotated[int, Field(ge=8, le=100_000)] = 512
+    images: Annotated[int, Field(ge=16, le=100_000)] = 512
     """Maximum number of training images to measure the ranges on."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Final, Self
 
@@ -29,8 +30,17 @@ BATCH_SIZE: Final = {"cpu": 8, "cuda": 64}  # other devices use the value of cud
 The size is fixed because oneDNN and cuDNN choose kernels by it, and kernels round differently: a face must get the same
 prediction whatever other faces are in its batch. On one thread of an AMD EPYC with AVX-512, a ResNet50 processes 11.7
 crops/s at 8 and 11.2 at 32."""
-INT8_BATCH_SIZE: Final = 4
-"""The same of networks in int8, for which 4 is as fast as 8, and less is padded."""
+_INT8_BATCH_PIXELS: Final = 4 * 224**2
+_MAX_INT8_BATCH_SIZE: Final = 16
+
+
+def int8_batch_size(image_size: int) -> int:
+    """Return the batch size of a network in int8, a power of two.
+
+    It is 4 at 224 pixels: as fast as 8, and less is padded. Of smaller images, about as many pixels: then the work
+    around the network takes less time for each image.
+    """
+    return 1 << int(math.log2(min(max(_INT8_BATCH_PIXELS / image_size**2, 1), _MAX_INT8_BATCH_SIZE)))
 
 
 class AttributePredictor:

@@ -30,7 +30,7 @@ from agr_ray.models.network_input import prepare_eval, to_nchw
 from agr_ray.models.predictions import Predictions
 from agr_ray.models.transform import Transform
 from agr_ray.openvino_extra import check_installed
-from agr_ray.predict.attributes import INT8_BATCH_SIZE, AttributePredictor
+from agr_ray.predict.attributes import AttributePredictor, int8_batch_size
 from agr_ray.predict.checkpoint_on_set import check_compatible
 from agr_ray.predict.resolve import resolve
 from agr_ray.storage import Storage
@@ -63,13 +63,12 @@ def quantize(job: QuantizeJob) -> None:
         pipeline = resolve(checkpoint, DEFAULT_PIPELINE, key="checkpoint").pipeline
         check_compatible(transform, prepared, job.checkpoint, "data")
         images = _read(storage, prepared, "train", job.images)
-        if images.num_rows < INT8_BATCH_SIZE:
-            raise ConfigError(
-                f"data {job.data}: {images.num_rows} training images; at least {INT8_BATCH_SIZE} are needed"
-            )
+        size = int8_batch_size(transform.image_size)
+        if images.num_rows < size:
+            raise ConfigError(f"data {job.data}: {images.num_rows} training images; at least {size} are needed")
         console.print(f"measuring the ranges of int8 on {images.num_rows:,} training images")
         crops = decoded_crops(images, prepared.crop_side_px)
-        files = quantize_network(model, _batches(transform, crops, INT8_BATCH_SIZE))
+        files = quantize_network(model, _batches(transform, crops, size))
         compared = _read(storage, prepared, "val", _NUM_COMPARED)
         if compared.num_rows:
             _compare(model, transform, pipeline.predict, files, compared, prepared.crop_side_px, console)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Final
 
 import cv2
 import numpy as np
@@ -116,11 +116,35 @@ def test_every_level_on_the_sheet_gives_the_same_as_alone(monkeypatch: pytest.Mo
         torch.testing.assert_close(regressions[numbers == number], expected_regressions, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("module", [nets, mtcnn_openvino])
+def test_crops_are_cut_from_a_halving_of_about_their_size_and_black_outside() -> None:
+    images = [cascade._halved(np.random.default_rng(n).integers(1, 256, (300, 202, 3), np.uint8)) for n in range(2)]
+    squares = [(10, 21, 34, 45), (8, 16, 104, 112), (9, 15, 106, 112), (-12, -12, 12, 12), (190, 290, 214, 314)]
+    squares += [(400, 0, 424, 24), (0, 0, 800, 800)]
+    owners = [0, 1, 1, 0, 1, 0, 1]
+    crops, rounded = cascade._cut(images, torch.tensor(squares).float(), torch.tensor(owners), 24)
+    quarter = images[1][2]
+    assert np.array_equal(crops[0], images[0][0][21:45, 10:34])
+    assert np.array_equal(crops[1], quarter[4:28, 2:26])
+    assert np.array_equal(crops[2], quarter[4:28, 2:26])  # its corner is rounded to pixels of the quarter
+    assert rounded[:3].tolist() == [[10, 21, 34, 45], [8, 16, 104, 112], [8, 16, 104, 112]]
+    assert np.array_equal(crops[3][12:, 12:], images[0][0][:12, :12])
+    assert not crops[3][:12].any()
+    assert not crops[3][:, :12].any()
+    assert np.array_equal(crops[4][:10, :12], images[1][0][290:, 190:])
+    assert not crops[4][10:].any()
+    assert not crops[4][:, 12:].any()
+    assert not crops[5].any()
+    assert crops[6][:8, :6].all()
+    assert not crops[6][10:].any()
+    finely, _ = cascade._cut(images, torch.tensor(squares).float(), torch.tensor(owners), 24, finely=True)
+    averaged = cv2.resize(images[1][1][8:56, 4:52], (24, 24), interpolation=cv2.INTER_AREA)
+    assert np.array_equal(finely[1], averaged)
+
+
 @torch.inference_mode()
-def test_the_other_nets_equal_facenet_pytorchs(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "has_bfloat16", lambda device: False)
-    ours = nets.TorchNets() if module is nets else mtcnn_openvino.OpenVinoNets()
+def test_the_other_nets_equal_facenet_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nets, "has_bfloat16", lambda device: False)
+    ours = nets.TorchNets()
     for run, theirs, side_px in ((ours.refine, RNet, 24), (ours.output, ONet, 48)):
         crops = np.random.default_rng(1).integers(0, 256, (5, side_px, side_px, 3), np.uint8)
         for one, other in zip(run(crops), theirs()(nets_pixels(crops)), strict=True):
@@ -140,20 +164,39 @@ def test_the_proposals_in_int8_are_almost_those_in_float(chips: list[np.ndarray]
     assert (exact[2] - rounded[2])[faces].abs().mean() < 0.02
 
 
-def test_p_net_computes_in_int8() -> None:
-    graph = mtcnn_openvino._proposal_net(202, 128)
-    network = core().compile_model(graph, "CPU").get_runtime_model()
+@torch.inference_mode()
+def test_the_other_nets_in_int8_are_almost_those_in_float(chips: list[np.ndarray]) -> None:
+    for name, side_px in (("refine", 24), ("output", 48)):
+        crops = np.stack([cv2.resize(each, (side_px, side_px), interpolation=cv2.INTER_AREA) for each in chips])
+        exact, rounded = (getattr(each, name)(crops) for each in (nets.TorchNets(), mtcnn_openvino.OpenVinoNets()))
+        for one, other in zip(exact, rounded, strict=True):
+            difference = (one - other).abs()
+            assert 0 < difference.mean() < 0.02
+            assert one.shape == other.shape
+
+
+GRAPHS: Final = {
+    "p_net": lambda: mtcnn_openvino._proposal_net(202, 128),
+    "r_net": lambda: mtcnn_openvino._crop_net("rnet", 24, (3, 3, None), mtcnn_openvino._R_NET_RANGES),
+    "o_net": lambda: mtcnn_openvino._crop_net("onet", 48, (3, 3, 2, None), mtcnn_openvino._O_NET_RANGES),
+}
+
+
+@pytest.mark.parametrize(("name", "num_convolutions"), [("p_net", 8), ("r_net", 3), ("o_net", 4)])
+def test_the_convolutions_are_in_int8(name: str, num_convolutions: int) -> None:
+    network = core().compile_model(GRAPHS[name](), "CPU").get_runtime_model()
     inputs = [
         node.input(0).get_element_type().get_type_name()
         for node in network.get_ordered_ops()
         if node.get_rt_info()["layerType"] == "Convolution"
     ]
-    assert inputs == ["u8"] * 5
+    assert inputs == ["u8"] * num_convolutions
 
 
-def test_weights_in_int8_are_small_enough_for_a_cpu_without_vnni() -> None:
+@pytest.mark.parametrize("name", GRAPHS)
+def test_weights_in_int8_are_small_enough_for_a_cpu_without_vnni(name: str) -> None:
     # Without VNNI, a pair of products is added in 16 bits: 2 x 255 x 64 fits, 2 x 255 x 127 does not.
-    for node in mtcnn_openvino._proposal_net(202, 128).get_ordered_ops():
+    for node in GRAPHS[name]().get_ordered_ops():
         if node.get_type_name() == "FakeQuantize" and node.input_value(0).get_node().get_type_name() == "Constant":
             weights, low, high = (node.input_value(place).get_node().data for place in range(3))
             assert (low == -high).all()

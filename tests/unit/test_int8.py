@@ -29,7 +29,7 @@ from agr_ray.models.int8 import GRAPH_FILE, WEIGHTS_FILE
 from agr_ray.models.int8_network import Int8Net, quantize
 from agr_ray.models.network import MultiTaskNet
 from agr_ray.models.transform import Transform
-from agr_ray.predict.attributes import AttributePredictor
+from agr_ray.predict.attributes import AttributePredictor, int8_batch_size
 from agr_ray.predict.face_model import FaceModel
 from agr_ray.predict.resolve import resolve
 from agr_ray.storage import Storage
@@ -89,6 +89,11 @@ def test_predictions_are_nearly_those_of_float32(folder: Path, quantized: Path) 
     assert 0.0 < difference.max() < 0.1 * spread  # not the float network, but like it
     assert np.abs(rough["gender"] - exact["gender"]).max() < 0.1
     assert np.abs(rough["race"] - exact["race"]).max() < 0.1
+
+
+@pytest.mark.parametrize(("image_size", "size"), [(512, 1), (224, 4), (160, 4), (112, 16), (88, 16), (32, 16)])
+def test_a_batch_has_as_many_pixels_as_four_images_of_224(image_size: int, size: int) -> None:
+    assert int8_batch_size(image_size) == size
 
 
 def test_a_face_has_the_same_prediction_whatever_else_is_in_its_batch(quantized: Path) -> None:
@@ -207,7 +212,7 @@ def test_a_damaged_file_is_named(quantized: Path, tmp_path: Path, name: str) -> 
     [
         ("--checkpoint", "nowhere", "checkpoint nowhere: there is no checkpoint there"),
         ("--data", "nowhere", "data .*nowhere: not a prepared set"),
-        ("--images", "4", "images.*greater than or equal to 8"),
+        ("--images", "4", "images.*greater than or equal to 16"),
         ("--out", "float", "out float: exists; give a new folder or prefix"),
         ("--checkpoint", "float-int8", "checkpoint float-int8: has an int8 network already"),
     ],

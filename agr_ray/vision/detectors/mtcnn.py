@@ -58,9 +58,9 @@ class Mtcnn:
         name: str,
         nets: Nets,
         *,
-        min_face_px: float = 40.0,
-        thresholds: tuple[float, float, float] = (0.6, 0.6, 0.5),
-        min_score: float = 0.0,
+        min_face_px: float,
+        thresholds: tuple[float, float, float],
+        min_score: float,
     ) -> None:
         self.name = name
         self._nets = nets
@@ -309,26 +309,40 @@ def _cut(
     halving starts at `4 * side_px` and shrinking averages all pixels: slower, but landmarks move only two thirds as
     much.
     """
-    max_ratio = 4 if finely else 2
     crops = np.empty((len(squares), side_px, side_px, 3), np.uint8)
-    rounded = []
-    for crop, (left, top, right, _), owner in zip(crops, squares.int().tolist(), owners.tolist(), strict=True):
-        depth = min((2 * (right - left) // (max_ratio * side_px)).bit_length() - 1, len(images[owner]) - 1)
-        depth = max(depth, 0)
-        rgb, step = images[owner][depth], 2**depth
-        x0, y0, side = round(left / step), round(top / step), round((right - left) / step)
-        rounded.append((x0 * step, y0 * step, (x0 + side) * step, (y0 + side) * step))
-        height, width = rgb.shape[:2]
-        inside = rgb[max(0, y0) : max(0, y0 + side), max(0, x0) : max(0, x0 + side)]
-        if inside.size == 0:
-            crop[:] = 0
-            continue
-        beyond = (max(0, -y0), max(0, y0 + side - height), max(0, -x0), max(0, x0 + side - width))
-        if any(beyond):
+    places = _places(images, squares, owners, (4 if finely else 2) * side_px)
+    for crop, owner, (depth, x0, y0, side) in zip(crops, owners.tolist(), places.tolist(), strict=True):
+        rgb = images[owner][depth]
+        height, width, _ = rgb.shape
+        x1, y1 = x0 + side, y0 + side
+        if x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height:
+            inside = rgb[y0:y1, x0:x1]
+        else:
+            inside = rgb[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)]
+            if inside.size == 0:
+                crop[:] = 0
+                continue
+            beyond = (max(0, -y0), max(0, y1 - height), max(0, -x0), max(0, x1 - width))
             inside = cv2.copyMakeBorder(inside, *beyond, cv2.BORDER_CONSTANT)
         interpolation = cv2.INTER_AREA if finely and side > side_px else cv2.INTER_LINEAR
         cv2.resize(inside, (side_px, side_px), crop, interpolation=interpolation)
-    return crops, torch.tensor(rounded, dtype=torch.float32)
+    corners, sides = places[:, 1:3], places[:, 3:]
+    rounded = np.concatenate([corners, corners + sides], axis=1) << places[:, :1]
+    return crops, torch.from_numpy(rounded.astype(np.float32))
+
+
+def _places(images: list[_Halvings], squares: Tensor, owners: Tensor, max_side_px: int) -> NDArray[np.int64]:
+    """Return where squares are cropped: the halving, and left, top and side in its pixels, (k, 4).
+
+    It is the first halving in which the side is less than `max_side_px`, or the last.
+    """
+    corners = squares.numpy().astype(np.int64)
+    sides = corners[:, 2:3] - corners[:, :1]
+    num_halvings = np.array([len(halvings) for halvings in images])[owners.numpy()]
+    bit_length = np.frexp(2 * sides[:, 0] // max_side_px)[1]
+    depths = (bit_length - 1).clip(0, num_halvings - 1)[:, None]
+    parts = np.concatenate([corners[:, :2], sides], axis=1) / 2.0**depths
+    return np.concatenate([depths, parts.round().astype(np.int64)], axis=1)
 
 
 def _regress(boxes: Tensor, regression: Tensor) -> Tensor:
