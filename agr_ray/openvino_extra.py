@@ -65,10 +65,14 @@ class CompiledGraph:
             "ENABLE_CPU_PINNING": False,
         }
         self._request = core().compile_model(graph, "CPU", settings).create_infer_request()
-        self._tensor = import_openvino().Tensor  # OpenVINO takes longer to make one from an array itself
+        self._tensor = import_openvino().Tensor  # faster than letting OpenVINO convert arrays
         self._lock = Lock()
 
     def __call__(self, batch: NDArray[Any]) -> list[NDArray[np.float32]]:
-        """Return the outputs for the graph's only input, as arrays of their own."""
+        """Return the outputs as arrays of their own.
+
+        Args:
+            batch: the graph's only input: C-contiguous, of its shape and data type.
+        """
         with self._lock:
-            return list(self._request.infer(self._tensor(batch, shared_memory=True), share_inputs=True).values())
+            return list(self._request.infer(self._tensor(batch, shared_memory=True)).values())

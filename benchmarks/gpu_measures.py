@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -382,7 +383,7 @@ def score(setting: Setting) -> Result:
         ),
     )
     record = score_photographs(job)
-    ended = time.time() - record["timings"]["publish_s"]
+    ended = datetime.fromisoformat(record["published_at"]).timestamp() - record["timings"]["publish_s"]
     begun = pyarrow.dataset.dataset(out / "images", format="parquet").to_table(columns=["scored_at"])["scored_at"]
     # Without the first quarter, during which the workers start.
     times = sorted(each.timestamp() for each in begun.to_pylist())

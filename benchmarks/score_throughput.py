@@ -10,8 +10,9 @@ network is; (a) stays the same.
 (a) facenet-pytorch's MTCNN(keep_all=True) with its defaults, then torchvision's ResNet50 in float32 on its faces,
     one photograph at a time, on all cores. It runs before and after (b), because the machine's speed may drift.
 (b) `jobs/score.py` with the preset `paper`, which starts Ray on this machine; photographs are repeated under other
-    names until it runs for --seconds. Its start-up, until the first batch has been read, is reported separately, and so
-    is the time from the last part to the end of the process. (a) is measured without them, too.
+    names until it runs for --seconds. Two times do not count, and are printed separately: its start-up, until the first
+    batch has been read, and its finish, from when all photographs are scored until the process ends, which includes
+    publishing. The start and end of (a)'s process do not count, either.
 
 Also prints (b)'s time by stage, its peak memory (proportional set sizes of all processes, summed), how its attributes
 agree with plain float32 on the same crops, and how its faces agree with those of (a). Random weights, whose outputs
@@ -123,7 +124,7 @@ def main() -> None:
         with watched_memory(process.pid) as samples_mib:
             if process.wait():
                 raise SystemExit(process.returncode)
-        exited = time.time()
+            exited = time.time()
         (record,) = published_runs(Storage(), out)
         ended = datetime.fromisoformat(record["published_at"]).timestamp() - record["timings"]["publish_s"]
         images = pa.dataset.dataset(folder / "scored" / "images", format="parquet").to_table()
@@ -244,8 +245,8 @@ def show_speed(
     row = (f"{num_images:,}", f"{seconds:.1f}", f"{speed:.2f}", f"{num_faces / seconds:.2f}")
     table.add_row(f"(b) score, {num_workers} workers", *row)
     console.print(table)
-    console.print(f"(b) is {speed / loop_speed:.1f} times as fast")
-    console.print(f"not counted: its start-up, {startup_s:.1f} s, and publishing and shutting down, {finish_s:.1f} s")
+    console.print(f"(b) is {speed / loop_speed:.1f} times as fast as (a)")
+    console.print(f"not counted in (b): start-up {startup_s:.1f} s; publishing and shutdown {finish_s:.1f} s")
     available_s = num_workers * seconds
     spent: dict[str, float] = record["timings"]["worker_s"]
     table = Table("(b) by stage", "ms an image", "share of the workers' time")

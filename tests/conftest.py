@@ -14,6 +14,7 @@ from pathlib import PurePath
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 CLUSTER_FILES = (
     "autoscaling",
@@ -93,6 +94,30 @@ class ByFile(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = PurePath(nodeid.partition("::")[0])
         return "ray" if file.parent.name == "ray" or file.stem == "test_jobs_s3" else str(file)
+
+    def _reschedule(self, node: WorkerController) -> None:
+        """Give a process files until it has three tests to run; if there are no more, tell it to end.
+
+        A process runs a test only when it knows the next, or that there is none.
+        """
+        if node.shutting_down:
+            return
+        while self.workqueue and self._pending_of(self.assigned_work[node]) < 3:
+            self._assign_work_unit(node)
+        if not self.workqueue:
+            node.shutdown()
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Give the files of a process that died to the others, but not the test that it died of, which is returned."""
+        files = self.assigned_work.pop(node)
+        died_of = next((test for tests in files.values() for test, is_done in tests.items() if not is_done), None)
+        if died_of is None:
+            return None
+        files[self._split_scope(died_of)][died_of] = True
+        self.workqueue.update(files)
+        for other in self.assigned_work:
+            self._reschedule(other)
+        return died_of
 
 
 gc.disable()  # while 5,000 tests are collected: looking for garbage takes a fifth of that time

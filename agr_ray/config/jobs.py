@@ -248,7 +248,7 @@ class QuantizeJob(Job):
     out: str = ""
     """Folder or prefix of the new checkpoint; empty: CHECKPOINT-int8."""
     images: Annotated[int, Field(ge=16, le=100_000)] = 512
-    """Maximum number of training images to measure the ranges on."""
+    """Maximum number of training images to measure the ranges on; at least the network's batch, which has up to 16."""
 
 
 class RenderJob(ClusterJob):

@@ -13,7 +13,7 @@ class VisionConfig(Section):
     """How bytes become aligned faces. Training and scoring must use the same settings."""
 
     detector: Literal["mtcnn", "mtcnn_int8", "haar", "none"] = "mtcnn"
-    """`mtcnn` finds faces and five landmarks; `mtcnn_int8` does the same faster, rounding more coarsely, and needs the
+    """`mtcnn` finds faces and five landmarks; `mtcnn_int8` is the same in int8, faster but less exact, and needs the
     package openvino; `haar` finds boxes only and needs no weights; `none` uses whole chips."""
     min_face_px: Annotated[int, Field(ge=12, le=MAX_INT)] = 40
     """Shorter side of the smallest face to detect, pixels, once larger photographs are shrunk to `max_side_px`.

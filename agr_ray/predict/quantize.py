@@ -66,7 +66,7 @@ def quantize(job: QuantizeJob) -> None:
         size = int8_batch_size(transform.image_size)
         if images.num_rows < size:
             raise ConfigError(f"data {job.data}: {images.num_rows} training images; at least {size} are needed")
-        console.print(f"measuring the ranges of int8 on {images.num_rows:,} training images")
+        console.print(f"measuring the ranges of int8 on {images.num_rows // size * size:,} training images")
         crops = decoded_crops(images, prepared.crop_side_px)
         files = quantize_network(model, _batches(transform, crops, size))
         compared = _read(storage, prepared, "val", _NUM_COMPARED)

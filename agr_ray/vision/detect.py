@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 DETECTORS: Final = ("mtcnn", "mtcnn_int8", "haar", "none")
 CASCADES: Final = ("mtcnn", "mtcnn_int8")
 """Those that find landmarks, and whose scores are probabilities."""
-THRESHOLDS: Final = {"mtcnn": (0.6, 0.6, 0.5), "mtcnn_int8": (0.7, 0.6, 0.5)}
-"""Probabilities from which MTCNN's three nets pass a candidate on, by detector."""
+_THRESHOLDS: Final = {"mtcnn": (0.6, 0.6, 0.5), "mtcnn_int8": (0.7, 0.6, 0.5)}
+"""Lowest probabilities at which P-Net, R-Net and O-Net pass a candidate on, by detector."""
 
 
 class Detector(Protocol):
@@ -54,18 +54,12 @@ def check_detector(name: str) -> None:
         check_installed(f"vision.detector {name}", "openvino")
 
 
-def make_detector(
-    name: str,
-    *,
-    min_face_px: float = 40.0,
-    thresholds: tuple[float, float, float] | None = None,
-    min_score: float = 0.0,
-) -> Detector:
+def make_detector(name: str, *, min_face_px: float = 40.0, min_score: float = 0.0) -> Detector:
     """Build a detector by its name, one of `DETECTORS`.
 
-    `min_face_px` is the size of the smallest face to find, in pixels of the images given to `detect`. `thresholds` are
-    those of MTCNN's three nets; None: `THRESHOLDS`. Faces with a score below `min_score` are dropped; the scale is the
-    detector's own (MTCNN: a probability; Haar: the cascade's weight, mostly 3 to 12).
+    `min_face_px` is the size of the smallest face to find, in pixels of the images given to `detect`. Faces with a
+    score below `min_score` are dropped; the scale is the detector's own (MTCNN: a probability; Haar: the cascade's
+    weight, mostly 3 to 12).
 
     Raises:
         ConfigError: its package is not installed.
@@ -85,9 +79,7 @@ def make_detector(
             from agr_ray.vision.detectors.mtcnn_openvino import OpenVinoNets
 
             nets = OpenVinoNets()
-        return Mtcnn(
-            name, nets, min_face_px=min_face_px, thresholds=thresholds or THRESHOLDS[name], min_score=min_score
-        )
+        return Mtcnn(name, nets, min_face_px=min_face_px, thresholds=_THRESHOLDS[name], min_score=min_score)
     if name == "haar":
         from agr_ray.vision.detectors.haar import Haar
 

@@ -1,5 +1,7 @@
 """Alignment: landmarks land on the template, borders are reflected, large faces do not alias."""
 
+from unittest.mock import Mock
+
 import cv2
 import numpy as np
 import pytest
@@ -66,6 +68,16 @@ def test_a_face_that_shrinks_eightfold_does_not_alias() -> None:
     noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (900, 900, 1)).repeat(3, axis=2)
     crop = align_face(noise, TEMPLATE * 800 + 50, side_px=100, margin=0.0)
     assert crop.std() < 30  # averages of 64 pixels: 16; samples of one to four: 64 and more
+
+
+@pytest.mark.parametrize(("scale", "multiple"), [(2.0, 1), (0.76, 1), (0.74, 2), (0.38, 2), (0.37, 3)])
+def test_a_face_is_averaged_from_three_quarters_of_its_size_or_more(
+    scale: float, multiple: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warp = Mock(wraps=cv2.warpAffine)
+    monkeypatch.setattr(cv2, "warpAffine", warp)
+    align_face(np.zeros((400, 400, 3), np.uint8), TEMPLATE * 50 / scale + 20, side_px=50, margin=0.1)
+    assert [call.args[2] for call in warp.call_args_list] == [(60 * multiple, 60 * multiple)]
 
 
 def test_a_chip_becomes_the_template_with_its_border_reflected() -> None:

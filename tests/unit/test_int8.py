@@ -91,9 +91,9 @@ def test_predictions_are_nearly_those_of_float32(folder: Path, quantized: Path) 
     assert np.abs(rough["race"] - exact["race"]).max() < 0.1
 
 
-@pytest.mark.parametrize(("image_size", "size"), [(512, 1), (224, 4), (160, 4), (112, 16), (88, 16), (32, 16)])
-def test_a_batch_has_as_many_pixels_as_four_images_of_224(image_size: int, size: int) -> None:
-    assert int8_batch_size(image_size) == size
+@pytest.mark.parametrize(("size", "side_px"), [(4, (512, 225, 224, 159)), (8, (158, 128, 113)), (16, (112, 88, 32))])
+def test_batches_of_small_images_are_larger(size: int, side_px: tuple[int, ...]) -> None:
+    assert [int8_batch_size(each) for each in side_px] == [size] * len(side_px)
 
 
 def test_a_face_has_the_same_prediction_whatever_else_is_in_its_batch(quantized: Path) -> None:
@@ -159,7 +159,7 @@ def test_the_command_prints_differences_speed_and_the_next_command(
     out = str(tmp_path / "out")
     cli.main(["quantize", "--checkpoint", str(folder / "float"), "--data", str(folder / "set"), "--out", out])
     printed = capsys.readouterr().out
-    assert "25 training images" in printed
+    assert "16 training images" in printed  # of 25: one batch
     assert "int8 against float32 on 15 validation images" in printed
     assert "crops/s on one CPU" in printed
     assert f"evaluate --checkpoint {out} --data {folder / 'set'} --split val --calibrate" in printed

@@ -49,7 +49,7 @@ class Mtcnn:
         name: the detector's.
         nets: computes the three nets.
         min_face_px: see `detect.make_detector`, as for the other arguments.
-        thresholds: of the three nets.
+        thresholds: lowest probabilities at which the three nets pass a candidate on.
         min_score: of a face.
     """
 
@@ -332,9 +332,9 @@ def _cut(
 
 
 def _places(images: list[_Halvings], squares: Tensor, owners: Tensor, max_side_px: int) -> NDArray[np.int64]:
-    """Return where squares are cropped: the halving, and left, top and side in its pixels, (k, 4).
+    """Return where squares are cropped, (k, 4): the index of the halving, and left, top and side in its pixels.
 
-    It is the first halving in which the side is less than `max_side_px`, or the last.
+    The halving is the first in which the side is less than `max_side_px`, or the smallest, if there is none.
     """
     corners = squares.numpy().astype(np.int64)
     sides = corners[:, 2:3] - corners[:, :1]

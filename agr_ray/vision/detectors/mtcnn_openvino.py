@@ -1,4 +1,4 @@
-"""MTCNN's nets in OpenVINO, on CPUs: convolutions in int8, the rest in bfloat16 if the CPU has it, else in float32.
+"""MTCNN's nets in OpenVINO, on CPUs: convolutions in int8, the rest in bfloat16 or float32, as the CPU supports.
 
 The graphs have the weights of `mtcnn_nets`.
 """
@@ -24,10 +24,10 @@ _P_NET_RANGES: Final = ((0.0, 255.0), (-3.6, 13.6), (-7.4, 15.4), (-5.1, 17.3))
 """Ranges of the inputs of P-Net's four convolutions, as NNCF measured them on the pyramids of 32 photographs of people.
 Values beyond them are clipped."""
 _R_NET_RANGES: Final = ((0.0, 255.0), (-1.6, 3.9), (-1.4, 2.85))
-"""Ranges of the inputs of R-Net's convolutions, in which 99.96 % of them are for the candidates of 64 photographs of
-people."""
+"""The same for R-Net's three convolutions: 99.96 % of their inputs are in these ranges, for the candidates in 64 press
+photographs."""
 _O_NET_RANGES: Final = ((0.0, 255.0), (-1.2, 4.9), (-1.8, 4.7), (-0.95, 4.25))
-"""The same for O-Net."""
+"""The same for O-Net's four convolutions."""
 _MAX_STRIPS: Final = 12
 _WEIGHT_LEVELS: Final = 255
 _ACTIVATION_LEVELS: Final = 256
@@ -73,8 +73,9 @@ class OpenVinoNets:
 def _proposal_net(height: int, width: int) -> Any:
     """Return P-Net in int8, for a strip: logits of a face (1, 1, rows, columns), regressions (1, 4, rows, columns).
 
-    `height` and `width` are even.
+    `height` and `width` must be even.
     """
+    assert height % 2 == width % 2 == 0
     openvino, weights = import_openvino(), read_weights("pnet")
     pixels, maps = _input((1, height, width, 3))
     maps = _features(_pooled_convolution(maps, weights), weights, (None, None), _P_NET_RANGES[1:3], first=2)
@@ -84,7 +85,7 @@ def _proposal_net(height: int, width: int) -> Any:
 
 
 def _crop_net(name: str, side_px: int, pools: Sequence[int | None], ranges: Sequence[tuple[float, float]]) -> Any:
-    """Return R-Net or O-Net in int8, for any number of crops; the outputs are those of `CropNet`."""
+    """Return R-Net or O-Net for any number of crops, with the outputs of `CropNet` in the same order."""
     openvino, weights = import_openvino(), read_weights(name)
     ops = openvino.opset13
     pixels, maps = _input((-1, side_px, side_px, 3))
@@ -100,7 +101,7 @@ def _crop_net(name: str, side_px: int, pools: Sequence[int | None], ranges: Sequ
 
 
 def _input(shape: Sequence[int]) -> tuple[Any, Any]:
-    """Return the input of a graph, uint8 NHWC of a shape, and the same as float32 NCHW."""
+    """Return a graph's input (uint8 NHWC, of the given shape), and this input converted to float32 NCHW."""
     openvino = import_openvino()
     ops = openvino.opset13
     pixels = ops.parameter(list(shape), openvino.Type.u8)
@@ -114,9 +115,14 @@ def _features(
     ranges: Sequence[tuple[float, float]],
     first: int = 1,
 ) -> Any:
-    """Return the maps after the convolutions from number `first`, in int8, their PReLUs and poolings.
+    """Apply the convolutions of `mtcnn_nets` from number `first` on, each with its PReLU and max-pooling.
 
-    They are those of `mtcnn_nets`. The convolutions' inputs are clipped to `ranges`.
+    Args:
+        maps: input of the first.
+        weights: of the net.
+        pools: side of the pooling window after each convolution; None: there is no pooling.
+        ranges: to which the input of each convolution is clipped.
+        first: number of the first convolution.
     """
     ops = import_openvino().opset13
     for number, (pool, limits) in enumerate(zip(pools, ranges, strict=True), start=first):
@@ -128,10 +134,11 @@ def _features(
 
 
 def _pooled_convolution(pixels: Any, weights: dict[str, Tensor]) -> Any:
-    """Return the maps after P-Net's first convolution, its PReLU and its pooling of 2 x 2; the sides are even.
+    """Return the maps after P-Net's first convolution, its PReLU and its max-pooling of 2 x 2.
 
-    It is the maximum of four convolutions with a stride of 2, one for each place in a pooling window. With AVX-512,
-    this takes a quarter less time than one convolution and OpenVINO's pooling.
+    They are the maximum of four convolutions with a stride of 2, one for each position in a pooling window. The height
+    and width of `pixels` must be even. With AVX-512, this takes a quarter less time than one convolution and OpenVINO's
+    pooling, which needs the maps in another order in memory.
     """
     ops = import_openvino().opset13
     pixels = _rounded(pixels, *_P_NET_RANGES[0])
@@ -146,7 +153,8 @@ def _pooled_convolution(pixels: Any, weights: dict[str, Tensor]) -> Any:
 def _convolution(maps: Any, weights: dict[str, Tensor], name: str, stride: int = 1) -> Any:
     ops = import_openvino().opset13
     weight = weights[f"{name}.weight"]
-    # Twice the largest weight of each output channel: without VNNI, sums of products of larger numbers overflow.
+    # Twice the largest weight of each output channel, so that all are within 64 of 0: without VNNI, sums of products of
+    # larger numbers overflow.
     end = 2 * weight.abs().amax(dim=(1, 2, 3), keepdim=True)
     kernel = _rounded(_constant(weight), -end, end, _WEIGHT_LEVELS)
     product = ops.convolution(maps, kernel, [stride, stride], [0, 0], [0, 0], [1, 1])
