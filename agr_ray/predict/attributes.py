@@ -37,7 +37,7 @@ def int8_batch_size(image_size: int) -> int:
     At 224 px, 4 is as fast as 8, and needs less padding. With smaller images, the work around the network takes more of
     the time, and larger batches reduce it.
     """
-    return next(size for size in (16, 8, 4) if size == 4 or size * image_size**2 <= 4 * 224**2)
+    return next((size for size in (16, 8) if size * image_size**2 <= 4 * 224**2), 4)
 
 
 class AttributePredictor:

@@ -66,7 +66,8 @@ def quantize(job: QuantizeJob) -> None:
         size = int8_batch_size(transform.image_size)
         if images.num_rows < size:
             raise ConfigError(f"data {job.data}: {images.num_rows} training images; at least {size} are needed")
-        console.print(f"measuring the ranges of int8 on {images.num_rows // size * size:,} training images")
+        images = images.slice(0, images.num_rows // size * size)  # whole batches
+        console.print(f"measuring the ranges of int8 on {images.num_rows:,} training images")
         crops = decoded_crops(images, prepared.crop_side_px)
         files = quantize_network(model, _batches(transform, crops, size))
         compared = _read(storage, prepared, "val", _NUM_COMPARED)
@@ -96,8 +97,8 @@ def _read(storage: Storage, prepared: PreparedSet, split: str, num_images: int) 
 
 
 def _batches(transform: Transform, crops_u8: NDArray[np.uint8], batch_size: int) -> Iterator[NDArray[np.float32]]:
-    """Yield whole batches of the network's input."""
-    for start in range(0, len(crops_u8) - batch_size + 1, batch_size):
+    """Yield the network's input in batches."""
+    for start in range(0, len(crops_u8), batch_size):
         images = to_nchw(crops_u8[start : start + batch_size], torch.device("cpu"))
         yield prepare_eval(images, transform).contiguous().numpy()
 

@@ -24,6 +24,7 @@ DEFAULT_MARGIN: Final = 0.10
 _MAX_WARP_PX: Final = 16_384
 """Longest side of an image before and after warping: OpenCV refuses 32,767 pixels and more."""
 _MIN_WARP_SCALE: Final = 0.75
+"""Of a face that is warped and then averaged, relative to its size in the image."""
 
 
 def stored_side_px(side_px: int, margin: float = DEFAULT_MARGIN) -> int:

@@ -199,11 +199,9 @@ def test_pooling_by_four_convolutions_changes_nothing() -> None:
 
 GRAPHS: Final = {
     "p_net": lambda: mtcnn_openvino._proposal_net(202, 128),
-    "r_net": lambda: mtcnn_openvino._crop_net("rnet", 24, (3, 3, None), mtcnn_openvino._R_NET_RANGES),
-    "o_net": lambda: mtcnn_openvino._crop_net("onet", 48, (3, 3, 2, None), mtcnn_openvino._O_NET_RANGES),
+    "r_net": mtcnn_openvino._refine_net,
+    "o_net": mtcnn_openvino._output_net,
 }
-
-
 NUM_CONVOLUTIONS: Final = {"p_net": 8, "r_net": 3, "o_net": 4}
 
 

@@ -48,9 +48,9 @@ class Mtcnn:
     Args:
         name: the detector's.
         nets: computes the three nets.
-        min_face_px: see `detect.make_detector`, as for the other arguments.
+        min_face_px: see `detect.make_detector`.
         thresholds: lowest probabilities at which the three nets pass a candidate on.
-        min_score: of a face.
+        min_score: see `detect.make_detector`.
     """
 
     def __init__(
@@ -315,13 +315,11 @@ def _cut(
         rgb = images[owner][depth]
         height, width, _ = rgb.shape
         x1, y1 = x0 + side, y0 + side
-        if x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height:
-            inside = rgb[y0:y1, x0:x1]
-        else:
-            inside = rgb[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)]
-            if inside.size == 0:
-                crop[:] = 0
-                continue
+        inside = rgb[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)]
+        if inside.size == 0:
+            crop[:] = 0
+            continue
+        if inside.shape[:2] != (side, side):
             beyond = (max(0, -y0), max(0, y1 - height), max(0, -x0), max(0, x1 - width))
             inside = cv2.copyMakeBorder(inside, *beyond, cv2.BORDER_CONSTANT)
         interpolation = cv2.INTER_AREA if finely and side > side_px else cv2.INTER_LINEAR

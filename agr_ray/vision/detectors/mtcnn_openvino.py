@@ -39,8 +39,7 @@ class OpenVinoNets:
     def __init__(self) -> None:
         self._floats = "bf16" if has_bfloat16(torch.device("cpu")) else "f32"
         self._num_threads = torch.get_num_threads()
-        self._r_net = self._compiled(_crop_net("rnet", 24, (3, 3, None), _R_NET_RANGES))
-        self._o_net = self._compiled(_crop_net("onet", 48, (3, 3, 2, None), _O_NET_RANGES))
+        self._r_net, self._o_net = self._compiled(_refine_net()), self._compiled(_output_net())
         # One for each width of a strip, because it is slower with a width that may vary. Photographs that are shrunk to
         # 1,280 px have 12 widths; others may have hundreds, and each takes memory and threads.
         self._p_net = functools.lru_cache(_MAX_STRIPS)(
@@ -82,6 +81,14 @@ def _proposal_net(height: int, width: int) -> Any:
     maps = _rounded(maps, *_P_NET_RANGES[3])
     outputs = [_convolution(maps, weights, name) for name in ("face", "conv4_2")]
     return openvino.Model(outputs, [pixels])
+
+
+def _refine_net() -> Any:
+    return _crop_net("rnet", 24, (3, 3, None), _R_NET_RANGES)
+
+
+def _output_net() -> Any:
+    return _crop_net("onet", 48, (3, 3, 2, None), _O_NET_RANGES)
 
 
 def _crop_net(name: str, side_px: int, pools: Sequence[int | None], ranges: Sequence[tuple[float, float]]) -> Any:
