@@ -7,6 +7,7 @@ because two clusters crowd a small machine. Between them, each file of the other
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from pathlib import PurePath
@@ -103,7 +104,8 @@ class ByFile(LoadScopeScheduling):
         if node.shutting_down:
             return
         while self.workqueue and self._pending_of(self.assigned_work[node]) < 3:
-            self._assign_work_unit(node)
+            with contextlib.suppress(OSError):  # it has died, and `remove_node` will be called
+                self._assign_work_unit(node)
         if not self.workqueue:
             node.shutdown()
 
